@@ -1,0 +1,44 @@
+"""The one exception that means "the user can mend this"."""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: a key, a file, a prompt.
+
+    Its message says what is wrong, where, and what would be right. The command-line programs print it without a
+    traceback and exit with code 2; library callers get an ordinary `ValueError`.
+    """
+
+
+def unknown(what: str, given: object, known: Iterable[str]) -> str:
+    """Return "no such ...", with the nearest match and all choices, for an unknown name."""
+    known = sorted(known)
+    near = difflib.get_close_matches(str(given), known, n=1, cutoff=0.6)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"no such {what}: {given!r}.{hint} Known: {', '.join(known) or 'none'}."
+
+
+def run_program(main: Callable[[], int | None]) -> None:
+    """Run a command-line program: user errors and a full disk end in one line and exit code 2, Ctrl-C in 130."""
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except BrokenPipeError:  # e.g. `--parts | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except OSError as error:
+        if error.errno is None or error.filename is None and error.errno != 28:  # ENOSPC
+            raise
+        print(f"error: {error.strerror}: {error.filename or 'no space left for an output file'}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)

@@ -1,0 +1,31 @@
+"""v-prediction on the cosine noise schedule: the objective of cloob-latent-diffusion."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ldm_lab.config import register
+from ldm_lab.objectives import Prediction
+from ldm_lab.schedules import Cosine
+
+
+@register("objective", "v_cosine")
+class VCosine:
+    """Mean squared error of v = alpha * eps - sigma * x0 (Salimans & Ho 2022, arXiv 2202.00512, appendix D)."""
+
+    def __init__(self) -> None:
+        self.schedule = Cosine()
+
+    def loss(self, denoiser: Callable, x0: Tensor, cond: dict[str, Tensor], t: Tensor, noise: Tensor) -> Tensor:
+        """Return the loss per sample, [B], for clean x0 [B, C, h, w], t [B] in [0, 1) and standard normal noise."""
+        alpha, sigma = (level[:, None, None, None] for level in self.schedule.alpha_sigma(t))  # [B, 1, 1, 1]
+        x = alpha * x0 + sigma * noise  # [B, C, h, w]
+        target = alpha * noise - sigma * x0  # [B, C, h, w]
+        v = denoiser(x, t, **cond)  # [B, C, h, w]
+        return (v.float() - target).square().flatten(1).mean(1)  # [B]
+
+    def predict(self, denoiser: Callable, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Prediction:
+        """Return clean sample and noise, [B, C, h, w] each, for x at times t [B]."""
+        alpha, sigma = (level[:, None, None, None] for level in self.schedule.alpha_sigma(t))  # [B, 1, 1, 1]
+        v = denoiser(x, t, **cond).float()  # [B, C, h, w]
+        return Prediction(x0=alpha * x - sigma * v, eps=sigma * x + alpha * v)
