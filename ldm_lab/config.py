@@ -46,7 +46,11 @@ PACKAGES = {
     "resume": "ldm_lab.training",
     "discriminator": "ldm_lab.training",
 }
-WEIGHT_KEYS = {"weights": str | None}  # allowed beside the constructor's keys in the section of a frozen part
+# Keys in the section of a frozen part that say how it is used, beside its constructor's keys, which say what it is.
+USE_KEYS: dict[str, dict[str, Any]] = {
+    "autoencoder": {"weights": str | None, "scale": float | None},
+    "conditioner": {"weights": str | None, "dropout": float},
+}
 _registry: dict[tuple[str, str], type] = {}
 _discovered: set[str] = set()
 
@@ -195,10 +199,7 @@ def check(config: dict[str, Any]) -> None:
 
 def section_roles(task: type) -> dict[str, str]:
     """Return `{top-level key: role}` of a task: its own parts and the sections that every task has."""
-    return {**{role: role for role in task.ROLES}, **{role: role for role in COMMON_SECTIONS}}
-
-
-COMMON_SECTIONS = ("data", "optim", "ema", "trainer", "checkpoint", "logging", "resume")
+    return {**{role: role for role in task.ROLES}, **{role: role for role in task.SECTIONS}}
 
 
 def check_section(role: str, section: Any, path: str) -> list[str]:
@@ -221,10 +222,10 @@ def check_section(role: str, section: Any, path: str) -> list[str]:
             annotation = known[key].annotation
             nested = getattr(annotation, "part_role", None)
             problems += check_section(nested, value, where) if nested else _mismatch(value, annotation, where)
-        elif key in WEIGHT_KEYS and role in ("autoencoder", "conditioner"):
-            problems += _mismatch(value, WEIGHT_KEYS[key], where)
+        elif key in USE_KEYS.get(role, {}):
+            problems += _mismatch(value, USE_KEYS[role][key], where)
         else:
-            problems.append(f"{where}: {unknown('key', key, known)}")
+            problems.append(f"{where}: {unknown('key', key, [*known, *USE_KEYS.get(role, {})])}")
     if not section.get("weights"):  # a weights file brings its own architecture
         for key, parameter in known.items():
             if parameter.default is parameter.empty and key not in section:

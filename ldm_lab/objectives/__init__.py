@@ -3,6 +3,7 @@
 An objective has
 
     schedule                                                   the noise schedule (`ldm_lab.schedules`)
+    timesteps                                                  "sobol" or "uniform": how training draws t
     loss(denoiser, x0 [B,C,h,w], cond, t [B], noise [B,C,h,w]) -> [B]     per sample; t uniform in [0, 1), noise standard normal
     predict(denoiser, x [B,C,h,w], t [B], cond) -> Prediction  for the samplers
 

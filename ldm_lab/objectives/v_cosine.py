@@ -1,6 +1,7 @@
 """v-prediction on the cosine noise schedule: the objective of cloob-latent-diffusion."""
 
 from collections.abc import Callable
+from typing import Literal
 
 from torch import Tensor
 
@@ -13,8 +14,10 @@ from ldm_lab.schedules import Cosine
 class VCosine:
     """Mean squared error of v = alpha * eps - sigma * x0 (Salimans & Ho 2022, arXiv 2202.00512, appendix D)."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, timesteps: Literal["sobol", "uniform"] = "sobol") -> None:
+        """Choose how training draws t (`training/timesteps.py`): evenly spread Sobol points, or independently."""
         self.schedule = Cosine()
+        self.timesteps = timesteps
 
     def loss(self, denoiser: Callable, x0: Tensor, cond: dict[str, Tensor], t: Tensor, noise: Tensor) -> Tensor:
         """Return the loss per sample, [B], for clean x0 [B, C, h, w], t [B] in [0, 1) and standard normal noise."""

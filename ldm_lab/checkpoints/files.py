@@ -1,0 +1,117 @@
+"""Files of tensors: written atomically, checked, read without executing anything."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import pickle
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+from ldm_lab.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file that appears at `path` only when all of it is on the disk; a failure leaves what was there.
+
+    Written to a temporary file in the target's folder (a rename across file systems would not be atomic), fsynced,
+    renamed. Raises UserError when the disk is full or the folder is not writable.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
+        if isinstance(error, OSError) or "PytorchStreamWriter" in str(error):
+            reason = error.strerror if isinstance(error, OSError) else "the write failed, most likely no space is left"
+            full = getattr(error, "errno", errno.ENOSPC) == errno.ENOSPC
+            hint = "; free some space (the file that was there before is untouched)" if full else ""
+            raise UserError(f"{path}: cannot be written: {reason}{hint}") from error
+        raise
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def sha256(path: str | Path) -> str:
+    """Return a file's SHA-256 in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors and text metadata atomically."""
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_write(path) as file:
+        file.write(safetensors_bytes(on_cpu, metadata))
+
+
+def existing_file(path: str | Path, what: str) -> Path:
+    """Return the path of a file that is there. Raises UserError that names what is missing."""
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise UserError(f"{path}: no such file ({what})")
+    if not path.is_file():
+        raise UserError(f"{path}: not a file ({what})")
+    return path
+
+
+def is_safetensors(path: str | Path) -> bool:
+    """Return whether a file is a safetensors file by its first bytes: a header length, then a JSON object."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    return len(head) == 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < os.path.getsize(path)
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return `(tensors, metadata)` of a safetensors file, on the CPU. Raises UserError if it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, ValueError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file, truncated or damaged ({error})") from None
+
+
+def read_pickled(path: str | Path, mmap: bool = False) -> dict[str, Any]:
+    """Return the dict in a `.ckpt`/`.pt` file, on the CPU; only tensors and plain containers are let in.
+
+    Raises:
+        UserError: not such a file, damaged, or it holds objects whose loading could execute code.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        reason = str(error)
+        if "Weights only load failed" in reason and ("GLOBAL" in reason or "Unsupported" in reason):
+            found = next((line.strip() for line in reason.splitlines() if "GLOBAL" in line), "an object of code")
+            raise UserError(
+                f"{path}: refused, it holds more than tensors, and loading that could run code ({found})"
+            ) from None
+        raise UserError(f"{path}: not a readable checkpoint, truncated or damaged") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path}: not a readable checkpoint, truncated or damaged ({reason})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a checkpoint is a dict, this is a {type(content).__name__}")
+    return content

@@ -1,0 +1,134 @@
+"""Frozen parts from their config section: `{name, weights, ...}` -> a module with its weights in place."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ldm_lab.checkpoints import cloob_pickle, compvis
+from ldm_lab.checkpoints.files import existing_file, is_safetensors, read_safetensors, sha256, write_safetensors
+from ldm_lab.config import USE_KEYS, build, check_section
+from ldm_lab.errors import UserError, unknown
+
+FORMAT = "ldm_lab"
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# (role, name) of a part -> reader of the released files that hold its weights under the original's names.
+IMPORTERS: dict[tuple[str, str], Callable[[Path], tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]]] = {
+    ("autoencoder", "kl_f8"): compvis.read,
+    ("conditioner", "cloob"): cloob_pickle.read,
+}
+
+
+def save_part(
+    path: str | Path, module: nn.Module, section: dict[str, Any], extra: dict[str, str] | None = None
+) -> None:
+    """Write a part's weights with the config that rebuilds it.
+
+    Args:
+        path: a `.safetensors` file.
+        module: the part; its class is registered.
+        section: its config section, of which the keys of its architecture are stored.
+        extra: further text metadata, such as what was measured.
+    """
+    role, name = module.part_role, module.part_name
+    architecture = {key: value for key, value in section.items() if key not in ("name", *USE_KEYS.get(role, {}))}
+    metadata = {
+        "format": FORMAT,
+        "role": role,
+        "config": json.dumps({"name": name, **architecture}),
+        **(extra or {}),
+    }
+    write_safetensors(path, module.state_dict(), metadata)
+
+
+def load_part(role: str, section: dict[str, Any], read_weights: bool = True) -> nn.Module:
+    """Build a frozen part and load its weights: evaluation mode, no gradients.
+
+    Args:
+        role: "autoencoder" or "conditioner".
+        section: its config section. With `weights`, the file's own architecture is used, and keys given here must
+            agree with it. `scale` (autoencoder) replaces the stored latent scale.
+        read_weights: False builds the architecture alone (on the meta device, for counting).
+
+    Raises:
+        UserError: missing, damaged or foreign file; weights of another architecture.
+    """
+    given = {key: value for key, value in section.items() if key not in USE_KEYS[role]}
+    if not section.get("weights") or not read_weights:
+        module = build(role, given)
+    else:
+        path = find_weights(section["weights"])
+        state, config = read_part(path, role, given["name"])
+        for key, value in given.items():
+            if key in config and config[key] != value:
+                raise UserError(f"{role}.{key}: {value!r} is asked for, but {path} holds {config[key]!r}")
+        module = build(role, {**config, **given})
+        load_strictly(module, state, path)
+    if section.get("scale") is not None:
+        module.scale.fill_(section["scale"])
+    return module.eval().requires_grad_(False)
+
+
+def find_weights(name: str) -> Path:
+    """Return the path of a weights file; a relative one is looked for here, then in the repository's folder."""
+    for folder in (Path(), REPOSITORY):
+        if (folder / Path(name).expanduser()).is_file():
+            return folder / Path(name).expanduser()
+    return existing_file(name, "weights")
+
+
+def read_part(path: Path, role: str, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return `(state_dict, config)` of a part from our own file or, by the importer of its name, a released one."""
+    if is_safetensors(path):
+        state, metadata = read_safetensors(path)
+        if metadata.get("format") == FORMAT:
+            config = _config(path, metadata)
+            if metadata.get("role") != role:
+                raise UserError(f"{path}: holds a {metadata.get('role')}, not a {role}")
+            if config.get("name") != name:
+                raise UserError(f"{path}: holds the {role} {config.get('name')!r}, but {role}.name is {name!r}")
+            problems = check_section(role, config, f"{path}: config")
+            if problems:
+                raise UserError(problems[0])
+            return state, config
+    if (role, name) not in IMPORTERS:
+        raise UserError(
+            f"{path}: not a file of ldm_lab's; there is {unknown('importer for ' + role, name, [n for _, n in IMPORTERS])}"
+        )
+    state, config, _ = IMPORTERS[role, name](path)
+    return state, {"name": name, **config}
+
+
+def _config(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    try:
+        config = json.loads(metadata.get("config", ""))
+    except json.JSONDecodeError:
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: its config is not readable")
+    return config
+
+
+def load_strictly(module: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """Load a state dict, every name and shape as it should be. Raises UserError that names the first differences."""
+    own = module.state_dict()
+    problems = []
+    problems += [f"{name} is missing" for name in own if name not in state]
+    problems += [f"{name} is not of this architecture" for name in state if name not in own]
+    problems += [
+        f"{name} is {list(state[name].shape)}, not {list(own[name].shape)}"
+        for name in own
+        if name in state and own[name].shape != state[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{path}: weights of another architecture: {'; '.join(problems[:3])}{more}")
+    module.load_state_dict(state, assign=False)
+
+
+def weights_sha256(section: dict[str, Any]) -> str | None:
+    """Return the checksum of a section's weights file, or None if it names none."""
+    return sha256(find_weights(section["weights"])) if section.get("weights") else None

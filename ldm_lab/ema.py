@@ -1,0 +1,51 @@
+"""Exponential moving average of a model's weights, with a decay that tightens in stages."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ldm_lab.config import register
+
+
+@register("ema")
+class EMASchedule:
+    """Decay of the moving average by optimizer steps done: decay[i] holds from step from_step[i] on."""
+
+    def __init__(
+        self, *, from_step: list[int] = (0, 20_000, 200_000), decay: list[float] = (0.99, 0.999, 0.9999)
+    ) -> None:
+        """The defaults are cloob-latent-diffusion's. Finetunes of n steps want stages scaled to n."""
+        self.from_step, self.decay = list(from_step), list(decay)
+
+    @staticmethod
+    def check(section: dict) -> list[str]:
+        """Return what is wrong across keys."""
+        schedule = EMASchedule(**{k: v for k, v in section.items() if v is not None})
+        if len(schedule.from_step) != len(schedule.decay):
+            return [f"decay: {len(schedule.decay)} values for {len(schedule.from_step)} values of from_step"]
+        if schedule.from_step != sorted(schedule.from_step) or schedule.from_step[:1] != [0]:
+            return [f"from_step: rising step counts that begin with 0 are needed, not {schedule.from_step}"]
+        wrong = [d for d in schedule.decay if not 0 <= d < 1]
+        return [f"decay: {wrong[0]} is outside 0..1"] if wrong else []
+
+    def at(self, step: int) -> float:
+        """Return the decay after `step` completed optimizer steps."""
+        return [d for start, d in zip(self.from_step, self.decay) if step >= start][-1]
+
+
+def averaged_copy(model: nn.Module) -> nn.Module:
+    """Return a frozen copy of a model, to be kept as its average."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def update(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move `average` towards `model`: average * decay + model * (1 - decay). Buffers are copied."""
+    ours: Sequence[torch.Tensor] = list(average.parameters())
+    theirs = [p.detach().to(ours[0].dtype) for p in model.parameters()]
+    torch._foreach_mul_(ours, decay)
+    torch._foreach_add_(ours, theirs, alpha=1 - decay)
+    for mine, its in zip(average.buffers(), model.buffers()):
+        mine.copy_(its)

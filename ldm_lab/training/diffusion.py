@@ -1,0 +1,102 @@
+"""The main task: a denoiser in the latent space of a frozen autoencoder, conditioned by a frozen conditioner."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback
+from torch import Tensor
+
+from ldm_lab.checkpoints.models import save_model
+from ldm_lab.checkpoints.parts import load_part
+from ldm_lab.config import build, register
+from ldm_lab.training.task import Task
+from ldm_lab.training.timesteps import TIMESTEPS
+
+DROPOUT = 0.2  # share of conditions that are dropped unless the config says otherwise (cloob-latent-diffusion's)
+
+
+@register("task", "diffusion")
+class DiffusionTask(Task):
+    """Train a denoiser on latents of images, conditioned on embeddings of the same images."""
+
+    ROLES = ("autoencoder", "conditioner", "denoiser", "objective", "demo")
+    REQUIRED = ("data", "autoencoder", "conditioner", "denoiser", "objective")
+
+    def __init__(self, config: dict[str, Any], read_weights: bool = True) -> None:
+        """Build the task.
+
+        Args:
+            config: a checked config.
+            read_weights: False builds the architecture alone, without the frozen parts' weights.
+        """
+        super().__init__(config)
+        autoencoder = load_part("autoencoder", config["autoencoder"], read_weights)
+        conditioner = load_part("conditioner", config["conditioner"], read_weights)
+        self.frozen = {"autoencoder": autoencoder, "conditioner": conditioner}
+        self.objective = build("objective", config["objective"])
+        self.dropout = config["conditioner"].get("dropout", DROPOUT)
+        self.adopt(build("denoiser", config["denoiser"], autoencoder.channels, conditioner.embed_dim))
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        x0, cond = self.encode(batch)  # [B, C, h, w], {"embed": [B, D]}
+        t = self.timesteps(self.batches_seen, len(x0)).to(x0)  # [B]
+        noise = torch.randn_like(x0)  # [B, C, h, w]
+        loss = self.objective.loss(self.model, x0, cond, t, noise)  # [B]
+        self.log_means({"loss": loss.mean()}, len(x0))
+        self.log_by_time(loss, t)
+        return loss.mean()
+
+    @torch.no_grad()
+    def encode(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return posterior samples of the latents, [B, C, h, w], and the condition, dropped for a share of the rows.
+
+        A cached batch brings "mean", "logvar" and "embed" instead of "image".
+        """
+        autoencoder, conditioner = self.frozen["autoencoder"], self.frozen["conditioner"]
+        with torch.autocast(self.device.type, enabled=False):  # the frozen parts stay in fp32
+            if "mean" in batch:
+                mean, logvar = batch["mean"].float(), batch["logvar"].float()  # [B, C, h, w] each
+            else:
+                mean, logvar = autoencoder.moments(batch["image"])  # [B, C, h, w] each
+            x0 = autoencoder.sample(mean, logvar, torch.randn_like(mean))  # [B, C, h, w]
+            cond = {"embed": batch["embed"].float()} if "embed" in batch else conditioner.from_batch(batch)
+        keep = torch.rand(len(x0), device=self.device) > self.dropout  # [B]
+        return x0, drop(cond, conditioner.null(cond), keep)
+
+    def log_by_time(self, loss: Tensor, t: Tensor) -> None:
+        """Log the mean loss of each quarter of [0, 1), at logging steps only."""
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:
+            return
+        quarter = (t * 4).long()  # [B]
+        one_hot = torch.nn.functional.one_hot(quarter, 4).to(loss)  # [B, 4]
+        means = (loss.detach() @ one_hot) / one_hot.sum(0)  # [4], nan where a quarter has no sample
+        for i, mean in enumerate(means):
+            if mean == mean:
+                self.log(f"train/loss_t{i / 4:.2f}", mean, batch_size=len(t))
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        draw = TIMESTEPS[self.objective.timesteps]
+        self.timesteps = draw(self.seed, self.global_rank, self.trainer.world_size)
+
+    def callbacks(self, folder: Path) -> list[Callback]:
+        demo = self.run_config.get("demo")
+        return [build("demo", demo, folder)] if demo is not None else []
+
+    def export(self, folder: Path) -> None:
+        """Write `ema.safetensors`: the averaged denoiser with the config that rebuilds it."""
+        config = dict(self.run_config)
+        if hasattr(self.frozen["autoencoder"], "scale"):  # the scale that was trained with is authoritative
+            scale = float(self.frozen["autoencoder"].scale)
+            config["autoencoder"] = {**config["autoencoder"], "scale": scale}
+        config["conditioner"] = {**config["conditioner"], "dropout": self.dropout}
+        extra = {"step": str(self.trainer.global_step), **self.frozen_sha256}
+        save_model(folder / "ema.safetensors", self.best_model.state_dict(), config, extra)
+
+
+def drop(cond: dict[str, Tensor], null: dict[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
+    """Return the condition where `keep` [B] is true and the null condition elsewhere (Ho & Salimans 2022, section 3.2)."""
+    return {
+        name: torch.where(keep.view(-1, *[1] * (value.ndim - 1)), value, null[name]) for name, value in cond.items()
+    }

@@ -1,0 +1,208 @@
+"""Where a run reports: a local CSV always, wandb if wanted, a progress bar."""
+
+import csv
+import io
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import ProgressBar
+from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from tqdm import tqdm
+
+from ldm_lab.checkpoints.files import atomic_write
+from ldm_lab.config import register
+from ldm_lab.errors import UserError
+
+
+@register("logging")
+class Logging:
+    """Logging to `metrics.csv` in the run's folder and, unless wandb is "none", to Weights & Biases."""
+
+    def __init__(
+        self,
+        *,
+        every: int = 50,
+        wandb: Literal["none", "offline", "online"] = "none",
+        project: str = "ldm_lab",
+        entity: str | None = None,
+    ) -> None:
+        """Set where to log.
+
+        Args:
+            every: optimizer steps between log lines; each costs a wait for the device.
+            wandb: "offline" writes wandb's files without network or account; `wandb sync` uploads them later.
+            project: wandb project.
+            entity: wandb team or user; null is the account's default.
+        """
+        self.every, self.wandb, self.project, self.entity = every, wandb, project, entity
+
+    def loggers(self, folder: Path, run: str, resumed_step: int | None, wandb_id: str | None) -> list[Logger]:
+        """Return the loggers of a run that starts at step 0 or goes on from `resumed_step`."""
+        loggers: list[Logger] = [CSVLog(folder / "metrics.csv", keep_until=resumed_step)]
+        if self.wandb != "none":
+            if self.wandb == "online":
+                self._check_login()
+            folder.mkdir(parents=True, exist_ok=True)
+            loggers.append(self._wandb_logger(folder, run, wandb_id))
+        return loggers
+
+    def _wandb_logger(self, folder: Path, run: str, wandb_id: str | None) -> WandbLogger:
+        import wandb
+
+        logger = WandbLogger(
+            name=run, save_dir=folder, project=self.project, entity=self.entity, id=wandb_id,
+            offline=self.wandb == "offline", resume="allow", log_model=False,
+        )  # fmt: skip
+        try:
+            _ = logger.experiment  # starts the run now (on rank 0), so that a missing login shows before training
+        except wandb.errors.Error as error:
+            raise UserError(
+                f"logging.wandb: {self.wandb} did not start: {str(error).strip().splitlines()[0]} "
+                "('wandb login' first; 'offline' and 'none' work without network and account)"
+            ) from None
+        return logger
+
+
+class CSVLog(Logger):
+    """Metrics as rows of a CSV, one per logged step; a resumed run goes on in the same file."""
+
+    def __init__(self, path: Path, keep_until: int | None = None) -> None:
+        """Open the log.
+
+        Args:
+            path: the CSV.
+            keep_until: rows up to this step are kept, later ones (of a run that went on past its last checkpoint)
+                dropped; None starts afresh.
+        """
+        super().__init__()
+        self.path, self.keep_until = path, keep_until
+        self.columns: list[str] | None = None
+        self.waiting: dict[str, float] = {}
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.path.parent)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: the config is written beside the CSV by the run itself."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Add one row; metrics of the same step that come separately share it."""
+        if self.waiting and self.waiting["step"] != step:
+            self.save()
+        self.waiting.update({"step": step, **{k: v for k, v in metrics.items() if k != "epoch"}})
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write the waiting row."""
+        if not self.waiting:
+            return
+        row, self.waiting = self.waiting, {}
+        if self.columns is None:
+            rows = _read_rows(self.path, self.keep_until) if self.keep_until is not None else []
+            self._rewrite(rows, list(dict.fromkeys(k for r in [*rows, row] for k in r)))
+        elif new := [key for key in row if key not in self.columns]:
+            self._rewrite(_read_rows(self.path, None), self.columns + new)
+        with open(self.path, "a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow(row)
+
+    def _rewrite(self, rows: list[dict[str, Any]], columns: list[str]) -> None:
+        self.columns = columns
+        with atomic_write(self.path) as file:
+            text = io.TextIOWrapper(file, newline="", write_through=True)
+            writer = csv.DictWriter(text, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+            text.detach()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what is left."""
+        self.save()
+
+
+def _read_rows(path: Path, keep_until: int | None) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("step")]
+    return rows if keep_until is None else [row for row in rows if int(row["step"]) <= keep_until]
+
+
+def log_images(trainer: Trainer, name: str, images: list[Image.Image], captions: list[str]) -> None:
+    """Send images to wandb, if the run has it; files are the caller's business."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(name, images, step=trainer.global_step, caption=captions)
+
+
+class StepProgress(ProgressBar):
+    """One bar over the whole run: optimizer steps, loss, learning rate, images per second over all devices."""
+
+    REFRESH = 0.5  # seconds; reading the loss waits for the device
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bar: tqdm | None = None
+        self.images, self.since, self.seen_at = 0, 0.0, 0.0
+
+    def disable(self) -> None:
+        """Called by Lightning on every rank but the first."""
+        self.is_enabled = False
+
+    def enable(self) -> None:
+        """Called by Lightning to undo `disable`."""
+        self.is_enabled = True
+
+    is_enabled = True
+
+    def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
+        if self.is_enabled:
+            total = trainer.max_steps if trainer.max_steps > 0 else None
+            self.bar = tqdm(total=total, initial=trainer.global_step, unit="step", dynamic_ncols=True, desc="train")
+        self.since = self.seen_at = time.monotonic()
+
+    def on_train_batch_end(self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, index: int) -> None:
+        self.images += len(batch["key"]) * trainer.world_size
+        now = time.monotonic()
+        if self.bar is None or (now - self.seen_at < self.REFRESH and trainer.global_step != trainer.max_steps):
+            return
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        shown = {
+            "loss": f"{float(loss):.4f}" if isinstance(loss, torch.Tensor) else None,
+            "lr": f"{trainer.optimizers[0].param_groups[0]['lr']:.2e}",
+            "images/s": f"{self.images / (now - self.since):.1f}",
+        }
+        self.bar.set_postfix({k: v for k, v in shown.items() if v is not None}, refresh=False)
+        self.bar.update(trainer.global_step - self.bar.n)
+        self.seen_at = now
+        if now - self.since > 30:  # a rate over the last half minute follows what is happening now
+            self.images, self.since = 0, now
+
+    def on_train_end(self, trainer: Trainer, task: LightningModule) -> None:
+        self.close()
+
+    def on_exception(self, trainer: Trainer, task: LightningModule, exception: BaseException) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bar's last state on the screen."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

@@ -1,0 +1,91 @@
+"""The optimizer and the learning rate over time."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import nn
+
+from ldm_lab.config import register
+
+
+@register("optim")
+class Optim:
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with a warm-up and a decay of the learning rate."""
+
+    def __init__(
+        self,
+        *,
+        lr: float = 3e-5,
+        weight_decay: float = 0.01,
+        betas: list[float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        decay_on: Literal["all", "matrices"] = "all",
+        warmup: Literal["linear", "exponential"] = "linear",
+        warmup_steps: int = 0,
+        schedule: Literal["constant", "linear", "cosine"] = "constant",
+        schedule_steps: int | None = None,
+        final_lr: float = 0.0,
+    ) -> None:
+        """Set the learning rate `lr` and what it is multiplied with.
+
+        Args:
+            lr: peak learning rate.
+            weight_decay: decoupled weight decay.
+            betas: AdamW's two averaging factors.
+            eps: AdamW's epsilon.
+            decay_on: "all" decays biases and norms, too, as the original does; "matrices" only parameters of two and
+                more dimensions other than embedding tables.
+            warmup: "linear" rises over `warmup_steps`; "exponential" is 1 - (1 - 1/warmup_steps)^step.
+            warmup_steps: optimizer steps; 0 starts at the full rate.
+            schedule: course from `lr` to `final_lr` over `schedule_steps`; the cosine is cos^2 of a quarter period.
+            schedule_steps: optimizer steps; by default the run's `trainer.max_steps`.
+            final_lr: learning rate at the end of the schedule.
+        """
+        self.lr, self.weight_decay, self.betas, self.eps, self.decay_on = lr, weight_decay, tuple(betas), eps, decay_on
+        self.warmup, self.warmup_steps = warmup, warmup_steps
+        self.schedule, self.schedule_steps, self.final_lr = schedule, schedule_steps, final_lr
+
+    @staticmethod
+    def check(section: dict) -> list[str]:
+        """Return what is wrong across keys."""
+        problems = [
+            f"{k}: {section[k]} is negative" for k in ("lr", "weight_decay", "warmup_steps") if section.get(k, 0) < 0
+        ]
+        if len(section.get("betas") or (0, 0)) != 2:
+            problems.append(f"betas: two numbers are needed, not {section['betas']}")
+        return problems
+
+    def factor(self, step: int, max_steps: int) -> float:
+        """Return the multiplier of `lr` for the optimizer step after `step` completed ones."""
+        factor = 1.0
+        if self.warmup_steps and self.warmup == "linear":
+            factor = min(1.0, (step + 1) / self.warmup_steps)
+        elif self.warmup_steps:
+            factor = 1 - (1 - 1 / self.warmup_steps) ** (step + 1)
+        if self.schedule != "constant":
+            total = self.schedule_steps or max_steps
+            progress = min(1.0, step / total) if total > 0 else 0.0
+            left = 1 - progress if self.schedule == "linear" else math.cos(progress * math.pi / 2) ** 2
+            floor = self.final_lr / self.lr if self.lr else 0.0
+            factor *= floor + (1 - floor) * left
+        return factor
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Return AdamW over the trained parameters of a model."""
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if self.decay_on == "all":
+            groups = [{"params": [p for _, p in trained]}]
+        else:
+            tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+            decayed = [p for _, p in trained if p.ndim >= 2 and id(p) not in tables]
+            chosen = {id(p) for p in decayed}
+            groups = [
+                {"params": decayed},
+                {"params": [p for _, p in trained if id(p) not in chosen], "weight_decay": 0.0},
+            ]
+        return torch.optim.AdamW(groups, self.lr, self.betas, self.eps, self.weight_decay)
+
+    def scheduler(self, optimizer: torch.optim.Optimizer, max_steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+        """Return the scheduler that applies `factor` at every optimizer step."""
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.factor(step, max_steps))

@@ -1,0 +1,94 @@
+"""Going on from a checkpoint, and what may change on the way: the learning rate, the precision, the devices."""
+
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
+
+from ldm_lab.checkpoints.files import existing_file, read_pickled
+from ldm_lab.checkpoints.parts import FORMAT
+from ldm_lab.config import register
+from ldm_lab.errors import UserError
+from ldm_lab.training.checkpointing import LAST
+
+# Sections whose keys may differ from those of the checkpoint without a word: where and how the run reports.
+QUIET = ("run", "logging", "resume", "defaults")
+# Sections that make the network what it is: another value here cannot go on with the checkpoint's weights.
+FIXED = ("task", "denoiser", "objective")
+
+
+@register("resume")
+class Resume(Callback):
+    """Go on with a run: weights, EMA, optimizer, scaler, step, data position come from its checkpoint."""
+
+    def __init__(self, folder: Path, *, checkpoint: str | None = None, lr: float | None = None) -> None:
+        """Set what to go on with.
+
+        Args:
+            folder: the run's folder.
+            checkpoint: a `.ckpt`; "last" is the run's own `last.ckpt`, or a fresh start if there is none.
+            lr: peak learning rate from here on, in every parameter group and below the schedule; null keeps the
+                checkpoint's.
+        """
+        self.lr = lr
+        self.path: Path | None = None
+        last = folder / LAST
+        if checkpoint == "last":
+            self.path = last if last.exists() else None
+        elif checkpoint is not None:
+            self.path = existing_file(checkpoint, "resume.checkpoint")
+        elif last.exists():
+            raise UserError(
+                f"{folder} already holds a run: resume.checkpoint=last goes on with it, run=NAME starts another one"
+            )
+        if lr is not None and self.path is None and checkpoint != "last":
+            raise UserError("resume.lr: needs resume.checkpoint; a fresh run takes optim.lr")
+
+    def differences(self, config: dict[str, Any]) -> list[str]:
+        """Return the lines "key: checkpoint's value -> new value" between the checkpoint's config and this one.
+
+        Raises:
+            UserError: the checkpoint is of another architecture or task, or not readable.
+        """
+        content = read_pickled(self.path, mmap=True)
+        if FORMAT not in content:
+            raise UserError(f"{self.path}: not a checkpoint of a run of ldm_lab; for other weights use init_from")
+        old, new = (_flat({k: v for k, v in c.items() if k not in QUIET}) for c in (content[FORMAT]["config"], config))
+        changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+        fixed = [key for key in changed if key.split(".")[0] in FIXED]
+        if fixed:
+            key = fixed[0]
+            raise UserError(
+                f"{self.path}: {key} was {old.get(key)!r}, the config says {new.get(key)!r}; "
+                "another architecture cannot be resumed (init_from takes over weights)"
+            )
+        return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed]
+
+    def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
+        """Set the learning rate after Lightning has restored the checkpoint's into every parameter group."""
+        if self.path is None:
+            return
+        for optimizer, scheduler in zip(trainer.optimizers, trainer.lr_scheduler_configs):
+            scheduler = scheduler.scheduler
+            before = scheduler.base_lrs[0]
+            if self.lr is None:
+                if before != task.optim.lr:
+                    rank_zero_info(
+                        f"optim.lr: {task.optim.lr:g} is not used, the checkpoint's {before:g} holds "
+                        f"(resume.lr={task.optim.lr:g} changes it)"
+                    )
+                continue
+            scheduler.base_lrs = [self.lr] * len(scheduler.base_lrs)
+            factor = task.optim.factor(scheduler.last_epoch, trainer.max_steps)
+            for group in optimizer.param_groups:
+                group["initial_lr"], group["lr"] = self.lr, self.lr * factor
+            scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+            rank_zero_info(f"learning rate: {before:g} -> {self.lr:g} (resume.lr)")
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat

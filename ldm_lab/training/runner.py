@@ -1,0 +1,152 @@
+"""From a config to a run: the task, the data, Lightning's Trainer with its callbacks, the run's folder."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
+
+from ldm_lab.checkpoints.files import atomic_write, read_pickled
+from ldm_lab.checkpoints.models import read_model
+from ldm_lab.checkpoints.parts import FORMAT, load_strictly
+from ldm_lab.config import build, part_class, register, to_yaml
+from ldm_lab.data.datamodule import DataModule
+from ldm_lab.errors import UserError
+from ldm_lab.training.checkpointing import LAST, SafeCheckpointIO
+from ldm_lab.training.interrupt import Interrupt
+from ldm_lab.training.logs import StepProgress
+from ldm_lab.training.task import Task
+
+RUNS = Path("runs")
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true")
+
+
+@register("trainer")
+class TrainerOptions:
+    """Lightning's Trainer: devices, precision, length of the run."""
+
+    def __init__(
+        self,
+        *,
+        max_steps: int = -1,
+        max_time: str | None = None,
+        accelerator: str = "auto",
+        devices: int | str = 1,
+        num_nodes: int = 1,
+        strategy: str = "auto",
+        precision: str | int = "32-true",
+        accumulate_grad_batches: int = 1,
+        gradient_clip_val: float | None = None,
+        threads: int | None = None,
+        matmul: str = "high",
+    ) -> None:
+        """Set what Lightning's Trainer is given under the same names.
+
+        Args:
+            max_steps: optimizer steps after which the run ends; -1 goes on for ever.
+            max_time: "DD:HH:MM:SS" after which the run ends.
+            accelerator: "auto", "gpu", "cpu", "mps".
+            devices: number of devices per node, or "auto".
+            num_nodes: nodes.
+            strategy: "auto" is DDP on several devices.
+            precision: 32-true, 16-mixed or bf16-mixed; also changed on resume.
+            accumulate_grad_batches: batches per optimizer step.
+            gradient_clip_val: largest L2 norm of the gradient; null does not clip.
+            threads: CPU threads per process; null leaves torch's choice.
+            matmul: precision of fp32 matrix products on GPUs ("highest", "high": TF32).
+        """
+        self.threads, self.matmul = threads, matmul
+        self.options = {
+            "max_steps": max_steps, "max_time": max_time, "accelerator": accelerator, "devices": devices,
+            "num_nodes": num_nodes, "strategy": strategy, "precision": precision,
+            "accumulate_grad_batches": accumulate_grad_batches, "gradient_clip_val": gradient_clip_val,
+        }  # fmt: skip
+
+    @staticmethod
+    def check(section: dict) -> list[str]:
+        """Return what is wrong across keys."""
+        precision = str(section.get("precision", "32-true"))
+        known = [*PRECISIONS, "32", "16", "64", "bf16"]
+        return [] if precision in known else [f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}"]
+
+    def trainer(self, callbacks: list[Callback], loggers: list[Any], log_every: int, folder: Path) -> Trainer:
+        """Return the Trainer."""
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        torch.set_float32_matmul_precision(self.matmul)
+        try:
+            return Trainer(
+                **self.options, max_epochs=-1, callbacks=callbacks, logger=loggers, plugins=[SafeCheckpointIO()],
+                log_every_n_steps=log_every, enable_checkpointing=False, enable_model_summary=False,
+                default_root_dir=folder, use_distributed_sampler=False, num_sanity_val_steps=0, limit_val_batches=0,
+            )  # fmt: skip
+        except (ValueError, RuntimeError, TypeError) as error:  # MisconfigurationException and its kin
+            raise UserError(f"trainer: {str(error).strip().splitlines()[0]}") from None
+
+
+class Bookkeeping(Callback):
+    """Counts batches and tells the data which of them were consumed; first of the callbacks, so that what a
+    checkpoint saves after a batch includes that batch."""
+
+    def on_train_batch_end(self, trainer: Trainer, task: Task, outputs: Any, batch: Any, index: int) -> None:
+        task.batches_seen += 1
+        trainer.datamodule.consumed(batch)
+
+
+def build_task(config: dict[str, Any]) -> Task:
+    """Return the task that a checked config describes, with the weights of `init_from` if it names any."""
+    task = part_class("task", {"name": config.get("task", "diffusion")})(config)
+    if config.get("init_from"):
+        _, state, extra = read_model(config["init_from"])
+        load_strictly(task.model, state, config["init_from"])
+        if task.model_ema is not None:
+            task.model_ema.load_state_dict(task.model.state_dict())
+        rank_zero_info(f"init_from: weights of {config['init_from']} (step {extra.get('step', '?')}), fresh optimizer")
+    return task
+
+
+def run(config: dict[str, Any]) -> int:
+    """Train as a checked config says. Returns the exit code: 0, or 128 + the signal that stopped the run early."""
+    folder = RUNS / config["run"]
+    resume = build("resume", config.get("resume"), folder)
+    changes = resume.differences(config) if resume.path else []
+    logging = build("logging", config.get("logging"))
+    data = DataModule(build("data", config["data"]), seed=config.get("seed", 0))
+    interrupt = Interrupt()
+    callbacks: list[Callback] = [Bookkeeping(), resume]
+    task = build_task(config)
+    callbacks += task.callbacks(folder)
+    callbacks += [build("checkpoint", config.get("checkpoint"), folder), interrupt, StepProgress()]
+
+    before = read_pickled(resume.path, mmap=True) if resume.path else {}
+    loggers = logging.loggers(folder, config["run"], before.get("global_step"), before.get(FORMAT, {}).get("wandb_id"))
+    trainer = build("trainer", config.get("trainer")).trainer(callbacks, loggers, logging.every, folder)
+    announce(config, folder, resume.path, changes, task)
+    trainer.fit(task, datamodule=data, ckpt_path=resume.path, weights_only=True)
+    report(trainer, folder, config, data, interrupt)
+    return 128 + interrupt.received if interrupt.received else 0
+
+
+@rank_zero_only
+def announce(config: dict[str, Any], folder: Path, resumed: Path | None, changes: list[str], task: Task) -> None:
+    """Print the config and what was overridden on resume; write the config into the run's folder."""
+    text = to_yaml(config)
+    print(text)
+    with atomic_write(folder / "config.yaml") as file:
+        file.write(text.encode())
+    trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
+    print(f"{trained:,} trained parameters; everything this run writes goes under {folder}/")
+    if resumed:
+        print(f"resuming from {resumed}" + (", with these changes:" if changes else ", nothing changed"))
+        for change in changes:
+            print(f"  {change}")
+
+
+@rank_zero_only
+def report(trainer: Trainer, folder: Path, config: dict[str, Any], data: DataModule, interrupt: Interrupt) -> None:
+    """Say where the run ended, what was skipped, and where the results are."""
+    print(data.summary())
+    if interrupt.received:
+        print(f"stopped at step {trainer.global_step} and saved: resume.checkpoint=last goes on")
+    print(f"step {trainer.global_step}: {folder / LAST}, logs in {folder / 'metrics.csv'}")

@@ -1,0 +1,129 @@
+"""What all tasks share: optimizer, EMA, random numbers that a resumed run repeats, what a checkpoint holds."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from pytorch_lightning import Callback, LightningModule
+from pytorch_lightning.loggers import WandbLogger
+from torch import Tensor, nn
+
+from ldm_lab import ema
+from ldm_lab.checkpoints.parts import FORMAT, weights_sha256
+from ldm_lab.config import USE_KEYS, build
+
+PROGRESS = "progress/"  # metrics under this prefix are for the progress bar only
+
+
+class Task(LightningModule):
+    """A LightningModule around one trained network, `self.model`, and its average, `self.model_ema`.
+
+    A subclass is registered as `@register("task", name)` and
+    - lists in ROLES the config sections that are its own (each a role of `ldm_lab.config`), in REQUIRED those that
+      have to be there;
+    - builds its parts in `__init__(config)` and hands the trained network to `adopt(model)`;
+    - puts frozen networks into `self.frozen[role]`: they are moved to the device, but are neither trained, nor
+      wrapped by DDP, nor saved;
+    - writes `training_step(batch, batch_idx) -> loss`, and `export(folder)`, which is called on rank 0 whenever a
+      checkpoint has been written.
+
+    Random numbers: before every batch torch's global generators are seeded from (seed, rank, batches seen), so that
+    whatever `training_step` draws is repeated by a resumed run and differs between ranks.
+
+    Steps: `trainer.global_step` counts the optimizer steps of `self.model`. A task with manual optimization calls
+    `self.after_optimizer_step()` after each of them, and lets no other optimizer count (see `autoencoder.py`).
+    """
+
+    ROLES: ClassVar[tuple[str, ...]] = ()
+    REQUIRED: ClassVar[tuple[str, ...]] = ("data",)
+    SECTIONS: ClassVar[tuple[str, ...]] = ("data", "optim", "ema", "trainer", "checkpoint", "logging", "resume")
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.run_config = config
+        self.seed = config.get("seed", 0)
+        self.optim = build("optim", config.get("optim"))
+        self.ema_schedule = build("ema", config["ema"]) if config.get("ema") is not None else None
+        self.frozen: dict[str, nn.Module] = {}
+        self.frozen_sha256 = {
+            role: checksum for role in USE_KEYS if (checksum := weights_sha256(config.get(role) or {}))
+        }
+        self.batches_seen = 0  # on this rank, since the run's very first batch
+
+    def adopt(self, model: nn.Module) -> None:
+        """Take a network as the one to be trained, and start its average if the config has a section `ema`."""
+        self.model = model
+        self.model_ema = ema.averaged_copy(model) if self.ema_schedule else None
+
+    @property
+    def best_model(self) -> nn.Module:
+        """The averaged network, or the trained one if no average is kept: what is sampled and exported."""
+        return self.model if self.model_ema is None else self.model_ema
+
+    def export(self, folder: Path) -> None:
+        """Write what users of the trained network need. Called on rank 0 after each checkpoint."""
+        raise NotImplementedError
+
+    def callbacks(self, folder: Path) -> list[Callback]:
+        """Return the callbacks that only this task has; what they write goes below the run's folder."""
+        return []
+
+    # ------------------------------------------------------------------------------------------------ Lightning
+
+    def on_fit_start(self) -> None:
+        for module in self.frozen.values():
+            module.to(self.device)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(batch_seed(self.seed, self.global_rank, self.batches_seen))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = self.optim.optimizer(self.model)
+        scheduler = self.optim.scheduler(optimizer, self.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.automatic_optimization:
+            self.after_optimizer_step(self.trainer.global_step + 1)  # Lightning counts the step when this returns
+
+    def after_optimizer_step(self, steps_done: int) -> None:
+        """Update the average. Unlike the original, which was one step late, it includes the step just taken."""
+        if self.model_ema is not None:
+            ema.update(self.model_ema, self.model, self.ema_schedule.at(steps_done))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[FORMAT] = {
+            "config": self.run_config,
+            "frozen": self.frozen_sha256,
+            "batches_seen": self.batches_seen,
+            "data": gather(self.trainer.datamodule.rank_state()),
+            "wandb_id": next((log.version for log in self.trainer.loggers if isinstance(log, WandbLogger)), None),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        run = checkpoint[FORMAT]
+        self.batches_seen = run["batches_seen"]
+        self.trainer.datamodule.load_rank_states(run["data"], self.global_rank)
+
+    # ------------------------------------------------------------------------------------------------ for subclasses
+
+    def log_means(self, values: dict[str, Tensor], batch_size: int) -> None:
+        """Log scalars under `train/`, the mean over ranks at each logging step."""
+        named = {f"train/{name}": value.detach() for name, value in values.items()}
+        self.log_dict(named, on_step=True, sync_dist=True, batch_size=batch_size)
+
+
+def batch_seed(seed: int, rank: int, batch: int) -> int:
+    """Return the seed of one batch of one rank: well mixed, so that neighbours are independent."""
+    return int(np.random.SeedSequence([seed, rank, batch]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def gather(value: Any) -> list[Any]:
+    """Return every rank's value, in rank order, on every rank."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
