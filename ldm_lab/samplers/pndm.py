@@ -1,0 +1,169 @@
+"""Pseudo numerical methods for diffusion (PNDM: Liu et al. 2022, arXiv 2202.09778) and their second-order kin.
+
+All are classical solvers of differential equations whose step x -> x + (t2 - t1) * slope is replaced by the `transfer`
+of DDIM, in which the noise eps takes the place of the slope. All are deterministic and end at t = 0.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm_lab.config import register
+from ldm_lab.samplers import Callback, Predict, Prediction, check_steps
+
+# Adams-Bashforth weights of the present and the past slopes, newest first, by order.
+ADAMS_BASHFORTH = {
+    1: (1.0,),
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
+
+
+class _Walk:
+    """One run of a pseudo numerical method: the model, the schedule and the slopes met so far."""
+
+    def __init__(self, predict: Predict, schedule: Any) -> None:
+        self.predict, self.schedule = predict, schedule
+        self.slopes: list[Tensor] = []  # newest first
+
+    def model(self, x: Tensor, t: Tensor) -> Prediction:
+        return self.predict(x, t.to(x.device).expand(len(x)))
+
+    def clean(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """Return the x0 [B, C, h, w] for which eps is the noise in x at time t []."""
+        alpha, sigma = self.schedule.alpha_sigma(t)  # [], []
+        return (x - sigma * eps) / alpha  # [B, C, h, w]
+
+    def transfer(self, x: Tensor, eps: Tensor, t1: Tensor, t2: Tensor) -> Tensor:
+        """Return x [B, C, h, w] moved from time t1 to t2: the "transfer part" of Liu et al. 2022, a DDIM step."""
+        alpha, sigma = self.schedule.alpha_sigma(t2)  # [], []
+        return alpha * self.clean(x, eps, t1) + sigma * eps  # [B, C, h, w]
+
+    def runge_kutta(self, x: Tensor, t1: Tensor, t2: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the slope of the classical fourth-order method between t1 and t2, and its x0; four calls."""
+        mid = (t1 + t2) / 2  # []
+        eps1 = self.model(x, t1).eps  # [B, C, h, w], as are the next ones
+        eps2 = self.model(self.transfer(x, eps1, t1, mid), mid).eps
+        eps3 = self.model(self.transfer(x, eps2, t1, mid), mid).eps
+        eps4 = self.model(self.transfer(x, eps3, t1, t2), t2).eps
+        eps = (eps1 + 2 * eps2 + 2 * eps3 + eps4) / 6
+        return self._remember(eps), self.clean(x, eps, t1)
+
+    def improved_euler(self, x: Tensor, t1: Tensor, t2: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean of the slopes at t1 and t2, of second order, and its x0; two calls."""
+        eps1 = self.model(x, t1).eps  # [B, C, h, w], as are the next ones
+        eps2 = self.model(self.transfer(x, eps1, t1, t2), t2).eps
+        eps = (eps1 + eps2) / 2
+        return self._remember(eps), self.clean(x, eps, t1)
+
+    def multistep(self, x: Tensor, t1: Tensor, order: int) -> tuple[Tensor, Tensor]:
+        """Return the slope extrapolated from this call and up to order - 1 earlier slopes, and the x0 of this call."""
+        prediction = self.model(x, t1)
+        self._remember(prediction.eps)
+        weights = ADAMS_BASHFORTH[min(order, len(self.slopes))]
+        return sum(w * eps for w, eps in zip(weights, self.slopes, strict=False)), prediction.x0
+
+    def _remember(self, eps: Tensor) -> Tensor:
+        self.slopes = [eps, *self.slopes[:3]]
+        return eps
+
+
+class _Pseudo:
+    """The loop that the methods share; each says in `slope` which eps carries x from t1 to t2."""
+
+    def __init__(self, *, steps: int = 50) -> None:
+        self.steps = steps
+
+    check = staticmethod(check_steps)
+
+    def __call__(
+        self,
+        predict: Predict,
+        x: Tensor,
+        *,
+        schedule: Any,
+        noise: Callable[[Tensor], Tensor] | None = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Return x0 [B, C, h, w]; nothing is random, so `noise` is not called. See the package's contract."""
+        times = torch.cat([schedule.grid(self.steps), torch.zeros(1)])  # [steps + 1]
+        walk = _Walk(predict, schedule)
+        for i, (t1, t2) in enumerate(pairwise(times)):
+            eps, x0 = self.slope(walk, i, x, t1, t2)
+            if callback:
+                callback(i, x, x0)
+            x = walk.transfer(x, eps, t1, t2)  # [B, C, h, w]
+        return x
+
+    def slope(self, walk: _Walk, i: int, x: Tensor, t1: Tensor, t2: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the eps that carries x through step i, and the clean estimate of the step, [B, C, h, w] each."""
+        raise NotImplementedError
+
+
+@register("sampler", "prk")
+class PRK(_Pseudo):
+    """Pseudo Runge-Kutta: fourth order, four model calls a step.
+
+    Args:
+        steps: steps of four model calls each.
+    """
+
+    def slope(self, walk: _Walk, i: int, x: Tensor, t1: Tensor, t2: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the Runge-Kutta slope."""
+        return walk.runge_kutta(x, t1, t2)
+
+
+@register("sampler", "plms")
+class PLMS(_Pseudo):
+    """Pseudo linear multistep: fourth order, one model call a step after three Runge-Kutta steps (steps + 9 calls).
+
+    Args:
+        steps: steps; the first three cost four model calls each.
+    """
+
+    def slope(self, walk: _Walk, i: int, x: Tensor, t1: Tensor, t2: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the Runge-Kutta slope in the first three steps, then the extrapolated one."""
+        return walk.runge_kutta(x, t1, t2) if i < 3 else walk.multistep(x, t1, order=4)
+
+
+@register("sampler", "pie")
+class PIE(_Pseudo):
+    """Pseudo improved Euler: second order, two model calls a step.
+
+    Args:
+        steps: steps of two model calls each.
+    """
+
+    def slope(self, walk: _Walk, i: int, x: Tensor, t1: Tensor, t2: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean of the slopes at both ends."""
+        return walk.improved_euler(x, t1, t2)
+
+
+@register("sampler", "plms2")
+class PLMS2(_Pseudo):
+    """Pseudo linear multistep of second order: one model call a step after one improved Euler step (steps + 1 calls).
+
+    Args:
+        steps: steps; the first one costs two model calls.
+    """
+
+    def slope(self, walk: _Walk, i: int, x: Tensor, t1: Tensor, t2: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the improved Euler slope in the first step, then the extrapolated one."""
+        return walk.improved_euler(x, t1, t2) if i < 1 else walk.multistep(x, t1, order=2)
+
+
+@register("sampler", "iplms")
+class IPLMS(_Pseudo):
+    """Improved PLMS (Zhang & Chen 2022, arXiv 2204.13902, iPNDM): order rises 1, 2, 3, 4; one model call a step.
+
+    Args:
+        steps: model calls.
+    """
+
+    def slope(self, walk: _Walk, i: int, x: Tensor, t1: Tensor, t2: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the slope extrapolated from as many calls as there are, four at most."""
+        return walk.multistep(x, t1, order=4)
