@@ -1,0 +1,106 @@
+"""Images in files of their own: a list of paths, or all images below a folder. A caption lies beside its image."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldm_lab.config import register
+from ldm_lab.data.order import Order
+from ldm_lab.data.source import IMAGE_EXTENSIONS, ImageSource, Raw, Skip
+from ldm_lab.errors import UserError
+
+
+class FileSource(ImageSource):
+    """Base class: image files, named relative to `root`; `photo.txt` beside `photo.jpg` holds its caption."""
+
+    unit = "images"
+    root: Path
+
+    def names(self) -> list[str]:
+        """Return the image paths, absolute or relative to `root`. Raises UserError where there are none."""
+        raise NotImplementedError
+
+    def open(self) -> None:
+        # One block of bytes instead of millions of str objects, whose reference counts every loader process would
+        # touch, and thereby copy, one by one.
+        encoded = [os.fsencode(name) for name in self.names()]
+        self._ends = np.cumsum([len(e) for e in encoded])  # [count]
+        self._names = b"".join(encoded)
+        self.count = len(encoded)
+
+    def items(self, order: Order, start: int = 0) -> Iterator[tuple[int, Any]]:
+        share = order.share(self.count)  # [about count / readers]
+        for place in range(start, len(share)):
+            yield place, int(share[place])
+
+    def read(self, index: int) -> Raw:
+        """Return the file of an index and its caption. Raises Skip."""
+        name = os.fsdecode(self._names[self._ends[index - 1] if index else 0 : self._ends[index]])
+        path = self.root / name
+        try:
+            image = path.read_bytes()
+        except FileNotFoundError:
+            raise Skip("missing file", name) from None
+        except OSError:
+            raise Skip("unreadable file", name) from None
+        caption = path.with_suffix(".txt")
+        return Raw(name, image, caption.read_bytes() if caption.is_file() else None)
+
+    def decode(self, item: int, random: Any) -> dict[str, Any]:
+        return super().decode(self.read(item), random)
+
+
+@register("data", "image_list")
+class ImageList(FileSource):
+    """A text file with one image path per line; relative ones are relative to the list's own folder.
+
+    Args:
+        path: the list. Blank lines are left out.
+    """
+
+    def __init__(self, *, path: str, **common: Any):
+        super().__init__(**common)
+        self.path = Path(path).expanduser()
+        self.root = self.path.parent
+
+    def names(self) -> list[str]:
+        try:
+            lines = self.path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+        except OSError as error:
+            raise UserError(f"data.path: {self.path}: {error.strerror}; a text file of image paths is needed") from None
+        names = [line.strip() for line in lines if line.strip()]
+        if not names:
+            raise UserError(f"data.path: {self.path} holds no image path; one per line is needed")
+        return names
+
+
+@register("data", "folder")
+class Folder(FileSource):
+    """All images below a folder, in any depth; hidden files and folders are left out.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, *, path: str, **common: Any):
+        super().__init__(**common)
+        self.root = Path(path).expanduser()
+
+    def names(self) -> list[str]:
+        if not self.root.is_dir():
+            raise UserError(f"data.path: {self.root}: no such folder")
+        names, shards = [], 0
+        for folder, folders, files in os.walk(self.root):
+            folders[:] = [f for f in folders if not f.startswith(".")]
+            for file in files:
+                extension = file.rpartition(".")[2].lower()
+                shards += extension == "tar"
+                if extension in IMAGE_EXTENSIONS and not file.startswith("."):
+                    names.append(os.path.relpath(os.path.join(folder, file), self.root))
+        if not names:
+            hint = f", but {shards} .tar files: name: webdataset reads those" if shards else ""
+            raise UserError(f"data.path: no image below {self.root}{hint}; looked for {', '.join(IMAGE_EXTENSIONS)}")
+        return sorted(names)  # whatever order the file system has

@@ -1,0 +1,218 @@
+"""The built-in data set: captioned shapes, drawn deterministically and kept as shards in img2dataset's layout.
+
+One filled shape on a plain background of another colour: 8 colours x 6 shapes x 7 backgrounds = 336 kinds of image, and
+every image of a kind differs in size, place, angle and shade. Small enough to train on without a GPU, yet text and image
+can be compared attribute by attribute (`ldm_lab.evaluation.shapes_checker`).
+"""
+
+import io
+import json
+import math
+import os
+import random
+import shutil
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw
+
+from ldm_lab.errors import UserError
+
+# Near the corners of the RGB cube, so that jitter, blur and compression leave them apart.
+COLOURS = {
+    "black": (20, 20, 20),
+    "white": (240, 240, 240),
+    "red": (220, 35, 35),
+    "green": (35, 165, 55),
+    "blue": (40, 60, 220),
+    "yellow": (245, 220, 40),
+    "cyan": (50, 205, 225),
+    "magenta": (215, 50, 200),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+JITTER = 12  # 8-bit levels that each channel of a colour may be off, either way
+EXTENT = (0.5, 0.8)  # the longer side of the shape's bounding box, as a share of the image's side
+MARGIN = 1 / 32  # least distance between shape and border, as a share of the image's side
+ANGLE = 12  # degrees that a shape may be turned, either way
+SUPERSAMPLE = 4  # drawn at this multiple of the size and averaged down
+
+# {a} is the shape with its colour, in two orders of words in `captions`; every wording names all three attributes.
+WORDINGS = (
+    "a {colour} {shape} on a {background} background",
+    "a {colour} {shape} on {background}",
+    "{colour} {shape} on {background}",
+    "the {colour} {shape} on the {background} background",
+    "a {colour} {shape} in front of a {background} background",
+    "a {colour} {shape} against a {background} background",
+    "a {colour} {shape} with a {background} background",
+    "{colour} {shape}, {background} background",
+    "{background} background, {colour} {shape}",
+    "one {colour} {shape} and a {background} background",
+    "a {background} background with a {colour} {shape}",
+    "on a {background} background there is a {colour} {shape}",
+    "a {background} picture with a {colour} {shape} in it",
+    "a picture of a {colour} {shape} on a {background} background",
+    "a drawing of a {colour} {shape} on a {background} background",
+    "an image of a {colour} {shape} on {background}",
+    "a simple picture of one {colour} {shape} on a plain {background} background",
+    "we see a {colour} {shape} on a {background} background",
+    "here is a {colour} {shape} on a {background} background",
+    "a {shape} in {colour} on a {background} background",
+    "a {shape} that is {colour} on a background that is {background}",
+    "the {shape} is {colour} and the background is {background}",
+    "the background is {background} and the {shape} is {colour}",
+    "background: {background}; {shape}: {colour}",
+)
+# Never used in training: other orders and words, to see whether a text tower reads or has learned sentences by heart.
+HELD_OUT_WORDINGS = (
+    "a {colour} {shape} over {background}",
+    "there is a {colour} {shape} in the middle of a {background} field",
+    "a {background} canvas showing a {colour} {shape}",
+    "this {shape} is {colour}, what lies behind it is {background}",
+    "a poster: {colour} {shape}, all else {background}",
+    "{background} everywhere except for a {colour} {shape}",
+    "a {shape} coloured {colour}, surrounded by {background}",
+    "a {background} scene containing a single {colour} {shape}",
+)
+
+
+class Attributes(NamedTuple):
+    """What an image shows: three names, and where the shape lies.
+
+    Attributes:
+        colour: of the shape, a key of COLOURS.
+        shape: one of SHAPES.
+        background: another key of COLOURS.
+        extent: longer side of the shape's bounding box, as a share of the image's side.
+        x, y: middle of the bounding box, from the left and from the top, as shares of the image's side.
+        angle: degrees, clockwise.
+    """
+
+    colour: str
+    shape: str
+    background: str
+    extent: float
+    x: float
+    y: float
+    angle: float
+
+
+# ------------------------------------------------------------------------------------------------------- drawing
+
+
+def draw(seed: int | str | random.Random, size: int = 64) -> tuple[Image.Image, Attributes]:
+    """Draw one image, `size` pixels square, RGB, and say what it shows; the same seed draws the same pixels.
+
+    Args:
+        seed: a seed, or a generator to draw the next numbers from.
+        size: pixels, at least 16.
+    """
+    rng = seed if isinstance(seed, random.Random) else random.Random(seed)
+    # Everything comes from rng.random(), the one method whose numbers Python promises to keep.
+    colour = _choose(rng, tuple(COLOURS))
+    background = _choose(rng, tuple(name for name in COLOURS if name != colour))
+    shape = _choose(rng, SHAPES)
+    angle = _between(rng, -ANGLE, ANGLE)
+    extent = _between(rng, *EXTENT)
+    width, height = (extent * side for side in _bounding_box(shape, angle))
+    x = _between(rng, MARGIN + width / 2, 1 - MARGIN - width / 2)
+    y = _between(rng, MARGIN + height / 2, 1 - MARGIN - height / 2)
+    attributes = Attributes(colour, shape, background, extent, x, y, angle)
+    shades = [_jittered(rng, COLOURS[name]) for name in (colour, background)]
+    return render(attributes, size, *shades), attributes
+
+
+def render(
+    attributes: Attributes,
+    size: int = 64,
+    colour: tuple[int, int, int] | None = None,
+    background: tuple[int, int, int] | None = None,
+) -> Image.Image:
+    """Draw what the attributes say, `size` pixels square, in their palette colours or in the RGB shades given."""
+    large = size * SUPERSAMPLE
+    foreground = colour or COLOURS[attributes.colour]
+    behind = background or COLOURS[attributes.background]
+    image = Image.new("RGB", (large, large), behind)
+    pen = ImageDraw.Draw(image)
+    left, top = _offset(attributes.shape, attributes.angle)
+    scale = attributes.extent * large
+    for ring, fill in zip(_outlines(attributes.shape, attributes.angle), (foreground, behind)):
+        pen.polygon(
+            [
+                (attributes.x * large + (px - left) * scale, attributes.y * large + (py - top) * scale)
+                for px, py in ring
+            ],
+            fill=fill,
+        )
+    return image.reduce(SUPERSAMPLE)
+
+
+def _outlines(shape: str, angle: float) -> list[list[tuple[float, float]]]:
+    """Return the outer outline and, for a ring, the inner one, turned, with a bounding box whose longer side is 1."""
+    turned = [_turned(outline, angle) for outline in _UNIT_OUTLINES[shape]]
+    longer = max(max(axis) - min(axis) for axis in zip(*turned[0]))
+    return [[(x / longer, y / longer) for x, y in outline] for outline in turned]
+
+
+def _bounding_box(shape: str, angle: float) -> tuple[float, float]:
+    """Return width and height of the shape whose longer side is 1."""
+    return tuple(max(axis) - min(axis) for axis in zip(*_outlines(shape, angle)[0]))
+
+
+def _offset(shape: str, angle: float) -> tuple[float, float]:
+    """Return the middle of that bounding box, in the outline's own coordinates."""
+    return tuple((max(axis) + min(axis)) / 2 for axis in zip(*_outlines(shape, angle)[0]))
+
+
+def _turned(outline: list[tuple[float, float]], degrees: float) -> list[tuple[float, float]]:
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return [(x * cos - y * sin, x * sin + y * cos) for x, y in outline]
+
+
+def _around(radii: tuple[float, ...], corners: int) -> list[tuple[float, float]]:
+    """Return `corners` points around the origin, the first one on top, their distances taken from `radii` in turn."""
+    angles = [2 * math.pi * corner / corners for corner in range(corners)]
+    return [(radii[i % len(radii)] * math.sin(a), -radii[i % len(radii)] * math.cos(a)) for i, a in enumerate(angles)]
+
+
+_ARM = 1 / 3  # half the width of a cross's arm, where the cross reaches from -1 to 1
+_UNIT_OUTLINES = {
+    "circle": [_around((1,), 72)],
+    "square": [[(-1, -1), (1, -1), (1, 1), (-1, 1)]],
+    "triangle": [_around((1,), 3)],
+    "star": [_around((1, 0.42), 10)],
+    "cross": [
+        [
+            *((-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM)),
+            *((_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM)),
+        ]
+    ],
+    "ring": [_around((1,), 72), _around((0.5,), 72)],
+}
+
+
+def _choose(rng: random.Random, choices: tuple) -> str:
+    return choices[int(rng.random() * len(choices))]
+
+
+def _between(rng: random.Random, low: float, high: float) -> float:
+    return low + (high - low) * rng.random()
+
+
+def _jittered(rng: random.Random, colour: tuple[int, int, int]) -> tuple[int, int, int]:
+    return tuple(min(max(round(level + _between(rng, -JITTER, JITTER)), 0), 255) for level in colour)
+
+
+# ------------------------------------------------------------------------------------------------------ captions
+
+
+def captions(attributes: Attributes, rng: random.Random) -> str:
+    """Return one caption in a random training wording; it names colour, shape and background in COLOURS' words."""
+    return caption(attributes, _choose(rng, WORDINGS))
+
+
+def caption(attributes: Attributes, wording: str) -> str:
+    """Return the caption in this wording, one of WORDINGS or HELD_OUT_WORDINGS."""
+    return wording.format(colour=attributes.colour, shape=attributes.shape, background=attributes.background)

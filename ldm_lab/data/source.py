@@ -1,0 +1,176 @@
+"""What all sources have in common: their options, and how an image sample is made of its raw parts."""
+
+import inspect
+from collections.abc import Iterator
+from random import Random
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm_lab.data.order import Order
+from ldm_lab.data.transforms import BadImage, fit, open_image, to_rgb
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif")  # lower case
+
+
+class Raw(NamedTuple):
+    """An undecoded sample: the bytes of its parts, None for a part that is not there.
+
+    Attributes:
+        key: its name, unique in the data set as far as the user keeps it so.
+        image: an encoded image of any format that Pillow reads.
+        text: the caption, UTF-8.
+        json: metadata, as img2dataset writes them.
+    """
+
+    key: str
+    image: bytes | None
+    text: bytes | None = None
+    json: bytes | None = None
+
+
+class Skip(Exception):
+    """A sample (or a whole shard) that cannot be used.
+
+    Args:
+        reason: a few words that the counts are kept by: "truncated image", "no caption", "broken shard", ...
+        key: which one, for the report.
+    """
+
+    def __init__(self, reason: str, key: str):
+        super().__init__(f"{reason}: {key}")
+        self.reason, self.key = reason, key
+
+
+class Source:
+    """Base class of all sources. The contract is the docstring of `ldm_lab.data`.
+
+    A `**common` in a subclass's constructor stands for the options of its base class: it is replaced by them in the
+    class's signature, which is where the config's checks look the allowed keys up. So each option is written once.
+
+    Args:
+        batch_size: samples per batch and device.
+        workers: loader processes per device; 0 reads in the training process itself.
+        max_skipped: share of the samples read that may be unusable, in [0, 1); beyond it the run stops.
+    """
+
+    unit = "samples"
+    count: int
+
+    def __init__(self, *, batch_size: int, workers: int = 4, max_skipped: float = 0.1):
+        self.batch_size, self.workers, self.max_skipped = batch_size, workers, max_skipped
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        owner = next(c for c in cls.__mro__ if "__init__" in vars(c))
+        if owner is not cls:
+            cls.__signature__ = inspect.signature(owner)
+            return
+        own = list(inspect.signature(cls.__init__).parameters.values())[1:]  # without self
+        if any(p.kind is p.VAR_KEYWORD for p in own):
+            own = [p for p in own if p.kind is not p.VAR_KEYWORD]
+            names = {p.name for p in own}
+            own += [p for p in inspect.signature(cls.__mro__[1]).parameters.values() if p.name not in names]
+        cls.__signature__ = inspect.Signature(own)
+
+    @staticmethod
+    def check(section: dict[str, Any]) -> list[str]:
+        """Return what is wrong with the values of a section."""
+        problems = []
+        for key, least in (
+            ("batch_size", 1),
+            ("workers", 0),
+            ("image_size", 1),
+            ("min_size", 0),
+            ("shuffle_buffer", 0),
+        ):
+            if section.get(key, least) < least:
+                problems.append(f"{key}: at least {least} is needed, not {section[key]}")
+        if not 0 <= section.get("max_skipped", 0) < 1:
+            problems.append(f"max_skipped: a share in [0, 1) is needed, not {section['max_skipped']}")
+        return problems
+
+    def prepare(self) -> None:
+        """Make what has to be on disk before reading. Called in one process per node, before `open`."""
+
+    def open(self) -> None:
+        """List the units and set `count`; called in every process. Raises UserError where there is nothing to read."""
+        raise NotImplementedError
+
+    def items(self, order: Order, start: int = 0) -> Iterator[tuple[int, Any]]:
+        """Yield (anchor, item) of one reader's share of one epoch, from the anchor `start` on.
+
+        Anchors never fall; `items(order, a)` must give the very items that `items(order, 0)` gives from its first item
+        with anchor a on. An item is what `decode` takes, or a `Skip` for something that could not even be read.
+        Nothing is decoded here, so that resuming is quick.
+        """
+        raise NotImplementedError
+
+    def decode(self, item: Any, random: Random) -> dict[str, Any]:
+        """Return the sample of an item; every random choice comes from `random`. Raises Skip."""
+        raise NotImplementedError
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the batch of some samples: tensors are stacked, all else is listed."""
+        return {
+            key: torch.stack([s[key] for s in samples])  # [B, ...]
+            if isinstance(samples[0][key], Tensor)
+            else [s[key] for s in samples]
+            for key in samples[0]
+        }
+
+    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return the batch as the model gets it; runs in the training process."""
+        return batch
+
+
+class ImageSource(Source):
+    """Base class of the sources whose items are `Raw`: an encoded image with an optional caption.
+
+    Args:
+        image_size: side of the square that the model sees, pixels. The short side is resized to it (Lanczos).
+        crop: which square of the resized image is taken.
+        flip: mirror every other image, by chance.
+        min_size: images with a shorter side below this are skipped, pixels.
+        require_text: skip samples without a caption; otherwise their text is "".
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        crop: Literal["center", "random"] = "center",
+        flip: bool = False,
+        min_size: int = 16,
+        require_text: bool = False,
+        **common: Any,
+    ):
+        super().__init__(**common)
+        self.image_size, self.crop, self.flip = image_size, crop, flip
+        self.min_size, self.require_text = min_size, require_text
+
+    def decode(self, item: Raw, random: Random) -> dict[str, Any]:
+        """Return {"image": uint8 [3, S, S], "text": str, "key": str}. Raises Skip."""
+        if item.image is None:
+            raise Skip("no image", item.key)
+        text = (item.text or b"").decode("utf-8-sig", errors="replace").strip()
+        if self.require_text and not text:
+            raise Skip("no caption", item.key)
+        across, down, mirror = random.random(), random.random(), random.random()
+        if self.crop == "center":
+            across = down = 0.5
+        try:
+            image = open_image(item.image, self.min_size)
+            pixels = np.asarray(fit(to_rgb(image), self.image_size, across, down))  # [S, S, 3]
+        except BadImage as problem:
+            raise Skip(str(problem), item.key) from None
+        if self.flip and mirror < 0.5:
+            pixels = pixels[:, ::-1]  # [S, S, 3]
+        image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())  # [3, S, S]
+        return {"image": image, "text": text, "key": item.key}
+
+    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Bring the image to float32 in [-1, 1]; as bytes it took a quarter of the room on its way here."""
+        return {**batch, "image": batch["image"].float() / 127.5 - 1}  # [B, 3, S, S]
