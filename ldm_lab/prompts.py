@@ -1,0 +1,128 @@
+"""Prompts: texts and images with weights, from the command line and from files.
+
+A weighted prompt is written `text:weight`. What follows the last colon is the weight if it is a finite number; if it is
+no number, the colon belongs to the text ("a photo: of a cat"). A backslash right before the last colon makes that text,
+too: `meet at 12\\:30` is the text "meet at 12:30". Image prompts are written alike: a path or an http(s) address.
+"""
+
+import math
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+
+from PIL import Image
+
+from ldm_lab.data import transforms
+from ldm_lab.errors import UserError
+
+URL_SCHEMES = ("http", "https")
+URL_TIMEOUT = 30  # seconds without an answer
+URL_LIMIT = 64 * 2**20  # bytes; no picture worth a 224-pixel embedding is larger
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One weighted prompt.
+
+    Attributes:
+        text: what is to be seen; of an image prompt its path or address.
+        weight: its weight in the guided prediction (`ldm_lab.guidance`); None stands for the guidance scale.
+        image: the image of an image prompt, RGB.
+    """
+
+    text: str
+    weight: float | None = None
+    image: Image.Image | None = None
+
+    def __str__(self) -> str:
+        return self.text if self.weight is None else f"{self.text}:{self.weight:g}"
+
+
+def parse_prompt(written: str) -> Prompt:
+    """Return the prompt that `text`, `text:weight` or `text\\:with a colon` stands for.
+
+    Raises:
+        UserError: the weight is nan or infinite.
+    """
+    text, colon, tail = written.rpartition(":")
+    if not colon:
+        return Prompt(written)
+    if text.endswith("\\"):
+        return Prompt(text[:-1] + colon + tail)
+    try:
+        weight = float(tail)
+    except ValueError:
+        return Prompt(written)
+    if not math.isfinite(weight):
+        raise UserError(f"{written!r}: a weight must be finite; write '\\:' for a colon that belongs to the text")
+    return Prompt(text, weight)
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Return the prompts of a UTF-8 text file as they are written, one per line; only blank lines are dropped.
+
+    Raises:
+        UserError: no such file, not UTF-8 text, no prompt in it.
+    """
+    path = Path(path).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such prompts file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: a prompts file is UTF-8 text, this one is not (byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{path}: prompts file cannot be read: {error.strerror}") from None
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
+    if not prompts:
+        raise UserError(f"{path}: no prompt in this file; one per line is needed")
+    return prompts
+
+
+def parse_image_prompt(written: str) -> Prompt:
+    """Return the image prompt that `path`, `address`, `path:weight` or `address:weight` stands for, its image loaded.
+
+    Raises:
+        UserError: no such file or address, not a readable image, a weight that is not finite.
+    """
+    prompt = parse_prompt(written)
+    return Prompt(prompt.text, prompt.weight, open_image(prompt.text))
+
+
+def open_image(source: str) -> Image.Image:
+    """Return the RGB image behind a path or an http(s) address, upright, transparency over white.
+
+    Raises:
+        UserError: missing, unreachable, too large, or not a readable image.
+    """
+    scheme, separator, _ = source.partition("://")
+    if separator and scheme.lower() not in URL_SCHEMES:
+        raise UserError(f"{source}: an image prompt is a path or an http(s) address")
+    try:
+        return transforms.to_rgb(transforms.open_image(_download(source) if separator else _read(source)))
+    except transforms.BadImage as error:
+        raise UserError(f"{source}: not usable as an image prompt: {error}") from None
+
+
+def _read(source: str) -> bytes:
+    try:
+        return Path(source).expanduser().read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{source}: no such image file") from None
+    except OSError as error:
+        raise UserError(f"{source}: image cannot be read: {error.strerror}") from None
+
+
+def _download(address: str) -> bytes:
+    request = urllib.request.Request(address, headers={"User-Agent": "ldm_lab"})
+    try:
+        with urllib.request.urlopen(request, timeout=URL_TIMEOUT) as answer:
+            data = answer.read(URL_LIMIT + 1)
+    except (urllib.error.URLError, HTTPException, OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise UserError(f"{address}: image cannot be fetched: {reason}") from None
+    if len(data) > URL_LIMIT:
+        raise UserError(f"{address}: more than {URL_LIMIT // 2**20} MiB; not taken as an image prompt")
+    return data
