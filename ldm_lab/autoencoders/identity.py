@@ -1,0 +1,35 @@
+"""No autoencoder: diffusion on the pixels themselves."""
+
+import torch
+from torch import Tensor, nn
+
+from ldm_lab.config import register
+
+
+@register("autoencoder", "identity")
+class IdentityAutoencoder(nn.Module):
+    """Pixels as latents, [B, 3, H, W] in [-1, 1] divided by `scale`; nothing is random."""
+
+    channels = 3
+    downscale = 1
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(1.0))  # []
+
+    def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the image as the mean and the log variance of no noise, [B, 3, H, W] each."""
+        return image, torch.full_like(image, -30.0)  # [B, 3, H, W] each
+
+    def sample(self, mean: Tensor, logvar: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return mean / scale, [B, 3, H, W]: pixels have no posterior to draw from."""
+        return mean / self.scale  # [B, 3, H, W]
+
+    def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return image / scale, [B, 3, H, W]."""
+        return image / self.scale  # [B, 3, H, W]
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Return z * scale, [B, 3, H, W], not clamped."""
+        return z * self.scale  # [B, 3, H, W]

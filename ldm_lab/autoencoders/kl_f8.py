@@ -1,0 +1,288 @@
+"""The KL-regularised autoencoder of latent diffusion (Rombach et al. 2022, arXiv 2112.10752; CompVis/latent-diffusion).
+
+Parameter names are CompVis's, so that its checkpoints load strictly; `scale` is a buffer beside them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm_lab.config import register
+from ldm_lab.errors import UserError
+
+DEFAULT_CH_MULT = (1, 2, 4, 4)
+
+
+@register("autoencoder", "kl_f8")
+class KLAutoencoder(nn.Module):
+    """KL autoencoder of CompVis: with the defaults kl-f8, 3x256x256 -> 4x32x32; other sizes by other options.
+
+    Attributes:
+        channels: C of a latent, embed_dim.
+        downscale: pixels per side of one latent element, 2 ** (levels - 1).
+        scale: 0-dim buffer, what raw latents are divided by; 1 until it is measured or loaded.
+    """
+
+    scale: Tensor
+
+    def __init__(
+        self,
+        *,
+        ch: int = 128,
+        ch_mult: list[int] = DEFAULT_CH_MULT,
+        num_res_blocks: int = 2,
+        z_channels: int = 4,
+        embed_dim: int = 4,
+        attn_resolutions: list[int] = (),
+        resolution: int = 256,
+        norm_groups: int = 32,
+    ) -> None:
+        """Build the network with PyTorch's default initial weights.
+
+        Args:
+            ch: the level at 1 / 2**i of the image's size is ch * ch_mult[i] wide.
+            ch_mult: one per level; every level but the last halves the sides.
+            num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
+            z_channels: channels between encoder and decoder, before and after the 1x1 convolutions.
+            embed_dim: channels of a latent.
+            attn_resolutions: levels with attention, by their size in pixels at an image of `resolution`.
+            resolution: only says which levels `attn_resolutions` means; images of any size go in.
+            norm_groups: groups of every group norm; every width has to be a multiple.
+
+        Raises:
+            UserError: options that contradict each other.
+        """
+        super().__init__()
+        problems = _problems(ch, ch_mult, norm_groups)
+        if problems:
+            raise UserError(f"autoencoder.{problems[0]}")
+        self.channels = embed_dim
+        self.downscale = 2 ** (len(ch_mult) - 1)
+        widths = [ch * multiplier for multiplier in ch_mult]
+        has_attention = [resolution // 2**level in attn_resolutions for level in range(len(widths))]
+        self.encoder = Encoder(widths, ch, num_res_blocks, has_attention, 2 * z_channels, norm_groups)
+        self.decoder = Decoder(widths, num_res_blocks, has_attention, z_channels, norm_groups)
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+        self.register_buffer("scale", torch.tensor(1.0))  # []
+
+    @staticmethod
+    def check(section: dict[str, Any]) -> list[str]:
+        """Return what is wrong across the keys of a config section."""
+        return _problems(
+            section.get("ch", 128), section.get("ch_mult", DEFAULT_CH_MULT), section.get("norm_groups", 32)
+        )
+
+    def raw_moments(self, image: Tensor) -> Tensor:
+        """Return mean and unclamped log variance in one tensor, [B, 2C, h, w], for an image [B, 3, H, W] in [-1, 1].
+
+        Raises:
+            UserError: H or W is not a multiple of `downscale`.
+        """
+        height, width = image.shape[2:]
+        if height % self.downscale or width % self.downscale:
+            raise UserError(
+                f"image height and width have to be multiples of {self.downscale} for this autoencoder, "
+                f"not {height}x{width}"
+            )
+        return self.quant_conv(self.encoder(image))  # [B, 2C, h, w]
+
+    def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and log variance of the raw latent, [B, C, h, w] each, for an image [B, 3, H, W] in [-1, 1]."""
+        return split_moments(self.raw_moments(image))
+
+    def sample(self, mean: Tensor, logvar: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return z [B, C, h, w] from the posterior's moments, divided by `scale`; without noise the mean."""
+        raw = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise  # [B, C, h, w]
+        return raw / self.scale  # [B, C, h, w]
+
+    def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return z [B, C, h, w] of an image [B, 3, H, W] in [-1, 1]; noise is standard normal, [B, C, h, w]."""
+        return self.sample(*self.moments(image), noise)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Return the image [B, 3, H, W], about [-1, 1] but not clamped, of z [B, C, h, w]."""
+        return self.decoder(self.post_quant_conv(z * self.scale))  # [B, 3, H, W]
+
+
+def split_moments(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and log variance clamped to [-30, 20], [B, C, h, w] each, of raw moments [B, 2C, h, w]."""
+    mean, logvar = raw.chunk(2, dim=1)  # [B, C, h, w] each
+    return mean, logvar.clamp(-30.0, 20.0)
+
+
+def kl(mean: Tensor, logvar: Tensor) -> Tensor:
+    """Return the KL divergence from the standard normal, [B], a sum per sample (Kingma & Welling 2014, appendix B)."""
+    return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(1)  # [B]
+
+
+def _problems(ch: int, ch_mult: list[int], norm_groups: int) -> list[str]:
+    """Return what is wrong with a network's options, each as "key: what"."""
+    if ch < 1 or norm_groups < 1:
+        return [f"ch: {ch} and norm_groups: {norm_groups} have to be at least 1"]
+    if not ch_mult or min(ch_mult) < 1:
+        return [f"ch_mult: one or more numbers from 1 on are needed, not {list(ch_mult)}"]
+    for width in (ch, *(ch * multiplier for multiplier in ch_mult)):
+        if width % norm_groups:
+            return [f"ch: {ch} makes a level {width} wide, which is no multiple of norm_groups ({norm_groups})"]
+    return []
+
+
+class Encoder(nn.Module):
+    """Image [B, 3, H, W] -> features [B, 2 * z_channels, h, w]."""
+
+    def __init__(
+        self, widths: list[int], ch: int, blocks: int, has_attention: list[bool], c_out: int, groups: int
+    ) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        for level, width in enumerate(widths):
+            above = widths[level - 1] if level else ch
+            stage = Stage(above, width, blocks, has_attention[level], groups)
+            if level < len(widths) - 1:
+                stage.downsample = Downsample(width)
+            self.down.append(stage)
+        self.mid = Middle(widths[-1], groups)
+        self.norm_out = _norm(widths[-1], groups)
+        self.conv_out = nn.Conv2d(widths[-1], c_out, 3, padding=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return [B, 2 * z_channels, h, w]."""
+        x = self.conv_in(image)  # [B, ch, H, W]
+        for stage in self.down:
+            x = stage(x)  # [B, width, ., .]
+            if stage.downsample is not None:
+                x = stage.downsample(x)  # [B, width, ./2, ./2]
+        x = self.mid(x)  # [B, width, h, w]
+        return self.conv_out(F.silu(self.norm_out(x)))  # [B, 2 * z_channels, h, w]
+
+
+class Decoder(nn.Module):
+    """Features [B, z_channels, h, w] -> image [B, 3, H, W]."""
+
+    def __init__(self, widths: list[int], blocks: int, has_attention: list[bool], c_in: int, groups: int) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(c_in, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], groups)
+        self.up = nn.ModuleList()  # up.0 is the level of full size, which comes last
+        for level, width in enumerate(widths):
+            below = widths[min(level + 1, len(widths) - 1)]
+            stage = Stage(below, width, blocks + 1, has_attention[level], groups)
+            if level > 0:
+                stage.upsample = Upsample(width)
+            self.up.append(stage)
+        self.norm_out = _norm(widths[0], groups)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return [B, 3, H, W]."""
+        x = self.mid(self.conv_in(z))  # [B, width, h, w]
+        for stage in reversed(self.up):
+            x = stage(x)  # [B, width, ., .]
+            if stage.upsample is not None:
+                x = stage.upsample(x)  # [B, width, 2., 2.]
+        return self.conv_out(F.silu(self.norm_out(x)))  # [B, 3, H, W]
+
+
+class Stage(nn.Module):
+    """The blocks of one level; the encoder puts `downsample`, the decoder `upsample` behind them."""
+
+    def __init__(self, c_in: int, c_out: int, blocks: int, has_attention: bool, groups: int) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks))
+        self.attn = nn.ModuleList(Attention(c_out, groups) for _ in range(blocks if has_attention else 0))
+        self.downsample: Downsample | None = None
+        self.upsample: Upsample | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [B, c_out, h, w] for x [B, c_in, h, w]."""
+        for i, block in enumerate(self.block):
+            x = block(x)  # [B, c_out, h, w]
+            if len(self.attn):
+                x = self.attn[i](x)  # [B, c_out, h, w]
+        return x
+
+
+class Middle(nn.Module):
+    """The blocks at the smallest size, with attention between them."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels, groups)
+        self.attn_1 = Attention(channels, groups)
+        self.block_2 = ResBlock(channels, channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [B, c, h, w] for x [B, c, h, w]."""
+        return self.block_2(self.attn_1(self.block_1(x)))  # [B, c, h, w]
+
+
+class ResBlock(nn.Module):
+    """Norm, SiLU, 3x3 convolution, twice, added to the input."""
+
+    def __init__(self, c_in: int, c_out: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(c_in, groups)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = _norm(c_out, groups)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+        else:
+            self.nin_shortcut = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [B, c_out, h, w] for x [B, c_in, h, w]."""
+        h = self.conv1(F.silu(self.norm1(x)))  # [B, c_out, h, w]
+        h = self.conv2(F.silu(self.norm2(h)))  # [B, c_out, h, w]
+        return self.nin_shortcut(x) + h  # [B, c_out, h, w]
+
+
+class Attention(nn.Module):
+    """Attention among all pixels with one head, added to its input."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels, groups)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [B, c, h, w] for x [B, c, h, w]."""
+        h = self.norm(x)  # [B, c, h, w]
+        q, k, v = (proj(h).flatten(2).transpose(1, 2)[:, None] for proj in (self.q, self.k, self.v))  # [B, 1, hw, c]
+        attended = F.scaled_dot_product_attention(q, k, v)  # [B, 1, hw, c]
+        return x + self.proj_out(attended[:, 0].transpose(1, 2).reshape(x.shape))  # [B, c, h, w]
+
+
+class Downsample(nn.Module):
+    """3x3 convolution with stride 2, padded at the right and bottom only, as the released weights were trained."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [B, c, h/2, w/2] for x [B, c, h, w]."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # [B, c, h/2, w/2]
+
+
+class Upsample(nn.Module):
+    """Every pixel repeated 2x2, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [B, c, 2h, 2w] for x [B, c, h, w]."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # [B, c, 2h, 2w]
+
+
+def _norm(channels: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=1e-6)

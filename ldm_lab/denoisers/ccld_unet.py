@@ -1,0 +1,298 @@
+"""The U-Net of cloob-latent-diffusion (JD-P/cloob-latent-diffusion@19d20a8), under its own parameter names.
+
+Each level halves the sides: the result of the level below is concatenated with what went into it. A conditioning
+vector, made from the embedding and the time by a small mapping network, scales and shifts every normalised feature map.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ldm_lab.config import register
+from ldm_lab.errors import UserError
+
+MAPPING_FEATURES = 128  # Fourier features of t that the mapping network sees beside the embedding
+PIXEL_FEATURES = 16  # Fourier features of t that are laid beside the channels of every pixel
+
+
+@register("denoiser", "ccld_unet")
+class CCLDUNet(nn.Module):
+    """The U-Net of cloob-latent-diffusion: any number of levels, attention on all but the first, no dropout.
+
+    Attributes:
+        multiple_of: what latent height and width have to be multiples of, 2 ** (levels - 1).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        embed_dim: int,
+        *,
+        base_channels: int,
+        multipliers: list[int] = (4, 4, 8, 8),
+        blocks_per_level: int = 4,
+        head_width: int = 64,
+        mapping_width: int = 1024,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        """Build the network with the original's initial weights.
+
+        Args:
+            channels: C of the latents.
+            embed_dim: D of the embeddings.
+            base_channels: the level at 1 / 2**i of the latent's size is base_channels * multipliers[i] wide.
+            multipliers: one per level, at least two.
+            blocks_per_level: convolution blocks on the way down, and again on the way up.
+            head_width: attention has width // head_width heads; the number has to be at least 1 and divide the width.
+            mapping_width: width of the conditioning vector.
+            gradient_checkpointing: recompute each block in the backward pass; less memory, a third more time.
+
+        Raises:
+            UserError: options that contradict each other.
+        """
+        super().__init__()
+        problems = _problems(base_channels, multipliers, blocks_per_level, head_width, mapping_width)
+        if problems:
+            raise UserError(f"denoiser.{problems[0]}")
+        self.embed_dim = embed_dim
+        self.multiple_of = 2 ** (len(multipliers) - 1)
+        widths = [base_channels * multiplier for multiplier in multipliers]
+
+        self.mapping_timestep_embed = FourierFeatures(MAPPING_FEATURES)
+        self.mapping = nn.Sequential(
+            ResidualMLP(embed_dim + MAPPING_FEATURES, mapping_width),
+            ResidualMLP(mapping_width, mapping_width, is_last=True),
+        )
+        self.timestep_embed = FourierFeatures(PIXEL_FEATURES)
+        build = _Builder(widths, blocks_per_level, head_width, mapping_width, gradient_checkpointing)
+        self.net = build.top_level(channels + PIXEL_FEATURES, channels)
+        with torch.no_grad():  # the original damps every parameter, biases and gains included
+            for parameter in (*self.mapping.parameters(), *self.net.parameters()):
+                parameter.mul_(math.sqrt(0.5))
+
+    @staticmethod
+    def check(section: dict[str, Any]) -> list[str]:
+        """Return what is wrong across the keys of a config section."""
+        if "base_channels" not in section:  # a weights file brings it
+            return []
+        defaults = {"multipliers": (4, 4, 8, 8), "blocks_per_level": 4, "head_width": 64, "mapping_width": 1024}
+        return _problems(section["base_channels"], *(section.get(key, value) for key, value in defaults.items()))
+
+    def conditioning(self, t: Tensor, embed: Tensor) -> Tensor:
+        """Return the vector that modulates every block, [B, mapping_width], for t [B] and embed [B, D].
+
+        The embedding's norm does not matter, except that zeros stay zeros: the unconditional input.
+        """
+        direction = F.normalize(embed, dim=-1) * math.sqrt(self.embed_dim)  # [B, D]
+        return self.mapping(torch.cat([direction, self.mapping_timestep_embed(t)], dim=1))  # [B, mapping_width]
+
+    def forward(self, x: Tensor, t: Tensor, embed: Tensor) -> Tensor:
+        """Return the prediction, [B, C, h, w], for x [B, C, h, w], t [B] in [0, 1] and embed [B, D] (0: no condition).
+
+        Raises:
+            UserError: h or w is not a multiple of `multiple_of`.
+        """
+        height, width = x.shape[2:]
+        if height % self.multiple_of or width % self.multiple_of:
+            raise UserError(
+                f"latent height and width have to be multiples of {self.multiple_of} for a U-Net of "
+                f"{self.multiple_of.bit_length()} levels, not {height}x{width}"
+            )
+        cond = self.conditioning(t, embed)  # [B, mapping_width]
+        time = self.timestep_embed(t)[:, :, None, None].expand(-1, -1, height, width)  # [B, 16, h, w]
+        return self.net(torch.cat([x, time], dim=1), cond)  # [B, C, h, w]
+
+
+def _problems(base: int, multipliers: Sequence[int], blocks: int, head_width: int, mapping_width: int) -> list[str]:
+    """Return what is wrong with a network's options, each as "key: what"."""
+    values = {
+        "base_channels": base,
+        "blocks_per_level": blocks,
+        "head_width": head_width,
+        "mapping_width": mapping_width,
+    }
+    problems = [f"{key}: at least 1 is needed, not {value}" for key, value in values.items() if value < 1]
+    if len(multipliers) < 2 or min(multipliers) < 1:
+        problems.append(f"multipliers: two or more numbers from 1 on are needed, not {list(multipliers)}")
+    if problems:
+        return problems
+    for width in sorted({base * multiplier for multiplier in multipliers}):
+        heads = width // head_width
+        if heads == 0 or width % heads:
+            why = f"less than a head of {head_width}" if heads == 0 else f"not divisible by {heads} heads"
+            return [
+                f"base_channels: {base} makes a level {width} wide, {why}; widths that are multiples of "
+                f"{head_width} work (base_channels times multiplier), or choose another head_width"
+            ]
+    return []
+
+
+class _Builder:
+    """The levels, from the widths; `net.4.main.9.main.1` and the like come from the positions used here."""
+
+    def __init__(self, widths: list[int], blocks: int, head_width: int, cond_width: int, checkpointing: bool) -> None:
+        self.widths, self.blocks, self.head_width, self.cond_width = widths, blocks, head_width, cond_width
+        self.checkpointing = checkpointing
+
+    def conv(self, c_in: int, c_mid: int, c_out: int, is_last: bool = False) -> "ConvBlock":
+        return ConvBlock(c_in, c_mid, c_out, self.cond_width, is_last=is_last)
+
+    def conv_attention(self, c_in: int, c_mid: int, c_out: int) -> list[nn.Module]:
+        return [self.conv(c_in, c_mid, c_out), SelfAttention(c_out, self.head_width)]
+
+    def sequence(self, modules: list[nn.Module]) -> "CondSequential":
+        return CondSequential(*modules, checkpointing=self.checkpointing)
+
+    def top_level(self, c_in: int, c_out: int) -> "CondSequential":
+        """Return the whole net: the first level, without attention, around the others."""
+        width = self.widths[0]
+        down = [self.conv(c_in if i == 0 else width, width, width) for i in range(self.blocks)]
+        up = [
+            self.conv(
+                2 * width if i == 0 else width, width, c_out if i == self.blocks - 1 else width, i == self.blocks - 1
+            )
+            for i in range(self.blocks)
+        ]
+        return self.sequence([*down, self.lower_level(1), *up])
+
+    def lower_level(self, level: int) -> "WithInput":
+        """Return one level below the first, with all that is below it; it ends in its upper neighbour's width."""
+        above, width = self.widths[level - 1], self.widths[level]
+        modules = [nn.AvgPool2d(2)]
+        is_lowest = level == len(self.widths) - 1
+        for i in range(self.blocks):
+            modules += self.conv_attention(above if i == 0 else width, width, width)
+        if not is_lowest:
+            modules.append(self.lower_level(level + 1))
+        for i in range(self.blocks):
+            c_in = 2 * width if i == 0 and not is_lowest else width
+            modules += self.conv_attention(c_in, width, above if i == self.blocks - 1 else width)
+        modules.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
+        return WithInput(self.sequence(modules))
+
+
+class CondSequential(nn.Sequential):
+    """A sequence whose blocks are handed the conditioning vector, too."""
+
+    def __init__(self, *modules: nn.Module, checkpointing: bool) -> None:
+        super().__init__(*modules)
+        self.checkpointing = checkpointing
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """Return the result, [B, c_out, h, w], for x [B, c_in, h, w] and cond [B, mapping_width]."""
+        for module in self:
+            if isinstance(module, ConvBlock | SelfAttention) and self.checkpointing and torch.is_grad_enabled():
+                # Nothing in a block is random, so there is no generator state to keep.
+                x = checkpoint(module, x, cond, use_reentrant=False, preserve_rng_state=False)  # [B, c, h, w]
+            elif isinstance(module, ConvBlock | SelfAttention | WithInput):
+                x = module(x, cond)  # [B, c, h, w]
+            else:
+                x = module(x)  # [B, c, h/2, w/2] or [B, c, 2h, 2w]
+        return x
+
+
+class WithInput(nn.Module):
+    """A level with its own input concatenated behind its result."""
+
+    def __init__(self, main: CondSequential) -> None:
+        super().__init__()
+        self.main = main
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """Return [B, 2c, h, w] for x [B, c, h, w]."""
+        return torch.cat([self.main(x, cond), x], dim=1)  # [B, 2c, h, w]
+
+
+class ConvBlock(nn.Module):
+    """Two 3x3 convolutions, each normalised, modulated and rectified, beside a skip connection."""
+
+    def __init__(self, c_in: int, c_mid: int, c_out: int, cond_width: int, is_last: bool = False) -> None:
+        """`is_last`: the net's last block ends with the second convolution, so that its output can take any sign."""
+        super().__init__()
+        first = [nn.Conv2d(c_in, c_mid, 3, padding=1), _norm(c_mid), Modulation(cond_width, c_mid), nn.ReLU()]
+        second = [nn.Conv2d(c_mid, c_out, 3, padding=1)]
+        if not is_last:
+            second += [_norm(c_out), Modulation(cond_width, c_out), nn.ReLU()]
+        self.main = nn.ModuleList([*first, *second])
+        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1, bias=False)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """Return [B, c_out, h, w] for x [B, c_in, h, w] and cond [B, cond_width]."""
+        h = x
+        for module in self.main:
+            h = module(h, cond) if isinstance(module, Modulation) else module(h)  # [B, c_mid or c_out, h, w]
+        return h + self.skip(x)  # [B, c_out, h, w]
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(1, channels, affine=False)
+
+
+class Modulation(nn.Module):
+    """Scale and shift of every channel, from the conditioning vector (FiLM: Perez et al. 2018, arXiv 1709.07871)."""
+
+    def __init__(self, cond_width: int, channels: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(cond_width, channels * 2, bias=False)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """Return [B, c, h, w] for x [B, c, h, w] and cond [B, cond_width]."""
+        scale, shift = self.layer(cond)[:, :, None, None].chunk(2, dim=1)  # [B, c, 1, 1] each
+        return torch.addcmul(shift, x, scale + 1)  # [B, c, h, w]
+
+
+class SelfAttention(nn.Module):
+    """Attention among all pixels, added to its input."""
+
+    def __init__(self, channels: int, head_width: int) -> None:
+        super().__init__()
+        self.heads = channels // head_width  # where this does not divide, heads are wider than head_width
+        self.norm = nn.GroupNorm(1, channels)
+        self.qkv_proj = nn.Conv2d(channels, channels * 3, 1)
+        self.out_proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """Return [B, c, h, w] for x [B, c, h, w]; `cond` is not used."""
+        batch, channels, height, width = x.shape
+        qkv = self.qkv_proj(self.norm(x))  # [B, 3c, h, w]
+        qkv = qkv.view(batch, 3 * self.heads, channels // self.heads, height * width).transpose(2, 3)  # [B, 3H, hw, d]
+        q, k, v = qkv.chunk(3, dim=1)  # [B, H, hw, d] each
+        attended = F.scaled_dot_product_attention(q, k, v)  # [B, H, hw, d]
+        return x + self.out_proj(attended.transpose(2, 3).reshape(x.shape))  # [B, c, h, w]
+
+
+class ResidualMLP(nn.Module):
+    """Two linear layers with ReLU beside a skip connection; the last block of a stack ends without its ReLU."""
+
+    def __init__(self, width_in: int, width: int, is_last: bool = False) -> None:
+        super().__init__()
+        layers = [nn.Linear(width_in, width), nn.ReLU(), nn.Linear(width, width)]
+        self.main = nn.Sequential(*layers, *([] if is_last else [nn.ReLU()]))
+        self.skip = nn.Identity() if width_in == width else nn.Linear(width_in, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [B, width] for x [B, width_in]."""
+        return self.main(x) + self.skip(x)  # [B, width]
+
+
+class FourierFeatures(nn.Module):
+    """cos and sin of random multiples of t (Tancik et al. 2020, arXiv 2006.10739); drawn once, never trained.
+
+    The multiples are a parameter, as in the original's checkpoints, but one without a gradient, so that no optimizer
+    touches it.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(features // 2, 1), requires_grad=False)  # [features / 2, 1]
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Return [B, features] for t [B]: the cosines first, then the sines."""
+        # A product, not a matrix product: under autocast that would be half precision, too coarse for an angle.
+        angle = 2 * math.pi * t[:, None] * self.weight.T  # [B, features / 2]
+        return torch.cat([angle.cos(), angle.sin()], dim=1)  # [B, features]
