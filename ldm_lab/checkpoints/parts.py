@@ -95,9 +95,8 @@ def read_part(path: Path, role: str, name: str) -> tuple[dict[str, Tensor], dict
                 raise UserError(problems[0])
             return state, config
     if (role, name) not in IMPORTERS:
-        raise UserError(
-            f"{path}: not a file of ldm_lab's; there is {unknown('importer for ' + role, name, [n for _, n in IMPORTERS])}"
-        )
+        known = [n for r, n in IMPORTERS if r == role]
+        raise UserError(f"{path}: not a file of ldm_lab's, and {unknown(f'importer for a {role}', name, known)}")
     state, config, _ = IMPORTERS[role, name](path)
     return state, {"name": name, **config}
 
@@ -129,6 +128,6 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], path: str | Path)
     module.load_state_dict(state, assign=False)
 
 
-def weights_sha256(section: dict[str, Any]) -> str | None:
-    """Return the checksum of a section's weights file, or None if it names none."""
-    return sha256(find_weights(section["weights"])) if section.get("weights") else None
+def weights_sha256(section: dict[str, Any]) -> str:
+    """Return the checksum of the weights file that a section names."""
+    return sha256(find_weights(section["weights"]))

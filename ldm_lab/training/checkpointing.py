@@ -1,4 +1,4 @@
-"""Writing checkpoints: everything to go on (`last.ckpt`, `step=....ckpt`) and what users of the model need (`export`)."""
+"""Writing checkpoints: all that is needed to go on (`last.ckpt`, `step=....ckpt`), and the exported model."""
 
 from pathlib import Path
 from typing import Any

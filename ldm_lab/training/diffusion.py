@@ -24,13 +24,7 @@ class DiffusionTask(Task):
     REQUIRED = ("data", "autoencoder", "conditioner", "denoiser", "objective")
 
     def __init__(self, config: dict[str, Any], read_weights: bool = True) -> None:
-        """Build the task.
-
-        Args:
-            config: a checked config.
-            read_weights: False builds the architecture alone, without the frozen parts' weights.
-        """
-        super().__init__(config)
+        super().__init__(config, read_weights)
         autoencoder = load_part("autoencoder", config["autoencoder"], read_weights)
         conditioner = load_part("conditioner", config["conditioner"], read_weights)
         self.frozen = {"autoencoder": autoencoder, "conditioner": conditioner}
@@ -96,7 +90,10 @@ class DiffusionTask(Task):
 
 
 def drop(cond: dict[str, Tensor], null: dict[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
-    """Return the condition where `keep` [B] is true and the null condition elsewhere (Ho & Salimans 2022, section 3.2)."""
+    """Return the condition where `keep` [B] is true and the null condition elsewhere.
+
+    Classifier-free guidance, Ho & Salimans 2022 (arXiv 2207.12598), algorithm 1.
+    """
     return {
         name: torch.where(keep.view(-1, *[1] * (value.ndim - 1)), value, null[name]) for name, value in cond.items()
     }

@@ -13,8 +13,6 @@ from ldm_lab import ema
 from ldm_lab.checkpoints.parts import FORMAT, weights_sha256
 from ldm_lab.config import USE_KEYS, build
 
-PROGRESS = "progress/"  # metrics under this prefix are for the progress bar only
-
 
 class Task(LightningModule):
     """A LightningModule around one trained network, `self.model`, and its average, `self.model_ema`.
@@ -39,15 +37,22 @@ class Task(LightningModule):
     REQUIRED: ClassVar[tuple[str, ...]] = ("data",)
     SECTIONS: ClassVar[tuple[str, ...]] = ("data", "optim", "ema", "trainer", "checkpoint", "logging", "resume")
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], read_weights: bool = True) -> None:
+        """Build what all tasks have.
+
+        Args:
+            config: a checked config.
+            read_weights: False builds the architecture alone (say, on the meta device), without any weights file.
+        """
         super().__init__()
         self.run_config = config
         self.seed = config.get("seed", 0)
         self.optim = build("optim", config.get("optim"))
         self.ema_schedule = build("ema", config["ema"]) if config.get("ema") is not None else None
         self.frozen: dict[str, nn.Module] = {}
+        sections = {role: config.get(role) or {} for role in USE_KEYS} if read_weights else {}
         self.frozen_sha256 = {
-            role: checksum for role in USE_KEYS if (checksum := weights_sha256(config.get(role) or {}))
+            role: weights_sha256(section) for role, section in sections.items() if section.get("weights")
         }
         self.batches_seen = 0  # on this rank, since the run's very first batch
 
@@ -110,8 +115,9 @@ class Task(LightningModule):
     # ------------------------------------------------------------------------------------------------ for subclasses
 
     def log_means(self, values: dict[str, Tensor], batch_size: int) -> None:
-        """Log scalars under `train/`, the mean over ranks at each logging step."""
+        """Log scalars under `train/`, the mean over ranks at each logging step, and the learning rate."""
         named = {f"train/{name}": value.detach() for name, value in values.items()}
+        named["train/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log_dict(named, on_step=True, sync_dist=True, batch_size=batch_size)
 
 

@@ -21,7 +21,7 @@ class SobolTimesteps:
         self.block = -1
 
     def __call__(self, batch: int, batch_size: int) -> Tensor:
-        """Return the timesteps of this rank's batch number `batch` (counted from the run's start), float32 [batch_size]."""
+        """Return the timesteps of batch number `batch` of the run, this rank's share, float32 [batch_size]."""
         share = batch_size * self.world_size
         per_block = self.PERIOD // share
         block, inside = divmod(batch, per_block)

@@ -1,0 +1,127 @@
+"""Names to classes, overrides, and errors that say all at once what is wrong and where."""
+
+import re
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from ldm_lab import config
+from ldm_lab.errors import UserError
+
+YFCC = Path(__file__).resolve().parents[1] / "configs" / "yfcc_cfg.yaml"
+
+
+def test_overrides_reach_their_keys_with_their_types():
+    loaded = config.load(YFCC, ["data.shards=/d/{0..9}.tar", "optim.lr=3e-6", "trainer.max_steps=50_000"])
+    assert loaded["data"]["shards"] == "/d/{0..9}.tar"
+    assert loaded["optim"]["lr"] == 3e-6
+    assert loaded["trainer"]["max_steps"] == 50_000
+    assert loaded["run"] == "yfcc_cfg"
+
+
+def test_all_problems_are_reported_at_once_with_the_nearest_match():
+    overrides = [
+        "data.shards=x.tar",
+        "denoiser.base_chanels=128",
+        "optim.lr=fast",
+        "demos.every=3",
+        "data.batch_size=2.5",
+    ]
+    with pytest.raises(UserError) as error:
+        config.load(YFCC, overrides)
+    message = str(error.value)
+    assert message.startswith("4 problems")
+    assert "denoiser.base_chanels: no such key: 'base_chanels'. Did you mean 'base_channels'?" in message
+    assert "optim.lr: number is needed, not 'fast'" in message
+    assert "demos: no such key: 'demos'. Did you mean 'demo'?" in message
+    assert "data.batch_size: whole number is needed, not 2.5" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([], "has to be given: data.shards"),
+        (["data.shards=x", "denoiser.name=dit"], "denoiser.name: no such denoiser: 'dit'"),
+        (["data.shards=x", "task=difusion"], "task: no such task: 'difusion'. Did you mean 'diffusion'?"),
+        (["data.shards=x", "data.crop=middle"], "data.crop: one of 'center', 'random' is needed, not 'middle'"),
+        (["data.shards=x", "trainer.precision=8"], "trainer.precision: '8' is not one of"),
+        (["data.shards=x", "ema.decay=[0.9]"], "ema.decay: 1 values for 3 values of from_step"),
+        (["data.shards=x", "demo.sampler.name=plsm"], "Did you mean 'plms'?"),
+        (["data.shards=x", "optim=5"], "optim: a section of key: value lines is needed"),
+        (["data.shards"], "an override is written key.path=value"),
+    ],
+)
+def test_one_clear_line(overrides, words):
+    with pytest.raises(UserError, match="(?s)" + re.escape(words)):
+        config.load(YFCC, overrides)
+
+
+def test_a_missing_file_names_its_neighbours(tmp_path):
+    with pytest.raises(UserError, match=r"no such config.*yfcc_cfg\.yaml"):
+        config.load(YFCC.with_name("yfc_cfg.yaml"))
+    with pytest.raises(UserError, match="no such config"):
+        config.load(tmp_path / "nowhere" / "x.yaml")
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1, 2\n", "a: b: c\n", "\x00\x01", "run: ${nowhere}\n"])
+def test_an_unreadable_yaml_is_a_user_error(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"bad\.yaml"):
+        config.load(path)
+
+
+def test_defaults_are_overlaid_and_may_not_go_in_circles(tmp_path):
+    (tmp_path / "base.yaml").write_text(YFCC.read_text().replace("???", "a.tar"))
+    (tmp_path / "child.yaml").write_text("defaults: base.yaml\nrun: child\noptim: {lr: 1.0e-4}\n")
+    child = config.load(tmp_path / "child.yaml")
+    assert (child["run"], child["optim"]["lr"], child["optim"]["weight_decay"]) == ("child", 1e-4, 0.01)
+    (tmp_path / "base.yaml").write_text("defaults: child.yaml\n")
+    with pytest.raises(UserError, match="leads back"):
+        config.load(tmp_path / "child.yaml")
+
+
+def test_a_config_names_only_registered_parts():
+    with pytest.raises(UserError, match=r"no such denoiser: 'os\.system'"):
+        config.build("denoiser", {"name": "os.system"}, 4, 512)
+    with pytest.raises(UserError, match="no such key: '_target_'"):
+        config.build("objective", {"name": "v_cosine", "_target_": "os.system"})
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation", "fits"),
+    [
+        (3, float, True),
+        (True, int, False),
+        (True, float, False),
+        (True, bool, True),
+        (2.0, int, False),
+        (None, int | None, True),
+        ([1, 2], list[int], True),
+        ([1, "2"], list[int], False),
+        ("a", Literal["a", "b"], True),
+        ("c", Literal["a", "b"], False),
+        ({"a": 1}, dict[str, int], True),
+        ({"a": "1"}, dict[str, int], False),
+        ({"a": 1}, dict | None, True),
+    ],
+)
+def test_types(value, annotation, fits):
+    assert config._fits(value, annotation) is fits
+
+
+def test_the_listing_of_parts_has_every_role_and_every_option():
+    listing = config.describe_parts()
+    for words in (
+        "denoiser: ccld_unet",
+        "base_channels",
+        "data: webdataset",
+        "sampler: plms",
+        "task: diffusion",
+        "optim",
+    ):
+        assert words in listing
+    for role in config.PACKAGES:
+        for cls in config.parts(role).values():
+            assert cls.__doc__, f"{cls} has no docstring for the listing"

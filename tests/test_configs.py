@@ -1,0 +1,78 @@
+"""Every recipe in configs/ loads and builds: small ones as they are, big ones on the meta device."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm_lab import config
+from ldm_lab.config import build, load, part_class
+from ldm_lab.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+RECIPES = sorted(CONFIGS.glob("*.yaml"))
+
+
+def load_filled(path: Path) -> dict:
+    """Load a recipe with something in the places that its users have to fill."""
+    missing = config.OmegaConf.missing_keys(config.OmegaConf.load(path))
+    return load(path, [f"{key}=somewhere" for key in missing])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_recipe_loads_and_builds(path):
+    loaded = load_filled(path)
+    with torch.device("meta"):
+        task = part_class("task", {"name": loaded["task"]})(loaded, read_weights=False)
+    assert sum(p.numel() for p in task.model.parameters()) > 1000
+    assert loaded["run"] == path.stem, "a recipe's runs go where its name says"
+    for section in ("optim", "ema", "checkpoint", "logging"):
+        if section in loaded:
+            assert not config.check_section(section, loaded[section], section)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_recipe_explains_itself(path):
+    lines = path.read_text().splitlines()
+    assert any(f"train.py --config configs/{path.name}" in line for line in lines[:6]), (
+        "the launch command stands on top"
+    )
+
+
+def test_yfcc_cfg_is_the_original_run():
+    recipe = load_filled(CONFIGS / "yfcc_cfg.yaml")
+    with torch.device("meta"):
+        task = part_class("task", {"name": "diffusion"})(recipe, read_weights=False)
+    # 1,174,321,228 tensors' elements in the released file, of which one is the latent scale
+    assert sum(p.numel() for p in task.model.parameters()) == 1_174_321_227
+    cloob = task.frozen["conditioner"]
+    assert sum(p.numel() for p in cloob.image_encoder.parameters()) == 86_190_080
+    assert sum(p.numel() for p in cloob.text_encoder.parameters()) == 63_427_584
+    assert sum(p.numel() for p in task.frozen["autoencoder"].parameters()) == 83_653_863
+    assert recipe["optim"] == {"lr": 3e-5, "weight_decay": 0.01, "betas": [0.9, 0.999], "eps": 1e-8}
+    assert recipe["ema"] == {"from_step": [0, 20_000, 200_000], "decay": [0.99, 0.999, 0.9999]}
+    assert recipe["denoiser"]["base_channels"] == 192 and recipe["denoiser"]["multipliers"] == [4, 4, 8, 8]
+    assert recipe["conditioner"]["dropout"] == 0.2
+    assert recipe["autoencoder"]["scale"] == 2.55
+    assert recipe["data"]["image_size"] == 256 and recipe["data"]["batch_size"] == 64
+    assert recipe["trainer"]["max_steps"] == 250_000 and recipe["trainer"]["devices"] == 8
+    demo = recipe["demo"]
+    assert (demo["every"], demo["guidance"], demo["sampler"]) == (2000, 3.0, {"name": "plms", "steps": 50})
+    assert recipe["checkpoint"]["keep_every"] == 50_000
+
+
+def test_ema_stages_are_the_original_s():
+    ema = build("ema", load_filled(CONFIGS / "yfcc_cfg.yaml")["ema"])
+    steps = {0: 0.99, 19_999: 0.99, 20_000: 0.999, 199_999: 0.999, 200_000: 0.9999, 10**9: 0.9999}
+    assert {step: ema.at(step) for step in steps} == steps
+
+
+def test_the_learning_rate_over_time():
+    optim = build("optim", {"lr": 1.0, "warmup_steps": 10, "schedule": "cosine", "final_lr": 0.1})
+    factors = [optim.factor(step, 100) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1) and factors[100] == pytest.approx(0.1)
+    assert factors[50] == pytest.approx(0.1 + 0.9 * 0.5)
+    slow = build("optim", {"warmup": "exponential", "warmup_steps": 2000})
+    assert slow.factor(999, -1) == pytest.approx(1 - 0.9995**1000)
+    with pytest.raises(UserError, match="lr: -1"):
+        build("optim", {"lr": -1})

@@ -1,0 +1,61 @@
+"""A diffusion run small enough for tests: random frozen parts, a handful of drawn images, a network of a few thousand
+parameters. The training programs are started on it as a user would."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from ldm_lab.checkpoints.parts import save_part
+from ldm_lab.config import build, to_yaml
+from ldm_lab.data.shapes import write_shards
+
+ROOT = Path(__file__).resolve().parents[1]
+AUTOENCODER = {"name": "kl_f8", "ch": 32, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+CLOOB = {
+    "name": "cloob", "image_size": 32, "patch_size": 16, "image_width": 32, "image_layers": 1, "image_heads": 2,
+    "text_width": 32, "text_layers": 1, "text_heads": 2, "text_size": 24, "vocab_size": 600, "embed_dim": 16,
+}  # fmt: skip
+DENOISER = {"name": "ccld_unet", "base_channels": 16, "multipliers": [1, 2], "mapping_width": 32, "head_width": 16}
+
+
+def make_parts(folder: Path) -> dict[str, dict]:
+    """Write random weights of the frozen parts; return the config sections that load them."""
+    torch.manual_seed(0)
+    sections = {}
+    for role, section in (("autoencoder", AUTOENCODER), ("conditioner", CLOOB)):
+        path = folder / f"{role}.safetensors"
+        save_part(path, build(role, section), section)
+        sections[role] = {"name": section["name"], "weights": str(path)}
+    return sections
+
+
+def make_run(folder: Path, images: int = 64, **sections: dict) -> Path:
+    """Write everything that a tiny run needs below `folder`; return the path of its YAML. `sections` replace keys."""
+    write_shards(folder / "shards", count=images, shards=4, size=64, seed=0)
+    (folder / "prompts.txt").write_text("a red circle\na blue square\na green star\n")
+    config = {
+        "task": "diffusion", "run": "tiny", "seed": 1,
+        "data": {"name": "webdataset", "shards": str(folder / "shards" / "*.tar"), "image_size": 64, "batch_size": 4,
+                 "workers": 0, "crop": "random", "flip": True},
+        **make_parts(folder),
+        "denoiser": DENOISER, "objective": {"name": "v_cosine"}, "optim": {"lr": 1e-3},
+        "ema": {"from_step": [0, 5], "decay": [0.5, 0.9]},
+        "trainer": {"accelerator": "cpu", "max_steps": 6, "threads": 1},
+        "checkpoint": {"every": 3, "keep": 2}, "logging": {"every": 1},
+    }  # fmt: skip
+    for name, section in sections.items():
+        config[name] = {**config.get(name, {}), **section} if isinstance(section, dict) else section
+    path = folder / "tiny.yaml"
+    path.write_text(to_yaml(config))
+    return path
+
+
+def run_program(*args: str | Path, cwd: Path, timeout: float = 240, **env: str) -> subprocess.CompletedProcess:
+    """Run `python ARGS...` as a user would, from the folder `cwd`, with the repository's packages."""
+    return subprocess.run(
+        [sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true", **env},
+    )  # fmt: skip
