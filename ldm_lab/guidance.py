@@ -55,7 +55,7 @@ def guided(
         return table
 
     def mix(values: Tensor) -> Tensor:
-        weighted = by_condition(values) * mixed.to(values)[..., None, None, None]  # [1 + k, B, C, h, w]
+        weighted = by_condition(values) * mixed.float().to(values)[..., None, None, None]  # [1 + k, B, C, h, w]
         # Python's sum adds in order; torch's may regroup with the shape, and an image would depend on its batch.
         return sum(weighted.unbind())  # [B, C, h, w]
 
