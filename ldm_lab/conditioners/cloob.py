@@ -1,0 +1,269 @@
+"""CLOOB's image and text towers (Fürst et al. 2022, arXiv 2110.11316), as trained by crowsonkb/cloob-training.
+
+The layout and the parameter names are those of its PyTorch port, `model_pt.py`@de137c1, which
+cloob-latent-diffusion runs; the defaults are the released ViT-B/16 models.
+"""
+
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm_lab.conditioners import clip_tokens
+from ldm_lab.config import register
+from ldm_lab.errors import UserError
+from ldm_lab.images import to_tensor
+
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of images in [0, 1]; CLIP's
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@register("conditioner", "cloob")
+class CLOOB(nn.Module):
+    """CLOOB: embeddings of images in training, of texts (or images) in sampling; the two lie close together.
+
+    Attributes:
+        embed_dim: D, the width of an embedding.
+        text_size: positions of a tokenized text.
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int = 512,
+        image_size: int = 224,
+        patch_size: int = 16,
+        image_width: int = 768,
+        image_layers: int = 12,
+        image_heads: int = 12,
+        text_size: int = 77,
+        vocab_size: int = clip_tokens.CLIP_VOCAB_SIZE,
+        text_width: int = 512,
+        text_layers: int = 12,
+        text_heads: int = 8,
+    ) -> None:
+        """Build the towers with initial weights as CLIP's.
+
+        Args:
+            embed_dim: width of an embedding.
+            image_size: pixels per side that the image tower sees.
+            patch_size: pixels per side of a patch; divides image_size.
+            image_width: width of the image tower's layers.
+            image_layers: layers of the image tower.
+            image_heads: attention heads of the image tower; divides image_width.
+            text_size: tokens that the text tower sees, start, end and padding included.
+            vocab_size: tokens known to the text tower; fewer than 49408 keep the first of CLIP's merges.
+            text_width: width of the text tower's layers.
+            text_layers: layers of the text tower.
+            text_heads: attention heads of the text tower; divides text_width.
+
+        Raises:
+            UserError: sizes that do not divide each other.
+        """
+        super().__init__()
+        problems = self.check(
+            {
+                "image_size": image_size,
+                "patch_size": patch_size,
+                "image_width": image_width,
+                "image_heads": image_heads,
+                "text_width": text_width,
+                "text_heads": text_heads,
+            }
+        )
+        if problems:
+            raise UserError(f"conditioner.{problems[0]}")
+        self.embed_dim, self.image_size = embed_dim, image_size
+        self.text_size, self.vocab_size = text_size, vocab_size
+        self.image_encoder = ImageEncoder(image_size, patch_size, image_width, image_layers, image_heads, embed_dim)
+        self.text_encoder = TextEncoder(text_size, vocab_size, text_width, text_layers, text_heads, embed_dim)
+        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN)[:, None, None], persistent=False)  # [3, 1, 1]
+        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD)[:, None, None], persistent=False)  # [3, 1, 1]
+
+    @staticmethod
+    def check(section: dict[str, Any]) -> list[str]:
+        """Return what is wrong across the keys of a config section."""
+        defaults = {"image_size": 224, "patch_size": 16, "image_width": 768, "image_heads": 12}
+        values = {**defaults, "text_width": 512, "text_heads": 8, **section}
+        pairs = [("image_size", "patch_size"), ("image_width", "image_heads"), ("text_width", "text_heads")]
+        return [
+            f"{whole}: {values[whole]} is no multiple of {part} ({values[part]})"
+            for whole, part in pairs
+            if values[part] < 1 or values[whole] < 1 or values[whole] % values[part]
+        ]
+
+    def from_batch(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return {"embed": [B, D]}, the embeddings of a batch's images, [B, 3, H, W] in [-1, 1]."""
+        return {"embed": self.encode_image(batch["image"])}  # [B, D]
+
+    def from_prompts(self, texts: list[str], images: list[Image.Image]) -> dict[str, Tensor]:
+        """Return {"embed": [n, D]}, the embeddings of texts, then of images (see `cover`)."""
+        embeds = [self.pixel_mean.new_zeros(0, self.embed_dim)]  # [0, D]
+        if texts:
+            embeds.append(self.encode_text(texts))  # [n_texts, D]
+        if images:
+            pixels = torch.stack([to_tensor(cover(image, self.image_size)) for image in images])  # [n_images, 3, S, S]
+            embeds.append(self.encode_image(pixels.to(self.pixel_mean)))  # [n_images, D]
+        return {"embed": torch.cat(embeds)}  # [n, D]
+
+    def null(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return zeros, [B, D], the unconditional input, for a condition of B rows."""
+        return {name: torch.zeros_like(value) for name, value in cond.items()}  # [B, D]
+
+    def tokenize(self, texts: list[str], warn: bool = False) -> Tensor:
+        """Return token ids, int64 [n, text_size]; too long texts are cut, if `warn` with a line in the log for each."""
+        return clip_tokens.tokenize(texts, self.text_size, self.vocab_size, warn)
+
+    def encode_text(self, texts: list[str]) -> Tensor:
+        """Return the embeddings of texts, [n, D], unit rows; a text that is too long is cut with a warning."""
+        tokens = self.tokenize(texts, warn=True).to(self.pixel_mean.device)  # [n, text_size]
+        return F.normalize(self.text_encoder(tokens), dim=-1)  # [n, D]
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Return the embeddings of images [B, 3, H, W] in [-1, 1], [B, D], unit rows."""
+        pixels = self.normalize(self.resize((images + 1) / 2))  # [B, 3, S, S]
+        return F.normalize(self.image_encoder(pixels), dim=-1)  # [B, D]
+
+    def resize(self, images: Tensor) -> Tensor:
+        """Return images of any size and range, [B, 3, H, W], as the tower's [B, 3, S, S].
+
+        Bicubic, neither antialiased nor clamped: what the released diffusion models saw in training.
+        """
+        size = (self.image_size, self.image_size)
+        return F.interpolate(images, size=size, mode="bicubic", align_corners=False)  # [B, 3, S, S]
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Return images in [0, 1], [B, 3, H, W], with CLIP's mean taken off and its deviation divided out."""
+        return (images - self.pixel_mean) / self.pixel_std  # [B, 3, H, W]
+
+
+def cover(image: Image.Image, size: int) -> Image.Image:
+    """Return the centre, size x size, of an image resized so that its short side is `size` (Lanczos), RGB.
+
+    Transparent images are laid over white. Sizes are rounded, so that nothing has to be padded.
+    """
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    short = min(image.size)
+    width, height = (round(side * size / short) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    resized = image.resize((width, height), Image.Resampling.LANCZOS)
+    return resized.crop((left, top, left + size, top + size))
+
+
+class ImageEncoder(nn.Module):
+    """Vision transformer (Dosovitskiy et al. 2021, arXiv 2010.11929) read off at its class token."""
+
+    def __init__(self, image_size: int, patch_size: int, width: int, layers: int, heads: int, embed_dim: int) -> None:
+        super().__init__()
+        self.class_embed = nn.Parameter(torch.randn(width) * width**-0.5)  # [width]
+        self.embed = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
+        self.pos_embed = _embedding((image_size // patch_size) ** 2 + 1, width, std=width**-0.5)
+        self.layers = nn.ModuleList(Layer(width, heads, layers) for _ in range(layers))
+        self.proj = nn.Linear(width, embed_dim)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return embeddings before normalisation, [B, D], for normalised pixels [B, 3, S, S]."""
+        patches = self.embed(pixels).flatten(2).transpose(1, 2)  # [B, patches, width]
+        class_token = self.class_embed.expand(len(patches), 1, -1)  # [B, 1, width]
+        x = torch.cat([class_token, patches], dim=1) + self.pos_embed.weight  # [B, 1 + patches, width]
+        for layer in self.layers:
+            x = layer(x)  # [B, 1 + patches, width]
+        return self.proj(x[:, 0])  # [B, D]
+
+
+class TextEncoder(nn.Module):
+    """Transformer without a causal mask, read off at the start token."""
+
+    def __init__(self, text_size: int, vocab_size: int, width: int, layers: int, heads: int, embed_dim: int) -> None:
+        super().__init__()
+        self.end_token = vocab_size - 1
+        self.embed = _embedding(vocab_size, width, std=0.02)
+        self.pos_embed = _embedding(text_size, width, std=0.01)
+        self.layers = nn.ModuleList(Layer(width, heads, layers) for _ in range(layers))
+        self.proj = nn.Linear(width, embed_dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return embeddings before normalisation, [B, D], for token ids [B, text_size], padded to the full length."""
+        is_end = (tokens == self.end_token).int()  # [B, L]
+        # Up to and including the first end token; everything if there is none.
+        valid = is_end.cumsum(1) - is_end == 0  # [B, L]
+        x = self.embed(tokens) + self.pos_embed.weight  # [B, L, width]
+        for layer in self.layers:
+            x = layer(x, valid)  # [B, L, width]
+        return self.proj(x[:, 0])  # [B, D]
+
+
+class Layer(nn.Module):
+    """Pre-norm attention, then a pre-norm MLP, each added to its input."""
+
+    def __init__(self, width: int, heads: int, layers: int) -> None:
+        super().__init__()
+        self.attn = SelfAttention(width, heads, layers)
+        self.ff = FeedForward(width, layers)
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Return [B, L, width] for x [B, L, width] and valid [B, L]."""
+        x = x + self.attn(x, valid)  # [B, L, width]
+        return x + self.ff(x)  # [B, L, width]
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention with one linear layer each for query, key, value and output."""
+
+    def __init__(self, width: int, heads: int, layers: int) -> None:
+        """`layers` of the tower only scales the initial weights, as CLIP's."""
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.query, self.key, self.value = (_linear(width, width, std=width**-0.5) for _ in range(3))
+        self.out = _linear(width, width, std=(2 * layers * width) ** -0.5)
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Return [B, L, width] for x [B, L, width]; where valid [B, L] is false a query attends evenly to everything.
+
+        That is how the released text tower was trained: its padding mask was put on the queries, not on the keys. So
+        the padding is seen by every valid query, and texts have to be padded to the full length.
+        """
+        x = self.norm(x)  # [B, L, width]
+        q, k, v = (
+            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.query, self.key, self.value)
+        )  # [B, heads, L, d] each
+        if valid is not None:
+            q = q * valid[:, None, :, None]  # [B, heads, L, d]; a query of zeros has equal logits
+        attended = F.scaled_dot_product_attention(q, k, v)  # [B, heads, L, d]
+        return self.out(attended.transpose(1, 2).flatten(2))  # [B, L, width]
+
+
+class FeedForward(nn.Module):
+    """MLP of four times the width with the exact GELU, which the PyTorch port has (the JAX original: tanh)."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.linear_0 = _linear(width, 4 * width, std=(2 * width) ** -0.5)
+        self.linear_1 = _linear(4 * width, width, std=(2 * layers * width) ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [B, L, width] for x [B, L, width]."""
+        return self.linear_1(F.gelu(self.linear_0(self.norm(x))))  # [B, L, width]
+
+
+def _linear(width_in: int, width_out: int, std: float) -> nn.Linear:
+    layer = nn.Linear(width_in, width_out)
+    nn.init.normal_(layer.weight, std=std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _embedding(count: int, width: int, std: float) -> nn.Embedding:
+    table = nn.Embedding(count, width)
+    nn.init.normal_(table.weight, std=std)
+    return table
