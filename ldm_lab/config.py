@@ -44,7 +44,10 @@ PACKAGES = {
     "logging": "ldm_lab.training",
     "trainer": "ldm_lab.training",
     "resume": "ldm_lab.training",
+    "loss": "ldm_lab.training",
+    "perceptual": "ldm_lab.training",
     "discriminator": "ldm_lab.training",
+    "reconstructions": "ldm_lab.training",
 }
 # Keys in the section of a frozen part that say how it is used, beside its constructor's keys, which say what it is.
 USE_KEYS: dict[str, dict[str, Any]] = {

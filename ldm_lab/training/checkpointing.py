@@ -72,7 +72,7 @@ class Checkpointing(Callback):
     def save(self, trainer: Trainer, task: LightningModule) -> None:
         """Write `last.ckpt`, the numbered checkpoint if one is due, and the export; then delete the oldest."""
         step = self.saved_at = trainer.global_step
-        trainer.save_checkpoint(self.folder / LAST)
+        trainer.save_checkpoint(self.folder / LAST, weights_only=False)
         if not trainer.is_global_zero:
             return
         verify(self.folder / LAST, step)

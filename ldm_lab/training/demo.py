@@ -69,7 +69,7 @@ class Demo(Callback):
     def draw(self, trainer: Trainer, task: LightningModule) -> None:
         """Sample this rank's share of the prompts; rank 0 gathers, writes and logs the grid."""
         sampler = Sampler(task.best_model, task.objective, **task.frozen, dropout=task.dropout)
-        size = self.image_size or task.run_config["data"]["image_size"]
+        size = self.image_size or trainer.datamodule.source.image_size
         mine = range(trainer.global_rank, len(self.prompts), trainer.world_size)
         with torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else []):
             images = sampler(

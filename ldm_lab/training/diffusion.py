@@ -10,6 +10,7 @@ from torch import Tensor
 from ldm_lab.checkpoints.models import save_model
 from ldm_lab.checkpoints.parts import load_part
 from ldm_lab.config import build, register
+from ldm_lab.errors import UserError
 from ldm_lab.training.task import Task
 from ldm_lab.training.timesteps import TIMESTEPS
 
@@ -31,6 +32,9 @@ class DiffusionTask(Task):
         self.objective = build("objective", config["objective"])
         self.dropout = config["conditioner"].get("dropout", DROPOUT)
         self.adopt(build("denoiser", config["denoiser"], autoencoder.channels, conditioner.embed_dim))
+        size, unit = config["data"].get("image_size"), autoencoder.downscale * self.model.multiple_of
+        if size is not None and size % unit:
+            raise UserError(f"data.image_size: {size} is not a multiple of {unit}, which this model's levels need")
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         x0, cond = self.encode(batch)  # [B, C, h, w], {"embed": [B, D]}
@@ -63,8 +67,8 @@ class DiffusionTask(Task):
         if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:
             return
         quarter = (t * 4).long()  # [B]
-        one_hot = torch.nn.functional.one_hot(quarter, 4).to(loss)  # [B, 4]
-        means = (loss.detach() @ one_hot) / one_hot.sum(0)  # [4], nan where a quarter has no sample
+        one_hot = torch.nn.functional.one_hot(quarter, 4)  # [B, 4]
+        means = (loss.detach()[:, None] * one_hot).sum(0) / one_hot.sum(0)  # [4], nan where a quarter has no sample
         for i, mean in enumerate(means):
             if mean == mean:
                 self.log(f"train/loss_t{i / 4:.2f}", mean, batch_size=len(t))
@@ -85,7 +89,8 @@ class DiffusionTask(Task):
             scale = float(self.frozen["autoencoder"].scale)
             config["autoencoder"] = {**config["autoencoder"], "scale": scale}
         config["conditioner"] = {**config["conditioner"], "dropout": self.dropout}
-        extra = {"step": str(self.trainer.global_step), **self.frozen_sha256}
+        size = self.trainer.datamodule.source.image_size
+        extra = {"step": str(self.trainer.global_step), "image_size": str(size), **self.frozen_sha256}
         save_model(folder / "ema.safetensors", self.best_model.state_dict(), config, extra)
 
 

@@ -2,7 +2,9 @@
 
 import csv
 import io
+import logging
 import time
+import warnings
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Literal
@@ -44,7 +46,7 @@ class Logging:
 
     def loggers(self, folder: Path, run: str, resumed_step: int | None, wandb_id: str | None) -> list[Logger]:
         """Return the loggers of a run that starts at step 0 or goes on from `resumed_step`."""
-        loggers: list[Logger] = [CSVLog(folder / "metrics.csv", keep_until=resumed_step)]
+        loggers: list[Logger] = [CSVLog(folder / "metrics.csv", resumed_step)]
         if self.wandb != "none":
             if self.wandb == "online":
                 self._check_login()
@@ -72,16 +74,16 @@ class Logging:
 class CSVLog(Logger):
     """Metrics as rows of a CSV, one per logged step; a resumed run goes on in the same file."""
 
-    def __init__(self, path: Path, keep_until: int | None = None) -> None:
+    def __init__(self, path: Path, resumed_step: int | None = None) -> None:
         """Open the log.
 
         Args:
             path: the CSV.
-            keep_until: rows up to this step are kept, later ones (of a run that went on past its last checkpoint)
+            resumed_step: rows of earlier steps are kept, those of a run that went on past its last checkpoint are
                 dropped; None starts afresh.
         """
         super().__init__()
-        self.path, self.keep_until = path, keep_until
+        self.path, self.resumed_step = path, resumed_step
         self.columns: list[str] | None = None
         self.waiting: dict[str, float] = {}
 
@@ -115,7 +117,7 @@ class CSVLog(Logger):
             return
         row, self.waiting = self.waiting, {}
         if self.columns is None:
-            rows = _read_rows(self.path, self.keep_until) if self.keep_until is not None else []
+            rows = _read_rows(self.path, self.resumed_step) if self.resumed_step is not None else []
             self._rewrite(rows, list(dict.fromkeys(k for r in [*rows, row] for k in r)))
         elif new := [key for key in row if key not in self.columns]:
             self._rewrite(_read_rows(self.path, None), self.columns + new)
@@ -137,12 +139,30 @@ class CSVLog(Logger):
         self.save()
 
 
-def _read_rows(path: Path, keep_until: int | None) -> list[dict[str, str]]:
+def _read_rows(path: Path, before: int | None) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with open(path, newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get("step")]
-    return rows if keep_until is None else [row for row in rows if int(row["step"]) <= keep_until]
+    return rows if before is None else [row for row in rows if int(row["step"]) < before]
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Print a line, once for all ranks, without breaking a progress bar."""
+    tqdm.write(text)
+
+
+def quiet_lightning() -> None:
+    """Silence what Lightning says about itself, and its warnings that do not apply here."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for harmless in (
+        r".*`isinstance\(treespec, LeafSpec\)` is deprecated",
+        r".*module\(s\) in eval mode at the start of training",  # the average is meant to be
+        r".*does not have many workers which may be a bottleneck",  # data.workers is the user's choice
+        r".*The `srun` command is available on your system but is not used",
+    ):
+        warnings.filterwarnings("ignore", harmless)
 
 
 def log_images(trainer: Trainer, name: str, images: list[Image.Image], captions: list[str]) -> None:

@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from ldm_lab.checkpoints.files import existing_file, read_pickled
 from ldm_lab.checkpoints.parts import FORMAT
 from ldm_lab.config import register
 from ldm_lab.errors import UserError
 from ldm_lab.training.checkpointing import LAST
+from ldm_lab.training.logs import say
 
 # Sections whose keys may differ from those of the checkpoint without a word: where and how the run reports.
 QUIET = ("run", "logging", "resume", "defaults")
@@ -74,7 +74,7 @@ class Resume(Callback):
             before = scheduler.base_lrs[0]
             if self.lr is None:
                 if before != task.optim.lr:
-                    rank_zero_info(
+                    say(
                         f"optim.lr: {task.optim.lr:g} is not used, the checkpoint's {before:g} holds "
                         f"(resume.lr={task.optim.lr:g} changes it)"
                     )
@@ -84,7 +84,7 @@ class Resume(Callback):
             for group in optimizer.param_groups:
                 group["initial_lr"], group["lr"] = self.lr, self.lr * factor
             scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
-            rank_zero_info(f"learning rate: {before:g} -> {self.lr:g} (resume.lr)")
+            say(f"learning rate: {before:g} -> {self.lr:g} (resume.lr)")
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, Trainer
-from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from ldm_lab.checkpoints.files import atomic_write, read_pickled
 from ldm_lab.checkpoints.models import read_model
@@ -15,7 +15,7 @@ from ldm_lab.data.datamodule import DataModule
 from ldm_lab.errors import UserError
 from ldm_lab.training.checkpointing import LAST, SafeCheckpointIO
 from ldm_lab.training.interrupt import Interrupt
-from ldm_lab.training.logs import StepProgress
+from ldm_lab.training.logs import StepProgress, quiet_lightning, say
 from ldm_lab.training.task import Task
 
 RUNS = Path("runs")
@@ -102,12 +102,13 @@ def build_task(config: dict[str, Any]) -> Task:
         load_strictly(task.model, state, config["init_from"])
         if task.model_ema is not None:
             task.model_ema.load_state_dict(task.model.state_dict())
-        rank_zero_info(f"init_from: weights of {config['init_from']} (step {extra.get('step', '?')}), fresh optimizer")
+        say(f"init_from: weights of {config['init_from']} (step {extra.get('step', '?')}), fresh optimizer")
     return task
 
 
 def run(config: dict[str, Any]) -> int:
     """Train as a checked config says. Returns the exit code: 0, or 128 + the signal that stopped the run early."""
+    quiet_lightning()
     folder = RUNS / config["run"]
     resume = build("resume", config.get("resume"), folder)
     changes = resume.differences(config) if resume.path else []
