@@ -96,6 +96,7 @@ class Bookkeeping(Callback):
 
 def build_task(config: dict[str, Any]) -> Task:
     """Return the task that a checked config describes, with the weights of `init_from` if it names any."""
+    torch.manual_seed(config.get("seed", 0))  # the initial weights
     task = part_class("task", {"name": config.get("task", "diffusion")})(config)
     if config.get("init_from"):
         _, state, extra = read_model(config["init_from"])

@@ -110,7 +110,7 @@ class Task(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         run = checkpoint[FORMAT]
         self.batches_seen = run["batches_seen"]
-        self.trainer.datamodule.load_state(run["data"])
+        self.trainer.datamodule.load_rank_states(run["data"], self.global_rank)
 
     # ------------------------------------------------------------------------------------------------ for subclasses
 
