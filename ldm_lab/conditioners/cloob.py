@@ -18,6 +18,7 @@ from ldm_lab.images import to_tensor
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of images in [0, 1]; CLIP's
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+HEAD_WIDTH = 64  # of all released towers
 
 
 @register("conditioner", "cloob")
@@ -40,12 +41,12 @@ class CLOOB(nn.Module):
         patch_size: int = 16,
         image_width: int = 768,
         image_layers: int = 12,
-        image_heads: int = 12,
+        image_heads: int | None = None,
         text_size: int = 77,
         vocab_size: int = clip_tokens.CLIP_VOCAB_SIZE,
         text_width: int = 512,
         text_layers: int = 12,
-        text_heads: int = 8,
+        text_heads: int | None = None,
     ) -> None:
         """Build the towers with initial weights as CLIP's.
 
@@ -55,29 +56,21 @@ class CLOOB(nn.Module):
             patch_size: pixels per side of a patch; divides image_size.
             image_width: width of the image tower's layers.
             image_layers: layers of the image tower.
-            image_heads: attention heads of the image tower; divides image_width.
+            image_heads: attention heads of the image tower; divides image_width. null: image_width / 64.
             text_size: tokens that the text tower sees, start, end and padding included.
             vocab_size: tokens known to the text tower; fewer than 49408 keep the first of CLIP's merges.
             text_width: width of the text tower's layers.
             text_layers: layers of the text tower.
-            text_heads: attention heads of the text tower; divides text_width.
+            text_heads: attention heads of the text tower; divides text_width. null: text_width / 64.
 
         Raises:
             UserError: sizes that do not divide each other.
         """
         super().__init__()
-        problems = self.check(
-            {
-                "image_size": image_size,
-                "patch_size": patch_size,
-                "image_width": image_width,
-                "image_heads": image_heads,
-                "text_width": text_width,
-                "text_heads": text_heads,
-            }
-        )
+        problems = _problems(image_size, patch_size, image_width, image_heads, text_width, text_heads)
         if problems:
             raise UserError(f"conditioner.{problems[0]}")
+        image_heads, text_heads = image_heads or image_width // HEAD_WIDTH, text_heads or text_width // HEAD_WIDTH
         self.embed_dim, self.image_size = embed_dim, image_size
         self.text_size, self.vocab_size = text_size, vocab_size
         self.image_encoder = ImageEncoder(image_size, patch_size, image_width, image_layers, image_heads, embed_dim)
@@ -88,14 +81,9 @@ class CLOOB(nn.Module):
     @staticmethod
     def check(section: dict[str, Any]) -> list[str]:
         """Return what is wrong across the keys of a config section."""
-        defaults = {"image_size": 224, "patch_size": 16, "image_width": 768, "image_heads": 12}
-        values = {**defaults, "text_width": 512, "text_heads": 8, **section}
-        pairs = [("image_size", "patch_size"), ("image_width", "image_heads"), ("text_width", "text_heads")]
-        return [
-            f"{whole}: {values[whole]} is no multiple of {part} ({values[part]})"
-            for whole, part in pairs
-            if values[part] < 1 or values[whole] < 1 or values[whole] % values[part]
-        ]
+        defaults = {"image_size": 224, "patch_size": 16, "image_width": 768, "image_heads": None}
+        defaults |= {"text_width": 512, "text_heads": None}
+        return _problems(*(section.get(key, default) for key, default in defaults.items()))
 
     def from_batch(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return {"embed": [B, D]}, the embeddings of a batch's images, [B, 3, H, W] in [-1, 1]."""
@@ -140,6 +128,23 @@ class CLOOB(nn.Module):
     def normalize(self, images: Tensor) -> Tensor:
         """Return images in [0, 1], [B, 3, H, W], with CLIP's mean taken off and its deviation divided out."""
         return (images - self.pixel_mean) / self.pixel_std  # [B, 3, H, W]
+
+
+def _problems(
+    image_size: int, patch_size: int, image_width: int, image_heads: int | None, text_width: int, text_heads: int | None
+) -> list[str]:
+    """Return what is wrong with the towers' sizes, each as "key: what"."""
+    problems = []
+    if patch_size < 1 or image_size < 1 or image_size % patch_size:
+        problems.append(f"image_size: {image_size} is no multiple of patch_size ({patch_size})")
+    for tower, width, heads in (("image", image_width, image_heads), ("text", text_width, text_heads)):
+        if heads is None and (width < 1 or width % HEAD_WIDTH):
+            problems.append(
+                f"{tower}_heads: has to be given, as {tower}_width ({width}) is no multiple of {HEAD_WIDTH}"
+            )
+        elif heads is not None and (heads < 1 or width < 1 or width % heads):
+            problems.append(f"{tower}_width: {width} is no multiple of {tower}_heads ({heads})")
+    return problems
 
 
 def cover(image: Image.Image, size: int) -> Image.Image:

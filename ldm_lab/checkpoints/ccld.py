@@ -1,0 +1,80 @@
+"""Importer of the U-Nets of JD-P/cloob-latent-diffusion: sampling and training checkpoints."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm_lab.checkpoints.foreign import part_of, read_state_dict
+from ldm_lab.errors import UserError
+
+MAPPING_FEATURES, PIXEL_FEATURES = 128, 16  # Fourier features of t beside the embedding, and beside the latent
+FIRST = "net.0.main.0.weight"
+
+
+def read(path: str | Path, ema: bool = True) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """Return `(state_dict, config, extra)` of a CCLD U-Net.
+
+    Args:
+        path: a flat state dict (what the original samples from), or a Lightning checkpoint of its training.
+        ema: of a training checkpoint, take the averaged weights (`model_ema.`); else the raw ones (`model.`).
+
+    Returns:
+        The tensors that `CCLDUNet` loads strictly. Its keyword arguments, read off the shapes, but for `head_width`,
+        of which nothing else than 64 was ever used. Extra: `autoencoder_scale`, the latent scale that the U-Net was
+        trained with, or None; `channels` and `embed_dim`, the positional arguments.
+
+    Raises:
+        UserError: missing or damaged file, or not such a U-Net.
+    """
+    tensors, _ = read_state_dict(path, "CCLD checkpoint")
+    wanted = "model_ema." if ema else "model."
+    if FIRST in tensors:
+        state = dict(tensors)
+    elif wanted + FIRST in tensors:
+        state = part_of(tensors, wanted)
+    else:
+        raise UserError(f"{path}: not a CCLD U-Net: neither {FIRST!r} nor {wanted + FIRST!r} is in it")
+    scale = state.pop("autoencoder_scale", tensors.get("scale_factor"))
+    try:
+        config = infer_config(state)
+        channels = state[FIRST].shape[1] - PIXEL_FEATURES
+        embed_dim = state["mapping.0.main.0.weight"].shape[1] - MAPPING_FEATURES
+    except (KeyError, IndexError) as error:
+        raise UserError(f"{path}: not a complete CCLD U-Net ({error} is missing or misshapen)") from None
+    if scale is not None and scale.numel() != 1:
+        raise UserError(f"{path}: its autoencoder_scale is no number but a tensor of {list(scale.shape)}")
+    extra = {
+        "autoencoder_scale": None if scale is None else float(scale),
+        "channels": channels,
+        "embed_dim": embed_dim,
+    }
+    return state, config, extra
+
+
+def infer_config(state: dict[str, Tensor]) -> dict[str, Any]:
+    """Return the keyword arguments of `CCLDUNet` that follow from the shapes.
+
+    Only the products of base_channels and multipliers are in a file; 4 is divided out, as the original has it.
+    """
+    blocks = sum(f"net.{i}.main.4.weight" in state for i in range(_top_entries(state))) // 2
+    widths = [state["net.0.main.4.weight"].shape[0]]
+    prefix = f"net.{blocks}.main."
+    while f"{prefix}1.main.4.weight" in state:
+        widths.append(state[f"{prefix}1.main.4.weight"].shape[0])
+        prefix += f"{2 * blocks + 1}.main."  # after the pooling and the blocks on the way down
+    common = math.gcd(*widths)
+    base = common // 4 if common % 4 == 0 else common
+    return {
+        "base_channels": base,
+        "multipliers": [width // base for width in widths],
+        "blocks_per_level": blocks,
+        "mapping_width": state["mapping.0.main.0.weight"].shape[0],
+    }
+
+
+def _top_entries(state: dict[str, Tensor]) -> int:
+    return 1 + max(
+        int(name.split(".")[1]) for name in state if name.startswith("net.") and name.split(".")[1].isdigit()
+    )

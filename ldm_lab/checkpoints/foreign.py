@@ -1,0 +1,67 @@
+"""State dicts out of other programs' `.ckpt`, `.pt` and `.safetensors` files, without running anything from them."""
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm_lab.checkpoints.files import existing_file, is_safetensors, read_pickled, read_safetensors
+from ldm_lab.errors import UserError
+
+# Lightning saves objects of these packages beside the weights (callbacks, hyperparameters, best scores). They are not
+# needed, so a file may name them: what it names is never imported, a stand-in takes its place.
+BOOKKEEPING = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf", "typing", "argparse", "numpy")
+
+
+class StandIn:
+    """An object that is not needed: takes any arguments and any state, keeps nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def read_state_dict(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return `(tensors by name, whatever else the file holds)` of another program's checkpoint, on the CPU.
+
+    Args:
+        path: a `.safetensors` file, a Lightning checkpoint (`state_dict` in a dict), or a flat dict of tensors.
+        what: what the file should be, for the message if it is missing.
+
+    Raises:
+        UserError: missing, truncated or damaged file; one that holds more than tensors and Lightning's bookkeeping.
+    """
+    path = existing_file(path, what)
+    if is_safetensors(path):
+        return read_safetensors(path)
+    is_zip = zipfile.is_zipfile(path)
+    names = _unsafe_globals(path) if is_zip else []
+    stand_ins = [(StandIn, name) for name in names if name.partition(".")[0] in BOOKKEEPING]
+    with torch.serialization.safe_globals(stand_ins):
+        content = read_pickled(path, mmap=is_zip)  # mapped: of a training checkpoint only a part is ever needed
+    state = content.get("state_dict", content)
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: its 'state_dict' is no dict of tensors but a {type(state).__name__}")
+    tensors = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(f"{path}: no tensors in it")
+    rest = {} if state is content else {key: value for key, value in content.items() if key != "state_dict"}
+    return tensors, rest
+
+
+def _unsafe_globals(path: Path) -> list[str]:
+    """Return the names that a checkpoint's pickle asks for and torch does not know; none if it is unreadable."""
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (RuntimeError, ValueError, KeyError, IndexError, EOFError, OSError, pickle.UnpicklingError):
+        return []  # `read_pickled` says what is wrong with the file
+
+
+def part_of(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
