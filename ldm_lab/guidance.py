@@ -7,11 +7,10 @@ weights add up to one and x0 and eps are linear in v at fixed x and t, mixing x0
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from ldm_lab.objectives import Prediction
 
 
 def null_weight(weights: Tensor) -> Tensor:
@@ -21,11 +20,11 @@ def null_weight(weights: Tensor) -> Tensor:
 
 
 def guided(
-    predict: Callable[[Tensor, Tensor, dict[str, Tensor]], Prediction],
+    predict: Callable[[Tensor, Tensor, dict[str, Tensor]], Any],
     cond: dict[str, Tensor],
     null_cond: dict[str, Tensor],
     weights: Tensor,
-) -> Callable[[Tensor, Tensor], Prediction]:
+) -> Callable[[Tensor, Tensor], Any]:
     """Return `predict(x [B, C, h, w], t [B]) -> Prediction`, guided by k weighted conditions per image.
 
     Every image has conditions and weights of its own; one with fewer than k prompts has weight 0 in the places left
@@ -34,7 +33,8 @@ def guided(
     its first prompt that has a weight.
 
     Args:
-        predict: the denoiser's reading of M rows: x [M, C, h, w], t [M], cond of [M, ...] -> Prediction.
+        predict: the denoiser's reading of M rows: x [M, C, h, w], t [M], cond of [M, ...] -> Prediction
+            (`ldm_lab.objectives`).
         cond: the conditions, tensors of [B, k, ...].
         null_cond: the null condition of every image, tensors of [B, ...].
         weights: [B, k], on the CPU, finite. k = 0 samples without a condition.
@@ -59,10 +59,11 @@ def guided(
         # Python's sum adds in order; torch's may regroup with the shape, and an image would depend on its batch.
         return sum(weighted.unbind())  # [B, C, h, w]
 
-    def guided_predict(x: Tensor, t: Tensor) -> Prediction:
-        x0, eps, log_variance = predict(x[row[1]], t[row[1]], row_cond)  # [M, C, h, w] each
+    def guided_predict(x: Tensor, t: Tensor) -> Any:
+        rows = predict(x[row[1]], t[row[1]], row_cond)  # fields [M, C, h, w]
+        log_variance = rows.log_variance
         if log_variance is not None:
             log_variance = by_condition(log_variance)[leading, torch.arange(len(x))]  # [B, C, h, w]
-        return Prediction(mix(x0), mix(eps), log_variance)
+        return rows._replace(x0=mix(rows.x0), eps=mix(rows.eps), log_variance=log_variance)
 
     return guided_predict

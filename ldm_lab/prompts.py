@@ -5,6 +5,7 @@ no number, the colon belongs to the text ("a photo: of a cat"). A backslash righ
 too: `meet at 12\\:30` is the text "meet at 12:30". Image prompts are written alike: a path or an http(s) address.
 """
 
+import io
 import math
 import urllib.error
 import urllib.request
@@ -12,9 +13,8 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ldm_lab.data import transforms
 from ldm_lab.errors import UserError
 
 URL_SCHEMES = ("http", "https")
@@ -29,7 +29,7 @@ class Prompt:
     Attributes:
         text: what is to be seen; of an image prompt its path or address.
         weight: its weight in the guided prediction (`ldm_lab.guidance`); None stands for the guidance scale.
-        image: the image of an image prompt, RGB.
+        image: the image of an image prompt, of any mode and size.
     """
 
     text: str
@@ -92,7 +92,7 @@ def parse_image_prompt(written: str) -> Prompt:
 
 
 def open_image(source: str) -> Image.Image:
-    """Return the RGB image behind a path or an http(s) address, upright, transparency over white.
+    """Return the image behind a path or an http(s) address, upright as its EXIF orientation says, in its own mode.
 
     Raises:
         UserError: missing, unreachable, too large, or not a readable image.
@@ -100,10 +100,14 @@ def open_image(source: str) -> Image.Image:
     scheme, separator, _ = source.partition("://")
     if separator and scheme.lower() not in URL_SCHEMES:
         raise UserError(f"{source}: an image prompt is a path or an http(s) address")
+    data = _download(source) if separator else _read(source)
     try:
-        return transforms.to_rgb(transforms.open_image(_download(source) if separator else _read(source)))
-    except transforms.BadImage as error:
-        raise UserError(f"{source}: not usable as an image prompt: {error}") from None
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except Exception as error:  # on malformed bytes the decoders raise nearly anything
+        reason = "no image format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"{source}: not a readable image: {reason}") from error
 
 
 def _read(source: str) -> bytes:

@@ -278,7 +278,7 @@ def as_mix(entry: Mix) -> list[Prompt]:
     if isinstance(entry, Prompt):
         return [entry]
     if isinstance(entry, Image.Image):
-        return [Prompt("image", image=entry.convert("RGB"))]
+        return [Prompt("image", image=entry)]
     if not entry:
         raise UserError("an image needs at least one prompt")
     return [prompt for part in entry for prompt in as_mix(part)]
