@@ -1,7 +1,6 @@
 """Images in files of their own: a list of paths, or all images below a folder. A caption lies beside its image."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,6 @@ class FileSource(ImageSource):
         self._names = b"".join(encoded)
         self.count = len(encoded)
 
-    def items(self, order: Order, start: int = 0) -> Iterator[tuple[int, Any]]:
-        share = order.share(self.count)  # [about count / readers]
-        for place in range(start, len(share)):
-            yield place, int(share[place])
-
     def read(self, index: int) -> Raw:
         """Return the file of an index and its caption. Raises Skip."""
         name = os.fsdecode(self._names[self._ends[index - 1] if index else 0 : self._ends[index]])
@@ -49,8 +43,8 @@ class FileSource(ImageSource):
         caption = path.with_suffix(".txt")
         return Raw(name, image, caption.read_bytes() if caption.is_file() else None)
 
-    def decode(self, item: int, random: Any) -> dict[str, Any]:
-        return super().decode(self.read(item), random)
+    def decode(self, item: int, order: Order) -> dict[str, Any]:
+        return super().decode(self.read(item), order)
 
 
 @register("data", "image_list")

@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Iterator
-from random import Random
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -105,11 +104,15 @@ class Source:
         Anchors never fall; `items(order, a)` must give the very items that `items(order, 0)` gives from its first item
         with anchor a on. An item is what `decode` takes, or a `Skip` for something that could not even be read.
         Nothing is decoded here, so that resuming is quick.
-        """
-        raise NotImplementedError
 
-    def decode(self, item: Any, random: Random) -> dict[str, Any]:
-        """Return the sample of an item; every random choice comes from `random`. Raises Skip."""
+        As it stands: every unit is an item, known by its index; its anchor is its place in the share.
+        """
+        share = order.share(self.count)  # [about count / readers]
+        for place in range(start, len(share)):
+            yield place, int(share[place])
+
+    def decode(self, item: Any, order: Order) -> dict[str, Any]:
+        """Return the sample of an item; every random choice comes from `order.random`. Raises Skip."""
         raise NotImplementedError
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -151,13 +154,14 @@ class ImageSource(Source):
         self.image_size, self.crop, self.flip = image_size, crop, flip
         self.min_size, self.require_text = min_size, require_text
 
-    def decode(self, item: Raw, random: Random) -> dict[str, Any]:
+    def decode(self, item: Raw, order: Order) -> dict[str, Any]:
         """Return {"image": uint8 [3, S, S], "text": str, "key": str}. Raises Skip."""
         if item.image is None:
             raise Skip("no image", item.key)
         text = (item.text or b"").decode("utf-8-sig", errors="replace").strip()
         if self.require_text and not text:
             raise Skip("no caption", item.key)
+        random = order.random("augment", item.key)
         across, down, mirror = random.random(), random.random(), random.random()
         if self.crop == "center":
             across = down = 0.5

@@ -1,0 +1,139 @@
+"""The data of a run for Lightning, with a position that can be saved and gone back to."""
+
+from collections import Counter
+from typing import Any
+
+from pytorch_lightning import LightningDataModule
+from pytorch_lightning.utilities import rank_zero_info
+
+from ldm_lab.data.loader import Counts, Loader, Progress
+from ldm_lab.data.order import Position
+from ldm_lab.data.source import Source
+from ldm_lab.errors import UserError
+
+
+class DataModule(LightningDataModule):
+    """Batches of a source, distinct on every rank and loader process, in an order that resuming continues.
+
+    The training loop hands every batch to `consumed`, which takes the bookkeeping out of it; what the loader has
+    prepared ahead does not count. `rank_state` is then where this rank stands. Each rank has its own, so a checkpoint
+    holds the list of all ranks' states, and `load_rank_states` takes that list. The same world size and number of
+    loader processes then deliver exactly the batches that an uninterrupted run would have delivered; anything else
+    goes on at the beginning of the next epoch.
+
+    Args:
+        source: a part of role "data".
+        seed: of the order and of random crops and flips.
+        rank, world_size: for use without a Trainer, which knows them otherwise.
+        epochs: passes over the data; None is without end, as training wants it. With a number, the last batch of a
+            reader may be smaller.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        seed: int,
+        rank: int | None = None,
+        world_size: int | None = None,
+        epochs: int | None = None,
+    ):
+        super().__init__()
+        self.source, self.seed, self.epochs = source, seed, epochs
+        self._rank, self._world_size = rank, world_size
+        self._progress = Progress([Position()] * self.workers)
+        self._restored: tuple[list[dict[str, Any]], int] | None = None
+
+    @property
+    def workers(self) -> int:
+        """Readers per rank: loader processes, or the training process itself."""
+        return max(self.source.workers, 1)
+
+    @property
+    def rank(self) -> int:
+        """This process among those of the run."""
+        return self.trainer.global_rank if self._rank is None and self.trainer else self._rank or 0
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the run."""
+        return self.trainer.world_size if self._world_size is None and self.trainer else self._world_size or 1
+
+    @property
+    def skipped(self) -> Counter:
+        """Samples of this rank that had to be skipped so far, by reason."""
+        return Counter(self._progress.counts.skipped)
+
+    def summary(self) -> str:
+        """Return one line: samples read by this rank so far, and those skipped by reason with examples."""
+        return f"data: {self._progress.counts}"
+
+    def prepare_data(self) -> None:
+        self.source.prepare()
+
+    def setup(self, stage: str | None = None) -> None:
+        """List the data. Raises UserError if there is none, or too little for the number of readers."""
+        self.source.open()
+        readers, count, unit = self.workers * self.world_size, self.source.count, self.source.unit
+        if count < readers:
+            most = count // self.world_size
+            remedy = f"set data.workers to at most {most}" if most else f"use at most {count} processes"
+            raise UserError(
+                f"data: {count} {unit} are too few for {readers} readers ({self.world_size} processes x {self.workers} "
+                f"workers), each of which needs its own: {remedy}, or bring more {unit}"
+            )
+        if self._restored is not None:
+            self._restore(*self._restored)
+
+    def train_dataloader(self) -> Loader:
+        """Return the batches from where this rank stands on."""
+        return Loader(
+            self.source,
+            seed=self.seed,
+            rank=self.rank,
+            world_size=self.world_size,
+            progress=self._progress,
+            epochs=self.epochs,
+        )
+
+    def consumed(self, batch: dict[str, Any]) -> None:
+        """Note that a batch was trained on, and take its "state" out of it."""
+        self._progress.advance(batch.pop("state"))
+
+    def rank_state(self) -> dict[str, Any]:
+        """Return where this rank stands, as plain numbers, texts, lists and dicts."""
+        return {
+            "seed": self.seed,
+            "processes": self.world_size,
+            "workers": self.workers,
+            self.source.unit: self.source.count,
+            "turn": self._progress.turn,
+            "positions": [list(p) for p in self._progress.positions],
+            "counts": self._progress.counts.state(),
+        }
+
+    def load_rank_states(self, states: list[dict[str, Any]], rank: int) -> None:
+        """Go back to where the ranks stood. May be called before or after `setup`.
+
+        Args:
+            states: all ranks' `rank_state()`, in the order of the ranks.
+            rank: this process among those of the run.
+        """
+        self._restored = states, rank
+        if hasattr(self.source, "count"):
+            self._restore(states, rank)
+
+    def _restore(self, states: list[dict[str, Any]], rank: int) -> None:
+        now = self.rank_state()
+        keys = ("seed", "processes", "workers", self.source.unit)
+        changes = [f"{key} {states[0].get(key)} -> {now[key]}" for key in keys if states[0].get(key) != now[key]]
+        if not changes:
+            positions = [Position(*p) for p in states[rank]["positions"]]
+            self._progress = Progress(positions, states[rank]["turn"], Counts(**states[rank]["counts"]))
+            return
+        epoch = 1 + max(position[0] for state in states for position in state["positions"])
+        rank_zero_info(f"data: {', '.join(changes)}: another order, so this run goes on with epoch {epoch} of it")
+        self._progress = Progress([Position(epoch)] * self.workers)
+        if rank == 0:  # what all ranks have counted so far lives on in one of them
+            for state in states:
+                self._progress.counts.add(Counts(**state["counts"]))

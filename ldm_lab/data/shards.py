@@ -1,0 +1,309 @@
+"""WebDataset shards: tar files of samples, as img2dataset writes them, from disk, over HTTP or out of a command.
+
+The files of one sample share their name up to the first dot of the base name: `00012.jpg`, `00012.txt`, `00012.json`.
+The tar format and the addresses are webdataset's; the order of shards and samples is ours, because it has to be
+reshuffled every epoch and found again on resume.
+"""
+
+import glob
+import http.client
+import io
+import os
+import subprocess
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Iterator
+from contextlib import closing
+from lzma import LZMAError
+from pathlib import Path
+from typing import Any
+
+import braceexpand
+from webdataset.gopen import gopen, gopen_schemes
+from webdataset.tariterators import base_plus_ext
+
+from ldm_lab.config import register
+from ldm_lab.data.order import Order, shuffled
+from ldm_lab.data.source import IMAGE_EXTENSIONS, ImageSource, Raw, Skip
+from ldm_lab.errors import UserError, unknown
+
+RUN = 4  # a run of shards that are shuffled together ends once it has this many times the shuffle buffer
+LARGEST_MEMBER = 2**28  # bytes; a larger file inside a shard is no image of ours
+HTTP_TRIES = 5  # in a row without a byte in between
+HTTP_WAIT = 1.0  # seconds before the second try, doubled before each further one
+HTTP_TIMEOUT = 60  # seconds without a byte
+
+
+class ShardSource(ImageSource):
+    """Base class of the sources that read shards: a subclass gives `list_shards`.
+
+    Args:
+        shuffle_buffer: undecoded samples that a loader process holds to draw the next one from. 0 keeps the order
+            within a shard.
+    """
+
+    unit = "shards"
+
+    def __init__(self, *, shuffle_buffer: int = 1000, **common: Any):
+        super().__init__(**common)
+        self.shuffle_buffer = shuffle_buffer
+
+    def list_shards(self) -> list[str]:
+        """Return the addresses of all shards, in a fixed order. Raises UserError where there are none."""
+        raise NotImplementedError
+
+    def open(self) -> None:
+        self.addresses = self.list_shards()
+        self.count = len(self.addresses)
+
+    def items(self, order: Order, start: int = 0) -> Iterator[tuple[int, Raw | Skip]]:
+        """Yield the samples; an anchor is the place of the first shard of a run.
+
+        The shuffle buffer is emptied at the end of every run, so that resuming reads at most one run again and not
+        the whole epoch.
+        """
+        share = order.share(self.count)  # [about count / readers]
+        places = iter(range(start, len(share)))
+        for first in places:
+            run = self._run(share, first, places)
+            for item in shuffled(run, self.shuffle_buffer, order.random("run", order.reader, first)):
+                yield first, item
+
+    def _run(self, share: Any, place: int | None, places: Iterator[int]) -> Iterator[Raw | Skip]:
+        """Yield the samples of the shard at `place` and of further shards until there are enough of them."""
+        samples = 0
+        while place is not None:
+            for item in read_shard(self.addresses[share[place]]):
+                samples += 1
+                yield item
+            place = next(places, None) if samples < RUN * self.shuffle_buffer else None
+
+
+@register("data", "webdataset")
+class WebDataset(ShardSource):
+    """WebDataset shards: jpg/png/webp + txt + json in tar files.
+
+    Args:
+        shards: addresses: paths, `{00000..00012}` braces, globs, http(s), cloud addresses that webdataset knows, or
+            `pipe:` and a shell command that writes a tar file to its standard output.
+    """
+
+    def __init__(self, *, shards: str | list[str], **common: Any):
+        super().__init__(**common)
+        self.shards = [shards] if isinstance(shards, str) else shards
+
+    def list_shards(self) -> list[str]:
+        return expand(self.shards)
+
+
+def expand(patterns: list[str]) -> list[str]:
+    """Return the shard addresses that some patterns stand for: braces first, then globs (sorted).
+
+    Raises:
+        UserError: no pattern at all, a pattern that matches nothing, a named local file that is not there, an unknown
+            kind of address.
+    """
+    addresses, missing = [], []
+    for pattern in patterns:
+        try:
+            alternatives = list(braceexpand.braceexpand(pattern, escape=False))
+        except braceexpand.UnbalancedBracesError:
+            raise UserError(f"data.shards: unbalanced braces in {pattern!r}") from None
+        for address in alternatives:
+            scheme = _scheme(address)
+            if scheme and scheme not in gopen_schemes:
+                kind = unknown("kind of address", scheme, [s for s in gopen_schemes if not s.startswith("_")])
+                raise UserError(f"data.shards: {address}: {kind}")
+            if scheme:
+                addresses.append(address)
+                continue
+            path = os.path.expanduser(address)
+            if os.path.isfile(path):
+                addresses.append(path)
+            elif os.path.isdir(path):
+                raise UserError(f"data.shards: {path} is a folder; its shards are {os.path.join(path, '*.tar')}")
+            elif glob.has_magic(path):
+                found = sorted(p for p in glob.glob(path, recursive=True) if os.path.isfile(p))
+                if not found:
+                    raise UserError(f"data.shards: {pattern!r} matches no file")
+                addresses += found
+            else:
+                missing.append(path)
+    if missing:
+        files = f"no such file: {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+        raise UserError(f"data.shards: {files}; a pattern with * takes those that are there")
+    if not addresses:
+        raise UserError("data.shards: the list of shards is empty")
+    return addresses
+
+
+def _scheme(address: str) -> str:
+    """Return "pipe", "http", ... of an address, "" for a local path."""
+    if address.startswith("pipe:"):
+        return "pipe"
+    return address.partition("://")[0].lower() if "://" in address else ""
+
+
+# -------------------------------------------------------------------------------------------------- reading one shard
+
+
+class _Member(tarfile.TarInfo):
+    """tarfile takes a damaged header in mid-archive for its end; here it is an error."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(archive)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
+            raise tarfile.ReadError(str(error)) from None
+
+
+def read_shard(address: str) -> Iterator[Raw | Skip]:
+    """Yield the samples of a shard, in its order.
+
+    A shard that cannot be opened gives one Skip "unreachable shard". One that breaks off gives the samples before the
+    break and then one Skip "broken shard"; the sample at the break counts as one of them when it has all the parts
+    that the one before it had.
+    """
+    try:
+        stream = _open(address)
+    except (OSError, http.client.HTTPException, ValueError):
+        yield Skip("unreachable shard", address)
+        return
+    previous: dict[str, bytes] = {}
+    parts: dict[str, bytes] = {}
+    key = None
+    try:
+        with closing(stream), tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member) as archive:
+            for member in archive:
+                name, extension = base_plus_ext(member.name)
+                archive.members.clear()  # tarfile would keep every header of the shard
+                if name is None or not member.isreg():
+                    continue
+                if name != key:
+                    if key is not None:
+                        yield _raw(key, parts)
+                    key, previous, parts = name, parts, {}
+                extension = extension.lower()
+                if extension in (*IMAGE_EXTENSIONS, "txt", "json") and member.size <= LARGEST_MEMBER:
+                    parts[extension] = archive.extractfile(member).read()
+            _drain(stream)
+    except (tarfile.TarError, OSError, EOFError, zlib.error, LZMAError, http.client.HTTPException):
+        if key is not None and previous.keys() <= parts.keys() and previous:
+            yield _raw(key, parts)
+        yield Skip("broken shard", address)
+        return
+    if key is not None:
+        yield _raw(key, parts)
+
+
+def _raw(key: str, parts: dict[str, bytes]) -> Raw:
+    image = next((parts[e] for e in IMAGE_EXTENSIONS if e in parts), None)
+    return Raw(key, image, parts.get("txt"), parts.get("json"))
+
+
+def _open(address: str) -> Any:
+    """Return an open binary stream."""
+    scheme = _scheme(address)
+    if not scheme:
+        return open(address, "rb")
+    if scheme == "pipe":
+        return _Command(address.removeprefix("pipe:"))
+    if scheme in ("http", "https"):
+        return _Download(address)
+    return gopen(address)
+
+
+def _drain(stream: Any) -> None:
+    """Read on to the end, behind the archive's own: only there a command or a download shows that it failed."""
+    while stream.read(2**16):
+        pass
+
+
+class _Command:
+    """The standard output of a shell command; OSError at its end if the command failed."""
+
+    def __init__(self, command: str):
+        self.process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+
+    def read(self, size: int) -> bytes:
+        data = self.process.stdout.read(size)
+        if len(data) < size and self.process.wait() != 0:
+            raise OSError(f"the command ended with status {self.process.returncode}")
+        return data
+
+    def close(self) -> None:
+        self.process.stdout.close()
+        self.process.kill()
+        self.process.wait()
+
+
+class _Download:
+    """A file over HTTP that survives lost connections: it goes on at the byte where it was."""
+
+    def __init__(self, url: str):
+        self.url, self.place, self.size, self.response = url, 0, None, None
+        self._retry(self._connect)
+
+    def read(self, size: int) -> bytes:
+        return self._retry(lambda: self._read(size))
+
+    def close(self) -> None:
+        if self.response is not None:
+            self.response.close()
+
+    def _connect(self) -> None:
+        headers = {"User-Agent": "ldm_lab", **({"Range": f"bytes={self.place}-"} if self.place else {})}
+        request = urllib.request.Request(self.url, headers=headers)
+        self.response = urllib.request.urlopen(request, timeout=HTTP_TIMEOUT)
+        if self.place == 0:
+            length = self.response.headers.get("Content-Length")
+            self.size = int(length) if length else None
+        elif self.response.status != 206:  # the server knows no ranges: read up to the place again
+            left = self.place
+            while left and (data := self.response.read(min(left, 2**16))):
+                left -= len(data)
+
+    def _read(self, size: int) -> bytes:
+        if self.response is None:
+            self._connect()
+        data = self.response.read(size)
+        if not data and self.size is not None and self.place < self.size:
+            raise ConnectionError(f"{self.url}: closed at byte {self.place} of {self.size}")
+        self.place += len(data)
+        return data
+
+    def _retry(self, action: Any) -> Any:
+        for attempt in range(HTTP_TRIES):
+            try:
+                return action()
+            except (OSError, http.client.HTTPException) as error:
+                self.close()
+                self.response = None
+                final = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code not in (408, 429)
+                if final or attempt == HTTP_TRIES - 1:
+                    raise
+                time.sleep(HTTP_WAIT * 2**attempt)
+        raise AssertionError("the last attempt returns or raises")
+
+
+# -------------------------------------------------------------------------------------------------- writing a shard
+
+
+def write_shard(path: str | Path, samples: Iterator[tuple[str, dict[str, bytes]]]) -> None:
+    """Write (key, {extension: bytes}) samples as a shard, whole or not at all; the same samples give the same bytes."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
+            for key, parts in samples:
+                for extension, data in parts.items():
+                    member = tarfile.TarInfo(f"{key}.{extension}")
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
