@@ -1,0 +1,118 @@
+"""The networks and the importers of their released checkpoints against recordings of the originals."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm_lab.autoencoders.kl_f8 import KLAutoencoder, kl, split_moments
+from ldm_lab.checkpoints import ccld, cloob_pickle, compvis
+from ldm_lab.checkpoints.parts import load_strictly
+from ldm_lab.conditioners import clip_tokens
+from ldm_lab.conditioners.cloob import CLOOB
+from ldm_lab.denoisers.ccld_unet import CCLDUNet
+
+NETWORK = 1e-5  # relative L2 that a float32 port may be away
+
+
+@torch.no_grad()
+def test_ccld_unet(case, tmp_path):
+    recorded = case("ccld_unet", at_most=NETWORK)
+    scale = torch.tensor(recorded.config["autoencoder_scale"])
+    torch.save({**recorded.weights(), "autoencoder_scale": scale}, tmp_path / "unet.pth")
+    state, config, extra = ccld.read(tmp_path / "unet.pth")
+    base, multipliers = recorded.config["base_channels"], recorded.config["channel_multipliers"]
+    widths = [config["base_channels"] * multiplier for multiplier in config["multipliers"]]
+    recorded.expect("widths", widths, [base * multiplier for multiplier in multipliers])
+    recorded.expect("autoencoder_scale", extra["autoencoder_scale"], float(scale))
+    net = CCLDUNet(extra["channels"], extra["embed_dim"], **config)
+    load_strictly(net, state, "unet.pth")
+    for name in recorded.suffixes("x_"):
+        x, t, embed = (recorded.inputs[f"{what}_{name}"] for what in ("x", "t", "embed"))
+        recorded.check(f"v_{name}", net(x, t, embed))
+        if f"mapping_{name}" in recorded.names:
+            recorded.check(f"mapping_{name}", net.conditioning(t, embed))
+    recorded.finish()
+
+
+@torch.no_grad()
+def test_kl_autoencoder(case, tmp_path):
+    recorded = case("kl_autoencoder", at_most=NETWORK)
+    torch.save({"state_dict": {**recorded.weights(), "loss.logvar": torch.zeros(())}, "epoch": 1}, tmp_path / "kl.ckpt")
+    state, config, _ = compvis.read(tmp_path / "kl.ckpt")
+    released = compvis.config_of(recorded.config["ddconfig"], recorded.config["embed_dim"])
+    for key in ("ch", "ch_mult", "num_res_blocks", "z_channels", "embed_dim"):
+        recorded.expect(key, config[key], released[key])
+    net = KLAutoencoder(**config)
+    load_strictly(net, state, "kl.ckpt")
+    for name in recorded.suffixes("image_"):
+        image, latent, noise = (recorded.inputs[f"{what}_{name}"] for what in ("image", "latent", "noise"))
+        net.scale.fill_(1.0)
+        recorded.check(f"moments_{name}", net.raw_moments(image))
+        recorded.check(f"sample_{name}", net.encode(image, noise))
+        recorded.check(f"decoded_{name}", net.decode(latent))
+        net.scale.fill_(recorded.config["autoencoder_scale"])
+        recorded.check(f"scaled_{name}", net.encode(image, noise))
+        if f"decoded_scaled_{name}" in recorded.names:
+            recorded.check(f"decoded_scaled_{name}", net.decode(recorded.recorded(f"scaled_{name}")))
+    net.scale.fill_(1.0)
+    for name in recorded.suffixes("moments_"):
+        mean, logvar = split_moments(recorded.inputs[f"moments_{name}"])
+        recorded.check(f"mean_{name}", mean)
+        recorded.check(f"logvar_{name}", logvar)
+        recorded.check(f"std_{name}", net.sample(torch.zeros_like(mean), logvar, torch.ones_like(mean)))
+        recorded.check(f"kl_{name}", kl(mean, logvar))
+    recorded.finish()
+
+
+def test_kl_autoencoder_keys(golden: Path, tmp_path):
+    """A file with all the names of a released checkpoint is taken, whatever it holds beside the model."""
+    if not (golden / "kl_autoencoder_keys.json").is_file():
+        pytest.skip(f"{golden} has no case kl_autoencoder_keys")
+    keys = json.loads((golden / "kl_autoencoder_keys.json").read_text(encoding="utf-8"))
+    shapes = {**keys["model"], **keys["ignore"]}
+    zero = torch.zeros(())
+    torch.save({"state_dict": {name: zero.expand(shape) for name, shape in shapes.items()}}, tmp_path / "kl.ckpt")
+    state, config, _ = compvis.read(tmp_path / "kl.ckpt")
+    with torch.device("meta"):
+        own = {name: list(value.shape) for name, value in KLAutoencoder(**config).state_dict().items()}
+    assert {name: list(value.shape) for name, value in state.items()} == own
+    assert {name: shape for name, shape in own.items() if name != "scale"} == keys["model"]
+
+
+@torch.no_grad()
+def test_cloob(case):
+    recorded = case("cloob", at_most=NETWORK)
+    weights = recorded.weights()
+    image, text = recorded.config["image_encoder"], recorded.config["text_encoder"]
+    released = {
+        "embed_dim": recorded.config["d_embed"],
+        **{"image_size": image["image_size"], "patch_size": image["patch_size"]},
+        **{"image_width": image["d_model"], "image_layers": image["n_layers"]},
+        **{"text_size": text["text_size"], "vocab_size": text["vocab_size"]},
+        **{"text_width": text["d_model"], "text_layers": text["n_layers"]},
+    }
+    pickled = recorded.folder / recorded.json["pickle"]
+    if pickled.is_file():  # a folder may hold the case without it
+        state, config, _ = cloob_pickle.read(pickled)
+        recorded.expect("names in the pickle", sorted(state), sorted(weights))
+        different = [name for name in weights if not torch.equal(state.get(name, torch.empty(0)), weights[name])]
+        recorded.expect("weights in the pickle that differ", different, [])
+        recorded.expect("config in the pickle", config, released)
+    cloob = CLOOB(**released, image_heads=image["n_heads"], text_heads=text["n_heads"])
+    load_strictly(cloob, weights, recorded.name)
+
+    pixels, tokens = recorded.inputs["pixels"], recorded.inputs["tokens"].long()
+    recorded.check("resized", cloob.resize(pixels))
+    recorded.check("normalized", cloob.normalize(recorded.recorded("resized")))
+    recorded.check("image_prenorm", cloob.image_encoder(recorded.recorded("normalized")))
+    recorded.check("image_embed", cloob.from_batch({"image": pixels * 2 - 1})["embed"])
+    recorded.check("text_prenorm", cloob.text_encoder(tokens))
+    cloob.tokenize = lambda texts, warn: tokens  # the case has no texts for its tiny vocabulary
+    recorded.check("text_embed", cloob.encode_text(["a text"] * len(tokens)))
+
+    for name in ("token_ids", "token_ids_wrapper"):
+        ids = clip_tokens.tokenize(recorded.json["prompts"], text_size=recorded.recorded(name).shape[1])
+        recorded.check(name, ids)
+    recorded.finish()
