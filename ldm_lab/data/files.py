@@ -4,11 +4,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ldm_lab.config import register
 from ldm_lab.data.order import Order
 from ldm_lab.data.source import IMAGE_EXTENSIONS, ImageSource, Raw, Skip
+from ldm_lab.data.strings import Strings
 from ldm_lab.errors import UserError
 
 
@@ -23,25 +22,20 @@ class FileSource(ImageSource):
         raise NotImplementedError
 
     def open(self) -> None:
-        # One block of bytes instead of millions of str objects, whose reference counts every loader process would
-        # touch, and thereby copy, one by one.
-        encoded = [os.fsencode(name) for name in self.names()]
-        self._ends = np.cumsum([len(e) for e in encoded])  # [count]
-        self._names = b"".join(encoded)
-        self.count = len(encoded)
+        self._names = Strings.pack(self.names())
+        self.count = len(self._names)
 
     def read(self, index: int) -> Raw:
         """Return the file of an index and its caption. Raises Skip."""
-        name = os.fsdecode(self._names[self._ends[index - 1] if index else 0 : self._ends[index]])
+        name = self._names[index]
         path = self.root / name
+        caption = path.with_suffix(".txt")
         try:
-            image = path.read_bytes()
+            return Raw(name, path.read_bytes(), caption.read_bytes() if caption.is_file() else None)
         except FileNotFoundError:
             raise Skip("missing file", name) from None
         except OSError:
             raise Skip("unreadable file", name) from None
-        caption = path.with_suffix(".txt")
-        return Raw(name, image, caption.read_bytes() if caption.is_file() else None)
 
     def decode(self, item: int, order: Order) -> dict[str, Any]:
         return super().decode(self.read(item), order)
@@ -62,10 +56,12 @@ class ImageList(FileSource):
 
     def names(self) -> list[str]:
         try:
-            lines = self.path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+            text = self.path.read_text(encoding="utf-8-sig", errors="surrogateescape")
         except OSError as error:
             raise UserError(f"data.path: {self.path}: {error.strerror}; a text file of image paths is needed") from None
-        names = [line.strip() for line in lines if line.strip()]
+        names = [line.strip() for line in text.split("\n") if line.strip(" ./\r\t")]
+        if "\0" in text:
+            raise UserError(f"data.path: {self.path} is no text file; one image path per line is needed")
         if not names:
             raise UserError(f"data.path: {self.path} holds no image path; one per line is needed")
         return names

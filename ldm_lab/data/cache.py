@@ -1,0 +1,233 @@
+"""Latents and embeddings computed beforehand: what they are kept in, how they are written and read.
+
+A cache is a folder of safetensors shards with `meta.json`. A shard holds, for its N samples,
+
+    "mean", "logvar"         [N, C, h, w]   the posterior of the autoencoder, unscaled: every epoch draws a fresh latent
+    "embed"                  [N, D]         the conditioner's embedding
+    "text", "text_ends"      uint8, int64 [N]   the captions, packed (`strings.Strings`); likewise "key", "key_ends"
+
+and in its metadata the loader's state after its last sample, so that writing goes on after an interruption. `meta.json`
+says what the cache was made with (sha256 of the weights, image size, data), and whether it is complete.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ldm_lab.config import register
+from ldm_lab.data.order import Order
+from ldm_lab.data.source import Skip, Source
+from ldm_lab.data.strings import Strings
+from ldm_lab.errors import UserError
+
+FORMAT = "ldm_lab cache 1"
+META = "meta.json"
+PARTIAL = ".part"  # suffix of a file that is being written
+STRINGS = ("text", "key")
+
+
+@register("data", "cache")
+class Cache(Source):
+    """Latents and embeddings that `python -m ldm_lab cache` wrote.
+
+    Batches are {"mean", "logvar": float32 [B, C, h, w], "embed": float32 [B, D], "text", "key": list[str]}, or whatever
+    tensors the cache holds. The order is a permutation of all its samples.
+
+    Args:
+        path: the cache's folder.
+
+    Attributes:
+        description: what the cache was made with; set by `open`.
+    """
+
+    def __init__(self, *, path: str, **common: Any):
+        super().__init__(**common)
+        self.folder = Path(path).expanduser()
+        self._opened: dict[int, dict[str, Any]] = {}
+
+    def open(self) -> None:
+        meta = read_meta(self.folder)
+        if not meta["complete"]:
+            raise UserError(f"data.path: the cache {self.folder} is not complete; the command that began it can end it")
+        self.description = meta["description"]
+        self._paths = sorted(self.folder.glob("*.safetensors"))
+        counts = [read_header(path)[0] for path in self._paths]
+        self._ends = np.cumsum(counts, dtype=np.int64)  # [shards]
+        self.count = int(sum(counts))
+        if self.count != meta["samples"]:
+            missing = f"{self.count} samples are there, {meta['samples']} were written"
+            raise UserError(f"data.path: files of the cache {self.folder} are missing: {missing}")
+
+    def decode(self, item: int, order: Order) -> dict[str, Any]:
+        """Return {"mean", "logvar" [C, h, w], "embed" [D] in the cache's own precision, "text", "key"}."""
+        shard = int(np.searchsorted(self._ends, item, side="right"))
+        row = item - (int(self._ends[shard - 1]) if shard else 0)
+        if shard not in self._opened:
+            self._opened[shard] = self._map(self._paths[shard])
+        return {name: values[row] for name, values in self._opened[shard].items()}
+
+    def _map(self, path: Path) -> dict[str, Any]:
+        """Return a shard's columns; they are mapped, so only the rows that are asked for come from the disk."""
+        try:
+            with safe_open(path, "pt") as file:
+                columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # [N, ...] each
+        except (SafetensorError, OSError):
+            raise Skip("unreachable shard", str(path)) from None
+        for name in STRINGS:
+            columns[name] = Strings(columns[name].numpy(), columns.pop(f"{name}_ends").numpy())
+        return columns
+
+    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {name: value.float() if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+class CacheWriter:
+    """Writes a cache, shard by shard; begun anew after an interruption, it goes on behind the last whole shard.
+
+    One process, one pass (`DataModule(..., epochs=1)`):
+
+        writer = CacheWriter(folder, description)
+        if writer.state:
+            data.load_rank_states([writer.state], 0)
+        for batch in data.train_dataloader():
+            data.consumed(batch)
+            writer.add({"mean": ..., "logvar": ..., "embed": ...}, batch["text"], batch["key"], data.rank_state())
+        writer.close()
+        complete(folder)
+
+    Args:
+        folder: made if it is not there.
+        description: what the cache is made with, plain JSON values; nothing of another description is ever mixed in.
+            With several processes or loader processes it should tell their numbers, on which the order depends.
+        rank: of several processes each writes its own shards; `complete` is for one of them, after all have closed.
+        shard_size: a shard is written at the end of the batch that brings it to this many samples.
+
+    Attributes:
+        state: the loader state that came with the last sample on disk; None at the beginning.
+        written: samples on disk, of this rank.
+
+    Raises:
+        UserError: the folder holds a cache of another description, a complete one, or something else.
+    """
+
+    def __init__(self, folder: str | Path, description: dict[str, Any], *, rank: int = 0, shard_size: int = 4096):
+        self.folder, self.rank, self.shard_size = Path(folder).expanduser(), rank, shard_size
+        description = json.loads(json.dumps(description))  # as it will be read back: tuples are lists
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / META).is_file():
+            meta = read_meta(self.folder)
+            there = meta["description"]
+            differences = sorted(k for k in {**there, **description} if there.get(k) != description.get(k))
+            if differences:
+                raise UserError(
+                    f"{self.folder}: a cache made with another {', '.join(differences)}; take another folder"
+                )
+            if meta["complete"]:
+                raise UserError(f"{self.folder}: this cache is complete already ({meta['samples']:,} samples)")
+        elif any(path.suffix != PARTIAL for path in self.folder.iterdir()):
+            raise UserError(f"{self.folder}: neither empty nor a cache; take another folder")
+        else:
+            _write_meta(self.folder, description, complete=False, samples=0)
+        self.state: dict[str, Any] | None = None
+        self.written = self._shards = self._held = 0
+        self._tensors: list[dict[str, Tensor]] = []
+        self._strings: dict[str, list[str]] = {"text": [], "key": []}
+        for path in sorted(self.folder.glob(f"{rank:03d}-*.safetensors")):
+            count, metadata = read_header(path)
+            self.written, self._shards, self.state = (
+                self.written + count,
+                self._shards + 1,
+                json.loads(metadata["state"]),
+            )
+
+    def add(self, tensors: dict[str, Tensor], texts: list[str], keys: list[str], state: dict[str, Any]) -> None:
+        """Add a batch.
+
+        Args:
+            tensors: [B, ...] each, kept in the precision they come in (float16 halves the cache).
+            texts, keys: B each.
+            state: `DataModule.rank_state()` after this batch.
+        """
+        self._tensors.append({name: values.detach().cpu() for name, values in tensors.items()})
+        self._strings["text"] += texts
+        self._strings["key"] += keys
+        self._held += len(keys)
+        self._next_state = state
+        if self._held >= self.shard_size:
+            self._flush()
+
+    def close(self) -> None:
+        """Write what is held back."""
+        if self._held:
+            self._flush()
+
+    def _flush(self) -> None:
+        tensors = {
+            name: torch.cat([batch[name] for batch in self._tensors]).contiguous()  # [N, ...]
+            for name in self._tensors[0]
+        }
+        for name, strings in self._strings.items():
+            packed = Strings.pack(strings)
+            tensors[name] = torch.from_numpy(packed.blob.copy())  # [bytes]
+            tensors[f"{name}_ends"] = torch.from_numpy(packed.ends)  # [N]
+        metadata = {"format": FORMAT, "state": json.dumps(self._next_state)}
+        _write(self.folder / f"{self.rank:03d}-{self._shards:05d}.safetensors", save(tensors, metadata))
+        self.written += self._held
+        self._shards += 1
+        self.state = self._next_state
+        self._tensors, self._strings, self._held = [], {"text": [], "key": []}, 0
+
+
+def complete(folder: str | Path) -> int:
+    """Mark a cache as complete, once every process has closed its writer. Returns the number of samples."""
+    folder = Path(folder).expanduser()
+    samples = sum(read_header(path)[0] for path in folder.glob("*.safetensors"))
+    _write_meta(folder, read_meta(folder)["description"], complete=True, samples=samples)
+    return samples
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Return {"format", "description", "complete", "samples"} of a cache. Raises UserError if it is none."""
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no cache here ({META} is missing)") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / META}: not readable: {error}") from None
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise UserError(f"{folder / META}: not of the format {FORMAT!r}")
+    return meta
+
+
+def read_header(path: Path) -> tuple[int, dict[str, str]]:
+    """Return (number of samples, metadata) of a shard. Raises UserError for a damaged one."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.get_slice("key_ends").get_shape()[0], file.metadata()
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: a damaged shard of a cache ({error}); delete the cache and make it anew") from None
+
+
+def _write_meta(folder: Path, description: dict[str, Any], *, complete: bool, samples: int) -> None:
+    meta = {"format": FORMAT, "description": description, "complete": complete, "samples": samples}
+    _write(folder / META, json.dumps(meta, indent=2).encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file, whole or not at all."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
