@@ -1,0 +1,111 @@
+"""Guidance by weighted prompts, with a linear stand-in for the denoiser."""
+
+import pytest
+import torch
+
+from ldm_lab.guidance import guided, null_weight
+from ldm_lab.objectives import Prediction
+
+B, K, D = 3, 2, 5
+
+
+class Stand:
+    """A denoiser whose prediction tells x, t and condition apart; remembers how many rows it was asked for."""
+
+    def __init__(self, learned_variance=False):
+        self.rows, self.learned_variance = [], learned_variance
+
+    def __call__(self, x, t, cond):
+        self.rows.append(len(x))
+        assert len(t) == len(cond["embed"]) == len(x)
+        level = (cond["embed"].sum(1) + 10 * t)[:, None, None, None]  # [M, 1, 1, 1]
+        log_variance = level.expand_as(x) if self.learned_variance else None
+        return Prediction(x * level, x + level, log_variance)
+
+
+def close(a, b):
+    """torch.testing.assert_close would do, but imports for half a minute on a busy machine."""
+    return torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(B, 4, 2, 2, generator=generator)
+    t = torch.tensor([0.9, 0.5, 0.1])
+    cond = {"embed": torch.randn(B, K, D, generator=generator)}
+    return x, t, cond, {"embed": torch.zeros(B, D)}
+
+
+def test_one_prompt_is_null_plus_weight_times_the_difference(inputs):
+    x, t, cond, null = inputs
+    one = {"embed": cond["embed"][:, :1]}
+    stand = Stand()
+    out = guided(stand, one, null, torch.full((B, 1), 3.0))(x, t)
+    unconditioned, conditioned = Stand()(x, t, null), Stand()(x, t, {"embed": cond["embed"][:, 0]})
+    assert stand.rows == [2 * B]
+    for got, u, c in zip(out[:2], unconditioned[:2], conditioned[:2], strict=True):
+        assert close(got, u + 3 * (c - u))
+
+
+def test_several_prompts_are_mixed_with_each_image_s_own_weights(inputs):
+    x, t, cond, null = inputs
+    weights = torch.tensor([[1.5, -0.75], [0.25, 3.0], [2.0, 2.0]])
+    stand = Stand()
+    out = guided(stand, cond, null, weights)(x, t)
+    terms = [Stand()(x, t, null), *(Stand()(x, t, {"embed": cond["embed"][:, k]}) for k in range(K))]
+    full = torch.cat([1 - weights.sum(1, keepdim=True), weights], dim=1)[:, :, None, None, None]  # [B, 1 + K, 1, 1, 1]
+    assert stand.rows == [(1 + K) * B]
+    assert close(out.x0, sum(full[:, i] * term.x0 for i, term in enumerate(terms)))
+    assert close(out.eps, sum(full[:, i] * term.eps for i, term in enumerate(terms)))
+
+
+def test_the_mix_is_linear_in_the_weights(inputs):
+    x, t, cond, null = inputs
+    a, b = torch.tensor([[1.0, 2.0]]).expand(B, K), torch.tensor([[-3.0, 0.5]]).expand(B, K)
+    outs = [guided(Stand(), cond, null, w)(x, t).x0 for w in (a, b, 0.25 * a + 0.75 * b)]
+    assert close(outs[2], 0.25 * outs[0] + 0.75 * outs[1])
+
+
+def test_a_condition_without_weight_is_not_evaluated(inputs):
+    x, t, cond, null = inputs
+    stand = Stand()
+    # 1 + 1 evaluations, 1 (plain: no null condition), 1 (weight 0: nothing but the null condition)
+    out = guided(stand, cond, null, torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))(x, t)
+    assert stand.rows == [4]
+    assert close(out.x0[1], Stand()(x, t, {"embed": cond["embed"][:, 1]}).x0[1])
+    assert close(out.x0[2], Stand()(x, t, null).x0[2])
+
+
+def test_rounding_does_not_cost_an_evaluation():
+    weights = torch.full((2, 10), 0.1)
+    weights[1, 0] = 0.2
+    assert null_weight(weights).tolist() == [0.0, pytest.approx(-0.1, abs=1e-6)]
+
+
+def test_no_prompt_at_all_is_unconditional(inputs):
+    x, t, cond, null = inputs
+    out = guided(Stand(), {"embed": cond["embed"][:, :0]}, null, torch.zeros(B, 0))(x, t)
+    assert close(out.eps, Stand()(x, t, null).eps)
+
+
+def test_an_image_does_not_depend_on_the_others_in_its_batch(inputs):
+    x, t, cond, null = inputs
+    weights = torch.tensor([[1.5, -0.5], [0.25, 0.75], [2.0, 0.0]])
+    together = guided(Stand(), cond, null, weights)(x, t)
+    for i in range(B):
+        row = slice(i, i + 1)
+        alone = guided(Stand(), {"embed": cond["embed"][row]}, {"embed": null["embed"][row]}, weights[row])(
+            x[row], t[row]
+        )
+        assert torch.equal(alone.x0, together.x0[row])
+        assert torch.equal(alone.eps, together.eps[row])
+
+
+def test_a_learned_variance_is_that_of_the_first_prompt_with_a_weight(inputs):
+    x, t, cond, null = inputs
+    weights = torch.tensor([[3.0, 1.0], [0.0, 2.0], [0.0, 0.0]])
+    out = guided(Stand(learned_variance=True), cond, null, weights)(x, t)
+    level = [cond["embed"][0, 0].sum(), cond["embed"][1, 1].sum(), torch.tensor(0.0)]
+    for i in range(B):
+        assert close(out.log_variance[i], (level[i] + 10 * t[i]).expand(4, 2, 2))

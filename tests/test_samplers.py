@@ -1,0 +1,168 @@
+"""Samplers on a Gaussian mixture, whose x0 and eps are known in closed form."""
+
+import math
+
+import pytest
+import torch
+
+from ldm_lab.config import build, parts
+from ldm_lab.errors import UserError
+from ldm_lab.objectives import Prediction
+from ldm_lab.schedules import Cosine
+
+SCHEDULE = Cosine()
+WEIGHTS, MEANS, STDS = (torch.tensor(v, dtype=torch.float64) for v in ([0.35, 0.65], [-1.0, 0.8], [0.45, 0.6]))
+CALLS = {  # model calls for n steps
+    "ddpm": lambda n: n, "ddim": lambda n: n, "iplms": lambda n: n, "pie": lambda n: 2 * n, "plms2": lambda n: n + 1,
+    "plms": lambda n: n + 9, "prk": lambda n: 4 * n,
+}  # fmt: skip
+ORDERS = {"ddim": 1, "pie": 2, "plms2": 2, "iplms": 2, "plms": 2, "prk": 2}
+
+
+def mixture(x, t):
+    """The posterior mean of x0 and of eps, each scalar of x on its own; in float64, so that orders can be measured."""
+    alpha, sigma = (level[:, None, None, None, None] for level in SCHEDULE.alpha_sigma(t.double()))  # [B, 1, 1, 1, 1]
+    var = alpha**2 * STDS**2 + sigma**2  # [B, 1, 1, 1, 2]
+    gap = x.double()[..., None] - alpha * MEANS  # [B, C, h, w, 2]
+    share = (WEIGHTS.log() - var.log() / 2 - gap**2 / (2 * var)).softmax(-1)  # [B, C, h, w, 2]
+    x0 = (share * (MEANS + alpha * STDS**2 * gap / var)).sum(-1)  # [B, C, h, w]
+    eps = (share * sigma * gap / var).sum(-1)  # [B, C, h, w]
+    return Prediction(x0, eps)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def sample(name, steps, x, predict=mixture, noise=None, callback=None, **options):
+    walk = build("sampler", {"name": name, "steps": steps, **options})
+    return walk(predict, x, schedule=SCHEDULE, noise=noise, callback=callback)
+
+
+@pytest.fixture(scope="module")
+def converged():
+    x = normal(1, 4, 8, 8)
+    return x, sample("prk", 640, x)
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_deterministic_samplers_converge_to_the_same_solution_with_their_order(name, converged):
+    x, solution = converged
+    coarse, fine = (((sample(name, n, x) - solution).norm() / solution.norm()).item() for n in (40, 160))
+    assert fine < {1: 1e-2, 2: 2e-4}[ORDERS[name]]
+    assert math.log2(coarse / fine) / 2 == pytest.approx(ORDERS[name], abs=0.15)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_model_calls_and_times(name):
+    times = []
+
+    def predict(x, t):
+        assert t.shape == (len(x),) and t.dtype == torch.float32
+        assert (t == t[0]).all()
+        times.append(t[0].item())
+        return mixture(x, t)
+
+    reported = []
+    sample(name, 10, normal(2, 1, 2, 2), predict, noise=torch.randn_like, callback=lambda i, x, x0: reported.append(i))
+    assert len(times) == CALLS[name](10)
+    assert times[0] == pytest.approx(0.995711, abs=1e-6)
+    assert times == sorted(times, reverse=True)
+    assert reported == list(range(10))
+
+
+def test_every_sampler_is_covered_here():
+    assert set(parts("sampler")) == set(CALLS)
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_few_steps_are_finite(name, steps):
+    assert sample(name, steps, normal(1, 2, 4, 4), noise=torch.randn_like).isfinite().all()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_row_does_not_depend_on_the_others(name):
+    x, fresh = normal(3, 2, 4, 4), normal(10, 3, 2, 4, 4, seed=1)
+
+    def run(rows):
+        draws = iter(fresh[:, rows])
+        return sample(name, 10, x[rows], noise=lambda _: next(draws))
+
+    assert torch.equal(run([0, 1, 2])[[2, 0]], run([2, 0]))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_arithmetic_is_single_precision(name):
+    def predict(x, t):
+        assert x.dtype == torch.float32
+        return Prediction(*(value.float() for value in mixture(x, t)[:2]))
+
+    assert sample(name, 5, normal(1, 1, 2, 2).float(), predict, noise=torch.randn_like).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [("ddpm", {}, 7), ("ddim", {"eta": 0.5}, 7), ("ddim", {}, 0), ("plms", {}, 0), ("prk", {}, 0)],
+)
+def test_noise_is_drawn_between_the_steps_of_stochastic_samplers_only(name, options, expected):
+    draws = []
+
+    def noise(x):
+        draws.append(x.shape)
+        return torch.ones_like(x)
+
+    sample(name, 8, normal(1, 2, 4, 4), noise=noise, **options)
+    assert draws == [(1, 2, 4, 4)] * expected
+
+
+def test_ddpm_is_ddim_with_eta_1():
+    x, fresh = normal(1, 2, 4, 4), normal(6, 1, 2, 4, 4, seed=1)
+    runs = []
+    for name, options, sign in (("ddpm", {}, 1), ("ddim", {"eta": 1.0}, 1), ("ddpm", {}, -1)):
+        draws = iter(sign * fresh)
+        runs.append(sample(name, 6, x, noise=lambda _, draws=draws: next(draws), **options))
+    ddpm, ddim, other = runs
+    assert torch.equal(ddpm, ddim)
+    assert not torch.allclose(ddpm, other, atol=0.1)
+
+
+def test_samples_have_the_mixture_s_mean_and_spread():
+    mean = (WEIGHTS * MEANS).sum()
+    std = ((WEIGHTS * (STDS**2 + MEANS**2)).sum() - mean**2).sqrt()
+    for name, steps in (("ddpm", 100), ("plms", 30)):
+        generator = torch.Generator().manual_seed(2)
+        out = sample(
+            name, steps, normal(1, 4, 48, 48),
+            noise=lambda x, g=generator: torch.randn(x.shape, generator=g, dtype=x.dtype),
+        )  # fmt: skip
+        assert out.mean().item() == pytest.approx(mean.item(), abs=0.03)
+        assert out.std().item() == pytest.approx(std.item(), abs=0.03)
+
+
+def test_the_callback_sees_x_before_each_step_and_the_clean_estimate():
+    for name in ("ddim", "plms"):
+        seen = []
+        x = normal(1, 1, 2, 2)
+        out = sample(name, 6, x, callback=lambda i, x, x0, seen=seen: seen.append((x, x0)))
+        assert torch.equal(seen[0][0], x)
+        assert seen[-1][1].shape == x.shape
+        assert (seen[-1][1] - out).abs().max() < 0.1  # the last estimate is nearly the result
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"name": "plsm"}, "no such sampler: 'plsm'. Did you mean 'plms'?"),
+        ({"name": "plms", "steps": 0}, "steps: at least 1 is needed, not 0"),
+        ({"name": "ddim", "steps": 0}, "steps: at least 1 is needed, not 0"),
+        ({"name": "ddim", "eta": 1.5}, "eta: a number from 0 to 1 is needed, not 1.5"),
+        ({"name": "ddim", "eta": math.nan}, "eta: a number from 0 to 1 is needed, not nan"),
+        ({"name": "plms", "eta": 0.5}, "no such key: 'eta'"),
+        ({"name": "ddpm", "eta": 0.5}, "no such key: 'eta'"),
+    ],
+)
+def test_wrong_sections_are_refused(section, message):
+    with pytest.raises(UserError) as error:
+        build("sampler", section)
+    assert message in str(error.value)
