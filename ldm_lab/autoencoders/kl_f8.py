@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm_lab.config import register
+from ldm_lab.config import options, register
 from ldm_lab.errors import UserError
 
-DEFAULT_CH_MULT = (1, 2, 4, 4)
+INITIAL_LOGVAR = -6.0  # of the posterior, before training
 
 
 @register("autoencoder", "kl_f8")
@@ -31,7 +31,7 @@ class KLAutoencoder(nn.Module):
         self,
         *,
         ch: int = 128,
-        ch_mult: list[int] = DEFAULT_CH_MULT,
+        ch_mult: list[int] = (1, 2, 4, 4),
         num_res_blocks: int = 2,
         z_channels: int = 4,
         embed_dim: int = 4,
@@ -39,7 +39,7 @@ class KLAutoencoder(nn.Module):
         resolution: int = 256,
         norm_groups: int = 32,
     ) -> None:
-        """Build the network with PyTorch's default initial weights.
+        """Build the network with PyTorch's default initial weights, but a posterior that starts almost without noise.
 
         Args:
             ch: the level at 1 / 2**i of the image's size is ch * ch_mult[i] wide.
@@ -55,7 +55,8 @@ class KLAutoencoder(nn.Module):
             UserError: options that contradict each other.
         """
         super().__init__()
-        problems = _problems(ch, ch_mult, norm_groups)
+        sizes = {"ch": ch, "num_res_blocks": num_res_blocks, "z_channels": z_channels, "embed_dim": embed_dim}
+        problems = _problems({**sizes, "ch_mult": ch_mult, "norm_groups": norm_groups})
         if problems:
             raise UserError(f"autoencoder.{problems[0]}")
         self.channels = embed_dim
@@ -66,14 +67,17 @@ class KLAutoencoder(nn.Module):
         self.decoder = Decoder(widths, num_res_blocks, has_attention, z_channels, norm_groups)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+        # Start almost without noise: with PyTorch's default it is as loud as the mean, and the first thousands of steps
+        # go by before the decoder hears anything.
+        nn.init.constant_(self.quant_conv.bias[embed_dim:], INITIAL_LOGVAR)
         self.register_buffer("scale", torch.tensor(1.0))  # []
 
     @staticmethod
     def check(section: dict[str, Any]) -> list[str]:
         """Return what is wrong across the keys of a config section."""
-        return _problems(
-            section.get("ch", 128), section.get("ch_mult", DEFAULT_CH_MULT), section.get("norm_groups", 32)
-        )
+        if section.get("weights"):  # the file has the sizes that are not given here
+            return []
+        return _problems({key: section.get(key, known.default) for key, known in options(KLAutoencoder).items()})
 
     def raw_moments(self, image: Tensor) -> Tensor:
         """Return mean and unclamped log variance in one tensor, [B, 2C, h, w], for an image [B, 3, H, W] in [-1, 1].
@@ -118,10 +122,12 @@ def kl(mean: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(1)  # [B]
 
 
-def _problems(ch: int, ch_mult: list[int], norm_groups: int) -> list[str]:
+def _problems(sizes: dict[str, Any]) -> list[str]:
     """Return what is wrong with a network's options, each as "key: what"."""
-    if ch < 1 or norm_groups < 1:
-        return [f"ch: {ch} and norm_groups: {norm_groups} have to be at least 1"]
+    ch, ch_mult, norm_groups = sizes["ch"], sizes["ch_mult"], sizes["norm_groups"]
+    for key in ("ch", "num_res_blocks", "z_channels", "embed_dim", "norm_groups"):
+        if sizes[key] < 1:
+            return [f"{key}: {sizes[key]} is below 1"]
     if not ch_mult or min(ch_mult) < 1:
         return [f"ch_mult: one or more numbers from 1 on are needed, not {list(ch_mult)}"]
     for width in (ch, *(ch * multiplier for multiplier in ch_mult)):

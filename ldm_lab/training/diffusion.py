@@ -7,7 +7,7 @@ import torch
 from pytorch_lightning import Callback
 from torch import Tensor
 
-from ldm_lab.checkpoints.models import save_model
+from ldm_lab.checkpoints.models import read_model, save_model
 from ldm_lab.checkpoints.parts import load_part
 from ldm_lab.config import build, register
 from ldm_lab.errors import UserError
@@ -77,6 +77,10 @@ class DiffusionTask(Task):
         super().on_fit_start()
         draw = TIMESTEPS[self.objective.timesteps]
         self.timesteps = draw(self.seed, self.global_rank, self.trainer.world_size)
+
+    def initial_weights(self, path: str) -> tuple[dict[str, Tensor], str]:
+        _, state, extra = read_model(path)
+        return state, f"weights of {path} (step {extra.get('step', 'unknown')})"
 
     def callbacks(self, folder: Path) -> list[Callback]:
         demo = self.run_config.get("demo")

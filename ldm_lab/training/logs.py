@@ -160,6 +160,7 @@ def quiet_lightning() -> None:
         r".*`isinstance\(treespec, LeafSpec\)` is deprecated",
         r".*module\(s\) in eval mode at the start of training",  # the average is meant to be
         r".*does not have many workers which may be a bottleneck",  # data.workers is the user's choice
+        r".*You have overridden `on_before_batch_transfer` in `LightningModule`",  # the task checks its batches there
         r".*The `srun` command is available on your system but is not used",
     ):
         warnings.filterwarnings("ignore", harmless)

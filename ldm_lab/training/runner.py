@@ -1,14 +1,13 @@
 """From a config to a run: the task, the data, Lightning's Trainer with its callbacks, the run's folder."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from ldm_lab.checkpoints.files import atomic_write, read_pickled
-from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.parts import FORMAT, load_strictly
 from ldm_lab.config import build, part_class, register, to_yaml
 from ldm_lab.data.datamodule import DataModule
@@ -39,7 +38,8 @@ class TrainerOptions:
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
         threads: int | None = None,
-        matmul: str = "high",
+        matmul: Literal["highest", "high", "medium"] = "high",
+        channels_last: bool = False,
     ) -> None:
         """Set what Lightning's Trainer is given under the same names.
 
@@ -55,8 +55,9 @@ class TrainerOptions:
             gradient_clip_val: largest L2 norm of the gradient; null does not clip.
             threads: CPU threads per process; null leaves torch's choice.
             matmul: precision of fp32 matrix products on GPUs ("highest", "high": TF32).
+            channels_last: keep feature maps in the memory order that convolutions in half precision like best.
         """
-        self.threads, self.matmul = threads, matmul
+        self.threads, self.matmul, self.channels_last = threads, matmul, channels_last
         self.options = {
             "max_steps": max_steps, "max_time": max_time, "accelerator": accelerator, "devices": devices,
             "num_nodes": num_nodes, "strategy": strategy, "precision": precision,
@@ -99,11 +100,11 @@ def build_task(config: dict[str, Any]) -> Task:
     torch.manual_seed(config.get("seed", 0))  # the initial weights
     task = part_class("task", {"name": config.get("task", "diffusion")})(config)
     if config.get("init_from"):
-        _, state, extra = read_model(config["init_from"])
+        state, what = task.initial_weights(config["init_from"])
         load_strictly(task.model, state, config["init_from"])
         if task.model_ema is not None:
             task.model_ema.load_state_dict(task.model.state_dict())
-        say(f"init_from: weights of {config['init_from']} (step {extra.get('step', '?')}), fresh optimizer")
+        say(f"init_from: {what}, fresh optimizer")
     return task
 
 
@@ -123,7 +124,10 @@ def run(config: dict[str, Any]) -> int:
 
     before = read_pickled(resume.path, mmap=True) if resume.path else {}
     loggers = logging.loggers(folder, config["run"], before.get("global_step"), before.get(FORMAT, {}).get("wandb_id"))
-    trainer = build("trainer", config.get("trainer")).trainer(callbacks, loggers, logging.every, folder)
+    options = build("trainer", config.get("trainer"))
+    trainer = options.trainer(callbacks, loggers, logging.every, folder)
+    if options.channels_last:
+        task.to(memory_format=torch.channels_last)
     announce(config, folder, resume.path, changes, task)
     trainer.fit(task, datamodule=data, ckpt_path=resume.path, weights_only=True)
     report(trainer, folder, config, data, interrupt)

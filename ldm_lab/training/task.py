@@ -66,6 +66,14 @@ class Task(LightningModule):
         """The averaged network, or the trained one if no average is kept: what is sampled and exported."""
         return self.model if self.model_ema is None else self.model_ema
 
+    def initial_weights(self, path: str) -> tuple[dict[str, Tensor], str]:
+        """Return the weights that `init_from` names, as the trained network's state dict, and what they are in words.
+
+        Raises:
+            UserError: missing, damaged or foreign file.
+        """
+        raise NotImplementedError
+
     def export(self, folder: Path) -> None:
         """Write what users of the trained network need. Called on rank 0 after each checkpoint."""
         raise NotImplementedError
