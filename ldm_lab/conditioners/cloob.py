@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm_lab.conditioners import clip_tokens
-from ldm_lab.config import register
+from ldm_lab.config import options, register
 from ldm_lab.errors import UserError
 from ldm_lab.images import to_tensor
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of images in [0, 1]; CLIP's
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 HEAD_WIDTH = 64  # of all released towers
+LONGEST = 8  # short sides; of a longer strip only the middle is resized: 1 x 10000 pixels would become 224 x 2240000
 
 
 @register("conditioner", "cloob")
@@ -67,7 +68,13 @@ class CLOOB(nn.Module):
             UserError: sizes that do not divide each other.
         """
         super().__init__()
-        problems = _problems(image_size, patch_size, image_width, image_heads, text_width, text_heads)
+        sizes = {
+            **{"embed_dim": embed_dim, "image_size": image_size, "patch_size": patch_size},
+            **{"image_width": image_width, "image_layers": image_layers, "image_heads": image_heads},
+            **{"text_size": text_size, "vocab_size": vocab_size},
+            **{"text_width": text_width, "text_layers": text_layers, "text_heads": text_heads},
+        }
+        problems = _problems(sizes)
         if problems:
             raise UserError(f"conditioner.{problems[0]}")
         image_heads, text_heads = image_heads or image_width // HEAD_WIDTH, text_heads or text_width // HEAD_WIDTH
@@ -81,9 +88,9 @@ class CLOOB(nn.Module):
     @staticmethod
     def check(section: dict[str, Any]) -> list[str]:
         """Return what is wrong across the keys of a config section."""
-        defaults = {"image_size": 224, "patch_size": 16, "image_width": 768, "image_heads": None}
-        defaults |= {"text_width": 512, "text_heads": None}
-        return _problems(*(section.get(key, default) for key, default in defaults.items()))
+        if section.get("weights"):  # the file has the sizes that are not given here
+            return []
+        return _problems({key: section.get(key, known.default) for key, known in options(CLOOB).items()})
 
     def from_batch(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return {"embed": [B, D]}, the embeddings of a batch's images, [B, 3, H, W] in [-1, 1]."""
@@ -130,20 +137,22 @@ class CLOOB(nn.Module):
         return (images - self.pixel_mean) / self.pixel_std  # [B, 3, H, W]
 
 
-def _problems(
-    image_size: int, patch_size: int, image_width: int, image_heads: int | None, text_width: int, text_heads: int | None
-) -> list[str]:
-    """Return what is wrong with the towers' sizes, each as "key: what"."""
-    problems = []
-    if patch_size < 1 or image_size < 1 or image_size % patch_size:
-        problems.append(f"image_size: {image_size} is no multiple of patch_size ({patch_size})")
-    for tower, width, heads in (("image", image_width, image_heads), ("text", text_width, text_heads)):
-        if heads is None and (width < 1 or width % HEAD_WIDTH):
-            problems.append(
-                f"{tower}_heads: has to be given, as {tower}_width ({width}) is no multiple of {HEAD_WIDTH}"
-            )
-        elif heads is not None and (heads < 1 or width < 1 or width % heads):
+def _problems(sizes: dict[str, int | None]) -> list[str]:
+    """Return what is wrong with the towers' sizes, all of the constructor's arguments, each as "key: what"."""
+    problems = [f"{key}: {size} is below 1" for key, size in sizes.items() if size is not None and size < 1]
+    if problems:
+        return problems
+    if sizes["image_size"] % sizes["patch_size"]:
+        problems.append(f"image_size: {sizes['image_size']} is no multiple of patch_size ({sizes['patch_size']})")
+    for tower in ("image", "text"):
+        width, heads = sizes[f"{tower}_width"], sizes[f"{tower}_heads"]
+        if heads is None and width % HEAD_WIDTH:
+            where = f"{tower}_width ({width}) is no multiple of {HEAD_WIDTH}"
+            problems.append(f"{tower}_heads: has to be given, as {where}")
+        elif heads is not None and width % heads:
             problems.append(f"{tower}_width: {width} is no multiple of {tower}_heads ({heads})")
+    if sizes["text_size"] < 2:
+        problems.append(f"text_size: {sizes['text_size']} has no room for start and end")
     return problems
 
 
@@ -157,10 +166,15 @@ def cover(image: Image.Image, size: int) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
     short = min(image.size)
+    if max(image.size) > LONGEST * short:
+        image = _centre(image, *(min(side, LONGEST * short) for side in image.size))
     width, height = (round(side * size / short) for side in image.size)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    resized = image.resize((width, height), Image.Resampling.LANCZOS)
-    return resized.crop((left, top, left + size, top + size))
+    return _centre(image.resize((width, height), Image.Resampling.LANCZOS), size, size)
+
+
+def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
 
 
 class ImageEncoder(nn.Module):

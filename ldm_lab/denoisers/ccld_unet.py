@@ -5,7 +5,6 @@ vector, made from the embedding and the time by a small mapping network, scales 
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ldm_lab.config import register
+from ldm_lab.config import options, register
 from ldm_lab.errors import UserError
 
 MAPPING_FEATURES = 128  # Fourier features of t that the mapping network sees beside the embedding
@@ -56,7 +55,8 @@ class CCLDUNet(nn.Module):
             UserError: options that contradict each other.
         """
         super().__init__()
-        problems = _problems(base_channels, multipliers, blocks_per_level, head_width, mapping_width)
+        sizes = {"base_channels": base_channels, "blocks_per_level": blocks_per_level, "head_width": head_width}
+        problems = _problems({**sizes, "mapping_width": mapping_width, "multipliers": multipliers})
         if problems:
             raise UserError(f"denoiser.{problems[0]}")
         self.embed_dim = embed_dim
@@ -78,10 +78,7 @@ class CCLDUNet(nn.Module):
     @staticmethod
     def check(section: dict[str, Any]) -> list[str]:
         """Return what is wrong across the keys of a config section."""
-        if "base_channels" not in section:  # a weights file brings it
-            return []
-        defaults = {"multipliers": (4, 4, 8, 8), "blocks_per_level": 4, "head_width": 64, "mapping_width": 1024}
-        return _problems(section["base_channels"], *(section.get(key, value) for key, value in defaults.items()))
+        return _problems({key: section.get(key, known.default) for key, known in options(CCLDUNet).items()})
 
     def conditioning(self, t: Tensor, embed: Tensor) -> Tensor:
         """Return the vector that modulates every block, [B, mapping_width], for t [B] and embed [B, D].
@@ -108,15 +105,11 @@ class CCLDUNet(nn.Module):
         return self.net(torch.cat([x, time], dim=1), cond)  # [B, C, h, w]
 
 
-def _problems(base: int, multipliers: Sequence[int], blocks: int, head_width: int, mapping_width: int) -> list[str]:
+def _problems(sizes: dict[str, Any]) -> list[str]:
     """Return what is wrong with a network's options, each as "key: what"."""
-    values = {
-        "base_channels": base,
-        "blocks_per_level": blocks,
-        "head_width": head_width,
-        "mapping_width": mapping_width,
-    }
-    problems = [f"{key}: at least 1 is needed, not {value}" for key, value in values.items() if value < 1]
+    base, multipliers, head_width = sizes["base_channels"], sizes["multipliers"], sizes["head_width"]
+    keys = ("base_channels", "blocks_per_level", "head_width", "mapping_width")
+    problems = [f"{key}: at least 1 is needed, not {sizes[key]}" for key in keys if sizes[key] < 1]
     if len(multipliers) < 2 or min(multipliers) < 1:
         problems.append(f"multipliers: two or more numbers from 1 on are needed, not {list(multipliers)}")
     if problems:
