@@ -1,0 +1,93 @@
+"""Measure the latent scale of an autoencoder on your images, and store it with the weights.
+
+    python -m ldm_lab scale --config configs/yfcc_cfg.yaml --out checkpoints/kl-f8-scaled.safetensors \\
+        autoencoder.weights=checkpoints/kl-f8.ckpt data.shards='/data/yfcc/{00000..00009}.tar'
+
+Diffusion expects latents of unit variance; those of kl-f8 have a standard deviation of 2 to 10, depending on the
+images. The scale is what they are divided by. An autoencoder that was trained here brings its own.
+"""
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm_lab.checkpoints.parts import find_weights, load_part, read_part, save_part
+from ldm_lab.config import build, load
+from ldm_lab.data.datamodule import DataModule
+from ldm_lab.errors import UserError
+from ldm_lab.training.scale import BATCHES, measure_scale
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("--config", required=True, metavar="YAML", help="a config with sections data and autoencoder")
+    parser.add_argument("--out", metavar="FILE", help="write the weights with the scale stored (.safetensors)")
+    parser.add_argument("--batches", type=int, default=BATCHES, metavar="N", help="batches to measure (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images in a batch (%(default)s)")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda:0, ... (default: cuda if there is one)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the YAML's")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, print, and write if asked to."""
+    if args.batches < 1 or args.batch_size < 1:
+        raise UserError(f"--batches {args.batches}, --batch-size {args.batch_size}: at least 1 of each is needed")
+    if args.out is not None and not args.out.endswith(".safetensors"):
+        raise UserError(f"--out {args.out}: the file is written as .safetensors, so its name has to end like that")
+    config = load(args.config, args.overrides)
+    section = config.get("autoencoder")
+    if section is None:
+        raise UserError(f"{args.config}: has no section autoencoder")
+    autoencoder = load_part("autoencoder", section)
+    if not section.get("weights") and any(True for _ in autoencoder.parameters()):
+        raise UserError("autoencoder.weights: has to be given; an untrained autoencoder's latents say nothing")
+    autoencoder.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    before = float(autoencoder.scale)
+    images = image_batches(config, args.batches, args.batch_size)
+    scale = measure_scale(autoencoder, tqdm(images, total=args.batches, unit="batch"))
+    count = args.batches * args.batch_size
+    print(
+        f"latent scale {scale:.4f} on {count:,} images (before: {before:.4f}); autoencoder.scale={scale:.4f} uses it"
+    )
+    if args.out is not None:
+        autoencoder.scale.fill_(scale)
+        save_part(args.out, autoencoder, architecture(section), {"scale_images": str(count)})
+        print(f"{args.out}: the weights with this scale")
+
+
+def architecture(section: dict[str, Any]) -> dict[str, Any]:
+    """Return an autoencoder's section with what its weights file says about its architecture."""
+    if not section.get("weights"):
+        return section
+    return {**read_part(find_weights(section["weights"]), "autoencoder", section["name"])[1], **section}
+
+
+def image_batches(config: dict[str, Any], batches: int, batch_size: int) -> Iterator[Tensor]:
+    """Yield `batches` batches of different images, [batch_size, 3, H, W] in [-1, 1], in the order of training.
+
+    Raises:
+        UserError: there are fewer images than that.
+    """
+    source = build("data", {**config["data"], "batch_size": batch_size})
+    data = DataModule(source, seed=config.get("seed", 0), epochs=1)
+    data.prepare_data()
+    data.setup()
+    held, found, given = torch.empty(0), 0, 0
+    for batch in data.train_dataloader():
+        if "image" not in batch:
+            raise UserError("data: images are needed to measure the scale, and a cache holds none")
+        held = torch.cat([held, batch["image"]]) if len(held) else batch["image"]  # [n, 3, H, W]
+        found += len(batch["image"])
+        while len(held) >= batch_size and given < batches:
+            yield held[:batch_size]
+            held, given = held[batch_size:], given + 1
+        if given == batches:
+            return
+    raise UserError(
+        f"data: {batches * batch_size:,} images are needed ({batches} batches of {batch_size}), there are only "
+        f"{found:,}: bring more, or lower --batches or --batch-size"
+    )

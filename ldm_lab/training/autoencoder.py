@@ -1,0 +1,197 @@
+"""Training the autoencoder: reconstruction, KL, perceptual distance, patch discriminator (latent-diffusion's recipe).
+
+One optimizer holds both networks, and one backward pass gives both gradients: the autoencoder's loss sees the
+discriminator with its parameters detached, the discriminator's loss sees the reconstructions detached. So Lightning's
+step counter, gradient accumulation, mixed precision, learning rate and DDP work as in every other task. Two things
+differ from latent-diffusion: both networks step at the same time (there, the autoencoder is run once more after its
+step), and the loss is divided by the number of values of an image, which Adam does not notice and fp16 needs.
+"""
+
+from collections import deque
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pytorch_lightning import Callback
+from torch import Tensor, nn
+from torchvision.models import vgg16
+
+from ldm_lab.autoencoders.kl_f8 import kl
+from ldm_lab.config import build, register
+from ldm_lab.errors import UserError
+from ldm_lab.training.discriminator import adaptive_weight
+from ldm_lab.training.part_task import PartTask
+from ldm_lab.training.perceptual import pretrained_features
+from ldm_lab.training.scale import BATCHES, measure_scale
+
+
+@register("loss", "reconstruction")
+class ReconstructionLoss(nn.Module):
+    """How far a reconstruction is from its image, and the latent from a standard normal one."""
+
+    def __init__(
+        self, *, pixels: Literal["l1", "l2"] = "l1", kl_weight: float = 1e-6, learn_logvar: bool = False
+    ) -> None:
+        """Set the weights of the terms.
+
+        Args:
+            pixels: "l1", the absolute difference, or "l2", its square, summed over an image.
+            kl_weight: factor on the KL divergence, a sum over a latent.
+            learn_logvar: train one log variance of all pixels, which scales both distances. latent-diffusion has the
+                parameter, but no optimizer that trains it: it stays 0.
+        """
+        super().__init__()
+        self.pixels, self.kl_weight = pixels, kl_weight
+        self.logvar = nn.Parameter(torch.tensor(0.0), requires_grad=learn_logvar)  # []
+
+    @staticmethod
+    def check(section: dict) -> list[str]:
+        """Return what is wrong with the values of a section."""
+        kl_weight = section.get("kl_weight", 0)
+        return [] if kl_weight >= 0 else [f"kl_weight: {kl_weight} is negative"]
+
+    def forward(self, image: Tensor, reconstruction: Tensor, distance: Tensor) -> Tensor:
+        """Return the negative log likelihood per image, [B], a sum over its values (up to a constant).
+
+        Args:
+            image: [B, 3, H, W].
+            reconstruction: [B, 3, H, W].
+            distance: the weighted perceptual distance, [B], which is added to every value's difference.
+        """
+        difference = image - reconstruction  # [B, 3, H, W]
+        difference = difference.abs() if self.pixels == "l1" else difference.square()  # [B, 3, H, W]
+        difference = difference + distance[:, None, None, None]  # [B, 3, H, W]
+        return (difference / self.logvar.exp() + self.logvar).flatten(1).sum(1)  # [B]
+
+
+@register("task", "autoencoder")
+class AutoencoderTask(PartTask):
+    """Train a KL autoencoder on images; its latent scale is measured whenever it is exported."""
+
+    ROLES = ("autoencoder", "loss", "perceptual", "discriminator", "reconstructions")
+    REQUIRED = ("data", "autoencoder")
+    PART, FILE, LOSS = "autoencoder", "autoencoder.safetensors", ReconstructionLoss
+
+    def __init__(self, config: dict[str, Any], read_weights: bool = True) -> None:
+        """Build the task; `read_weights=False` leaves out the weights of LPIPS and of the discriminator."""
+        super().__init__(config, read_weights)
+        if config.get("perceptual") is not None:
+            features = pretrained_features() if read_weights else vgg16().features
+            self.frozen["perceptual"] = build("perceptual", config["perceptual"], features)
+        self.discriminator = None
+        if config.get("discriminator") is not None:
+            section = dict(config["discriminator"])
+            if not read_weights:
+                section.pop("weights", None)
+            self.discriminator = build("discriminator", section)
+        self._check_size(config["data"].get("image_size"))
+        self.recent: deque[Tensor] = deque(maxlen=BATCHES)  # images of this rank's last batches, uint8, on the CPU
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        image = batch["image"]  # [B, 3, H, W]
+        mean, logvar = self.model.moments(image)  # [B, C, h, w] each
+        z = self.model.sample(mean, logvar, torch.randn_like(mean))  # [B, C, h, w]
+        output = self.model.decode(z)  # [B, 3, H, W]
+        with torch.autocast(self.device.type, enabled=False):
+            target, reconstruction = image.float(), output.float()  # [B, 3, H, W] each
+            distance = self.perceptual_distance(target, reconstruction)  # [B]
+            nll = self.loss(target, reconstruction, distance).mean()  # []
+            divergence = kl(mean.float(), logvar.float()).mean()  # []
+        verdict, discrimination, competition = self.compete(image, output, nll)  # [], [], for the log
+        loss = (nll + self.loss.kl_weight * divergence + verdict) / image[0].numel()  # []
+        shown = {"loss": loss, "kl": divergence, "psnr": psnr(target, reconstruction).mean()}
+        shown["l1"] = (target - reconstruction).abs().mean()  # []
+        if "perceptual" in self.frozen:
+            shown["lpips"] = distance.mean()  # []
+        self.log_means({**shown, **competition}, len(image))
+        return loss + discrimination
+
+    def perceptual_distance(self, image: Tensor, reconstruction: Tensor) -> Tensor:
+        """Return the weighted LPIPS, [B], of images [B, 3, H, W] in [-1, 1]; zeros if the config has none."""
+        if "perceptual" not in self.frozen:
+            return image.new_zeros(len(image))  # [B]
+        return self.frozen["perceptual"].weight * self.frozen["perceptual"](image, reconstruction)  # [B]
+
+    def compete(self, image: Tensor, reconstruction: Tensor, nll: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return what the discriminator adds to the loss of each network.
+
+        Args:
+            image: [B, 3, H, W].
+            reconstruction: [B, 3, H, W].
+            nll: scalar, what the weight of the verdict is adapted to.
+
+        Returns:
+            The weighted verdict for the autoencoder's loss (on the scale of `nll`), the discriminator's own loss, and
+            what to log.
+        """
+        if self.discriminator is None:
+            return nll.new_zeros(()), nll.new_zeros(()), {}  # [], []
+        if self.trainer.global_step < self.discriminator.start:
+            # Gradients of zero: DDP waits for one of every parameter.
+            idle = sum(0.0 * p.sum() for p in self.discriminator.parameters())  # []
+            return nll.new_zeros(()), idle, {}
+        verdict = -self.discriminator.verdict(reconstruction).float().mean()  # []
+        # Going back through fp16 needs the gradient scaler's factor, and the size of a loss per value.
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        loss_scale = scaler.get_scale() / image[0].numel() if scaler else 1.0
+        last = self.model.decoder.conv_out.weight
+        weight = self.discriminator.weight * adaptive_weight(nll, verdict, last, loss_scale)  # []
+        on_real = self.discriminator(image).float()  # [B, 1, h, w]
+        on_fake = self.discriminator(reconstruction.detach()).float()  # [B, 1, h, w]
+        discrimination = self.discriminator.loss(on_real, on_fake)  # []
+        return weight * verdict, discrimination, {
+            "adaptive_weight": weight,
+            "verdict": verdict,
+            "discriminator": discrimination,
+            "logits_real": on_real.mean(),
+            "logits_fake": on_fake.mean(),
+        }  # fmt: skip
+
+    def trained_modules(self) -> list[nn.Module]:
+        return [*super().trained_modules(), *([self.discriminator] if self.discriminator is not None else [])]
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip each network's gradient by its own norm: one must not shrink the other's."""
+        for module in self.trained_modules() if gradient_clip_val else []:
+            torch.nn.utils.clip_grad_norm_(module.parameters(), gradient_clip_val)
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        batch = super().on_before_batch_transfer(batch, dataloader_idx)
+        if self.trainer.is_global_zero:
+            self.recent.append(((batch["image"] + 1) * 127.5).round().to(torch.uint8))  # [B, 3, H, W]
+        return batch
+
+    def callbacks(self, folder: Path) -> list[Callback]:
+        section = self.run_config.get("reconstructions")
+        return [build("reconstructions", section, folder)] if section is not None else []
+
+    def export(self, folder: Path) -> None:
+        """Write `autoencoder.safetensors`, its latent scale measured on the last batches that were trained on."""
+        images = (levels.to(self.device).float() / 127.5 - 1 for levels in self.recent)  # [B, 3, H, W] each
+        trained = self.best_model.training
+        scale, before = measure_scale(self.best_model.eval(), images), self.best_model.scale.clone()  # [], []
+        self.best_model.scale.fill_(scale)
+        super().export(folder)
+        self.best_model.train(trained).scale.copy_(before)
+
+    def facts(self) -> dict[str, str]:
+        return {**super().facts(), "scale_images": str(sum(map(len, self.recent)))}
+
+    def _check_size(self, size: int | None) -> None:
+        if size is not None and size % self.model.downscale:
+            raise UserError(
+                f"data.image_size: {size} is no multiple of {self.model.downscale}, the autoencoder's factor"
+            )
+        if size is not None and self.discriminator is not None and size < self.discriminator.min_size:
+            raise UserError(
+                f"data.image_size: {size} is too small for discriminator.layers={self.discriminator.layers}, "
+                f"which needs {self.discriminator.min_size}"
+            )
+
+
+def psnr(image: Tensor, reconstruction: Tensor) -> Tensor:
+    """Return the peak signal-to-noise ratio per image, [B], in dB, of images [B, 3, H, W] in [-1, 1]."""
+    error = (image - reconstruction.clamp(-1, 1)).square().flatten(1).mean(1)  # [B]
+    return 10 * torch.log10(4 / error.clamp_min(1e-10))  # [B]

@@ -1,0 +1,108 @@
+"""The CLOOB loss: InfoLOOB on embeddings that are retrieved from modern Hopfield networks.
+
+Fürst et al. 2022, "CLOOB: Modern Hopfield Networks with InfoLOOB Outperform CLIP" (arXiv 2110.11316).
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ldm_lab.config import register
+
+MAX_INV_TAU = 100.0
+
+
+def retrieve(stored: Tensor, queries: Tensor, beta: float) -> Tensor:
+    """Return what a modern Hopfield network gives for some queries: unit rows, [N, D] (arXiv 2110.11316, eq. 2).
+
+    Args:
+        stored: patterns, [M, D], unit rows.
+        queries: state patterns, [N, D], unit rows.
+        beta: inverse temperature; the larger, the nearer to the one pattern that is most alike.
+    """
+    retrieved = torch.softmax(beta * queries @ stored.T, dim=1) @ stored  # [N, D]
+    return retrieved / retrieved.norm(dim=1, keepdim=True)  # [N, D]
+
+
+def infoloob(anchors: Tensor, samples: Tensor, inv_tau: float | Tensor) -> Tensor:
+    """Return InfoLOOB, a scalar: row i of both belong together (arXiv 2110.11316, eq. 9).
+
+    Unlike InfoNCE, the positive pair is left out of the denominator, so that it never saturates; the value can be
+    negative. Both are [N, D] with N >= 2 and unit rows.
+    """
+    logits = inv_tau * anchors @ samples.T  # [N, N]
+    diagonal = torch.eye(len(logits), dtype=torch.bool, device=logits.device)  # [N, N]
+    others = logits.masked_fill(diagonal, -math.inf).logsumexp(dim=1)  # [N]
+    return others.mean() - logits.diagonal().mean()
+
+
+@register("loss", "infoloob")
+class CLOOBLoss(nn.Module):
+    """InfoLOOB over the pairs of all devices, on embeddings retrieved from each other."""
+
+    def __init__(
+        self,
+        *,
+        inv_tau: float = 30.0,
+        scale_hopfield: float = 15.0,
+        learn_inv_tau: bool = False,
+        convention: Literal["cloob_training", "ml_jku"] = "cloob_training",
+    ) -> None:
+        """Set the temperatures.
+
+        Args:
+            inv_tau: inverse temperature of InfoLOOB; where training starts if it is learned.
+            scale_hopfield: inverse temperature of the retrieval.
+            learn_inv_tau: train its logarithm, kept within [0, ln 100].
+            convention: "cloob_training" takes half of the sum of both directions; "ml_jku", the paper's own program,
+                the sum divided by inv_tau. They differ by the factor inv_tau / 2.
+        """
+        super().__init__()
+        self.scale_hopfield, self.convention = scale_hopfield, convention
+        self.log_inv_tau = nn.Parameter(torch.tensor(math.log(inv_tau)), requires_grad=learn_inv_tau)  # []
+        self.fixed_inv_tau = None if learn_inv_tau else inv_tau  # exp(log(30)) would be 29.999998
+
+    @staticmethod
+    def check(section: dict) -> list[str]:
+        """Return what is wrong with the values of a section."""
+        inv_tau, scale_hopfield = section.get("inv_tau", 30.0), section.get("scale_hopfield", 15.0)
+        problems = [] if inv_tau > 0 else [f"inv_tau: {inv_tau} is not above 0"]
+        if section.get("learn_inv_tau") and not 1 <= inv_tau <= MAX_INV_TAU:
+            problems.append(f"inv_tau: {inv_tau} is outside 1..{MAX_INV_TAU:g}, where a learned one is kept")
+        return problems + ([] if scale_hopfield > 0 else [f"scale_hopfield: {scale_hopfield} is not above 0"])
+
+    @property
+    def inv_tau(self) -> float | Tensor:
+        """The inverse temperature of InfoLOOB."""
+        return self.log_inv_tau.exp() if self.fixed_inv_tau is None else self.fixed_inv_tau
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        """Return the loss, a scalar, of embeddings [N, D] with unit rows, N >= 2; row i of both belong together."""
+        beta, inv_tau = self.scale_hopfield, self.inv_tau
+        image_from_images, image_from_texts = retrieve(image, image, beta), retrieve(image, text, beta)  # [N, D] each
+        text_from_texts, text_from_images = retrieve(text, text, beta), retrieve(text, image, beta)  # [N, D] each
+        both = infoloob(image_from_images, image_from_texts, inv_tau) + infoloob(
+            text_from_texts, text_from_images, inv_tau
+        )
+        return both / 2 if self.convention == "cloob_training" else both / inv_tau
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Bring a learned temperature back into its range; to be called after each optimizer step."""
+        self.log_inv_tau.clamp_(0, math.log(MAX_INV_TAU))
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Return the rows of all ranks, [world_size * B, D], in rank order, on every rank; gradients flow back to theirs.
+
+    Each rank then computes the same loss of the whole batch. Going back, a row collects the gradients that all
+    world_size copies of the loss have for it; DDP's mean over ranks takes that factor out again, so that parameters
+    end with the gradients of a single process with the whole batch.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return rows
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(rows))  # [world_size * B, D]

@@ -1,0 +1,63 @@
+"""Grids of images and their reconstructions during the training of an autoencoder."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from ldm_lab.config import register
+from ldm_lab.images import grid, save_png, to_images
+from ldm_lab.training.logs import log_images
+
+
+@register("reconstructions")
+class Reconstructions(Callback):
+    """Draw the same images and what the (averaged) autoencoder makes of them, every N steps."""
+
+    def __init__(self, folder: Path, *, every: int = 1000, images: int = 8) -> None:
+        """Set what is drawn.
+
+        Args:
+            folder: the run's folder; grids are `reconstructions/step=....png` below it.
+            every: optimizer steps between grids; also one after the first step.
+            images: of the run's first batch on rank 0; a resumed run draws the same ones.
+        """
+        self.folder, self.every, self.count = folder, every, images
+        self.levels: Tensor | None = None  # [count, 3, H, W], uint8
+        self.done_at = -1
+
+    @staticmethod
+    def check(section: dict) -> list[str]:
+        """Return what is wrong with the values of a section."""
+        return [f"{k}: {section[k]} is not a positive number" for k in ("every", "images") if section.get(k, 1) < 1]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"levels": self.levels}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.levels = state_dict["levels"]
+
+    def on_train_batch_end(self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, index: int) -> None:
+        if not trainer.is_global_zero:
+            return
+        if self.levels is None:
+            self.levels = ((batch["image"][: self.count] + 1) * 127.5).round().to("cpu", torch.uint8)  # [n, 3, H, W]
+        step = trainer.global_step
+        if step != self.done_at and (step == 1 or step % self.every == 0):
+            self.done_at = step
+            self.draw(trainer, task)
+
+    @torch.no_grad()
+    def draw(self, trainer: Trainer, task: LightningModule) -> None:
+        """Write and log the grid: images above, reconstructions of the latents' means below."""
+        model, training = task.best_model, task.best_model.training
+        image = self.levels.to(model.scale) / 127.5 - 1  # [n, 3, H, W]
+        reconstruction = model.eval().decode(model.encode(image))  # [n, 3, H, W]
+        model.train(training)
+        picture = grid(to_images(image) + to_images(reconstruction), columns=len(image))
+        caption = f"step {trainer.global_step}: images above, reconstructions below"
+        path = self.folder / "reconstructions" / f"step={trainer.global_step:08d}.png"
+        save_png(path, picture, {"step": str(trainer.global_step), "description": caption})
+        log_images(trainer, "reconstructions", [picture], [caption])

@@ -1,0 +1,38 @@
+"""The latent scale: what an autoencoder's raw latents are divided by, so that diffusion sees unit variance."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+BATCHES = 32  # as in cloob-latent-diffusion, whose batches had 64 images
+
+
+def latent_scale(latents: Iterable[Tensor]) -> float:
+    """Return the scale of batches of raw latents, [B, C, h, w] each: the root of the mean of their variances.
+
+    Each batch's variance is the unbiased one over all its values (cloob-latent-diffusion, autoencoder_scale.py).
+    """
+    variances = [float(batch.double().var()) for batch in latents]
+    return (sum(variances) / len(variances)) ** 0.5
+
+
+@torch.no_grad()
+def measure_scale(autoencoder: nn.Module, batches: Iterable[Tensor], seed: int = 0) -> float:
+    """Return the scale of posterior samples of an autoencoder, whatever scale it has now.
+
+    Args:
+        autoencoder: in evaluation mode.
+        batches: images, [B, 3, H, W] in [-1, 1] each, one or more; read one by one.
+        seed: of the posterior's noise; torch's global generators are left alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def latents() -> Iterable[Tensor]:
+        for image in batches:
+            with torch.autocast(autoencoder.scale.device.type, enabled=False):
+                mean, logvar = autoencoder.moments(image.to(autoencoder.scale))  # [B, C, h, w] each
+                noise = torch.randn(mean.shape, generator=generator).to(mean)  # [B, C, h, w]
+                yield autoencoder.sample(mean, logvar, noise) * autoencoder.scale  # [B, C, h, w]
+
+    return latent_scale(latents())
