@@ -1,8 +1,8 @@
 """The built-in data set: captioned shapes, drawn deterministically and kept as shards in img2dataset's layout.
 
 One filled shape on a plain background of another colour: 8 colours x 6 shapes x 7 backgrounds = 336 kinds of image, and
-every image of a kind differs in size, place, angle and shade. Small enough to train on without a GPU, yet text and image
-can be compared attribute by attribute (`ldm_lab.evaluation.shapes_checker`).
+every image of a kind differs in size, place, angle and shade. Small enough to train on without a GPU, yet text and
+image can be compared attribute by attribute (`ldm_lab.evaluation.shapes_checker`).
 """
 
 import io
@@ -11,13 +11,15 @@ import math
 import os
 import random
 import shutil
-import tarfile
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw
 
+from ldm_lab.config import register
+from ldm_lab.data.shards import ShardSource, write_shard
 from ldm_lab.errors import UserError
 
 # Near the corners of the RGB cube, so that jitter, blur and compression leave them apart.
@@ -38,32 +40,42 @@ MARGIN = 1 / 32  # least distance between shape and border, as a share of the im
 ANGLE = 12  # degrees that a shape may be turned, either way
 SUPERSAMPLE = 4  # drawn at this multiple of the size and averaged down
 
-# {a} is the shape with its colour, in two orders of words in `captions`; every wording names all three attributes.
-WORDINGS = (
+# Every wording names all three attributes, in one set of words for each. Many wordings, so that a text tower has to
+# read: which colour is the shape's and which the background's is said by the words around them.
+_OPENINGS = (
+    "",
+    "a picture of ",
+    "a drawing of ",
+    "an image of ",
+    "a small photo of ",
+    "here is ",
+    "we see ",
+    "this shows ",
+)
+_SCENES = (
     "a {colour} {shape} on a {background} background",
     "a {colour} {shape} on {background}",
+    "one {colour} {shape} in front of a {background} background",
+    "the {colour} {shape} against a plain {background} background",
+    "a {shape} in {colour} with a {background} background",
+    "a {background} background with a {colour} {shape}",
+    "a {background} area that has a {colour} {shape} in it",
+    "a {shape} that is {colour} on a background that is {background}",
+)
+WORDINGS = (
+    *(opening + scene for opening in _OPENINGS for scene in _SCENES),
     "{colour} {shape} on {background}",
-    "the {colour} {shape} on the {background} background",
-    "a {colour} {shape} in front of a {background} background",
-    "a {colour} {shape} against a {background} background",
-    "a {colour} {shape} with a {background} background",
     "{colour} {shape}, {background} background",
     "{background} background, {colour} {shape}",
-    "one {colour} {shape} and a {background} background",
-    "a {background} background with a {colour} {shape}",
+    "{background} behind, {colour} {shape}",
     "on a {background} background there is a {colour} {shape}",
-    "a {background} picture with a {colour} {shape} in it",
-    "a picture of a {colour} {shape} on a {background} background",
-    "a drawing of a {colour} {shape} on a {background} background",
-    "an image of a {colour} {shape} on {background}",
-    "a simple picture of one {colour} {shape} on a plain {background} background",
-    "we see a {colour} {shape} on a {background} background",
-    "here is a {colour} {shape} on a {background} background",
-    "a {shape} in {colour} on a {background} background",
-    "a {shape} that is {colour} on a background that is {background}",
+    "in front of {background} there is a {colour} {shape}",
     "the {shape} is {colour} and the background is {background}",
+    "the {shape} is {colour}, all around it is {background}",
     "the background is {background} and the {shape} is {colour}",
+    "everything is {background}, only the {shape} is {colour}",
     "background: {background}; {shape}: {colour}",
+    "{shape}: {colour}, background: {background}",
 )
 # Never used in training: other orders and words, to see whether a text tower reads or has learned sentences by heart.
 HELD_OUT_WORDINGS = (
@@ -208,11 +220,130 @@ def _jittered(rng: random.Random, colour: tuple[int, int, int]) -> tuple[int, in
 # ------------------------------------------------------------------------------------------------------ captions
 
 
-def captions(attributes: Attributes, rng: random.Random) -> str:
-    """Return one caption in a random training wording; it names colour, shape and background in COLOURS' words."""
+def random_caption(attributes: Attributes, rng: random.Random) -> str:
+    """Return a caption in one of WORDINGS, chosen by `rng`."""
     return caption(attributes, _choose(rng, WORDINGS))
 
 
 def caption(attributes: Attributes, wording: str) -> str:
     """Return the caption in this wording, one of WORDINGS or HELD_OUT_WORDINGS."""
     return wording.format(colour=attributes.colour, shape=attributes.shape, background=attributes.background)
+
+
+# -------------------------------------------------------------------------------------------------------- shards
+
+MANIFEST = "shapes.json"  # what a folder of shards was made with; it appears together with them
+
+
+@register("data", "shapes")
+class Shapes(ShardSource):
+    """The built-in captioned shapes: drawn and written as shards at first use, then read like any others.
+
+    Args:
+        folder: where the shards lie; made at first use.
+        count: images.
+        shards: tar files that they are spread over; at least as many as loader processes of all devices.
+        drawing_seed: another number, other images.
+    """
+
+    def __init__(self, *, folder: str, count: int, shards: int = 16, drawing_seed: int = 0, **common: Any):
+        super().__init__(**common)
+        self.folder, self.images, self.shards = Path(folder).expanduser(), count, shards
+        self.drawing_seed = drawing_seed
+
+    @staticmethod
+    def check(section: dict[str, Any]) -> list[str]:
+        """Return what is wrong with the values of a section."""
+        problems = ShardSource.check(section)
+        count, shards = section.get("count", 1), section.get("shards", 16)
+        if shards < 1 or count < shards:
+            problems.append(f"count: {count} images do not fill {shards} shards; at least one in each is needed")
+        if section.get("image_size", 16) < 16:
+            problems.append(f"image_size: at least 16 is needed to tell the shapes apart, not {section['image_size']}")
+        return problems
+
+    def prepare(self) -> None:
+        write_shards(self.folder, self.images, self.shards, self.image_size, self.drawing_seed)
+
+    def list_shards(self) -> list[str]:
+        return [
+            str(path)
+            for path in write_shards(self.folder, self.images, self.shards, self.image_size, self.drawing_seed)
+        ]
+
+
+def write_shards(folder: str | Path, count: int, shards: int, size: int, seed: int = 0) -> list[Path]:
+    """Return the shards in `folder`, drawing and writing them first if the folder is not there yet.
+
+    The layout is img2dataset's: `00000.tar` ... with `000000000.png`, `.txt`, `.json` ... The whole folder appears at
+    once, by a rename, so that it is never seen half-written, and of several processes that begin together one wins.
+
+    Args:
+        folder: its parent has to be writable.
+        count: images in all.
+        shards: tar files.
+        size: pixels per side.
+        seed: another number, other images.
+
+    Raises:
+        UserError: the folder holds something else, or shapes made with other numbers.
+    """
+    folder = Path(folder)
+    made_with = {"count": count, "shards": shards, "size": size, "seed": seed}
+    if not _is_filled(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        drafts = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            for shard in range(shards):
+                first, last = (count * edge // shards for edge in (shard, shard + 1))
+                write_shard(drafts / f"{shard:05}.tar", _samples(range(first, last), shard, size, seed))
+            (drafts / MANIFEST).write_text(json.dumps(made_with, indent=2) + "\n")
+            drafts.chmod(0o755)  # mkdtemp's folders are closed to others
+            os.rename(drafts, folder)
+        except OSError:
+            if not _is_filled(folder):  # otherwise another process was quicker, and its shards are the same
+                raise
+        finally:
+            shutil.rmtree(drafts, ignore_errors=True)
+    _check_manifest(folder, made_with)
+    return [folder / f"{shard:05}.tar" for shard in range(shards)]
+
+
+def _is_filled(folder: Path) -> bool:
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
+def _check_manifest(folder: Path, wanted: dict[str, int]) -> None:
+    """Raise UserError unless the folder's shapes were made with the wanted numbers."""
+    try:
+        found = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        raise UserError(
+            f"data.folder: {folder} holds other files than shapes; give a folder that does not exist"
+        ) from None
+    if found != wanted:
+        keys = [key for key in wanted if not isinstance(found, dict) or found.get(key) != wanted[key]]
+        differences = ", ".join(
+            f"{key} {found.get(key) if isinstance(found, dict) else None}, not {wanted[key]}" for key in keys
+        )
+        raise UserError(f"data.folder: the shapes in {folder} have {differences}; delete it or give another folder")
+
+
+def _samples(indices: range, shard: int, size: int, seed: int) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yield (key, {extension: bytes}) of the images with these indices; an image depends on seed and index alone."""
+    for place, index in enumerate(indices):
+        rng = random.Random(f"{seed}/{index}")
+        image, attributes = draw(rng, size)
+        text = random_caption(attributes, rng)
+        encoded = io.BytesIO()
+        image.save(encoded, "PNG")
+        key = f"{shard:05}{place:04}"
+        about = {
+            "key": key,
+            "caption": text,
+            "status": "success",
+            "width": size,
+            "height": size,
+            **attributes._asdict(),
+        }
+        yield key, {"png": encoded.getvalue(), "txt": text.encode(), "json": json.dumps(about).encode()}

@@ -1,0 +1,1 @@
+"""Evaluation: how good what a model makes is, measured without a person looking."""
