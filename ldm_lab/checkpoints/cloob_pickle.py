@@ -8,6 +8,7 @@ pickle names is imported or called, not even numpy's own functions.
 import math
 import pickle
 import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,9 @@ def _refuse_call(*_: Any) -> None:
     raise pickle.UnpicklingError("numpy.ndarray called, which only stands as an argument")
 
 
-def _frombuffer(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
+def _frombuffer(data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> np.ndarray:
+    if order == "K" and axes is not None:  # numpy 2.3 and later, for arrays whose axes are in another order in memory
+        return _from_bytes(data, dtype, shape, "C").transpose(axes)
     return _from_bytes(data, dtype, shape, order)
 
 
@@ -122,11 +125,20 @@ ALLOWED = {
 }
 
 
+# What the unpickler, and the functions above, raise on malformed bytes.
+DAMAGE = (
+    *(pickle.UnpicklingError, struct.error, EOFError, AssertionError),
+    *(ValueError, TypeError, KeyError, IndexError, AttributeError),
+)
+
+
 class _Refused(Exception):
     """The pickle asks for a name that is not in `ALLOWED`."""
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """Python's own unpickler, the one written in Python: the one in C allocates whatever memo size a file names."""
+
     def find_class(self, module: str, name: str) -> _Named:
         if (module, name) not in ALLOWED:
             raise _Refused(f"{module}.{name}")
@@ -150,7 +162,7 @@ def load(path: str | Path) -> Any:
         raise UserError(f"{path}: refused: it asks for {error}, and a file of parameters needs only arrays") from None
     except (RecursionError, MemoryError, OverflowError):
         raise UserError(f"{path}: not a readable pickle: its sizes are absurd") from None
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except DAMAGE as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a readable pickle, truncated or damaged ({reason})") from None
 
@@ -230,7 +242,9 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str,
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"{path}: not a complete CLOOB model ({error} is missing or misshapen)") from None
     epoch = content.get("epoch")
-    return state, config, {"epoch": int(epoch) if isinstance(epoch, int | np.integer | np.ndarray) else None}
+    if isinstance(epoch, np.ndarray) and epoch.size == 1:
+        epoch = epoch.item()
+    return state, config, {"epoch": epoch if isinstance(epoch, int) else None}
 
 
 def _rule(name: str) -> tuple[str, tuple[int, ...] | None] | None:
