@@ -63,4 +63,5 @@ def run(args: argparse.Namespace) -> None:
 def description(config: dict[str, Any]) -> dict[str, Any]:
     """Return what a cache is made with: the data, and the checksums of the parts that encode it."""
     checksums = {role: weights_sha256(config[role]) for role in ("autoencoder", "conditioner")}
-    return {"data": config["data"], "seed": config.get("seed", 0), **checksums}
+    data = config["data"]
+    return {"image_size": data["image_size"], "data": data, "seed": config.get("seed", 0), **checksums}

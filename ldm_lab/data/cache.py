@@ -44,9 +44,8 @@ class Cache(Source):
         path: the cache's folder.
 
     Attributes:
-        description: what the cache was made with: the config's "data" and the checksums of the encoding parts; set by
-            `open`.
-        image_size: pixels, of the images that were encoded; set by `open`.
+        description: what the cache was made with, such as the checksums of the encoding parts; set by `open`.
+        image_size: pixels, of the images that were encoded, if the description says it; set by `open`.
     """
 
     def __init__(self, *, path: str, **common: Any):
@@ -59,7 +58,7 @@ class Cache(Source):
         if not meta["complete"]:
             raise UserError(f"data.path: the cache {self.folder} is not complete; the command that began it can end it")
         self.description = meta["description"]
-        self.image_size = self.description["data"]["image_size"]
+        self.image_size = self.description.get("image_size")
         self._paths = sorted(self.folder.glob("*.safetensors"))
         counts = [read_header(path)[0] for path in self._paths]
         self._ends = np.cumsum(counts, dtype=np.int64)  # [shards]
