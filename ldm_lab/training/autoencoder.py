@@ -70,6 +70,7 @@ class AutoencoderTask(PartTask):
 
     ROLES = ("autoencoder", "loss", "perceptual", "discriminator", "reconstructions")
     REQUIRED = ("data", "autoencoder")
+    NETWORK = ("autoencoder",)
     PART, FILE, LOSS = "autoencoder", "autoencoder.safetensors", ReconstructionLoss
 
     def __init__(self, config: dict[str, Any], read_weights: bool = True) -> None:

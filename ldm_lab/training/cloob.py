@@ -18,6 +18,7 @@ class CLOOBTask(PartTask):
 
     ROLES = ("conditioner", "loss")
     REQUIRED = ("data", "conditioner")
+    NETWORK = ("conditioner",)
     PART, FILE, LOSS = "conditioner", "cloob.safetensors", CLOOBLoss
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

@@ -23,6 +23,7 @@ class DiffusionTask(Task):
 
     ROLES = ("autoencoder", "conditioner", "denoiser", "objective", "demo")
     REQUIRED = ("data", "autoencoder", "conditioner", "denoiser", "objective")
+    NETWORK = ("denoiser", "objective")
 
     def __init__(self, config: dict[str, Any], read_weights: bool = True) -> None:
         super().__init__(config, read_weights)

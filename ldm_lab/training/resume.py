@@ -14,8 +14,6 @@ from ldm_lab.training.logs import say
 
 # Sections whose keys may differ from those of the checkpoint without a word: where and how the run reports.
 QUIET = ("run", "logging", "resume", "defaults")
-# Sections that make the network what it is: another value here cannot go on with the checkpoint's weights.
-FIXED = ("task", "denoiser", "objective")
 
 
 @register("resume")
@@ -45,8 +43,12 @@ class Resume(Callback):
         if lr is not None and self.path is None and checkpoint != "last":
             raise UserError("resume.lr: needs resume.checkpoint; a fresh run takes optim.lr")
 
-    def differences(self, config: dict[str, Any]) -> list[str]:
+    def differences(self, config: dict[str, Any], network: tuple[str, ...]) -> list[str]:
         """Return the lines "key: checkpoint's value -> new value" between the checkpoint's config and this one.
+
+        Args:
+            config: of the run that goes on.
+            network: the sections that make the trained network what it is; they have to be the same.
 
         Raises:
             UserError: the checkpoint is of another architecture or task, or not readable.
@@ -56,7 +58,7 @@ class Resume(Callback):
             raise UserError(f"{self.path}: not a checkpoint of a run of ldm_lab; for other weights use init_from")
         old, new = (_flat({k: v for k, v in c.items() if k not in QUIET}) for c in (content[FORMAT]["config"], config))
         changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-        fixed = [key for key in changed if key.split(".")[0] in FIXED]
+        fixed = [key for key in changed if key.split(".")[0] in ("task", *network)]
         if fixed:
             key = fixed[0]
             raise UserError(

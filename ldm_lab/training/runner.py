@@ -1,5 +1,6 @@
 """From a config to a run: the task, the data, Lightning's Trainer with its callbacks, the run's folder."""
 
+import signal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,11 +114,12 @@ def run(config: dict[str, Any]) -> int:
     quiet_lightning()
     folder = RUNS / config["run"]
     resume = build("resume", config.get("resume"), folder)
-    changes = resume.differences(config) if resume.path else []
     logging = build("logging", config.get("logging"))
     data = DataModule(build("data", config["data"]), seed=config.get("seed", 0))
     interrupt = Interrupt()
     callbacks: list[Callback] = [Bookkeeping(), resume]
+    kind = part_class("task", {"name": config.get("task", "diffusion")})
+    changes = resume.differences(config, kind.NETWORK) if resume.path else []
     task = build_task(config)
     callbacks += task.callbacks(folder)
     callbacks += [build("checkpoint", config.get("checkpoint"), folder), interrupt, StepProgress()]
@@ -129,9 +131,15 @@ def run(config: dict[str, Any]) -> int:
     if options.channels_last:
         task.to(memory_format=torch.channels_last)
     announce(config, folder, resume.path, changes, task)
-    trainer.fit(task, datamodule=data, ckpt_path=resume.path, weights_only=True)
-    report(trainer, folder, config, data, interrupt)
-    return 128 + interrupt.received if interrupt.received else 0
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=resume.path, weights_only=True)
+    except BaseException:
+        if hasattr(trainer.strategy.launcher, "kill"):  # the other ranks would wait for this one for half an hour
+            trainer.strategy.launcher.kill(signal.SIGKILL)
+        raise
+    report(trainer, folder, data, interrupt)
+    # Only the first rank tells: Lightning kills it, perhaps while it saves, when another one leaves with a code.
+    return 128 + interrupt.received if interrupt.received and trainer.is_global_zero else 0
 
 
 @rank_zero_only
@@ -150,7 +158,7 @@ def announce(config: dict[str, Any], folder: Path, resumed: Path | None, changes
 
 
 @rank_zero_only
-def report(trainer: Trainer, folder: Path, config: dict[str, Any], data: DataModule, interrupt: Interrupt) -> None:
+def report(trainer: Trainer, folder: Path, data: DataModule, interrupt: Interrupt) -> None:
     """Say where the run ended, what was skipped, and where the results are."""
     print(data.summary())
     if interrupt.received:

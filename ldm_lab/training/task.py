@@ -10,7 +10,7 @@ from pytorch_lightning.loggers import WandbLogger
 from torch import Tensor, nn
 
 from ldm_lab import ema
-from ldm_lab.checkpoints.parts import FORMAT, weights_sha256
+from ldm_lab.checkpoints.parts import FORMAT, load_strictly, weights_sha256
 from ldm_lab.config import USE_KEYS, build
 
 
@@ -19,7 +19,7 @@ class Task(LightningModule):
 
     A subclass is registered as `@register("task", name)` and
     - lists in ROLES the config sections that are its own (each a role of `ldm_lab.config`), in REQUIRED those that
-      have to be there;
+      have to be there, in NETWORK those that make the trained network what it is;
     - builds its parts in `__init__(config)` and hands the trained network to `adopt(model)`;
     - puts frozen networks into `self.frozen[role]`: they are moved to the device, but are neither trained, nor
       wrapped by DDP, nor saved;
@@ -35,6 +35,7 @@ class Task(LightningModule):
 
     ROLES: ClassVar[tuple[str, ...]] = ()
     REQUIRED: ClassVar[tuple[str, ...]] = ("data",)
+    NETWORK: ClassVar[tuple[str, ...]] = ()
     SECTIONS: ClassVar[tuple[str, ...]] = ("data", "optim", "ema", "trainer", "checkpoint", "logging", "resume")
 
     def __init__(self, config: dict[str, Any], read_weights: bool = True) -> None:
@@ -116,6 +117,8 @@ class Task(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained = {n.removeprefix("model."): t for n, t in checkpoint["state_dict"].items() if n.startswith("model.")}
+        load_strictly(self.model, trained, "resume.checkpoint")  # in one clear line what Lightning says in hundreds
         run = checkpoint[FORMAT]
         self.batches_seen = run["batches_seen"]
         self.trainer.datamodule.load_rank_states(run["data"], self.global_rank)
