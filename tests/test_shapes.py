@@ -11,13 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFilter
+from tiny import AUTOENCODER, CLOOB, DENOISER
 
 from ldm_lab import config
 from ldm_lab.data import shapes
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.errors import UserError
 from ldm_lab.evaluation.shapes_checker import check
+from ldm_lab.sampling import Sampler
 
 # Of the pixels that seed 0 draws. Another Pillow may round an edge differently: then look at the picture and renew it.
 RECORDED = "144dea5a0c9813ab02750a4b9dc93ef90dd0e4f33abf0314d8bb83c1e5f44ad3"
@@ -178,3 +181,50 @@ def test_source_refuses_what_cannot_be():
     section = {"count": 3, "shards": 4, "image_size": 8}
     problems = shapes.Shapes.check(section)
     assert len(problems) == 2 and "3 images" in problems[0] and "at least 16" in problems[1]
+
+
+# ----------------------------------------------------------------------------------------------------- benchmark
+
+
+def test_benchmark_asks_for_everything_evenly():
+    from benchmarks import quickstart_accuracy as benchmark
+
+    kinds = benchmark.kinds()
+    assert len(set(kinds)) == 96 and all(colour != background for colour, _, background in kinds)
+    assert set(Counter((colour, shape) for colour, shape, _ in kinds).values()) == {2}
+    assert set(Counter(background for _, _, background in kinds).values()) == {12}
+    for wordings in (shapes.WORDINGS, shapes.HELD_OUT_WORDINGS):
+        prompts = benchmark.prompts(wordings)
+        assert len(set(prompts)) == 96
+        assert all(set(names) <= set(re.findall("[a-z]+", prompt)) for names, prompt in zip(kinds, prompts))
+
+
+def test_benchmark_counts_what_is_right():
+    from benchmarks.quickstart_accuracy import shares
+
+    read = [("red", "star", "blue"), ("red", "ring", "blue"), ("cyan", "star", "blue"), ("red", "star", "blue")]
+    assert shares(read, [("red", "star", "blue")] * 4) == [0.75, 0.75, 1.0, 0.5]
+
+
+def test_benchmark_measures_a_model():
+    from benchmarks.quickstart_accuracy import measure
+
+    torch.manual_seed(0)
+    autoencoder = config.build("autoencoder", AUTOENCODER).eval()
+    conditioner = config.build("conditioner", CLOOB).eval()
+    denoiser = config.build("denoiser", DENOISER, autoencoder.channels, conditioner.embed_dim)
+    objective = config.build("objective", {"name": "v_cosine"})
+    shown = []
+    rows = measure(
+        Sampler(denoiser, objective, autoencoder, conditioner, dropout=0.2, size=(64, 64)),
+        guidance=3.0,
+        walk={"name": "ddim", "steps": 1},
+        seed=0,
+        batch_size=96,
+        drawings=8,
+        show=lambda row, pictures, prompts: shown.append((row, len(pictures), len(prompts))),
+    )
+    assert rows["drawn afresh"] == [1.0] * 4
+    assert all(0 <= share <= 1 for shares in rows.values() for share in shares)
+    assert rows["reconstructed"][3] < 0.5 and rows["prompts"][3] < 0.5  # nothing here was trained
+    assert shown == [("prompts", 96, 96), ("prompts, other wordings", 96, 96)]

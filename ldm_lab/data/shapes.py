@@ -40,42 +40,33 @@ MARGIN = 1 / 32  # least distance between shape and border, as a share of the im
 ANGLE = 12  # degrees that a shape may be turned, either way
 SUPERSAMPLE = 4  # drawn at this multiple of the size and averaged down
 
-# Every wording names all three attributes, in one set of words for each. Many wordings, so that a text tower has to
-# read: which colour is the shape's and which the background's is said by the words around them.
-_OPENINGS = (
-    "",
-    "a picture of ",
-    "a drawing of ",
-    "an image of ",
-    "a small photo of ",
-    "here is ",
-    "we see ",
-    "this shows ",
-)
-_SCENES = (
+# Every wording names all three attributes, in one set of words for each. Few, because a small text tower has to learn
+# from each of them which colour is the shape's and which the background's.
+WORDINGS = (
     "a {colour} {shape} on a {background} background",
     "a {colour} {shape} on {background}",
-    "one {colour} {shape} in front of a {background} background",
-    "the {colour} {shape} against a plain {background} background",
-    "a {shape} in {colour} with a {background} background",
-    "a {background} background with a {colour} {shape}",
-    "a {background} area that has a {colour} {shape} in it",
-    "a {shape} that is {colour} on a background that is {background}",
-)
-WORDINGS = (
-    *(opening + scene for opening in _OPENINGS for scene in _SCENES),
     "{colour} {shape} on {background}",
+    "the {colour} {shape} on the {background} background",
+    "a {colour} {shape} in front of a {background} background",
+    "a {colour} {shape} against a {background} background",
+    "a {colour} {shape} with a {background} background",
     "{colour} {shape}, {background} background",
     "{background} background, {colour} {shape}",
-    "{background} behind, {colour} {shape}",
+    "one {colour} {shape} and a {background} background",
+    "a {background} background with a {colour} {shape}",
     "on a {background} background there is a {colour} {shape}",
-    "in front of {background} there is a {colour} {shape}",
+    "a {background} picture with a {colour} {shape} in it",
+    "a picture of a {colour} {shape} on a {background} background",
+    "a drawing of a {colour} {shape} on a {background} background",
+    "an image of a {colour} {shape} on {background}",
+    "a simple picture of one {colour} {shape} on a plain {background} background",
+    "we see a {colour} {shape} on a {background} background",
+    "here is a {colour} {shape} on a {background} background",
+    "a {shape} in {colour} on a {background} background",
+    "a {shape} that is {colour} on a background that is {background}",
     "the {shape} is {colour} and the background is {background}",
-    "the {shape} is {colour}, all around it is {background}",
     "the background is {background} and the {shape} is {colour}",
-    "everything is {background}, only the {shape} is {colour}",
     "background: {background}; {shape}: {colour}",
-    "{shape}: {colour}, background: {background}",
 )
 # Never used in training: other orders and words, to see whether a text tower reads or has learned sentences by heart.
 HELD_OUT_WORDINGS = (
