@@ -40,8 +40,8 @@ MARGIN = 1 / 32  # least distance between shape and border, as a share of the im
 ANGLE = 12  # degrees that a shape may be turned, either way
 SUPERSAMPLE = 4  # drawn at this multiple of the size and averaged down
 
-# Every wording names all three attributes, in one set of words for each. Few, because a small text tower has to learn
-# from each of them which colour is the shape's and which the background's.
+# Every wording names all three attributes. Short ones, so that a tiny text tower soon finds out which colour is the
+# shape's and which the background's: that is said by the words around them alone.
 WORDINGS = (
     "a {colour} {shape} on a {background} background",
     "a {colour} {shape} on {background}",
@@ -49,24 +49,12 @@ WORDINGS = (
     "the {colour} {shape} on the {background} background",
     "a {colour} {shape} in front of a {background} background",
     "a {colour} {shape} against a {background} background",
-    "a {colour} {shape} with a {background} background",
     "{colour} {shape}, {background} background",
-    "{background} background, {colour} {shape}",
     "one {colour} {shape} and a {background} background",
-    "a {background} background with a {colour} {shape}",
-    "on a {background} background there is a {colour} {shape}",
-    "a {background} picture with a {colour} {shape} in it",
     "a picture of a {colour} {shape} on a {background} background",
-    "a drawing of a {colour} {shape} on a {background} background",
-    "an image of a {colour} {shape} on {background}",
-    "a simple picture of one {colour} {shape} on a plain {background} background",
-    "we see a {colour} {shape} on a {background} background",
-    "here is a {colour} {shape} on a {background} background",
-    "a {shape} in {colour} on a {background} background",
-    "a {shape} that is {colour} on a background that is {background}",
-    "the {shape} is {colour} and the background is {background}",
-    "the background is {background} and the {shape} is {colour}",
-    "background: {background}; {shape}: {colour}",
+    "a drawing of a {colour} {shape} on {background}",
+    "{background} background, {colour} {shape}",
+    "a {background} background with a {colour} {shape}",
 )
 # Never used in training: other orders and words, to see whether a text tower reads or has learned sentences by heart.
 HELD_OUT_WORDINGS = (
