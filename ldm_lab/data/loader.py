@@ -43,7 +43,8 @@ class Counts:
         self.read += other.read
         for reason, count in other.skipped.items():
             self.skipped[reason] = self.skipped.get(reason, 0) + count
-            self.examples[reason] = (self.examples.get(reason, []) + other.examples[reason])[:EXAMPLES]
+            keys = dict.fromkeys(self.examples.get(reason, []) + other.examples[reason])  # each epoch meets them again
+            self.examples[reason] = list(keys)[:EXAMPLES]
 
     def state(self) -> dict[str, Any]:
         """Return plain values: the constructor's arguments."""

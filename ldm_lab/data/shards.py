@@ -120,7 +120,7 @@ def expand(patterns: list[str]) -> list[str]:
             if scheme:
                 addresses.append(address)
                 continue
-            path = os.path.expanduser(address)
+            path = os.path.expanduser(address.removeprefix("file://"))
             if os.path.isfile(path):
                 addresses.append(path)
             elif os.path.isdir(path):
@@ -144,7 +144,8 @@ def _scheme(address: str) -> str:
     """Return "pipe", "http", ... of an address, "" for a local path."""
     if address.startswith("pipe:"):
         return "pipe"
-    return address.partition("://")[0].lower() if "://" in address else ""
+    scheme = address.partition("://")[0].lower() if "://" in address else ""
+    return "" if scheme == "file" else scheme
 
 
 # -------------------------------------------------------------------------------------------------- reading one shard
@@ -181,7 +182,7 @@ def read_shard(address: str) -> Iterator[Raw | Skip]:
             for member in archive:
                 name, extension = base_plus_ext(member.name)
                 archive.members.clear()  # tarfile would keep every header of the shard
-                if name is None or not member.isreg():
+                if name is None or not member.isreg() or os.path.basename(member.name).startswith("."):
                     continue
                 if name != key:
                     if key is not None:
@@ -231,7 +232,7 @@ class _Command:
 
     def read(self, size: int) -> bytes:
         data = self.process.stdout.read(size)
-        if len(data) < size and self.process.wait() != 0:
+        if not data and self.process.wait() != 0:
             raise OSError(f"the command ended with status {self.process.returncode}")
         return data
 

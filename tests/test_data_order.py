@@ -1,0 +1,227 @@
+"""Who reads what and when: distinct shares, every sample once an epoch, a new order each epoch, exact resume."""
+
+import io
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+from data_sets import keys, module, take, write_files, write_shards
+
+from ldm_lab.config import options
+from ldm_lab.data.cache import CacheWriter, complete
+from ldm_lab.data.files import Folder
+from ldm_lab.data.order import Order, shuffled
+from ldm_lab.errors import UserError
+
+KINDS = ("webdataset", "image_list", "folder", "cache")
+COUNT = 48
+
+
+@pytest.fixture(scope="module")
+def sections(tmp_path_factory) -> dict[str, dict]:
+    """The same 48 samples as 12 shards, a list, a folder, a cache."""
+    root = tmp_path_factory.mktemp("sets")
+    write_shards(root / "shards", shards=12, per_shard=4)
+    write_files(root / "images", COUNT)
+    writer = CacheWriter(root / "cache", {}, shard_size=10)
+    numbers = torch.arange(COUNT, dtype=torch.float16)[:, None]  # [COUNT, 1]
+    for part in range(0, COUNT, 6):
+        rows = range(part, part + 6)
+        writer.add({"embed": numbers[part : part + 6]}, [""] * 6, [f"{n:05d}" for n in rows], {})
+    writer.close()
+    complete(root / "cache")
+    images = {"crop": "random", "flip": True}
+    return {
+        # A buffer of 3 makes runs of 12 samples: 3 shards, so that resuming meets several runs.
+        "webdataset": {"name": "webdataset", "shards": f"{root}/shards/*.tar", "shuffle_buffer": 3, **images},
+        "image_list": {"name": "image_list", "path": f"{root}/list.txt", **images},
+        "folder": {"name": "folder", "path": f"{root}/images", **images},
+        "cache": {"name": "cache", "path": f"{root}/cache"},
+    }
+
+
+def assert_same(got: list[dict], wanted: list[dict]) -> None:
+    assert [b["key"] for b in got] == [b["key"] for b in wanted]
+    for a, b in zip(got, wanted):
+        assert a.keys() == b.keys() and a["text"] == b["text"]
+        for name in a.keys() - {"key", "text"}:
+            assert torch.equal(a[name], b[name])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shares_are_distinct_and_cover_everything(sections, kind):
+    """One pass of two ranks with two loader processes each reads every sample once."""
+    ranks = [module({**sections[kind], "workers": 2}, rank, 2, epochs=1) for rank in (0, 1)]
+    read = [keys(take(data)) for data in ranks]
+    assert not set(read[0]) & set(read[1])
+    assert len(read[0]) + len(read[1]) == len({*read[0], *read[1]}) == COUNT
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_epoch_has_another_order(sections, kind):
+    read = keys(take(module(sections[kind]), 3 * COUNT // 4))
+    epochs = [read[i : i + COUNT] for i in range(0, 3 * COUNT, COUNT)]
+    assert all(len(set(epoch)) == COUNT for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert epochs[0] != sorted(epochs[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_order_depends_on_the_seed_alone(sections, kind):
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    once = take(module(sections[kind]), 5)
+    random.seed(2), np.random.seed(2), torch.manual_seed(2)
+    state = torch.get_rng_state()
+    assert_same(take(module(sections[kind]), 5), once)
+    assert torch.equal(torch.get_rng_state(), state)  # the training's noise is its own
+    assert keys(take(module(sections[kind], seed=1), 5)) != keys(once)
+
+
+def test_shards_mix_within_the_buffer(sections):
+    """With a large buffer neighbours come from different shards; without one, shards stay whole."""
+    for buffer, mixed in ((100, True), (0, False)):
+        read = keys(take(module({**sections["webdataset"], "shuffle_buffer": buffer}), COUNT // 4))
+        shards = [int(key) // 4 for key in read]
+        assert (max(len(list(run)) for _, run in itertools.groupby(shards)) < 4) == mixed
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_resume_delivers_what_an_uninterrupted_run_would_have(sections, kind, workers):
+    """After batch 5 (in mid-epoch) and after batch 17 (in the second one), random crops and flips included.
+
+    The batches that the loader has prepared ahead do not count, only those that were consumed. The state goes the way
+    a checkpoint goes.
+    """
+    section = {**sections[kind], "workers": workers}
+    whole = take(module(section), 24)
+    for consumed in (5, 17):
+        data = module(section)
+        for number, batch in enumerate(data.train_dataloader()):
+            if number == consumed + 2:
+                break
+            if number < consumed:
+                data.consumed(batch)
+        file = io.BytesIO()
+        torch.save([data.rank_state()], file)
+        file.seek(0)
+        resumed = module(section)
+        resumed.load_rank_states(torch.load(file, weights_only=True), 0)
+        assert_same(take(resumed, 24 - consumed), whole[consumed:])
+
+
+def test_resume_restores_each_rank(sections):
+    section = sections["webdataset"]
+    whole = [take(module(section, rank, 2), 9) for rank in (0, 1)]
+    states = []
+    for rank in (0, 1):
+        data = module(section, rank, 2)
+        take(data, 4)
+        states.append(data.rank_state())
+    for rank in (0, 1):
+        data = module(section, rank, 2)
+        data.load_rank_states(states, rank)
+        assert_same(take(data, 5), whole[rank][4:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resume_skips_without_decoding(sections, kind, monkeypatch):
+    """A resumed reader decodes the batches that it delivers and no others."""
+    data = module(sections[kind])
+    take(data, 8)
+    resumed = module(sections[kind])
+    resumed.load_rank_states([data.rank_state()], 0)
+    decoded = []
+    decode = resumed.source.decode
+    monkeypatch.setattr(resumed.source, "decode", lambda item, order: decoded.append(item) or decode(item, order))
+    take(resumed, 2)
+    assert len(decoded) == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"workers": 2}, "workers 1 -> 2"),
+        ({"world_size": 3}, "processes 2 -> 3"),
+        ({"seed": 7}, "seed 0 -> 7"),
+        ({"path": "fewer"}, "images 48 -> 20"),
+    ],
+)
+def test_resume_with_other_readers_goes_on_with_the_next_epoch(sections, tmp_path, change, told, monkeypatch):
+    said = []
+    monkeypatch.setattr("ldm_lab.data.datamodule.rank_zero_info", said.append)
+    states = []
+    for rank in (0, 1):
+        data = module(sections["folder"], rank, 2)
+        take(data, 8)  # 24 of 48 images per epoch: in the second one
+        states.append(data.rank_state())
+    section = dict(sections["folder"])
+    if "path" in change:
+        write_files(tmp_path / "images", 20)
+        section["path"] = str(tmp_path / "images")
+    section["workers"] = change.get("workers", 0)
+    resumed = module(section, 0, change.get("world_size", 2), change.get("seed", 0))
+    resumed.load_rank_states(states, 0)
+    assert told in said[0] and "epoch 2" in said[0]
+    assert {p[0] for p in resumed.rank_state()["positions"]} == {2}
+    assert resumed.rank_state()["counts"]["read"] == 64  # of both ranks
+    assert len(keys(take(resumed, 2))) == 8
+
+
+def test_augmentation_changes_with_the_epoch(sections):
+    batches = take(module(sections["folder"]), 2 * COUNT // 4)
+    images = {}
+    for batch in batches:
+        for key, image in zip(batch["key"], batch["image"]):
+            images.setdefault(key, []).append(image)
+    differing = sum(not torch.equal(*pair) for pair in images.values())
+    assert differing > COUNT / 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank_count", "workers", "told"),
+    [
+        ("webdataset", 2, 8, r"12 shards are too few for 16 readers \(2 processes x 8 workers\).*workers to at most 6"),
+        (
+            "webdataset",
+            13,
+            0,
+            r"12 shards are too few for 13 readers \(13 processes x 1 workers\).*at most 12 processes",
+        ),
+        ("folder", 1, 49, "48 images are too few for 49 readers"),
+    ],
+)
+def test_too_few_for_the_readers(sections, kind, rank_count, workers, told):
+    with pytest.raises(UserError, match=told):
+        module({**sections[kind], "workers": workers}, 0, rank_count)
+
+
+def test_shares_partition_for_any_number_of_readers():
+    for count, readers in ((10, 3), (7, 7), (100, 1), (5, 4)):
+        shares = [Order(1, 2, r, readers).share(count) for r in range(readers)]
+        assert sorted(np.concatenate(shares)) == list(range(count))
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 5, 50])
+def test_shuffle_buffer_loses_nothing(size):
+    items = list(range(20))
+    got = list(shuffled(items, size, random.Random(0)))
+    assert sorted(got) == items
+    assert (got == items) == (size < 2)
+    assert got == list(shuffled(items, size, random.Random(0)))
+    assert all(item <= place + size for place, item in enumerate(got))  # nothing comes before it was read
+
+
+def test_the_permutation_is_pinned():
+    """A resumed run must find the order of the run that it continues, whatever versions it meets."""
+    assert Order(0, 0, 0, 1).share(8).tolist() == [2, 0, 7, 1, 5, 6, 4, 3]
+    assert Order(0, 0, 0, 1).random("a").random() == 0.07632444599368138
+
+
+def test_options_of_the_base_classes_are_keys():
+    known = options(Folder)
+    assert next(iter(known)) == "path"
+    assert {"image_size", "crop", "flip", "min_size", "require_text", "batch_size", "workers"} < set(known)
+    assert "common" not in known
