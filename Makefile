@@ -10,6 +10,7 @@ READY := .venv/.ready
 
 demo: $(READY)
 	$(PY) train.py --config configs/quickstart.yaml resume.checkpoint=last
+	rm -rf out/quickstart
 	$(PY) sample.py --checkpoint runs/quickstart/ema.safetensors --prompts configs/quickstart_prompts.txt -n 1 --out out/quickstart
 	@echo "Look at out/quickstart/grid.png: images from text, by a model that was trained without a caption."
 

@@ -37,6 +37,7 @@ PACKAGES = {
     "denoiser": "ldm_lab.denoisers",
     "objective": "ldm_lab.objectives",
     "sampler": "ldm_lab.samplers",
+    "cache": "ldm_lab.training",
     "optim": "ldm_lab.training",
     "ema": "ldm_lab.training",
     "checkpoint": "ldm_lab.training",

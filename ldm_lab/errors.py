@@ -34,7 +34,7 @@ def run_program(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
-        if error.errno is None or error.filename is None and error.errno != 28:  # ENOSPC
+        if error.errno is None or (error.filename is None and error.errno != 28):  # ENOSPC
             raise
         print(f"error: {error.strerror}: {error.filename or 'no space left for an output file'}", file=sys.stderr)
         code = 2

@@ -14,6 +14,10 @@ from ldm_lab.errors import UserError
 # Lightning saves objects of these packages beside the weights (callbacks, hyperparameters, best scores). They are not
 # needed, so a file may name them: what it names is never imported, a stand-in takes its place.
 BOOKKEEPING = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf", "typing", "argparse", "numpy")
+PLAIN_TYPES = (
+    *(f"builtins.{name}" for name in ("dict", "list", "tuple", "str", "int", "float", "bool", "object")),
+    *("collections.defaultdict", "pathlib.Path", "pathlib.PosixPath"),
+)
 
 
 class StandIn:
@@ -41,7 +45,7 @@ def read_state_dict(path: str | Path, what: str) -> tuple[dict[str, Tensor], dic
         return read_safetensors(path)
     is_zip = zipfile.is_zipfile(path)
     names = _unsafe_globals(path) if is_zip else []
-    stand_ins = [(StandIn, name) for name in names if name.partition(".")[0] in BOOKKEEPING]
+    stand_ins = [(StandIn, name) for name in names if name.partition(".")[0] in BOOKKEEPING or name in PLAIN_TYPES]
     with torch.serialization.safe_globals(stand_ins):
         content = read_pickled(path, mmap=is_zip)  # mapped: of a training checkpoint only a part is ever needed
     state = content.get("state_dict", content)

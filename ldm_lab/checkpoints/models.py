@@ -54,4 +54,6 @@ def read_model(path: str | Path, ema: bool = True) -> tuple[dict[str, Any], dict
     prefix = "model_ema." if averaged else "model."
     state = {n.removeprefix(prefix): v for n, v in content["state_dict"].items() if n.startswith(prefix)}
     config = {key: value for key, value in run["config"].items() if key not in RUN_SECTIONS}
-    return config, state, {"step": str(content.get("global_step")), **run.get("frozen", {})}
+    extra = {"step": str(content.get("global_step")), **run.get("frozen", {})}
+    size = (run["config"].get("data") or {}).get("image_size")
+    return config, state, {**extra, "image_size": str(size)} if size else extra

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ldm_lab.checkpoints import cloob_pickle, compvis
@@ -23,7 +24,11 @@ IMPORTERS: dict[tuple[str, str], Callable[[Path], tuple[dict[str, Tensor], dict[
 
 
 def save_part(
-    path: str | Path, module: nn.Module, section: dict[str, Any], extra: dict[str, str] | None = None
+    path: str | Path,
+    module: nn.Module,
+    section: dict[str, Any],
+    extra: dict[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a part's weights with the config that rebuilds it.
 
@@ -32,6 +37,7 @@ def save_part(
         module: the part; its class is registered.
         section: its config section, of which the keys of its architecture are stored.
         extra: further text metadata, such as what was measured.
+        dtype: of the stored weights; float16 halves the file.
     """
     role, name = module.part_role, module.part_name
     architecture = {key: value for key, value in section.items() if key not in ("name", *USE_KEYS.get(role, {}))}
@@ -41,7 +47,7 @@ def save_part(
         "config": json.dumps({"name": name, **architecture}),
         **(extra or {}),
     }
-    write_safetensors(path, module.state_dict(), metadata)
+    write_safetensors(path, {name: value.to(dtype) for name, value in module.state_dict().items()}, metadata)
 
 
 def load_part(role: str, section: dict[str, Any], read_weights: bool = True) -> nn.Module:

@@ -2,10 +2,10 @@
 
 An objective has
 
-    schedule                                                   the noise schedule (`ldm_lab.schedules`)
-    timesteps                                                  "sobol" or "uniform": how training draws t
-    loss(denoiser, x0 [B,C,h,w], cond, t [B], noise [B,C,h,w]) -> [B]     per sample; t uniform in [0, 1), noise standard normal
-    predict(denoiser, x [B,C,h,w], t [B], cond) -> Prediction  for the samplers
+    schedule                                                             the noise schedule (`ldm_lab.schedules`)
+    timesteps                                                            "sobol" or "uniform": how training draws t
+    loss(denoiser, x0 [B,C,h,w], cond, t [B], noise [B,C,h,w]) -> [B]    per sample; t in [0, 1), standard normal noise
+    predict(denoiser, x [B,C,h,w], t [B], cond) -> Prediction            for the samplers
 
 Both are pure: the random numbers are handed in, so that a resumed run repeats them and a test can fix them. A new
 objective is one file with one `@register("objective", "name")`.

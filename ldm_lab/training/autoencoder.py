@@ -168,13 +168,13 @@ class AutoencoderTask(PartTask):
         section = self.run_config.get("reconstructions")
         return [build("reconstructions", section, folder)] if section is not None else []
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, dtype: torch.dtype) -> None:
         """Write `autoencoder.safetensors`, its latent scale measured on the last batches that were trained on."""
         images = (levels.to(self.device).float() / 127.5 - 1 for levels in self.recent)  # [B, 3, H, W] each
         trained = self.best_model.training
         scale, before = measure_scale(self.best_model.eval(), images), self.best_model.scale.clone()  # [], []
         self.best_model.scale.fill_(scale)
-        super().export(folder)
+        super().export(folder, dtype)
         self.best_model.train(trained).scale.copy_(before)
 
     def facts(self) -> dict[str, str]:

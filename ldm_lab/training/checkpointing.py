@@ -36,7 +36,15 @@ class SafeCheckpointIO(CheckpointIO):
 class Checkpointing(Callback):
     """Save every N optimizer steps and at the end, keep the newest few, export the model each time."""
 
-    def __init__(self, folder: Path, *, every: int = 1000, keep: int = 3, keep_every: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        every: int = 1000,
+        keep: int = 3,
+        keep_every: int | None = None,
+        half_export: bool = False,
+    ) -> None:
         """Set when to save.
 
         Args:
@@ -44,9 +52,11 @@ class Checkpointing(Callback):
             every: optimizer steps between `last.ckpt` (and exports).
             keep: numbered checkpoints that are kept, the newest ones; 0 keeps `last.ckpt` alone.
             keep_every: optimizer steps between numbered checkpoints; by default `every`.
+            half_export: export in float16, at half the size; 11 bits are enough to use a network, not to train it on.
         """
         self.folder, self.every, self.keep = folder, every, keep
         self.keep_every = keep_every or every
+        self.export_dtype = torch.float16 if half_export else torch.float32
         self.saved_at = -1
 
     @staticmethod
@@ -76,7 +86,7 @@ class Checkpointing(Callback):
         if not trainer.is_global_zero:
             return
         verify(self.folder / LAST, step)
-        task.export(self.folder)
+        task.export(self.folder, self.export_dtype)
         if self.keep and step % self.keep_every == 0:
             numbered = self.folder / f"step={step:08d}.ckpt"
             numbered.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ DROPOUT = 0.2  # share of conditions that are dropped unless the config says oth
 class DiffusionTask(Task):
     """Train a denoiser on latents of images, conditioned on embeddings of the same images."""
 
-    ROLES = ("autoencoder", "conditioner", "denoiser", "objective", "demo")
+    ROLES = ("autoencoder", "conditioner", "denoiser", "objective", "cache", "demo")
     REQUIRED = ("data", "autoencoder", "conditioner", "denoiser", "objective")
     NETWORK = ("denoiser", "objective")
 
@@ -91,7 +91,7 @@ class DiffusionTask(Task):
         demo = self.run_config.get("demo")
         return [build("demo", demo, folder)] if demo is not None else []
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, dtype: torch.dtype) -> None:
         """Write `ema.safetensors`: the averaged denoiser with the config that rebuilds it."""
         config = dict(self.run_config)
         if hasattr(self.frozen["autoencoder"], "scale"):  # the scale that was trained with is authoritative
@@ -100,7 +100,8 @@ class DiffusionTask(Task):
         config["conditioner"] = {**config["conditioner"], "dropout": self.dropout}
         size = self.trainer.datamodule.source.image_size
         extra = {"step": str(self.trainer.global_step), "image_size": str(size), **self.frozen_sha256}
-        save_model(folder / "ema.safetensors", self.best_model.state_dict(), config, extra)
+        state = {name: value.to(dtype) for name, value in self.best_model.state_dict().items()}
+        save_model(folder / "ema.safetensors", state, config, extra)
 
 
 def drop(cond: dict[str, Tensor], null: dict[str, Tensor], keep: Tensor) -> dict[str, Tensor]:

@@ -110,6 +110,7 @@ def adaptive_weight(reconstruction_loss: Tensor, verdict_loss: Tensor, last: Ten
     """Return the weight, a scalar without gradient, at which both losses pull equally hard at the decoder's last layer.
 
     Esser et al. 2021, "Taming transformers" (arXiv 2012.09841), eq. 7, with their epsilon of 1e-4 and limit of 1e4.
+    With several processes each one weighs its own share of the batch, as there.
 
     Args:
         reconstruction_loss: scalar.

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ldm_lab.checkpoints.files import is_safetensors, read_pickled
@@ -67,9 +68,9 @@ class PartTask(Task):
         state = {n.removeprefix(prefix): t for n, t in content["state_dict"].items() if n.startswith(prefix)}
         return state, f"weights of {path} (step {content['global_step']})"
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, dtype: torch.dtype) -> None:
         """Write the averaged network (the trained one if there is no average) as a part's file."""
-        save_part(folder / self.FILE, self.best_model, self.run_config[self.PART], self.facts())
+        save_part(folder / self.FILE, self.best_model, self.run_config[self.PART], self.facts(), dtype)
 
     def facts(self) -> dict[str, str]:
         """Return what is written beside the exported weights."""

@@ -13,6 +13,7 @@ from ldm_lab.checkpoints.parts import FORMAT, load_strictly
 from ldm_lab.config import build, part_class, register, to_yaml
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.errors import UserError
+from ldm_lab.training.caching import training_data
 from ldm_lab.training.checkpointing import LAST, SafeCheckpointIO
 from ldm_lab.training.interrupt import Interrupt
 from ldm_lab.training.logs import StepProgress, quiet_lightning, say
@@ -115,7 +116,7 @@ def run(config: dict[str, Any]) -> int:
     folder = RUNS / config["run"]
     resume = build("resume", config.get("resume"), folder)
     logging = build("logging", config.get("logging"))
-    data = DataModule(build("data", config["data"]), seed=config.get("seed", 0))
+    data = DataModule(build("data", training_data(config)), seed=config.get("seed", 0))
     interrupt = Interrupt()
     callbacks: list[Callback] = [Bookkeeping(), resume]
     kind = part_class("task", {"name": config.get("task", "diffusion")})

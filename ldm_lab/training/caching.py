@@ -1,0 +1,104 @@
+"""Latents and embeddings computed once and kept, so that training skips the frozen networks."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ldm_lab.checkpoints.parts import load_part, weights_sha256
+from ldm_lab.config import build, register
+from ldm_lab.data.cache import META, CacheWriter, complete, read_meta
+from ldm_lab.data.datamodule import DataModule
+from ldm_lab.errors import UserError
+
+ENCODERS = ("autoencoder", "conditioner")
+
+
+@register("cache")
+class CacheOptions:
+    """Encode the data once, at the first start, and train on what was encoded."""
+
+    def __init__(self, *, folder: str) -> None:
+        """`folder` is where the cache lies; made at first use, and read from then on."""
+        self.folder = Path(folder).expanduser()
+
+
+def training_data(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the data section to train with: the config's own, or that of its cache, which is made if need be.
+
+    Raises:
+        UserError: the folder holds a cache of other data or other weights, or several processes would write one.
+    """
+    if config.get("cache") is None:
+        return config["data"]
+    folder = build("cache", config["cache"]).folder
+    if not is_complete(folder, config):
+        if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError(f"cache.folder: {folder} is not complete; one process makes it: python -m ldm_lab cache")
+        print(f"encoding the data once, into {folder}/")
+        print(make_cache(config, folder))
+    data = config["data"]
+    loading = {key: data[key] for key in ("batch_size", "workers") if key in data}
+    return {"name": "cache", "path": str(folder), **loading}
+
+
+def is_complete(folder: Path, config: dict[str, Any]) -> bool:
+    """Return whether a folder holds the whole cache of this config. Raises UserError if it is that of another one."""
+    if not (folder / META).is_file():
+        return False
+    meta, wanted = read_meta(folder), description(config)
+    other = [key for key in wanted if key != "workers" and meta["description"].get(key) != wanted[key]]
+    if meta["complete"] and other:
+        raise UserError(
+            f"{folder}: this cache was made with another {', '.join(other)}; delete it, or take another folder"
+        )
+    return meta["complete"]
+
+
+@torch.no_grad()
+def make_cache(config: dict[str, Any], folder: Path, device: str | None = None) -> str:
+    """Encode the data of a diffusion config, with a progress bar; return a line that says what was done.
+
+    An interrupted one goes on behind its last whole shard.
+
+    Raises:
+        UserError: frozen parts without weights, data that are a cache already, a folder that holds something else.
+    """
+    for role in ENCODERS:
+        if not (config.get(role) or {}).get("weights"):
+            raise UserError(f"{role}.weights: has to be given; a cache is made with trained parts")
+    if "image_size" not in config["data"]:
+        raise UserError("data: images are needed to make a cache, and this is one already")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    autoencoder, conditioner = (load_part(role, config[role]).to(device) for role in ENCODERS)
+    data = DataModule(build("data", config["data"]), seed=config.get("seed", 0), epochs=1)
+    data.prepare_data()
+    data.setup()
+    writer = CacheWriter(folder, description(config))
+    if writer.state:
+        data.load_rank_states([writer.state], 0)
+    with tqdm(initial=writer.written, unit="image", desc="encode", dynamic_ncols=True) as bar:
+        for batch in data.train_dataloader():
+            data.consumed(batch)
+            batch["image"] = batch["image"].to(device)  # [B, 3, H, W]
+            mean, logvar = autoencoder.moments(batch["image"])  # [B, C, h, w] each
+            tensors = {"mean": mean, "logvar": logvar, **conditioner.from_batch(batch)}
+            half = {name: value.half() for name, value in tensors.items()}  # finer than the posterior's noise
+            writer.add(half, batch["text"], batch["key"], data.rank_state())
+            bar.update(len(batch["key"]))
+    writer.close()
+    return f"{folder}: {complete(folder):,} samples. {data.summary()}"
+
+
+def description(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what a cache is made with: the images, and the checksums of the parts that encode them."""
+    loading = ("batch_size", "workers", "max_skipped")
+    return {
+        "image_size": config["data"]["image_size"],
+        "data": {key: value for key, value in config["data"].items() if key not in loading},
+        "seed": config.get("seed", 0),
+        "workers": config["data"].get("workers"),  # the order, and so the place to go on from, depends on it
+        **{role: weights_sha256(config[role]) for role in ENCODERS},
+    }
