@@ -17,6 +17,11 @@ from torch import Tensor
 
 from ldm_lab.errors import UserError
 
+# What torch.load raises, apart from UnpicklingError, for files that are no checkpoints or only parts of one.
+UNREADABLE = (
+    SafetensorError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, OSError,
+)  # fmt: skip
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
@@ -109,17 +114,8 @@ def read_pickled(path: str | Path, mmap: bool = False) -> dict[str, Any]:
                 f"{path}: refused, it holds more than tensors, and loading that could run code ({found})"
             ) from None
         raise UserError(f"{path}: not a readable checkpoint, truncated or damaged") from None
-    except (
-        SafetensorError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        TypeError,
-        OSError,
-    ) as error:
-        reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
+    except UNREADABLE as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(f"{path}: not a readable checkpoint, truncated or damaged ({reason})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: a checkpoint is a dict, this is a {type(content).__name__}")
