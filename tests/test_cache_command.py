@@ -46,3 +46,18 @@ def test_a_complete_cache_is_not_written_again(cached, program):
     code, _, err = program("ldm_lab.__main__", "cache", "--config", cached.parent / "tiny.yaml", "--out", "cache")
     assert code == 2
     assert "complete already (24 samples)" in err
+
+
+def test_a_run_makes_its_cache_at_the_first_start(cached, program):
+    yaml = cached.parent / "tiny.yaml"
+    code, out, _ = program("train", "--config", yaml, "run=first", "cache.folder=own")
+    assert code == 0 and "own: 24 samples" in out
+    code, out, _ = program("train", "--config", yaml, "run=second", "cache.folder=own")
+    assert code == 0 and "encoding" not in out, "the second start finds it"
+    assert program("train", "--config", cached, "run=given")[0] == 0
+    folder = cached.parent / "runs"
+    runs = [read_pickled(folder / run / "last.ckpt")["state_dict"] for run in ("first", "second", "given")]
+    for name, weights in runs[0].items():
+        assert weights.equal(runs[1][name]) and weights.equal(runs[2][name])
+    code, _, err = program("train", "--config", yaml, "run=third", "cache.folder=own", "seed=5")
+    assert code == 2 and "made with another seed" in err
