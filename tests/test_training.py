@@ -226,7 +226,7 @@ def test_two_processes_share_weights_and_demos_but_not_samples(here, program):
     assert sorted(p.name for p in (here / "runs/tiny/demo").iterdir()) == ["step=00000001.png", "step=00000020.png"]
 
     # on with one process, another learning rate and another precision
-    code, out, err = program(
+    code, _, err = program(
         "train", "--config", yaml, "resume.checkpoint=last", "trainer.max_steps=22", "resume.lr=2e-5",
         "trainer.precision=bf16-mixed",
     )  # fmt: skip
