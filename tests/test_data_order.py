@@ -9,8 +9,9 @@ import pytest
 import torch
 from data_sets import keys, module, take, write_files, write_shards
 
-from ldm_lab.config import options
+from ldm_lab.config import build, options
 from ldm_lab.data.cache import CacheWriter, complete
+from ldm_lab.data.datamodule import DataModule
 from ldm_lab.data.files import Folder
 from ldm_lab.data.order import Order, shuffled
 from ldm_lab.errors import UserError
@@ -124,6 +125,19 @@ def test_resume_restores_each_rank(sections):
         data = module(section, rank, 2)
         data.load_rank_states(states, rank)
         assert_same(take(data, 5), whole[rank][4:])
+        after = data.rank_state()
+        data.setup()  # as another call of the Trainer does: the position stays
+        assert data.rank_state() == after
+
+
+def test_states_may_come_before_the_data_is_listed(sections):
+    first = module(sections["image_list"])
+    take(first, 3)
+    section = {**sections["image_list"], "image_size": 8, "batch_size": 4, "workers": 0}
+    resumed = DataModule(build("data", section), seed=0)
+    resumed.load_rank_states([first.rank_state()], 0)
+    resumed.setup()
+    assert_same(take(resumed, 2), take(first, 2))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -108,6 +108,7 @@ def test_a_wholly_broken_data_set_stops(tmp_path, workers):
     with pytest.raises(UserError) as error:
         take(module({"name": "webdataset", "shards": f"{tmp_path}/*.tar", "workers": workers}), 1)
     message = str(error.value)
+    assert "no usable sample in a long time" in message
     assert "skipped (100.0%): undecodable image" in message and "e.g. " in message
     assert "\n" not in message and "Traceback" not in message
 
@@ -117,6 +118,19 @@ def test_a_long_stretch_of_bad_samples_stops_before_the_epoch_ends(tmp_path, mon
     write_shard(tmp_path / "0.tar", [(f"{n}", {"jpg": b"x"}) for n in range(1000)])
     with pytest.raises(UserError, match="50 samples read, 50 skipped"):
         take(module({"name": "webdataset", "shards": f"{tmp_path}/0.tar"}), 1)
+
+
+def test_unreachable_shards_stop_a_run_that_went_well_so_far(tmp_path, monkeypatch):
+    """A server that goes down: by then the share of skipped samples is tiny and would stay so for days."""
+    monkeypatch.setattr(loader, "BARREN", 100)
+    write_shard(tmp_path / "0.tar", samples(range(200)))
+    data = module({"name": "webdataset", "shards": f"{tmp_path}/0.tar"})
+    batches = iter(data.train_dataloader())
+    for _ in range(50):
+        next(batches)
+    (tmp_path / "0.tar").unlink()
+    with pytest.raises(UserError, match=r"4 samples read, 4 skipped .*: unreachable shard 4"):
+        next(batches)
 
 
 def test_one_unreadable_shard_does_not_stop_a_reader_that_has_no_other(tmp_path):

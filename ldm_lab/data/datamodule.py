@@ -84,6 +84,7 @@ class DataModule(LightningDataModule):
             )
         if self._restored is not None:
             self._restore(*self._restored)
+            self._restored = None
 
     def train_dataloader(self) -> Loader:
         """Return the batches from where this rank stands on."""
@@ -119,9 +120,10 @@ class DataModule(LightningDataModule):
             states: all ranks' `rank_state()`, in the order of the ranks.
             rank: this process among those of the run.
         """
-        self._restored = states, rank
         if hasattr(self.source, "count"):
             self._restore(states, rank)
+        else:
+            self._restored = states, rank
 
     def _restore(self, states: list[dict[str, Any]], rank: int) -> None:
         now = self.rank_state()

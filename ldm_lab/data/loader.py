@@ -19,8 +19,11 @@ from ldm_lab.data.source import Skip, Source
 from ldm_lab.errors import UserError
 
 CHECK_AFTER = 500  # samples that a rank reads before the share of skipped ones is judged
-BARREN = 1000  # samples in a row of which none could be used, before a reader gives up ...
-BARREN_EPOCHS = 5  # ... or passes over its share: with few shards per reader, one bad shard is a whole pass
+# A reader that finds nothing usable has to end, too. It gives up after this many unusable samples in a row if it has
+# skipped more than the allowed share so far, after ten times as many if it has not (a server that went down).
+BARREN = 1000
+BARREN_SHARD = 100  # what an unreadable shard counts as there
+BARREN_PASS = 200  # likewise a whole pass without a usable sample; more than one, as some readers have a single shard
 EXAMPLES = 3  # keys kept per reason
 
 
@@ -75,35 +78,38 @@ def read(
     {"error": message} comes instead. After the last pass, a {"state": ...} without samples counts what was skipped
     since the last batch.
     """
-    samples, counts, total = [], Counts(), Counts()
-    barren = barren_epochs = 0
+    samples, counts = [], Counts()
+    total, stretch, barren = Counts(), Counts(), 0  # ever; since the last usable sample; the same weighted
+
+    def hopeless() -> bool:
+        return barren >= BARREN * (1 if total.share > source.max_skipped else 10)
+
     for epoch in itertools.count(position.epoch) if epochs is None else range(position.epoch, epochs):
         order = Order(seed, epoch, reader, readers)
         usable = False
         for after, item in walk(source, order, position):
-            for tally in (counts, total):
+            for tally in (counts, total, stretch):
                 tally.read += 1
             try:
                 if isinstance(item, Skip):
                     raise item
                 samples.append(source.decode(item, order))
             except Skip as problem:
-                for tally in (counts, total):
+                for tally in (counts, total, stretch):
                     tally.skip(problem.reason, problem.key)
-                barren += 1
-                if barren % BARREN == 0 and total.share > source.max_skipped:
-                    yield {"error": too_many(total, source.max_skipped)}
-                    return
+                barren += BARREN_SHARD if problem is item else 1
+                if hopeless():
+                    break
                 continue
-            usable, barren = True, 0
+            usable, stretch, barren = True, Counts(), 0
             if len(samples) == source.batch_size:
                 yield {**source.collate(samples), "state": {"position": list(after), **counts.state()}}
                 samples, counts = [], Counts()
-        position = Position(epoch + 1)
-        barren_epochs = 0 if usable else barren_epochs + 1
-        if barren_epochs == BARREN_EPOCHS and total.share > source.max_skipped:
-            yield {"error": too_many(total, source.max_skipped)}
+        barren += 0 if usable else BARREN_PASS
+        if hopeless():
+            yield {"error": f"no usable sample in a long time: {stretch}"}
             return
+        position = Position(epoch + 1)
     batch = source.collate(samples) if samples else {}
     yield {**batch, "state": {"position": list(position), **counts.state()}}
 
@@ -117,11 +123,6 @@ def walk(source: Source, order: Order, position: Position) -> Iterator[tuple[Pos
         after = Position(order.epoch, start, offset)
         if after > position:
             yield after, item
-
-
-def too_many(counts: Counts, allowed: float) -> str:
-    """Return the message for a run that skips too much."""
-    return f"too many unusable samples: {counts}. data.max_skipped allows {allowed:.1%}"
 
 
 class Progress:
@@ -181,7 +182,8 @@ class Loader:
                 raise UserError(batch["error"])
             ahead.advance(batch["state"])
             if ahead.counts.read >= CHECK_AFTER and ahead.counts.share > self.source.max_skipped:
-                raise UserError(too_many(ahead.counts, self.source.max_skipped))
+                allowed = f"data.max_skipped allows {self.source.max_skipped:.1%}"
+                raise UserError(f"too many unusable samples: {ahead.counts}. {allowed}")
             if "key" in batch:
                 yield self.source.finish(batch)
             else:
@@ -202,7 +204,8 @@ class _Readers(IterableDataset):
         readers = workers * loader.world_size
         position = self.progress.positions[mine]
         for batch in read(loader.source, loader.seed, loader.rank * workers + mine, readers, position, loader.epochs):
-            batch.get("state", {})["process"] = mine
+            if "state" in batch:
+                batch["state"]["process"] = mine
             yield batch
 
 

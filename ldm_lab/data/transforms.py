@@ -29,7 +29,8 @@ def open_image(data: bytes, min_size: int = 1) -> Image.Image:
         if min(image.size) < min_size:
             raise BadImage("too small")
         image.load()
-        return ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
+        return image
     except BadImage:
         raise
     except Image.DecompressionBombError:
