@@ -241,7 +241,8 @@ def test_what_stands_in_for_bookkeeping_is_inert(tmp_path):
 
 @pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize(
-    "content", [b"", b"PK\3\4", b"not a checkpoint", b"\x80\x02}.", pickle.dumps([1]), pickle.dumps({"state_dict": 3})]
+    "content",
+    [b"", b"PK\3\4", b"not a checkpoint", b"\x80\x02}.", pickle.dumps([1], 2), pickle.dumps({"state_dict": 3}, 2)],
 )
 def test_files_that_are_no_checkpoints(tmp_path, read, content):
     (tmp_path / "x.ckpt").write_bytes(content)
