@@ -35,7 +35,7 @@ def unpacked(tmp_path_factory) -> Path:
 def data_section(source: str, name: str, unpacked: Path) -> dict:
     where = {
         "webdataset": {"shards": str(DATA / name / "*.tar")},
-        "image_list": {"list": str(unpacked / f"{name}.txt")},
+        "image_list": {"path": str(unpacked / f"{name}.txt")},
         "folder": {"path": str(unpacked / name)},
     }
     return {"name": source, **where[source], "image_size": 64, "batch_size": 8, "workers": 0, "crop": "random"}
