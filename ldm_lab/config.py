@@ -144,11 +144,10 @@ def load(path: str | Path, overrides: list[str] = ()) -> dict[str, Any]:
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
         except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
             raise UserError(f"{override!r}: {_first_line(error)}") from None
-    missing = OmegaConf.missing_keys(merged)
-    if missing:
-        keys = ", ".join(sorted(missing))
-        raise UserError(f"{path}: has to be given: {keys} (add {sorted(missing)[0]}=... to the command)")
     try:
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise UserError(f"{path}: has to be given: {', '.join(missing)} (add {missing[0]}=... to the command)")
         config = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {_first_line(error)}") from None

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from ldm_lab.checkpoints.files import atomic_write, read_pickled
@@ -84,7 +85,7 @@ class TrainerOptions:
                 log_every_n_steps=log_every, enable_checkpointing=False, enable_model_summary=False,
                 default_root_dir=folder, use_distributed_sampler=False, num_sanity_val_steps=0, limit_val_batches=0,
             )  # fmt: skip
-        except (ValueError, RuntimeError, TypeError) as error:  # MisconfigurationException and its kin
+        except (MisconfigurationException, ValueError, RuntimeError, TypeError) as error:
             raise UserError(f"trainer: {str(error).strip().splitlines()[0]}") from None
 
 
