@@ -29,8 +29,7 @@ class Task(LightningModule):
     Random numbers: before every batch torch's global generators are seeded from (seed, rank, batches seen), so that
     whatever `training_step` draws is repeated by a resumed run and differs between ranks.
 
-    Steps: `trainer.global_step` counts the optimizer steps of `self.model`. A task with manual optimization calls
-    `self.after_optimizer_step()` after each of them, and lets no other optimizer count (see `autoencoder.py`).
+    Steps: `trainer.global_step` counts optimizer steps; every task has one optimizer.
     """
 
     ROLES: ClassVar[tuple[str, ...]] = ()
@@ -99,8 +98,7 @@ class Task(LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        if self.automatic_optimization:
-            self.after_optimizer_step(self.trainer.global_step + 1)  # Lightning counts the step when this returns
+        self.after_optimizer_step(self.trainer.global_step + 1)  # Lightning counts the step when this returns
 
     def after_optimizer_step(self, steps_done: int) -> None:
         """Update the average. Unlike the original, which was one step late, it includes the step just taken."""
