@@ -67,8 +67,7 @@ class KLAutoencoder(nn.Module):
         self.decoder = Decoder(widths, num_res_blocks, has_attention, z_channels, norm_groups)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
-        # Start almost without noise: with PyTorch's default it is as loud as the mean, and the first thousands of steps
-        # go by before the decoder hears anything.
+        # Start almost without noise: with PyTorch's default it is as loud as the mean that the decoder has to hear.
         nn.init.constant_(self.quant_conv.bias[embed_dim:], INITIAL_LOGVAR)
         self.register_buffer("scale", torch.tensor(1.0))  # []
 
