@@ -52,6 +52,17 @@ def test_loss_and_gradients_are_the_recorded_ones(recorded, suffix, convention, 
     assert relative(text.grad, arrays[f"grad_text{suffix}"]) < 2e-6
 
 
+def test_without_retrieval_it_is_infoloob_of_the_embeddings_themselves():
+    image, text = (F.normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(i)), dim=1) for i in (0, 1))
+    plain = build("loss", {"name": "infoloob", "inv_tau": 7.0, "scale_hopfield": None})
+    by_hand = 0.0
+    for rows in (image @ text.T, text @ image.T):
+        for i in range(5):
+            others = torch.cat([rows[i, :i], rows[i, i + 1 :]])
+            by_hand += (torch.log(torch.exp(7 * others).sum()) - 7 * rows[i, i]) / 5
+    torch.testing.assert_close(plain(image, text), by_hand / 2)
+
+
 def test_retrievals_are_the_recorded_ones(recorded):
     case, arrays = recorded
     image, text = (torch.tensor(arrays[f"{n}_features"]) for n in ("image", "text"))

@@ -14,7 +14,8 @@ SCHEDULE = Cosine()
 WEIGHTS, MEANS, STDS = (torch.tensor(v, dtype=torch.float64) for v in ([0.35, 0.65], [-1.0, 0.8], [0.45, 0.6]))
 CALLS = {  # model calls for n steps
     "ddpm": lambda n: n, "ddim": lambda n: n, "iplms": lambda n: n, "pie": lambda n: 2 * n, "plms2": lambda n: n + 1,
-    "plms": lambda n: n + 9, "prk": lambda n: 4 * n,
+    "plms": lambda n: n + 9, "prk": lambda n: 4 * n, "euler": lambda n: n, "heun": lambda n: 2 * n - 1,
+    "dpmpp_2m": lambda n: n, "dpmpp_2m_sde": lambda n: n, "unipc": lambda n: n,
 }  # fmt: skip
 ORDERS = {"ddim": 1, "pie": 2, "plms2": 2, "iplms": 2, "plms": 2, "prk": 2}
 

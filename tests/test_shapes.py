@@ -90,6 +90,18 @@ def test_frame_is_background():
             assert np.abs(edge - shapes.COLOURS[a.background]).max() <= shapes.JITTER
 
 
+def test_variety_says_how_much_images_of_a_kind_differ():
+    for variety, off in ((0.0, 0.0), (0.5, 0.5), (1.0, 1.0)):
+        drawn = [shapes.draw(f"variety/{index}", 16, variety)[1] for index in range(300)]
+        extents, angles = [a.extent for a in drawn], [a.angle for a in drawn]
+        low, high = shapes.EXTENT
+        assert max(map(abs, angles)) == pytest.approx(off * shapes.ANGLE, rel=0.05)
+        assert max(extents) - min(extents) == pytest.approx(off * (high - low), rel=0.05)
+        assert variety or all((a.x, a.y) == (0.5, 0.5) for a in drawn)
+    image, attributes = shapes.draw("plain", 64, 0.0)
+    assert image.tobytes() == shapes.render(attributes).tobytes()  # no other shade either
+
+
 def test_captions_say_what_is_there_and_nothing_else():
     for wording in shapes.WORDINGS + shapes.HELD_OUT_WORDINGS:
         for index in range(20):
@@ -147,6 +159,8 @@ def test_other_shapes_are_not_overwritten(tmp_path):
     shapes.write_shards(tmp_path / "shapes", 4, 2, 16)
     with pytest.raises(UserError, match="count 4, not 5"):
         shapes.write_shards(tmp_path / "shapes", 5, 2, 16)
+    with pytest.raises(UserError, match=r"variety 1\.0, not 0\.5"):
+        shapes.write_shards(tmp_path / "shapes", 4, 2, 16, variety=0.5)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="holds other files than shapes"):
@@ -178,9 +192,9 @@ def test_source_gives_batches(tmp_path):
 
 
 def test_source_refuses_what_cannot_be():
-    section = {"count": 3, "shards": 4, "image_size": 8}
-    problems = shapes.Shapes.check(section)
-    assert len(problems) == 2 and "3 images" in problems[0] and "at least 16" in problems[1]
+    problems = shapes.Shapes.check({"count": 3, "shards": 4, "image_size": 8, "variety": 2.0})
+    assert len(problems) == 3 and "3 images" in problems[0] and "at least 16" in problems[1]
+    assert problems[2] == "variety: a number from 0 to 1 is needed, not 2.0"
 
 
 # ----------------------------------------------------------------------------------------------------- benchmark

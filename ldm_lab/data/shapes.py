@@ -1,8 +1,8 @@
 """The built-in data set: captioned shapes, drawn deterministically and kept as shards in img2dataset's layout.
 
 One filled shape on a plain background of another colour: 8 colours x 6 shapes x 7 backgrounds = 336 kinds of image, and
-every image of a kind differs in size, place, angle and shade. Small enough to train on without a GPU, yet text and
-image can be compared attribute by attribute (`ldm_lab.evaluation.shapes_checker`).
+every image of a kind differs in size, place, angle and shade, by as much as `variety` says. Small enough to train on
+without a GPU, yet text and image can be compared attribute by attribute (`ldm_lab.evaluation.shapes_checker`).
 """
 
 import io
@@ -55,6 +55,14 @@ WORDINGS = (
     "a drawing of a {colour} {shape} on {background}",
     "{background} background, {colour} {shape}",
     "a {background} background with a {colour} {shape}",
+    "on a {background} background, a {colour} {shape}",
+    "a {shape} in {colour} on a {background} background",
+    "{shape}, {colour}, on {background}",
+    "the {shape} is {colour} and the background is {background}",
+    "the background is {background}, the {shape} is {colour}",
+    "{background} behind a {colour} {shape}",
+    "a {colour} {shape} with {background} all around",
+    "a {background} picture with a {colour} {shape} in it",
 )
 # Never used in training: other orders and words, to see whether a text tower reads or has learned sentences by heart.
 HELD_OUT_WORDINGS = (
@@ -93,25 +101,26 @@ class Attributes(NamedTuple):
 # ------------------------------------------------------------------------------------------------------- drawing
 
 
-def draw(seed: int | str | random.Random, size: int = 64) -> tuple[Image.Image, Attributes]:
+def draw(seed: int | str | random.Random, size: int = 64, variety: float = 1.0) -> tuple[Image.Image, Attributes]:
     """Draw one image, `size` pixels square, RGB, and say what it shows; the same seed draws the same pixels.
 
     Args:
         seed: a seed, or a generator to draw the next numbers from.
         size: pixels, at least 16.
+        variety: how far size, place, angle and shade may be off their middle, from 0 (all images of a kind alike) to 1.
     """
     rng = seed if isinstance(seed, random.Random) else random.Random(seed)
     # Everything comes from rng.random(), the one method whose numbers Python promises to keep.
     colour = _choose(rng, tuple(COLOURS))
     background = _choose(rng, tuple(name for name in COLOURS if name != colour))
     shape = _choose(rng, SHAPES)
-    angle = _between(rng, -ANGLE, ANGLE)
-    extent = _between(rng, *EXTENT)
+    angle = _about(rng, 0, variety * ANGLE)
+    extent = _about(rng, sum(EXTENT) / 2, variety * (EXTENT[1] - EXTENT[0]) / 2)
     width, height = (extent * side for side in _bounding_box(shape, angle))
-    x = _between(rng, MARGIN + width / 2, 1 - MARGIN - width / 2)
-    y = _between(rng, MARGIN + height / 2, 1 - MARGIN - height / 2)
+    x = _about(rng, 0.5, variety * (0.5 - MARGIN - width / 2))
+    y = _about(rng, 0.5, variety * (0.5 - MARGIN - height / 2))
     attributes = Attributes(colour, shape, background, extent, x, y, angle)
-    shades = [_jittered(rng, COLOURS[name]) for name in (colour, background)]
+    shades = [_jittered(rng, COLOURS[name], variety * JITTER) for name in (colour, background)]
     return render(attributes, size, *shades), attributes
 
 
@@ -188,12 +197,12 @@ def _choose(rng: random.Random, choices: tuple) -> str:
     return choices[int(rng.random() * len(choices))]
 
 
-def _between(rng: random.Random, low: float, high: float) -> float:
-    return low + (high - low) * rng.random()
+def _about(rng: random.Random, middle: float, off: float) -> float:
+    return middle + off * (2 * rng.random() - 1)
 
 
-def _jittered(rng: random.Random, colour: tuple[int, int, int]) -> tuple[int, int, int]:
-    return tuple(min(max(round(level + _between(rng, -JITTER, JITTER)), 0), 255) for level in colour)
+def _jittered(rng: random.Random, colour: tuple[int, int, int], jitter: float) -> tuple[int, int, int]:
+    return tuple(min(max(round(_about(rng, level, jitter)), 0), 255) for level in colour)
 
 
 # ------------------------------------------------------------------------------------------------------ captions
@@ -223,12 +232,22 @@ class Shapes(ShardSource):
         count: images.
         shards: tar files that they are spread over; at least as many as loader processes of all devices.
         drawing_seed: another number, other images.
+        variety: how much images of a kind differ in size, place, angle and shade, from 0 (not at all) to 1.
     """
 
-    def __init__(self, *, folder: str, count: int, shards: int = 16, drawing_seed: int = 0, **common: Any):
+    def __init__(
+        self,
+        *,
+        folder: str,
+        count: int,
+        shards: int = 16,
+        drawing_seed: int = 0,
+        variety: float = 1.0,
+        **common: Any,
+    ):
         super().__init__(**common)
         self.folder, self.images, self.shards = Path(folder).expanduser(), count, shards
-        self.drawing_seed = drawing_seed
+        self.drawing_seed, self.variety = drawing_seed, variety
 
     @staticmethod
     def check(section: dict[str, Any]) -> list[str]:
@@ -239,19 +258,21 @@ class Shapes(ShardSource):
             problems.append(f"count: {count} images do not fill {shards} shards; at least one in each is needed")
         if section.get("image_size", 16) < 16:
             problems.append(f"image_size: at least 16 is needed to tell the shapes apart, not {section['image_size']}")
+        if not 0 <= section.get("variety", 1.0) <= 1:
+            problems.append(f"variety: a number from 0 to 1 is needed, not {section['variety']}")
         return problems
 
     def prepare(self) -> None:
-        write_shards(self.folder, self.images, self.shards, self.image_size, self.drawing_seed)
+        self.list_shards()
 
     def list_shards(self) -> list[str]:
-        return [
-            str(path)
-            for path in write_shards(self.folder, self.images, self.shards, self.image_size, self.drawing_seed)
-        ]
+        paths = write_shards(self.folder, self.images, self.shards, self.image_size, self.drawing_seed, self.variety)
+        return [str(path) for path in paths]
 
 
-def write_shards(folder: str | Path, count: int, shards: int, size: int, seed: int = 0) -> list[Path]:
+def write_shards(
+    folder: str | Path, count: int, shards: int, size: int, seed: int = 0, variety: float = 1.0
+) -> list[Path]:
     """Return the shards in `folder`, drawing and writing them first if the folder is not there yet.
 
     The layout is img2dataset's: `00000.tar` ... with `000000000.png`, `.txt`, `.json` ... The whole folder appears at
@@ -263,19 +284,20 @@ def write_shards(folder: str | Path, count: int, shards: int, size: int, seed: i
         shards: tar files.
         size: pixels per side.
         seed: another number, other images.
+        variety: of the images of a kind, see `draw`.
 
     Raises:
         UserError: the folder holds something else, or shapes made with other numbers.
     """
     folder = Path(folder)
-    made_with = {"count": count, "shards": shards, "size": size, "seed": seed}
+    made_with = {"count": count, "shards": shards, "size": size, "seed": seed, "variety": variety}
     if not _is_filled(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         drafts = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
             for shard in range(shards):
                 first, last = (count * edge // shards for edge in (shard, shard + 1))
-                write_shard(drafts / f"{shard:05}.tar", _samples(range(first, last), shard, size, seed))
+                write_shard(drafts / f"{shard:05}.tar", _samples(range(first, last), shard, size, seed, variety))
             (drafts / MANIFEST).write_text(json.dumps(made_with, indent=2) + "\n")
             drafts.chmod(0o755)  # mkdtemp's folders are closed to others
             os.rename(drafts, folder)
@@ -292,7 +314,7 @@ def _is_filled(folder: Path) -> bool:
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
-def _check_manifest(folder: Path, wanted: dict[str, int]) -> None:
+def _check_manifest(folder: Path, wanted: dict[str, float]) -> None:
     """Raise UserError unless the folder's shapes were made with the wanted numbers."""
     try:
         found = json.loads((folder / MANIFEST).read_text())
@@ -308,11 +330,13 @@ def _check_manifest(folder: Path, wanted: dict[str, int]) -> None:
         raise UserError(f"data.folder: the shapes in {folder} have {differences}; delete it or give another folder")
 
 
-def _samples(indices: range, shard: int, size: int, seed: int) -> Iterator[tuple[str, dict[str, bytes]]]:
+def _samples(
+    indices: range, shard: int, size: int, seed: int, variety: float
+) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield (key, {extension: bytes}) of the images with these indices; an image depends on seed and index alone."""
     for place, index in enumerate(indices):
         rng = random.Random(f"{seed}/{index}")
-        image, attributes = draw(rng, size)
+        image, attributes = draw(rng, size, variety)
         text = random_caption(attributes, rng)
         encoded = io.BytesIO()
         image.save(encoded, "PNG")

@@ -48,7 +48,7 @@ class DDIM:
             prediction = predict(x, t.to(x.device).expand(len(x)))  # x0 and eps [B, C, h, w]
             if callback:
                 callback(i, x, prediction.x0)
-            if i + 1 < self.steps:
+            if i + 1 < len(times):
                 # Song et al. 2021, equations 12 and 16, in variance-preserving alpha and sigma.
                 fresh = self.eta * sigma[i + 1] / sigma[i] * torch.sqrt(1 - alpha[i] ** 2 / alpha[i + 1] ** 2)  # []
                 kept = torch.sqrt(sigma[i + 1] ** 2 - fresh**2)  # []

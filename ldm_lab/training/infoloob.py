@@ -40,13 +40,13 @@ def infoloob(anchors: Tensor, samples: Tensor, inv_tau: float | Tensor) -> Tenso
 
 @register("loss", "infoloob")
 class CLOOBLoss(nn.Module):
-    """InfoLOOB over the pairs of all devices, on embeddings retrieved from each other."""
+    """InfoLOOB over the pairs of all devices, on embeddings retrieved from each other (or as they are)."""
 
     def __init__(
         self,
         *,
         inv_tau: float = 30.0,
-        scale_hopfield: float = 15.0,
+        scale_hopfield: float | None = 15.0,
         learn_inv_tau: bool = False,
         convention: Literal["cloob_training", "ml_jku"] = "cloob_training",
     ) -> None:
@@ -54,7 +54,8 @@ class CLOOBLoss(nn.Module):
 
         Args:
             inv_tau: inverse temperature of InfoLOOB; where training starts if it is learned.
-            scale_hopfield: inverse temperature of the retrieval.
+            scale_hopfield: inverse temperature of the retrieval. null: no retrieval, InfoLOOB of the embeddings
+                themselves, which brings text and image closer together where images are easily told apart.
             learn_inv_tau: train its logarithm, kept within [0, ln 100].
             convention: "cloob_training" takes half of the sum of both directions; "ml_jku", the paper's own program,
                 the sum divided by inv_tau. They differ by the factor inv_tau / 2.
@@ -71,7 +72,9 @@ class CLOOBLoss(nn.Module):
         problems = [] if inv_tau > 0 else [f"inv_tau: {inv_tau} is not above 0"]
         if section.get("learn_inv_tau") and not 1 <= inv_tau <= MAX_INV_TAU:
             problems.append(f"inv_tau: {inv_tau} is outside 1..{MAX_INV_TAU:g}, where a learned one is kept")
-        return problems + ([] if scale_hopfield > 0 else [f"scale_hopfield: {scale_hopfield} is not above 0"])
+        if scale_hopfield is not None and not scale_hopfield > 0:
+            problems.append(f"scale_hopfield: {scale_hopfield} is not above 0")
+        return problems
 
     @property
     def inv_tau(self) -> float | Tensor:
@@ -80,13 +83,15 @@ class CLOOBLoss(nn.Module):
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
         """Return the loss, a scalar, of embeddings [N, D] with unit rows, N >= 2; row i of both belong together."""
-        beta, inv_tau = self.scale_hopfield, self.inv_tau
-        image_from_images, image_from_texts = retrieve(image, image, beta), retrieve(image, text, beta)  # [N, D] each
-        text_from_texts, text_from_images = retrieve(text, text, beta), retrieve(text, image, beta)  # [N, D] each
-        both = infoloob(image_from_images, image_from_texts, inv_tau) + infoloob(
-            text_from_texts, text_from_images, inv_tau
-        )
-        return both / 2 if self.convention == "cloob_training" else both / inv_tau
+        both = self._one_way(image, text) + self._one_way(text, image)
+        return both / 2 if self.convention == "cloob_training" else both / self.inv_tau
+
+    def _one_way(self, anchors: Tensor, others: Tensor) -> Tensor:
+        """Return InfoLOOB of [N, D] and [N, D], both retrieved from the anchors if there is a retrieval."""
+        beta = self.scale_hopfield
+        if beta is not None:
+            anchors, others = retrieve(anchors, anchors, beta), retrieve(anchors, others, beta)  # [N, D] each
+        return infoloob(anchors, others, self.inv_tau)
 
     @torch.no_grad()
     def clamp(self) -> None:
