@@ -28,6 +28,7 @@ from ldm_lab.images import grid, save_png, to_tensor
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling import Sampler
 
+VARIETY = 0.5  # of the fresh drawings: that of configs/quickstart.yaml
 FRESH = "quickstart_accuracy"  # seeds of the fresh drawings begin with this, those of data sets with a number
 BACKGROUNDS = (3, 5)  # a colour's two backgrounds, as places further on in COLOURS
 CHUNK = 50  # drawings that go through a network at once
@@ -113,7 +114,7 @@ def measure(
         drawings: fresh ones, at the size of training.
         show: called as `show(row, pictures, prompts)` for the two sets of pictures.
     """
-    drawn = [draw(f"{FRESH}/{i}", sampler.size[0]) for i in range(drawings)]
+    drawn = [draw(f"{FRESH}/{i}", sampler.size[0], VARIETY) for i in range(drawings)]
     images, true = [image for image, _ in drawn], [attributes[:3] for _, attributes in drawn]
     rows = {
         "drawn afresh": shares(map(check, images), true),
