@@ -4,6 +4,10 @@
     python sample.py --checkpoint F "a lighthouse:3" "watercolor:1.5" "blurry:-0.5" -n 16   one mix of three, 16 times
     python sample.py --checkpoint F --prompts configs/demo_prompts.txt                      a picture for each line
     python sample.py --checkpoint F "in the snow" --images fox.jpg:2 --sampler ddim --steps 100 --eta 0.5
+    python sample.py --checkpoint F --images fox.jpg -n 9                                   variations of a picture
+    python sample.py --checkpoint F "a fox" --init-image dog.jpg --strength 0.6             image to image
+    python sample.py --checkpoint F "a hat" --init-image dog.jpg --mask hat.png             inpainting
+    python sample.py --checkpoint F "a fox" "a dog" --interpolate 16                        from one to the other
 
 Prompts on the command line, texts and images alike, are mixed with each other. The lines of a --prompts file are
 pictures of their own; prompts on the command line are then mixed into each of them.
@@ -28,6 +32,12 @@ from typing import Any
 from ldm_lab.errors import UserError, run_program
 
 GRID_LIMIT = 400  # pictures; of more the grid shows the first ones
+SAMPLER = {"name": "plms", "steps": 50}
+SAMPLERS = "ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, euler, heun, iplms, pie, plms, plms2, prk, unipc"
+INTERVAL = "guide between these two times only; 0 is the finished picture, 1 is noise (default: 0 1)"
+RESCALE = "bring the spread of guided predictions back, against burnt colours: 0 to 1 (default: 0)"
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+STRENGTH = 0.7
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,14 +60,50 @@ def parser() -> Parser:
     )
     add("-n", type=positive, metavar="N", help="pictures of the mix, or of each line of --prompts (default: 4, or 1)")
     add("--guidance", type=finite, default=3.0, metavar="W", help="weight of prompts without one (default: 3)")
-    add("--sampler", default="plms", metavar="NAME", help="ddim, ddpm, iplms, pie, plms, plms2, prk (default: plms)")
-    add("--steps", type=positive, default=50, metavar="N", help="steps of the sampler (default: 50)")
-    add("--eta", type=finite, metavar="X", help="of ddim: fresh noise in each step, from 0 to 1 (default: 0)")
+    add("--negative", metavar="TEXT", help="what guidance leads away from; by default: from no prompt at all")
+    add("--guidance-interval", nargs=2, type=finite, default=[0.0, 1.0], metavar="T", help=INTERVAL)
+    add("--guidance-rescale", type=finite, default=0.0, metavar="X", help=RESCALE)
+    add("--autoguidance", metavar="FILE", help="guide away from this worse checkpoint instead, such as an earlier one")
+    add("--sampler", default=SAMPLER["name"], metavar="NAME", help=f"{SAMPLERS} (default: %(default)s)")
+    add(
+        "--steps",
+        type=positive,
+        default=SAMPLER["steps"],
+        metavar="N",
+        help="steps of the sampler (default: %(default)s)",
+    )
+    add("--spacing", metavar="NAME", help="how the steps are spread: spliced, log_snr, karras, uniform (most samplers)")
+    add("--eta", type=finite, metavar="X", help="of ddim, dpmpp_2m_sde: fresh noise in each step, from 0 to 1")
+    add("--init-image", metavar="IMAGE", help="begin with this picture instead of noise alone")
+    add(
+        "--strength",
+        type=finite,
+        metavar="X",
+        help="share of the steps that it goes through: 0 to 1 (default: 0.7; 1 with --mask)",
+    )
+    add("--mask", metavar="IMAGE", help="of the --init-image's size: only what is white here is painted anew")
+    add(
+        "--interpolate",
+        type=positive,
+        metavar="N",
+        help="N pictures on the way from each PROMPT to the next; strip.png, film.gif",
+    )
+    add(
+        "--rerank",
+        type=positive,
+        default=1,
+        metavar="K",
+        help="make K pictures for each, keep the one most like its prompts",
+    )
     add("--seed", type=natural, default=0, metavar="SEED", help="seed of the first picture (default: 0)")
     add("--size", metavar="PIXELS", help="256, or 384x256 for width x height (default: as trained)")
     add("--out", default="samples", metavar="DIR", help="where the pictures go (default: samples)")
     add("--batch-size", type=positive, default=16, metavar="N", help="pictures at once (default: 16)")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps, ... (default: the accelerator, if there is one)")
+    add("--precision", choices=list(PRECISIONS), default="fp32", help="of the denoiser's arithmetic (default: fp32)")
+    add("--compile", action="store_true", help="compile the denoiser: slow to start, faster for many pictures")
+    add("--low-memory", action="store_true", help="keep each part on the device only while it works")
+    add("--tile", type=positive, metavar="PIXELS", help="decode larger pictures in overlapping tiles of this side")
     add("--autoencoder", metavar="FILE", help="its weights, if they are not where the checkpoint says")
     add("--conditioner", metavar="FILE", help="its weights, if they are not where the checkpoint says")
     return p
@@ -93,60 +139,95 @@ def main() -> int:
     args = parser().parse_intermixed_args()
 
     from ldm_lab.images import grid, parse_size  # not before: these import torch, which takes seconds
-    from ldm_lab.prompts import parse_image_prompt, parse_prompt, read_prompts
+    from ldm_lab.prompts import open_image, parse_image_prompt, parse_prompt, read_prompts
 
     size = parse_size(args.size) if args.size else None
     folder = Folder(Path(args.out))
     common = [parse_prompt(text) for text in args.texts] + [parse_image_prompt(image) for image in args.images]
-    if args.prompts:
-        mixes = [[parse_prompt(line), *common] for line in read_prompts(args.prompts)]
+    if args.interpolate:
+        mixes, each = stations(args, common), 1
+    elif args.prompts:
+        each = args.n or 1
+        mixes = [[parse_prompt(line), *common] for line in read_prompts(args.prompts) for _ in range(each)]
     elif common:
-        mixes = [common]
+        each = args.n or 4
+        mixes = [common] * each
     else:
         raise UserError("no prompt: give a text, --images IMAGE or --prompts FILE (--help explains)")
-    each = args.n or (1 if args.prompts else 4)
-    mixes = [mix for mix in mixes for _ in range(each)]
+    if (args.mask or args.strength is not None) and not args.init_image:
+        raise UserError("--mask and --strength belong to an --init-image")
 
     import torch
     from tqdm import tqdm
 
     from ldm_lab.checkpoints.files import sha256
-    from ldm_lab.sampling import Sampler
+    from ldm_lab.sampling import Sampler, Start
 
+    start = None
+    if args.init_image:
+        strength = (1.0 if args.mask else STRENGTH) if args.strength is None else args.strength
+        start = Start(open_image(args.init_image), strength, open_image(args.mask) if args.mask else None)
     device = pick_device(args.device)
-    section = {"name": args.sampler, "steps": args.steps, **({} if args.eta is None else {"eta": args.eta})}
+    section = {"name": args.sampler, "steps": args.steps}
+    section |= {key: getattr(args, key) for key in ("eta", "spacing") if getattr(args, key) is not None}
     model = Sampler.from_checkpoint(
-        args.checkpoint, autoencoder=args.autoencoder, conditioner=args.conditioner, device=device
+        args.checkpoint,
+        autoencoder=args.autoencoder,
+        conditioner=args.conditioner,
+        device=device,
+        weak=args.autoguidance,
+        dtype=getattr(torch, PRECISIONS[args.precision]),
+        low_memory=args.low_memory,
+        compiled=args.compile,
     )
     settings = {
         "sampler": args.sampler,
         **{key: value for key, value in section.items() if key != "name"},
         "guidance": args.guidance,
+        **described(args, start),
         "checkpoint": args.checkpoint,
         "checkpoint_sha256": sha256(args.checkpoint),
     }
     images, captions = [], [" + ".join(map(str, mix)) for mix in mixes]
-    with tqdm(desc=f"{len(mixes)} pictures", unit="step") as bar:
+    with tqdm(desc=f"{args.interpolate or len(mixes)} pictures", unit="step") as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        batches = model.batches(
-            mixes,
-            seeds=range(args.seed, args.seed + len(mixes)),
-            guidance=args.guidance,
-            sampler=section,
-            size=size,
-            batch_size=args.batch_size,
-            progress=progress,
-        )
+        common_options = {
+            "guidance": args.guidance,
+            "interval": tuple(args.guidance_interval),
+            "rescale": args.guidance_rescale,
+            "sampler": section,
+            "size": size,
+            "batch_size": args.batch_size,
+            "tile": args.tile,
+            "progress": progress,
+        }
         try:
+            if args.interpolate:
+                film = model.film(mixes, args.interpolate, seed=args.seed, **common_options)
+                for i, image in enumerate(film):
+                    way = {"prompts": [describe(mix[0], args.guidance) for mix in mixes], "frame": i}
+                    folder.add(image, f"{captions[0]} ... {captions[-1]}, {i}", {**way, **settings})
+                folder.write_list()
+                strip, gif = folder.add_film(film)
+                print(f"{len(film)} pictures from {folder.name(0)} on, {strip.name} and {gif.name} in {folder.path}")
+                return 0
+            batches = model.batches(
+                mixes,
+                negative=args.negative,
+                seeds=range(args.seed, args.seed + len(mixes)),
+                start=start,
+                rerank=args.rerank,
+                **common_options,
+            )
             for batch in batches:
                 for image in batch:
                     i = len(images)
                     prompts = [describe(prompt, args.guidance) for prompt in mixes[i]]
-                    folder.add(image, captions[i], {"prompts": prompts, "seed": args.seed + i, **settings})
+                    folder.add(image, captions[i], {"prompts": prompts, **image.info, **settings})
                     images.append(image)
                 folder.write_list()
         except torch.OutOfMemoryError:
@@ -156,6 +237,31 @@ def main() -> int:
     path = folder.add_grid(grid(images[shown], columns, captions[shown]))
     print(f"{len(images)} pictures from {folder.name(0)} on and {path.name} in {folder.path}")
     return 0
+
+
+def stations(args: argparse.Namespace, prompts: list[Any]) -> list[list[Any]]:
+    """Return the stations of an interpolation, a prompt each. Raises UserError for options that make no sense there."""
+    from ldm_lab.prompts import parse_prompt, read_prompts
+
+    if args.prompts:
+        prompts = [*map(parse_prompt, read_prompts(args.prompts)), *prompts]
+    for option in ("n", "init_image", "negative"):
+        if getattr(args, option):
+            raise UserError(
+                f"--interpolate does not go with {'-n' if option == 'n' else '--' + option.replace('_', '-')}"
+            )
+    if args.rerank > 1:
+        raise UserError("--interpolate does not go with --rerank")
+    return [[prompt] for prompt in prompts]
+
+
+def described(args: argparse.Namespace, start: Any) -> dict[str, Any]:
+    """Return the settings that are not at their defaults, as they stand in samples.json."""
+    settings = {} if start is None else {"init_image": args.init_image, "strength": start.strength}
+    settings |= {} if args.guidance_interval == [0.0, 1.0] else {"guidance_interval": args.guidance_interval}
+    plain = {"mask": None, "negative": None, "guidance_rescale": 0.0, "autoguidance": None, "rerank": 1}
+    plain |= {"precision": "fp32", "tile": None}
+    return settings | {key: getattr(args, key) for key, usual in plain.items() if getattr(args, key) != usual}
 
 
 def pick_device(name: str | None) -> Any:
@@ -216,6 +322,17 @@ class Folder:
 
         with atomic_write(self.list_path) as file:
             file.write(json.dumps(self.entries, indent=2, ensure_ascii=False).encode())
+
+    def add_film(self, film: list[Any]) -> tuple[Path, Path]:
+        """Write the pictures side by side, and as a film; return both paths."""
+        from ldm_lab.images import grid, save_png
+        from ldm_lab.sampling.interpolation import save_gif
+
+        number = "" if self.first == 0 else f"_{self.first:05d}"
+        strip, gif = self.path / f"strip{number}.png", self.path / f"film{number}.gif"
+        save_png(strip, grid(film, columns=len(film)), {"Software": "ldm_lab"})
+        save_gif(gif, film)
+        return strip, gif
 
     def add_grid(self, picture: Any) -> Path:
         """Write a grid of this run's pictures and return its path."""

@@ -1,9 +1,11 @@
-"""Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) for any number of weighted prompts.
+"""Guidance: any number of weighted prompts, and where, how strongly and against what they guide.
 
 The guided prediction is sum_i w_i * prediction(x, t, cond_i), where cond_0 is the null condition and
-w_0 = 1 - (w_1 + ... + w_k). With one prompt of weight w that is null + w * (conditioned - null): 0 ignores the prompt,
-1 is the plain conditional model, above 1 exaggerates, below 0 leads away from it. The original mixes v; since the
-weights add up to one and x0 and eps are linear in v at fixed x and t, mixing x0 and eps serves every objective alike.
+w_0 = 1 - (w_1 + ... + w_k): classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598). With one prompt of weight
+w that is null + w * (conditioned - null): 0 ignores the prompt, 1 is the plain conditional model, above 1 exaggerates,
+below 0 leads away from it. The original mixes v; since the weights add up to one and x0 and eps are linear in v at
+fixed x and t, mixing x0 and eps serves every objective alike. A negative prompt is one more condition, of weight w_0:
+nothing is left for the null condition then.
 """
 
 from collections.abc import Callable
@@ -12,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Predict = Callable[[Tensor, Tensor, dict[str, Tensor]], Any]
+
 
 def null_weight(weights: Tensor) -> Tensor:
     """Return w_0 = 1 - sum of the weights [B, k], float64 [B]; exactly 0 where only rounding keeps it from 0."""
@@ -19,11 +23,27 @@ def null_weight(weights: Tensor) -> Tensor:
     return torch.where(w0.abs() < 1e-6, 0.0, w0)  # [B]
 
 
+def plain_weights(weights: Tensor) -> Tensor:
+    """Return the weights of the null condition and of the prompts without guidance, float64 [1 + k, B].
+
+    The prompts that lead towards something, in proportion; the null condition where there is none.
+    """
+    towards = weights.double().clamp(min=0).T  # [k, B]
+    total = towards.sum(0)  # [B]
+    share = torch.where(total > 0, towards / total.clamp(min=1e-30), 0.0)  # [k, B]
+    return torch.cat([(total == 0).double()[None], share])  # [1 + k, B]
+
+
 def guided(
-    predict: Callable[[Tensor, Tensor, dict[str, Tensor]], Any],
+    predict: Predict,
     cond: dict[str, Tensor],
     null_cond: dict[str, Tensor],
     weights: Tensor,
+    *,
+    interval: tuple[float, float] = (0.0, 1.0),
+    rescale: float = 0.0,
+    weak: Predict | None = None,
+    schedule: Any = None,
 ) -> Callable[[Tensor, Tensor], Any]:
     """Return `predict(x [B, C, h, w], t [B]) -> Prediction`, guided by k weighted conditions per image.
 
@@ -38,32 +58,84 @@ def guided(
         cond: the conditions, tensors of [B, k, ...].
         null_cond: the null condition of every image, tensors of [B, ...].
         weights: [B, k], on the CPU, finite. k = 0 samples without a condition.
+        interval: first and last t, in [0, 1], between which there is guidance; outside the prompts count with
+            `plain_weights`, which also saves evaluations (Kynkäänniemi et al. 2024, arXiv 2404.07724). t is one for
+            all images.
+        rescale: 0 to 1, how far each image's guided v is brought back to the spread of the unguided one; against
+            burnt colours at large weights (Lin et al. 2023, arXiv 2305.08891, equations 15 and 16).
+        weak: autoguidance: a worse model's `predict`, such as an earlier checkpoint's, evaluated with the prompts,
+            takes the place of the null condition (Karras et al. 2024, arXiv 2406.02507).
+        schedule: of the objective; needed for `rescale`.
     """
-    mixed = torch.cat([null_weight(weights)[:, None], weights.double()], dim=1).T  # [1 + k, B]
-    used = mixed != 0  # [1 + k, B]
-    row = used.nonzero(as_tuple=True)  # [M] the condition and [M] the image of every row that is evaluated
-    # The first prompt that has a weight; the null condition, moved to the end here, only if there is none.
-    leading = (used.roll(-1, dims=0).int().argmax(0) + 1) % len(used)  # [B]
-    row_cond = {
-        name: torch.cat([null[None], cond[name].transpose(0, 1)])[row]  # [M, ...]
-        for name, null in null_cond.items()
-    }
-
-    def by_condition(values: Tensor) -> Tensor:
-        table = values.new_zeros(*used.shape, *values.shape[1:])  # [1 + k, B, C, h, w]
-        table[row] = values
-        return table
-
-    def mix(values: Tensor) -> Tensor:
-        weighted = by_condition(values) * mixed.float().to(values)[..., None, None, None]  # [1 + k, B, C, h, w]
-        # Python's sum adds in order; torch's may regroup with the shape, and an image would depend on its batch.
-        return sum(weighted.unbind())  # [B, C, h, w]
+    full = torch.cat([null_weight(weights)[:, None], weights.double()], dim=1).T  # [1 + k, B]
+    plain = plain_weights(weights)  # [1 + k, B]
+    against = full[0]  # [B], what is left for the null condition or the weak model
+    if weak is not None:
+        full = torch.cat([torch.zeros_like(full[:1]), full[1:]])  # [1 + k, B]
+        worse = _Rows(cond, null_cond, plain)
+    unguided = _Rows(cond, null_cond, plain)
+    everything = _Rows(cond, null_cond, full, plain) if rescale else _Rows(cond, null_cond, full)
 
     def guided_predict(x: Tensor, t: Tensor) -> Any:
-        rows = predict(x[row[1]], t[row[1]], row_cond)  # fields [M, C, h, w]
-        log_variance = rows.log_variance
-        if log_variance is not None:
-            log_variance = by_condition(log_variance)[leading, torch.arange(len(x))]  # [B, C, h, w]
-        return rows._replace(x0=mix(rows.x0), eps=mix(rows.eps), log_variance=log_variance)
+        if interval != (0.0, 1.0) and not interval[0] <= t[0].item() <= interval[1]:
+            return unguided(predict, x, t).mix(plain)
+        tables = everything(predict, x, t)
+        prediction = tables.mix(full)
+        if weak is not None:
+            other = worse(weak, x, t).mix(plain)
+            w0 = against.float().to(x)[:, None, None, None]  # [B, 1, 1, 1]
+            prediction = prediction._replace(x0=prediction.x0 + w0 * other.x0, eps=prediction.eps + w0 * other.eps)
+        return _rescaled(prediction, tables.mix(plain), x, t, schedule, rescale) if rescale else prediction
 
     return guided_predict
+
+
+class _Rows:
+    """Which conditions are evaluated for which images: the M pairs that have a weight in one of some tables."""
+
+    def __init__(self, cond: dict[str, Tensor], null_cond: dict[str, Tensor], *tables: Tensor) -> None:
+        self.used = torch.stack([table != 0 for table in tables]).any(0)  # [1 + k, B]
+        self.row = self.used.nonzero(as_tuple=True)  # [M] the condition and [M] the image of every row
+        self.cond = {
+            name: torch.cat([null[None], cond[name].transpose(0, 1)])[self.row]  # [M, ...]
+            for name, null in null_cond.items()
+        }
+
+    def __call__(self, predict: Predict, x: Tensor, t: Tensor) -> "_Tables":
+        return _Tables(predict(x[self.row[1]], t[self.row[1]], self.cond), self.used.shape, self.row)
+
+
+class _Tables:
+    """The predictions of some rows, laid out by condition and image."""
+
+    def __init__(self, rows: Any, shape: torch.Size, row: tuple[Tensor, Tensor]) -> None:
+        self.rows, self.shape, self.row = rows, shape, row
+
+    def table(self, values: Tensor) -> Tensor:
+        table = values.new_zeros(*self.shape, *values.shape[1:])  # [1 + k, B, C, h, w]
+        table[self.row] = values
+        return table
+
+    def mix(self, weights: Tensor) -> Any:
+        """Return the Prediction that is the sum with these weights, [1 + k, B]."""
+
+        def mixed(values: Tensor) -> Tensor:
+            weighted = self.table(values) * weights.float().to(values)[..., None, None, None]  # [1 + k, B, C, h, w]
+            # Python's sum adds in order; torch's may regroup with the shape, and an image would depend on its batch.
+            return sum(weighted.unbind())  # [B, C, h, w]
+
+        log_variance = self.rows.log_variance
+        if log_variance is not None:
+            # The first prompt that has a weight; the null condition, moved to the end here, only if there is none.
+            leading = ((weights != 0).roll(-1, dims=0).int().argmax(0) + 1) % len(weights)  # [B]
+            log_variance = self.table(log_variance)[leading, torch.arange(len(leading))]  # [B, C, h, w]
+        return self.rows._replace(x0=mixed(self.rows.x0), eps=mixed(self.rows.eps), log_variance=log_variance)
+
+
+def _rescaled(guided: Any, plain: Any, x: Tensor, t: Tensor, schedule: Any, share: float) -> Any:
+    """Return the guided Prediction with its v brought `share` of the way to the plain one's spread in each image."""
+    alpha, sigma = (level[:, None, None, None] for level in schedule.alpha_sigma(t))  # [B, 1, 1, 1]
+    v, v_plain = (alpha * p.eps - sigma * p.x0 for p in (guided, plain))  # [B, C, h, w] each
+    spread, wanted = (value.flatten(1).std(1)[:, None, None, None] for value in (v, v_plain))  # [B, 1, 1, 1]
+    v = v * (share * wanted / spread.clamp(min=1e-12) + 1 - share)  # [B, C, h, w]
+    return guided._replace(x0=alpha * x - sigma * v, eps=sigma * x + alpha * v)

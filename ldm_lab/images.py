@@ -18,6 +18,7 @@ from ldm_lab.errors import UserError
 BACKGROUND, INK = "white", "black"
 CELL = 160  # pixels; a labelled cell is at least this wide, so that its caption has room
 WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf")  # Linux, macOS, Windows
+LONGEST = 8  # sides of the target; of a longer strip only the middle is resized: 1 x 10000 would become 224 x 2240000
 CAPTION_LINES = 4  # a longer caption ends in an ellipsis
 
 
@@ -34,6 +35,31 @@ def to_images(batch: Tensor) -> list[Image.Image]:
     """
     levels = batch.detach().float().clamp(-1, 1).add(1).div(2).mul(255).to(torch.uint8)  # [B, 3, H, W]
     return [Image.fromarray(pixels) for pixels in levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
+
+
+def cover(
+    image: Image.Image, height: int, width: int, resample: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
+    """Return the middle, width x height, of an image resized so that it just covers that, RGB.
+
+    Transparent images are laid over white. Sizes are rounded, so that nothing has to be padded.
+    """
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    # As a fraction, so that the side that just fits comes out exactly.
+    wanted, given = (width, image.width) if width * image.height >= height * image.width else (height, image.height)
+    limit = LONGEST * max(width, height) * given // wanted
+    if max(image.size) > limit:
+        image = _centre(image, *(min(side, limit) for side in image.size))
+    resized = tuple(round(side * wanted / given) for side in image.size)
+    return _centre(image if resized == image.size else image.resize(resized, resample), width, height)
+
+
+def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
 
 
 def parse_size(written: str) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Samplers on a Gaussian mixture, whose x0 and eps are known in closed form."""
 
+import itertools
 import math
 
 import pytest
@@ -52,6 +53,55 @@ def test_deterministic_samplers_converge_to_the_same_solution_with_their_order(n
     coarse, fine = (((sample(name, n, x) - solution).norm() / solution.norm()).item() for n in (20, 80))
     assert fine < {1: 2e-2, 2: 8e-4}[ORDERS[name]]
     assert math.log2(coarse / fine) / 2 == pytest.approx(ORDERS[name], abs=0.2)
+
+
+@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2)])
+def test_euler_and_heun_converge_with_their_order(name, order, converged):
+    x, solution = converged
+    errors = [(sample(name, n, x, spacing="spliced") - solution).norm().item() for n in (20, 40, 80)]
+    assert errors[-1] / solution.norm().item() < {1: 2e-2, 2: 8e-4}[order]
+    for coarse, fine in itertools.pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
+
+
+@pytest.mark.parametrize(("name", "options", "order"), [("dpmpp_2m", {}, 2), ("unipc", {"order": 2}, 2)])
+def test_exponential_integrators_converge_with_their_order(name, options, order):
+    """In log SNR, between fixed ends: the last step, to infinite SNR, is first-order in all of them."""
+    x = normal(1, 4, 8, 8)
+    solution = sample(name, 1280, x, spacing="log_snr", **options)
+    errors = [(sample(name, n, x, spacing="log_snr", **options) - solution).norm().item() for n in (40, 80, 160)]
+    slopes = [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)]
+    assert all(slope > order - 0.2 for slope in slopes)
+    assert errors[-1] / solution.norm().item() < 5e-4
+
+
+def test_dpm_solver_without_fresh_noise_is_the_deterministic_one():
+    x = normal(1, 2, 4, 4)
+    assert torch.equal(sample("dpmpp_2m_sde", 10, x, eta=0.0), sample("dpmpp_2m", 10, x))
+
+
+def test_the_stochastic_solver_samples_the_mixture():
+    """Mean and spread of what the SDE ends in are the mixture's; a wrong noise term would show in them."""
+    generator = torch.Generator().manual_seed(3)
+    x = normal(1, 1, 200, 200)
+    for name, options in (("dpmpp_2m_sde", {"steps": 100}), ("heun", {"steps": 60, "churn": 0.5})):
+        drawn = sample(
+            name, options.pop("steps"), x, **options,
+            noise=lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype),
+        )  # fmt: skip
+        mean = (WEIGHTS * MEANS).sum()
+        variance = (WEIGHTS * (STDS**2 + MEANS**2)).sum() - mean**2
+        assert drawn.mean().item() == pytest.approx(mean.item(), abs=0.03)
+        assert drawn.var().item() == pytest.approx(variance.item(), rel=0.02), name
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"])
+@pytest.mark.parametrize("spacing", ["spliced", "log_snr", "karras", "uniform"])
+def test_every_spacing_falls_from_the_same_start(name, spacing):
+    times = SCHEDULE.grid(12, spacing)
+    assert times[0].item() == pytest.approx(0.995711, abs=1e-6)
+    assert (times.diff() < 0).all() and times[-1] > 0
+    assert sample(name, 12, normal(1, 2, 4, 4), noise=torch.randn_like, spacing=spacing).isfinite().all()
 
 
 @pytest.mark.parametrize("name", CALLS)

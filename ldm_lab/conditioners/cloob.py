@@ -14,12 +14,11 @@ from torch.nn import functional as F
 from ldm_lab.conditioners import clip_tokens
 from ldm_lab.config import options, register
 from ldm_lab.errors import UserError
-from ldm_lab.images import to_tensor
+from ldm_lab.images import cover, to_tensor
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of images in [0, 1]; CLIP's
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 HEAD_WIDTH = 64  # of all released towers
-LONGEST = 8  # short sides; of a longer strip only the middle is resized: 1 x 10000 pixels would become 224 x 2240000
 
 
 @register("conditioner", "cloob")
@@ -97,12 +96,13 @@ class CLOOB(nn.Module):
         return {"embed": self.encode_image(batch["image"])}  # [B, D]
 
     def from_prompts(self, texts: list[str], images: list[Image.Image]) -> dict[str, Tensor]:
-        """Return {"embed": [n, D]}, the embeddings of texts, then of images (see `cover`)."""
+        """Return {"embed": [n, D]}, the embeddings of texts, then of images (see `images.cover`)."""
         embeds = [self.pixel_mean.new_zeros(0, self.embed_dim)]  # [0, D]
         if texts:
             embeds.append(self.encode_text(texts))  # [n_texts, D]
         if images:
-            pixels = torch.stack([to_tensor(cover(image, self.image_size)) for image in images])  # [n_images, 3, S, S]
+            side = self.image_size
+            pixels = torch.stack([to_tensor(cover(image, side, side)) for image in images])  # [n_images, 3, S, S]
             embeds.append(self.encode_image(pixels.to(self.pixel_mean)))  # [n_images, D]
         return {"embed": torch.cat(embeds)}  # [n, D]
 
@@ -154,27 +154,6 @@ def _problems(sizes: dict[str, int | None]) -> list[str]:
     if sizes["text_size"] < 2:
         problems.append(f"text_size: {sizes['text_size']} has no room for start and end")
     return problems
-
-
-def cover(image: Image.Image, size: int) -> Image.Image:
-    """Return the centre, size x size, of an image resized so that its short side is `size` (Lanczos), RGB.
-
-    Transparent images are laid over white. Sizes are rounded, so that nothing has to be padded.
-    """
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    short = min(image.size)
-    if max(image.size) > LONGEST * short:
-        image = _centre(image, *(min(side, LONGEST * short) for side in image.size))
-    width, height = (round(side * size / short) for side in image.size)
-    return _centre(image.resize((width, height), Image.Resampling.LANCZOS), size, size)
-
-
-def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
-    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-    return image.crop((left, top, left + width, top + height))
 
 
 class ImageEncoder(nn.Module):

@@ -1,12 +1,4 @@
-"""From prompts to pictures: conditioner, guided denoiser, sampler and autoencoder put together.
-
-    from ldm_lab.sampling import Sampler
-
-    sampler = Sampler.from_checkpoint("runs/quickstart/ema.safetensors")
-    images = sampler(["a red star on a blue background", ["watercolor", "blurry:-0.5"]], seeds=[0, 1], guidance=3.0)
-
-`sample.py` and the demo grids of training are thin layers over this class.
-"""
+"""Conditioner, guided denoiser, sampler and autoencoder put together."""
 
 import contextlib
 import logging
@@ -16,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -27,6 +20,9 @@ from ldm_lab.guidance import guided, null_weight
 from ldm_lab.images import to_images
 from ldm_lab.objectives import Prediction
 from ldm_lab.prompts import Prompt, parse_prompt
+from ldm_lab.sampling.from_image import Later, Start, first_time, keep_known
+from ldm_lab.sampling.interpolation import between
+from ldm_lab.sampling.tiles import decode_in_tiles
 
 # One prompt: `text` or `text:weight`, or as an object. One picture's prompts: one of them, or several to be mixed.
 OnePrompt = str | Prompt | Image.Image
@@ -56,6 +52,10 @@ class Sampler:
         *,
         dropout: float,
         size: tuple[int, int] | None = None,
+        weak: nn.Module | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
+        low_memory: bool = False,
     ) -> None:
         """Take the parts of a model; all are used where they are, none is copied.
 
@@ -66,10 +66,15 @@ class Sampler:
             conditioner: encodes prompts.
             dropout: share of the conditions that were dropped in training; guidance needs more than 0.
             size: default height and width in pixels.
+            weak: a worse denoiser of the same kind, to guide away from (autoguidance).
+            dtype: of the denoiser's arithmetic (autocast); the samplers' own is float32.
+            device: where to run; by default where the denoiser is.
+            low_memory: each part is on the device only while it works.
         """
-        self.denoiser, self.objective = denoiser, objective
+        self.denoiser, self.objective, self.weak = denoiser, objective, weak
         self.autoencoder, self.conditioner = autoencoder, conditioner
-        self.dropout, self.size = dropout, size
+        self.dropout, self.size, self.dtype, self.low_memory = dropout, size, dtype, low_memory
+        self._device = None if device is None else torch.device(device)
 
     @classmethod
     def from_checkpoint(
@@ -79,6 +84,10 @@ class Sampler:
         autoencoder: str | Path | None = None,
         conditioner: str | Path | None = None,
         device: str | torch.device = "cpu",
+        weak: str | Path | None = None,
+        dtype: torch.dtype = torch.float32,
+        low_memory: bool = False,
+        compiled: bool = False,
     ) -> "Sampler":
         """Load a trained model with its averaged weights.
 
@@ -87,6 +96,10 @@ class Sampler:
             autoencoder: weights file of the autoencoder, if not where the checkpoint says.
             conditioner: weights file of the conditioner, if not where the checkpoint says.
             device: where to run.
+            weak: autoguidance: another checkpoint of the same objective, earlier or smaller, to guide away from.
+            dtype: of the denoiser's arithmetic.
+            low_memory: each part is on the device only while it works.
+            compiled: compile the denoiser (`torch.compile`); the first picture takes long, the others less.
 
         Raises:
             UserError: missing, damaged or foreign file; weights of another architecture.
@@ -100,16 +113,28 @@ class Sampler:
             for role, moved in (("autoencoder", autoencoder), ("conditioner", conditioner))
         }
         channels, embed_dim = frozen["autoencoder"].channels, frozen["conditioner"].embed_dim
-        denoiser = build("denoiser", config["denoiser"], channels, embed_dim)
-        load_strictly(denoiser, state, path)
+        denoiser = _load_denoiser(config, state, path, channels, embed_dim)
+        worse = None
+        if weak is not None:
+            weak_config, weak_state, _ = read_model(weak)
+            if weak_config.get("objective") != config["objective"]:
+                raise UserError(f"{weak}: its objective is another than that of {path}, which it cannot guide")
+            worse = _load_denoiser(weak_config, weak_state, weak, channels, embed_dim)
+        if compiled:
+            denoiser.compile()
+        waiting = "cpu" if low_memory else device
         side = extra.get("image_size", "")
         return cls(
-            denoiser.eval().requires_grad_(False).to(device),
+            denoiser.to(waiting),
             build("objective", config["objective"]),
-            frozen["autoencoder"].to(device),
-            frozen["conditioner"].to(device),
+            frozen["autoencoder"].to(waiting),
+            frozen["conditioner"].to(waiting),
             dropout=config["conditioner"].get("dropout", 0.0),
             size=(int(side), int(side)) if side.isdecimal() else None,
+            weak=None if worse is None else worse.to(waiting),
+            dtype=dtype,
+            device=device,
+            low_memory=low_memory,
         )
 
     def __call__(self, prompts: Sequence[Mix], **options: Any) -> list[Image.Image]:
@@ -120,56 +145,183 @@ class Sampler:
         self,
         prompts: Sequence[Mix],
         *,
+        negative: str | None = None,
         seeds: Sequence[int] | None = None,
         guidance: float = 3.0,
+        interval: tuple[float, float] = (0.0, 1.0),
+        rescale: float = 0.0,
         sampler: str | dict[str, Any] = "plms",
         size: int | tuple[int, int] | None = None,
+        start: Start | None = None,
+        rerank: int = 1,
         batch_size: int = 16,
+        tile: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[list[Image.Image]]:
         """Return an iterator over the images, batch by batch, in the order of `prompts`.
 
+        `image.info` has the image's seed and, if it was chosen among several, its similarity to its prompts.
+
         Args:
             prompts: one entry per image: a text (`text` or `text:weight`, see `ldm_lab.prompts`), a `Prompt`, a Pillow
                 image as an image prompt, or a list of these that are mixed by their weights.
+            negative: a text that takes the place of "no prompt": what guidance leads away from.
             seeds: one per image; by default 0, 1, 2, ...
             guidance: weight of the prompts that have none.
+            interval: first and last t, from 0 (data) to 1 (noise), between which there is guidance.
+            rescale: from 0 to 1, how far guided predictions are brought back to the spread of unguided ones.
             sampler: a sampler's name, or its config section such as {"name": "ddim", "steps": 50, "eta": 0.5}.
             size: pixels: a square's side, or height and width; by default the size of training.
+            start: a picture to begin with (image to image, inpainting).
+            rerank: make this many images for each, and keep the one whose embedding is most like its prompts. Candidate
+                j of an image has its seed + j * (number of images).
             batch_size: images at once; the denoiser sees 1 + (number of prompts) rows for each.
+            tile: pixels; larger pictures are decoded in tiles of this side. By default they are decoded at once.
             progress: called after each step as `progress(steps done, steps in all)`, counted over all batches.
 
         Raises:
             UserError: an unknown sampler or option, a size that the model's levels do not divide, guidance asked of a
                 model that was trained without dropped conditions, no prompt for an image, a weight that is not finite.
         """
-        walk = build("sampler", {"name": sampler} if isinstance(sampler, str) else sampler)
-        latent_size = self.latent_size(size)
         seeds = range(len(prompts)) if seeds is None else seeds
         if len(seeds) != len(prompts):
             raise UserError(f"seeds: {len(seeds)} for {len(prompts)} images; one per image is needed")
+        if rerank < 1:
+            raise UserError(f"rerank: at least 1 candidate per image is needed, not {rerank}")
+        mixes = [as_mix(entry) for entry in prompts]
+        weights = self._weights(mixes, guidance, negative)  # [N, k]
+        embedded, index = self._encode(mixes, negative)  # [U, ...] for U distinct prompts, [N, k]
+        if rerank > 1 and "embed" not in embedded:
+            raise UserError("rerank: this model's conditioner has no embeddings of images and texts to compare")
+        candidates = [(i, seed + j * len(seeds)) for i, seed in enumerate(seeds) for j in range(rerank)]
+        options = {"sampler": sampler, "size": size, "interval": interval, "rescale": rescale, "start": start}
+        made = self._made(embedded, index, weights, candidates, batch_size, tile, progress, **options)
+        return made if rerank == 1 else self._best(made, embedded["embed"], index, weights, rerank)
+
+    def film(
+        self,
+        prompts: Sequence[Mix],
+        frames: int,
+        *,
+        seed: int = 0,
+        guidance: float = 3.0,
+        interval: tuple[float, float] = (0.0, 1.0),
+        rescale: float = 0.0,
+        sampler: str | dict[str, Any] = "plms",
+        size: int | tuple[int, int] | None = None,
+        batch_size: int = 16,
+        tile: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Image.Image]:
+        """Return images on the way from each prompt to the next, all from one seed's noise.
+
+        Args:
+            prompts: the stations, two or more, each one prompt; their weights are interpolated, too.
+            frames: images in all, evenly spread, at least as many as stations.
+            seed: of the noise.
+
+        The other options and errors are those of `batches`.
+        """
+        mixes = [as_mix(entry) for entry in prompts]
+        if len(mixes) < 2 or any(len(mix) != 1 for mix in mixes):
+            raise UserError("interpolation: two or more stations of one prompt each are needed")
+        if frames < len(mixes):
+            raise UserError(f"interpolation: {frames} frames are fewer than the {len(mixes)} prompts")
+        embedded, index = self._encode(mixes)  # [U, ...], [S, 1]
+        stations = {name: rows[index[:, 0].to(rows.device)] for name, rows in embedded.items()}  # [S, ...]
+        at = self._weights(mixes, guidance)  # [S, 1]
+        weights = F.interpolate(at.T[None], frames, mode="linear", align_corners=True)[0].T  # [frames, 1]
+        options = {"sampler": sampler, "size": size, "interval": interval, "rescale": rescale}
+        one_each = torch.arange(frames)[:, None]  # [frames, 1]
+        candidates = [(i, seed) for i in range(frames)]
+        film = between(stations, frames)  # [frames, ...]
+        made = self._made(film, one_each, weights, candidates, batch_size, tile, progress, **options)
+        return [image for batch in made for image in batch]
+
+    def _made(
+        self,
+        embedded: dict[str, Tensor],
+        index: Tensor,
+        weights: Tensor,
+        candidates: list[tuple[int, int]],
+        batch_size: int,
+        tile: int | None,
+        progress: Callable[[int, int], None] | None,
+        *,
+        sampler: str | dict[str, Any],
+        size: int | tuple[int, int] | None,
+        start: Start | None = None,
+        **guide: Any,
+    ) -> Iterator[list[Image.Image]]:
+        """Return an iterator over batches of images.
+
+        Args:
+            embedded: conditions, tensors of [U, ...].
+            index: which of them each of N images has, [N, k].
+            weights: of the conditions, [N, k].
+            candidates: (which of the N, seed) of each image to be made.
+            batch_size, tile, progress, sampler, size, start, guide: see `batches`.
+        """
+        walk = build("sampler", {"name": sampler} if isinstance(sampler, str) else sampler)
+        latent_size = self.latent_size(size)
         if batch_size < 1:
             raise UserError(f"batch_size: at least 1 is needed, not {batch_size}")
-        mixes = [as_mix(entry) for entry in prompts]
-        weights = self._weights(mixes, guidance)  # [N, k]
-        total = math.ceil(len(mixes) / batch_size) * walk.steps
-        embedded, index = self._encode(mixes)  # [U, ...] for U distinct prompts, [N, k]
+        _check_guide(**guide)
+        tile_side = self._tile(tile)
+        steps = walk.steps if start is None else round(start.strength * walk.steps)
+        total = math.ceil(len(candidates) / batch_size) * steps
 
         def run() -> Iterator[list[Image.Image]]:
-            for first in range(0, len(mixes), batch_size):
-                part = slice(first, first + batch_size)
-                done = first // batch_size * walk.steps
+            for first in range(0, len(candidates), batch_size):
+                part = candidates[first : first + batch_size]
+                which, seeds = [i for i, _ in part], [seed for _, seed in part]
+                done = first // batch_size * steps
                 report = (lambda step, x, x0, done=done: progress(done + step + 1, total)) if progress else None
-                cond = {name: rows[index[part].to(rows.device)] for name, rows in embedded.items()}  # [B, k, ...]
-                latents = self.latents(walk, latent_size, cond, weights[part], seeds[part], report)  # [B, C, h, w]
-                yield self.decode(latents)
+                rows = {name: value[index[which].to(value.device)] for name, value in embedded.items()}  # [B, k, ...]
+                latents = self.latents(
+                    walk, latent_size, rows, weights[which], seeds, report, start=start, **guide
+                )  # [B, C, h, w]
+                images = self.decode(latents, tile_side)
+                if start is not None:
+                    images = [start.restore(image) for image in images]
+                for image, seed in zip(images, seeds):
+                    image.info["seed"] = seed
+                yield images
 
         return run()
 
+    def _best(
+        self, made: Iterator[list[Image.Image]], embeds: Tensor, index: Tensor, weights: Tensor, rerank: int
+    ) -> Iterator[list[Image.Image]]:
+        """Return an iterator over the best of every `rerank` images in a row, by similarity to their prompts."""
+        best, seen = None, 0
+        for batch in made:
+            chosen = []
+            for image in batch:
+                i = seen // rerank
+                image.info["similarity"] = self.similarity(image, embeds[index[i]], weights[i])
+                if best is None or image.info["similarity"] > best.info["similarity"]:
+                    best = image
+                seen += 1
+                if seen % rerank == 0:
+                    chosen.append(best)
+                    best = None
+            if chosen:
+                yield chosen
+
+    @torch.no_grad()
+    def similarity(self, image: Image.Image, embeds: Tensor, weights: Tensor) -> float:
+        """Return the mean cosine, weighted, of an image's embedding and its prompts', [k, D] with weights [k]."""
+        with self._in_use(self.conditioner):
+            embed = self.conditioner.from_prompts([], [image])["embed"]  # [1, D]
+        cosine = F.cosine_similarity(embed, embeds.to(embed))  # [k]
+        weights = weights.to(cosine)
+        return float((weights * cosine).sum() / weights.abs().sum().clamp(min=1e-12))
+
     @property
     def device(self) -> torch.device:
-        """Where the denoiser is."""
-        return next(self.denoiser.parameters()).device
+        """Where the denoiser runs."""
+        return self._device or next(self.denoiser.parameters()).device
 
     def latent_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
         """Return height and width of the latents for a size in pixels.
@@ -198,16 +350,21 @@ class Sampler:
         weights: Tensor,
         seeds: Sequence[int],
         callback: Callable[[int, Tensor, Tensor], None] | None = None,
+        *,
+        start: Start | None = None,
+        **guide: Any,
     ) -> Tensor:
         """Return one batch of latents, float32 [B, C, h, w].
 
         Args:
             walk: a sampler (`ldm_lab.samplers`).
             latent_size: h and w.
-            cond: conditions, tensors of [B, k, ...] on the model's device.
+            cond: conditions, tensors of [B, k, ...].
             weights: of the conditions, [B, k], on the CPU.
             seeds: one per image.
             callback: handed to the sampler.
+            start: a picture to begin with.
+            guide: `interval` and `rescale` (`ldm_lab.guidance.guided`).
         """
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -215,33 +372,87 @@ class Sampler:
             rows = [torch.randn(x.shape[1:], generator=generator) for generator in generators]  # [C, h, w] each
             return torch.stack(rows).to(x.device)  # [B, C, h, w]
 
-        def predict(x: Tensor, t: Tensor, rows: dict[str, Tensor]) -> Prediction:
-            return self.objective.predict(self.denoiser, x, t, rows)
-
+        schedule, device = self.objective.schedule, self.device
+        x = noise(torch.empty(len(seeds), self.autoencoder.channels, *latent_size, device=device))  # [B, C, h, w]
+        known = mask = None
+        if start is not None:
+            size = [side * self.autoencoder.downscale for side in latent_size]
+            with self._in_use(self.autoencoder):
+                known = start.latents(self.autoencoder, *size, device)  # [1, C, h, w]
+            mask = start.latent_mask(self.autoencoder.downscale, *size, device)  # [1, 1, h, w]
+            skip = walk.steps - round(start.strength * walk.steps)
+            if skip == walk.steps:
+                return known.expand_as(x)
+            if skip:  # at full strength nothing of the picture is in x, but what is masked off
+                schedule = Later(schedule, skip)
+                alpha, sigma = schedule.alpha_sigma(first_time(walk, schedule))  # [], []
+                x = alpha * known + sigma * x  # [B, C, h, w]
+        cond = {name: value.to(device) for name, value in cond.items()}  # [B, k, ...]
         null = self.conditioner.null({name: value[:, 0] for name, value in cond.items()})  # [B, ...]
-        start = torch.empty(len(seeds), self.autoencoder.channels, *latent_size, device=self.device)  # [B, C, h, w]
-        with _evaluating(self.denoiser):
-            return walk(
-                guided(predict, cond, null, weights),
-                noise(start),
-                schedule=self.objective.schedule,
-                noise=noise,
-                callback=callback,
-            )
+        weak = None if self.weak is None else self._predict(self.weak)
+        predict = guided(self._predict(self.denoiser), cond, null, weights, weak=weak, schedule=schedule, **guide)
+        if mask is not None:
+            predict = keep_known(predict, known, mask, schedule)
+        with self._in_use(self.denoiser), self._in_use(self.weak), _evaluating(self.denoiser):
+            return walk(predict, x, schedule=schedule, noise=noise, callback=callback)
+
+    def _predict(self, denoiser: nn.Module) -> Callable[[Tensor, Tensor, dict[str, Tensor]], Prediction]:
+        """Return a denoiser's reading of rows, at the precision that was asked for."""
+
+        def predict(x: Tensor, t: Tensor, rows: dict[str, Tensor]) -> Prediction:
+            with torch.autocast(x.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+                prediction = self.objective.predict(denoiser, x, t, rows)
+            return prediction
+
+        return predict
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Return the images of latents [B, C, h, w]."""
-        return [image for part in latents.split(DECODE_BATCH) for image in to_images(self.autoencoder.decode(part))]
+    def decode(self, latents: Tensor, tile: int | None = None) -> list[Image.Image]:
+        """Return the images of latents [B, C, h, w]; if they are larger than a tile of latent elements, in tiles."""
+        images = []
+        with self._in_use(self.autoencoder):
+            for part in latents.split(DECODE_BATCH):
+                if tile is None:
+                    pixels = self.autoencoder.decode(part)  # [B, 3, H, W]
+                else:
+                    pixels = decode_in_tiles(self.autoencoder, part, tile, overlap=tile // 4)  # [B, 3, H, W]
+                images += to_images(pixels)
+        return images
 
-    def _weights(self, mixes: list[list[Prompt]], guidance: float) -> Tensor:
-        """Return the weights, float64 [N, k], 0 where an image has fewer than k prompts."""
+    def _tile(self, pixels: int | None) -> int | None:
+        """Return the side of a tile in latent elements. Raises UserError if it is no multiple of the downscaling."""
+        if pixels is None:
+            return None
+        unit = self.autoencoder.downscale
+        if pixels < 4 * unit or pixels % unit:
+            raise UserError(f"tile: a multiple of {unit} pixels from {4 * unit} on is needed, not {pixels}")
+        return pixels // unit
+
+    @contextlib.contextmanager
+    def _in_use(self, module: nn.Module | None) -> Iterator[None]:
+        """Have a part on the device for a while; with `low_memory` it waits in main memory at other times."""
+        if module is None or not self.low_memory:
+            yield
+            return
+        module.to(self.device)
+        try:
+            yield
+        finally:
+            module.to("cpu")
+
+    def _weights(self, mixes: list[list[Prompt]], guidance: float, negative: str | None = None) -> Tensor:
+        """Return the weights, float64 [N, k], 0 where an image has fewer than k prompts.
+
+        With a negative prompt there is one more column, at the end: what the others leave over.
+        """
         rows = [[guidance if prompt.weight is None else prompt.weight for prompt in mix] for mix in mixes]
         longest = max(map(len, rows), default=0)
         weights = torch.tensor([row + [0.0] * (longest - len(row)) for row in rows], dtype=torch.float64)  # [N, k]
         if not weights.isfinite().all():
             raise UserError("guidance and weights have to be finite numbers")
-        if not self.dropout and len(mixes) and null_weight(weights).any():
+        if negative is not None and len(mixes):
+            return torch.cat([weights, null_weight(weights)[:, None]], dim=1)  # [N, k + 1]
+        if not self.dropout and self.weak is None and len(mixes) and null_weight(weights).any():
             raise UserError(
                 "guidance needs a model that was trained with dropped conditions (conditioner.dropout above 0); "
                 "with this one the weights of an image have to add up to 1, as a single prompt's with --guidance 1 do"
@@ -249,25 +460,32 @@ class Sampler:
         return weights
 
     @torch.no_grad()
-    def _encode(self, mixes: list[list[Prompt]]) -> tuple[dict[str, Tensor], Tensor]:
+    def _encode(self, mixes: list[list[Prompt]], negative: str | None = None) -> tuple[dict[str, Tensor], Tensor]:
         """Return the conditions of the U distinct prompts, [U, ...], and which of them each image has, [N, k].
 
-        They are encoded one at a time: an embedding that depended on its neighbours would change the image.
+        They are encoded one at a time: an embedding that depended on its neighbours would change the image. A negative
+        prompt is every image's last one.
         """
         longest = max(map(len, mixes), default=0)
-        index = torch.zeros(
-            len(mixes), longest, dtype=torch.long
-        )  # [N, k]; any prompt, at weight 0, where there is none
+        # Any prompt, at weight 0, where there is none.
+        index = torch.zeros(len(mixes), longest + (negative is not None), dtype=torch.long)  # [N, k]
         numbers: dict[Any, int] = {}
         conds: list[dict[str, Tensor]] = []
-        for i, mix in enumerate(mixes):
-            for j, prompt in enumerate(mix):
-                key = prompt.text if prompt.image is None else id(prompt.image)
-                if key not in numbers:
-                    numbers[key] = len(conds)
-                    texts, images = ([prompt.text], []) if prompt.image is None else ([], [prompt.image])
-                    conds.append(self.conditioner.from_prompts(texts, images))  # [1, ...]
-                index[i, j] = numbers[key]
+
+        def number(prompt: Prompt) -> int:
+            key = prompt.text if prompt.image is None else id(prompt.image)
+            if key not in numbers:
+                numbers[key] = len(conds)
+                texts, images = ([prompt.text], []) if prompt.image is None else ([], [prompt.image])
+                conds.append(self.conditioner.from_prompts(texts, images))  # [1, ...]
+            return numbers[key]
+
+        with self._in_use(self.conditioner):
+            for i, mix in enumerate(mixes):
+                for j, prompt in enumerate(mix):
+                    index[i, j] = number(prompt)
+            if negative is not None and len(mixes):
+                index[:, -1] = number(Prompt(negative))
         names = conds[0] if conds else ()
         return {name: torch.cat([cond[name] for cond in conds]) for name in names}, index
 
@@ -283,6 +501,24 @@ def as_mix(entry: Mix) -> list[Prompt]:
     if not entry:
         raise UserError("an image needs at least one prompt")
     return [prompt for part in entry for prompt in as_mix(part)]
+
+
+def _check_guide(interval: tuple[float, float], rescale: float) -> None:
+    """Raise UserError for an interval or a rescaling that makes no sense."""
+    low, high = interval
+    if not 0 <= low <= high <= 1:
+        raise UserError(f"guidance interval: two times 0 <= first <= last <= 1 are needed, not {low:g} {high:g}")
+    if not 0 <= rescale <= 1:
+        raise UserError(f"guidance rescale: a share from 0 to 1 is needed, not {rescale:g}")
+
+
+def _load_denoiser(
+    config: dict[str, Any], state: dict[str, Tensor], path: str | Path, channels: int, embed_dim: int
+) -> nn.Module:
+    """Return the denoiser of a model file, frozen, on the CPU."""
+    denoiser = build("denoiser", config["denoiser"], channels, embed_dim)
+    load_strictly(denoiser, state, path)
+    return denoiser.eval().requires_grad_(False)
 
 
 def _load_frozen(role: str, section: dict[str, Any], moved: str | Path | None, trained_with: str | None) -> nn.Module:
