@@ -31,3 +31,29 @@ def program(monkeypatch, capsys):
         return exit_.value.code or 0, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """The parts of a tiny diffusion model with random weights, as `Sampler` takes them."""
+    from tiny import AUTOENCODER, CLOOB, DENOISER
+
+    from ldm_lab.config import build
+
+    torch.manual_seed(0)
+    autoencoder = build("autoencoder", AUTOENCODER).eval().requires_grad_(False)
+    conditioner = build("conditioner", CLOOB).eval().requires_grad_(False)
+    return {
+        "denoiser": build("denoiser", DENOISER, autoencoder.channels, conditioner.embed_dim),
+        "objective": build("objective", {"name": "v_cosine"}),
+        "autoencoder": autoencoder,
+        "conditioner": conditioner,
+    }
+
+
+@pytest.fixture
+def sampler(parts):
+    """A Sampler of 32-pixel pictures over these parts."""
+    from ldm_lab.sampling import Sampler
+
+    return Sampler(**parts, dropout=0.2, size=(32, 32))

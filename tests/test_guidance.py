@@ -5,6 +5,7 @@ import torch
 
 from ldm_lab.guidance import guided, null_weight
 from ldm_lab.objectives import Prediction
+from ldm_lab.schedules import Cosine
 
 B, K, D = 3, 2, 5
 
@@ -109,3 +110,55 @@ def test_a_learned_variance_is_that_of_the_first_prompt_with_a_weight(inputs):
     level = [cond["embed"][0, 0].sum(), cond["embed"][1, 1].sum(), torch.tensor(0.0)]
     for i in range(B):
         assert close(out.log_variance[i], (level[i] + 10 * t[i]).expand(4, 2, 2))
+
+
+def test_outside_its_interval_there_is_no_guidance(inputs):
+    x, _, cond, null = inputs
+    weights = torch.tensor([[3.0, -1.0], [1.0, 3.0], [0.0, 0.0]])
+    plain = [[1.0, 0.0], [0.25, 0.75], [0.0, 0.0]]
+    for level, inside in ((0.1, False), (0.2, True), (0.7, True), (0.9, False)):
+        t, stand = torch.full((B,), level), Stand()
+        out = guided(stand, cond, null, weights, interval=(0.15, 0.8))(x, t)
+        expected = guided(Stand(), cond, null, weights if inside else torch.tensor(plain))(x, t)
+        assert close(out.x0, expected.x0) and close(out.eps, expected.eps)
+        # 1 + 2 + 1 conditions are left outside; inside 1 + 2, 1 + 2, and 1.
+        assert stand.rows == [7 if inside else 4]
+
+
+def test_rescaling_brings_back_the_spread_of_v(inputs):
+    x, _, cond, null = inputs
+    t, schedule = torch.full((B,), 0.4), Cosine()
+    weights = torch.full((B, 1), 5.0)
+    one = {"embed": cond["embed"][:, :1]}
+    alpha, sigma = schedule.alpha_sigma(t[0])
+
+    def v(prediction):
+        return (alpha * prediction.eps - sigma * prediction.x0).flatten(1)
+
+    def consistent(x, t, cond):  # x = alpha * x0 + sigma * eps, as every objective has it
+        wanted = x * cond["embed"].sum(1)[:, None, None, None] + x.flip(-1)
+        return Prediction(alpha * x - sigma * wanted, sigma * x + alpha * wanted)
+
+    plain = guided(consistent, one, null, torch.ones(B, 1))(x, t)
+    full = guided(consistent, one, null, weights)(x, t)
+    for share in (0.0, 0.3, 1.0):
+        out = guided(consistent, one, null, weights, rescale=share, schedule=schedule)(x, t)
+        factor = share * v(plain).std(1) / v(full).std(1) + 1 - share  # [B]
+        assert close(v(out), v(full) * factor[:, None])
+        assert close(alpha * out.x0 + sigma * out.eps, x)
+
+
+def test_autoguidance_puts_the_worse_model_in_place_of_the_null_condition(inputs):
+    x, t, cond, null = inputs
+
+    def worse(x, t, cond):
+        good = Stand()(x, t, cond)
+        return Prediction(good.x0 * 0.5 + 1, good.eps * 0.5 - 1)
+
+    weights = torch.tensor([[3.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
+    out = guided(Stand(), cond, null, weights, weak=worse)(x, t)
+    towards = [Stand()(x, t, {"embed": cond["embed"][:, k]}) for k in range(K)]
+    away = [worse(x, t, {"embed": cond["embed"][:, k]}) for k in range(K)]
+    assert close(out.x0[0], 3 * towards[0].x0[0] - 2 * away[0].x0[0])
+    assert close(out.eps[1], (towards[0].eps + towards[1].eps - (away[0].eps + away[1].eps) / 2)[1])
+    assert close(out.x0[2], towards[0].x0[2])  # weight 1: no guidance

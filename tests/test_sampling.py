@@ -4,35 +4,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import AUTOENCODER, CLOOB, DENOISER, make_parts
+from tiny import DENOISER, make_parts
 
 from ldm_lab.checkpoints.files import write_safetensors
 from ldm_lab.checkpoints.models import save_model
-from ldm_lab.config import build
 from ldm_lab.errors import UserError
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling import Sampler, as_mix
 
 BOUND = 1e-4  # relative, of a latent in batches of different sizes; see Sampler
 FAST = {"name": "plms2", "steps": 3}
-
-
-@pytest.fixture(scope="module")
-def parts():
-    torch.manual_seed(0)
-    autoencoder = build("autoencoder", AUTOENCODER).eval().requires_grad_(False)
-    conditioner = build("conditioner", CLOOB).eval().requires_grad_(False)
-    return {
-        "denoiser": build("denoiser", DENOISER, autoencoder.channels, conditioner.embed_dim),
-        "objective": build("objective", {"name": "v_cosine"}),
-        "autoencoder": autoencoder,
-        "conditioner": conditioner,
-    }
-
-
-@pytest.fixture
-def sampler(parts):
-    return Sampler(**parts, dropout=0.2, size=(32, 32))
 
 
 def pixels(images):

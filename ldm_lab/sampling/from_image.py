@@ -98,14 +98,19 @@ def first_time(walk: Any, schedule: Any) -> Tensor:
 def keep_known(
     predict: Callable[[Tensor, Tensor], Prediction], known: Tensor, mask: Tensor, schedule: Any
 ) -> Callable[[Tensor, Tensor], Prediction]:
-    """Return `predict` with the known latent [1 or B, C, h, w] in place of its own where the mask, bool, is False."""
+    """Return `predict` with the known latent [1 or B, C, h, w] in place of its own where the mask, bool, is False.
+
+    For one walk: solvers that look at t = 0, where x holds no noise any more, are given the noise of the call before.
+    """
+    noise = torch.zeros_like(known)  # [1 or B, C, h, w]
 
     def predict_unknown(x: Tensor, t: Tensor) -> Prediction:
+        nonlocal noise
         prediction = predict(x, t)
         alpha, sigma = (level[:, None, None, None] for level in schedule.alpha_sigma(t))  # [B, 1, 1, 1]
+        noise = torch.where(sigma > 0, (x - alpha * known) / sigma, noise)  # [B, C, h, w]
         return prediction._replace(
-            x0=torch.where(mask, prediction.x0, known),
-            eps=torch.where(mask, prediction.eps, (x - alpha * known) / sigma),
+            x0=torch.where(mask, prediction.x0, known), eps=torch.where(mask, prediction.eps, noise)
         )
 
     return predict_unknown

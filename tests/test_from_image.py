@@ -1,0 +1,124 @@
+"""Sampling that begins with a picture: image to image, and inpainting, with random tiny parts."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_samplers import CALLS
+
+from ldm_lab.errors import UserError
+from ldm_lab.images import to_images, to_tensor
+from ldm_lab.sampling import Sampler, Start
+
+SIZE = 64
+
+
+@pytest.fixture
+def sampler(parts):
+    return Sampler(**parts, dropout=0.2, size=(SIZE, SIZE))
+
+
+@pytest.fixture(scope="module")
+def photo():
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    return small.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def mask():
+    """White in a rectangle whose edges lie on no latent element's border."""
+    picture = Image.new("L", (SIZE, SIZE), 0)
+    picture.paste(255, (13, 21, 37, 50))
+    return picture
+
+
+def pixels(image):
+    return np.asarray(image).astype(int)
+
+
+def latents_of(model, **options):
+    """The latent [1, C, h, w] behind the image of one prompt."""
+    latents, decode = [], model.decode
+    model.decode = lambda batch, tile=None: latents.append(batch) or decode(batch)
+    try:
+        model(["red"], **options)
+    finally:
+        model.decode = decode
+    return latents[0]
+
+
+def test_at_strength_0_the_picture_comes_back_as_the_autoencoder_gives_it(sampler, photo):
+    calls = []
+    (image,) = sampler(["red"], start=Start(photo, 0.0), sampler="ddim", progress=lambda *steps: calls.append(steps))
+    with torch.no_grad():
+        through = sampler.autoencoder.decode(sampler.autoencoder.encode(to_tensor(photo)[None]))
+    assert image.tobytes() == to_images(through)[0].tobytes()
+    assert not calls  # the denoiser was not asked
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_strength_is_the_share_of_the_steps(sampler, photo, name):
+    """More strength, more change; and the steps that are walked are reported one by one."""
+    changes, counts = [], []
+    with torch.no_grad():
+        known = sampler.autoencoder.encode(to_tensor(photo)[None])
+    for strength in (0.1, 0.5, 1.0):
+        seen = []
+        options = {"sampler": {"name": name, "steps": 10}, "progress": lambda *steps, seen=seen: seen.append(steps)}
+        changes.append((latents_of(sampler, start=Start(photo, strength), **options) - known).norm().item())
+        counts.append(seen)
+    assert changes[0] < min(changes[1:])  # between the others, a random network's fresh noise may decide
+    assert counts == [[(i + 1, n) for i in range(n)] for n in (1, 5, 10)]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_inpainting_leaves_the_rest_as_it_was(sampler, photo, mask, name):
+    options = {"start": Start(photo, 1.0, mask), "sampler": {"name": name, "steps": 6}}
+    (image,) = sampler(["red"], **options)
+    outside = pixels(mask) == 0
+    assert (pixels(image)[outside] == pixels(photo)[outside]).all()
+    assert abs(pixels(image)[~outside] - pixels(photo)[~outside]).mean() > 5
+    with torch.no_grad():
+        known = sampler.autoencoder.encode(to_tensor(photo)[None])
+    painted = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    painted[..., 2:7, 1:5] = True  # every element with a white pixel in it
+    difference = (latents_of(sampler, **options) - known).abs()
+    assert difference.masked_select(~painted).max() < 2e-4  # rounding: eps is (x - alpha * x0) / sigma there
+    assert difference.masked_select(painted).min() > 1e-3
+
+
+def test_a_picture_of_another_size_is_cut_to_its_middle(sampler):
+    wide = Image.new("RGB", (3 * SIZE, SIZE), "red")
+    wide.paste((0, 0, 255), (SIZE, 0, 2 * SIZE, SIZE))
+    mask = Image.new("L", wide.size, 0)
+    mask.paste(255, (SIZE + 10, 10, SIZE + 30, 30))
+    (image,) = sampler(["red"], start=Start(wide, 1.0, mask), sampler={"name": "ddim", "steps": 2})
+    assert (
+        image.size == (SIZE, SIZE) and image.getpixel((0, 0)) == (0, 0, 255) and image.getpixel((63, 63)) == (0, 0, 255)
+    )
+    (tall,) = sampler(["red"], start=Start(wide, 0.5, mask), sampler={"name": "ddim", "steps": 2}, size=(128, 64))
+    assert tall.size == (64, 128)
+
+
+def test_an_image_depends_on_its_seed_and_prompts_alone(sampler, photo, mask):
+    for start in (Start(photo, 0.6), Start(photo, 1.0, mask)):
+        options = {"start": start, "sampler": {"name": "ddpm", "steps": 5}, "seeds": [3, 1, 4]}
+        together = sampler(["red", "blue", "red"], batch_size=3, **options)
+        alone = sampler(["red", "blue", "red"], batch_size=1, **options)
+        for one, other in zip(together, alone):
+            assert abs(pixels(one) - pixels(other)).max() <= 1
+        assert len({image.tobytes() for image in alone}) == 3
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.5, float("nan")])
+def test_strengths_that_make_no_sense(photo, strength):
+    with pytest.raises(UserError, match="strength: a share from 0 to 1 is needed"):
+        Start(photo, strength)
+
+
+def test_masks_that_make_no_sense(photo):
+    with pytest.raises(UserError, match="mask: it is 10x20 pixels, the image 64x64"):
+        Start(photo, 1.0, Image.new("L", (10, 20), 255))
+    with pytest.raises(UserError, match="nothing in it is white"):
+        Start(photo, 1.0, Image.new("L", photo.size, 0))

@@ -1,0 +1,197 @@
+"""What sampling offers beside prompts: negative prompts, reranking, films, tiles, precision, memory, autoguidance."""
+
+import pytest
+import torch
+from PIL import Image
+from test_sampling import BOUND, FAST, raw
+from tiny import DENOISER
+
+from ldm_lab.config import build
+from ldm_lab.errors import UserError
+from ldm_lab.sampling import Sampler
+from ldm_lab.sampling.interpolation import between, save_gif, slerp
+from ldm_lab.sampling.tiles import decode_in_tiles
+
+
+def again(sampler, **changes):
+    """The same model as another Sampler."""
+    same = {
+        name: getattr(sampler, name)
+        for name in ("denoiser", "objective", "autoencoder", "conditioner", "dropout", "size")
+    }
+    return Sampler(**{**same, **changes})
+
+
+def test_a_negative_prompt_takes_the_place_of_no_prompt(sampler):
+    written = raw(sampler, [["red:3", "blue:-2"]], [5], 1)
+    negative, mixed = [], []
+    for mixes, found in ((["red"], negative), ([["red:3"], ["red:1", "old:1", "new:1"]], mixed)):
+        one = again(sampler)
+        one.decode = lambda batch, tile=None, found=found: (
+            found.append(batch) or [Image.new("RGB", (8, 8))] * len(batch)
+        )
+        one(mixes, seeds=range(5, 5 + len(mixes)), negative="blue", sampler={"name": "ddpm", "steps": 4})
+    assert torch.allclose(negative[0], written, atol=1e-5)
+    # Whatever an image's own number of prompts, the negative one has the weight that they leave.
+    assert torch.allclose(mixed[0][:1], written, atol=1e-3)
+
+
+def test_a_model_without_dropped_conditions_takes_a_negative_prompt(parts):
+    plain = Sampler(**parts, dropout=0.0, size=(32, 32))
+    assert plain(["red"], negative="blue", sampler=FAST)
+
+
+def test_guidance_in_an_interval_of_times(sampler):
+    def latents(guidance, **options):
+        found = []
+        one = again(sampler)
+        one.decode = lambda batch, tile=None: found.append(batch) or [Image.new("RGB", (8, 8))]
+        one(["red"], guidance=guidance, sampler={"name": "ddim", "steps": 6}, **options)
+        return found[0]
+
+    assert torch.equal(latents(3.0), latents(3.0, interval=(0.0, 1.0)))
+    assert torch.equal(latents(3.0, interval=(0.0, 0.0)), latents(1.0))  # never: the last time is above 0
+    inside = latents(3.0, interval=(0.3, 0.8))
+    assert not torch.allclose(inside, latents(3.0), atol=1e-4) and not torch.allclose(inside, latents(1.0), atol=1e-4)
+    for interval in ((0.5, 0.2), (-0.1, 1.0), (0.0, 1.1), (float("nan"), 1.0)):
+        with pytest.raises(UserError, match="guidance interval: two times 0 <= first <= last <= 1"):
+            sampler.batches(["red"], interval=interval)
+    for rescale in (-0.1, 1.1, float("nan")):
+        with pytest.raises(UserError, match="guidance rescale"):
+            sampler.batches(["red"], rescale=rescale)
+
+
+def test_the_best_of_several_candidates(sampler):
+    candidates = sampler(["red", "blue"] * 3, seeds=[7, 8, 9, 10, 11, 12], sampler=FAST, batch_size=4)
+    assert [image.info["seed"] for image in candidates] == [7, 8, 9, 10, 11, 12]
+    embeds = [sampler.conditioner.from_prompts([text], [])["embed"] for text in ("red", "blue")]
+    scores = [sampler.similarity(image, embeds[i % 2], torch.ones(1)) for i, image in enumerate(candidates)]
+    best = sampler(["red", "blue"], seeds=[7, 8], rerank=3, sampler=FAST, batch_size=4)
+    for i, image in enumerate(best):
+        mine = range(i, 6, 2)
+        assert image.info["similarity"] == pytest.approx(max(scores[j] for j in mine), abs=1e-5)
+        chosen = max(mine, key=lambda j: scores[j])
+        assert image.info["seed"] == 7 + chosen
+    # By hand: the cosine of the conditioner's own embeddings, of unit length.
+    image_embed = sampler.conditioner.from_prompts([], [best[0]])["embed"]
+    assert best[0].info["similarity"] == pytest.approx((image_embed @ embeds[0].T).item(), abs=1e-5)
+    with pytest.raises(UserError, match="rerank: at least 1"):
+        sampler.batches(["red"], rerank=0)
+
+
+def test_a_film_begins_and_ends_with_its_stations(sampler):
+    film = sampler.film(["red", "blue:2", "green"], 5, seed=4, sampler=FAST, batch_size=2)
+    stations = sampler(["red", "blue:2", "green"], seeds=[4, 4, 4], sampler=FAST)
+    for frame, station in zip(film[::2], stations):
+        difference = torch.tensor(list(frame.tobytes())) - torch.tensor(list(station.tobytes()))
+        assert difference.abs().max() <= 1
+    assert len({frame.tobytes() for frame in film}) == 5
+    with pytest.raises(UserError, match="4 frames are fewer than the 5"):
+        sampler.film(["a", "b", "c", "d", "e"], 4)
+    for prompts in (["red"], ["red", ["blue", "green"]]):
+        with pytest.raises(UserError, match="two or more stations of one prompt each"):
+            sampler.film(prompts, 4)
+
+
+def test_slerp_goes_evenly_along_the_great_circle():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.nn.functional.normalize(torch.randn(3, 16, generator=generator), dim=-1) for _ in range(2))
+    whole = (a * b).sum(-1).acos()
+    for share in (0.0, 0.25, 0.5, 1.0):
+        point = slerp(a, b, share)
+        assert torch.allclose(point.norm(dim=-1), torch.ones(3), atol=1e-5)
+        assert torch.allclose((a * point).sum(-1).clamp(-1, 1).acos(), share * whole, atol=1e-3)
+    assert torch.allclose(slerp(a, 3 * a, 0.5), 2 * a, atol=1e-5)
+    assert slerp(a, -a, 0.5).isfinite().all() and slerp(torch.zeros(1, 4), torch.ones(1, 4), 0.3).isfinite().all()
+    film = between({"embed": torch.eye(3)}, 7)["embed"]
+    assert torch.allclose(film[[0, 3, 6]], torch.eye(3), atol=1e-6) and torch.allclose(film.norm(dim=-1), torch.ones(7))
+
+
+def test_a_gif_runs_there_and_back(tmp_path):
+    frames = [Image.new("RGB", (8, 8), (60 * i, 0, 0)) for i in range(4)]
+    save_gif(tmp_path / "film.gif", frames)
+    with Image.open(tmp_path / "film.gif") as film:
+        assert (film.n_frames, film.info["loop"]) == (6, 0)
+
+
+class Local:
+    """A decoder that sees no further than one element: tiles have to give the very picture."""
+
+    downscale = 4
+
+    def __init__(self):
+        self.largest = 0
+
+    def decode(self, z):
+        self.largest = max(self.largest, *z.shape[2:])
+        return torch.nn.functional.interpolate(z[:, :3], scale_factor=4, mode="nearest")
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 30), (31, 17), (64, 8)])
+def test_tiles_cover_every_pixel_once_in_sum(size):
+    z = torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(0))
+    local = Local()
+    assert torch.allclose(decode_in_tiles(local, z, tile=8, overlap=2), Local().decode(z), atol=1e-5)
+    assert local.largest <= 8
+
+
+def test_tiled_pictures_are_near_the_whole_ones(sampler):
+    whole = sampler(["red"], size=128, sampler=FAST)[0]
+    tiled = sampler(["red"], size=128, sampler=FAST, tile=64)[0]
+    assert tiled.size == whole.size == (128, 128) and tiled.tobytes() != whole.tobytes()
+    assert sampler(["red"], size=128, sampler=FAST, tile=128)[0].tobytes() == whole.tobytes()
+    for tile in (8, 60):
+        with pytest.raises(UserError, match="tile: a multiple of 8 pixels from 32 on"):
+            sampler.batches(["red"], tile=tile)
+
+
+def test_half_precision_is_near_full_precision(sampler):
+    full = raw(sampler, ["red", "blue"], [0, 1], 2, "ddim")
+    half = raw(again(sampler, dtype=torch.bfloat16), ["red", "blue"], [0, 1], 2, "ddim")
+    distance = ((half - full).norm() / full.norm()).item()
+    assert half.dtype == torch.float32 and 1e-5 < distance < 0.05
+
+
+def test_low_memory_has_one_part_on_the_device_at_a_time(parts):
+    where, peak = {}, []
+    for role in ("denoiser", "autoencoder", "conditioner"):
+        where[role] = "cpu"
+
+    class Watched(torch.nn.Module):
+        def __init__(self, role):
+            super().__init__()
+            self.role, self.part = role, parts[role]
+
+        def to(self, device):
+            where[self.role] = "cpu" if device == "cpu" else "device"
+            peak.append(sum(place == "device" for place in where.values()))
+            return self
+
+        def __call__(self, *args, **kwargs):
+            assert where[self.role] == "device"
+            return self.part(*args, **kwargs)
+
+        def __getattr__(self, name):
+            if name in ("role", "part"):
+                return super().__getattr__(name)
+            if name in ("decode", "encode", "from_prompts"):
+                assert where[self.role] == "device", name
+            return getattr(self.part, name)
+
+    watched = {role: Watched(role) for role in where}
+    cheap = Sampler(
+        objective=parts["objective"], **watched, dropout=0.2, size=(32, 32), device="cpu:0", low_memory=True
+    )
+    plain = Sampler(**parts, dropout=0.2, size=(32, 32))
+    assert cheap(["red"], sampler=FAST)[0].tobytes() == plain(["red"], sampler=FAST)[0].tobytes()
+    assert max(peak) == 1 and set(where.values()) == {"cpu"}
+
+
+def test_autoguidance_leads_away_from_the_worse_model(sampler):
+    torch.manual_seed(1)
+    weak = build("denoiser", DENOISER, 4, 16).eval()
+    plain = raw(sampler, ["red"], [0], 1, "ddim", guidance=1.0)
+    same = raw(again(sampler, weak=sampler.denoiser), ["red"], [0], 1, "ddim", guidance=4.0)
+    assert torch.allclose(same, plain, atol=1e-3)  # w * D + (1 - w) * D
+    other = raw(again(sampler, weak=weak, dropout=0.0), ["red"], [0], 1, "ddim", guidance=4.0)
+    assert ((other - plain).norm() / plain.norm()).item() > 10 * BOUND
