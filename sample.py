@@ -32,7 +32,7 @@ from typing import Any
 from ldm_lab.errors import UserError, run_program
 
 GRID_LIMIT = 400  # pictures; of more the grid shows the first ones
-SAMPLER = {"name": "plms", "steps": 50}
+SAMPLER = "unipc"  # nearest to the converged picture for its model calls (docs/measured.md)
 SAMPLERS = "ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, euler, heun, iplms, pie, plms, plms2, prk, unipc"
 INTERVAL = "guide between these two times only; 0 is the finished picture, 1 is noise (default: 0 1)"
 RESCALE = "bring the spread of guided predictions back, against burnt colours: 0 to 1 (default: 0)"
@@ -64,14 +64,8 @@ def parser() -> Parser:
     add("--guidance-interval", nargs=2, type=finite, default=[0.0, 1.0], metavar="T", help=INTERVAL)
     add("--guidance-rescale", type=finite, default=0.0, metavar="X", help=RESCALE)
     add("--autoguidance", metavar="FILE", help="guide away from this worse checkpoint instead, such as an earlier one")
-    add("--sampler", default=SAMPLER["name"], metavar="NAME", help=f"{SAMPLERS} (default: %(default)s)")
-    add(
-        "--steps",
-        type=positive,
-        default=SAMPLER["steps"],
-        metavar="N",
-        help="steps of the sampler (default: %(default)s)",
-    )
+    add("--sampler", default=SAMPLER, metavar="NAME", help=f"{SAMPLERS} (default: %(default)s)")
+    add("--steps", type=positive, metavar="N", help="steps of the sampler (default: its own; unipc 20, plms 50)")
     add("--spacing", metavar="NAME", help="how the steps are spread: spliced, log_snr, karras, uniform (most samplers)")
     add("--eta", type=finite, metavar="X", help="of ddim, dpmpp_2m_sde: fresh noise in each step, from 0 to 1")
     add("--init-image", metavar="IMAGE", help="begin with this picture instead of noise alone")
@@ -161,6 +155,7 @@ def main() -> int:
     from tqdm import tqdm
 
     from ldm_lab.checkpoints.files import sha256
+    from ldm_lab.config import build
     from ldm_lab.sampling import Sampler, Start
 
     start = None
@@ -168,8 +163,9 @@ def main() -> int:
         strength = (1.0 if args.mask else STRENGTH) if args.strength is None else args.strength
         start = Start(open_image(args.init_image), strength, open_image(args.mask) if args.mask else None)
     device = pick_device(args.device)
-    section = {"name": args.sampler, "steps": args.steps}
-    section |= {key: getattr(args, key) for key in ("eta", "spacing") if getattr(args, key) is not None}
+    given = {key: getattr(args, key) for key in ("steps", "eta", "spacing") if getattr(args, key) is not None}
+    section = {"name": args.sampler, **given}
+    steps = build("sampler", section).steps
     model = Sampler.from_checkpoint(
         args.checkpoint,
         autoencoder=args.autoencoder,
@@ -182,7 +178,8 @@ def main() -> int:
     )
     settings = {
         "sampler": args.sampler,
-        **{key: value for key, value in section.items() if key != "name"},
+        **given,
+        "steps": steps,
         "guidance": args.guidance,
         **described(args, start),
         "checkpoint": args.checkpoint,

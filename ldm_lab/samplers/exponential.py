@@ -44,7 +44,7 @@ class DPMSolverSDE:
         spacing: how the steps are spread over the noise levels (`ldm_lab.schedules`).
     """
 
-    def __init__(self, *, steps: int = 25, eta: float = 1.0, spacing: SPACING = "karras") -> None:
+    def __init__(self, *, steps: int = 25, eta: float = 1.0, spacing: SPACING = "log_snr") -> None:
         self.steps, self.eta, self.spacing = steps, eta, spacing
 
     @staticmethod
@@ -99,7 +99,7 @@ class DPMSolver(DPMSolverSDE):
         spacing: how the steps are spread over the noise levels (`ldm_lab.schedules`).
     """
 
-    def __init__(self, *, steps: int = 25, spacing: SPACING = "karras") -> None:
+    def __init__(self, *, steps: int = 20, spacing: SPACING = "log_snr") -> None:
         super().__init__(steps=steps, eta=0.0, spacing=spacing)
 
 
@@ -111,17 +111,17 @@ class UniPC:
 
     Args:
         steps: model calls.
-        order: p, of predictor and corrector; 2 or 3 for guided sampling.
+        order: p, of predictor and corrector, 1 to 4; with few steps and guidance 2 is best (docs/measured.md).
         spacing: how the steps are spread over the noise levels (`ldm_lab.schedules`).
     """
 
-    def __init__(self, *, steps: int = 20, order: int = 3, spacing: SPACING = "log_snr") -> None:
+    def __init__(self, *, steps: int = 20, order: int = 2, spacing: SPACING = "log_snr") -> None:
         self.steps, self.order, self.spacing = steps, order, spacing
 
     @staticmethod
     def check(section: dict[str, Any]) -> list[str]:
         """Return what is wrong with the values of a section."""
-        order = section.get("order", 3)
+        order = section.get("order", 2)
         return check_steps(section) + ([] if 1 <= order <= 4 else [f"order: 1 to 4, not {order}"])
 
     def __call__(

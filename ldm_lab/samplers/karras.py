@@ -21,7 +21,7 @@ class _Straight:
 
     ORDER: int
 
-    def __init__(self, *, steps: int = 50, spacing: SPACING = "karras", churn: float = 0.0) -> None:
+    def __init__(self, *, steps: int = 30, spacing: SPACING = "karras", churn: float = 0.0) -> None:
         self.steps, self.spacing, self.churn = steps, spacing, churn
 
     @staticmethod
