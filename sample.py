@@ -186,49 +186,51 @@ def main() -> int:
         "checkpoint_sha256": sha256(args.checkpoint),
     }
     images, captions = [], [" + ".join(map(str, mix)) for mix in mixes]
-    with tqdm(desc=f"{args.interpolate or len(mixes)} pictures", unit="step") as bar:
+    bars: list[tqdm] = []  # none before the first step: a request that is refused shows no bar
 
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+    def progress(done: int, total: int) -> None:
+        bars or bars.append(tqdm(desc=f"{args.interpolate or len(mixes)} pictures", unit="step", total=total))
+        bars[0].update(done - bars[0].n)
+        if done == total:
+            bars[0].close()
 
-        common_options = {
-            "guidance": args.guidance,
-            "interval": tuple(args.guidance_interval),
-            "rescale": args.guidance_rescale,
-            "sampler": section,
-            "size": size,
-            "batch_size": args.batch_size,
-            "tile": args.tile,
-            "progress": progress,
-        }
-        try:
-            if args.interpolate:
-                film = model.film(mixes, args.interpolate, seed=args.seed, **common_options)
-                for i, image in enumerate(film):
-                    way = {"prompts": [describe(mix[0], args.guidance) for mix in mixes], "frame": i}
-                    folder.add(image, f"{captions[0]} ... {captions[-1]}, {i}", {**way, **settings})
-                folder.write_list()
-                strip, gif = folder.add_film(film)
-                print(f"{len(film)} pictures from {folder.name(0)} on, {strip.name} and {gif.name} in {folder.path}")
-                return 0
-            batches = model.batches(
-                mixes,
-                negative=args.negative,
-                seeds=range(args.seed, args.seed + len(mixes)),
-                start=start,
-                rerank=args.rerank,
-                **common_options,
-            )
-            for batch in batches:
-                for image in batch:
-                    i = len(images)
-                    prompts = [describe(prompt, args.guidance) for prompt in mixes[i]]
-                    folder.add(image, captions[i], {"prompts": prompts, **image.info, **settings})
-                    images.append(image)
-                folder.write_list()
-        except torch.OutOfMemoryError:
-            raise UserError(f"{device}: out of memory; try less than --batch-size {args.batch_size}") from None
+    common_options = {
+        "guidance": args.guidance,
+        "interval": tuple(args.guidance_interval),
+        "rescale": args.guidance_rescale,
+        "sampler": section,
+        "size": size,
+        "batch_size": args.batch_size,
+        "tile": args.tile,
+        "progress": progress,
+    }
+    try:
+        if args.interpolate:
+            film = model.film(mixes, args.interpolate, seed=args.seed, **common_options)
+            for i, image in enumerate(film):
+                way = {"prompts": [describe(mix[0], args.guidance) for mix in mixes], "frame": i}
+                folder.add(image, f"{captions[0]} ... {captions[-1]}, {i}", {**way, **settings})
+            folder.write_list()
+            strip, gif = folder.add_film(film)
+            print(f"{len(film)} pictures from {folder.name(0)} on, {strip.name} and {gif.name} in {folder.path}")
+            return 0
+        batches = model.batches(
+            mixes,
+            negative=args.negative,
+            seeds=range(args.seed, args.seed + len(mixes)),
+            start=start,
+            rerank=args.rerank,
+            **common_options,
+        )
+        for batch in batches:
+            for image in batch:
+                i = len(images)
+                prompts = [describe(prompt, args.guidance) for prompt in mixes[i]]
+                folder.add(image, captions[i], {"prompts": prompts, **image.info, **settings})
+                images.append(image)
+            folder.write_list()
+    except torch.OutOfMemoryError:
+        raise UserError(f"{device}: out of memory; try less than --batch-size {args.batch_size}") from None
     columns = each if args.prompts and each > 1 else None  # a row for each line of the file
     shown = slice(GRID_LIMIT)
     path = folder.add_grid(grid(images[shown], columns, captions[shown]))

@@ -12,6 +12,7 @@ from tiny import DENOISER, make_parts, run_program
 import sample
 from ldm_lab.checkpoints.models import save_model
 from ldm_lab.config import build, parts
+from ldm_lab.images import cover
 
 ROOT = sample.Path(sample.__file__).parent
 FAST = ("--sampler", "plms2", "--steps", "2", "--device", "cpu")
@@ -179,3 +180,95 @@ def test_as_a_program(checkpoint, tmp_path):
     failed = run_program(script, "--checkpoint", checkpoint, "red", "-n", "none", cwd=tmp_path)
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr == "error: argument -n: a whole number from 1 on is needed, not 'none' (--help explains)\n"
+
+
+# ------------------------------------------------------------------------------------------- pictures to begin with
+
+
+@pytest.fixture
+def dog(tmp_path):
+    rows = Image.effect_noise((30, 24), 90).convert("RGB")
+    rows.save(tmp_path / "dog.png")
+    mask = Image.new("L", rows.size, 0)
+    mask.paste(255, (10, 8, 18, 16))
+    mask.save(tmp_path / "mask.png")
+    return rows
+
+
+def entries(tmp_path):
+    return json.loads((tmp_path / "samples" / "samples.json").read_text())
+
+
+def test_image_to_image(call, tmp_path, dog):
+    code, _, _ = call(*FAST, "a dog", "--init-image", "dog.png", "-n", "2", "--strength", "0.5")
+    assert code == 0
+    assert [(e["init_image"], e["strength"]) for e in entries(tmp_path)] == [("dog.png", 0.5)] * 2
+    code, _, _ = call(*FAST, "a dog", "--init-image", "dog.png", "-n", "1")
+    assert code == 0 and entries(tmp_path)[2]["strength"] == 0.7 and "mask" not in entries(tmp_path)[2]
+
+
+def test_inpainting(call, tmp_path, dog):
+    code, _, _ = call(*FAST, "a hat", "--init-image", "dog.png", "--mask", "mask.png", "-n", "1")
+    assert code == 0
+    (entry,) = entries(tmp_path)
+    assert (entry["mask"], entry["strength"]) == ("mask.png", 1.0)
+    kept = cover(dog, 16, 16)
+    with Image.open("samples/00000.png") as image:
+        changed = [(x, y) for x in range(16) for y in range(16) if image.getpixel((x, y)) != kept.getpixel((x, y))]
+    assert changed and all(4 <= x <= 12 and 4 <= y <= 12 for x, y in changed)  # 30x24 covers 16x16: 20x16, its middle
+
+
+def test_interpolation(call, tmp_path):
+    code, out, _ = call(*FAST, "a dog", "a fox:2", "--interpolate", "5")
+    assert code == 0 and "5 pictures from 00000.png on, strip.png and film.gif in samples" in out
+    assert [entry["frame"] for entry in entries(tmp_path)] == list(range(5))
+    assert entries(tmp_path)[0]["prompts"][1] == {"text": "a fox", "weight": 2.0}
+    with Image.open("samples/strip.png") as strip, Image.open("samples/film.gif") as film:
+        assert strip.size == (5 * 16, 16) and film.n_frames >= 2
+    code, out, _ = call(*FAST, "a dog", "a fox", "--interpolate", "3")
+    assert code == 0 and "3 pictures from 00005.png on, strip_00005.png and film_00005.gif" in out
+
+
+def test_reranking_and_the_options_of_guidance(call, tmp_path, checkpoint):
+    code, _, _ = call(
+        *FAST, "a dog", "-n", "2", "--rerank", "3", "--negative", "blurry", "--guidance-interval", "0.1", "0.9",
+        "--guidance-rescale", "0.5", "--precision", "bf16", "--low-memory", "--tile", "32",
+    )  # fmt: skip
+    assert code == 0
+    for i, entry in enumerate(entries(tmp_path)):
+        assert -1 <= entry["similarity"] <= 1 and entry["seed"] in (i, i + 2, i + 4)
+        assert (entry["negative"], entry["rerank"], entry["precision"]) == ("blurry", 3, "bf16")
+        assert (entry["guidance_interval"], entry["guidance_rescale"]) == ([0.1, 0.9], 0.5)
+    code, _, _ = call(*FAST, "a dog", "-n", "1", "--autoguidance", str(checkpoint))
+    assert code == 0 and entries(tmp_path)[2]["autoguidance"] == str(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["a", "--strength", "0.5"], "--mask and --strength belong to an --init-image"),
+        (["a", "--init-image", "dog.png", "--strength", "1.5"], "strength: a share from 0 to 1 is needed, not 1.5"),
+        (["a", "--init-image", "none.png"], "none.png: no such image file"),
+        (["a", "--init-image", "dog.png", "--mask", "small.png"], "mask: it is 3x3 pixels, the image 30x24"),
+        (["a", "--init-image", "dog.png", "--mask", "black.png"], "nothing in it is white"),
+        (["a", "--interpolate", "4"], "two or more stations"),
+        (["a", "b", "c", "--interpolate", "2"], "2 frames are fewer than the 3 prompts"),
+        (["a", "b", "--interpolate", "4", "-n", "2"], "--interpolate does not go with -n"),
+        (["a", "b", "--interpolate", "4", "--negative", "c"], "--interpolate does not go with --negative"),
+        (["a", "--guidance-interval", "0.9", "0.1"], "guidance interval: two times 0 <= first <= last <= 1"),
+        (["a", "--guidance-rescale", "2"], "guidance rescale: a share from 0 to 1"),
+        (["a", "--tile", "12"], "tile: a multiple of 8 pixels from 32 on is needed, not 12"),
+        (["a", "--rerank", "0"], "a whole number from 1 on is needed"),
+        (["a", "--sampler", "unipc", "--spacing", "cosine"], "spacing"),
+        (["a", "--sampler", "plms", "--spacing", "karras"], "no such key: 'spacing'"),
+        (["a", "--precision", "fp8"], "--precision"),
+        (["a", "--autoguidance", "none.safetensors"], "none.safetensors: no such file"),
+    ],
+)
+def test_one_line_for_each_mistake_of_these(call, tmp_path, dog, args, message):
+    Image.new("L", (3, 3), 255).save(tmp_path / "small.png")
+    Image.new("L", dog.size, 0).save(tmp_path / "black.png")
+    code, _, err = call("--device", "cpu", *args)
+    assert code == 2 and message in err and "Traceback" not in err
+    assert len([line for line in err.splitlines() if line.strip()]) == 1
+    assert not (tmp_path / "samples").exists()
