@@ -85,7 +85,8 @@ def test_inpainting_leaves_the_rest_as_it_was(sampler, photo, mask, name):
     painted[..., 2:7, 1:5] = True  # every element with a white pixel in it
     difference = (latents_of(sampler, **options) - known).abs()
     assert difference.masked_select(~painted).max() < 2e-4  # rounding: eps is (x - alpha * x0) / sigma there
-    assert difference.masked_select(painted).min() > 1e-3
+    # Of an element's four channels one may come out as it was by chance, hardly all of them.
+    assert difference.amax(1, keepdim=True).masked_select(painted).min() > 1e-3
 
 
 def test_a_picture_of_another_size_is_cut_to_its_middle(sampler):
