@@ -161,6 +161,14 @@ def cover(image: Image.Image, size: int) -> Image.Image:
 
     Transparent images are laid over white. Sizes are rounded, so that nothing has to be padded.
     """
+    image = opaque(image)
+    short = min(image.size)
+    width, height = (round(side * size / short) for side in image.size)
+    return _centre(image.resize((width, height), Image.Resampling.LANCZOS), size, size)
+
+
+def opaque(image: Image.Image) -> Image.Image:
+    """Return an image of any mode as RGB, laid over white where it is transparent; of a long strip only the middle."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -168,8 +176,7 @@ def cover(image: Image.Image, size: int) -> Image.Image:
     short = min(image.size)
     if max(image.size) > LONGEST * short:
         image = _centre(image, *(min(side, LONGEST * short) for side in image.size))
-    width, height = (round(side * size / short) for side in image.size)
-    return _centre(image.resize((width, height), Image.Resampling.LANCZOS), size, size)
+    return image
 
 
 def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
