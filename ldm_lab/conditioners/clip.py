@@ -189,7 +189,8 @@ class CLIP(nn.Module):
     def resize(self, images: Tensor) -> Tensor:
         """Return images in [0, 1] of any size, [B, 3, H, W], as the tower's [B, 3, S, S], as the model was trained.
 
-        Antialiased and clamped; what it differs from open_clip's transform of 8-bit images is their rounding.
+        What open_clip does to Pillow images, done to tensors: antialiased, clamped and rounded to 8 bits. The two
+        differ, where a value lies between two levels of 255, by one level, bilinear by two (`tests/test_clip.py`).
         """
         from open_clip.transform import center_crop_or_pad
 
@@ -203,9 +204,11 @@ class CLIP(nn.Module):
             ratio = min(ratios) if mode == "shortest" else max(ratios)
             sides = [max(1, round(side / ratio)) for side in images.shape[-2:]]
         bilinear = self.preprocess_cfg["interpolation"] == "bilinear"
-        images = F.interpolate(images, sides, mode="bilinear" if bilinear else "bicubic", antialias=True)
+        for step in ([images.shape[-2], sides[1]], sides):  # as Pillow: rows, then columns, both rounded to 8 bits
+            images = F.interpolate(images, step, mode="bilinear" if bilinear else "bicubic", antialias=True)
+            images = (images * 255).round().clamp(0, 255) / 255  # [B, 3, ...]
         fill = self.preprocess_cfg["fill_color"] / 255
-        return center_crop_or_pad(images.clamp(0, 1), [height, width], fill=fill)  # [B, 3, S, S]
+        return center_crop_or_pad(images, [height, width], fill=fill)  # [B, 3, S, S]
 
     def normalize(self, images: Tensor) -> Tensor:
         """Return images in [0, 1], [B, 3, H, W], with the model's mean taken off and its deviation divided out."""
@@ -387,7 +390,8 @@ def _nearest(given: str, known: list[str]) -> str:
     near = difflib.get_close_matches(str(given).lower(), folded, n=4, cutoff=0.5)
     if near:
         return f"Nearest: {', '.join(folded[name] for name in near)}."
-    return f"Known: {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}." if known else "It has none."
+    more = f" and {len(known) - 12} more" if len(known) > 12 else ""
+    return f"Known: {', '.join(known[:12])}{more}." if known else "It has none."
 
 
 # -------------------------------------------------------------------------------------------------- calling open_clip
