@@ -44,10 +44,7 @@ def cover(
 
     Transparent images are laid over white. Sizes are rounded, so that nothing has to be padded.
     """
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+    image = _rgb(image)
     # As a fraction, so that the side that just fits comes out exactly.
     wanted, given = (width, image.width) if width * image.height >= height * image.width else (height, image.height)
     limit = LONGEST * max(width, height) * given // wanted
@@ -55,6 +52,20 @@ def cover(
         image = _centre(image, *(min(side, limit) for side in image.size))
     resized = tuple(round(side * wanted / given) for side in image.size)
     return _centre(image if resized == image.size else image.resize(resized, resample), width, height)
+
+
+def opaque(image: Image.Image) -> Image.Image:
+    """Return an image of any mode as RGB, laid over white where it is transparent; of a long strip only the middle."""
+    image = _rgb(image)
+    limit = LONGEST * min(image.size)
+    return _centre(image, *(min(side, limit) for side in image.size)) if max(image.size) > limit else image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def _centre(image: Image.Image, width: int, height: int) -> Image.Image:

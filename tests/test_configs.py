@@ -60,6 +60,19 @@ def test_yfcc_cfg_is_the_original_run():
     assert recipe["checkpoint"]["keep_every"] == 50_000
 
 
+def test_yfcc_clip_differs_from_yfcc_cfg_in_nothing_but_the_conditioner():
+    clip, cloob = load_filled(CONFIGS / "yfcc_clip.yaml"), load_filled(CONFIGS / "yfcc_cfg.yaml")
+    assert {key for key in {*clip, *cloob} if clip.get(key) != cloob.get(key)} == {"run", "conditioner"}
+    assert clip["conditioner"] == {
+        "name": "clip", "model": "ViT-B-16", "pretrained": "laion2b_s34b_b88k", "weights": None, "dropout": 0.2,
+    }  # fmt: skip
+    clip["conditioner"] = {"name": "clip", "model": "ViT-L-14-quickgelu", "pretrained": "openai"}
+    with torch.device("meta"):
+        task = part_class("task", {"name": "diffusion"})(clip, read_weights=False)
+    assert task.frozen["conditioner"].embed_dim == 768, "the denoiser takes any width"
+    assert task.model.mapping[0].main[0].in_features == 768 + 128
+
+
 def test_ema_stages_are_the_original_s():
     ema = build("ema", load_filled(CONFIGS / "yfcc_cfg.yaml")["ema"])
     steps = {0: 0.99, 19_999: 0.99, 20_000: 0.999, 199_999: 0.999, 200_000: 0.9999, 10**9: 0.9999}

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm_lab.checkpoints import cloob_pickle, compvis
+from ldm_lab.checkpoints import cloob_pickle, compvis, open_clip_weights
 from ldm_lab.checkpoints.files import existing_file, is_safetensors, read_safetensors, sha256, write_safetensors
-from ldm_lab.config import USE_KEYS, build, check_section
+from ldm_lab.config import USE_KEYS, build, check_section, part_class
 from ldm_lab.errors import UserError, unknown
 
 FORMAT = "ldm_lab"
@@ -20,6 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 IMPORTERS: dict[tuple[str, str], Callable[[Path], tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]]] = {
     ("autoencoder", "kl_f8"): compvis.read,
     ("conditioner", "cloob"): cloob_pickle.read,
+    ("conditioner", "clip"): open_clip_weights.read,
 }
 
 
@@ -63,19 +64,37 @@ def load_part(role: str, section: dict[str, Any], read_weights: bool = True) -> 
         UserError: missing, damaged or foreign file; weights of another architecture.
     """
     given = {key: value for key, value in section.items() if key not in USE_KEYS[role]}
-    if not section.get("weights") or not read_weights:
+    path = weights_path(role, section) if read_weights else None
+    if path is None:
         module = build(role, given)
     else:
-        path = find_weights(section["weights"])
         state, config = read_part(path, role, given["name"])
         for key, value in given.items():
             if key in config and config[key] != value:
                 raise UserError(f"{role}.{key}: {value!r} is asked for, but {path} holds {config[key]!r}")
         module = build(role, {**config, **given})
+        if hasattr(module, "renamed"):  # a part that knows under which names its weights are published
+            state = module.renamed(state)
         load_strictly(module, state, path)
     if section.get("scale") is not None:
         module.scale.fill_(section["scale"])
     return module.eval().requires_grad_(False)
+
+
+def weights_path(role: str, section: dict[str, Any]) -> Path | None:
+    """Return the file with the weights of a config section, or None if there is none and its part is as initialised.
+
+    A class with `published(section) -> Path` knows where its weights are published; it downloads them if need be.
+
+    Raises:
+        UserError: no such file, no such part, or the download failed.
+    """
+    if not section:
+        return None
+    cls = part_class(role, section)
+    if section.get("weights"):
+        return find_weights(section["weights"])
+    return cls.published(section) if hasattr(cls, "published") else None
 
 
 def find_weights(name: str) -> Path:
@@ -134,6 +153,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], path: str | Path)
     module.load_state_dict(state, assign=False)
 
 
-def weights_sha256(section: dict[str, Any]) -> str:
-    """Return the checksum of the weights file that a section names."""
-    return sha256(find_weights(section["weights"]))
+def weights_sha256(role: str, section: dict[str, Any]) -> str | None:
+    """Return the checksum of the file with the weights of a config section (see `weights_path`), None without one."""
+    path = weights_path(role, section)
+    return None if path is None else sha256(path)

@@ -527,12 +527,13 @@ def _load_frozen(role: str, section: dict[str, Any], moved: str | Path | None, t
         section = {**section, "weights": str(moved)}
     try:
         part = load_part(role, section)
-        given = weights_sha256(section)
+        given = weights_sha256(role, section)
     except UserError as error:
         hint = "" if moved else f"; if it lies elsewhere, say where: --{role} FILE"
         raise UserError(f"{role} of the checkpoint: {error}{hint}") from None
     if trained_with and given != trained_with:
-        log.warning("%s: not the %s file that the model was trained with", section["weights"], role)
+        name = section.get("weights") or section.get("pretrained") or section.get("model")
+        log.warning("%s: not the %s file that the model was trained with", name, role)
     return part
 
 

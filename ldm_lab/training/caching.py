@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ldm_lab.checkpoints.parts import load_part, weights_sha256
-from ldm_lab.config import build, register
+from ldm_lab.checkpoints.parts import load_part, weights_path, weights_sha256
+from ldm_lab.config import USE_KEYS, build, register
 from ldm_lab.data.cache import META, CacheWriter, complete, read_meta
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.errors import UserError
@@ -67,7 +67,7 @@ def make_cache(config: dict[str, Any], folder: Path, device: str | None = None) 
         UserError: frozen parts without weights, data that are a cache already, a folder that holds something else.
     """
     for role in ENCODERS:
-        if not (config.get(role) or {}).get("weights"):
+        if weights_path(role, config.get(role) or {}) is None:
             raise UserError(f"{role}.weights: has to be given; a cache is made with trained parts")
     if "image_size" not in config["data"]:
         raise UserError("data: images are needed to make a cache, and this is one already")
@@ -93,12 +93,19 @@ def make_cache(config: dict[str, Any], folder: Path, device: str | None = None) 
 
 
 def description(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what a cache is made with: the images, and the checksums of the parts that encode them."""
+    """Return what a cache is made with: the images, the parts that encode them, and the checksums of their weights."""
     loading = ("batch_size", "workers", "max_skipped")
+    architecture = {  # a file need not say it all: the same CLIP with another activation gives other embeddings
+        f"{role}.{key}": value
+        for role in ENCODERS
+        for key, value in config[role].items()
+        if key != "name" and key not in USE_KEYS[role]
+    }
     return {
         "image_size": config["data"]["image_size"],
         "data": {key: value for key, value in config["data"].items() if key not in loading},
         "seed": config.get("seed", 0),
         "workers": config["data"].get("workers"),  # the order, and so the place to go on from, depends on it
-        **{role: weights_sha256(config[role]) for role in ENCODERS},
+        **architecture,
+        **{role: weights_sha256(role, config[role]) for role in ENCODERS},
     }

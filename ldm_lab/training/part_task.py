@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ldm_lab.checkpoints.files import is_safetensors, read_pickled
 from ldm_lab.checkpoints.parts import FORMAT, find_weights, read_part, save_part
-from ldm_lab.config import USE_KEYS, build
+from ldm_lab.config import USE_KEYS, build, part_class
 from ldm_lab.errors import UserError
 from ldm_lab.training.task import Task
 
@@ -31,6 +31,10 @@ class PartTask(Task):
             raise UserError(
                 f"{self.PART}.{frozen_only[0]}: is for a frozen network, and this task trains it: "
                 "say its architecture, and init_from=FILE to begin with trained weights"
+            )
+        if hasattr(part_class(self.PART, config[self.PART]), "published"):
+            raise UserError(
+                f"{self.PART}.name: {config[self.PART]['name']!r} is used as published, it is not trained here"
             )
         super().__init__(config, read_weights)
         section = config.get("loss") or {"name": self.LOSS.part_name}

@@ -51,9 +51,8 @@ class Task(LightningModule):
         self.ema_schedule = build("ema", config["ema"]) if config.get("ema") is not None else None
         self.frozen: dict[str, nn.Module] = {}
         sections = {role: config.get(role) or {} for role in USE_KEYS} if read_weights else {}
-        self.frozen_sha256 = {
-            role: weights_sha256(section) for role, section in sections.items() if section.get("weights")
-        }
+        checksums = {role: weights_sha256(role, section) for role, section in sections.items()}
+        self.frozen_sha256 = {role: checksum for role, checksum in checksums.items() if checksum is not None}
         self.batches_seen = 0  # on this rank, since the run's very first batch
 
     def adopt(self, model: nn.Module) -> None:
