@@ -73,6 +73,13 @@ def test_yfcc_clip_differs_from_yfcc_cfg_in_nothing_but_the_conditioner():
     assert task.model.mapping[0].main[0].in_features == 768 + 128
 
 
+def test_ccld_finetune_goes_on_with_the_released_model():
+    finetune, released = load_filled(CONFIGS / "ccld_finetune.yaml"), load_filled(CONFIGS / "yfcc_cfg.yaml")
+    assert finetune["denoiser"] == {**released["denoiser"], "gradient_checkpointing": True}
+    for section in ("autoencoder", "conditioner", "objective"):
+        assert finetune[section] == released[section]
+
+
 def test_ema_stages_are_the_original_s():
     ema = build("ema", load_filled(CONFIGS / "yfcc_cfg.yaml")["ema"])
     steps = {0: 0.99, 19_999: 0.99, 20_000: 0.999, 199_999: 0.999, 200_000: 0.9999, 10**9: 0.9999}

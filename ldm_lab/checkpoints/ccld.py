@@ -1,4 +1,5 @@
-"""Importer of the U-Nets of JD-P/cloob-latent-diffusion: sampling and training checkpoints."""
+"""Importer of JD-P/cloob-latent-diffusion: the U-Nets in its sampling and training checkpoints, and the CLOOB in the
+latter."""
 
 import math
 from pathlib import Path
@@ -6,11 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
+from ldm_lab.checkpoints import cloob_pickle
 from ldm_lab.checkpoints.foreign import part_of, read_state_dict
 from ldm_lab.errors import UserError
 
 MAPPING_FEATURES, PIXEL_FEATURES = 128, 16  # Fourier features of t beside the embedding, and beside the latent
 FIRST = "net.0.main.0.weight"
+RAW, AVERAGED = "model.", "model_ema."  # prefixes in a training checkpoint
+FROZEN = {"autoencoder": "ae_model.", "conditioner": "cloob."}  # role -> prefix there
+IMAGE_SIZE, DROPOUT = 256, 0.2  # fixed in the original's programs
 
 
 def read(path: str | Path, ema: bool = True) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
@@ -28,8 +33,19 @@ def read(path: str | Path, ema: bool = True) -> tuple[dict[str, Tensor], dict[st
     Raises:
         UserError: missing or damaged file, or not such a U-Net.
     """
-    tensors, _ = read_state_dict(path, "CCLD checkpoint")
-    wanted = "model_ema." if ema else "model."
+    return unet(read_state_dict(path, "CCLD checkpoint")[0], path, ema)
+
+
+def is_one(tensors: dict[str, Tensor]) -> bool:
+    """Return whether a file's tensors are named as the original names them."""
+    return any(prefix + FIRST in tensors for prefix in ("", RAW, AVERAGED))
+
+
+def unet(
+    tensors: dict[str, Tensor], path: str | Path, ema: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """Return what `read` does, of the tensors in the file at `path`."""
+    wanted = AVERAGED if ema else RAW
     if FIRST in tensors:
         state = dict(tensors)
     elif wanted + FIRST in tensors:
@@ -51,6 +67,39 @@ def read(path: str | Path, ema: bool = True) -> tuple[dict[str, Tensor], dict[st
         "embed_dim": embed_dim,
     }
     return state, config, extra
+
+
+def model(tensors: dict[str, Tensor], path: str | Path, ema: bool = True) -> tuple[dict, dict[str, Tensor], dict]:
+    """Return `(config, state_dict, extra)` of a CCLD checkpoint as `ldm_lab.checkpoints.models.read_model` does.
+
+    A sampling checkpoint does not say what its autoencoder and its CLOOB were: these sections lack `weights`. A
+    training checkpoint holds both, so that their `weights` are the file itself.
+    """
+    state, architecture, facts = unet(tensors, path, ema)
+    within = {role: any(n.startswith(prefix) for n in tensors) for role, prefix in FROZEN.items()}
+    weights = {role: {"weights": str(path)} if there else {} for role, there in within.items()}
+    scale = {} if facts["autoencoder_scale"] is None else {"scale": facts["autoencoder_scale"]}
+    config = {
+        "task": "diffusion",
+        "autoencoder": {"name": "kl_f8", **weights["autoencoder"], **scale},
+        "conditioner": {"name": "cloob", **weights["conditioner"], "dropout": DROPOUT},
+        "denoiser": {"name": "ccld_unet", **architecture},
+        "objective": {"name": "v_cosine"},
+    }
+    return config, state, {"image_size": str(IMAGE_SIZE)}
+
+
+def read_cloob(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """Return `(state_dict, config, extra)` of the CLOOB inside a training checkpoint.
+
+    Raises:
+        UserError: missing or damaged file, or no such model in it.
+    """
+    state = part_of(read_state_dict(path, "CCLD checkpoint")[0], FROZEN["conditioner"])
+    try:
+        return state, cloob_pickle.infer_config(state), {}
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(f"{path}: no complete CLOOB in it ({error} is missing or misshapen)") from None
 
 
 def infer_config(state: dict[str, Tensor]) -> dict[str, Any]:

@@ -6,13 +6,19 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm_lab.checkpoints.files import existing_file, is_safetensors, read_pickled, read_safetensors, write_safetensors
+from ldm_lab.checkpoints import ccld
+from ldm_lab.checkpoints.files import existing_file, write_safetensors
+from ldm_lab.checkpoints.foreign import part_of, read_state_dict
 from ldm_lab.checkpoints.parts import FORMAT
 from ldm_lab.errors import UserError
 
 # What a config inside a model file must not bring along: a data section may hold shell commands (`pipe:`), and the
 # rest concerns the run alone.
 RUN_SECTIONS = ("data", "resume", "init_from", "logging", "trainer", "checkpoint", "demo")
+
+# Models that other programs trained: `is_one(tensors) -> bool` recognises a file's tensors by their names, and
+# `model(tensors, path, ema)` returns what `read_model` does.
+IMPORTERS = (ccld,)
 
 
 def save_model(path: str | Path, state: dict[str, Tensor], config: dict[str, Any], extra: dict[str, str]) -> None:
@@ -25,35 +31,58 @@ def read_model(path: str | Path, ema: bool = True) -> tuple[dict[str, Any], dict
     """Return `(config, state_dict, extra)` of a trained model.
 
     Args:
-        path: our `ema.safetensors`, or a `.ckpt` of a run.
-        ema: of a `.ckpt`, take the averaged weights; else the raw ones.
+        path: our `ema.safetensors`, a `.ckpt` of a run, or another program's file (`IMPORTERS`).
+        ema: of a training checkpoint, take the averaged weights; else the raw ones.
 
     Returns:
         The config as plain data (its run sections are left out), the denoiser's weights under its own names, and
         text such as the step and the checksums of the frozen parts.
 
     Raises:
-        UserError: missing, damaged or foreign file.
+        UserError: missing, damaged or unknown file.
     """
     path = existing_file(path, "checkpoint")
-    if is_safetensors(path):
-        state, metadata = read_safetensors(path)
-        if metadata.get("format") != FORMAT or metadata.get("role") != "model":
-            holds = f"a {metadata['role']}" if metadata.get("format") == FORMAT else "no config"
-            raise UserError(f"{path}: not a trained model of ldm_lab's: it holds {holds}")
-        try:
-            config = json.loads(metadata.pop("config"))
-        except (KeyError, json.JSONDecodeError):
-            raise UserError(f"{path}: its config is not readable") from None
-        return config, state, {k: v for k, v in metadata.items() if k not in ("format", "role")}
-    content = read_pickled(path, mmap=True)
-    run = content.get(FORMAT)
-    if not isinstance(run, dict) or not isinstance(run.get("config"), dict):
+    tensors, rest = read_state_dict(path, "checkpoint")
+    if rest.get("format") == FORMAT:
+        return _exported(path, tensors, rest)
+    if FORMAT in rest:
+        return _of_run(path, tensors, rest, ema)
+    for importer in IMPORTERS:
+        if importer.is_one(tensors):
+            return importer.model(tensors, path, ema)
+    raise UserError(f"{path}: not a trained model: neither one of ldm_lab's nor of cloob-latent-diffusion's")
+
+
+def _exported(
+    path: Path, state: dict[str, Tensor], metadata: dict[str, str]
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """Return what `read_model` does, of a safetensors file of ours."""
+    if metadata.get("role") != "model":
+        raise UserError(f"{path}: not a trained model of ldm_lab's: it holds a {metadata.get('role')}")
+    try:
+        config = json.loads(metadata["config"])
+    except (KeyError, json.JSONDecodeError):
+        raise UserError(f"{path}: its config is not readable") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: its config is not readable")
+    return config, state, {key: text for key, text in metadata.items() if key not in ("format", "role", "config")}
+
+
+def _of_run(
+    path: Path, tensors: dict[str, Tensor], rest: dict[str, Any], ema: bool
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """Return what `read_model` does, of a run's `.ckpt`."""
+    run = rest[FORMAT]
+    held = run.get("model", run.get("config")) if isinstance(run, dict) else None
+    if not isinstance(held, dict):
         raise UserError(f"{path}: not a checkpoint of ldm_lab's (it holds no config)")
-    averaged = ema and any(name.startswith("model_ema.") for name in content["state_dict"])
-    prefix = "model_ema." if averaged else "model."
-    state = {n.removeprefix(prefix): v for n, v in content["state_dict"].items() if n.startswith(prefix)}
-    config = {key: value for key, value in run["config"].items() if key not in RUN_SECTIONS}
-    extra = {"step": str(content.get("global_step")), **run.get("frozen", {})}
-    size = (run["config"].get("data") or {}).get("image_size")
+    try:
+        whole = json.loads(json.dumps(held))
+    except (TypeError, ValueError, RecursionError):
+        raise UserError(f"{path}: its config is more than plain data") from None
+    averaged = ema and any(name.startswith("model_ema.") for name in tensors)
+    state = part_of(tensors, "model_ema." if averaged else "model.")
+    config = {key: value for key, value in whole.items() if key not in RUN_SECTIONS}
+    extra = {"step": str(rest.get("global_step")), **run.get("frozen", {})}
+    size = (whole.get("data") or {}).get("image_size")
     return config, state, {**extra, "image_size": str(size)} if size else extra

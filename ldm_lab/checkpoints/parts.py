@@ -1,6 +1,7 @@
 """Frozen parts from their config section: `{name, weights, ...}` -> a module with its weights in place."""
 
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm_lab.checkpoints import cloob_pickle, compvis, open_clip_weights
+from ldm_lab.checkpoints import ccld, cloob_pickle, compvis, open_clip_weights
 from ldm_lab.checkpoints.files import existing_file, is_safetensors, read_safetensors, sha256, write_safetensors
 from ldm_lab.config import USE_KEYS, build, check_section, part_class
 from ldm_lab.errors import UserError, unknown
@@ -19,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # (role, name) of a part -> reader of the released files that hold its weights under the original's names.
 IMPORTERS: dict[tuple[str, str], Callable[[Path], tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]]] = {
     ("autoencoder", "kl_f8"): compvis.read,
-    ("conditioner", "cloob"): cloob_pickle.read,
+    ("conditioner", "cloob"): lambda path: (ccld.read_cloob if zipfile.is_zipfile(path) else cloob_pickle.read)(path),
     ("conditioner", "clip"): open_clip_weights.read,
 }
 
@@ -151,6 +152,34 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], path: str | Path)
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{path}: weights of another architecture: {'; '.join(problems[:3])}{more}")
     module.load_state_dict(state, assign=False)
+
+
+def load_fitting(module: nn.Module, state: dict[str, Tensor], path: str | Path) -> list[str]:
+    """Load those tensors whose name and shape are the module's, and leave its others as they are.
+
+    Args:
+        module: the network.
+        state: its weights, or those of a network of the same kind with, say, a wider embedding.
+        path: where they are from, for the message.
+
+    Returns:
+        What was not loaded, and why, a line each.
+
+    Raises:
+        UserError: less than half of the module's numbers would come from the file: it is of another architecture.
+    """
+    own = module.state_dict()
+    fits = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
+    if sum(value.numel() for value in fits.values()) < 0.5 * sum(value.numel() for value in own.values()):
+        load_strictly(module, state, path)  # says what is different
+    module.load_state_dict({**own, **fits})
+    missing = [f"{name} stays as initialised: the file does not have it" for name in own if name not in state]
+    other = [
+        f"{name} stays as initialised: {list(state[name].shape)} in the file, {list(own[name].shape)} here"
+        for name in own
+        if name in state and name not in fits
+    ]
+    return missing + other + [f"{name} of the file is not of this architecture" for name in state if name not in own]
 
 
 def weights_sha256(role: str, section: dict[str, Any]) -> str | None:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm_lab.checkpoints.models import read_model
-from ldm_lab.checkpoints.parts import load_part, load_strictly, weights_sha256
+from ldm_lab.checkpoints.parts import load_part, load_strictly, weights_path, weights_sha256
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
 from ldm_lab.guidance import guided, null_weight
@@ -527,9 +527,11 @@ def _load_frozen(role: str, section: dict[str, Any], moved: str | Path | None, t
         section = {**section, "weights": str(moved)}
     try:
         part = load_part(role, section)
-        given = weights_sha256(role, section)
+        if weights_path(role, section) is None and any(True for _ in part.parameters()):
+            raise UserError("the file does not say where its weights are")
+        given = weights_sha256(role, section) if trained_with else None
     except UserError as error:
-        hint = "" if moved else f"; if it lies elsewhere, say where: --{role} FILE"
+        hint = "" if moved else f"; --{role} FILE says where it is"
         raise UserError(f"{role} of the checkpoint: {error}{hint}") from None
     if trained_with and given != trained_with:
         name = section.get("weights") or section.get("pretrained") or section.get("model")

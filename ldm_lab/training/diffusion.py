@@ -8,9 +8,10 @@ from pytorch_lightning import Callback
 from torch import Tensor
 
 from ldm_lab.checkpoints.models import read_model, save_model
-from ldm_lab.checkpoints.parts import load_part
+from ldm_lab.checkpoints.parts import FORMAT, load_part
 from ldm_lab.config import build, register
 from ldm_lab.errors import UserError
+from ldm_lab.training.logs import say
 from ldm_lab.training.task import Task
 from ldm_lab.training.timesteps import TIMESTEPS
 
@@ -84,24 +85,42 @@ class DiffusionTask(Task):
         self.timesteps = draw(self.seed, self.global_rank, self.trainer.world_size)
 
     def initial_weights(self, path: str) -> tuple[dict[str, Tensor], str]:
-        _, state, extra = read_model(path)
+        config, state, extra = read_model(path)
+        ours = self.run_config["denoiser"]["name"]
+        theirs, part = (s if isinstance(s := config.get(role), dict) else {} for role in ("denoiser", "autoencoder"))
+        if theirs.get("name") != ours:
+            raise UserError(f"init_from: {path} holds the denoiser {theirs.get('name')!r}, denoiser.name is {ours!r}")
+        scale, before = getattr(self.frozen["autoencoder"], "scale", None), part.get("scale")
+        if scale is not None and isinstance(before, float) and before > 0 and abs(float(scale) / before - 1) > 0.01:
+            say(
+                f"init_from: these weights were trained on latents divided by {before:g}, this run divides by "
+                f"{float(scale):g} (autoencoder.scale={before:g} would be theirs)"
+            )
         return state, f"weights of {path} (step {extra.get('step', 'unknown')})"
 
     def callbacks(self, folder: Path) -> list[Callback]:
         demo = self.run_config.get("demo")
         return [build("demo", demo, folder)] if demo is not None else []
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[FORMAT]["model"] = self.model_config()
+
     def export(self, folder: Path, dtype: torch.dtype) -> None:
         """Write `ema.safetensors`: the averaged denoiser with the config that rebuilds it."""
+        size = self.trainer.datamodule.source.image_size
+        extra = {"step": str(self.trainer.global_step), "image_size": str(size), **self.frozen_sha256}
+        state = {name: value.to(dtype) for name, value in self.best_model.state_dict().items()}
+        save_model(folder / "ema.safetensors", state, self.model_config(), extra)
+
+    def model_config(self) -> dict[str, Any]:
+        """Return the run's config with what the model was trained with written out, whatever the config left open."""
         config = dict(self.run_config)
         if hasattr(self.frozen["autoencoder"], "scale"):  # the scale that was trained with is authoritative
             scale = float(self.frozen["autoencoder"].scale)
             config["autoencoder"] = {**config["autoencoder"], "scale": scale}
         config["conditioner"] = {**config["conditioner"], "dropout": self.dropout}
-        size = self.trainer.datamodule.source.image_size
-        extra = {"step": str(self.trainer.global_step), "image_size": str(size), **self.frozen_sha256}
-        state = {name: value.to(dtype) for name, value in self.best_model.state_dict().items()}
-        save_model(folder / "ema.safetensors", state, config, extra)
+        return config
 
 
 def drop(cond: dict[str, Tensor], null: dict[str, Tensor], keep: Tensor) -> dict[str, Tensor]:

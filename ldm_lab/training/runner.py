@@ -10,7 +10,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from ldm_lab.checkpoints.files import atomic_write, read_pickled
-from ldm_lab.checkpoints.parts import FORMAT, load_strictly
+from ldm_lab.checkpoints.parts import FORMAT, load_fitting
 from ldm_lab.config import build, part_class, register, to_yaml
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.errors import UserError
@@ -104,10 +104,12 @@ def build_task(config: dict[str, Any]) -> Task:
     task = part_class("task", {"name": config.get("task", "diffusion")})(config)
     if config.get("init_from"):
         state, what = task.initial_weights(config["init_from"])
-        load_strictly(task.model, state, config["init_from"])
+        left = load_fitting(task.model, state, config["init_from"])
         if task.model_ema is not None:
             task.model_ema.load_state_dict(task.model.state_dict())
         say(f"init_from: {what}, fresh optimizer")
+        for line in left:
+            say(f"init_from: {line}")
     return task
 
 
