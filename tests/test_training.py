@@ -187,6 +187,23 @@ def test_kill_minus_nine_leaves_a_whole_checkpoint(here, program):
     assert steps == sorted(set(steps)), "rows past the checkpoint were dropped, not doubled"
 
 
+def test_checkpoints_by_the_clock(here, program):
+    yaml = make_run(here, trainer={"max_steps": 6})
+    often = ["checkpoint={every: null, seconds: 0.001, keep: 3}", "run=often"]
+    assert program("train", "--config", yaml, *often)[0] == 0
+    assert sorted(path.name for path in (here / "runs/often").glob("*.ckpt")) == [
+        "last.ckpt", *(f"step={step:08d}.ckpt" for step in (4, 5, 6)),
+    ]  # fmt: skip
+    seldom = ["checkpoint={every: null, seconds: 10000, keep: 3}", "run=seldom"]
+    assert program("train", "--config", yaml, *seldom)[0] == 0
+    assert [path.name for path in sorted((here / "runs/seldom").glob("*.ckpt"))] == ["last.ckpt", "step=00000006.ckpt"]
+    both = ["checkpoint={every: 4, seconds: 10000, keep_every: 4}", "run=both"]
+    assert program("train", "--config", yaml, *both)[0] == 0
+    assert [path.name for path in sorted((here / "runs/both").glob("*.ckpt"))] == ["last.ckpt", "step=00000004.ckpt"]
+    code, _, err = program("train", "--config", yaml, "run=never", "checkpoint={seconds: 0}")
+    assert code == 2 and "checkpoint.seconds: 0" in err
+
+
 SPY = """
 import json, sys, torch
 from pytorch_lightning import Callback
@@ -216,8 +233,11 @@ def test_two_processes_share_weights_and_demos_but_not_samples(here, program):
     )
     (here / "spy.py").write_text(SPY)
     two = ["trainer.devices=2", "trainer.strategy=ddp"]
-    result = run_program("spy.py", yaml, "trainer.max_steps=20", *two, cwd=here)
+    clock = ["checkpoint={every: null, seconds: 0.001, keep: 2}"]
+    result = run_program("spy.py", yaml, "trainer.max_steps=20", *clock, *two, cwd=here)
     assert result.returncode == 0, result.stderr[-3000:]
+    numbered = sorted(path.name for path in (here / "runs/tiny").glob("step=*.ckpt"))
+    assert numbered == ["step=00000010.ckpt", "step=00000020.ckpt"]
     zero, one = (json.loads((here / f"tiny_{rank}.json").read_text()) for rank in (0, 1))
     assert zero["world"] == 2
     assert zero["total"] == one["total"]

@@ -1,6 +1,8 @@
-"""Images in files of their own: a list of paths, or all images below a folder. A caption lies beside its image."""
+"""Images in files of their own: a list of paths, or all images below a folder. A caption lies beside its image, or is
+the name of its folder."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +14,60 @@ from ldm_lab.errors import UserError
 
 
 class FileSource(ImageSource):
-    """Base class: image files, named relative to `root`; `photo.txt` beside `photo.jpg` holds its caption."""
+    """Base class: image files, named relative to `root`.
+
+    `photo.txt` beside `photo.jpg` holds its caption, or else `photo.json` does, under `caption` (img2dataset's *files*
+    layout has both).
+
+    Args:
+        limit: use this many images only, evenly spread over the sorted list; null uses all.
+    """
 
     unit = "images"
     root: Path
+
+    def __init__(self, *, limit: int | None = None, **common: Any):
+        super().__init__(**common)
+        self.limit = limit
 
     def names(self) -> list[str]:
         """Return the image paths, absolute or relative to `root`. Raises UserError where there are none."""
         raise NotImplementedError
 
     def open(self) -> None:
-        self._names = Strings.pack(self.names())
+        names = self.names()
+        if self.limit is not None and self.limit < len(names):
+            names = [names[i * len(names) // self.limit] for i in range(self.limit)]
+        if self.require_text and not any(map(self.may_have_caption, names)):
+            raise UserError(
+                f"data.path: none of the {len(names):,} images has a caption: no photo.txt (or photo.json) lies beside "
+                "a photo.jpg, and data.require_text asks for captions"
+            )
+        self._names = Strings.pack(names)
         self.count = len(self._names)
+
+    def may_have_caption(self, name: str) -> bool:
+        """Return whether there is a file that an image's caption could be in."""
+        path = self.root / name
+        return path.with_suffix(".txt").is_file() or path.with_suffix(".json").is_file()
 
     def read(self, index: int) -> Raw:
         """Return the file of an index and its caption. Raises Skip."""
         name = self._names[index]
         path = self.root / name
-        caption = path.with_suffix(".txt")
         try:
-            return Raw(name, path.read_bytes(), caption.read_bytes() if caption.is_file() else None)
+            return Raw(name, path.read_bytes(), *self.caption_files(path))
         except FileNotFoundError:
             raise Skip("missing file", name) from None
         except OSError:
             raise Skip("unreadable file", name) from None
+
+    def caption_files(self, path: Path) -> tuple[bytes | None, bytes | None]:
+        """Return the text and, where there is none, the JSON beside an image."""
+        text, metadata = path.with_suffix(".txt"), path.with_suffix(".json")
+        if text.is_file():
+            return text.read_bytes(), None
+        return None, metadata.read_bytes() if metadata.is_file() else None
 
     def decode(self, item: int, order: Order) -> dict[str, Any]:
         return super().decode(self.read(item), order)
@@ -94,3 +126,46 @@ class Folder(FileSource):
             hint = f", but {shards} .tar files: name: webdataset reads those" if shards else ""
             raise UserError(f"data.path: no image below {self.root}{hint}; looked for {', '.join(IMAGE_EXTENSIONS)}")
         return sorted(names)  # whatever order the file system has
+
+
+@register("data", "class_folders")
+class ClassFolders(Folder):
+    """Images sorted into one folder per class, whose name is their caption, as in Stanford Dogs.
+
+    `n02085620-Chihuahua/n02085620_199.jpg` has the caption "Chihuahua", `n02105412-flat-coated_retriever/...`
+    "flat-coated retriever": a WordNet number in front goes, underscores are spaces. The class is the folder directly
+    below `path`.
+
+    Args:
+        caption: the caption with `{}` in the place of the class, such as "a photo of a {}".
+    """
+
+    def __init__(self, *, caption: str = "{}", **common: Any):
+        super().__init__(**common)
+        self.caption = caption
+
+    @staticmethod
+    def check(section: dict[str, Any]) -> list[str]:
+        """Return what is wrong with the values of a section."""
+        problems = ImageSource.check(section)
+        if section.get("caption", "{}").count("{}") != 1:
+            problems.append(f"caption: one {{}} is needed, where the class goes, not {section['caption']!r}")
+        return problems
+
+    def names(self) -> list[str]:
+        names = [name for name in super().names() if os.sep in name]
+        if not names:
+            raise UserError(f"data.path: no class folder with images below {self.root}; a class is a folder of its own")
+        return names
+
+    def may_have_caption(self, name: str) -> bool:
+        return True
+
+    def caption_files(self, path: Path) -> tuple[bytes | None, bytes | None]:
+        folder = path.relative_to(self.root).parts[0]
+        return self.caption.replace("{}", class_name(folder)).encode(errors="surrogateescape"), None
+
+
+def class_name(folder: str) -> str:
+    """Return the class in a folder's name: "n02105412-flat-coated_retriever" -> "flat-coated retriever"."""
+    return re.sub(r"^n\d{8}[-_]", "", folder).replace("_", " ").strip()

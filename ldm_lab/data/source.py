@@ -1,6 +1,7 @@
 """What all sources have in common: their options, and how an image sample is made of its raw parts."""
 
 import inspect
+import json
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -21,13 +22,25 @@ class Raw(NamedTuple):
         key: its name, unique in the data set as far as the user keeps it so.
         image: an encoded image of any format that Pillow reads.
         text: the caption, UTF-8.
-        json: metadata, as img2dataset writes them.
+        json: metadata, as img2dataset writes them; its `caption` is taken where there is no text.
     """
 
     key: str
     image: bytes | None
     text: bytes | None = None
     json: bytes | None = None
+
+
+def caption_of(item: Raw) -> str:
+    """Return a sample's caption, stripped; "" if it has none."""
+    if item.text is None and item.json is not None:
+        try:
+            metadata = json.loads(item.json)
+        except ValueError:  # not JSON, not UTF-8
+            return ""
+        caption = metadata.get("caption") if isinstance(metadata, dict) else None
+        return caption.strip() if isinstance(caption, str) else ""
+    return (item.text or b"").decode("utf-8-sig", errors="replace").strip()
 
 
 class Skip(Exception):
@@ -84,8 +97,9 @@ class Source:
             ("image_size", 1),
             ("min_size", 0),
             ("shuffle_buffer", 0),
+            ("limit", 1),
         ):
-            if section.get(key, least) < least:
+            if section.get(key) is not None and section[key] < least:
                 problems.append(f"{key}: at least {least} is needed, not {section[key]}")
         if not 0 <= section.get("max_skipped", 0) < 1:
             problems.append(f"max_skipped: a share in [0, 1) is needed, not {section['max_skipped']}")
@@ -158,7 +172,7 @@ class ImageSource(Source):
         """Return {"image": uint8 [3, S, S], "text": str, "key": str}. Raises Skip."""
         if item.image is None:
             raise Skip("no image", item.key)
-        text = (item.text or b"").decode("utf-8-sig", errors="replace").strip()
+        text = caption_of(item)
         if self.require_text and not text:
             raise Skip("no caption", item.key)
         random = order.random("augment", item.key)

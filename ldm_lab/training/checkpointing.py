@@ -1,5 +1,6 @@
 """Writing checkpoints: all that is needed to go on (`last.ckpt`, `step=....ckpt`), and the exported model."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from ldm_lab.config import register
 from ldm_lab.errors import UserError
 
 LAST = "last.ckpt"
+DEFAULT_EVERY = 1000  # optimizer steps
+ASK_EVERY = 10  # optimizer steps between questions for the time among several processes, as they wait for the answer
 
 
 class SafeCheckpointIO(CheckpointIO):
@@ -34,13 +37,14 @@ class SafeCheckpointIO(CheckpointIO):
 
 @register("checkpoint")
 class Checkpointing(Callback):
-    """Save every N optimizer steps and at the end, keep the newest few, export the model each time."""
+    """Save every N optimizer steps, or every so many seconds, and at the end; keep the newest few, export each time."""
 
     def __init__(
         self,
         folder: Path,
         *,
-        every: int = 1000,
+        every: int | None = None,
+        seconds: float | None = None,
         keep: int = 3,
         keep_every: int | None = None,
         half_export: bool = False,
@@ -49,31 +53,45 @@ class Checkpointing(Callback):
 
         Args:
             folder: the run's folder.
-            every: optimizer steps between `last.ckpt` (and exports).
+            every: optimizer steps between `last.ckpt` (and exports); by default 1000, or none if `seconds` is given.
+            seconds: time between `last.ckpt` (and exports), instead of steps or beside them.
             keep: numbered checkpoints that are kept, the newest ones; 0 keeps `last.ckpt` alone.
-            keep_every: optimizer steps between numbered checkpoints; by default `every`.
+            keep_every: optimizer steps between numbered checkpoints; by default they come as often as `last.ckpt`.
             half_export: export in float16, at half the size; 11 bits are enough to use a network, not to train it on.
         """
-        self.folder, self.every, self.keep = folder, every, keep
-        self.keep_every = keep_every or every
+        self.folder, self.keep, self.keep_every = folder, keep, keep_every
+        self.every, self.seconds = every or (DEFAULT_EVERY if seconds is None else None), seconds
         self.export_dtype = torch.float16 if half_export else torch.float32
         self.saved_at = -1
+        self.saved_when = 0.0  # on the monotonic clock
 
     @staticmethod
     def check(section: dict) -> list[str]:
         """Return what is wrong across keys."""
-        every, keep_every = section.get("every", 1000), section.get("keep_every")
-        problems = [f"every: {every} is not a positive number of steps"] if every < 1 else []
+        every, seconds, keep_every = (section.get(key) for key in ("every", "seconds", "keep_every"))
+        problems = [] if every is None or every >= 1 else [f"every: {every} is not a positive number of steps"]
+        if seconds is not None and not 0 < seconds < float("inf"):
+            problems.append(f"seconds: {seconds} is not a positive time")
+        every = every or (DEFAULT_EVERY if seconds is None else 1)
         if keep_every is not None and every > 0 and (keep_every < 1 or keep_every % every):
             problems.append(f"keep_every: {keep_every} is not a multiple of every ({every})")
         return problems
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         self.saved_at = trainer.global_step  # nothing new yet
+        self.saved_when = time.monotonic()
 
     def on_train_batch_end(self, trainer: Trainer, task: LightningModule, *_: Any) -> None:
-        if trainer.global_step % self.every == 0 and trainer.global_step != self.saved_at:
+        if trainer.global_step != self.saved_at and self.is_due(trainer):
             self.save(trainer, task)
+
+    def is_due(self, trainer: Trainer) -> bool:
+        """Return whether it is time to save; all ranks go by the first one's clock, as all take part in saving."""
+        if self.every is not None and trainer.global_step % self.every == 0:
+            return True
+        if self.seconds is None or (trainer.world_size > 1 and trainer.global_step % ASK_EVERY):
+            return False
+        return trainer.strategy.broadcast(time.monotonic() - self.saved_when >= self.seconds)
 
     def on_train_end(self, trainer: Trainer, task: LightningModule) -> None:
         if trainer.global_step != self.saved_at:
@@ -82,12 +100,13 @@ class Checkpointing(Callback):
     def save(self, trainer: Trainer, task: LightningModule) -> None:
         """Write `last.ckpt`, the numbered checkpoint if one is due, and the export; then delete the oldest."""
         step = self.saved_at = trainer.global_step
+        self.saved_when = time.monotonic()
         trainer.save_checkpoint(self.folder / LAST, weights_only=False)
         if not trainer.is_global_zero:
             return
         verify(self.folder / LAST, step)
         task.export(self.folder, self.export_dtype)
-        if self.keep and step % self.keep_every == 0:
+        if self.keep and self.is_numbered(step):
             numbered = self.folder / f"step={step:08d}.ckpt"
             numbered.unlink(missing_ok=True)
             try:
@@ -100,6 +119,11 @@ class Checkpointing(Callback):
                         file.write(chunk)
             for old in sorted(self.folder.glob("step=*.ckpt"))[: -self.keep]:
                 old.unlink()
+
+    def is_numbered(self, step: int) -> bool:
+        """Return whether the checkpoint of a step also gets a file of its own."""
+        every = self.keep_every or self.every
+        return (self.seconds is not None and self.keep_every is None) or step % every == 0
 
 
 def verify(path: Path, step: int) -> None:

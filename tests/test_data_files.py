@@ -1,0 +1,90 @@
+"""Folders as people have them: img2dataset's files, Stanford Dogs, image and text pairs; a limited number of images."""
+
+import json
+
+import pytest
+from data_sets import encoded, keys, module, take, write_files
+
+from ldm_lab.config import build
+from ldm_lab.data.files import class_name
+from ldm_lab.errors import UserError
+
+
+def captions(section: dict) -> dict[str, str]:
+    batches = take(module({"workers": 0, "batch_size": 1, **section}, epochs=1))
+    return {key: text for batch in batches for key, text in zip(batch["key"], batch["text"])}
+
+
+def test_the_files_layout_of_img2dataset(tmp_path):
+    """As sbucaptions lies on the disk: failed downloads have a JSON and no image, statistics lie beside the folders."""
+    for n in range(4):
+        folder = tmp_path / f"0000{n % 2}"
+        folder.mkdir(exist_ok=True)
+        failed = n == 3
+        metadata = {"caption": f"from json {n}", "status": "failed_to_download" if failed else "success"}
+        (folder / f"00000000{n}.json").write_text(json.dumps(metadata))
+        if not failed:
+            (folder / f"00000000{n}.jpg").write_bytes(encoded(n, kind="jpeg"))
+    (tmp_path / "00000" / "000000000.txt").write_text("from txt 0\n")
+    (tmp_path / "00000_stats.json").write_text("{}")
+    assert captions({"name": "folder", "path": str(tmp_path), "require_text": True}) == {
+        "00000/000000000.jpg": "from txt 0",
+        "00000/000000002.jpg": "from json 2",
+        "00001/000000001.jpg": "from json 1",
+    }
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"caption": null}', '{"caption": 3}', "{}", "\udcff"])
+def test_metadata_without_a_caption(tmp_path, content):
+    (tmp_path / "a.png").write_bytes(encoded(1))
+    (tmp_path / "a.json").write_bytes(content.encode(errors="surrogateescape"))
+    assert captions({"name": "folder", "path": str(tmp_path)}) == {"a.png": ""}
+    data = module({"name": "folder", "path": str(tmp_path), "require_text": True, "batch_size": 1}, epochs=1)
+    take(data)
+    assert data.skipped == {"no caption": 1}
+
+
+def test_stanford_dogs(tmp_path):
+    folders = ("n02085620-Chihuahua", "n02105412-flat-coated_retriever", "n02089078-black-and-tan_coonhound")
+    for i, folder in enumerate(folders):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{folder[:9]}_{i}.png").write_bytes(encoded(i))
+    (tmp_path / "loose.png").write_bytes(encoded(9))
+    found = captions({"name": "class_folders", "path": str(tmp_path), "require_text": True})
+    assert set(found.values()) == {"Chihuahua", "flat-coated retriever", "black-and-tan coonhound"}
+    assert len(found) == 3, "an image in no class folder has no class"
+    found = captions({"name": "class_folders", "path": str(tmp_path), "caption": "a photo of a {}"})
+    assert "a photo of a Chihuahua" in found.values()
+    with pytest.raises(UserError, match=r"data\.caption: one {} is needed"):
+        build("data", {"name": "class_folders", "path": "x", "caption": "a dog", "image_size": 8, "batch_size": 1})
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "a.png").write_bytes(encoded(1))
+    with pytest.raises(UserError, match="no class folder with images"):
+        module({"name": "class_folders", "path": str(tmp_path / "flat")})
+
+
+def test_names_of_classes():
+    assert class_name("n02113624-toy_poodle") == "toy poodle"
+    assert class_name("golden retriever") == "golden retriever"
+    assert class_name("n0211-x") == "n0211-x"
+
+
+@pytest.mark.parametrize("name", ["folder", "image_list"])
+def test_a_limit_is_spread_evenly(tmp_path, name):
+    write_files(tmp_path / "images", 20)
+    path = tmp_path / ("images" if name == "folder" else "list.txt")
+    section = {"name": name, "path": str(path), "batch_size": 1}
+    every = sorted(keys(take(module(section, epochs=1))))
+    few = sorted(keys(take(module({**section, "limit": 5}, epochs=1))))
+    assert few == every[::4]
+    assert sorted(keys(take(module({**section, "limit": 100}, epochs=1)))) == every
+    assert sorted(keys(take(module({**section, "limit": None}, epochs=1)))) == every
+    with pytest.raises(UserError, match="limit: at least 1"):
+        module({**section, "limit": 0})
+
+
+def test_captions_are_asked_for_and_there_are_none(tmp_path):
+    for n in range(3):
+        (tmp_path / f"{n}.png").write_bytes(encoded(n))
+    with pytest.raises(UserError, match=r"none of the 3 images has a caption: no photo\.txt"):
+        module({"name": "folder", "path": str(tmp_path), "require_text": True})
