@@ -236,6 +236,7 @@ def test_two_processes_share_weights_and_demos_but_not_samples(here, program):
     clock = ["checkpoint={every: null, seconds: 0.001, keep: 2}"]
     result = run_program("spy.py", yaml, "trainer.max_steps=20", *clock, *two, cwd=here)
     assert result.returncode == 0, result.stderr[-3000:]
+    assert "data: 160 samples read, none skipped" in result.stdout, "both processes' samples"
     numbered = sorted(path.name for path in (here / "runs/tiny").glob("step=*.ckpt"))
     assert numbered == ["step=00000010.ckpt", "step=00000020.ckpt"]
     zero, one = (json.loads((here / f"tiny_{rank}.json").read_text()) for rank in (0, 1))

@@ -64,9 +64,16 @@ class DataModule(LightningDataModule):
         """Samples of this rank that had to be skipped so far, by reason."""
         return Counter(self._progress.counts.skipped)
 
-    def summary(self) -> str:
-        """Return one line: samples read by this rank so far, and those skipped by reason with examples."""
-        return f"data: {self._progress.counts}"
+    def summary(self, states: list[dict[str, Any]] | None = None) -> str:
+        """Return one line: samples read so far, and those skipped by reason with examples.
+
+        Args:
+            states: all ranks' `rank_state()`; by default this rank's alone is counted.
+        """
+        counts = Counts()
+        for state in states or [self.rank_state()]:
+            counts.add(Counts(**state["counts"]))
+        return f"data: {counts}"
 
     def prepare_data(self) -> None:
         self.source.prepare()

@@ -18,7 +18,7 @@ from ldm_lab.training.caching import training_data
 from ldm_lab.training.checkpointing import LAST, SafeCheckpointIO
 from ldm_lab.training.interrupt import Interrupt
 from ldm_lab.training.logs import StepProgress, quiet_lightning, say
-from ldm_lab.training.task import Task
+from ldm_lab.training.task import Task, gather
 
 RUNS = Path("runs")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true")
@@ -91,7 +91,16 @@ class TrainerOptions:
 
 class Bookkeeping(Callback):
     """Counts batches and tells the data which of them were consumed; first of the callbacks, so that what a
-    checkpoint saves after a batch includes that batch."""
+    checkpoint saves after a batch includes that batch.
+
+    Attributes:
+        data_states: at the end of training, where each rank stands in the data and what it skipped.
+    """
+
+    data_states: list[dict[str, Any]] | None = None
+
+    def on_train_end(self, trainer: Trainer, task: Task) -> None:
+        self.data_states = gather(trainer.datamodule.rank_state())
 
     def on_train_batch_end(self, trainer: Trainer, task: Task, outputs: Any, batch: Any, index: int) -> None:
         task.batches_seen += 1
@@ -121,7 +130,8 @@ def run(config: dict[str, Any]) -> int:
     logging = build("logging", config.get("logging"))
     data = DataModule(build("data", training_data(config)), seed=config.get("seed", 0))
     interrupt = Interrupt()
-    callbacks: list[Callback] = [Bookkeeping(), resume]
+    bookkeeping = Bookkeeping()
+    callbacks: list[Callback] = [bookkeeping, resume]
     kind = part_class("task", {"name": config.get("task", "diffusion")})
     changes = resume.differences(config, kind.NETWORK) if resume.path else []
     task = build_task(config)
@@ -141,7 +151,7 @@ def run(config: dict[str, Any]) -> int:
         if hasattr(trainer.strategy.launcher, "kill"):  # the other ranks would wait for this one for half an hour
             trainer.strategy.launcher.kill(signal.SIGKILL)
         raise
-    report(trainer, folder, data, interrupt)
+    report(trainer, folder, data.summary(bookkeeping.data_states), interrupt)
     # Only the first rank tells: Lightning kills it, perhaps while it saves, when another one leaves with a code.
     return 128 + interrupt.received if interrupt.received and trainer.is_global_zero else 0
 
@@ -162,9 +172,9 @@ def announce(config: dict[str, Any], folder: Path, resumed: Path | None, changes
 
 
 @rank_zero_only
-def report(trainer: Trainer, folder: Path, data: DataModule, interrupt: Interrupt) -> None:
-    """Say where the run ended, what was skipped, and where the results are."""
-    print(data.summary())
+def report(trainer: Trainer, folder: Path, data: str, interrupt: Interrupt) -> None:
+    """Say where the run ended, what was read and skipped, and where the results are."""
+    print(data)
     if interrupt.received:
         print(f"stopped at step {trainer.global_step} and saved: resume.checkpoint=last goes on")
     print(f"step {trainer.global_step}: {folder / LAST}, logs in {folder / 'metrics.csv'}")
