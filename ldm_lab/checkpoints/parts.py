@@ -8,19 +8,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm_lab.checkpoints import cloob_pickle, compvis, open_clip_weights
-from ldm_lab.checkpoints.files import existing_file, is_safetensors, read_safetensors, sha256, write_safetensors
+from ldm_lab.checkpoints import ccld, cloob_pickle, compvis, diffusers_vae, open_clip_weights
+from ldm_lab.checkpoints.files import (
+    FORMAT,
+    existing_file,
+    is_safetensors,
+    read_safetensors,
+    sha256,
+    write_safetensors,
+)
+from ldm_lab.checkpoints.formats import KINDS, kind_of
 from ldm_lab.config import USE_KEYS, build, check_section, part_class
 from ldm_lab.errors import UserError, unknown
 
-FORMAT = "ldm_lab"
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-# (role, name) of a part -> reader of the released files that hold its weights under the original's names.
-IMPORTERS: dict[tuple[str, str], Callable[[Path], tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]]] = {
-    ("autoencoder", "kl_f8"): compvis.read,
-    ("conditioner", "cloob"): cloob_pickle.read,
-    ("conditioner", "clip"): open_clip_weights.read,
+Reader = Callable[[Path], tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]]
+# (role, name) of a part -> kind of file (`formats.KINDS`) -> reader of those released files with its weights in them.
+IMPORTERS: dict[tuple[str, str], dict[str, Reader]] = {
+    ("autoencoder", "kl_f8"): {
+        "compvis": compvis.read,
+        "ccld_training": compvis.read,
+        "diffusers": diffusers_vae.read,
+    },
+    ("conditioner", "cloob"): {
+        "cloob_pickle": cloob_pickle.read,
+        "ccld_training": lambda path: ccld.read_cloob(path),
+    },
+    ("conditioner", "clip"): {"clip": open_clip_weights.read},
 }
 
 
@@ -38,7 +53,7 @@ def save_part(
         module: the part; its class is registered.
         section: its config section, of which the keys of its architecture are stored.
         extra: further text metadata, such as what was measured.
-        dtype: of the stored weights; float16 halves the file.
+        dtype: of the stored weights; float16 halves the file. Single numbers, such as the latent scale, stay exact.
     """
     role, name = module.part_role, module.part_name
     architecture = {key: value for key, value in section.items() if key not in ("name", *USE_KEYS.get(role, {}))}
@@ -48,7 +63,8 @@ def save_part(
         "config": json.dumps({"name": name, **architecture}),
         **(extra or {}),
     }
-    write_safetensors(path, {name: value.to(dtype) for name, value in module.state_dict().items()}, metadata)
+    state = {name: value.to(dtype) if value.ndim else value for name, value in module.state_dict().items()}
+    write_safetensors(path, state, metadata)
 
 
 def load_part(role: str, section: dict[str, Any], read_weights: bool = True) -> nn.Module:
@@ -98,10 +114,16 @@ def weights_path(role: str, section: dict[str, Any]) -> Path | None:
 
 
 def find_weights(name: str) -> Path:
-    """Return the path of a weights file; a relative one is looked for here, then in the repository's folder."""
+    """Return the path of a weights file; a relative one is looked for here, then in the repository's folder.
+
+    A folder of diffusers' stands for the file with the weights in it.
+    """
     for folder in (Path(), REPOSITORY):
-        if (folder / Path(name).expanduser()).is_file():
-            return folder / Path(name).expanduser()
+        path = folder / Path(name).expanduser()
+        if path.is_file():
+            return path
+        if path.is_dir() and name:
+            return diffusers_vae.find(path)
     return existing_file(name, "weights")
 
 
@@ -122,7 +144,12 @@ def read_part(path: Path, role: str, name: str) -> tuple[dict[str, Tensor], dict
     if (role, name) not in IMPORTERS:
         known = [n for r, n in IMPORTERS if r == role]
         raise UserError(f"{path}: not a file of ldm_lab's, and {unknown(f'importer for a {role}', name, known)}")
-    state, config, _ = IMPORTERS[role, name](path)
+    readers = IMPORTERS[role, name]
+    kind = kind_of(path)
+    if kind not in readers:
+        readable = " or ".join(KINDS[known] for known in readers)
+        raise UserError(f"{path}: not {readable}: it holds {KINDS[kind]}")
+    state, config, _ = readers[kind](path)
     return state, {"name": name, **config}
 
 
