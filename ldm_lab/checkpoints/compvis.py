@@ -56,10 +56,10 @@ def _read(path: Path, shown: str) -> tuple[dict[str, Tensor], dict[str, Any], di
         tensors, _ = read_state_dict(path, "autoencoder")
     except UserError as error:
         raise UserError(str(error).replace(str(path), shown)) from None
-    prefix = next((p for p in PREFIXES if f"{p}encoder.conv_in.weight" in tensors), None)
+    prefix = _prefix(tensors)
     if prefix is None:
         raise UserError(f"{shown}: not a CompVis autoencoder: 'encoder.conv_in.weight' is not in it")
-    state = {name: value for name, value in part_of(tensors, prefix).items() if name.startswith(OURS)}
+    state = own(tensors)
     try:
         config = infer_config(state)
     except (KeyError, IndexError, ZeroDivisionError) as error:
@@ -74,6 +74,17 @@ def _read(path: Path, shown: str) -> tuple[dict[str, Tensor], dict[str, Any], di
     # CompVis's latent diffusion multiplies by its scale_factor, CCLD divides.
     state["scale"] = torch.tensor(1 / scale if prefix == "first_stage_model." else scale)  # []
     return state, config, {"scale_known": factor is not None}
+
+
+def own(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Return the autoencoder's tensors among those of a file, under their names in the autoencoder."""
+    prefix = _prefix(tensors)
+    inner = {} if prefix is None else part_of(tensors, prefix)
+    return {name: value for name, value in inner.items() if name.startswith(OURS)}
+
+
+def _prefix(tensors: dict[str, Any]) -> str | None:
+    return next((prefix for prefix in PREFIXES if f"{prefix}encoder.conv_in.weight" in tensors), None)
 
 
 def infer_config(state: dict[str, Tensor]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ A file is told by its container (safetensors, a zip, a pickle, a folder) and by 
 is executed, and of a safetensors file or a zip no more is read than the names and shapes.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from ldm_lab.checkpoints import ccld, cloob_pickle, compvis, diffusers_vae, open
 from ldm_lab.checkpoints.files import FORMAT, existing_file, is_safetensors
 from ldm_lab.checkpoints.foreign import read_state_dict
 from ldm_lab.checkpoints.released_zip import is_release, opened
+from ldm_lab.config import USE_KEYS, check_section
 from ldm_lab.errors import UserError
 
 # What `Found.kind` may be -> what it is, in words.
@@ -35,6 +37,7 @@ DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64},
     **{"I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool},
 }  # safetensors' names
+MODEL_ROLES = ("autoencoder", "conditioner", "denoiser", "objective")
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before its zips: the pickle of a magic number
 
 
@@ -112,6 +115,38 @@ def kind_of(path: Path) -> str:
     if path.is_file() and not is_release(path) and _is_plain_pickle(path):
         return "cloob_pickle"
     return recognise(path).kind
+
+
+def part_config(path: Path, metadata: dict[str, str]) -> tuple[str, dict[str, Any]]:
+    """Return `(role, config)` from the metadata of a safetensors file of ours. Raises UserError if they make no sense.
+
+    The role of a whole model is "model".
+    """
+    try:
+        config = json.loads(metadata.get("config", ""))
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: its config is not readable")
+    role = metadata.get("role")
+    if role not in ("model", *USE_KEYS):
+        raise UserError(f"{path}: holds a part of an unknown role, {str(role)[:100]!r}")
+    return role, config
+
+
+def config_problems(config: Any) -> list[str]:
+    """Return what is wrong with the sections of a model's config that sampling builds, each with its key path."""
+    if not isinstance(config, dict):
+        return [f"config: a mapping of sections is needed, not {str(config)[:100]!r}"]
+    task = config.get("task", "diffusion")
+    if not isinstance(task, str):
+        return [f"config.task: text is needed, not {str(task)[:100]!r}"]
+    return [
+        problem
+        for role in MODEL_ROLES
+        if role in config
+        for problem in check_section(role, config[role], f"config.{role}")
+    ]
 
 
 def _by_names(tensors: dict[str, Any]) -> str:

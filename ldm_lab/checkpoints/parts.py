@@ -17,7 +17,7 @@ from ldm_lab.checkpoints.files import (
     sha256,
     write_safetensors,
 )
-from ldm_lab.checkpoints.formats import KINDS, kind_of
+from ldm_lab.checkpoints.formats import KINDS, kind_of, part_config
 from ldm_lab.config import USE_KEYS, build, check_section, part_class
 from ldm_lab.errors import UserError, unknown
 
@@ -84,17 +84,33 @@ def load_part(role: str, section: dict[str, Any], read_weights: bool = True) -> 
     if path is None:
         module = build(role, given)
     else:
-        state, config = read_part(path, role, given["name"])
-        for key, value in given.items():
-            if key in config and config[key] != value:
-                raise UserError(f"{role}.{key}: {value!r} is asked for, but {path} holds {config[key]!r}")
-        module = build(role, {**config, **given})
-        if hasattr(module, "renamed"):  # a part that knows under which names its weights are published
-            state = module.renamed(state)
-        load_strictly(module, state, path)
+        module, _ = read_module(role, given, path)
     if section.get("scale") is not None:
         module.scale.fill_(section["scale"])
     return module.eval().requires_grad_(False)
+
+
+def read_module(role: str, given: dict[str, Any], path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a part with the weights in a file, and the section with all that the file says of its architecture.
+
+    Args:
+        role: "autoencoder" or "conditioner".
+        given: its name, and constructor keys that the file does not say, or that have to agree with it.
+        path: our own file, or a released one.
+
+    Raises:
+        UserError: missing, damaged or foreign file; weights of another architecture.
+    """
+    state, config = read_part(path, role, given["name"])
+    for key, value in given.items():
+        if key in config and config[key] != value:
+            raise UserError(f"{role}.{key}: {value!r} is asked for, but {path} holds {config[key]!r}")
+    section = {**config, **given}
+    module = build(role, section)
+    if hasattr(module, "renamed"):  # a part that knows under which names its weights are published
+        state = module.renamed(state)
+    load_strictly(module, state, path)
+    return module, section
 
 
 def weights_path(role: str, section: dict[str, Any]) -> Path | None:
@@ -132,9 +148,9 @@ def read_part(path: Path, role: str, name: str) -> tuple[dict[str, Tensor], dict
     if is_safetensors(path):
         state, metadata = read_safetensors(path)
         if metadata.get("format") == FORMAT:
-            config = _config(path, metadata)
-            if metadata.get("role") != role:
-                raise UserError(f"{path}: holds a {metadata.get('role')}, not a {role}")
+            held, config = part_config(path, metadata)
+            if held != role:
+                raise UserError(f"{path}: holds a {held}, not a {role}")
             if config.get("name") != name:
                 raise UserError(f"{path}: holds the {role} {config.get('name')!r}, but {role}.name is {name!r}")
             problems = check_section(role, config, f"{path}: config")
@@ -153,19 +169,14 @@ def read_part(path: Path, role: str, name: str) -> tuple[dict[str, Tensor], dict
     return state, {"name": name, **config}
 
 
-def _config(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    try:
-        config = json.loads(metadata.get("config", ""))
-    except json.JSONDecodeError:
-        config = None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: its config is not readable")
-    return config
-
-
 def load_strictly(module: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
     """Load a state dict, every name and shape as it should be. Raises UserError that names the first differences."""
-    own = module.state_dict()
+    check_strictly(module.state_dict(), state, path)
+    module.load_state_dict(state, assign=False)
+
+
+def check_strictly(own: dict[str, Tensor], state: dict[str, Tensor], path: str | Path) -> None:
+    """Raise UserError with the first differences in names and shapes between a module's own tensors and a file's."""
     problems = []
     problems += [f"{name} is missing" for name in own if name not in state]
     problems += [f"{name} is not of this architecture" for name in state if name not in own]
@@ -177,7 +188,6 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], path: str | Path)
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{path}: weights of another architecture: {'; '.join(problems[:3])}{more}")
-    module.load_state_dict(state, assign=False)
 
 
 def weights_sha256(role: str, section: dict[str, Any]) -> str | None:
