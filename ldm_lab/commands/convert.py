@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--raw: is for training checkpoints, {args.source} is {KINDS[found.kind]}")
     if args.part is not None and found.kind != "ccld_training":
         raise UserError(f"--part: is for training checkpoints of cloob-latent-diffusion, not {KINDS[found.kind]}")
+    if args.given and found.kind not in ("part", *RELEASED) and args.part is None:
+        raise UserError(f"{args.given[0]}: is for files with a part in them, {args.source} is {KINDS[found.kind]}")
     dtype = torch.float16 if args.half else torch.float32
     part = _part(args, found)
     if part is None:
@@ -138,8 +140,6 @@ def _part(args: argparse.Namespace, found: Found) -> tuple[nn.Module, dict[str, 
     if found.kind == "ccld_training" and args.part is not None:
         return *read_module(args.part, {**given, "name": INSIDE[args.part]}, found.path), {}
     if found.kind not in RELEASED:
-        if given:
-            raise UserError(f"{args.given[0]}: is for parts, {args.source} is {KINDS[found.kind]}")
         return None
     role, name = RELEASED[found.kind]
     if name == "clip" and not given:
