@@ -1,6 +1,7 @@
 """The KL-regularised autoencoder of latent diffusion (Rombach et al. 2022, arXiv 2112.10752; CompVis/latent-diffusion).
 
-Parameter names are CompVis's, so that its checkpoints load strictly; `scale` is a buffer beside them.
+Parameter names are CompVis's, so that its checkpoints load strictly; `scale` is a buffer beside them. The name `kl_f8`
+stands for the family: with other multipliers it is kl-f4, f16 or f32, as `downscale` follows from their number.
 """
 
 from typing import Any

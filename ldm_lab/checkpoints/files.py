@@ -5,7 +5,9 @@ import errno
 import hashlib
 import os
 import pickle
+import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +18,8 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from ldm_lab.errors import UserError
+
+FORMAT = "ldm_lab"  # key of our own entries in checkpoints, and value of `format` in a safetensors file of ours
 
 # What torch.load raises, apart from UnpicklingError, for files that are no checkpoints or only parts of one.
 UNREADABLE = (
@@ -51,6 +55,36 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def replaced_folder(path: str | Path) -> Iterator[Path]:
+    """Hand out a new folder that appears at `path` when all of it is written; a failure leaves what was there.
+
+    A folder that is there is replaced with all that is in it. Raises UserError when it cannot be written.
+    """
+    path = Path(path)
+    temporary = old = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+        yield temporary
+        os.chmod(temporary, 0o777 & ~_umask())
+        if path.exists():  # a folder with files in it cannot be renamed onto
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
+            os.replace(path, old / path.name)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if old is not None:
+                os.replace(old / path.name, path)
+            raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        for folder in (temporary, old):
+            if folder is not None and folder.exists():
+                shutil.rmtree(folder)
 
 
 def _umask() -> int:
@@ -105,18 +139,37 @@ def read_pickled(path: str | Path, mmap: bool = False) -> dict[str, Any]:
         UserError: not such a file, damaged, or it holds objects whose loading could execute code.
     """
     try:
+        _refuse_compressed(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         reason = str(error)
-        if "Weights only load failed" in reason and ("GLOBAL" in reason or "Unsupported" in reason):
+        if "Weights only load failed" in reason and ("GLOBAL" in reason or _is_pickle(path)):
             found = next((line.strip() for line in reason.splitlines() if "GLOBAL" in line), "an object of code")
             raise UserError(
                 f"{path}: refused, it holds more than tensors, and loading that could run code ({found})"
             ) from None
         raise UserError(f"{path}: not a readable checkpoint, truncated or damaged") from None
-    except UNREADABLE as error:
+    except UserError:
+        raise
+    except (*UNREADABLE, zipfile.BadZipFile) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(f"{path}: not a readable checkpoint, truncated or damaged ({reason})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: a checkpoint is a dict, this is a {type(content).__name__}")
     return content
+
+
+def _is_pickle(path: str | Path) -> bool:
+    """Return whether a file, or the pickle in a checkpoint's zip, begins as a pickle does."""
+    with open(path, "rb") as file:
+        return zipfile.is_zipfile(path) or file.read(1) == b"\x80"
+
+
+def _refuse_compressed(path: str | Path) -> None:
+    """Raise UserError for a zip with compressed entries: torch never compresses, and these could be of any size."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        compressed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
+    if compressed:
+        raise UserError(f"{path}: refused: {compressed[0][:100]!r} in it is compressed, which no checkpoint is")

@@ -7,6 +7,7 @@ are read here, by an unpickler that answers every name with a function of this f
 import pickle
 import struct
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,6 +20,13 @@ from ldm_lab.errors import UserError
 
 PREFIXES = ("module.", "model.")  # of DistributedDataParallel, of wrappers around CLIP
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # constants in OpenAI's archives
+
+
+def is_one(names: Iterable[str]) -> bool:
+    """Return whether a file's tensors are named as open_clip or OpenAI name those of a CLIP."""
+    prefixes = [prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in names)]
+    inner = [name.removeprefix(prefixes[0]) for name in names] if prefixes else list(names)
+    return any(name.startswith("visual.") for name in inner)
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:

@@ -1,7 +1,6 @@
 """Frozen parts from their config section: `{name, weights, ...}` -> a module with its weights in place."""
 
 import json
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,19 +8,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm_lab.checkpoints import ccld, cloob_pickle, compvis, open_clip_weights
-from ldm_lab.checkpoints.files import existing_file, is_safetensors, read_safetensors, sha256, write_safetensors
+from ldm_lab.checkpoints import ccld, cloob_pickle, compvis, diffusers_vae, open_clip_weights
+from ldm_lab.checkpoints.files import (
+    FORMAT,
+    existing_file,
+    is_safetensors,
+    read_safetensors,
+    sha256,
+    write_safetensors,
+)
+from ldm_lab.checkpoints.formats import KINDS, kind_of, part_config
 from ldm_lab.config import USE_KEYS, build, check_section, part_class
 from ldm_lab.errors import UserError, unknown
 
-FORMAT = "ldm_lab"
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-# (role, name) of a part -> reader of the released files that hold its weights under the original's names.
-IMPORTERS: dict[tuple[str, str], Callable[[Path], tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]]] = {
-    ("autoencoder", "kl_f8"): compvis.read,
-    ("conditioner", "cloob"): lambda path: (ccld.read_cloob if zipfile.is_zipfile(path) else cloob_pickle.read)(path),
-    ("conditioner", "clip"): open_clip_weights.read,
+Reader = Callable[[Path], tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]]
+# (role, name) of a part -> kind of file (`formats.KINDS`) -> reader of those released files with its weights in them.
+IMPORTERS: dict[tuple[str, str], dict[str, Reader]] = {
+    ("autoencoder", "kl_f8"): {
+        "compvis": compvis.read,
+        "ccld_training": compvis.read,
+        "diffusers": diffusers_vae.read,
+    },
+    ("conditioner", "cloob"): {
+        "cloob_pickle": cloob_pickle.read,
+        "ccld_training": ccld.read_cloob,
+    },
+    ("conditioner", "clip"): {"clip": open_clip_weights.read},
 }
 
 
@@ -39,7 +53,7 @@ def save_part(
         module: the part; its class is registered.
         section: its config section, of which the keys of its architecture are stored.
         extra: further text metadata, such as what was measured.
-        dtype: of the stored weights; float16 halves the file.
+        dtype: of the stored weights; float16 halves the file. Single numbers, such as the latent scale, stay exact.
     """
     role, name = module.part_role, module.part_name
     architecture = {key: value for key, value in section.items() if key not in ("name", *USE_KEYS.get(role, {}))}
@@ -49,7 +63,8 @@ def save_part(
         "config": json.dumps({"name": name, **architecture}),
         **(extra or {}),
     }
-    write_safetensors(path, {name: value.to(dtype) for name, value in module.state_dict().items()}, metadata)
+    state = {name: value.to(dtype) if value.ndim else value for name, value in module.state_dict().items()}
+    write_safetensors(path, state, metadata)
 
 
 def load_part(role: str, section: dict[str, Any], read_weights: bool = True) -> nn.Module:
@@ -69,17 +84,33 @@ def load_part(role: str, section: dict[str, Any], read_weights: bool = True) -> 
     if path is None:
         module = build(role, given)
     else:
-        state, config = read_part(path, role, given["name"])
-        for key, value in given.items():
-            if key in config and config[key] != value:
-                raise UserError(f"{role}.{key}: {value!r} is asked for, but {path} holds {config[key]!r}")
-        module = build(role, {**config, **given})
-        if hasattr(module, "renamed"):  # a part that knows under which names its weights are published
-            state = module.renamed(state)
-        load_strictly(module, state, path)
+        module, _ = read_module(role, given, path)
     if section.get("scale") is not None:
         module.scale.fill_(section["scale"])
     return module.eval().requires_grad_(False)
+
+
+def read_module(role: str, given: dict[str, Any], path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a part with the weights in a file, and the section with all that the file says of its architecture.
+
+    Args:
+        role: "autoencoder" or "conditioner".
+        given: its name, and constructor keys that the file does not say, or that have to agree with it.
+        path: our own file, or a released one.
+
+    Raises:
+        UserError: missing, damaged or foreign file; weights of another architecture.
+    """
+    state, config = read_part(path, role, given["name"])
+    for key, value in given.items():
+        if key in config and config[key] != value:
+            raise UserError(f"{role}.{key}: {value!r} is asked for, but {path} holds {config[key]!r}")
+    section = {**config, **given}
+    module = build(role, section)
+    if hasattr(module, "renamed"):  # a part that knows under which names its weights are published
+        state = module.renamed(state)
+    load_strictly(module, state, path)
+    return module, section
 
 
 def weights_path(role: str, section: dict[str, Any]) -> Path | None:
@@ -99,10 +130,16 @@ def weights_path(role: str, section: dict[str, Any]) -> Path | None:
 
 
 def find_weights(name: str) -> Path:
-    """Return the path of a weights file; a relative one is looked for here, then in the repository's folder."""
+    """Return the path of a weights file; a relative one is looked for here, then in the repository's folder.
+
+    A folder of diffusers' stands for the file with the weights in it.
+    """
     for folder in (Path(), REPOSITORY):
-        if (folder / Path(name).expanduser()).is_file():
-            return folder / Path(name).expanduser()
+        path = folder / Path(name).expanduser()
+        if path.is_file():
+            return path
+        if path.is_dir() and name:
+            return diffusers_vae.find(path)
     return existing_file(name, "weights")
 
 
@@ -111,9 +148,9 @@ def read_part(path: Path, role: str, name: str) -> tuple[dict[str, Tensor], dict
     if is_safetensors(path):
         state, metadata = read_safetensors(path)
         if metadata.get("format") == FORMAT:
-            config = _config(path, metadata)
-            if metadata.get("role") != role:
-                raise UserError(f"{path}: holds a {metadata.get('role')}, not a {role}")
+            held, config = part_config(path, metadata)
+            if held != role:
+                raise UserError(f"{path}: holds a {held}, not a {role}")
             if config.get("name") != name:
                 raise UserError(f"{path}: holds the {role} {config.get('name')!r}, but {role}.name is {name!r}")
             problems = check_section(role, config, f"{path}: config")
@@ -123,23 +160,23 @@ def read_part(path: Path, role: str, name: str) -> tuple[dict[str, Tensor], dict
     if (role, name) not in IMPORTERS:
         known = [n for r, n in IMPORTERS if r == role]
         raise UserError(f"{path}: not a file of ldm_lab's, and {unknown(f'importer for a {role}', name, known)}")
-    state, config, _ = IMPORTERS[role, name](path)
+    readers = IMPORTERS[role, name]
+    kind = kind_of(path)
+    if kind not in readers:
+        readable = " or ".join(KINDS[known] for known in readers)
+        raise UserError(f"{path}: not {readable}: it holds {KINDS[kind]}")
+    state, config, _ = readers[kind](path)
     return state, {"name": name, **config}
-
-
-def _config(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    try:
-        config = json.loads(metadata.get("config", ""))
-    except json.JSONDecodeError:
-        config = None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: its config is not readable")
-    return config
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
     """Load a state dict, every name and shape as it should be. Raises UserError that names the first differences."""
-    own = module.state_dict()
+    check_strictly(module.state_dict(), state, path)
+    module.load_state_dict(state, assign=False)
+
+
+def check_strictly(own: dict[str, Tensor], state: dict[str, Tensor], path: str | Path) -> None:
+    """Raise UserError with the first differences in names and shapes between a module's own tensors and a file's."""
     problems = []
     problems += [f"{name} is missing" for name in own if name not in state]
     problems += [f"{name} is not of this architecture" for name in state if name not in own]
@@ -151,7 +188,6 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], path: str | Path)
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{path}: weights of another architecture: {'; '.join(problems[:3])}{more}")
-    module.load_state_dict(state, assign=False)
 
 
 def load_fitting(module: nn.Module, state: dict[str, Tensor], path: str | Path) -> list[str]:

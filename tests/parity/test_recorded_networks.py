@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from compared import check_autoencoder, check_cloob, check_unet
 
-from ldm_lab.autoencoders.kl_f8 import KLAutoencoder, kl, split_moments
+from ldm_lab.autoencoders.kl_f8 import KLAutoencoder
 from ldm_lab.checkpoints import ccld, cloob_pickle, compvis
 from ldm_lab.checkpoints.parts import load_strictly
 from ldm_lab.conditioners import clip_tokens
@@ -28,11 +29,7 @@ def test_ccld_unet(case, tmp_path):
     recorded.expect("autoencoder_scale", extra["autoencoder_scale"], float(scale))
     net = CCLDUNet(extra["channels"], extra["embed_dim"], **config)
     load_strictly(net, state, "unet.pth")
-    for name in recorded.suffixes("x_"):
-        x, t, embed = (recorded.inputs[f"{what}_{name}"] for what in ("x", "t", "embed"))
-        recorded.check(f"v_{name}", net(x, t, embed))
-        if f"mapping_{name}" in recorded.names:
-            recorded.check(f"mapping_{name}", net.conditioning(t, embed))
+    check_unet(recorded, net)
     recorded.finish()
 
 
@@ -46,23 +43,7 @@ def test_kl_autoencoder(case, tmp_path):
         recorded.expect(key, config[key], released[key])
     net = KLAutoencoder(**config)
     load_strictly(net, state, "kl.ckpt")
-    for name in recorded.suffixes("image_"):
-        image, latent, noise = (recorded.inputs[f"{what}_{name}"] for what in ("image", "latent", "noise"))
-        net.scale.fill_(1.0)
-        recorded.check(f"moments_{name}", net.raw_moments(image))
-        recorded.check(f"sample_{name}", net.encode(image, noise))
-        recorded.check(f"decoded_{name}", net.decode(latent))
-        net.scale.fill_(recorded.config["autoencoder_scale"])
-        recorded.check(f"scaled_{name}", net.encode(image, noise))
-        if f"decoded_scaled_{name}" in recorded.names:
-            recorded.check(f"decoded_scaled_{name}", net.decode(recorded.recorded(f"scaled_{name}")))
-    net.scale.fill_(1.0)
-    for name in recorded.suffixes("moments_"):
-        mean, logvar = split_moments(recorded.inputs[f"moments_{name}"])
-        recorded.check(f"mean_{name}", mean)
-        recorded.check(f"logvar_{name}", logvar)
-        recorded.check(f"std_{name}", net.sample(torch.zeros_like(mean), logvar, torch.ones_like(mean)))
-        recorded.check(f"kl_{name}", kl(mean, logvar))
+    check_autoencoder(recorded, net)
     recorded.finish()
 
 
@@ -103,15 +84,7 @@ def test_cloob(case):
     cloob = CLOOB(**released, image_heads=image["n_heads"], text_heads=text["n_heads"])
     load_strictly(cloob, weights, recorded.name)
 
-    pixels, tokens = recorded.inputs["pixels"], recorded.inputs["tokens"].long()
-    recorded.check("resized", cloob.resize(pixels))
-    recorded.check("normalized", cloob.normalize(recorded.recorded("resized")))
-    recorded.check("image_prenorm", cloob.image_encoder(recorded.recorded("normalized")))
-    recorded.check("image_embed", cloob.from_batch({"image": pixels * 2 - 1})["embed"])
-    recorded.check("text_prenorm", cloob.text_encoder(tokens))
-    cloob.tokenize = lambda texts, warn: tokens  # the case has no texts for its tiny vocabulary
-    recorded.check("text_embed", cloob.encode_text(["a text"] * len(tokens)))
-
+    check_cloob(recorded, cloob)
     for name in ("token_ids", "token_ids_wrapper"):
         ids = clip_tokens.tokenize(recorded.json["prompts"], text_size=recorded.recorded(name).shape[1])
         recorded.check(name, ids)

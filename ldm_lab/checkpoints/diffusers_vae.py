@@ -1,0 +1,296 @@
+"""Importer and exporter of diffusers' `AutoencoderKL`: the VAEs of Stable Diffusion 1.x, 2.x and XL and their kin.
+
+The network is CompVis's under other names: `KLAutoencoder`'s levels and blocks are counted from the other end in the
+decoder, and the projections of attention are matrices instead of 1x1 convolutions.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm_lab.checkpoints.files import existing_file, replaced_folder, write_safetensors
+from ldm_lab.checkpoints.foreign import read_state_dict
+from ldm_lab.errors import UserError
+
+CLASS = "AutoencoderKL"
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"
+SUFFIXES = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")  # of WEIGHTS, in order of preference
+MARK = "encoder.down_blocks.0.resnets.0.conv1.weight"  # a name that such a file has
+RESOLUTION = 256  # only gives names to the levels with attention
+LARGEST_CONFIG = 1 << 20  # bytes
+
+# diffusers' options whose other values are other networks -> the values that ours stands for.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "_class_name": (CLASS,),
+    "in_channels": (3,),
+    "out_channels": (3,),
+    "act_fn": ("silu", "swish"),
+    "use_quant_conv": (True,),
+    "use_post_quant_conv": (True,),
+    "mid_block_add_attention": (True,),
+    "shift_factor": (None, 0, 0.0),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+}
+# What is read below, and what says nothing about the network: the size it was trained at, how it is best computed.
+READ = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups", "scaling_factor")
+BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}  # or Attn in front
+QUIET = ("sample_size", "force_upcast")
+
+# Part of a name, ours -> theirs, below a level or the middle; each is the only one of its kind.
+INNER = [("nin_shortcut", "conv_shortcut"), ("downsample", "downsamplers.0"), ("upsample", "upsamplers.0")]
+ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.15
+
+
+def is_one(names: Iterable[str]) -> bool:
+    """Return whether a file's tensors are named as diffusers names those of a VAE."""
+    return MARK in names
+
+
+def find(folder: Path) -> Path:
+    """Return the weights file in a folder as diffusers saves it. Raises UserError if there is none."""
+    for suffix in SUFFIXES:
+        if (folder / f"{WEIGHTS}{suffix}").is_file():
+            return folder / f"{WEIGHTS}{suffix}"
+    hint = f"; did you mean {folder / 'vae'}?" if (folder / "vae" / CONFIG).is_file() else ""
+    raise UserError(f"{folder}: a folder of diffusers' has a {WEIGHTS}.safetensors in it, this one has none{hint}")
+
+
+def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """Return `(state_dict, config, extra)` of a VAE.
+
+    Args:
+        path: a folder with `config.json` and `diffusion_pytorch_model.safetensors` (or `.fp16.safetensors`, `.bin`),
+            or a single file with diffusers' names. Of a file in such a folder the folder's config is taken.
+
+    Returns:
+        The tensors under `KLAutoencoder`'s names, and `scale`, 1 / scaling_factor: diffusers multiplies by its factor,
+        we divide by the scale. Its keyword arguments. Extra: `scale_known`; a file without a config does not say it
+        (0.18215 is that of Stable Diffusion 1.x and 2.x, 0.13025 that of XL), and the scale is 1 then.
+
+    Raises:
+        UserError: missing or damaged file, not such a VAE, or one with options that `KLAutoencoder` does not have.
+    """
+    path = Path(path).expanduser()
+    weights = find(path) if path.is_dir() else existing_file(path, "VAE")
+    theirs = read_config(weights)
+    tensors, _ = read_state_dict(weights, "VAE")
+    if not is_one(tensors):
+        raise UserError(f"{path}: not a VAE of diffusers': {MARK!r} is not in it")
+    tensors = {_modern(name): value for name, value in tensors.items()}
+    try:
+        config = infer_config(tensors)
+    except (KeyError, IndexError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: not a complete VAE of diffusers' ({error} is missing or misshapen)") from None
+    config = {**config, **_checked(theirs, config, weights.parent / CONFIG)}
+    names = {their_name(name, len(config["ch_mult"])): name for name in _our_names(tensors, len(config["ch_mult"]))}
+    state = {names.get(name, name): value for name, value in tensors.items()}
+    for name, value in state.items():
+        if re.search(r"\.attn(_1|\.\d+)\.(q|k|v|proj_out)\.weight$", name) and value.ndim == 2:
+            state[name] = value[:, :, None, None]  # [c, c, 1, 1]
+    factor = theirs.get("scaling_factor")
+    state["scale"] = torch.tensor(1.0 if factor is None else 1.0 / factor)  # []
+    return state, config, {"scale_known": factor is not None}
+
+
+def read_config(weights: Path) -> dict[str, Any]:
+    """Return the config beside a weights file that is called as diffusers calls it; {} if there is none.
+
+    Raises:
+        UserError: it is not readable.
+    """
+    path = weights.parent / CONFIG
+    if not weights.name.startswith(WEIGHTS) or not path.is_file():
+        return {}
+    try:
+        if path.stat().st_size > LARGEST_CONFIG:
+            raise ValueError("it is larger than a mebibyte")
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # of JSON and of UTF-8, too
+        raise UserError(f"{path}: not a readable config: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: a config is a JSON object, this is a {type(config).__name__}")
+    return config
+
+
+def infer_config(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments of `KLAutoencoder` that follow from the shapes of diffusers' tensors.
+
+    Args:
+        tensors: anything with a shape, by diffusers' names.
+
+    Raises:
+        KeyError, IndexError, ZeroDivisionError: tensors that are missing or misshapen.
+    """
+    ch = tensors["encoder.conv_in.weight"].shape[0]
+    levels = _count(tensors, "encoder.down_blocks.{}.resnets.0.conv1.weight")
+    widths = [tensors[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)]
+    attended = [i for i in range(levels) if f"encoder.down_blocks.{i}.attentions.0.group_norm.weight" in tensors]
+    quant = tensors["quant_conv.weight"].shape
+    return {
+        "ch": ch,
+        "ch_mult": [width // ch for width in widths],
+        "num_res_blocks": _count(tensors, "encoder.down_blocks.0.resnets.{}.conv1.weight"),
+        "z_channels": quant[1] // 2,
+        "embed_dim": quant[0] // 2,
+        "attn_resolutions": [RESOLUTION // 2**i for i in attended],
+        "resolution": RESOLUTION,
+    }
+
+
+def _checked(theirs: dict[str, Any], config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return what diffusers' config says beyond the shapes. Raises UserError for options that we do not have."""
+    for key, allowed in FIXED.items():
+        if key in theirs and theirs[key] not in allowed:
+            raise UserError(f"{path}: {key}: only {allowed[0]!r} is supported, not {str(theirs[key])[:100]}")
+    for key, kind in BLOCKS.items():
+        for name in _list(theirs, key, str, path):
+            if name not in (kind, f"Attn{kind}"):
+                raise UserError(f"{path}: {key}: only {kind} and Attn{kind} are supported, not {name[:100]!r}")
+    known = {*FIXED, *READ, *BLOCKS, *QUIET}
+    strange = [key for key, value in theirs.items() if key not in known and not key.startswith("_") and value]
+    if strange:
+        raise UserError(f"{path}: {strange[0][:100]!r} is not known, and may make it another network")
+    widths = [config["ch"] * multiplier for multiplier in config["ch_mult"]]
+    told = {
+        "block_out_channels": (_list(theirs, "block_out_channels", int, path) or widths, widths),
+        "layers_per_block": (theirs.get("layers_per_block", config["num_res_blocks"]), config["num_res_blocks"]),
+        "latent_channels": (theirs.get("latent_channels", config["embed_dim"]), config["embed_dim"]),
+    }
+    for key, (says, holds) in told.items():
+        if says != holds:
+            raise UserError(f"{path}: {key} is {str(says)[:100]}, but the weights beside it have {holds}")
+    factor = theirs.get("scaling_factor")
+    is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
+    if factor is not None and not (is_number and math.isfinite(factor) and factor > 0):
+        raise UserError(f"{path}: scaling_factor has to be a number above 0, not {str(factor)[:100]}")
+    groups = theirs.get("norm_num_groups", 32)
+    if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
+        raise UserError(f"{path}: norm_num_groups has to be a whole number from 1 on, not {str(groups)[:100]}")
+    return {"norm_groups": groups} if theirs else {}  # no shape says it
+
+
+def _list(theirs: dict[str, Any], key: str, kind: type, path: Path) -> list:
+    values = theirs.get(key, [])
+    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+        raise UserError(f"{path}: {key} has to be a list, not {str(values)[:100]}")
+    return values
+
+
+# ------------------------------------------------------------------------------------------------------------- names
+
+
+def their_name(name: str, levels: int) -> str:
+    """Return diffusers' name of one of `KLAutoencoder`'s tensors, in a network of so many levels."""
+    name = re.sub(r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out.", name)
+    name = re.sub(r"\.mid\.block_([12])\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}.", name)
+    name = name.replace(".mid.attn_1.", ".mid_block.attentions.0.")
+    name = re.sub(r"^encoder\.down\.(\d+)\.", r"encoder.down_blocks.\1.", name)
+    name = re.sub(r"^decoder\.up\.(\d+)\.", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.", name)
+    name = re.sub(r"(_blocks\.\d+)\.block\.", r"\1.resnets.", name)
+    name = re.sub(r"(_blocks\.\d+)\.attn\.", r"\1.attentions.", name)
+    name = re.sub(r"(\.attentions\.\d+)\.(\w+)\.", lambda m: f"{m[1]}.{ATTENTION.get(m[2], m[2])}.", name)
+    for ours, theirs in INNER:
+        name = name.replace(f".{ours}.", f".{theirs}.")
+    return name
+
+
+def _our_names(tensors: dict[str, Any], levels: int) -> list[str]:
+    """Return our names of the tensors that a network with these of diffusers' has; a superset does no harm."""
+    blocks = 1 + max((int(m[1]) for name in tensors if (m := re.search(r"\.resnets\.(\d{1,3})\.", name))), default=0)
+    layers = [f"{layer}.{kind}" for layer in ("norm1", "conv1", "norm2", "conv2", "nin_shortcut") for kind in _KINDS]
+    attention = [f"{layer}.{kind}" for layer in ATTENTION for kind in _KINDS]
+    stages = [
+        *(f"block.{j}.{layer}" for j in range(blocks) for layer in layers),
+        *(f"attn.{j}.{layer}" for j in range(blocks) for layer in attention),
+    ]
+    names = []
+    for side, level, sampling in (("encoder", "down", "downsample"), ("decoder", "up", "upsample")):
+        names += [f"{side}.{level}.{i}.{rest}" for i in range(levels) for rest in stages]
+        names += [f"{side}.{level}.{i}.{sampling}.conv.{kind}" for i in range(levels) for kind in _KINDS]
+        names += [f"{side}.mid.block_{j}.{layer}" for j in (1, 2) for layer in layers]
+        names += [f"{side}.mid.attn_1.{layer}" for layer in attention]
+        names += [f"{side}.norm_out.{kind}" for kind in _KINDS]
+    return names
+
+
+_KINDS = ("weight", "bias")
+
+
+def _modern(name: str) -> str:
+    """Return today's name of a tensor that may have an attention name of diffusers before 0.15."""
+    return re.sub(
+        rf"(\.attentions\.\d+)\.({'|'.join(OLD_ATTENTION)})\.", lambda m: f"{m[1]}.{OLD_ATTENTION[m[2]]}.", name
+    )
+
+
+def _count(tensors: dict[str, Any], pattern: str) -> int:
+    count = 0
+    while pattern.format(count) in tensors:
+        count += 1
+    return count
+
+
+# ------------------------------------------------------------------------------------------------------------ export
+
+
+def write(path: str | Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Write an autoencoder as a folder that diffusers' `AutoencoderKL.from_pretrained` loads; it appears whole.
+
+    Args:
+        path: the folder; one that is there is replaced.
+        state: `KLAutoencoder`'s state dict, `scale` included; its dtype is kept.
+        config: all of its keyword arguments.
+
+    Raises:
+        UserError: an architecture that diffusers cannot express, or a folder that cannot be written.
+    """
+    theirs = export_config(config, 1.0 / float(state["scale"]))
+    levels = len(config["ch_mult"])
+    tensors = {}
+    for name, value in state.items():
+        if name == "scale":
+            continue
+        is_matrix = re.search(r"\.attn(_1|\.\d+)\.(q|k|v|proj_out)\.weight$", name)
+        tensors[their_name(name, levels)] = value[:, :, 0, 0] if is_matrix else value  # [c, c] of [c, c, 1, 1]
+    with replaced_folder(path) as folder:
+        write_safetensors(folder / f"{WEIGHTS}.safetensors", tensors, {"format": "pt"})
+        (folder / CONFIG).write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
+
+
+def export_config(config: dict[str, Any], scaling_factor: float) -> dict[str, Any]:
+    """Return diffusers' config for all of `KLAutoencoder`'s keyword arguments.
+
+    Raises:
+        UserError: an architecture that diffusers cannot express.
+    """
+    multipliers = list(config["ch_mult"])
+    if multipliers[0] != 1:
+        raise UserError(f"ch_mult: diffusers' first level is as wide as ch, ours is {multipliers[0]} times that")
+    if config["z_channels"] != config["embed_dim"]:
+        raise UserError(
+            f"embed_dim: diffusers has one number for z_channels and embed_dim, ours are {config['z_channels']} and "
+            f"{config['embed_dim']}"
+        )
+    has_attention = [config["resolution"] // 2**i in config["attn_resolutions"] for i in range(len(multipliers))]
+    down, up = (
+        [f"Attn{kind}" if attended else kind for attended in order]
+        for kind, order in zip(BLOCKS.values(), (has_attention, has_attention[::-1]))
+    )
+    return {
+        "_class_name": CLASS,
+        **{"in_channels": 3, "out_channels": 3, "act_fn": "silu", "sample_size": config["resolution"]},
+        **{"down_block_types": down, "up_block_types": up},
+        "block_out_channels": [config["ch"] * multiplier for multiplier in multipliers],
+        "layers_per_block": config["num_res_blocks"],
+        "latent_channels": config["embed_dim"],
+        "norm_num_groups": config["norm_groups"],
+        "scaling_factor": scaling_factor,
+    }

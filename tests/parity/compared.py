@@ -1,0 +1,49 @@
+"""Networks with a recorded case's weights in them, compared with what the originals made of its inputs."""
+
+import torch
+from recorded import Case
+from torch import nn
+
+from ldm_lab.autoencoders.kl_f8 import kl, split_moments
+
+
+def check_unet(recorded: Case, net: nn.Module) -> None:
+    """Compare a CCLD U-Net."""
+    for name in recorded.suffixes("x_"):
+        x, t, embed = (recorded.inputs[f"{what}_{name}"] for what in ("x", "t", "embed"))
+        recorded.check(f"v_{name}", net(x, t, embed))
+        if f"mapping_{name}" in recorded.names:
+            recorded.check(f"mapping_{name}", net.conditioning(t, embed))
+
+
+def check_autoencoder(recorded: Case, net: nn.Module) -> None:
+    """Compare a KL autoencoder; its scale is set to the case's."""
+    for name in recorded.suffixes("image_"):
+        image, latent, noise = (recorded.inputs[f"{what}_{name}"] for what in ("image", "latent", "noise"))
+        net.scale.fill_(1.0)
+        recorded.check(f"moments_{name}", net.raw_moments(image))
+        recorded.check(f"sample_{name}", net.encode(image, noise))
+        recorded.check(f"decoded_{name}", net.decode(latent))
+        net.scale.fill_(recorded.config["autoencoder_scale"])
+        recorded.check(f"scaled_{name}", net.encode(image, noise))
+        if f"decoded_scaled_{name}" in recorded.names:
+            recorded.check(f"decoded_scaled_{name}", net.decode(recorded.recorded(f"scaled_{name}")))
+    net.scale.fill_(1.0)
+    for name in recorded.suffixes("moments_"):
+        mean, logvar = split_moments(recorded.inputs[f"moments_{name}"])
+        recorded.check(f"mean_{name}", mean)
+        recorded.check(f"logvar_{name}", logvar)
+        recorded.check(f"std_{name}", net.sample(torch.zeros_like(mean), logvar, torch.ones_like(mean)))
+        recorded.check(f"kl_{name}", kl(mean, logvar))
+
+
+def check_cloob(recorded: Case, cloob: nn.Module) -> None:
+    """Compare a CLOOB's preprocessing and its two towers."""
+    pixels, tokens = recorded.inputs["pixels"], recorded.inputs["tokens"].long()
+    recorded.check("resized", cloob.resize(pixels))
+    recorded.check("normalized", cloob.normalize(recorded.recorded("resized")))
+    recorded.check("image_prenorm", cloob.image_encoder(recorded.recorded("normalized")))
+    recorded.check("image_embed", cloob.from_batch({"image": pixels * 2 - 1})["embed"])
+    recorded.check("text_prenorm", cloob.text_encoder(tokens))
+    cloob.tokenize = lambda texts, warn: tokens  # the case has no texts for its tiny vocabulary
+    recorded.check("text_embed", cloob.encode_text(["a text"] * len(tokens)))

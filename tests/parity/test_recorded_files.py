@@ -1,0 +1,185 @@
+"""The recorded networks out of files laid out as released ones, by the commands that a user types."""
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from compared import check_autoencoder, check_cloob, check_unet
+from safetensors.torch import save_file
+
+from ldm_lab.checkpoints import diffusers_vae
+from ldm_lab.checkpoints.models import read_model
+from ldm_lab.checkpoints.parts import load_part, load_strictly
+from ldm_lab.config import build
+
+NETWORK = 1e-5  # relative L2 that a float32 port may be away
+AUTOENCODERS = ("ckpt", "zip", "diffusers folder", "diffusers file", "within a latent diffusion model")
+
+
+def write_autoencoder(layout: str, recorded, folder: Path) -> Path:
+    """Write the case's autoencoder as it would be released."""
+    weights, config = recorded.weights(), recorded.config
+    state = {**weights, "loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.zeros(2, 3)}
+    if layout.startswith("diffusers"):
+        levels = len(config["ddconfig"]["ch_mult"])
+        renamed = {}
+        for name, value in weights.items():
+            theirs = diffusers_vae.their_name(name, levels)
+            is_matrix = ".attentions." in theirs and value.ndim == 4
+            renamed[theirs] = value[:, :, 0, 0].contiguous() if is_matrix else value
+        save_file(renamed, folder / "diffusion_pytorch_model.safetensors")
+        if layout == "diffusers file":
+            return (folder / "diffusion_pytorch_model.safetensors").rename(folder / "vae.safetensors")
+        theirs = {"_class_name": "AutoencoderKL", "latent_channels": config["embed_dim"], "scaling_factor": 0.5}
+        (folder / "config.json").write_text(json.dumps(theirs))
+        return folder
+    if layout.startswith("within"):
+        content = {"state_dict": {f"first_stage_model.{name}": value for name, value in state.items()}}
+        torch.save(content, folder / "model.ckpt")
+        return folder / "model.ckpt"
+    torch.save({"state_dict": state, "epoch": 1, "global_step": 2, "callbacks": {}}, folder / "model.ckpt")
+    params = {"ddconfig": config["ddconfig"], "embed_dim": config["embed_dim"], "lossconfig": {"target": "x.y"}}
+    (folder / "model.yaml").write_text(yaml.safe_dump({"model": {"target": "ldm.X", "params": params}}))
+    if layout == "ckpt":
+        return folder / "model.ckpt"
+    with zipfile.ZipFile(folder / "kl.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(folder / "model.ckpt", "model.ckpt")
+        archive.write(folder / "model.yaml", "model.yaml")
+    return folder / "kl.zip"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", AUTOENCODERS)
+def test_autoencoders(case, program, tmp_path, layout):
+    recorded = case("kl_autoencoder", at_most=NETWORK)
+    (tmp_path / "released").mkdir()
+    source = write_autoencoder(layout, recorded, tmp_path / "released")
+    out = tmp_path / "kl.safetensors"
+    code, _, err = program("ldm_lab.__main__", "convert", source, out)
+    assert code == 0, err
+    kept, named = (load_part("autoencoder", {"name": "kl_f8", "weights": str(path)}) for path in (out, source))
+    assert float(kept.scale) == (2.0 if layout == "diffusers folder" else 1.0)
+    assert all(torch.equal(value, named.state_dict()[name]) for name, value in kept.state_dict().items())
+    check_autoencoder(recorded, kept)
+    recorded.finish()
+
+
+@torch.no_grad()
+def test_an_autoencoder_out_to_diffusers_and_back(case, program, tmp_path):
+    recorded = case("kl_autoencoder", at_most=NETWORK)
+    source = write_autoencoder("ckpt", recorded, tmp_path)
+    scale = recorded.config["autoencoder_scale"]
+    for args in (
+        (source, tmp_path / "vae", "--format", "diffusers", "--scale", scale),
+        (tmp_path / "vae", tmp_path / "b.safetensors"),
+    ):
+        code, _, err = program("ldm_lab.__main__", "convert", *args)
+        assert code == 0, err
+    net = load_part("autoencoder", {"name": "kl_f8", "weights": str(tmp_path / "b.safetensors")})
+    assert float(net.scale) == pytest.approx(scale, rel=1e-6)
+    check_autoencoder(recorded, net)
+    recorded.finish()
+
+
+@torch.no_grad()
+def test_the_pickle_of_cloob(case, program, tmp_path):
+    recorded = case("cloob", at_most=NETWORK)
+    pickled = recorded.folder / recorded.json["pickle"]
+    if not pickled.is_file():
+        pytest.skip("the case is without its pickle")
+    heads = {f"{tower}_heads": recorded.config[f"{tower}_encoder"]["n_heads"] for tower in ("image", "text")}
+    out = tmp_path / "cloob.safetensors"
+    code, _, err = program("ldm_lab.__main__", "convert", pickled, out, *(f"{key}={n}" for key, n in heads.items()))
+    assert code == 0, err
+    named = load_part("conditioner", {"name": "cloob", "weights": str(pickled), **heads})
+    kept = load_part("conditioner", {"name": "cloob", "weights": str(out)})
+    assert all(torch.equal(value, named.state_dict()[name]) for name, value in kept.state_dict().items())
+    check_cloob(recorded, kept)
+    for name in ("token_ids", "token_ids_wrapper"):
+        recorded.check(name, recorded.recorded(name))  # the tokenizer is in no file
+    recorded.finish()
+
+
+def write_ccld(layout: str, case, folder: Path) -> Path:
+    """Write the case's U-Net as a sampling checkpoint, or as a training checkpoint with the frozen parts inside."""
+    recorded = case("ccld_unet")
+    scale = torch.tensor(recorded.config["autoencoder_scale"])
+    unet = {**recorded.weights(), "autoencoder_scale": scale}
+    if layout == "slim":
+        torch.save(unet, folder / "unet.pth")
+        return folder / "unet.pth"
+    state = {"scale_factor": scale}
+    state |= {f"ae_model.{name}": value for name, value in case("kl_autoencoder").weights().items()}
+    state |= {f"cloob.{name}": value for name, value in case("cloob").weights().items()}
+    state |= {f"model.{name}": value + 1 for name, value in unet.items()}
+    state |= {f"model_ema.{name}": value for name, value in unet.items()}
+    content = {
+        "state_dict": state,
+        "epoch": 0,
+        "global_step": 7,
+        "optimizer_states": [{"param_groups": [{"lr": 3e-5}]}],
+    }
+    torch.save(content, folder / "epoch=0-step=7.ckpt")
+    return folder / "epoch=0-step=7.ckpt"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["slim", "training"])
+def test_checkpoints_of_ccld(case, program, tmp_path, layout):
+    recorded = case("ccld_unet", at_most=NETWORK)
+    out = tmp_path / "model.safetensors"
+    code, _, err = program("ldm_lab.__main__", "convert", write_ccld(layout, case, tmp_path), out)
+    assert code == 0, err
+    config, state, _ = read_model(out)
+    assert config["autoencoder"]["scale"] == pytest.approx(recorded.config["autoencoder_scale"])
+    sizes = (
+        recorded.inputs[f"x_{recorded.suffixes('x_')[0]}"].shape[1],
+        recorded.inputs["embed_" + recorded.suffixes("x_")[0]].shape[1],
+    )
+    net = build("denoiser", config["denoiser"], *sizes)
+    load_strictly(net, state, out)
+    check_unet(recorded, net)
+    recorded.finish()
+
+
+@torch.no_grad()
+def test_the_parts_inside_a_training_checkpoint_of_ccld(case, program, tmp_path):
+    source = write_ccld("training", case, tmp_path)
+    autoencoder, cloob = case("kl_autoencoder", at_most=NETWORK), case("cloob", at_most=NETWORK)
+    heads = [f"{tower}_heads={cloob.config[f'{tower}_encoder']['n_heads']}" for tower in ("image", "text")]
+    for role, given in (("autoencoder", []), ("conditioner", heads)):
+        code, _, err = program(
+            "ldm_lab.__main__", "convert", source, tmp_path / f"{role}.safetensors", *given, "--part", role
+        )
+        assert code == 0, err
+    net = load_part("autoencoder", {"name": "kl_f8", "weights": str(tmp_path / "autoencoder.safetensors")})
+    assert float(net.scale) == pytest.approx(case("ccld_unet").config["autoencoder_scale"])
+    check_autoencoder(autoencoder, net)
+    autoencoder.finish()
+    check_cloob(
+        cloob, load_part("conditioner", {"name": "cloob", "weights": str(tmp_path / "conditioner.safetensors")})
+    )
+
+
+def test_a_yaml_that_says_otherwise(case, program, tmp_path):
+    source = write_autoencoder("ckpt", case("kl_autoencoder"), tmp_path)
+    text = (tmp_path / "model.yaml").read_text()
+    for change, message in (
+        (text.replace("embed_dim: 4", "embed_dim: 3"), "its model.yaml says embed_dim 3, the weights have 4"),
+        (text.replace("attn_resolutions: []", "attn_resolutions: [64]"), "says the levels with attention [2]"),
+        (text.replace("double_z: true", "double_z: false"), "ddconfig.double_z: only True is supported"),
+        (text.replace("ch: 32", "ch: &a 32\n      x: *a"), "not a readable YAML (it has aliases)"),
+        (text + "\t{", "not a readable YAML"),
+    ):
+        assert change != text
+        (tmp_path / "model.yaml").write_text(change)
+        code, _, err = program("ldm_lab.__main__", "convert", source, tmp_path / "kl.safetensors")
+        assert code == 2
+        assert message in err
+    shutil.copy(tmp_path / "model.ckpt", tmp_path / "other.ckpt")
+    (tmp_path / "other.yaml").write_text("task: diffusion\n")  # about something else
+    assert program("ldm_lab.__main__", "convert", tmp_path / "other.ckpt", tmp_path / "kl.safetensors")[0] == 0
