@@ -156,6 +156,7 @@ def main() -> int:
 
     from ldm_lab.checkpoints.files import sha256
     from ldm_lab.config import build
+    from ldm_lab.pretrained import locate
     from ldm_lab.sampling import Sampler, Start
 
     start = None
@@ -166,8 +167,9 @@ def main() -> int:
     given = {key: getattr(args, key) for key in ("steps", "eta", "spacing") if getattr(args, key) is not None}
     section = {"name": args.sampler, **given}
     steps = build("sampler", section).steps
+    checkpoint = locate(args.checkpoint, "checkpoint")
     model = Sampler.from_checkpoint(
-        args.checkpoint,
+        checkpoint,
         autoencoder=args.autoencoder,
         conditioner=args.conditioner,
         device=device,
@@ -183,7 +185,7 @@ def main() -> int:
         "guidance": args.guidance,
         **described(args, start),
         "checkpoint": args.checkpoint,
-        "checkpoint_sha256": sha256(args.checkpoint),
+        "checkpoint_sha256": sha256(checkpoint),
     }
     images, captions = [], [" + ".join(map(str, mix)) for mix in mixes]
     bars: list[tqdm] = []  # none before the first step: a request that is refused shows no bar

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm_lab import pretrained
 from ldm_lab.checkpoints import ccld, cloob_pickle, compvis, diffusers_vae, open_clip_weights
 from ldm_lab.checkpoints.files import (
     FORMAT,
-    existing_file,
     is_safetensors,
     read_safetensors,
     sha256,
@@ -20,8 +20,6 @@ from ldm_lab.checkpoints.files import (
 from ldm_lab.checkpoints.formats import KINDS, kind_of, part_config
 from ldm_lab.config import USE_KEYS, build, check_section, part_class
 from ldm_lab.errors import UserError, unknown
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 Reader = Callable[[Path], tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]]
 # (role, name) of a part -> kind of file (`formats.KINDS`) -> reader of those released files with its weights in them.
@@ -130,17 +128,12 @@ def weights_path(role: str, section: dict[str, Any]) -> Path | None:
 
 
 def find_weights(name: str) -> Path:
-    """Return the path of a weights file; a relative one is looked for here, then in the repository's folder.
+    """Return the path of weights: a file, a released name, or an hf:// address (see `ldm_lab.pretrained.locate`).
 
     A folder of diffusers' stands for the file with the weights in it.
     """
-    for folder in (Path(), REPOSITORY):
-        path = folder / Path(name).expanduser()
-        if path.is_file():
-            return path
-        if path.is_dir() and name:
-            return diffusers_vae.find(path)
-    return existing_file(name, "weights")
+    path = pretrained.locate(name, "weights")
+    return diffusers_vae.find(path) if path.is_dir() else path
 
 
 def read_part(path: Path, role: str, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -19,6 +19,7 @@ from ldm_lab.errors import UserError
 from ldm_lab.guidance import guided, null_weight
 from ldm_lab.images import to_images
 from ldm_lab.objectives import Prediction
+from ldm_lab.pretrained import check_foreign
 from ldm_lab.prompts import Prompt, parse_prompt
 from ldm_lab.sampling.from_image import Later, Start, first_time, keep_known
 from ldm_lab.sampling.interpolation import between
@@ -526,6 +527,8 @@ def _load_frozen(role: str, section: dict[str, Any], moved: str | Path | None, t
     if moved is not None:
         section = {**section, "weights": str(moved)}
     try:
+        if moved is None:
+            check_foreign(section.get("weights"), f"{role}.weights")
         part = load_part(role, section)
         if weights_path(role, section) is None and any(True for _ in part.parameters()):
             raise UserError("the file does not say where its weights are")

@@ -1,0 +1,439 @@
+"""Released weights by name: what arrives is right, goes on after a break, and is not fetched where it must not be."""
+
+import argparse
+import hashlib
+import http.server
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from tiny import ROOT, make_parts
+
+from ldm_lab import pretrained
+from ldm_lab.errors import UserError
+from ldm_lab.pretrained import Released, check_foreign, fetch, locate
+
+CONTENT = bytes(range(256)) * 2000 + b"the end"
+NAME = "test/weights"
+
+
+def checksum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+RIGHT = checksum(CONTENT)
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """A mirror with faults. `files`: path -> content; `requests`: (path, Range, If-Range) of every GET."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files: dict[str, bytes] = {}
+        self.redirects: dict[str, str] = {}
+        self.headers: dict[str, str] = {}  # of every answer
+        self.requests: list[tuple[str, str | None, str | None]] = []
+        self.authorized: list[str | None] = []
+        self.breaks: list[int] = []  # bytes after which the next answers break off
+        self.ranges, self.etag, self.status, self.pause, self.lie = True, True, None, 0.0, None
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        server, asked = self.server, self.headers.get("Range")
+        if self.command == "GET":
+            server.requests.append((self.path, asked, self.headers.get("If-Range")))
+            server.authorized.append(self.headers.get("Authorization"))
+        if self.path in server.redirects:
+            self.send_response(302)
+            self.send_header("Location", server.redirects[self.path])
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        status = server.status or (200 if self.path in server.files else 404)
+        if status != 200:
+            return self.send_error(status)
+        content = server.files[self.path]
+        etag, start = f'"{checksum(content)[:8]}"', 0
+        if server.ranges and asked and self.headers.get("If-Range") in (None, etag):
+            start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
+            self.send_response(206)
+            told = start if server.lie is None else server.lie
+            self.send_header("Content-Range", f"bytes {told}-{len(content) - 1}/{len(content)}")
+        else:
+            self.send_response(200)
+        if server.etag:
+            self.send_header("ETag", etag)
+        for key, value in server.headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        if self.command == "HEAD":
+            return None
+        end = start + server.breaks.pop(0) if server.breaks else len(content)
+        try:
+            for i in range(start, min(end, len(content)), 10_000):
+                self.wfile.write(content[i : min(i + 10_000, end)])
+                self.wfile.flush()
+                time.sleep(server.pause)
+        except OSError:  # the client is gone
+            pass
+        self.close_connection = True
+        return None
+
+
+@pytest.fixture
+def mirror():
+    server = Server()
+    server.files["/w.bin"] = CONTENT
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LDM_LAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("LDM_LAB_OFFLINE", raising=False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
+    monkeypatch.setattr(pretrained, "PAUSE", 0.01)
+    monkeypatch.setattr(pretrained, "CHUNK", 10_000)
+    monkeypatch.setattr(pretrained, "TIMEOUT", (2, 0.5))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def release(cache, mirror, monkeypatch):
+    """Make a released file: `release(*addresses, **fields)` -> its path in the cache."""
+
+    def add(*mirrors, name=NAME, sha256=RIGHT, **fields) -> Path:
+        mirrors = mirrors or (f"{mirror.url}/w.bin",)
+        fields = {"role": "autoencoder", "what": "a test", "file": "w.bin", "page": "http://page.test", **fields}
+        monkeypatch.setitem(pretrained.RELEASED, name, Released(mirrors=mirrors, sha256=sha256, **fields))
+        return cache / name / fields["file"]
+
+    return add
+
+
+def left(path: Path) -> list[str]:
+    """Return what lies in a file's folder, but for the lock."""
+    return sorted(p.name for p in path.parent.iterdir() if p.name != ".lock") if path.parent.exists() else []
+
+
+def test_a_download_is_checked_recorded_and_made_once(release, mirror):
+    path = release()
+    assert locate(NAME, "weights") == path and path.read_bytes() == CONTENT
+    assert left(path) == ["w.bin", "w.bin.json"]
+    record = json.loads((path.parent / "w.bin.json").read_text())
+    assert record["sha256"] == checksum(CONTENT) and record["source"] == f"{mirror.url}/w.bin"
+    locate(NAME, "weights")
+    assert len(mirror.requests) == 1
+
+
+def test_broken_off_it_goes_on_where_it_was(release, mirror):
+    mirror.breaks = [200_000, 100_000]
+    path = fetch_path(release())
+    assert path.read_bytes() == CONTENT
+    (_, first, _), (_, second, mark), (_, third, _) = mirror.requests
+    assert first is None and second == "bytes=200000-" and third == "bytes=300000-"
+    assert mark == f'"{checksum(CONTENT)[:8]}"'
+
+
+def fetch_path(path: Path) -> Path:
+    assert fetch(NAME) == path
+    return path
+
+
+def test_what_came_is_kept_for_the_next_run(release, mirror):
+    path = release()
+    mirror.breaks = [50_000] * pretrained.TRIES
+    with pytest.raises(UserError, match=r"the connection broke off \(4 tries; what came is kept\)"):
+        fetch(NAME)
+    assert not path.exists() and (path.parent / ".w.bin.part").read_bytes() == CONTENT[:200_000]
+    fetch_path(path)
+    assert mirror.requests[-1][1] == "bytes=200000-" and path.read_bytes() == CONTENT
+
+
+SCRIPT = """
+import sys
+from ldm_lab import pretrained
+pretrained.CHUNK = 10_000
+pretrained.RELEASED["test/weights"] = pretrained.Released("autoencoder", "a test", "w.bin", (sys.argv[1],), sys.argv[2])
+print(pretrained.fetch("test/weights"))
+"""
+
+
+def start(script: str, *args: str, **env: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *args], env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_a_killed_process_leaves_what_the_next_one_goes_on_with(release, mirror):
+    path = release()
+    mirror.pause = 0.05
+    process = start(SCRIPT, f"{mirror.url}/w.bin", checksum(CONTENT))
+    part, deadline = path.parent / ".w.bin.part", time.monotonic() + 30
+    while not (part.exists() and part.stat().st_size >= 100_000) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    have, mirror.pause = part.stat().st_size, 0.0
+    assert 100_000 <= have < len(CONTENT) and not path.exists()
+    fetch_path(path)
+    assert mirror.requests[-1][1] == f"bytes={have}-" and path.read_bytes() == CONTENT
+
+
+def test_two_processes_at_once_download_once(release, mirror):
+    path = release()
+    mirror.pause = 0.02
+    processes = [start(SCRIPT, f"{mirror.url}/w.bin", checksum(CONTENT)) for _ in range(2)]
+    for process in processes:
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0 and out.strip() == str(path), err
+    assert len(mirror.requests) == 1 and path.read_bytes() == CONTENT
+
+
+def test_a_wrong_checksum_is_said_and_the_next_mirror_tried(release, mirror, capsys):
+    mirror.files["/bad.bin"] = b"x" * len(CONTENT)
+    path = fetch_path(release(f"{mirror.url}/bad.bin", f"{mirror.url}/w.bin"))
+    assert path.read_bytes() == CONTENT and left(path) == ["w.bin", "w.bin.json"]
+    assert checksum(b"x" * len(CONTENT)) in capsys.readouterr().err
+
+
+def test_of_a_wrong_checksum_nothing_is_left(release, mirror):
+    path = release(sha256="0" * 64)
+    with pytest.raises(UserError, match=f"wrong checksum {checksum(CONTENT)}, not 0{{64}}"):
+        fetch(NAME)
+    assert left(path) == []
+
+
+def test_a_dead_mirror_is_passed_over_and_a_part_taken_along(release, mirror):
+    other = Server()
+    other.files["/w.bin"] = CONTENT
+    other.breaks = [30_000] * pretrained.TRIES
+    path = fetch_path(release("http://127.0.0.1:9/w.bin", f"{other.url}/w.bin", f"{mirror.url}/w.bin"))
+    other.shutdown()
+    other.server_close()
+    assert path.read_bytes() == CONTENT and mirror.requests == [("/w.bin", "bytes=120000-", None)]
+
+
+def test_all_dead_is_one_line_with_each_reason(release, mirror):
+    mirror.redirects = {"/away": "ftp://127.0.0.1/w.bin", "/loop": "/loop"}
+    names = ("none.bin", "away", "loop")
+    path = release("http://127.0.0.1:9/w.bin", "gopher://x/w.bin", *(f"{mirror.url}/{name}" for name in names))
+    with pytest.raises(UserError) as caught:
+        fetch(NAME)
+    message = str(caught.value)
+    for reason in ("Connection refused", "only http, https and file", "HTTP 404", "ftp://127.0.0.1", "30 redirects"):
+        assert reason in message
+    assert "\n" not in message and str(path) in message and left(path) == []
+
+
+def test_a_server_error_and_silence_are_reasons(release, mirror):
+    release()
+    mirror.status = 500
+    with pytest.raises(UserError, match="HTTP 500"):
+        fetch(NAME)
+    mirror.status, mirror.pause, mirror.breaks = None, 1.0, []
+    with pytest.raises(UserError, match="no answer in time"):
+        fetch(NAME)
+
+
+def test_without_ranges_it_begins_again(release, mirror):
+    mirror.ranges, mirror.breaks = False, [200_000]
+    assert fetch_path(release()).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("sha256", [None, "new"])
+@pytest.mark.parametrize("etag", [True, False])
+def test_pieces_of_two_versions_are_not_glued(release, mirror, etag, sha256):
+    new = CONTENT[::-1]
+    path = release(sha256=sha256 and checksum(new))
+    mirror.etag, mirror.breaks = etag, [50_000] * pretrained.TRIES
+    with pytest.raises(UserError):
+        fetch(NAME)
+    mirror.files["/w.bin"] = new
+    assert fetch_path(path).read_bytes() == new
+
+
+def test_a_server_that_sends_another_piece_is_not_believed(release, mirror):
+    mirror.breaks, mirror.lie = [200_000], 7
+    assert fetch_path(release()).read_bytes() == CONTENT
+
+
+def test_a_redirect_is_followed_and_no_credentials_are_sent(release, mirror, tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    mirror.redirects = {"/old": f"{mirror.url}/w.bin"}
+    assert fetch_path(release(f"{mirror.url}/old")).read_bytes() == CONTENT
+    assert mirror.authorized == [None, None]
+
+
+def test_a_file_address_is_copied(release, tmp_path):
+    (tmp_path / "here.bin").write_bytes(CONTENT)
+    assert fetch_path(release((tmp_path / "here.bin").as_uri())).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("switch", ["LDM_LAB_OFFLINE", "HF_HUB_OFFLINE"])
+def test_offline_it_says_which_file_to_put_where(release, mirror, monkeypatch, switch):
+    path = release()
+    monkeypatch.setenv(switch, "1")
+    with pytest.raises(UserError, match="switched off") as caught:
+        fetch(NAME)
+    assert f"put w.bin (from {mirror.url}/w.bin or http://page.test) at {path}" in str(caught.value)
+    assert mirror.requests == []
+    path.write_bytes(CONTENT)
+    assert fetch(NAME) == path
+    path.write_bytes(b"changed")
+    with pytest.raises(UserError, match=r"not test/weights: its sha256 is"):
+        fetch(NAME)
+
+
+def test_without_a_published_checksum_the_first_one_holds(release, mirror, capsys):
+    path = fetch_path(release(sha256=None))
+    assert checksum(CONTENT) in capsys.readouterr().err
+    path.write_bytes(b"tampered")
+    with pytest.raises(UserError, match="the one seen first"):
+        fetch(NAME)
+    path.unlink()
+    mirror.files["/w.bin"] = b"another file"
+    with pytest.raises(UserError, match=r"wrong checksum .*if the change is right, remove .*w\.bin\.json"):
+        fetch(NAME)
+
+
+def test_no_room_is_said_before_anything_is_fetched(release, mirror, monkeypatch):
+    path = release()
+    monkeypatch.setattr(pretrained.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(UserError, match=r"GiB are free; free some space, or set LDM_LAB_CACHE"):
+        fetch(NAME)
+    assert not path.exists()
+
+
+def test_an_announced_size_that_is_not_the_known_one_is_refused(release):
+    release(size=5)
+    with pytest.raises(UserError, match=r"a file of 512,007 bytes, not 5"):
+        fetch(NAME)
+
+
+@pytest.mark.parametrize("name", ["../../etc/x", "/etc/nothing-here", "kl-f9", "cloob/../kl-f8", ""])
+def test_what_is_no_name_is_a_path_and_never_fetched(cache, name):
+    with pytest.raises(UserError, match=r"no such file|not a file"):
+        locate(name, "weights")
+    with pytest.raises(UserError, match="no such released weights"):
+        fetch(name)
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("text", ["http://127.0.0.1/x", "ftp://x/y", "hf://", "hf://a", "hf://a/b", "hf://a/../../x",
+                                  "hf://../b/c", "hf://a/b/../c", "hf://a/b//c"])  # fmt: skip
+def test_other_addresses_are_refused(text):
+    with pytest.raises(UserError, match="weights: "):
+        locate(text, "weights")
+
+
+@pytest.mark.parametrize("text", ["hf://a/b/c", "http://x/y", "file:///etc/passwd", ["kl-f8"], 3])
+def test_a_checkpoints_config_names_no_addresses(text):
+    with pytest.raises(UserError, match="refused"):
+        check_foreign(text, "autoencoder.weights")
+    for allowed in ("kl-f8", "folder/file.ckpt", None):
+        check_foreign(allowed, "autoencoder.weights")
+
+
+def test_a_checkpoint_that_names_an_address_is_refused_before_anything_is_fetched(sampler, tmp_path, monkeypatch):
+    from ldm_lab.checkpoints.models import save_model
+    from ldm_lab.sampling import Sampler
+
+    config = {
+        "autoencoder": {"name": "kl_f8", "weights": "hf://evil/repository/file.safetensors"},
+        "conditioner": {"name": "none"}, "denoiser": {"name": "ccld_unet"}, "objective": {"name": "v_cosine"},
+    }  # fmt: skip
+    save_model(tmp_path / "m.safetensors", sampler.denoiser.state_dict(), config, {})
+    monkeypatch.setattr(pretrained, "_from_hub", lambda *_: pytest.fail("it was going to be fetched"))
+    with pytest.raises(UserError, match=r"autoencoder of the checkpoint: autoencoder\.weights: refused"):
+        Sampler.from_checkpoint(tmp_path / "m.safetensors")
+
+
+def test_weights_in_a_config_take_a_name(release, mirror, tmp_path):
+    from ldm_lab.checkpoints.parts import load_part
+
+    section = make_parts(tmp_path)["autoencoder"]
+    content = Path(section["weights"]).read_bytes()
+    mirror.files["/a.safetensors"] = content
+    release(f"{mirror.url}/a.safetensors", name="test/tiny", sha256=checksum(content), file="a.safetensors")
+    ours = load_part("autoencoder", {"name": "kl_f8", "weights": "test/tiny"}).state_dict()
+    for name, tensor in load_part("autoencoder", section).state_dict().items():
+        assert (ours[name] == tensor).all()
+
+
+HUB_SCRIPT = """
+import sys
+from ldm_lab.pretrained import locate
+print(locate(sys.argv[1], "weights"))
+"""
+
+
+def test_a_file_on_the_hub_comes_through_its_own_library(mirror, cache, tmp_path):
+    mirror.headers = {"X-Repo-Commit": "1" * 40}
+    mirror.files = {"/owner/repo/resolve/v1/sub/w.bin": CONTENT}
+    env = {"HF_ENDPOINT": mirror.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    out, err = start(HUB_SCRIPT, "hf://owner/repo/sub/w.bin@v1", **env).communicate(timeout=60)
+    assert out.strip() and Path(out.strip()).read_bytes() == CONTENT, err
+    assert str(tmp_path / "hf") in out
+
+
+def test_a_folder_on_the_hub_takes_only_what_a_model_needs(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae/config.json").write_text("{}")
+    calls = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: calls.append((a, k)) or str(tmp_path))
+    assert locate("hf://owner/repo/vae/@abc", "weights") == tmp_path / "vae"
+    (repository,), options = calls[0]
+    assert repository == "owner/repo" and options["revision"] == "abc"
+    assert options["allow_patterns"] == ["vae/*.json", "vae/*.safetensors"]
+
+
+def test_the_command_lists_gets_and_says_where(release, mirror, capsys):
+    from ldm_lab.commands import pretrained as command_module
+
+    path = release()
+
+    def command(*args: str) -> str:
+        parser = argparse.ArgumentParser()
+        command_module.add_arguments(parser)
+        command_module.run(parser.parse_args(args))
+        return capsys.readouterr().out
+
+    assert re.search(rf"^{NAME} +autoencoder +unknown +not stated +no ", command("list"), re.M)
+    assert command("where", NAME).strip() == str(path) and not path.exists()
+    assert command("get", NAME).strip() == str(path) and path.read_bytes() == CONTENT
+    assert re.search(rf"^{NAME} +autoencoder +0\.5 MiB +not stated +yes ", command("list"), re.M)
+    with pytest.raises(UserError, match="which weights"):
+        command("get")
+
+
+def test_every_released_entry_is_sound():
+    for name, entry in pretrained.RELEASED.items():
+        assert pretrained.cached_path(name).name == entry.file
+        assert entry.sha256 is None or re.fullmatch("[0-9a-f]{64}", entry.sha256)
+        assert all(url.startswith("https://") for url in entry.mirrors) and (entry.mirrors or entry.page)
