@@ -11,12 +11,14 @@ A noised sample is x = alpha * x0 + sigma * eps, with alpha^2 + sigma^2 = 1 (var
 `respacing`   which of a table's timesteps are visited: "27", "fast27", "ddim50", "10,10,3,2,2"
 `spacing`     grids that only the noise levels decide
 `posterior`   the steps of ancestral sampling between the times of a grid
+`between`     a schedule known at the times of a grid alone
 """
 
+from ldm_lab.schedules.between import Between
 from ldm_lab.schedules.cosine import Cosine
 from ldm_lab.schedules.discrete import BETAS, Discrete
 from ldm_lab.schedules.posterior import Posterior
 from ldm_lab.schedules.respacing import Steps, count
 from ldm_lab.schedules.spacing import SPACING
 
-__all__ = ["BETAS", "SPACING", "Cosine", "Discrete", "Posterior", "Steps", "count"]
+__all__ = ["BETAS", "SPACING", "Between", "Cosine", "Discrete", "Posterior", "Steps", "count"]
