@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from compared import check_autoencoder, check_cloob, check_unet
+from compared import check_autoencoder, check_cloob, check_glide, check_unet
 
 from ldm_lab.autoencoders.kl_f8 import KLAutoencoder
-from ldm_lab.checkpoints import ccld, cloob_pickle, compvis
+from ldm_lab.checkpoints import ccld, cloob_pickle, compvis, glide
 from ldm_lab.checkpoints.parts import load_strictly
 from ldm_lab.conditioners import clip_tokens
 from ldm_lab.conditioners.cloob import CLOOB
 from ldm_lab.denoisers.ccld_unet import CCLDUNet
+from ldm_lab.denoisers.glide_unet import GlideUNet
 
 NETWORK = 1e-5  # relative L2 that a float32 port may be away
 
@@ -30,6 +31,36 @@ def test_ccld_unet(case, tmp_path):
     net = CCLDUNet(extra["channels"], extra["embed_dim"], **config)
     load_strictly(net, state, "unet.pth")
     check_unet(recorded, net)
+    recorded.finish()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["unet", "upsampler", "inpaint", "inpaint_upsampler", "latent"])
+def test_glide_networks(case, tmp_path, name):
+    recorded = case(f"glide_{name}")
+    theirs = recorded.config
+    torch.save(recorded.weights(), tmp_path / "base.pt")
+    unsaid = {"head_width": theirs["num_head_channels"], "text_heads": theirs["xf_heads"]}
+    state, config, extra = glide.read(tmp_path / "base.pt", unsaid)
+    own = {
+        "base_channels": theirs["num_channels"],
+        "multipliers": [int(multiplier) for multiplier in theirs["channel_mult"].split(",")],
+        "blocks_per_level": theirs["num_res_blocks"],
+        "attention": sorted(theirs["image_size"] // int(side) for side in theirs["attention_resolutions"].split(",")),
+        "text_size": theirs["text_ctx"],
+        "text_width": theirs["xf_width"],
+        "text_layers": theirs["xf_layers"],
+        "super_res": theirs["super_res"],
+        "inpaint": theirs["inpaint"],
+        **unsaid,
+    }
+    recorded.expect("config", {key: config[key] for key in own}, own)
+    net = GlideUNet(extra["channels"], extra["embed_dim"], **config).eval()
+    load_strictly(net, state, "base.pt")
+    check_glide(recorded, net)
+    if name == "latent":
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2  # [1000]
+        recorded.check("linear_latent_betas", betas)
     recorded.finish()
 
 
