@@ -238,7 +238,7 @@ class GlideUNet(nn.Module):
         """Return what is laid beside the channels of x, in the original's order."""
         if (low_res is not None) != self.super_res:
             raise UserError(
-                "this denoiser is an upsampler: it needs a low-resolution picture to enlarge, and cannot begin with none"
+                "this denoiser is an upsampler: it enlarges a picture, and cannot make one without a base model"
                 if self.super_res
                 else "this denoiser is a base model: it takes no low-resolution picture, an upsampler does"
             )
