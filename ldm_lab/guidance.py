@@ -49,8 +49,8 @@ def guided(
 
     Every image has conditions and weights of its own; one with fewer than k prompts has weight 0 in the places left
     over. All evaluations of a step are one call of `predict`, ordered by condition, the null condition first; a
-    condition whose weight is exactly 0 is not evaluated. A learned `log_variance` is not mixed: an image's is that of
-    its first prompt that has a weight.
+    condition whose weight is exactly 0 is not evaluated. A learned variance is not mixed: an image's is that of its
+    first prompt that has a weight.
 
     Args:
         predict: the denoiser's reading of M rows: x [M, C, h, w], t [M], cond of [M, ...] -> Prediction
@@ -124,12 +124,12 @@ class _Tables:
             # Python's sum adds in order; torch's may regroup with the shape, and an image would depend on its batch.
             return sum(weighted.unbind())  # [B, C, h, w]
 
-        log_variance = self.rows.log_variance
-        if log_variance is not None:
+        fraction = self.rows.variance_fraction
+        if fraction is not None:
             # The first prompt that has a weight; the null condition, moved to the end here, only if there is none.
             leading = ((weights != 0).roll(-1, dims=0).int().argmax(0) + 1) % len(weights)  # [B]
-            log_variance = self.table(log_variance)[leading, torch.arange(len(leading))]  # [B, C, h, w]
-        return self.rows._replace(x0=mixed(self.rows.x0), eps=mixed(self.rows.eps), log_variance=log_variance)
+            fraction = self.table(fraction)[leading, torch.arange(len(leading))]  # [B, C, h, w]
+        return self.rows._replace(x0=mixed(self.rows.x0), eps=mixed(self.rows.eps), variance_fraction=fraction)
 
 
 def _rescaled(guided: Any, plain: Any, x: Tensor, t: Tensor, schedule: Any, share: float) -> Any:

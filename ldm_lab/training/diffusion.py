@@ -42,10 +42,10 @@ class DiffusionTask(Task):
         x0, cond = self.encode(batch)  # [B, C, h, w], {"embed": [B, D]}
         t = self.timesteps(self.batches_seen, len(x0)).to(x0)  # [B]
         noise = torch.randn_like(x0)  # [B, C, h, w]
-        loss = self.objective.loss(self.model, x0, cond, t, noise)  # [B]
-        self.log_means({"loss": loss.mean()}, len(x0))
-        self.log_by_time(loss, t)
-        return loss.mean()
+        terms = self.objective.terms(self.model, x0, cond, t, noise)  # {"loss": [B], ...}
+        self.log_means({name: term.mean() for name, term in terms.items()}, len(x0))
+        self.log_by_time(terms["loss"], t)
+        return terms["loss"].mean()
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -81,7 +81,7 @@ class DiffusionTask(Task):
         for role, checksum in self.frozen_sha256.items():
             if made_with.get(role, checksum) != checksum:
                 raise UserError(f"data.path: this cache was made with another {role} than {role}.weights")
-        draw = TIMESTEPS[self.objective.timesteps]
+        draw = TIMESTEPS[self.objective.draw]
         self.timesteps = draw(self.seed, self.global_rank, self.trainer.world_size)
 
     def initial_weights(self, path: str) -> tuple[dict[str, Tensor], str]:
