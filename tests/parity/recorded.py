@@ -1,6 +1,9 @@
 """A recorded case: what went into an original program and what came out, to be compared with ldm_lab's results."""
 
 import json
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,16 @@ import pytest
 import torch
 from fill import fill
 from torch import Tensor
+
+
+def patterns(described: Iterable[str]) -> list[str]:
+    """Return the array names, with "*" in them, that "<image>.low_res / high_res" and the like stand for."""
+    found = []
+    for entry in described:
+        first, *others = re.sub(r"<[^<>]*>", "*", entry).split(" / ")
+        prefix = first[: first.rfind(".") + 1]
+        found += [first, *(prefix + other for other in others)]
+    return found
 
 
 class Case:
@@ -30,8 +43,10 @@ class Case:
         self.config: dict[str, Any] = self.json.get("config", {})
         with np.load(folder / f"{name}.npz") as arrays:
             values = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
-        self.inputs = {key: values[key] for key in self.json["inputs"]}
-        self.names = [key for key in self.json["outputs"] if not key.startswith("jax_")]
+        outputs = patterns(self.json["outputs"])
+        made = [key for key in values if any(fnmatchcase(key, pattern) for pattern in outputs)]
+        self.inputs = {key: value for key, value in values.items() if key not in made}
+        self.names = [key for key in made if not key.startswith("jax_")]
         self._recorded = {key: values[key] for key in self.names}
         self._report: list[str] = []
         self._compared: set[str] = set()
