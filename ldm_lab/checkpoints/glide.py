@@ -84,8 +84,8 @@ def model(
 ) -> tuple[dict, dict[str, Tensor], dict]:
     """Return `(config, state_dict, extra)` of a GLIDE network as `ldm_lab.checkpoints.models.read_model` does.
 
-    The noise schedule is in no file: upsamplers were trained with linear betas, all others with the cosine's. `ema` has
-    no meaning here: each file holds one set of weights.
+    The noise schedule is in no file: upsamplers were trained with linear betas, glide-finetune's latent form with those
+    of latent diffusion, all others with the cosine's. `ema` has no meaning here: a file holds one set of weights.
     """
     state, architecture, facts = unet(tensors, path, given)
     upsampler, latent = architecture["super_res"], facts["channels"] != LOW_RES_CHANNELS
@@ -102,8 +102,8 @@ def model(
         "denoiser": {"name": "glide_unet", **architecture},
         "objective": {
             "name": "eps_hybrid",
-            "schedule": "linear" if upsampler else "cosine",
-            "steps": architecture["timesteps"],
+            "betas": "linear" if upsampler else "linear_latent" if latent else "squaredcos_cap_v2",
+            "timesteps": architecture["timesteps"],
         },
     }
     if upsampler:

@@ -7,17 +7,16 @@ from torch import Tensor
 
 from ldm_lab.checkpoints.foreign import read_state_dict
 from ldm_lab.checkpoints.parts import load_strictly
-from ldm_lab.conditioners.noised_clip import NoisedCLIP
+from ldm_lab.conditioners.noised_clip import IMAGE_ONLY, TEXT_ONLY, NoisedCLIP
 from ldm_lab.errors import UserError
 from ldm_lab.pretrained import locate
 
-IMAGE, TEXT = "blocks.input.w_t", "blocks.input.w_voc"  # a tensor that only the image or the text tower has
 RELEASED = ("glide/clip-image-enc", "glide/clip-text-enc")  # names of `ldm_lab.pretrained`
 
 
 def tower(tensors: dict[str, Any]) -> str | None:
     """Return which tower a file's tensors are, "image" or "text"; None if neither."""
-    return "image" if IMAGE in tensors else "text" if TEXT in tensors else None
+    return "image" if IMAGE_ONLY in tensors else "text" if TEXT_ONLY in tensors else None
 
 
 def load(image: str | Path = RELEASED[0], text: str | Path = RELEASED[1], head_width: int = 64) -> NoisedCLIP:
@@ -52,7 +51,7 @@ def infer_config(image: dict[str, Tensor], text: dict[str, Tensor]) -> dict[str,
     """Return the keyword arguments of `NoisedCLIP` that follow from the towers' shapes."""
     image_width, _, patch_size, _ = image["blocks.input.patch_proj"].shape
     places = image["blocks.input.w_pos"].shape[0] - 1
-    vocab_size, text_width = text[TEXT].shape
+    vocab_size, text_width = text[TEXT_ONLY].shape
     return {
         "image_size": patch_size * round(places**0.5),
         "patch_size": patch_size,
@@ -63,5 +62,5 @@ def infer_config(image: dict[str, Tensor], text: dict[str, Tensor]) -> dict[str,
         "embed_dim": image["blocks.output.f.w"].shape[0],
         "vocab_size": vocab_size,
         "text_size": text["blocks.input.w_pos"].shape[0],
-        "timesteps": image[IMAGE].shape[0],
+        "timesteps": image[IMAGE_ONLY].shape[0],
     }

@@ -16,6 +16,7 @@ from ldm_lab.errors import UserError
 PIXEL_MEAN = (122.77093945, 116.74601272, 104.09373519)  # of 8-bit levels
 PIXEL_STD = (68.50053285, 66.63215831, 70.32316309)
 LOGIT_SCALE = 100.0
+IMAGE_ONLY, TEXT_ONLY = "blocks.input.w_t", "blocks.input.w_voc"  # tensors by which a tower's weights are told
 
 
 class NoisedCLIP(nn.Module):

@@ -18,6 +18,7 @@ from ldm_lab.conditioners.glide_text import GlideText, gpt2_encoding
 from ldm_lab.conditioners.noised_clip import last_end
 from ldm_lab.denoisers.ccld_unet import CCLDUNet
 from ldm_lab.denoisers.glide_unet import GlideUNet
+from ldm_lab.schedules.discrete import beta_table
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "golden"  # where GPT-2's merges may lie
 NETWORK = 1e-5  # relative L2 that a float32 port may be away
@@ -64,8 +65,7 @@ def test_glide_networks(case, tmp_path, name):
     load_strictly(net, state, "base.pt")
     check_glide(recorded, net)
     if name == "latent":
-        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2  # [1000]
-        recorded.check("linear_latent_betas", betas)
+        recorded.check("linear_latent_betas", beta_table("linear_latent", 1000))
     recorded.finish()
 
 
