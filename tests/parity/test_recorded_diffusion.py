@@ -243,7 +243,7 @@ def test_guidance(case):
     t = objective.schedule.at(given["t"][:half])  # [B]
 
     def outputs(raw: Tensor, parts: int, x: Tensor, weights: list[float], t: Tensor) -> tuple[Prediction, Tensor]:
-        """Return the guided reading of a network's output, in which the prompts come first, and what the network saw."""
+        """Return the guided reading of a network's output, prompts first, and what the network saw."""
         rows = torch.arange(parts).roll(1)[:, None] * len(x) + torch.arange(len(x))  # [parts, B], no prompt first
         cond = {"row": rows[1:].T}  # [B, k]
         seen = []
