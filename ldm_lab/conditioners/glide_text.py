@@ -40,6 +40,7 @@ class GlideText(nn.Module):
         embed_dim: number of different ids.
     """
 
+    gives = ("tokens", "mask")
     pad: Tensor
 
     def __init__(

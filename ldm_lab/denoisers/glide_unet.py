@@ -33,6 +33,8 @@ class GlideUNet(nn.Module):
         super_res, inpaint: which further conditions `forward` takes.
     """
 
+    takes = ("tokens", "mask")
+
     def __init__(
         self,
         channels: int,
