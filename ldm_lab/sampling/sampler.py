@@ -33,6 +33,7 @@ Mix = OnePrompt | Sequence[OnePrompt]
 
 log = logging.getLogger(__name__)
 
+FACTOR = 4  # of an upsampler whose config does not say how many times it enlarges: GLIDE's
 DECODE_BATCH = 8  # images; the autoencoder's full-size feature maps need far more memory than the denoiser's
 
 
@@ -656,11 +657,11 @@ def _restored(picture: Picture, start: Start) -> Picture:
     return Picture(image, to_tensor(image))
 
 
-def _factor(config: dict[str, Any]) -> int | None:
+def _factor(config: dict[str, Any]) -> int:
     """Return how many times the upsampler of a checkpoint's config enlarges."""
     section = config.get("low_res")
     factor = section.get("factor") if isinstance(section, dict) else None
-    return factor if isinstance(factor, int) and factor > 0 else None
+    return factor if isinstance(factor, int) and factor > 0 else FACTOR
 
 
 def _check_guide(interval: tuple[float, float], rescale: float) -> None:
