@@ -130,14 +130,14 @@ def test_ancestral_steps_are_those_of_bayes(schedule):
         mean = (kept * x / beta + alpha[i + 1] * x0 / sigma[i + 1] ** 2) / precision
         assert steps.beta[i].item() == pytest.approx(beta.item(), rel=1e-9)
         assert steps.variance[i].item() == pytest.approx(1 / precision.item(), rel=1e-9)
-        step = steps.at(i, like=x)
+        step = steps.at(i)
         assert step.mean(x0, x).item() == pytest.approx(mean.item(), rel=1e-5)
         for fraction, variance in ((0.0, 1 / precision), (1.0, beta), (0.5, (beta / precision).sqrt())):
             assert step.learned(torch.tensor(fraction)).exp().item() == pytest.approx(variance.item(), rel=1e-5)
-    last = steps.at(5, like=x)
+    last = steps.at(5)
     assert last.mean(x0, x).item() == pytest.approx(0.7)
     assert last.variance.item() == 0 and last.log_variance.item() == pytest.approx(steps.log_variance[4].item())
-    rows = steps.at(torch.tensor([3, 0]), like=x)
+    rows = steps.at(torch.tensor([3, 0]))
     assert rows.beta.shape == (2, 1, 1, 1) and rows.beta.flatten().tolist() == steps.beta[[3, 0]].float().tolist()
 
 
