@@ -190,6 +190,8 @@ def check(config: dict[str, Any]) -> None:
     for key, value in config.items():
         if key in top:
             problems += _mismatch(value, top[key], key)
+        elif key in roles and value is None and key not in cls.REQUIRED:
+            continue  # as if it were left out: how a config takes back a section of its `defaults`
         elif key in roles:
             problems += check_section(roles[key], value, key)
         else:
