@@ -50,6 +50,7 @@ PACKAGES = {
     "perceptual": "ldm_lab.training",
     "discriminator": "ldm_lab.training",
     "reconstructions": "ldm_lab.training",
+    "enlargements": "ldm_lab.training",
 }
 # Keys in the section of a frozen part that say how it is used, beside its constructor's keys, which say what it is.
 USE_KEYS: dict[str, dict[str, Any]] = {
