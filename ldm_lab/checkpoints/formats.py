@@ -19,6 +19,7 @@ from ldm_lab.checkpoints.foreign import read_state_dict
 from ldm_lab.checkpoints.released_zip import is_release, opened
 from ldm_lab.config import USE_KEYS, check_section
 from ldm_lab.errors import UserError
+from ldm_lab.pretrained import locate
 
 # What `Found.kind` may be -> what it is, in words.
 KINDS = {
@@ -79,15 +80,13 @@ BY_NAMES: list[tuple[str, Callable[[dict[str, Any]], bool]]] = [
 
 
 def recognise(path: str | Path) -> Found:
-    """Return what a file, or a folder of diffusers', is.
+    """Return what a file, a folder of diffusers', or a released file by its name, is.
 
     Raises:
         UserError: missing or damaged file, one that is no file of weights, one whose loading could run code.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        path = diffusers_vae.find(path)
-    path = existing_file(path, "weights")
+    path = locate(path, "weights")
+    path = existing_file(diffusers_vae.find(path) if path.is_dir() else path, "weights")
     if is_safetensors(path):
         tensors, metadata = _header(path)
         if metadata.get("format") == FORMAT:

@@ -93,7 +93,7 @@ class Sampler:
         """Load a trained model with its averaged weights.
 
         Args:
-            path: `ema.safetensors`, or a `.ckpt` of a run.
+            path: `ema.safetensors`, a `.ckpt` of a run, or whatever else `ldm_lab.pretrained.locate` takes.
             autoencoder: weights file of the autoencoder, if not where the checkpoint says.
             conditioner: weights file of the conditioner, if not where the checkpoint says.
             device: where to run.
@@ -525,7 +525,7 @@ def _load_denoiser(
 def _load_frozen(role: str, section: dict[str, Any], moved: str | Path | None, trained_with: str | None) -> nn.Module:
     """Return a frozen part of a checkpoint, from `moved` if given; warn if it is not the file of training."""
     if moved is not None:
-        section = {**section, "weights": str(moved)}
+        section = {**section, "weights": moved}
     try:
         if moved is None:
             check_foreign(section.get("weights"), f"{role}.weights")
