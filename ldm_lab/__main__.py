@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import pkgutil
+import sys
 
 from ldm_lab import commands
 from ldm_lab.errors import run_program
@@ -12,11 +13,14 @@ def main() -> int | None:
     """Parse the command line and run the command."""
     parser = argparse.ArgumentParser(prog="python -m ldm_lab", description=__doc__)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    names = [found.name for found in pkgutil.iter_modules(commands.__path__)]
+    if sys.argv[1:2] and sys.argv[1] in names:  # the others' imports would take seconds, and memory
+        names = [sys.argv[1]]
     modules = {}
-    for found in pkgutil.iter_modules(commands.__path__):
-        module = modules[found.name] = importlib.import_module(f"ldm_lab.commands.{found.name}")
+    for name in names:
+        module = modules[name] = importlib.import_module(f"ldm_lab.commands.{name}")
         command = subparsers.add_parser(
-            found.name,
+            name,
             help=module.__doc__.splitlines()[0],
             description=module.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
