@@ -41,10 +41,11 @@ def hashes_of(urls: Iterable[str | None], texts: Iterable[str | None]) -> NDArra
     """Return the keys of many urls and texts, int64 [N]."""
     from mmh3 import hash64
 
-    try:
-        return np.array([hash64((url or "") + (text or ""))[0] for url, text in zip(urls, texts)], dtype=np.int64)
+    try:  # mmh3 takes texts, too, and crashes on those without UTF-8
+        keys = [hash64(((url or "") + (text or "")).encode())[0] for url, text in zip(urls, texts)]
     except UnicodeEncodeError as error:
         raise UserError(f"{error.object[:80]!r}: holds half of a surrogate pair, so it has no UTF-8 to hash") from None
+    return np.array(keys, dtype=np.int64)
 
 
 def entry_type(scores: int) -> np.dtype:
@@ -67,6 +68,8 @@ class ScoreStore:
     """
 
     def __init__(self, path: str | Path, scores: int = 1):
+        if scores < 1:
+            raise UserError(f"scores: an entry has at least 1, not {scores}")
         self.path, self.scores = existing_file(path, "a score store"), scores
         self._type = entry_type(scores)
         size = os.path.getsize(self.path)
@@ -94,6 +97,11 @@ class ScoreStore:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of an entry."""
+        return self._type.itemsize
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "scores": self.scores}

@@ -74,6 +74,20 @@ def pick(columns: Sequence[str], given: str | None, known: Sequence[str], what: 
     raise UserError(f"no column with {what} ({looked}); {option} names it. There are: {', '.join(columns) or 'none'}")
 
 
+def has_hash(columns: Sequence[str]) -> bool:
+    """Return whether one of some columns has the name of the hash."""
+    return any(column.lower() in KEY_COLUMNS for column in columns)
+
+
+def not_a_hash(column: str, kind: str, is_float: bool) -> str:
+    """Return the message about a column of hashes of the wrong type."""
+    why = ", which cannot hold one exactly" if is_float else ""
+    return (
+        f"column {column!r}: a hash is a signed integer of 64 bits, this column is {kind}{why}; "
+        "--url and --text hash these columns instead"
+    )
+
+
 def build_store(
     sources: Sequence[str | Path],
     out: str | Path,
@@ -141,19 +155,18 @@ def build_store(
                         writer.add(keys, _stacked(values))
                         bar.update(len(keys))
     except duckdb.OutOfMemoryException as error:
-        raise UserError(f"memory {memory}: too little to sort in ({_line(error)})") from None
+        raise UserError(f"memory {memory}: too little to sort in ({first_line(error)})") from None
     except duckdb.Error as error:
-        raise UserError(f"{files[0]}{f' and {len(files) - 1} more' * (len(files) > 1)}: {_line(error)}") from None
+        raise UserError(f"{files[0]}{f' and {len(files) - 1} more' * (len(files) > 1)}: {first_line(error)}") from None
     return Built(total, total - keyed, keyed - whole, writer.count, writer.repeated, writer.nan)
 
 
 def _select(database: Any, files: list[str], key: str | None, url: str | None, text: str | None, scores: Any) -> str:
     """Return the query of key, score0, score1, ... and of each row's place. Raises UserError about columns."""
-    table = f"read_parquet([{', '.join(map(_literal, files))}], union_by_name = true)"
+    table = f"read_parquet([{', '.join(map(literal, files))}], union_by_name = true)"
     types = {name: kind for name, kind, *_ in database.sql(f"DESCRIBE SELECT * FROM {table}").fetchall()}
     columns = list(types)
-    hashed = key is None and (url is not None or text is not None or not {"hash"} & {c.lower() for c in columns})
-    if hashed:
+    if key is None and (url is not None or text is not None or not has_hash(columns)):
         chosen = [
             pick(columns, url, URL_COLUMNS, "the url, and none with the hash", "--url"),
             pick(columns, text, TEXT_COLUMNS, "the text, and none with the hash", "--text"),
@@ -164,11 +177,8 @@ def _select(database: Any, files: list[str], key: str | None, url: str | None, t
     else:
         chosen = [pick(columns, key, KEY_COLUMNS, "the hash", "--key")]
         if types[chosen[0]] not in ("BIGINT", "INTEGER", "SMALLINT", "TINYINT"):
-            raise UserError(
-                f"column {chosen[0]!r}: a hash is a signed integer of 64 bits, this column is {types[chosen[0]]}"
-                + (", which cannot hold one exactly" if types[chosen[0]] in ("DOUBLE", "FLOAT") else "")
-                + "; --url and --text hash these columns instead"
-            )
+            kind = types[chosen[0]]
+            raise UserError(not_a_hash(chosen[0], kind, kind in ("DOUBLE", "FLOAT")))
         keyed = _quoted(chosen[0])
     values = [pick(columns, name, SCORE_COLUMNS, "the score", "--score") for name in scores]
     numbers = ("FLOAT", "DOUBLE", "BIGINT", "INTEGER", "SMALLINT", "TINYINT")
@@ -183,9 +193,9 @@ def _select(database: Any, files: list[str], key: str | None, url: str | None, t
 
 def _check_everywhere(database: Any, files: list[str], columns: list[str]) -> None:
     """Raise UserError if one of the files lacks one of the columns."""
-    listed = f"[{', '.join(map(_literal, files))}]"
+    listed = f"[{', '.join(map(literal, files))}]"
     for column in columns:
-        query = f"SELECT DISTINCT file_name FROM parquet_schema({listed}) WHERE lower(name) = lower({_literal(column)})"
+        query = f"SELECT DISTINCT file_name FROM parquet_schema({listed}) WHERE lower(name) = lower({literal(column)})"
         having = {name for (name,) in database.sql(query).fetchall()}
         lacking = [path for path in files if path not in having]
         if lacking:
@@ -230,9 +240,11 @@ def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
+    """Return a text as SQL writes it."""
     return "'" + text.replace("'", "''") + "'"
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error of another library, at most 300 characters of it."""
     return str(error).strip().splitlines()[0][:300]
