@@ -180,7 +180,7 @@ class ScoreStore:
     def _places(self, wanted: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return for each of some ascending keys the first entry whose key is not less, [n]; len(self) past the end."""
         count = len(self)
-        if self._fences is None and self._asked * 16 >= min(count, FENCES):  # a few look-ups do not pay for them
+        if self._fences is None and self._asked * 4 >= min(count, FENCES):  # a few look-ups do not pay for them
             places = np.arange(0, count, -(-count // FENCES))
             fences = self._keys[places]
             self._check_order(fences, places)
