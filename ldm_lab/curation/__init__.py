@@ -1,0 +1,5 @@
+"""Curation: from metadata and images to the data set that a model trains on.
+
+`metadata/` selects and counts rows of LAION's tables and of img2dataset's; the rules themselves are `ldm_lab.rules`,
+which training uses, too. Nothing in `metadata/` imports torch: it is to run in little memory.
+"""
