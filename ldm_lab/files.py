@@ -1,7 +1,8 @@
-"""Files and folders that appear whole or not at all. Without torch, whose import alone takes seconds and 600 MB."""
+"""Files and folders that appear whole or not at all, and what else is common to all files."""
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 import tempfile
@@ -76,6 +77,12 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def sha256(path: str | Path) -> str:
+    """Return a file's SHA-256 in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def existing_file(path: str | Path, what: str) -> Path:

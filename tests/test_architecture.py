@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [  # a module may import from its own line only what is in its own package, and from any line above
     {"errors"},
-    {"config", "files"},
-    {"schedules", "images", "ema", "pretrained"},
+    {"config"},
+    {"schedules", "images", "ema", "pretrained", "files", "rules"},
     {"data", "autoencoders", "conditioners", "denoisers", "objectives", "guidance", "samplers", "prompts"},
     {"checkpoints"},
     {"sampling"},
@@ -58,6 +58,9 @@ def test_imports_go_one_way(path):
         ("pytorch_lightning", {"training", "data", "curation"}),
         ("webdataset", {"data", "curation"}),
         ("wandb", {"training"}),
+        ("ibis", {"curation"}),
+        ("duckdb", {"curation"}),
+        ("pyspark", {"curation"}),
     ],
 )
 def test_a_library_is_used_where_it_belongs(library, rooms):

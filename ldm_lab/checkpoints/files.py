@@ -1,6 +1,5 @@
-"""Files of tensors: checked, read without executing anything, written whole (`ldm_lab.files`)."""
+"""Files of tensors: written atomically, checked, read without executing anything."""
 
-import hashlib
 import os
 import pickle
 import zipfile
@@ -13,20 +12,16 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from ldm_lab.errors import UserError
-from ldm_lab.files import atomic_write, existing_file, replaced_folder  # noqa: F401  (they are looked for here, too)
+from ldm_lab.files import atomic_write, existing_file, replaced_folder, sha256
 
 FORMAT = "ldm_lab"  # key of our own entries in checkpoints, and value of `format` in a safetensors file of ours
+
+__all__ = ["atomic_write", "existing_file", "replaced_folder", "sha256"]  # beside what is defined here
 
 # What torch.load raises, apart from UnpicklingError, for files that are no checkpoints or only parts of one.
 UNREADABLE = (
     SafetensorError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, OSError,
 )  # fmt: skip
-
-
-def sha256(path: str | Path) -> str:
-    """Return a file's SHA-256 in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -1,5 +1,6 @@
-"""From metadata and images to the subset that a model trains on: scores, rules, statistics, the score store.
+"""Curation: from metadata and images to the data set that a model trains on.
 
-Tables are Parquet, read with DuckDB, larger than memory. Needs `pip install 'ldm_lab[curation]'`; its libraries are
-imported where they are used, so that the rest of the program runs without them.
+`metadata/` selects and counts rows of LAION's tables and of img2dataset's; the rules themselves are `ldm_lab.rules`,
+which training uses, too. `store.py` and the files beside it keep scores by hash. Neither imports torch: they are to
+run in little memory.
 """
