@@ -14,9 +14,6 @@ import argparse
 import json
 import sys
 
-from ldm_lab.curation.store import ScoreStore, hash_of
-from ldm_lab.curation.store_build import build_store
-from ldm_lab.curation.store_tables import add_scores, store_stats
 from ldm_lab.errors import UserError
 
 BUILD = """Build a store from Parquet tables with a hash, or url and text, and a score.
@@ -106,6 +103,8 @@ def _quiet_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _build(args: argparse.Namespace) -> None:
+    from ldm_lab.curation.store_build import build_store
+
     built = build_store(
         args.tables,
         args.out,
@@ -131,6 +130,9 @@ def _build(args: argparse.Namespace) -> None:
 
 
 def _get(args: argparse.Namespace) -> int | None:
+    from ldm_lab.curation.store import ScoreStore, hash_of
+    from ldm_lab.curation.store_tables import add_scores
+
     single = args.hash is not None or (args.table is None and args.url is not None)
     if single == (args.table is not None):
         raise UserError("scores get: give --hash, or --url and --text, or --table and --out; one of these")
@@ -168,6 +170,9 @@ def _get(args: argparse.Namespace) -> int | None:
 
 
 def _stats(args: argparse.Namespace) -> None:
+    from ldm_lab.curation.store import ScoreStore
+    from ldm_lab.curation.store_tables import store_stats
+
     stats = store_stats(ScoreStore(args.store, args.scores), progress=not args.quiet)
     if args.json:
         json.dump(stats, sys.stdout, indent=2)

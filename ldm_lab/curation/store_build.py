@@ -6,26 +6,23 @@ rows after a stable sort.
 """
 
 import contextlib
-import glob
-import os
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
+from ldm_lab.curation.metadata.inputs import find_files
 from ldm_lab.curation.store import StoreWriter, hashes_of
-from ldm_lab.errors import UserError
+from ldm_lab.errors import UserError, unknown
+from ldm_lab.rules.quantities import find, require
 
-# Names of columns, in the releases and in what img2dataset and `score` write; the case of letters does not matter.
-KEY_COLUMNS = ("hash",)
-URL_COLUMNS = ("url", "image_url")
-TEXT_COLUMNS = ("text", "caption", "top_caption")
-SCORE_COLUMNS = ("aesthetic", "aesthetic_score", "prediction")
 BATCH = 2**17  # rows
+INTEGERS = ("BIGINT", "INTEGER", "SMALLINT", "TINYINT")
 
 
 @dataclass
@@ -40,49 +37,42 @@ class Built:
     nan: int
 
 
-def parquet_files(sources: Sequence[str | Path]) -> list[str]:
-    """Return the Parquet files that some paths, globs and folders stand for, in the order given; a glob's sorted.
+@dataclass
+class Columns:
+    """Where a table has the keys: a column of hashes, or those of url and text, which are hashed."""
 
-    Raises UserError where there is none.
-    """
-    files = []
-    for source in map(os.path.expanduser, map(str, sources)):
-        if os.path.isdir(source):
-            found = sorted(glob.glob(os.path.join(glob.escape(source), "**", "*.parquet"), recursive=True))
-        elif os.path.isfile(source):
-            found = [source]
-        else:
-            found = sorted(path for path in glob.glob(source, recursive=True) if os.path.isfile(path))
-        if not found:
-            raise UserError(f"{source}: no Parquet file there")
-        files += found
-    return files
+    hash: str | None = None
+    url: str | None = None
+    text: str | None = None
 
+    @classmethod
+    def of(cls, columns: Iterable[str], where: str, key: str | None, url: str | None, text: str | None) -> "Columns":
+        """Return them by the names given, or else by those of LAION's releases and img2dataset's tables.
 
-def pick(columns: Sequence[str], given: str | None, known: Sequence[str], what: str, option: str) -> str:
-    """Return the column that holds something: the one given, or else the first known name, in any case of letters.
-
-    Raises UserError, with all the names there are, if it is not there.
-    """
-    lower = {column.lower(): column for column in reversed(columns)}
-    for name in (given,) if given is not None else known:
-        if name in columns:
-            return name
-        if name.lower() in lower:
-            return lower[name.lower()]
-    looked = repr(given) if given is not None else " or ".join(map(repr, known))
-    raise UserError(f"no column with {what} ({looked}); {option} names it. There are: {', '.join(columns) or 'none'}")
+        The hash, unless there is none or `url` or `text` is given. Raises UserError if a column is not there.
+        """
+        columns = list(columns)
+        if key is not None and (url is not None or text is not None):
+            raise UserError("--key names the hash, --url and --text what to make one of: give one of these")
+        if url is None and text is None and (key is not None or find("hash", columns) is not None):
+            return cls(hash=named(key, "hash", columns, where))
+        return cls(url=named(url, "url", columns, where), text=named(text, "caption", columns, where))
 
 
-def has_hash(columns: Sequence[str]) -> bool:
-    """Return whether one of some columns has the name of the hash."""
-    return any(column.lower() in KEY_COLUMNS for column in columns)
+def named(given: str | None, quantity: str, columns: Sequence[str], where: str) -> str:
+    """Return the column of a given name, in whatever case, or else the one that holds a quantity. Raises UserError."""
+    if given is None:
+        return require(quantity, columns, where)
+    found = [name for name in columns if name == given] or [name for name in columns if name.lower() == given.lower()]
+    if not found:
+        raise UserError(unknown("column", given, columns).replace("no such", f"{where}: no such", 1))
+    return found[0]
 
 
-def not_a_hash(column: str, kind: str, is_float: bool) -> str:
-    """Return the message about a column of hashes of the wrong type."""
+def not_a_hash(column: str, kind: str, is_float: bool) -> UserError:
+    """Return the error about a column of hashes of the wrong type."""
     why = ", which cannot hold one exactly" if is_float else ""
-    return (
+    return UserError(
         f"column {column!r}: a hash is a signed integer of 64 bits, this column is {kind}{why}; "
         "--url and --text hash these columns instead"
     )
@@ -107,9 +97,7 @@ def build_store(
     Args:
         sources: files, globs, folders.
         out: the store, replaced when all is written.
-        key: column of hashes; by default `hash`, and where there is none, or with `url` or `text`, url and text are
-            hashed.
-        url, text: columns; by default those of the releases and of img2dataset.
+        key, url, text: columns, see `Columns.of`.
         scores: columns of the scores, in the order of the entry; None is the aesthetic score under its known names.
         unique: of repeated keys keep the first; else all, of which look-ups see the first.
         memory: what sorting may hold, as DuckDB writes it; beyond that it spills.
@@ -123,7 +111,10 @@ def build_store(
     """
     import duckdb
 
-    files = parquet_files(sources)
+    files = find_files(list(map(str, sources)), "tables")
+    if files.delimiter:
+        raise UserError(f"{files.paths[0]}: a store is built from Parquet tables")
+    paths = files.paths
     out = Path(out).expanduser()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -134,13 +125,18 @@ def build_store(
     if threads is not None:
         config["threads"] = threads
     try:
-        with spill, duckdb.connect(config=config) as database:
-            rows = _select(database, files, key, url, text, scores)
+        with spill, _connected(config) as database:
+            rows = _select(database, paths, key, url, text, scores)
             names = [f"score{n}" for n in range(len(scores))]
             some = " AND ".join(f"{name} IS NOT NULL" for name in names)
             total, keyed, whole = database.sql(
                 f"SELECT count(*), count(key), count(*) FILTER (WHERE key IS NOT NULL AND {some}) FROM ({rows})"
             ).fetchall()[0]
+            if not whole:
+                raise UserError(
+                    f"{paths[0]}: no row to build from: of {total:,} rows {total - keyed:,} have no hash, "
+                    f"{keyed:,} have one and no score"
+                )
             query = (
                 f"SELECT key, {', '.join(names)} FROM ({rows}) WHERE key IS NOT NULL AND {some} "
                 "ORDER BY key, file_index, file_row_number"
@@ -152,66 +148,62 @@ def build_store(
                 with tqdm(desc="writing", total=whole, unit="row", unit_scale=True, disable=not progress) as bar:
                     for batch in batches:
                         keys, *values = (column.to_numpy(zero_copy_only=False) for column in batch.columns)
-                        writer.add(keys, _stacked(values))
+                        writer.add(keys, np.stack(values, axis=1))  # [n], [n, V]
                         bar.update(len(keys))
     except duckdb.OutOfMemoryException as error:
-        raise UserError(f"memory {memory}: too little to sort in ({first_line(error)})") from None
+        raise UserError(f"--memory {memory}: too little to sort in ({first_line(error)})") from None
     except duckdb.Error as error:
-        raise UserError(f"{files[0]}{f' and {len(files) - 1} more' * (len(files) > 1)}: {first_line(error)}") from None
+        raise UserError(f"{paths[0]}{f' and {len(paths) - 1} more' * (len(paths) > 1)}: {first_line(error)}") from None
     return Built(total, total - keyed, keyed - whole, writer.count, writer.repeated, writer.nan)
 
 
-def _select(database: Any, files: list[str], key: str | None, url: str | None, text: str | None, scores: Any) -> str:
+def _connected(config: dict[str, Any]) -> Any:
+    """Return DuckDB. Raises UserError about its settings."""
+    import duckdb
+
+    try:
+        return duckdb.connect(config=config)
+    except duckdb.Error as error:
+        given = f"--memory {config['memory_limit']}, --threads {config.get('threads', 'as many as cores')}"
+        raise UserError(f"{given}: {first_line(error)}") from None
+
+
+def _select(
+    database: Any,
+    paths: Sequence[str],
+    key: str | None,
+    url: str | None,
+    text: str | None,
+    scores: Sequence[str | None],
+) -> str:
     """Return the query of key, score0, score1, ... and of each row's place. Raises UserError about columns."""
-    table = f"read_parquet([{', '.join(map(literal, files))}], union_by_name = true)"
+    # By name: the first file's types would be those of all, and a float32 among them would round.
+    table = f"read_parquet([{', '.join(map(literal, paths))}], union_by_name = true)"
     types = {name: kind for name, kind, *_ in database.sql(f"DESCRIBE SELECT * FROM {table}").fetchall()}
-    columns = list(types)
-    if key is None and (url is not None or text is not None or not has_hash(columns)):
-        chosen = [
-            pick(columns, url, URL_COLUMNS, "the url, and none with the hash", "--url"),
-            pick(columns, text, TEXT_COLUMNS, "the text, and none with the hash", "--text"),
-        ]
-        database.create_function("ldm_hash", _hash_columns, ["VARCHAR", "VARCHAR"], "BIGINT", type="arrow",
-                                 null_handling="special")  # fmt: skip
-        keyed = f"ldm_hash({', '.join(f'CAST({_quoted(name)} AS VARCHAR)' for name in chosen)})"
+    keys = Columns.of(types, paths[0], key, url, text)
+    if keys.hash is None:
+        options = {"type": "arrow", "null_handling": "special"}
+        database.create_function("ldm_hash", _hash_columns, ["VARCHAR", "VARCHAR"], "BIGINT", **options)
+        keyed = f"ldm_hash({', '.join(f'CAST({_quoted(name)} AS VARCHAR)' for name in (keys.url, keys.text))})"
     else:
-        chosen = [pick(columns, key, KEY_COLUMNS, "the hash", "--key")]
-        if types[chosen[0]] not in ("BIGINT", "INTEGER", "SMALLINT", "TINYINT"):
-            kind = types[chosen[0]]
-            raise UserError(not_a_hash(chosen[0], kind, kind in ("DOUBLE", "FLOAT")))
-        keyed = _quoted(chosen[0])
-    values = [pick(columns, name, SCORE_COLUMNS, "the score", "--score") for name in scores]
-    numbers = ("FLOAT", "DOUBLE", "BIGINT", "INTEGER", "SMALLINT", "TINYINT")
-    for name in values:
-        if types[name] not in numbers and not types[name].startswith("DECIMAL"):
-            raise UserError(f"column {name!r}: a score is a number, this column is {types[name]}")
-    _check_everywhere(database, files, [*chosen, *values])
-    kinds = ["FLOAT" if types[name] == "FLOAT" else "DOUBLE" for name in values]
-    picked = [f"CAST({_quoted(name)} AS {kind}) AS score{n}" for n, (name, kind) in enumerate(zip(values, kinds))]
+        kind = types[keys.hash]
+        if kind not in INTEGERS:
+            raise not_a_hash(keys.hash, kind, kind in ("DOUBLE", "FLOAT"))
+        keyed = _quoted(keys.hash)
+    picked = []
+    for number, given in enumerate(scores):
+        name = named(given, "aesthetic", list(types), paths[0])
+        kind = types[name]
+        if kind not in ("FLOAT", "DOUBLE", *INTEGERS) and not kind.startswith("DECIMAL"):
+            raise UserError(f"column {name!r}: a score is a number, this column is {kind}")
+        picked.append(f"CAST({_quoted(name)} AS {'FLOAT' if kind == 'FLOAT' else 'DOUBLE'}) AS score{number}")
     return f"SELECT {keyed} AS key, {', '.join(picked)}, file_index, file_row_number FROM {table}"
-
-
-def _check_everywhere(database: Any, files: list[str], columns: list[str]) -> None:
-    """Raise UserError if one of the files lacks one of the columns."""
-    listed = f"[{', '.join(map(literal, files))}]"
-    for column in columns:
-        query = f"SELECT DISTINCT file_name FROM parquet_schema({listed}) WHERE lower(name) = lower({literal(column)})"
-        having = {name for (name,) in database.sql(query).fetchall()}
-        lacking = [path for path in files if path not in having]
-        if lacking:
-            raise UserError(f"{lacking[0]}: has no column {column!r}, which {next(iter(having))} has")
 
 
 def _hash_columns(urls: Any, texts: Any) -> Any:
     import pyarrow
 
     return pyarrow.array(hashes_of(urls.to_pylist(), texts.to_pylist()))
-
-
-def _stacked(values: list[Any]) -> Any:
-    import numpy as np
-
-    return values[0] if len(values) == 1 else np.stack(values, axis=1)  # [n] or [n, V]
 
 
 @contextlib.contextmanager

@@ -8,19 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from ldm_lab.curation.metadata.inputs import Files, find_files
 from ldm_lab.curation.store import ScoreStore, hashes_of
-from ldm_lab.curation.store_build import (
-    KEY_COLUMNS,
-    TEXT_COLUMNS,
-    URL_COLUMNS,
-    first_line,
-    has_hash,
-    literal,
-    not_a_hash,
-    pick,
-)
+from ldm_lab.curation.store_build import Columns, first_line, literal, not_a_hash
 from ldm_lab.errors import UserError
-from ldm_lab.files import atomic_write, existing_file
+from ldm_lab.files import atomic_write
 
 BATCH = 2**17  # rows
 Keys = Callable[[Any], tuple[NDArray[np.int64], NDArray[np.bool_]]]
@@ -41,11 +33,10 @@ def add_scores(
     """Write a copy of a table as Parquet, with the scores of each row beside its columns.
 
     Args:
-        table: `.parquet`, `.csv` (with a header), or `.tsv` (with a header and without quoting).
+        table: `.parquet`, `.csv`, or `.tsv` (without quoting); with a line of the columns' names, or url and caption.
         out: the Parquet file, replaced when all is written.
         names: of the new columns, float32, null where the store has no such key; one per score of an entry.
-        key: column of hashes; by default `hash`, and where there is none, or with `url` or `text`, both are hashed.
-        url, text: columns; by default those of the releases and of img2dataset.
+        key, url, text: columns, see `Columns.of`.
         progress: show a bar.
 
     Returns:
@@ -62,15 +53,18 @@ def add_scores(
     if len(names) != store.scores:
         raise UserError(f"--name: {len(names)} names for entries of {store.scores} scores")
     rows = found = 0
-    schema, batches, total = _read(existing_file(table, "a table"))
+    files = find_files(str(table), "table")
+    if len(files.paths) > 1 or "://" in files.paths[0]:
+        raise UserError(f"table: {table}: one file is looked up at a time")
+    schema, batches = _read(files)
     lower = {column.lower(): column for column in schema.names}
     taken = [lower[name.lower()] for name in names if name.lower() in lower]
     if taken:
         raise UserError(f"{table}: has a column {taken[0]!r} already; --name gives the new one another name")
-    keys_of = _key_reader(schema, key, url, text)
+    keys_of = _key_reader(schema, Columns.of(schema.names, str(table), key, url, text))
     added = [pyarrow.field(name, pyarrow.float32()) for name in names]
     whole = pyarrow.schema([*schema, *added], metadata=schema.metadata)
-    bar = tqdm(desc="looking up", total=total, unit="row", unit_scale=True, disable=not progress)
+    bar = tqdm(desc="looking up", total=files.rows, unit="row", unit_scale=True, disable=not progress)
     with bar, atomic_write(out) as file, ParquetWriter(file, whole, compression="zstd") as writer:
         for batch in batches:
             keys, known = keys_of(batch)
@@ -84,70 +78,66 @@ def add_scores(
     return rows, found
 
 
-def _read(table: Path) -> tuple[Any, Iterator[Any], int | None]:
-    """Return a table's schema, its record batches, and the number of its rows if it says. Raises UserError."""
+def _read(files: Files) -> tuple[Any, Iterator[Any]]:
+    """Return a table's schema and its record batches. Raises UserError."""
     import duckdb
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
-    kind = table.suffix.lower()
-    options = {".csv": "delim = ','", ".tsv": "delim = '\t', quote = '', escape = ''"}
     damaged: tuple[type[Exception], ...] = (duckdb.Error, pyarrow.ArrowException, OSError)
+
+    def broken(error: Exception) -> UserError:
+        return UserError(f"{files.paths[0]}: cannot be read, truncated or damaged ({first_line(error)})")
 
     def guarded(batches: Iterator[Any]) -> Iterator[Any]:
         try:
             yield from batches
         except damaged as error:
-            raise UserError(f"{table}: cannot be read, truncated or damaged ({first_line(error)})") from None
+            raise broken(error) from None
 
     try:
-        if kind == ".parquet":
-            file = ParquetFile(table)
-            return file.schema_arrow, guarded(file.iter_batches(BATCH)), file.metadata.num_rows
-        if kind not in options:
-            raise UserError(f"{table}: a table is .parquet, .csv or .tsv")
-        # Texts stay texts: guessed types would turn 007 into 7.
-        query = f"SELECT * FROM read_csv({literal(str(table))}, header = true, all_varchar = true, {options[kind]})"
+        if not files.delimiter:
+            file = ParquetFile(files.paths[0])
+            return file.schema_arrow, guarded(file.iter_batches(BATCH))
+        # Texts stay texts, as guessed types would turn 007 into 7; a TSV has no quotes.
+        quote, names = "" if files.delimiter == "\t" else '"', ", ".join(map(literal, files.unique_names))
+        query = (
+            f"SELECT * FROM read_csv({literal(files.paths[0])}, delim = {literal(files.delimiter)}, quote = '{quote}', "
+            f"escape = '{quote}', header = {files.header}, names = [{names}], all_varchar = true)"
+        )
         reader = duckdb.connect().sql(query).to_arrow_reader(BATCH)
-        return reader.schema, guarded(reader), None
+        return reader.schema, guarded(reader)
     except damaged as error:
-        raise UserError(
-            f"{table}: not a readable {kind[1:]} file, truncated or damaged ({first_line(error)})"
-        ) from None
+        raise broken(error) from None
 
 
-def _key_reader(schema: Any, key: str | None, url: str | None, text: str | None) -> Keys:
+def _key_reader(schema: Any, columns: Columns) -> Keys:
     """Return the function from a batch of n rows to its keys int64 [n], and bool [n] where there is one."""
     import pyarrow
     from pyarrow import compute, types
 
-    columns = schema.names
-    if key is None and (url is not None or text is not None or not has_hash(columns)):
-        named = (
-            pick(columns, url, URL_COLUMNS, "the url, and none with the hash", "--url"),
-            pick(columns, text, TEXT_COLUMNS, "the text, and none with the hash", "--text"),
-        )
-        for name in named:
+    if columns.hash is None:
+        for name in (columns.url, columns.text):
             kind = schema.field(name).type
             if not (types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)):
                 raise UserError(f"column {name!r}: texts are hashed, this column is {kind}")
 
         def hashed(batch: Any) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-            urls, texts = (batch.column(name).to_pylist() for name in named)
+            urls, texts = (batch.column(name).to_pylist() for name in (columns.url, columns.text))
             return hashes_of(urls, texts), np.ones(len(batch), dtype=bool)
 
         return hashed
-    name = pick(columns, key, KEY_COLUMNS, "the hash", "--key")
-    kind = schema.field(name).type
+    kind = schema.field(columns.hash).type
     if not (types.is_signed_integer(kind) or types.is_string(kind) or types.is_large_string(kind)):
-        raise UserError(not_a_hash(name, str(kind), types.is_floating(kind)))
+        raise not_a_hash(columns.hash, str(kind), types.is_floating(kind))
 
     def read(batch: Any) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        column = batch.column(name)
+        column = batch.column(columns.hash)
         try:
             keys = compute.fill_null(column.cast(pyarrow.int64()), 0)  # with nulls numpy would get floats
         except pyarrow.ArrowInvalid as error:
-            raise UserError(f"column {name!r}: a hash is a signed integer of 64 bits ({first_line(error)})") from None
+            line = first_line(error)
+            raise UserError(f"column {columns.hash!r}: a hash is a signed integer of 64 bits ({line})") from None
         return keys.to_numpy(), column.is_valid().to_numpy(zero_copy_only=False)
 
     return read
