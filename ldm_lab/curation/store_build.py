@@ -151,6 +151,9 @@ def build_store(
                         writer.add(keys, np.stack(values, axis=1))  # [n], [n, V]
                         bar.update(len(keys))
     except duckdb.OutOfMemoryException as error:
+        if "offload" in str(error):  # so it says when the disk is full
+            folder = Path(spill.name).parent
+            raise UserError(f"{folder}: no space left to sort in; --temporary names another folder") from None
         raise UserError(f"--memory {memory}: too little to sort in ({first_line(error)})") from None
     except duckdb.Error as error:
         raise UserError(f"{paths[0]}{f' and {len(paths) - 1} more' * (len(paths) > 1)}: {first_line(error)}") from None
