@@ -14,9 +14,10 @@ def main() -> int | None:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     modules = {}
     for found in pkgutil.iter_modules(commands.__path__):
-        module = modules[found.name] = importlib.import_module(f"ldm_lab.commands.{found.name}")
+        name = found.name.replace("_", "-")
+        module = modules[name] = importlib.import_module(f"ldm_lab.commands.{found.name}")
         command = subparsers.add_parser(
-            found.name,
+            name,
             help=module.__doc__.splitlines()[0],
             description=module.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -7,7 +7,9 @@ the checksum of the weights file.
 
 from typing import Any
 
-from ldm_lab.checkpoints.parts import weights_sha256
+from ldm_lab.checkpoints.files import FORMAT, is_safetensors, read_safetensors, sha256
+from ldm_lab.checkpoints.formats import part_config
+from ldm_lab.checkpoints.parts import weights_path
 from ldm_lab.errors import UserError
 
 KEYS = ("name", "model", "pretrained", "sha256")
@@ -20,13 +22,18 @@ def embedder_of(section: dict[str, Any]) -> dict[str, str]:
     Raises:
         UserError: neither named nor in a file: nobody could make such embeddings again.
     """
-    named = {key: section[key] for key in ("name", "model", "pretrained") if section.get(key)}
+    section = {key: section.get(key) for key in ("name", "model", "pretrained", "weights")}
+    path = weights_path("conditioner", section) if section["weights"] else None
+    if path is not None and is_safetensors(path):
+        metadata = read_safetensors(path)[1]
+        if metadata.get("format") == FORMAT:
+            section |= {key: text for key, text in part_config(path, metadata)[1].items() if key in section}
+    named = {key: section[key] for key in ("name", "model", "pretrained") if section[key]}
     if "pretrained" in named or named.get("model", "").startswith(HUB):
         return named
-    checksum = weights_sha256("conditioner", section)
-    if checksum is None:
+    if path is None:
         raise UserError("conditioner: its weights are neither named nor in a file, so its embeddings belong to nothing")
-    return {**named, "sha256": checksum}
+    return {**named, "sha256": sha256(path)}
 
 
 def same(one: dict[str, str], other: dict[str, str]) -> bool:

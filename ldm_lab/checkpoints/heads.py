@@ -7,6 +7,7 @@ checksum of the file, or by its name.
 
 import re
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +65,22 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str,
     if not is_mlp(state):
         raise UserError(f"{path}: not a linear or an MLP head: {', '.join(sorted(state)[:3])} are in it")
     indices = tuple(sorted({int(LAYER.fullmatch(name)[1]) for name in state}))
-    missing = [f"layers.{i}.{kind}" for i in indices for kind in ("weight", "bias") if f"layers.{i}.{kind}" not in state]
+    missing = [
+        f"layers.{i}.{kind}" for i in indices for kind in ("weight", "bias") if f"layers.{i}.{kind}" not in state
+    ]
     if missing:
         raise UserError(f"{path}: not a whole MLP head: {missing[0]} is missing")
     weights = [state[f"layers.{i}.weight"] for i in indices]
-    if any(w.ndim != 2 for w in weights) or any(a.shape[0] != b.shape[1] for a, b in zip(weights, weights[1:])):
+    if any(w.ndim != 2 for w in weights) or any(a.shape[0] != b.shape[1] for a, b in pairwise(weights)):
         raise UserError(f"{path}: not an MLP head: its layers do not follow on one another")
     if weights[-1].shape[0] != 1:
         raise UserError(f"{path}: not a head with one score: it puts out {weights[-1].shape[0]} numbers")
     config = {"widths": [weights[0].shape[1], *(w.shape[0] for w in weights)], **facts}
     if indices in ACTIVATIONS:
         config |= {"activation": ACTIVATIONS[indices], "dropout": list(DROPOUT)}
-    renamed = {f"layers.{n}.{kind}": state[f"layers.{i}.{kind}"] for n, i in enumerate(indices) for kind in ("weight", "bias")}
+    renamed = {
+        f"layers.{n}.{kind}": state[f"layers.{i}.{kind}"] for n, i in enumerate(indices) for kind in ("weight", "bias")
+    }
     return renamed, config, {}
 
 

@@ -1,5 +1,6 @@
-"""An MLP head: the improved aesthetic predictor (christophschuhmann/improved-aesthetic-predictor), and others like it."""
+"""An MLP head: the improved aesthetic predictor (christophschuhmann/improved-aesthetic-predictor) and its like."""
 
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -39,7 +40,7 @@ class MLP(Head):
         """
         super().__init__(widths[0], embedder, column, output)
         self.widths, self.activation, self.dropout = list(widths), activation, list(dropout)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     @staticmethod
     def check(section: dict[str, Any]) -> list[str]:
