@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm_lab.checkpoints.embedders import embedder_of
+from ldm_lab.checkpoints.embedders import describe, embedder_of
 from ldm_lab.checkpoints.formats import kind_of
 from ldm_lab.checkpoints.parts import find_weights, load_part, weights_path
 from ldm_lab.config import check_section
@@ -102,4 +102,7 @@ def clip_section(given: list[str], embedder: dict[str, str] | None) -> dict[str,
     if not whole and isinstance(written.get("weights"), str):
         whole = kind_of(find_weights(written["weights"])) == "part"  # a file of ours says itself what it is
     section = written if whole else {**named, **written}
+    if not section.get("model") and not whole:
+        whose = f"the head belongs to {describe(embedder)}" if embedder else "no head says which"
+        raise UserError(f"--clip: has to be given, as {whose}: weights=FILE, or model=NAME pretrained=NAME")
     return {"name": "clip", **section}

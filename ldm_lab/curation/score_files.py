@@ -20,7 +20,7 @@ from torch import Tensor
 from ldm_lab.checkpoints import embedders
 from ldm_lab.checkpoints.files import FORMAT, atomic_write, is_safetensors, read_safetensors
 from ldm_lab.data.strings import Strings
-from ldm_lab.errors import UserError
+from ldm_lab.errors import UserError, unknown
 
 SCORES = ".scores.parquet"
 EMBEDDINGS = ".embeddings.safetensors"
@@ -106,3 +106,26 @@ def read_embeddings(path: Path) -> tuple[Tensor, list[str] | None, dict[str, str
     if problems or embeds.ndim != 2 or len(keys) != len(embeds):
         raise UserError(f"{path}: {problems[0] if problems else 'keys and embeddings do not fit together'}")
     return embeds, keys, embedder
+
+
+def read_column(path: Path, column: str) -> tuple[list[str], np.ndarray]:
+    """Return `(keys, scores float32 [N])` of a Parquet of ours; a missing score is NaN.
+
+    Raises:
+        UserError: missing, damaged or foreign file, no such column.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise UserError(f"{path}: no such file (scores)")
+    if read_facts(path) is None:
+        raise UserError(f"{path}: no scores of ldm_lab's, or damaged")
+    names = pq.read_schema(path).names
+    if column not in names:
+        raise UserError(f"{path}: {unknown('column', column, names)}")
+    try:
+        table = pq.read_table(path, columns=["key", column])
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: damaged ({str(error).splitlines()[0][:100]})") from None
+    return table["key"].to_pylist(), table[column].to_numpy().astype(np.float32)  # [N]
