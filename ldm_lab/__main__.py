@@ -16,8 +16,9 @@ def main() -> int | None:
     modules = {}
     names = [found.name for found in pkgutil.iter_modules(commands.__path__)]
     # One command alone where it is known which: what the others import takes seconds and hundreds of megabytes.
-    for name in [name for name in names if name in sys.argv[1:2]] or names:
-        module = modules[name] = importlib.import_module(f"ldm_lab.commands.{name}")
+    for found in [name for name in names if name.replace("_", "-") in sys.argv[1:2]] or names:
+        name = found.replace("_", "-")
+        module = modules[name] = importlib.import_module(f"ldm_lab.commands.{found}")
         command = subparsers.add_parser(
             name,
             help=module.__doc__.splitlines()[0],

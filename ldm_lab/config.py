@@ -52,12 +52,14 @@ PACKAGES = {
     "perceptual": "ldm_lab.training",
     "discriminator": "ldm_lab.training",
     "reconstructions": "ldm_lab.training",
+    "head": "ldm_lab.curation.heads",
 }
 TOOLS = ("selection", "engine")  # roles of commands, not of runs; they need their extra installed
 # Keys in the section of a frozen part that say how it is used, beside its constructor's keys, which say what it is.
 USE_KEYS: dict[str, dict[str, Any]] = {
     "autoencoder": {"weights": str | None, "scale": float | None},
     "conditioner": {"weights": str | None, "dropout": float},
+    "head": {"weights": str | None},
 }
 _registry: dict[tuple[str, str], type] = {}
 _discovered: set[str] = set()

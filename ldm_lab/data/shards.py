@@ -169,6 +169,19 @@ def read_shard(address: str) -> Iterator[Raw | Skip]:
     break and then one Skip "broken shard"; the sample at the break counts as one of them when it has all the parts
     that the one before it had.
     """
+    for item in read_parts(address, (*IMAGE_EXTENSIONS, "txt", "json")):
+        yield item if isinstance(item, Skip) else _raw(*item)
+
+
+def read_parts(
+    address: str, extensions: tuple[str, ...] | None = None
+) -> Iterator[tuple[str, dict[str, bytes]] | Skip]:
+    """Yield (key, {extension: bytes}) of the samples of a shard as `read_shard` does, whatever files they are made of.
+
+    Args:
+        address: of the shard.
+        extensions: those of the files that are wanted, in lower case; None wants all.
+    """
     try:
         stream = _open(address)
     except (OSError, http.client.HTTPException, ValueError):
@@ -186,19 +199,19 @@ def read_shard(address: str) -> Iterator[Raw | Skip]:
                     continue
                 if name != key:
                     if key is not None:
-                        yield _raw(key, parts)
+                        yield key, parts
                     key, previous, parts = name, parts, {}
                 extension = extension.lower()
-                if extension in (*IMAGE_EXTENSIONS, "txt", "json") and member.size <= LARGEST_MEMBER:
+                if (extensions is None or extension in extensions) and member.size <= LARGEST_MEMBER:
                     parts[extension] = archive.extractfile(member).read()
             _drain(stream)
     except (tarfile.TarError, OSError, EOFError, zlib.error, LZMAError, http.client.HTTPException):
         if key is not None and previous.keys() <= parts.keys() and previous:
-            yield _raw(key, parts)
+            yield key, parts
         yield Skip("broken shard", address)
         return
     if key is not None:
-        yield _raw(key, parts)
+        yield key, parts
 
 
 def _raw(key: str, parts: dict[str, bytes]) -> Raw:
