@@ -74,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
         section |= {"embed_dim": embeds.shape[1]}
         head, facts = head_training.fit_linear(section, *parts.train, args.ridge)
     else:
-        section |= {"widths": [embeds.shape[1], *args.widths, 1], "dropout": args.dropout[: len(args.widths)]}
+        widths = [embeds.shape[1], *args.widths, 1]
+        section |= {"widths": widths, "activation": "relu", "dropout": args.dropout[: len(args.widths)]}
         options = {"epochs": args.epochs, "batch_size": args.step_size, "lr": args.lr, "seed": args.seed}
         head, facts = head_training.fit_mlp(section, *parts.train, **options)
     judged = head_training.judge(head.eval(), *parts.held_out, float(parts.train[1].mean()))

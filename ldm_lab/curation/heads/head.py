@@ -14,6 +14,11 @@ from ldm_lab.checkpoints.parts import find_weights, read_module, save_part
 from ldm_lab.errors import UserError
 
 Output = Literal["number", "probability"]
+UNSAID = {"embedder": "whose embeddings it takes", "activation": "what is between its layers"}
+EXAMPLES = {
+    "embedder": "embedder='{name: clip, model: ViT-L-14-quickgelu, pretrained: openai}'",
+    "activation": "activation=relu",
+}
 NEARLY_UNIT = 1e-3  # a row's length may be off by this much after rounding to float16
 
 
@@ -112,11 +117,12 @@ def load_head(name: str | Path) -> Loaded:
     try:
         module, _ = read_module("head", {"name": kind}, path)
     except UserError as error:
-        if "head.embedder: has to be given" not in str(error):
+        missing = [key for key in UNSAID if f"head.{key}: has to be given" in str(error)]
+        if not missing:
             raise
         raise UserError(
-            f"{path}: does not say whose embeddings it takes. Say it once: python -m ldm_lab convert {path} "
-            "head.safetensors embedder='{name: clip, model: ViT-L-14-quickgelu, pretrained: openai}' column=NAME"
+            f"{path}: does not say {' and '.join(UNSAID[key] for key in missing)}. Say it once: python -m ldm_lab "
+            f"convert {path} head.safetensors {' '.join(EXAMPLES[key] for key in missing)} column=NAME"
         ) from None
     try:
         trained = json.loads(found.metadata.get("trained", "{}"))

@@ -23,9 +23,9 @@ class MLP(Head):
         *,
         widths: list[int],
         embedder: dict[str, str],
+        activation: Literal["none", "relu"],
         column: str = "score",
         output: Output = "number",
-        activation: Literal["none", "relu"] = "relu",
         dropout: list[float] = (),
     ) -> None:
         """Build it with torch's initial weights.
@@ -33,9 +33,9 @@ class MLP(Head):
         Args:
             widths: of the embedding, of each hidden layer, and 1.
             embedder: whose embeddings: name, and model with pretrained, or sha256 of the weights.
+            activation: behind every layer but the last.
             column: what the prediction is called in tables.
             output: "number", or "probability" for its sigmoid.
-            activation: behind every layer but the last.
             dropout: shares behind the first layers, as many as are given; in training alone.
         """
         super().__init__(widths[0], embedder, column, output)
