@@ -71,7 +71,8 @@ class DuckDB:
                 all_varchar=True,
                 strict_mode=True,
             )
-        table = self.ibis.read_parquet(list(files.paths))
+        # Without can_have_nan the statistics in the file make `isnan(x)` false: they leave NaN out (duckdb #25521).
+        table = self.ibis.read_parquet(list(files.paths), can_have_nan=True)
         return table.rename(dict(zip(files.unique_names or table.columns, table.columns)))
 
     def rows(self, expression: ir.Table) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ BOOKKEEPING = {  # columns of img2dataset's output that are about the download, 
     "key", "status", "error_message", "exif", "width", "height", "original_width", "original_height",
     "__index_level_0__",
 }  # fmt: skip
-REPORT = "report.json"
+REPORT = "_report.json"  # whoever reads the folder as a table leaves out names that begin with _
 SPILL = ".spill"
 
 
@@ -37,7 +37,7 @@ class Selection:
 
     Args:
         input: Parquet, TSV or CSV: paths, folders, globs, or addresses that the engine knows.
-        out: folder for the selected rows and report.json.
+        out: folder for the selected rows and _report.json.
         rules: {name: options}, in the order of the report. A name with null switches a rule of `defaults:` off.
         tags: {aesthetic: files, ...}: tables of `hash` and a score, which are joined by hash. Of several scores for one
             hash the highest that the rule keeps counts.
