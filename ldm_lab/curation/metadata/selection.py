@@ -85,7 +85,7 @@ class Selection:
                 problems.append(f"tags.{quantity}: {unknown('tag', quantity, TAG_QUANTITIES)}")
             elif not isinstance(files, str | list | None):
                 problems.append(f"tags.{quantity}: files are needed, not {files!r}")
-        if (section.get("parts") or 1) < 1:
+        if section.get("parts") is not None and section["parts"] < 1:
             problems.append(f"parts: at least 1 is needed, not {section['parts']}")
         return problems
 
