@@ -5,16 +5,18 @@
         out=subset
     python -m ldm_lab select --config configs/select/laion_art.yaml input=... out=... engine.name=spark
 
-Writes Parquet files with the columns URL and TEXT, which img2dataset takes as they are, and report.json: how many rows
+Writes Parquet files with the columns URL and TEXT, which img2dataset takes as they are, and _report.json: how many rows
 broke which rule. The printed table says the same: rows that break a rule, those that break it alone, those that it
 removed from what the rules above it left. Tables may be larger than memory: engine.memory_limit=4GB.
 """
 
 import argparse
 import json
+import re
 import shlex
 
 from ldm_lab.config import build, read
+from ldm_lab.errors import UserError
 
 RESERVED = {"url", "caption", "text", "sha256", "md5", "sha512"}  # img2dataset's own, or taken otherwise
 
@@ -27,7 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Select; print the report and what to do next."""
-    selection = build("selection", read(args.config, args.overrides))
+    try:
+        selection = build("selection", read(args.config, args.overrides))
+    except UserError as error:
+        raise UserError(re.sub(r"(?m)^(\s*)selection\.", r"\1", str(error))) from None
     report = selection.run()
     print(report)
     print(f"written to {selection.out}; to download it:\n  {img2dataset(str(selection.out), report.output)}")

@@ -32,7 +32,7 @@ class Limits(Rule):
     def check(section: dict[str, Any]) -> list[str]:
         """Return what is wrong with the values of a section."""
         limits = [key for key in ("above", "at_least", "below", "at_most") if section.get(key) is not None]
-        return [] if limits else ["at least one of above, at_least, below, at_most is needed"]
+        return [] if limits else ["above: this, at_least, below or at_most is needed"]
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ class NSFW(Rule):
     def check(section: dict[str, Any]) -> list[str]:
         """Return what is wrong with the values of a section."""
         given = [key for key in ("drop", "keep") if section.get(key)]
-        return [] if len(given) == 1 else ["either drop or keep is needed, a list such as [NSFW, LIKELY]"]
+        return [] if len(given) == 1 else ["drop: either this or keep is needed, a list such as [NSFW, LIKELY]"]
 
     def broken(self, row: Any) -> dict[str, Any]:
         tag = row.text("nsfw").strip().lower()

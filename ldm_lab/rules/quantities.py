@@ -49,14 +49,19 @@ def find(quantity: str, columns: Iterable[str]) -> str | None:
     Raises:
         UserError: two columns differ in case only.
     """
+    found = matches(quantity, columns)
+    if len(found) > 1:
+        raise UserError(f"{quantity}: the columns {' and '.join(map(repr, found))} differ in case only")
+    return found[0] if found else None
+
+
+def matches(quantity: str, columns: Iterable[str]) -> list[str]:
+    """Return the columns that may hold a quantity: those with the first of its names that is there."""
     columns = list(columns)
     for name in NAMES[quantity]:
-        found = [column for column in columns if column.lower() == name]
-        if len(found) > 1:
-            raise UserError(f"{quantity}: the columns {' and '.join(map(repr, found))} differ in case only")
-        if found:
-            return found[0]
-    return None
+        if found := [column for column in columns if column.lower() == name]:
+            return found
+    return []
 
 
 def require(quantity: str, columns: Iterable[str], where: str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ldm_lab.rules.cell import Cell
-from ldm_lab.rules.quantities import find
+from ldm_lab.rules.quantities import matches
 from ldm_lab.rules.rule import Rule
 
 
@@ -23,10 +23,10 @@ class SampleRow:
         self.values, self.swapped_sizes = values, swapped_sizes
 
     def _value(self, quantity: str) -> Any:
-        column = find(quantity, self.values)
-        if self.swapped_sizes and column is not None and column.lower() in ("width", "height"):
-            column = find({"width": "height", "height": "width"}[quantity], self.values)
-        return None if column is None else self.values[column]
+        columns = matches(quantity, self.values)
+        if self.swapped_sizes and columns and columns[0].lower() in ("width", "height"):
+            columns = matches({"width": "height", "height": "width"}[quantity], self.values)
+        return self.values[columns[0]] if columns else None
 
     def number(self, quantity: str) -> Cell:
         """Return a number; null if it is unknown, NaN, or none."""

@@ -33,7 +33,7 @@ class Size(Rule):
         """Return what is wrong with the values of a section."""
         keys = ("min_side", "max_side", "min_width", "min_height")
         if all(section.get(key) is None for key in keys):
-            return [f"at least one of {', '.join(keys)} is needed"]
+            return ["min_side: this, max_side, min_width or min_height is needed"]
         return [f"{key}: pixels are needed, not {section[key]}" for key in keys if (section.get(key) or 0) < 0]
 
     def broken(self, row: Any) -> dict[str, Any]:
@@ -66,9 +66,9 @@ class AspectRatio(Rule):
         """Return what is wrong with the values of a section."""
         limits = section.get("at_least"), section.get("at_most")
         if limits == (None, None):
-            return ["at_least or at_most is needed"]
+            return ["at_least: this or at_most is needed"]
         if None not in limits and limits[0] > limits[1]:
-            return [f"at_least {limits[0]} is above at_most {limits[1]}"]
+            return [f"at_least: {limits[0]} is above at_most, {limits[1]}"]
         return []
 
     def broken(self, row: Any) -> dict[str, Any]:

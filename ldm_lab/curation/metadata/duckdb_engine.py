@@ -71,7 +71,8 @@ class DuckDB:
                 all_varchar=True,
                 strict_mode=True,
             )
-        table = self.ibis.read_parquet(list(files.paths))
+        # Without can_have_nan the statistics in the file make `isnan(x)` false: they leave NaN out (duckdb #25521).
+        table = self.ibis.read_parquet(list(files.paths), can_have_nan=True)
         return table.rename(dict(zip(files.unique_names or table.columns, table.columns)))
 
     def rows(self, expression: ir.Table) -> list[dict[str, Any]]:
@@ -84,7 +85,7 @@ class DuckDB:
         """Write a table as `part-00000.parquet`, ... and return its number of rows.
 
         Args:
-            parts: how many files, of equal numbers of rows; None is one.
+            parts: how many files, of equal numbers of rows, at most one per row; None is one.
             key: the column that the rows are ordered by, which is not written; None keeps the order of the input.
             metadata: goes into each file.
         """
@@ -98,8 +99,8 @@ class DuckDB:
         options = f"format parquet, compression snappy, kv_metadata {{{entries}}}"
         self.ibis.con.execute(f"copy ({sql}) to {_quoted(str(whole))} ({options})")
         rows = pq.read_metadata(whole).num_rows
-        if parts is not None and parts > 1 and rows:
-            cut(whole, rows, parts)
+        if parts is not None and min(parts, rows) > 1:
+            cut(whole, rows, min(parts, rows))
         return rows
 
 
@@ -115,9 +116,8 @@ def cut(whole: Path, rows: int, parts: int) -> None:
                 take = min(batch.num_rows, ends[part] - place)
                 writer.write_batch(batch.slice(0, take))
                 batch, place = batch.slice(take), place + take
-                while part < parts and place == ends[part]:
-                    if writer is not None:
-                        writer.close()
+                if place == ends[part]:
+                    writer.close()
                     part, writer = part + 1, None
     os.unlink(source)
 

@@ -27,7 +27,7 @@ BOOKKEEPING = {  # columns of img2dataset's output that are about the download, 
     "key", "status", "error_message", "exif", "width", "height", "original_width", "original_height",
     "__index_level_0__",
 }  # fmt: skip
-REPORT = "report.json"
+REPORT = "_report.json"  # whoever reads the folder as a table leaves out names that begin with _
 SPILL = ".spill"
 
 
@@ -37,7 +37,7 @@ class Selection:
 
     Args:
         input: Parquet, TSV or CSV: paths, folders, globs, or addresses that the engine knows.
-        out: folder for the selected rows and report.json.
+        out: folder for the selected rows and _report.json.
         rules: {name: options}, in the order of the report. A name with null switches a rule of `defaults:` off.
         tags: {aesthetic: files, ...}: tables of `hash` and a score, which are joined by hash. Of several scores for one
             hash the highest that the rule keeps counts.
@@ -85,7 +85,7 @@ class Selection:
                 problems.append(f"tags.{quantity}: {unknown('tag', quantity, TAG_QUANTITIES)}")
             elif not isinstance(files, str | list | None):
                 problems.append(f"tags.{quantity}: files are needed, not {files!r}")
-        if (section.get("parts") or 1) < 1:
+        if section.get("parts") is not None and section["parts"] < 1:
             problems.append(f"parts: at least 1 is needed, not {section['parts']}")
         return problems
 

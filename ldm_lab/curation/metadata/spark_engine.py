@@ -17,6 +17,16 @@ from ldm_lab.config import register
 from ldm_lab.curation.metadata.inputs import Files
 from ldm_lab.errors import UserError
 
+LOG = """\
+rootLogger.level = error
+rootLogger.appenderRef.console.ref = console
+appender.console.type = Console
+appender.console.name = console
+appender.console.target = SYSTEM_ERR
+appender.console.layout.type = PatternLayout
+appender.console.layout.pattern = %d{HH:mm:ss} %p %c{1}: %m%n
+"""
+
 
 @register("engine", "spark")
 class Spark:
@@ -54,6 +64,10 @@ class Spark:
             "spark.sql.caseSensitive": "true",  # WIDTH and width are two columns
             "spark.sql.session.timeZone": "UTC",
         }
+        log = Path(spill) / "log4j2.properties"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(LOG)
+        settings.setdefault("spark.driver.extraJavaOptions", f"-Dlog4j2.configurationFile={log.absolute().as_uri()}")
         for name, value in settings.items():
             builder = builder.config(name, value)
         try:
