@@ -16,20 +16,21 @@ def main() -> int | None:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for path in sorted(Path(commands.__path__[0]).glob("[!_]*.py")):
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        name = path.stem.replace("_", "-")
         command = subparsers.add_parser(
-            path.stem,
+            name,
             help=text.splitlines()[0],
             description=text,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        if path.stem in sys.argv[1:2]:  # no other is imported: some of them take ten seconds for that
-            _module(path.stem).add_arguments(command)
+        if name in sys.argv[1:2]:  # no other is imported: some of them take ten seconds for that
+            _module(name).add_arguments(command)
     args = parser.parse_args()
     return _module(args.command).run(args)
 
 
 def _module(command: str):
-    return importlib.import_module(f"ldm_lab.commands.{command}")
+    return importlib.import_module(f"ldm_lab.commands.{command.replace('-', '_')}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ldm_lab.checkpoints import ccld, cloob_pickle, compvis, diffusers_vae, open_clip_weights
+from ldm_lab.checkpoints import ccld, cloob_pickle, compvis, diffusers_vae, heads, open_clip_weights
 from ldm_lab.checkpoints.files import FORMAT, existing_file, is_safetensors
 from ldm_lab.checkpoints.foreign import read_state_dict
 from ldm_lab.checkpoints.released_zip import is_release, opened
@@ -32,6 +32,8 @@ KINDS = {
     "diffusers": "a VAE of diffusers'",
     "cloob_pickle": "a CLOOB of cloob-training's",
     "clip": "a CLIP of open_clip's or OpenAI's",
+    "linear": "a linear head on embeddings",
+    "mlp": "an MLP head on embeddings",
     "unknown": "tensors of an unknown model",
 }
 DTYPES = {
@@ -76,6 +78,8 @@ BY_NAMES: list[tuple[str, Callable[[dict[str, Any]], bool]]] = [
     ("compvis", compvis.is_one),
     ("diffusers", diffusers_vae.is_one),
     ("clip", open_clip_weights.is_one),
+    ("linear", heads.is_linear),
+    ("mlp", heads.is_mlp),
 ]
 
 

@@ -34,6 +34,8 @@ RELEASED = {
     "diffusers": ("autoencoder", "kl_f8"),
     "cloob_pickle": ("conditioner", "cloob"),
     "clip": ("conditioner", "clip"),
+    "linear": ("head", "linear"),
+    "mlp": ("head", "mlp"),
 }
 INSIDE = {"autoencoder": "kl_f8", "conditioner": "cloob"}  # of a training checkpoint of cloob-latent-diffusion
 
