@@ -39,6 +39,7 @@ PACKAGES = {
     "objective": "ldm_lab.objectives",
     "sampler": "ldm_lab.samplers",
     "cache": "ldm_lab.training",
+    "low_res": "ldm_lab.training",
     "optim": "ldm_lab.training",
     "ema": "ldm_lab.training",
     "checkpoint": "ldm_lab.training",

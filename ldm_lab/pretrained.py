@@ -88,6 +88,10 @@ _RATINGS = {  # sha256 of rating0.npy, rating1.npy, ...
 _IMPROVED = "christophschuhmann/improved-aesthetic-predictor"
 _IMPROVED_RAW = f"https://raw.githubusercontent.com/{_IMPROVED}/6934dd81792f086e613a121dbce43082cb8be85e/"
 _CCLD_FILE = "yfcc-latent-diffusion-f8-e2-s250k.ckpt"
+_GLIDE = "https://openaipublic.blob.core.windows.net/diffusion/dec-2021/"
+_GLIDE_PAGE = "https://github.com/openai/glide-text2im"
+_LAIONIDE = "https://github.com/afiaka87/laionide/releases/download/Checkpoints/"
+_MINI_PAGE = "https://github.com/Aaronlozhkin/miniGLIDE-and-dogGLIDE"
 
 RELEASED: dict[str, Released] = {
     "cloob/vit_b_16_laion400m_16e": Released(
@@ -167,6 +171,61 @@ RELEASED: dict[str, Released] = {
         for size, checksums in _RATINGS.items()
         for rating, checksum in enumerate(checksums)
     },
+    **{
+        f"glide/{name.replace('_', '-')}": Released(
+            role=role,
+            what=f"GLIDE (filtered), {what}",
+            file=f"{name}.pt",
+            mirrors=(f"{_GLIDE}{name}.pt",),
+            licence="MIT",
+            page=_GLIDE_PAGE,
+        )
+        for name, role, what in (
+            ("base", "model", "text to 64 px, 385,030,726 parameters"),
+            ("upsample", "model", "64 to 256 px, 398,361,286 parameters"),
+            ("base_inpaint", "model", "inpainting at 64 px, 385,037,638 parameters"),
+            ("upsample_inpaint", "model", "inpainting, 64 to 256 px, 398,368,198 parameters"),
+            ("clip_image_enc", "guide", "noised CLIP, image tower, for CLIP guidance"),
+            ("clip_text_enc", "guide", "noised CLIP, text tower, for CLIP guidance"),
+        )
+    },
+    **{
+        f"laionide/{name}": Released(
+            role="model",
+            what=what,
+            file=f"laionide-{name}.pt",
+            mirrors=(f"{_LAIONIDE}laionide-{name}.pt",),
+            page="https://github.com/LAION-AI/laionide",
+        )
+        for name, what in (
+            ("v2-base", "GLIDE's base, fine-tuned on LAION"),
+            ("v2-sr", "GLIDE's upsampler, fine-tuned on LAION"),
+            ("v3-base", "laionide v2-base, fine-tuned on CC12M, COCO and others"),
+        )
+    },
+    **{
+        name.lower(): Released(
+            role="model",
+            what=f"{what}; 156,947,494 parameters",
+            file=f"{name}.pt",
+            page=_MINI_PAGE,  # on a drive that wants a browser
+        )
+        for name, what in (
+            ("miniGLIDE", "a small GLIDE of 100 timesteps, SBU captions"),
+            ("miniGLIDEsimple", "the same without the bound on the variance"),
+            ("dogGLIDE", "a small GLIDE of 1000 timesteps, Stanford Dogs"),
+        )
+    },
+    "gpt2/vocab.bpe": Released(
+        role="conditioner",
+        what="GPT-2's byte-pair encoding, for GLIDE's texts",
+        file="vocab.bpe",
+        mirrors=("https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe",),
+        sha256="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+        size=456_318,
+        licence="MIT (modified)",
+        page="https://github.com/openai/gpt-2",
+    ),
 }
 
 
