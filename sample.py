@@ -70,6 +70,11 @@ def parser() -> Parser:
     add("--guidance-interval", nargs=2, type=finite, default=[0.0, 1.0], metavar="T", help=INTERVAL)
     add("--guidance-rescale", type=finite, default=0.0, metavar="X", help=RESCALE)
     add("--autoguidance", metavar="FILE", help="guide away from this worse checkpoint instead, such as an earlier one")
+    add("--aesthetic", type=natural, metavar="K", help="lead texts to the images of rating K, such as 9 of 0 to 9")
+    add("--aesthetic-weight", type=finite, metavar="W", help="how strongly; negative leads away (default: 0.5)")
+    add(
+        "--aesthetic-embeddings", metavar="FILE", help="of `rating-embeddings`, a folder of LAION's, or a released name"
+    )
     add("--sampler", default=SAMPLER, metavar="NAME", help=f"{SAMPLERS} (default: %(default)s)")
     add("--steps", type=steps, metavar="N", help=f"steps of the sampler (default: its own; unipc 20, plms 50){STEPS}")
     add("--spacing", metavar="NAME", help="how the steps are spread: log_snr, karras, uniform, ... (most samplers)")
@@ -174,6 +179,8 @@ def main() -> int:
         args.guidance = GUIDANCE if args.clip_guidance is None else 1.0
     if (args.mask or args.strength is not None) and not args.init_image:
         raise UserError("--mask and --strength belong to an --init-image")
+    if args.aesthetic is None and (args.aesthetic_weight is not None or args.aesthetic_embeddings):
+        raise UserError("--aesthetic-weight and --aesthetic-embeddings belong to an --aesthetic")
 
     import torch
     from tqdm import tqdm
@@ -201,6 +208,7 @@ def main() -> int:
     model = Sampler.from_checkpoint(
         checkpoint, autoencoder=args.autoencoder, conditioner=args.conditioner, weak=args.autoguidance, **how
     )
+    aesthetic = None if args.aesthetic is None else aesthetic_of(args, model)
     cascade = None
     if args.upsampler:
         larger = locate(args.upsampler, "upsampler")
@@ -230,6 +238,7 @@ def main() -> int:
         "rescale": args.guidance_rescale,
         "sampler": section,
         "size": size,
+        "aesthetic": aesthetic,
         "batch_size": args.batch_size,
         "tile": args.tile,
         "progress": progress,
@@ -320,12 +329,23 @@ def stations(args: argparse.Namespace, prompts: list[Any]) -> list[list[Any]]:
     return [[prompt] for prompt in prompts]
 
 
+def aesthetic_of(args: argparse.Namespace, model: Any) -> Any:
+    """Return the `Aesthetic` that is asked for; the embeddings are by default those released for the model's CLIP."""
+    from ldm_lab.checkpoints.embedders import embedder_of
+    from ldm_lab.sampling.aesthetic import WEIGHT, Aesthetic, RatingEmbeddings, released_for
+
+    name = args.aesthetic_embeddings or released_for(embedder_of(model.conditioner_section))
+    weight = WEIGHT if args.aesthetic_weight is None else args.aesthetic_weight
+    return Aesthetic(RatingEmbeddings.load(name, [args.aesthetic]), args.aesthetic, weight)
+
+
 def described(args: argparse.Namespace, start: Any) -> dict[str, Any]:
     """Return the settings that are not at their defaults, as they stand in samples.json."""
     settings = {} if start is None else {"init_image": args.init_image, "strength": start.strength}
     settings |= {} if args.guidance_interval == [0.0, 1.0] else {"guidance_interval": args.guidance_interval}
     plain = {"mask": None, "negative": None, "guidance_rescale": 0.0, "autoguidance": None, "rerank": 1}
     plain |= {"precision": "fp32", "tile": None, "clamp": None, "clip_guidance": None, "upsampler": None}
+    plain |= {"aesthetic": None, "aesthetic_weight": None, "aesthetic_embeddings": None}
     plain |= dict.fromkeys(UPSAMPLER_KEYS)
     return settings | {key: getattr(args, key) for key, usual in plain.items() if getattr(args, key) != usual}
 

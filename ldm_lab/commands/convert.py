@@ -1,7 +1,7 @@
 """Convert weights to safetensors with their config inside, or an autoencoder to a folder of diffusers'.
 
-    python -m ldm_lab convert checkpoints/kl-f8.zip checkpoints/kl-f8.safetensors
-    python -m ldm_lab convert checkpoints/cloob_laion_400m_vit_b_16_16_epochs.pkl checkpoints/cloob.safetensors
+    python -m ldm_lab convert kl-f8 checkpoints/kl-f8.safetensors
+    python -m ldm_lab convert cloob/vit_b_16_laion400m_16e checkpoints/cloob.safetensors
     python -m ldm_lab convert ViT-B-32.pt checkpoints/clip.safetensors model=ViT-B-32 pretrained=openai
     python -m ldm_lab convert runs/mine/last.ckpt mine.safetensors --half
     python -m ldm_lab convert dogGLIDE.pt dogs.safetensors preset=dogglide
@@ -35,6 +35,8 @@ RELEASED = {
     "diffusers": ("autoencoder", "kl_f8"),
     "cloob_pickle": ("conditioner", "cloob"),
     "clip": ("conditioner", "clip"),
+    "linear": ("head", "linear"),
+    "mlp": ("head", "mlp"),
 }
 INSIDE = {"autoencoder": "kl_f8", "conditioner": "cloob"}  # of a training checkpoint of cloob-latent-diffusion
 
@@ -42,7 +44,7 @@ INSIDE = {"autoencoder": "kl_f8", "conditioner": "cloob"}  # of a training check
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add = parser.add_argument
-    add("source", metavar="IN", help="a file of weights, or a folder of diffusers'")
+    add("source", metavar="IN", help="a file of weights, a folder of diffusers', or a released name")
     add("out", metavar="OUT", help="NAME.safetensors, or with --format diffusers a folder")
     add("--format", choices=("safetensors", "diffusers"), default="safetensors", help="what to write (%(default)s)")
     add("--half", action="store_true", help="store in float16, at half the size")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ldm_lab.checkpoints.embedders import embedder_of
 from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.parts import load_part, load_strictly, weights_path, weights_sha256
 from ldm_lab.config import build
@@ -21,6 +22,7 @@ from ldm_lab.images import to_images, to_tensor
 from ldm_lab.objectives import Prediction
 from ldm_lab.pretrained import check_foreign
 from ldm_lab.prompts import Prompt, parse_prompt
+from ldm_lab.sampling.aesthetic import Aesthetic
 from ldm_lab.sampling.clip_guidance import ClipGuidance, climbing
 from ldm_lab.sampling.from_image import Later, Start, first_time, keep_known
 from ldm_lab.sampling.interpolation import between
@@ -73,6 +75,7 @@ class Sampler:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device | None = None,
         low_memory: bool = False,
+        conditioner_section: dict[str, Any] | None = None,
     ) -> None:
         """Take the parts of a model; all are used where they are, none is copied.
 
@@ -88,10 +91,13 @@ class Sampler:
             dtype: of the denoiser's arithmetic (autocast); the samplers' own is float32.
             device: where to run; by default where the denoiser is.
             low_memory: each part is on the device only while it works.
+            conditioner_section: where the conditioner is from; what is made for one network's embeddings is compared
+                with it.
         """
         self.denoiser, self.objective, self.weak = denoiser, objective, weak
         self.autoencoder, self.conditioner = autoencoder, conditioner
         self.dropout, self.size, self.factor, self.dtype, self.low_memory = dropout, size, factor, dtype, low_memory
+        self.conditioner_section = conditioner_section
         self._device = None if device is None else torch.device(device)
 
     @classmethod
@@ -110,7 +116,7 @@ class Sampler:
         """Load a trained model with its averaged weights.
 
         Args:
-            path: `ema.safetensors`, or a `.ckpt` of a run.
+            path: `ema.safetensors`, a `.ckpt` of a run, or whatever else `ldm_lab.pretrained.locate` takes.
             autoencoder: weights file of the autoencoder, if not where the checkpoint says.
             conditioner: weights file of the conditioner, if not where the checkpoint says.
             device: where to run.
@@ -154,6 +160,7 @@ class Sampler:
             dtype=dtype,
             device=device,
             low_memory=low_memory,
+            conditioner_section={**config["conditioner"], **({"weights": str(conditioner)} if conditioner else {})},
         )
 
     def __call__(self, prompts: Sequence[Mix], **options: Any) -> list[Image.Image]:
@@ -177,6 +184,7 @@ class Sampler:
         sampler: str | dict[str, Any] = "unipc",
         size: int | tuple[int, int] | None = None,
         start: Start | None = None,
+        aesthetic: Aesthetic | None = None,
         low_res: Sequence[Image.Image] | Tensor | None = None,
         temperature: float = 1.0,
         clamp: bool | None = None,
@@ -201,6 +209,7 @@ class Sampler:
             sampler: a sampler's name, or its config section such as {"name": "ddim", "steps": 50, "eta": 0.5}.
             size: pixels: a square's side, or height and width; by default the size of training.
             start: a picture to begin with (image to image, inpainting).
+            aesthetic: a rating that the texts' embeddings are led to; the negative's is not.
             low_res: what an upsampler is to enlarge, one for each image: pictures of one size, or [N, 3, h, w] in
                 [-1, 1] (see `ldm_lab.images.quantised`).
             temperature: factor of the noise that sampling starts from.
@@ -214,7 +223,8 @@ class Sampler:
 
         Raises:
             UserError: an unknown sampler or option, a size that the model's levels do not divide, guidance asked of a
-                model that was trained without dropped conditions, no prompt for an image, a weight that is not finite.
+                model that was trained without dropped conditions, no prompt for an image, a weight that is not finite,
+                an aesthetic of another network's embeddings.
         """
         seeds = range(len(prompts)) if seeds is None else seeds
         if len(seeds) != len(prompts):
@@ -224,7 +234,7 @@ class Sampler:
         mixes = [as_mix(entry) for entry in prompts]
         low_res = self._low_res(low_res, len(mixes))  # [N, 3, h, w] or None
         weights = self.weights(mixes, guidance, negative)  # [N, k]
-        embedded, index = self._encode(mixes, negative)  # [U, ...] for U distinct prompts, [N, k]
+        embedded, index = self._encode(mixes, negative, aesthetic)  # [U, ...] for U distinct prompts, [N, k]
         if rerank > 1 and "embed" not in embedded:
             raise UserError("rerank: this model's conditioner has no embeddings of images and texts to compare")
         candidates = [(i, seed + j * len(seeds)) for i, seed in enumerate(seeds) for j in range(rerank)]
@@ -246,6 +256,7 @@ class Sampler:
         rescale: float = 0.0,
         sampler: str | dict[str, Any] = "unipc",
         size: int | tuple[int, int] | None = None,
+        aesthetic: Aesthetic | None = None,
         batch_size: int = 16,
         tile: int | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -264,7 +275,7 @@ class Sampler:
             raise UserError("interpolation: two or more stations of one prompt each are needed")
         if frames < len(mixes):
             raise UserError(f"interpolation: {frames} frames are fewer than the {len(mixes)} prompts")
-        embedded, index = self._encode(mixes)  # [U, ...], [S, 1]
+        embedded, index = self._encode(mixes, aesthetic=aesthetic)  # [U, ...], [S, 1]
         if "embed" not in embedded:
             raise UserError("interpolation: this model's conditioner has no embeddings to walk between")
         stations = {name: rows[index[:, 0].to(rows.device)] for name, rows in embedded.items()}  # [S, ...]
@@ -615,34 +626,48 @@ class Sampler:
         return weights
 
     @torch.no_grad()
-    def _encode(self, mixes: list[list[Prompt]], negative: str | None = None) -> tuple[dict[str, Tensor], Tensor]:
+    def _encode(
+        self, mixes: list[list[Prompt]], negative: str | None = None, aesthetic: Aesthetic | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Return the conditions of the U distinct prompts, [U, ...], and which of them each image has, [N, k].
 
         They are encoded one at a time: an embedding that depended on its neighbours would change the image. A negative
-        prompt is every image's last one.
+        prompt is every image's last one; it has no aesthetic.
         """
+        if aesthetic is not None:
+            self._check_aesthetic(aesthetic)
         longest = max(map(len, mixes), default=0)
         # Any prompt, at weight 0, where there is none.
         index = torch.zeros(len(mixes), longest + (negative is not None), dtype=torch.long)  # [N, k]
         numbers: dict[Any, int] = {}
         conds: list[dict[str, Tensor]] = []
 
-        def number(prompt: Prompt) -> int:
-            key = prompt.text if prompt.image is None else id(prompt.image)
+        def number(prompt: Prompt, led: bool) -> int:
+            key = (prompt.text, led) if prompt.image is None else id(prompt.image)
             if key not in numbers:
                 numbers[key] = len(conds)
                 texts, images = ([prompt.text], []) if prompt.image is None else ([], [prompt.image])
-                conds.append(self.conditioner.from_prompts(texts, images))  # [1, ...]
+                cond = self.conditioner.from_prompts(texts, images)  # [1, ...]
+                if led and texts:
+                    if "embed" not in cond:
+                        raise UserError("aesthetic: this model's conditioner has no single embedding of a text")
+                    cond["embed"] = aesthetic.guide(cond["embed"])  # [1, D]
+                conds.append(cond)
             return numbers[key]
 
         with self._in_use(self.conditioner):
             for i, mix in enumerate(mixes):
                 for j, prompt in enumerate(mix):
-                    index[i, j] = number(prompt)
+                    index[i, j] = number(prompt, aesthetic is not None)
             if negative is not None and len(mixes):
-                index[:, -1] = number(Prompt(negative))
+                index[:, -1] = number(Prompt(negative), False)
         names = conds[0] if conds else ()
         return {name: torch.cat([cond[name] for cond in conds]) for name in names}, index
+
+    def _check_aesthetic(self, aesthetic: Aesthetic) -> None:
+        """Raise UserError if the conditioner's embeddings are not those that an aesthetic is made for."""
+        section = self.conditioner_section
+        aesthetic.check(self.conditioner.embed_dim, None if section is None else embedder_of(section))
 
 
 def as_mix(entry: Mix) -> list[Prompt]:
@@ -694,7 +719,7 @@ def _load_denoiser(
 def _load_frozen(role: str, section: dict[str, Any], moved: str | Path | None, trained_with: str | None) -> nn.Module:
     """Return a frozen part of a checkpoint, from `moved` if given; warn if it is not the file of training."""
     if moved is not None:
-        section = {**section, "weights": str(moved)}
+        section = {**section, "weights": moved}
     try:
         if moved is None:
             check_foreign(section.get("weights"), f"{role}.weights")

@@ -57,11 +57,15 @@ class Optim:
     @staticmethod
     def check(section: dict) -> list[str]:
         """Return what is wrong across keys."""
+        least = {"lr": 0, "weight_decay": 0, "eps": 0, "final_lr": 0, "warmup_steps": 0, "schedule_steps": 1}
         problems = [
-            f"{k}: {section[k]} is negative" for k in ("lr", "weight_decay", "warmup_steps") if section.get(k, 0) < 0
+            f"{key}: at least {low} is needed, not {section[key]}"
+            for key, low in least.items()
+            if section.get(key) is not None and section[key] < low
         ]
-        if len(section.get("betas") or (0, 0)) != 2:
-            problems.append(f"betas: two numbers are needed, not {section['betas']}")
+        betas = section.get("betas", (0, 0))
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            problems.append(f"betas: two numbers from 0 to less than 1 are needed, not {betas}")
         return problems
 
     def factor(self, step: int, max_steps: int) -> float:

@@ -45,6 +45,12 @@ class Resume(Callback):
         if lr is not None and self.path is None and checkpoint != "last":
             raise UserError("resume.lr: needs resume.checkpoint; a fresh run takes optim.lr")
 
+    @staticmethod
+    def check(section: dict[str, Any]) -> list[str]:
+        """Return what is wrong with the values of a section."""
+        lr = section.get("lr")
+        return [f"lr: {lr} is negative"] if lr is not None and lr < 0 else []
+
     def differences(self, config: dict[str, Any], network: tuple[str, ...]) -> list[str]:
         """Return the lines "key: checkpoint's value -> new value" between the checkpoint's config and this one.
 
