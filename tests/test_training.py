@@ -331,12 +331,24 @@ def test_a_full_disk_stops_the_run_with_the_old_checkpoint_intact(here, program,
 
     real, calls = torch.save, []
 
+    class Full:
+        """A file on a disk that is full after the first 100,000 bytes."""
+
+        def __init__(self, file):
+            self.file, self.left = file, 100_000
+
+        def write(self, data):
+            self.left -= len(data)
+            if self.left < 0:
+                raise OSError(28, "No space left on device")
+            return self.file.write(data)
+
+        def flush(self):
+            self.file.flush()
+
     def full_at_the_second_time(content, file):
         calls.append(file)
-        if len(calls) == 2:
-            file.write(b"half")
-            raise OSError(28, "No space left on device")
-        real(content, file)
+        real(content, Full(file) if len(calls) == 2 else file)
 
     monkeypatch.setattr(checkpointing.torch, "save", full_at_the_second_time)
     code, _, err = program("train", "--config", yaml)
