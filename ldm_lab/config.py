@@ -39,6 +39,7 @@ PACKAGES = {
     "objective": "ldm_lab.objectives",
     "sampler": "ldm_lab.samplers",
     "cache": "ldm_lab.training",
+    "low_res": "ldm_lab.training",
     "optim": "ldm_lab.training",
     "ema": "ldm_lab.training",
     "checkpoint": "ldm_lab.training",
@@ -46,15 +47,21 @@ PACKAGES = {
     "logging": "ldm_lab.training",
     "trainer": "ldm_lab.training",
     "resume": "ldm_lab.training",
+    "rule": "ldm_lab.rules",
+    "selection": "ldm_lab.curation.metadata",
+    "engine": "ldm_lab.curation.metadata",
     "loss": "ldm_lab.training",
     "perceptual": "ldm_lab.training",
     "discriminator": "ldm_lab.training",
     "reconstructions": "ldm_lab.training",
+    "head": "ldm_lab.curation.heads",
 }
+TOOLS = ("selection", "engine")  # roles of commands, not of runs; they need their extra installed
 # Keys in the section of a frozen part that say how it is used, beside its constructor's keys, which say what it is.
 USE_KEYS: dict[str, dict[str, Any]] = {
     "autoencoder": {"weights": str | None, "scale": float | None},
     "conditioner": {"weights": str | None, "dropout": float},
+    "head": {"weights": str | None},
 }
 # What their values have to be, and how that is said.
 USE_LIMITS: dict[tuple[str, str], tuple[Callable[[float], bool], str]] = {
@@ -142,6 +149,14 @@ def load(path: str | Path, overrides: list[str] = ()) -> dict[str, Any]:
     Raises:
         UserError: missing or unreadable file, or any number of wrong entries, each with its key path, in one message.
     """
+    config = read(path, overrides)
+    config.setdefault("run", Path(path).stem)
+    check(config)
+    return config
+
+
+def read(path: str | Path, overrides: list[str] = ()) -> dict[str, Any]:
+    """Do the same without the check: for configs that describe something else than a run. Raises UserError."""
     merged = _read(Path(path), seen=())
     for override in overrides:
         key, equals, _ = override.partition("=")
@@ -160,8 +175,6 @@ def load(path: str | Path, overrides: list[str] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: {_first_line(error)}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: a config is a mapping of sections, this is a {type(config).__name__}")
-    config.setdefault("run", Path(path).stem)
-    check(config)
     return config
 
 
@@ -324,6 +337,8 @@ def describe_parts() -> str:
     """Return a listing of all parts with their options, types and defaults: what `train.py --parts` prints."""
     lines = []
     for role in PACKAGES:
+        if role in TOOLS:
+            continue
         known = parts(role)
         for name, cls in sorted(known.items()):
             summary = (inspect.getdoc(cls) or "").splitlines()[0] if cls.__doc__ else ""

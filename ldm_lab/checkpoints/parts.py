@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_lab import pretrained
-from ldm_lab.checkpoints import ccld, cloob_pickle, compvis, diffusers_vae, open_clip_weights
+from ldm_lab.checkpoints import ccld, cloob_pickle, compvis, diffusers_vae, heads, open_clip_weights
 from ldm_lab.checkpoints.files import (
     FORMAT,
     is_safetensors,
@@ -34,6 +34,8 @@ IMPORTERS: dict[tuple[str, str], dict[str, Reader]] = {
         "ccld_training": ccld.read_cloob,
     },
     ("conditioner", "clip"): {"clip": open_clip_weights.read},
+    ("head", "linear"): {"linear": heads.read},
+    ("head", "mlp"): {"mlp": heads.read},
 }
 
 
@@ -127,7 +129,7 @@ def weights_path(role: str, section: dict[str, Any]) -> Path | None:
     return cls.published(section) if hasattr(cls, "published") else None
 
 
-def find_weights(name: str) -> Path:
+def find_weights(name: str | Path) -> Path:
     """Return the path of weights: a file, a released name, or an hf:// address (see `ldm_lab.pretrained.locate`).
 
     A folder of diffusers' stands for the file with the weights in it.
