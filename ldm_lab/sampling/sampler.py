@@ -192,7 +192,7 @@ class Sampler:
         mixes = [as_mix(entry) for entry in prompts]
         weights = self._weights(mixes, guidance, negative)  # [N, k]
         embedded, index = self._encode(mixes, negative)  # [U, ...] for U distinct prompts, [N, k]
-        if rerank > 1 and "embed" not in embedded:
+        if rerank > 1 and not ("embed" in embedded and embedded["embed"].any()):
             raise UserError("rerank: this model's conditioner has no embeddings of images and texts to compare")
         candidates = [(i, seed + j * len(seeds)) for i, seed in enumerate(seeds) for j in range(rerank)]
         options = {"sampler": sampler, "size": size, "interval": interval, "rescale": rescale, "start": start}
