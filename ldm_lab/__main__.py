@@ -1,10 +1,9 @@
 """`python -m ldm_lab COMMAND ...`: the tools around training and sampling."""
 
 import argparse
-import ast
 import importlib
+import pkgutil
 import sys
-from pathlib import Path
 
 from ldm_lab import commands
 from ldm_lab.errors import run_program
@@ -14,22 +13,21 @@ def main() -> int | None:
     """Parse the command line and run the command."""
     parser = argparse.ArgumentParser(prog="python -m ldm_lab", description=__doc__)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for path in sorted(Path(commands.__path__[0]).glob("[!_]*.py")):
-        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    modules = {}
+    names = [found.name for found in pkgutil.iter_modules(commands.__path__)]
+    # One command alone where it is known which: what the others import takes seconds and hundreds of megabytes.
+    for found in [name for name in names if name.replace("_", "-") in sys.argv[1:2]] or names:
+        name = found.replace("_", "-")
+        module = modules[name] = importlib.import_module(f"ldm_lab.commands.{found}")
         command = subparsers.add_parser(
-            path.stem,
-            help=text.splitlines()[0],
-            description=text,
+            name,
+            help=module.__doc__.splitlines()[0],
+            description=module.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        if path.stem in sys.argv[1:2]:  # no other is imported: some of them take ten seconds for that
-            _module(path.stem).add_arguments(command)
+        module.add_arguments(command)
     args = parser.parse_args()
-    return _module(args.command).run(args)
-
-
-def _module(command: str):
-    return importlib.import_module(f"ldm_lab.commands.{command}")
+    return modules[args.command].run(args)
 
 
 if __name__ == "__main__":
