@@ -8,9 +8,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [  # a module may import from its own line only what is in its own package, and from any line above
     {"errors"},
+    {"download"},
     {"config"},
-    {"schedules", "images", "ema", "download"},
-    {"pretrained"},
+    {"schedules", "images", "ema", "pretrained"},
     {"data", "autoencoders", "conditioners", "denoisers", "objectives", "guidance", "samplers", "prompts"},
     {"checkpoints"},
     {"sampling"},

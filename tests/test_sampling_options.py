@@ -79,7 +79,7 @@ def test_the_best_of_several_candidates(sampler):
     with pytest.raises(UserError, match="rerank: at least 1"):
         sampler.batches(["red"], rerank=0)
     blind = again(sampler, conditioner=build("conditioner", {"name": "none", "embed_dim": 16}))
-    with pytest.raises(UserError, match="no embeddings of images and texts to compare"):
+    with pytest.raises(UserError, match="this model is unconditional"):
         blind.batches(["red"], rerank=2)
 
 

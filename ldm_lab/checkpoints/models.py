@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm_lab.checkpoints import ccld
-from ldm_lab.checkpoints.files import write_safetensors
+from ldm_lab.checkpoints.files import existing_file, write_safetensors
 from ldm_lab.checkpoints.foreign import part_of, read_state_dict
 from ldm_lab.checkpoints.parts import FORMAT
 from ldm_lab.errors import UserError
@@ -42,7 +42,7 @@ def read_model(path: str | Path, ema: bool = True) -> tuple[dict[str, Any], dict
     Raises:
         UserError: missing, damaged or unknown file.
     """
-    path = locate(path, "checkpoint")
+    path = existing_file(locate(path, "checkpoint"), "checkpoint")
     tensors, rest = read_state_dict(path, "checkpoint")
     if rest.get("format") == FORMAT:
         return _exported(path, tensors, rest)

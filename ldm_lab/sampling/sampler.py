@@ -192,8 +192,10 @@ class Sampler:
         mixes = [as_mix(entry) for entry in prompts]
         weights = self._weights(mixes, guidance, negative)  # [N, k]
         embedded, index = self._encode(mixes, negative)  # [U, ...] for U distinct prompts, [N, k]
-        if rerank > 1 and not ("embed" in embedded and embedded["embed"].any()):
+        if rerank > 1 and "embed" not in embedded:
             raise UserError("rerank: this model's conditioner has no embeddings of images and texts to compare")
+        if rerank > 1 and not embedded["embed"].any():
+            raise UserError("rerank: this model is unconditional, nothing says which of its pictures is better")
         candidates = [(i, seed + j * len(seeds)) for i, seed in enumerate(seeds) for j in range(rerank)]
         options = {"sampler": sampler, "size": size, "interval": interval, "rescale": rescale, "start": start}
         made = self._made(embedded, index, weights, candidates, batch_size, tile, progress, **options)
