@@ -52,7 +52,46 @@ _CLOOB_16 = "cloob_laion_400m_vit_b_16_16_epochs-405a3c31572e0a38f8632fa0db704d0
 _CLOOB_32 = "cloob_laion_400m_vit_b_16_32_epochs-646f61628eb4bc03a01ce5c23b727a348105f0405b6037a329da062739a06441.pkl"
 _LDM = "https://ommer-lab.com/files/latent-diffusion/"
 _LDM_PAGE = "https://github.com/CompVis/latent-diffusion"
+_AESTHETIC = "LAION-AI/aesthetic-predictor"
+_AESTHETIC_RAW = f"https://raw.githubusercontent.com/{_AESTHETIC}/6d122adad522ab246644d9dc1c6d7a3810ee255f/"
+_AESTHETIC_HEADS = {
+    "vit_b_16": "8ad3923d7ecf019df20ecd2ab5542a3075fbba0278d239c0371345f3d7fcbde0",
+    "vit_b_32": "c7b14cead230694acc7b9447974d3cad78003c72da032e402a303b6c2429e85f",
+    "vit_l_14": "2cd4e60f4f24ae3bcd57b847b13c1f3ba27edc28cc1a7f9ce74ee9f421243cba",
+}
+_RATINGS = {  # sha256 of rating0.npy, rating1.npy, ...
+    "vit_b_32": (
+        "c7079b161f5656e9016de6acf45b46438299682b65a6e8b556ab64bc91672657",
+        "fc51b3dcb67df1ba779b2ba5dc075b014d875e5e3ea18299769fce7375075bd6",
+        "1d6b5bbf88624eb080970d5e6e4f7c11b924d9b7069d82547499d4fbd439d500",
+        "b62132442d499fcbe6fac155a4cd918cf9c1f275b987bd827db2242800cc1567",
+        "fbe065d6e0120c90161963769535869bed8f8eda85b2360d78547f96b81f4b4f",
+        "5566bffd5766e25aba477a65969d53aac2fba9d80c5cce65448b6b299cfbaa64",
+        "c18a22c6289d8ae969a749e5d9ad92f1ee9822070f0bef913fe518abee40fa2a",
+        "37b0ae988dbcf3ae67bb984c6572c8f9faa370e9393bfbaf91f794861d01e249",
+        "48d928ea36c3d5ddb6f2f52051821d7fce0bd488eb4915c89f5dca89439298b5",
+        "edbf4bfe1ac0d353e05343b55296ef4cfb780ffd8b1c63553d5059bc739e93c0",
+    ),
+    "vit_l_14": (
+        "ece2e6f5dffe1f81b9f488fc8a078c29462d44463448393af7b60c93bf33fb1b",
+        "8b3970dda1475b67f9d7eaebb0f15292435ef81359aeb29bbaa56bab5a6cee9b",
+        "2fbb46eab2240454f6d81d3e2713fe067e22ceabcdaa00a67b44148ddc4a58d7",
+        "affc5e25225a0b8de68ebe4bf194a7c4bb33a2e3fd4ea4201e428b80490425f5",
+        "8de9c65431d5eaa823ba3ff9db749d5f394b89456d1bee8dc32247abae075484",
+        "630e0d67aff97eeaf60211a30cf48e26c301fb1e0f29a6977a50bc56f1f3bdf9",
+        "ae1537d1e1c041e948ecf4c40e52cf8949d24601551c5ba72bd28566a9389473",
+        "a34b95ce2251d072bcb950abe96728739439c7d23f84bb0b01ae61c9f389214e",
+        "3e23cbf0bf5ba5c768fbcba3c379ce5dcc639e22bb41b3c78e24dc63a5c3f9ae",
+        "c500ee887b3382d9c48625da1eca8635d63fb18055ed57ec95225608a1e46828",
+    ),
+}
+_IMPROVED = "christophschuhmann/improved-aesthetic-predictor"
+_IMPROVED_RAW = f"https://raw.githubusercontent.com/{_IMPROVED}/6934dd81792f086e613a121dbce43082cb8be85e/"
 _CCLD_FILE = "yfcc-latent-diffusion-f8-e2-s250k.ckpt"
+_GLIDE = "https://openaipublic.blob.core.windows.net/diffusion/dec-2021/"
+_GLIDE_PAGE = "https://github.com/openai/glide-text2im"
+_LAIONIDE = "https://github.com/afiaka87/laionide/releases/download/Checkpoints/"
+_MINI_PAGE = "https://github.com/Aaronlozhkin/miniGLIDE-and-dogGLIDE"
 
 RELEASED: dict[str, Released] = {
     "cloob/vit_b_16_laion400m_16e": Released(
@@ -95,6 +134,98 @@ RELEASED: dict[str, Released] = {
         )
         for f, channels in ((4, 3), (8, 4), (16, 16), (32, 64))
     },
+    **{
+        f"aesthetic/{size}": Released(
+            role="head",
+            what=f"LAION-Aesthetics V1 score from OpenAI's CLIP {size}",
+            file=f"sa_0_4_{size}_linear.pth",
+            mirrors=(f"{_AESTHETIC_RAW}sa_0_4_{size}_linear.pth",),
+            sha256=checksum,
+            size=4071 if size == "vit_l_14" else 3047,
+            licence="MIT",
+            page=f"https://github.com/{_AESTHETIC}",
+        )
+        for size, checksum in _AESTHETIC_HEADS.items()
+    },
+    "aesthetic/improved_vit_l_14": Released(
+        role="head",
+        what="LAION-Aesthetics V2 score (another scale than V1's) from OpenAI's CLIP vit_l_14",
+        file="sac+logos+ava1-l14-linearMSE.pth",
+        mirrors=(f"{_IMPROVED_RAW}sac%2Blogos%2Bava1-l14-linearMSE.pth",),
+        sha256="21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
+        size=3714759,
+        licence="Apache-2.0",
+        page=f"https://github.com/{_IMPROVED}",
+    ),
+    **{
+        f"aesthetic/{size}/rating{rating}": Released(
+            role="rating",
+            what=f"mean embedding of images rated {rating} to {rating + 1}, of OpenAI's CLIP {size}",
+            file=f"rating{rating}.npy",
+            mirrors=(f"{_AESTHETIC_RAW}{size}_embeddings/rating{rating}.npy",),
+            sha256=checksum,
+            size=3200 if size == "vit_l_14" else 2176,
+            licence="MIT",
+            page=f"https://github.com/{_AESTHETIC}",
+        )
+        for size, checksums in _RATINGS.items()
+        for rating, checksum in enumerate(checksums)
+    },
+    **{
+        f"glide/{name.replace('_', '-')}": Released(
+            role=role,
+            what=f"GLIDE (filtered), {what}",
+            file=f"{name}.pt",
+            mirrors=(f"{_GLIDE}{name}.pt",),
+            licence="MIT",
+            page=_GLIDE_PAGE,
+        )
+        for name, role, what in (
+            ("base", "model", "text to 64 px, 385,030,726 parameters"),
+            ("upsample", "model", "64 to 256 px, 398,361,286 parameters"),
+            ("base_inpaint", "model", "inpainting at 64 px, 385,037,638 parameters"),
+            ("upsample_inpaint", "model", "inpainting, 64 to 256 px, 398,368,198 parameters"),
+            ("clip_image_enc", "guide", "noised CLIP, image tower, for CLIP guidance"),
+            ("clip_text_enc", "guide", "noised CLIP, text tower, for CLIP guidance"),
+        )
+    },
+    **{
+        f"laionide/{name}": Released(
+            role="model",
+            what=what,
+            file=f"laionide-{name}.pt",
+            mirrors=(f"{_LAIONIDE}laionide-{name}.pt",),
+            page="https://github.com/LAION-AI/laionide",
+        )
+        for name, what in (
+            ("v2-base", "GLIDE's base, fine-tuned on LAION"),
+            ("v2-sr", "GLIDE's upsampler, fine-tuned on LAION"),
+            ("v3-base", "laionide v2-base, fine-tuned on CC12M, COCO and others"),
+        )
+    },
+    **{
+        name.lower(): Released(
+            role="model",
+            what=f"{what}; 156,947,494 parameters",
+            file=f"{name}.pt",
+            page=_MINI_PAGE,  # on a drive that wants a browser
+        )
+        for name, what in (
+            ("miniGLIDE", "a small GLIDE of 100 timesteps, SBU captions"),
+            ("miniGLIDEsimple", "the same without the bound on the variance"),
+            ("dogGLIDE", "a small GLIDE of 1000 timesteps, Stanford Dogs"),
+        )
+    },
+    "gpt2/vocab.bpe": Released(
+        role="conditioner",
+        what="GPT-2's byte-pair encoding, for GLIDE's texts",
+        file="vocab.bpe",
+        mirrors=("https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe",),
+        sha256="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+        size=456_318,
+        licence="MIT (modified)",
+        page="https://github.com/openai/gpt-2",
+    ),
 }
 
 

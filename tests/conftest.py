@@ -33,6 +33,12 @@ def program(monkeypatch, capsys):
     return call
 
 
+@pytest.fixture(scope="session")
+def golden_heads() -> Path:
+    """Return the folder of LAION's released heads and rating embeddings."""
+    return ROOT / "tests" / "data" / "golden" / "aesthetic_heads"
+
+
 @pytest.fixture(scope="module")
 def parts():
     """The parts of a tiny diffusion model with random weights, as `Sampler` takes them."""

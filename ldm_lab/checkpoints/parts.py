@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_lab import pretrained
-from ldm_lab.checkpoints import ccld, cloob_pickle, compvis, diffusers_vae, open_clip_weights
+from ldm_lab.checkpoints import ccld, cloob_pickle, compvis, diffusers_vae, heads, open_clip_weights
 from ldm_lab.checkpoints.files import (
     FORMAT,
     is_safetensors,
@@ -34,6 +34,8 @@ IMPORTERS: dict[tuple[str, str], dict[str, Reader]] = {
         "ccld_training": ccld.read_cloob,
     },
     ("conditioner", "clip"): {"clip": open_clip_weights.read},
+    ("head", "linear"): {"linear": heads.read},
+    ("head", "mlp"): {"mlp": heads.read},
 }
 
 

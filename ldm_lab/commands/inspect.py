@@ -96,7 +96,7 @@ def _config(found: Found) -> tuple[Any, list[str]]:
         except (KeyError, ValueError, RecursionError):
             raise UserError(f"{found.path}: its config is not readable") from None
         return config, config_problems(config)
-    if found.kind in ("run", "ccld", "ccld_training"):
+    if found.kind in ("run", "ccld", "ccld_training", "glide"):
         config = read_model(found.path)[0]
         return config, config_problems(config)
     try:

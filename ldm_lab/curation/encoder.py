@@ -1,0 +1,108 @@
+"""A frozen CLIP (or CLOOB) that embeds images and captions: once for every score that is made of the embeddings."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import yaml
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm_lab.checkpoints.embedders import describe, embedder_of
+from ldm_lab.checkpoints.formats import kind_of
+from ldm_lab.checkpoints.parts import find_weights, load_part, weights_path
+from ldm_lab.config import check_section
+from ldm_lab.errors import UserError
+from ldm_lab.images import cover, opaque, to_tensor
+
+Prepare = Callable[[Image.Image], Tensor]
+
+
+class Encoder(nn.Module):
+    """Embeddings of images and texts by a conditioner.
+
+    Attributes:
+        embed_dim: D, the width of an embedding.
+        embedder: whose embeddings these are (`ldm_lab.checkpoints.embedders`).
+    """
+
+    def __init__(self, section: dict[str, Any]) -> None:
+        """Load the conditioner of a config section.
+
+        Raises:
+            UserError: not a conditioner that embeds both, no weights, or what `load_part` raises.
+        """
+        super().__init__()
+        problems = check_section("conditioner", section, "clip")
+        if problems:
+            raise UserError(problems[0])
+        if section["name"] not in ("clip", "cloob"):
+            raise UserError(f"clip.name: clip or cloob is needed, not {section['name']!r}")
+        if weights_path("conditioner", section) is None:
+            raise UserError("clip.weights: has to be given, a file with trained weights")
+        self.embedder = embedder_of(section)
+        self.conditioner = load_part("conditioner", section)
+        self.embed_dim = self.conditioner.embed_dim
+
+    @property
+    def prepare(self) -> Prepare:
+        """The function from a Pillow image of any mode to what `images` takes; it can be sent to other processes."""
+        if self.conditioner.part_name == "clip":
+            return partial(_transformed, self.conditioner.transform)
+        return partial(_covered, self.conditioner.image_size)
+
+    def images(self, pixels: Tensor) -> Tensor:
+        """Return the embeddings of prepared images [B, 3, S, S], float32 [B, D], unit rows."""
+        if self.conditioner.part_name == "clip":
+            embeds = self.conditioner.clip.encode_image(pixels)  # [B, D]
+        else:
+            embeds = self.conditioner.encode_image(pixels)  # [B, D]
+        return F.normalize(embeds.float(), dim=-1)  # [B, D]
+
+    def texts(self, texts: list[str]) -> Tensor:
+        """Return the embeddings of texts, float32 [n, D], unit rows; too long ones are cut, as in training."""
+        tokens = self.conditioner.tokenize(texts).to(self.conditioner.pixel_mean.device)  # [n, text_size]
+        if self.conditioner.part_name == "clip":
+            embeds = self.conditioner.clip.encode_text(tokens)  # [n, D]
+        else:
+            embeds = self.conditioner.text_encoder(tokens)  # [n, D]
+        return F.normalize(embeds.float(), dim=-1)  # [n, D]
+
+
+def _transformed(transform: Callable[[Image.Image], Tensor], image: Image.Image) -> Tensor:
+    return transform(opaque(image))  # [3, S, S], by open_clip's own transform
+
+
+def _covered(side: int, image: Image.Image) -> Tensor:
+    return to_tensor(cover(image, side, side))  # [3, S, S] in [-1, 1]
+
+
+def clip_section(given: list[str], embedder: dict[str, str] | None) -> dict[str, Any]:
+    """Return the conditioner section of `key=value` words, laid over the embedder that a head asks for.
+
+    Args:
+        given: such as ["weights=ViT-L-14.pt"] or ["model=ViT-B-32", "pretrained=laion2b_s34b_b79k"].
+        embedder: of the heads; None if there is none.
+
+    Raises:
+        UserError: a word that is none, or nothing at all to go by.
+    """
+    written: dict[str, Any] = {}
+    for entry in given:
+        key, equals, value = entry.partition("=")
+        try:
+            written[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not equals or not key:
+            raise UserError(f"--clip {entry!r}: is written key=value, such as model=ViT-L-14-quickgelu")
+    named = {key: text for key, text in (embedder or {}).items() if key != "sha256"}
+    whole = any(key in written for key in ("name", "model", "architecture"))  # then another one is meant altogether
+    if not whole and isinstance(written.get("weights"), str):
+        whole = kind_of(find_weights(written["weights"])) == "part"  # a file of ours says itself what it is
+    section = written if whole else {**named, **written}
+    if not section.get("model") and not whole:
+        whose = f"the head belongs to {describe(embedder)}" if embedder else "no head says which"
+        raise UserError(f"--clip: has to be given, as {whose}: weights=FILE, or model=NAME pretrained=NAME")
+    return {"name": "clip", **section}

@@ -1,0 +1,170 @@
+"""Heads learned from rated images: ridge regression in closed form, or a small MLP, judged on ratings held out."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.functional import mean_absolute_error, mean_squared_error, pearson_corrcoef, spearman_corrcoef
+from tqdm import tqdm
+
+from ldm_lab.config import build
+from ldm_lab.curation.heads.head import Head, unit
+from ldm_lab.errors import UserError
+
+LEAST = 10  # rated images, below which nothing can be said
+RIDGES = torch.logspace(-8, 2, 41, dtype=torch.float64)  # tried, in units of the mean eigenvalue
+LOGISTIC_RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # tried for probabilities
+
+
+class Split(NamedTuple):
+    """Rated embeddings, divided by chance.
+
+    Attributes:
+        train, held_out: (unit embeddings [n, D], ratings [n]), both float32.
+    """
+
+    train: tuple[Tensor, Tensor]
+    held_out: tuple[Tensor, Tensor]
+
+
+def split(embeds: Tensor, ratings: Tensor, share: float, seed: int) -> Split:
+    """Return embeddings [N, D] with their ratings [N] divided in two, `share` of them held out.
+
+    Raises:
+        UserError: too few, or ratings that are all the same.
+    """
+    count = len(ratings)
+    held = round(share * count)
+    if count < LEAST or held < 2 or count - held < 2:
+        raise UserError(f"{count} rated images, {held} of them held out, are too few to learn from and to judge by")
+    ratings = ratings.float()  # [N]
+    if float(ratings.std()) == 0:
+        raise UserError(f"all {count} ratings are {float(ratings[0]):g}: there is nothing to learn")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))  # [N]
+    rows = unit(embeds)  # [N, D]
+    train, held_out = order[held:], order[:held]
+    return Split((rows[train], ratings[train]), (rows[held_out], ratings[held_out]))
+
+
+def fit_linear(section: dict[str, Any], x: Tensor, y: Tensor, ridge: float | None) -> tuple[Head, dict[str, Any]]:
+    """Return a linear head and facts about it.
+
+    Args:
+        section: its config section.
+        x, y: unit embeddings [n, D] and ratings [n].
+        ridge: weight of ||w||^2 against the sum of squared errors; None takes the one with the least generalised
+            cross-validation error (Golub, Heath and Wahba 1979), n RSS / (n - degrees of freedom)^2.
+    """
+    head = build("head", section)
+    if head.output == "probability":
+        return _fit_probability(head, x, y, ridge)
+    x, y = x.double(), y.double()
+    mean_x, mean_y = x.mean(dim=0), y.mean()  # [D], []
+    x, y = x - mean_x, y - mean_y
+    eigenvalues, vectors = torch.linalg.eigh(x.T @ x)  # [D], [D, D]
+    eigenvalues = eigenvalues.clamp(min=0)  # [D]
+    along = vectors.T @ (x.T @ y)  # [D]
+    if ridge is None:
+        ridges = RIDGES * eigenvalues.mean()  # [R]
+        damped = eigenvalues + ridges[:, None]  # [R, D]
+        residual = y @ y - (along**2 * (2 / damped - eigenvalues / damped**2)).sum(dim=1)  # [R]
+        free = len(y) - 1 - (eigenvalues / damped).sum(dim=1)  # [R]
+        error = torch.where(free > 0.5, len(y) * residual.clamp(min=0) / free**2, torch.inf)  # [R]
+        ridge = float(ridges[error.argmin()])
+    weight = vectors @ (along / (eigenvalues + ridge).clamp(min=1e-300))  # [D]
+    with torch.no_grad():
+        head.weight.copy_(weight[None])
+        head.bias.copy_(mean_y - weight @ mean_x)
+    return head, {"ridge": ridge}
+
+
+def _fit_probability(head: Head, x: Tensor, y: Tensor, ridge: float | None) -> tuple[Head, dict[str, Any]]:
+    """Return a linear head whose sigmoid is the probability of 1.
+
+    Where no ridge is given, the one is taken that predicts a fifth of the images best from the others.
+    """
+    _check_probabilities(y)
+    head.double()
+    x, y = x.double(), y.double()
+    if ridge is None:
+        fifth = torch.arange(len(y)) % 5 == 0  # [n]; the images come in an order by chance
+        errors = []
+        for tried in LOGISTIC_RIDGES:
+            _fit_logistic(head, x[~fifth], y[~fifth], tried)
+            with torch.no_grad():
+                errors.append(float(F.binary_cross_entropy_with_logits(head.raw(x[fifth]), y[fifth])))
+        ridge = LOGISTIC_RIDGES[errors.index(min(errors))]
+    _fit_logistic(head, x, y, ridge)
+    return head.float(), {"ridge": ridge}
+
+
+def _fit_logistic(head: Head, x: Tensor, y: Tensor, ridge: float) -> None:
+    """Minimise the cross-entropy + ridge ||w||^2 / 2, summed over all images, by L-BFGS."""
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=500, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        fit = F.binary_cross_entropy_with_logits(head.raw(x), y, reduction="sum")
+        loss = fit + ridge / 2 * head.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+def fit_mlp(
+    section: dict[str, Any], x: Tensor, y: Tensor, *, epochs: int, batch_size: int, lr: float, seed: int
+) -> tuple[Head, dict[str, Any]]:
+    """Return an MLP head and facts about it: Adam on the squared error, or on the cross-entropy of a probability.
+
+    Ratings are brought to mean 0 and deviation 1 while it learns; the last layer takes them back.
+    """
+    torch.manual_seed(seed)
+    head = build("head", section).train()
+    is_number = head.output == "number"
+    if not is_number:
+        _check_probabilities(y)
+    mean, deviation = (y.mean(), y.std()) if is_number else (0.0, 1.0)  # [], []
+    target = (y - mean) / deviation  # [n]
+    optimizer = torch.optim.Adam(head.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    loss_of = F.mse_loss if is_number else F.binary_cross_entropy_with_logits
+    with tqdm(range(epochs), desc="train", unit="epoch", dynamic_ncols=True) as bar:
+        for _ in bar:
+            for rows in torch.randperm(len(x)).split(batch_size):
+                loss = loss_of(head.raw(x[rows]), target[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            schedule.step()
+            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+    with torch.no_grad():
+        last = head.layers[-1]
+        last.weight.mul_(deviation)
+        last.bias.mul_(deviation).add_(mean)
+    return head.eval(), {"epochs": epochs, "batch_size": batch_size, "lr": lr}
+
+
+def _check_probabilities(y: Tensor) -> None:
+    if not ((y >= 0) & (y <= 1)).all():
+        raise UserError(f"--output probability: ratings from 0 to 1 are needed, these are {y.min():g} to {y.max():g}")
+
+
+@torch.no_grad()
+def judge(head: Head, x: Tensor, y: Tensor, train_mean: float) -> dict[str, float]:
+    """Return how good a head is on ratings that it has not seen.
+
+    Returns:
+        `pearson` and `spearman` correlation, `rmse` and `mae` in units of the rating, and `rmse_of_mean`: the error of
+        always saying the mean. Correlations are NaN where all predictions are the same.
+    """
+    predicted = head(x)  # [n]
+    spread = float(predicted.std()) > 0 and float(y.std()) > 0
+    return {
+        "pearson": float(pearson_corrcoef(predicted, y)) if spread else float("nan"),
+        "spearman": float(spearman_corrcoef(predicted, y)) if spread else float("nan"),
+        "rmse": float(mean_squared_error(predicted, y, squared=False)),
+        "mae": float(mean_absolute_error(predicted, y)),
+        "rmse_of_mean": float(mean_squared_error(torch.full_like(y, train_mean), y, squared=False)),
+    }

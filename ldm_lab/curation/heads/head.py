@@ -1,0 +1,141 @@
+"""What all heads have in common, and how one is found, read, checked and written."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ldm_lab.checkpoints import embedders
+from ldm_lab.checkpoints.files import sha256
+from ldm_lab.checkpoints.formats import KINDS, part_config, recognise
+from ldm_lab.checkpoints.parts import find_weights, read_module, save_part
+from ldm_lab.errors import UserError
+
+Output = Literal["number", "probability"]
+UNSAID = {"embedder": "whose embeddings it takes", "activation": "what is between its layers"}
+EXAMPLES = {
+    "embedder": "embedder='{name: clip, model: ViT-L-14-quickgelu, pretrained: openai}'",
+    "activation": "activation=relu",
+}
+NEARLY_UNIT = 1e-3  # a row's length may be off by this much after rounding to float16
+
+
+class Head(nn.Module):
+    """A predictor of one number.
+
+    Attributes:
+        embed_dim: D, the width of the embeddings.
+        embedder: whose embeddings it takes (`ldm_lab.checkpoints.embedders`).
+        column: what the number is called in tables.
+        output: "number" as it comes, or "probability": the sigmoid of it.
+    """
+
+    def __init__(self, embed_dim: int, embedder: dict[str, str], column: str, output: Output) -> None:
+        super().__init__()
+        self.embed_dim, self.embedder, self.column, self.output = embed_dim, embedder, column, output
+
+    def raw(self, embeds: Tensor) -> Tensor:
+        """Return the head's number [N] for embeddings [N, D], taken as they are."""
+        raise NotImplementedError
+
+    def forward(self, embeds: Tensor) -> Tensor:
+        """Return the predictions, float32 [N], of embeddings [N, D] of any length and precision.
+
+        Raises:
+            UserError: embeddings of another width.
+        """
+        self.check_width(embeds.shape[-1])
+        values = self.raw(unit(embeds))  # [N]
+        return values.sigmoid() if self.output == "probability" else values
+
+    def check_width(self, width: int) -> None:
+        """Raise UserError if embeddings have another width."""
+        if width != self.embed_dim:
+            raise UserError(
+                f"head {self.column}: takes embeddings of width {self.embed_dim} "
+                f"({embedders.describe(self.embedder)}), these have {width}"
+            )
+
+
+def unit(embeds: Tensor) -> Tensor:
+    """Return embeddings [N, D] as float32 rows of length 1; rows of zeros stay zeros.
+
+    Rows in float16 that are of unit length but for rounding stay as they are: that is how LAION stored and scored its
+    embeddings, and dividing once more moves a score by as much as the rounding did.
+    """
+    rows = embeds.float()  # [N, D]
+    length = rows.norm(dim=-1, keepdim=True)  # [N, 1]
+    divisor = torch.where(length > 0, length, 1.0)  # [N, 1]
+    if embeds.dtype == torch.float16:
+        divisor = torch.where((length - 1).abs() < NEARLY_UNIT, 1.0, divisor)  # [N, 1]
+    return rows / divisor  # [N, D]
+
+
+def check_options(section: dict[str, Any]) -> list[str]:
+    """Return what is wrong with the keys that all heads have."""
+    problems = embedders.problems(section["embedder"]) if "embedder" in section else []
+    if not section.get("column", "score").strip():
+        problems.append("column: a name is needed")
+    return problems
+
+
+class Loaded(NamedTuple):
+    """A head out of a file.
+
+    Attributes:
+        head: ready to predict.
+        source: the name or path that it was asked by.
+        sha256: checksum of the file.
+        trained: what the file says of its training; empty for a released one.
+    """
+
+    head: Head
+    source: str
+    sha256: str
+    trained: dict[str, Any]
+
+
+def load_head(name: str | Path) -> Loaded:
+    """Return the head of a released name, or in a file: one of ours, or a released state dict.
+
+    Raises:
+        UserError: missing, damaged or foreign file; one that does not say whose embeddings it takes.
+    """
+    path = find_weights(str(name))
+    found = recognise(path)
+    if found.kind == "part":
+        role, config = part_config(path, found.metadata)
+        if role != "head":
+            raise UserError(f"{path}: holds a part of role {role!r}, not a head")
+        kind = config.get("name")
+    elif found.kind in ("linear", "mlp"):
+        kind = found.kind
+    else:
+        raise UserError(f"{path}: not a head: it holds {KINDS[found.kind]}")
+    try:
+        module, _ = read_module("head", {"name": kind}, path)
+    except UserError as error:
+        missing = [key for key in UNSAID if f"head.{key}: has to be given" in str(error)]
+        if not missing:
+            raise
+        raise UserError(
+            f"{path}: does not say {' and '.join(UNSAID[key] for key in missing)}. Say it once: python -m ldm_lab "
+            f"convert {path} head.safetensors {' '.join(EXAMPLES[key] for key in missing)} column=NAME"
+        ) from None
+    try:
+        trained = json.loads(found.metadata.get("trained", "{}"))
+    except ValueError:
+        trained = {}
+    module.eval().requires_grad_(False)
+    if hasattr(module, "folded") and (folded := module.folded()) is not None:
+        module = folded
+    if not all(p.isfinite().all() for p in module.parameters()):
+        raise UserError(f"{path}: its weights are not finite numbers")
+    return Loaded(module, str(name), sha256(path), trained if isinstance(trained, dict) else {})
+
+
+def save_head(path: str | Path, head: Head, section: dict[str, Any], trained: dict[str, Any]) -> None:
+    """Write a head with its config section and what is known of its training, as plain values."""
+    save_part(path, head, section, {"trained": json.dumps(trained)})

@@ -1,0 +1,131 @@
+"""The files that scoring writes beside a shard NAME.tar: `NAME.scores.parquet` and `NAME.embeddings.safetensors`.
+
+Parquet: a row for each image that was scored, in the shard's order: `key`, `url` (text) and `hash` (64-bit integer)
+where the sample's json has them, then a float32 column for each score. The file's metadata has under `ldm_lab` as JSON
+what made the scores and what was read and skipped. The file is written last, and whole: it marks the shard as done.
+
+Embeddings: `embed` float16 [N, D], unit rows as LAION stores them, with `key` and `key_ends` (`data.strings`), and the
+embedder in the metadata.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from ldm_lab.checkpoints import embedders
+from ldm_lab.checkpoints.files import FORMAT, atomic_write, is_safetensors, read_safetensors
+from ldm_lab.data.strings import Strings
+from ldm_lab.errors import UserError, unknown
+
+SCORES = ".scores.parquet"
+EMBEDDINGS = ".embeddings.safetensors"
+VERSION = "ldm_lab scores 1"
+ROLE = "embeddings"
+
+
+def write_scores(path: Path, rows: dict[str, list[Any]], scores: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
+    """Write a shard's scores, whole or not at all.
+
+    Args:
+        path: the Parquet.
+        rows: "key", "url", "hash": N each.
+        scores: column -> float32 [N]; NaN, where there is none, is written as null.
+        facts: plain values for the metadata.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {
+        "key": pa.array(rows["key"], pa.string()),
+        "url": pa.array(rows["url"], pa.string()),
+        "hash": pa.array(rows["hash"], pa.int64()),
+        **{name: pa.array(values, pa.float32(), from_pandas=True) for name, values in scores.items()},
+    }
+    table = pa.table(columns).replace_schema_metadata({FORMAT: json.dumps({"format": VERSION, **facts})})
+    with atomic_write(path) as file:
+        pq.write_table(table, file)
+
+
+def read_facts(path: Path) -> dict[str, Any] | None:
+    """Return what a Parquet of ours says of itself, None if it is damaged or of another program."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_metadata(path).metadata or {}
+        facts = json.loads(metadata.get(FORMAT.encode(), b"null"))
+    except (OSError, ValueError, pa.ArrowException):
+        return None
+    return facts if isinstance(facts, dict) and facts.get("format") == VERSION else None
+
+
+def write_embeddings(path: Path, embeds: Tensor, keys: list[str], embedder: dict[str, str]) -> None:
+    """Write embeddings [N, D] as float16, whole or not at all."""
+    packed = Strings.pack(keys)
+    tensors = {
+        "embed": embeds.half().contiguous(),  # [N, D]
+        "key": torch.from_numpy(packed.blob.copy()),  # [bytes]
+        "key_ends": torch.from_numpy(packed.ends),  # [N]
+    }
+    with atomic_write(path) as file:
+        file.write(save(tensors, {"format": FORMAT, "role": ROLE, "embedder": json.dumps(embedder)}))
+
+
+def read_embeddings(path: Path) -> tuple[Tensor, list[str] | None, dict[str, str] | None]:
+    """Return `(embeddings [N, D], their keys, their embedder)` of a file of ours, or of a .npy, which says neither.
+
+    Raises:
+        UserError: missing, damaged or foreign file.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file (embeddings)")
+    if not is_safetensors(path):
+        try:
+            array = np.load(path, allow_pickle=False, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{path}: not a readable .npy file ({str(error).splitlines()[0][:100]})") from None
+        if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f":
+            raise UserError(f"{path}: embeddings are [N, D] floating-point numbers")
+        array = array if array.dtype in (np.float16, np.float32) else array.astype(np.float32)
+        return torch.from_numpy(np.array(array)), None, None  # [N, D]
+    tensors, metadata = read_safetensors(path)
+    if metadata.get("format") != FORMAT or metadata.get("role") != ROLE:
+        raise UserError(f"{path}: no embeddings of ldm_lab's: it holds {str(metadata.get('role'))[:50]}")
+    try:
+        embedder = json.loads(metadata["embedder"])
+        strings = Strings(tensors["key"].numpy(), tensors["key_ends"].numpy())
+        keys, embeds = [strings[i] for i in range(len(strings))], tensors["embed"]
+    except (KeyError, ValueError):
+        raise UserError(f"{path}: embeddings without keys or embedder") from None
+    problems = embedders.problems(embedder)
+    if problems or embeds.ndim != 2 or len(keys) != len(embeds):
+        raise UserError(f"{path}: {problems[0] if problems else 'keys and embeddings do not fit together'}")
+    return embeds, keys, embedder
+
+
+def read_column(path: Path, column: str) -> tuple[list[str], np.ndarray]:
+    """Return `(keys, scores float32 [N])` of a Parquet of ours; a missing score is NaN.
+
+    Raises:
+        UserError: missing, damaged or foreign file, no such column.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise UserError(f"{path}: no such file (scores)")
+    if read_facts(path) is None:
+        raise UserError(f"{path}: no scores of ldm_lab's, or damaged")
+    names = pq.read_schema(path).names
+    if column not in names:
+        raise UserError(f"{path}: {unknown('column', column, names)}")
+    try:
+        table = pq.read_table(path, columns=["key", column])
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: damaged ({str(error).splitlines()[0][:100]})") from None
+    return table["key"].to_pylist(), table[column].to_numpy().astype(np.float32)  # [N]
