@@ -282,7 +282,7 @@ def test_two_processes_share_weights_and_demos_but_not_samples(here, program):
         (["data.shards=nothing/*.tar"], "nothing/*.tar"),
         (["autoencoder.weights=none.safetensors"], "none.safetensors: no such file"),
         (["conditioner.weights=tiny.yaml"], "tiny.yaml"),
-        (["conditioner.weights=autoencoder.safetensors"], "holds a autoencoder, not a conditioner"),
+        (["conditioner.weights=autoencoder.safetensors"], "holds the weights of the role autoencoder, not conditioner"),
         (["autoencoder.ch=64"], "autoencoder.ch: 64 is asked for"),
         (["init_from=autoencoder.safetensors"], "not a trained model"),
         (["resume.checkpoint=nothing.ckpt"], "nothing.ckpt: no such file"),
