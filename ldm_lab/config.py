@@ -15,6 +15,7 @@ A part may have a `check(section) -> list[str]` static method for rules across k
 import copy
 import importlib
 import inspect
+import math
 import pkgutil
 import types
 import typing
@@ -38,6 +39,7 @@ PACKAGES = {
     "objective": "ldm_lab.objectives",
     "sampler": "ldm_lab.samplers",
     "cache": "ldm_lab.training",
+    "low_res": "ldm_lab.training",
     "optim": "ldm_lab.training",
     "ema": "ldm_lab.training",
     "checkpoint": "ldm_lab.training",
@@ -45,18 +47,28 @@ PACKAGES = {
     "logging": "ldm_lab.training",
     "trainer": "ldm_lab.training",
     "resume": "ldm_lab.training",
+    "rule": "ldm_lab.rules",
+    "selection": "ldm_lab.curation.metadata",
+    "engine": "ldm_lab.curation.metadata",
     "loss": "ldm_lab.training",
     "perceptual": "ldm_lab.training",
     "discriminator": "ldm_lab.training",
     "reconstructions": "ldm_lab.training",
     "head": "ldm_lab.curation.heads",
 }
+TOOLS = ("selection", "engine")  # roles of commands, not of runs; they need their extra installed
 # Keys in the section of a frozen part that say how it is used, beside its constructor's keys, which say what it is.
 USE_KEYS: dict[str, dict[str, Any]] = {
     "autoencoder": {"weights": str | None, "scale": float | None},
     "conditioner": {"weights": str | None, "dropout": float},
     "head": {"weights": str | None},
 }
+# What their values have to be, and how that is said.
+USE_LIMITS: dict[tuple[str, str], tuple[Callable[[float], bool], str]] = {
+    ("autoencoder", "scale"): (lambda scale: scale > 0, "a positive number"),
+    ("conditioner", "dropout"): (lambda share: 0 <= share <= 1, "a share from 0 to 1"),
+}
+LARGEST_SEED = 2**62  # leaves room to count on in 64 bits
 _registry: dict[tuple[str, str], type] = {}
 _discovered: set[str] = set()
 
@@ -137,6 +149,14 @@ def load(path: str | Path, overrides: list[str] = ()) -> dict[str, Any]:
     Raises:
         UserError: missing or unreadable file, or any number of wrong entries, each with its key path, in one message.
     """
+    config = read(path, overrides)
+    config.setdefault("run", Path(path).stem)
+    check(config)
+    return config
+
+
+def read(path: str | Path, overrides: list[str] = ()) -> dict[str, Any]:
+    """Do the same without the check: for configs that describe something else than a run. Raises UserError."""
     merged = _read(Path(path), seen=())
     for override in overrides:
         key, equals, _ = override.partition("=")
@@ -155,8 +175,6 @@ def load(path: str | Path, overrides: list[str] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: {_first_line(error)}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: a config is a mapping of sections, this is a {type(config).__name__}")
-    config.setdefault("run", Path(path).stem)
-    check(config)
     return config
 
 
@@ -187,7 +205,7 @@ def check(config: dict[str, Any]) -> None:
         raise UserError(f"task: {unknown('task', task, known_tasks)}")
     cls = known_tasks[task]
     roles = section_roles(cls)
-    top = {"task": str, "run": str, "seed": int, "init_from": str | None, "defaults": str}
+    top = {"task": str, "run": str, "seed": int, "init_from": str | None}
     for key, value in config.items():
         if key in top:
             problems += _mismatch(value, top[key], key)
@@ -195,6 +213,9 @@ def check(config: dict[str, Any]) -> None:
             problems += check_section(roles[key], value, key)
         else:
             problems.append(f"{key}: {unknown('key', key, [*top, *roles])}")
+    seed = config.get("seed", 0)
+    if isinstance(seed, int) and not 0 <= seed < LARGEST_SEED:
+        problems.append(f"seed: a whole number from 0 to 2**62 is needed, not {seed}")
     for key in cls.REQUIRED:
         if key not in config:
             problems.append(f"{key}: this section has to be given")
@@ -228,7 +249,7 @@ def check_section(role: str, section: Any, path: str) -> list[str]:
             nested = getattr(annotation, "part_role", None)
             problems += check_section(nested, value, where) if nested else _mismatch(value, annotation, where)
         elif key in USE_KEYS.get(role, {}):
-            problems += _mismatch(value, USE_KEYS[role][key], where)
+            problems += _mismatch(value, USE_KEYS[role][key], where) or _beyond(role, key, value, where)
         else:
             problems.append(f"{where}: {unknown('key', key, [*known, *USE_KEYS.get(role, {})])}")
     if not section.get("weights"):  # a weights file brings its own architecture
@@ -274,12 +295,17 @@ def _fits(value: Any, annotation: Any) -> bool:
     if isinstance(value, bool):  # a bool is an int to Python, not to us
         return annotation is bool
     if annotation is float:
-        return isinstance(value, int | float)
+        return isinstance(value, int | float) and math.isfinite(value)
     return isinstance(value, annotation)
 
 
 def _mismatch(value: Any, annotation: Any, where: str) -> list[str]:
     return [] if _fits(value, annotation) else [f"{where}: {describe(annotation)} is needed, not {value!r}"]
+
+
+def _beyond(role: str, key: str, value: Any, where: str) -> list[str]:
+    fits, wanted = USE_LIMITS.get((role, key), (None, ""))
+    return [] if fits is None or value is None or fits(value) else [f"{where}: {wanted} is needed, not {value:g}"]
 
 
 def _convert(value: Any, annotation: Any) -> Any:
@@ -311,6 +337,8 @@ def describe_parts() -> str:
     """Return a listing of all parts with their options, types and defaults: what `train.py --parts` prints."""
     lines = []
     for role in PACKAGES:
+        if role in TOOLS:
+            continue
         known = parts(role)
         for name, cls in sorted(known.items()):
             summary = (inspect.getdoc(cls) or "").splitlines()[0] if cls.__doc__ else ""

@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [  # a module may import from its own line only what is in its own package, and from any line above
     {"errors"},
     {"config"},
-    {"schedules", "images", "ema", "pretrained"},
+    {"schedules", "images", "ema", "download", "files", "rules"},
+    {"pretrained"},
     {"data", "autoencoders", "conditioners", "denoisers", "objectives", "guidance", "samplers", "prompts"},
     {"checkpoints"},
     {"sampling"},
@@ -58,6 +59,9 @@ def test_imports_go_one_way(path):
         ("pytorch_lightning", {"training", "data", "curation"}),
         ("webdataset", {"data", "curation"}),
         ("wandb", {"training"}),
+        ("ibis", {"curation"}),
+        ("duckdb", {"curation"}),
+        ("pyspark", {"curation"}),
     ],
 )
 def test_a_library_is_used_where_it_belongs(library, rooms):

@@ -1,5 +1,11 @@
-"""From images and metadata to the subset that a model trains on.
+"""Curation: from images and metadata to the data set that a model trains on.
 
 `heads`     predictors on embeddings: what a file of one looks like, and a part of role "head" for each kind
 `scoring`   shards in, Parquet with scores out, on any number of devices
+`metadata`  selects and counts rows of LAION's tables and of img2dataset's; the rules are `ldm_lab.rules`, which
+            training uses, too
+`store`     scores by hash on disk, in LAION's format; `store_build` makes one of tables, `store_tables` looks whole
+            tables up
+
+`metadata` and the store import no torch: they are to run in little memory.
 """

@@ -64,6 +64,11 @@ class DataModule(LightningDataModule):
         """Samples of this rank that had to be skipped so far, by reason."""
         return Counter(self._progress.counts.skipped)
 
+    @property
+    def left_out(self) -> Counter:
+        """Samples of this rank that a rule left out so far, by rule."""
+        return Counter(self._progress.counts.left_out)
+
     def summary(self, states: list[dict[str, Any]] | None = None) -> str:
         """Return one line: samples read so far, and those skipped by reason with examples.
 

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ldm_lab.data.order import Order, Position
-from ldm_lab.data.source import Skip, Source
+from ldm_lab.data.source import LeftOut, Skip, Source
 from ldm_lab.errors import UserError
 
 CHECK_AFTER = 500  # samples that a rank reads before the share of skipped ones is judged
@@ -24,49 +24,73 @@ CHECK_AFTER = 500  # samples that a rank reads before the share of skipped ones 
 BARREN = 1000
 BARREN_SHARD = 100  # what an unreadable shard counts as there
 BARREN_PASS = 200  # likewise a whole pass without a usable sample; more than one, as some readers have a single shard
+BARREN_RULE = 0.1  # likewise a sample that a rule leaves out
 EXAMPLES = 3  # keys kept per reason
 
 
 class Counts:
-    """How many samples were read, and how many of them skipped for which reason.
+    """How many samples were read, how many of them skipped for which reason, and how many left out by which rule.
 
     Attributes:
-        read: samples, the skipped ones included; a broken shard counts as one.
+        read: samples, the skipped and left out ones included; a broken shard counts as one.
         skipped: reason -> samples.
-        examples: reason -> the first few keys.
+        examples: reason or rule -> the first few keys.
+        left_out: rule -> samples; a sample that breaks several counts for the first.
     """
 
-    def __init__(self, read: int = 0, skipped: dict[str, int] | None = None, examples: dict | None = None):
+    def __init__(
+        self,
+        read: int = 0,
+        skipped: dict[str, int] | None = None,
+        examples: dict | None = None,
+        left_out: dict[str, int] | None = None,
+    ):
         self.read, self.skipped, self.examples = read, dict(skipped or {}), dict(examples or {})
+        self.left_out = dict(left_out or {})
 
-    def skip(self, reason: str, key: str) -> None:
-        self.add(Counts(0, {reason: 1}, {reason: [key]}))
+    def skip(self, problem: Skip) -> None:
+        one = {problem.reason: 1}
+        examples = {problem.reason: [problem.key]}
+        self.add(Counts(0, {}, examples, one) if isinstance(problem, LeftOut) else Counts(0, one, examples))
 
     def add(self, other: "Counts") -> None:
         self.read += other.read
-        for reason, count in other.skipped.items():
-            self.skipped[reason] = self.skipped.get(reason, 0) + count
-            keys = dict.fromkeys(self.examples.get(reason, []) + other.examples[reason])  # each epoch meets them again
-            self.examples[reason] = list(keys)[:EXAMPLES]
+        for mine, theirs in ((self.skipped, other.skipped), (self.left_out, other.left_out)):
+            for reason, count in theirs.items():
+                mine[reason] = mine.get(reason, 0) + count
+                keys = self.examples.get(reason, []) + other.examples[reason]
+                self.examples[reason] = list(dict.fromkeys(keys))[:EXAMPLES]  # each epoch meets them again
 
     def state(self) -> dict[str, Any]:
         """Return plain values: the constructor's arguments."""
-        return {"read": self.read, "skipped": dict(self.skipped), "examples": dict(self.examples)}
+        rules = {"left_out": dict(self.left_out)} if self.left_out else {}
+        return {"read": self.read, "skipped": dict(self.skipped), "examples": dict(self.examples), **rules}
 
     @property
     def share(self) -> float:
-        """The share of skipped samples, in [0, 1]."""
-        return sum(self.skipped.values()) / max(self.read, 1)
+        """The share of skipped samples among the wanted ones, in [0, 1]."""
+        return sum(self.skipped.values()) / max(self.wanted, 1)
+
+    @property
+    def wanted(self) -> int:
+        """Samples that no rule left out."""
+        return self.read - sum(self.left_out.values())
 
     def __str__(self) -> str:
-        if not self.skipped:
-            return f"{self.read:,} samples read, none skipped"
-        reasons = (
-            f"{reason} {count:,} (e.g. {', '.join(self.examples[reason])})"
-            for reason, count in sorted(self.skipped.items(), key=lambda pair: -pair[1])
+        skipped, left_out = sum(self.skipped.values()), sum(self.left_out.values())
+        text = f"{self.read:,} samples read, "
+        if left_out:
+            share = left_out / max(self.read, 1)
+            text += f"{left_out:,} left out by rules ({share:.1%}): {self._reasons(self.left_out)}; "
+        return text + (
+            f"{skipped:,} skipped ({self.share:.1%}): {self._reasons(self.skipped)}" if skipped else "none skipped"
         )
-        skipped = sum(self.skipped.values())
-        return f"{self.read:,} samples read, {skipped:,} skipped ({self.share:.1%}): {'; '.join(reasons)}"
+
+    def _reasons(self, counts: dict[str, int]) -> str:
+        return "; ".join(
+            f"{reason} {count:,} (e.g. {', '.join(self.examples[reason])})"
+            for reason, count in sorted(counts.items(), key=lambda pair: -pair[1])
+        )
 
 
 def read(
@@ -96,8 +120,11 @@ def read(
                 samples.append(source.decode(item, order))
             except Skip as problem:
                 for tally in (counts, total, stretch):
-                    tally.skip(problem.reason, problem.key)
-                barren += BARREN_SHARD if problem is item else 1
+                    tally.skip(problem)
+                if isinstance(problem, LeftOut):
+                    barren += BARREN_RULE
+                else:
+                    barren += BARREN_SHARD if problem is item else 1
                 if hopeless():
                     break
                 continue
@@ -144,7 +171,7 @@ class Progress:
         """Go on to behind the batch that carries this state."""
         self.positions[state["process"]] = Position(*state["position"])
         self.turn = (state["process"] + 1) % len(self.positions)
-        self.counts.add(Counts(state["read"], state["skipped"], state["examples"]))
+        self.counts.add(Counts(state["read"], state["skipped"], state["examples"], state.get("left_out")))
 
 
 class Loader:
@@ -181,7 +208,7 @@ class Loader:
             if "error" in batch:
                 raise UserError(batch["error"])
             ahead.advance(batch["state"])
-            if ahead.counts.read >= CHECK_AFTER and ahead.counts.share > self.source.max_skipped:
+            if ahead.counts.wanted >= CHECK_AFTER and ahead.counts.share > self.source.max_skipped:
                 allowed = f"data.max_skipped allows {self.source.max_skipped:.1%}"
                 raise UserError(f"too many unusable samples: {ahead.counts}. {allowed}")
             if "key" in batch:

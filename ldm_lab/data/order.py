@@ -58,10 +58,16 @@ def _digest(*key: Any) -> bytes:
     return hashlib.sha256(repr(key).encode()).digest()
 
 
-def shuffled(items: Iterable[Any], size: int, random: Random) -> Iterator[Any]:
-    """Yield all items in an order shuffled through a buffer of `size` items; below 2 the order stays as it is."""
+def shuffled(items: Iterable[Any], size: int, random: Random, past: type | tuple[type, ...] = ()) -> Iterator[Any]:
+    """Yield all items in an order shuffled through a buffer of `size` items; below 2 the order stays as it is.
+
+    Items of the type `past` go past the buffer and take no room in it.
+    """
     buffer = []
     for item in items:
+        if isinstance(item, past):
+            yield item
+            continue
         if len(buffer) < size:
             buffer.append(item)
             continue

@@ -8,6 +8,7 @@ reshuffled every epoch and found again on resume.
 import glob
 import http.client
 import io
+import json
 import os
 import subprocess
 import tarfile
@@ -17,6 +18,7 @@ import urllib.request
 import zlib
 from collections.abc import Iterator
 from contextlib import closing
+from importlib.util import find_spec
 from lzma import LZMAError
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,12 @@ import braceexpand
 from webdataset.gopen import gopen, gopen_schemes
 from webdataset.tariterators import base_plus_ext
 
-from ldm_lab.config import register
+from ldm_lab.config import part_class, register
 from ldm_lab.data.order import Order, shuffled
-from ldm_lab.data.source import IMAGE_EXTENSIONS, ImageSource, Raw, Skip
+from ldm_lab.data.source import IMAGE_EXTENSIONS, ImageSource, LeftOut, Raw, Skip, caption_of
 from ldm_lab.errors import UserError, unknown
+from ldm_lab.rules.rule import build_rules, check_rules
+from ldm_lab.rules.sample import SampleRow, broken_rules
 
 RUN = 4  # a run of shards that are shuffled together ends once it has this many times the shuffle buffer
 LARGEST_MEMBER = 2**28  # bytes; a larger file inside a shard is no image of ours
@@ -69,17 +73,21 @@ class ShardSource(ImageSource):
         places = iter(range(start, len(share)))
         for first in places:
             run = self._run(share, first, places)
-            for item in shuffled(run, self.shuffle_buffer, order.random("run", order.reader, first)):
+            for item in shuffled(run, self.shuffle_buffer, order.random("run", order.reader, first), LeftOut):
                 yield first, item
 
     def _run(self, share: Any, place: int | None, places: Iterator[int]) -> Iterator[Raw | Skip]:
         """Yield the samples of the shard at `place` and of further shards until there are enough of them."""
         samples = 0
         while place is not None:
-            for item in read_shard(self.addresses[share[place]]):
-                samples += 1
+            for item in self.samples(self.addresses[share[place]]):
+                samples += not isinstance(item, LeftOut)
                 yield item
             place = next(places, None) if samples < RUN * self.shuffle_buffer else None
+
+    def samples(self, address: str) -> Iterator[Raw | Skip]:
+        """Yield the samples of a shard."""
+        return read_shard(address)
 
 
 @register("data", "webdataset")
@@ -89,14 +97,62 @@ class WebDataset(ShardSource):
     Args:
         shards: addresses: paths, `{00000..00012}` braces, globs, http(s), cloud addresses that webdataset knows, or
             `pipe:` and a shell command that writes a tar file to its standard output.
+        rules: {name: options}, as in `python -m ldm_lab select`: which samples are left out, by their json. They are
+            counted by rule, apart from the skipped ones.
+        scores: the ending of a Parquet file beside each shard, in the place of `.tar`, with columns such as `key` and
+            `aesthetic`: what it says of a sample goes before what its json says.
     """
 
-    def __init__(self, *, shards: str | list[str], **common: Any):
+    def __init__(
+        self, *, shards: str | list[str], rules: dict[str, Any] | None = None, scores: str | None = None, **common: Any
+    ):
         super().__init__(**common)
         self.shards = [shards] if isinstance(shards, str) else shards
+        self.rules, self.scores = build_rules(rules or {}), scores
+
+    @staticmethod
+    def check(section: dict[str, Any]) -> list[str]:
+        """Return what is wrong with the values of a section."""
+        problems = ImageSource.check(section)
+        rules = section.get("rules") or {}
+        wrong = check_rules(rules)
+        if not wrong:
+            used = [name for name, options in rules.items() if options is not None]
+            across = [name for name in used if part_class("rule", name).across_rows]
+            wrong = [f"rules.{name}: compares samples with each other, which a stream cannot" for name in across]
+        if section.get("scores") is not None and not rules:
+            wrong.append("scores: only rules ask for them, and there are none")
+        return problems + wrong
 
     def list_shards(self) -> list[str]:
-        return expand(self.shards)
+        addresses = expand(self.shards)
+        if self.scores is not None:
+            if find_spec("pyarrow") is None:
+                raise UserError("data.scores: pyarrow has to be installed for it: pip install 'ldm_lab[curation]'")
+            missing = [path for path in (scores_of(a, self.scores) for a in addresses) if not os.path.isfile(path)]
+            if missing:
+                raise UserError(
+                    f"data.scores: no such file: {missing[0]}; {len(missing)} of {len(addresses)} are missing"
+                )
+        return addresses
+
+    def samples(self, address: str) -> Iterator[Raw | Skip]:
+        """Yield the samples of a shard, with LeftOut in the place of those that break a rule."""
+        if not self.rules:
+            yield from read_shard(address)
+            return
+        try:
+            scores = read_scores(scores_of(address, self.scores)) if self.scores is not None else {}
+        except OSError:
+            yield Skip("unreadable scores", address)
+            return
+        for item in read_shard(address):
+            if isinstance(item, Raw):
+                broken = broken_rules(self.rules, SampleRow(metadata_of(item) | scores.get(item.key, {})))
+                if broken:
+                    rule, reason = broken[0]
+                    item = LeftOut(f"rule {rule}" if reason == rule else f"rule {rule}: {reason}", item.key)
+            yield item
 
 
 def expand(patterns: list[str]) -> list[str]:
@@ -148,17 +204,47 @@ def _scheme(address: str) -> str:
     return "" if scheme == "file" else scheme
 
 
+# -------------------------------------------------------------------------------------------------- what rules look at
+
+
+def metadata_of(item: Raw) -> dict[str, Any]:
+    """Return what a sample's json says, with the caption that training takes; {} and the caption if it is none."""
+    try:
+        metadata = json.loads(item.json) if item.json is not None else {}
+    except (ValueError, RecursionError):  # not JSON, not UTF-8
+        metadata = {}
+    return {**(metadata if isinstance(metadata, dict) else {}), "caption": caption_of(item)}
+
+
+def scores_of(address: str, ending: str) -> str:
+    """Return the path of the scores beside a shard."""
+    return address.removesuffix(".tar") + ending
+
+
+def read_scores(path: str) -> dict[str, dict[str, Any]]:
+    """Return {key: {column: value}} of a Parquet file. Raises OSError if it is not readable."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows = pq.read_table(path).to_pylist()
+        return {str(row.pop("key")): row for row in rows}
+    except (pa.ArrowException, KeyError) as error:
+        raise OSError(str(error)) from None
+
+
 # -------------------------------------------------------------------------------------------------- reading one shard
 
 
 class _Member(tarfile.TarInfo):
-    """tarfile takes a damaged header in mid-archive for its end; here it is an error."""
+    """tarfile takes a damaged header in mid-archive for its end, and so the file's end without the archive's own; here
+    both are errors."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
         try:
             return super().fromtarfile(archive)
-        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError, tarfile.EmptyHeaderError) as error:
             raise tarfile.ReadError(str(error)) from None
 
 
@@ -167,7 +253,7 @@ def read_shard(address: str) -> Iterator[Raw | Skip]:
 
     A shard that cannot be opened gives one Skip "unreachable shard". One that breaks off gives the samples before the
     break and then one Skip "broken shard"; the sample at the break counts as one of them when it has all the parts
-    that the one before it had.
+    that the one before it had. Of samples with the same key the first one counts; the others give "duplicate key".
     """
     for item in read_parts(address, (*IMAGE_EXTENSIONS, "txt", "json")):
         yield item if isinstance(item, Skip) else _raw(*item)
@@ -190,6 +276,14 @@ def read_parts(
     previous: dict[str, bytes] = {}
     parts: dict[str, bytes] = {}
     key = None
+    seen: set[str] = set()
+
+    def finished() -> tuple[str, dict[str, bytes]] | Skip:
+        if key in seen:
+            return Skip("duplicate key", key)
+        seen.add(key)
+        return key, parts
+
     try:
         with closing(stream), tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member) as archive:
             for member in archive:
@@ -197,21 +291,21 @@ def read_parts(
                 archive.members.clear()  # tarfile would keep every header of the shard
                 if name is None or not member.isreg() or os.path.basename(member.name).startswith("."):
                     continue
-                if name != key:
-                    if key is not None:
-                        yield key, parts
-                    key, previous, parts = name, parts, {}
                 extension = extension.lower()
+                if name != key or extension in parts:
+                    if key is not None:
+                        yield finished()
+                    key, previous, parts = name, parts, {}
                 if (extensions is None or extension in extensions) and member.size <= LARGEST_MEMBER:
                     parts[extension] = archive.extractfile(member).read()
             _drain(stream)
     except (tarfile.TarError, OSError, EOFError, zlib.error, LZMAError, http.client.HTTPException):
         if key is not None and previous.keys() <= parts.keys() and previous:
-            yield key, parts
+            yield finished()
         yield Skip("broken shard", address)
         return
     if key is not None:
-        yield key, parts
+        yield finished()
 
 
 def _raw(key: str, parts: dict[str, bytes]) -> Raw:

@@ -56,6 +56,10 @@ class Skip(Exception):
         self.reason, self.key = reason, key
 
 
+class LeftOut(Skip):
+    """A sample that a rule of the user's leaves out: counted by rule, and no sign that something is wrong."""
+
+
 class Source:
     """Base class of all sources. The contract is the docstring of `ldm_lab.data`.
 
@@ -96,6 +100,7 @@ class Source:
             ("workers", 0),
             ("image_size", 1),
             ("min_size", 0),
+            ("max_pixels", 1),
             ("shuffle_buffer", 0),
             ("limit", 1),
         ):
@@ -151,7 +156,9 @@ class ImageSource(Source):
         crop: which square of the resized image is taken.
         flip: mirror every other image, by chance.
         min_size: images with a shorter side below this are skipped, pixels.
-        require_text: skip samples without a caption; otherwise their text is "".
+        max_pixels: images with more than that are skipped; null is Pillow's limit, 179 million.
+        require_text: skip samples without a caption, "file" only those without any, not those with an empty one;
+            otherwise their text is "".
     """
 
     def __init__(
@@ -161,26 +168,27 @@ class ImageSource(Source):
         crop: Literal["center", "random"] = "center",
         flip: bool = False,
         min_size: int = 16,
-        require_text: bool = False,
+        max_pixels: int | None = None,
+        require_text: bool | Literal["file"] = False,
         **common: Any,
     ):
         super().__init__(**common)
         self.image_size, self.crop, self.flip = image_size, crop, flip
-        self.min_size, self.require_text = min_size, require_text
+        self.min_size, self.max_pixels, self.require_text = min_size, max_pixels, require_text
 
     def decode(self, item: Raw, order: Order) -> dict[str, Any]:
         """Return {"image": uint8 [3, S, S], "text": str, "key": str}. Raises Skip."""
         if item.image is None:
             raise Skip("no image", item.key)
         text = caption_of(item)
-        if self.require_text and not text:
+        if self.require_text and not text and not (self.require_text == "file" and item.text is not None):
             raise Skip("no caption", item.key)
         random = order.random("augment", item.key)
         across, down, mirror = random.random(), random.random(), random.random()
         if self.crop == "center":
             across = down = 0.5
         try:
-            image = open_image(item.image, self.min_size)
+            image = open_image(item.image, self.min_size, self.max_pixels)
             pixels = np.asarray(fit(to_rgb(image), self.image_size, across, down))  # [S, S, 3]
         except BadImage as problem:
             raise Skip(str(problem), item.key) from None

@@ -14,12 +14,13 @@ class BadImage(Exception):
     """Bytes that cannot become a training image; the message is the reason that is counted."""
 
 
-def open_image(data: bytes, min_size: int = 1) -> Image.Image:
+def open_image(data: bytes, min_size: int = 1, max_pixels: int | None = None) -> Image.Image:
     """Return the decoded image (first frame) in its own mode, turned upright as its EXIF orientation says.
 
     Args:
         data: an encoded image of any format that Pillow reads.
         min_size: least length of the short side, pixels.
+        max_pixels: most pixels, told from the header.
 
     Raises:
         BadImage: "undecodable image", "truncated image", "too small", "too many pixels" (Pillow's limit, 179 million).
@@ -28,6 +29,8 @@ def open_image(data: bytes, min_size: int = 1) -> Image.Image:
         image = Image.open(io.BytesIO(data))
         if min(image.size) < min_size:
             raise BadImage("too small")
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            raise BadImage("too many pixels")
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         return image

@@ -1,0 +1,32 @@
+"""Report what img2dataset managed to download: the share of successes, the errors, the worst shards.
+
+    python -m ldm_lab downloads data/cc12m
+    python -m ldm_lab downloads data/cc12m --json > cc12m_downloads.json
+
+Reads the NNNNN_stats.json files beside the shards; a shard without one was not finished.
+"""
+
+import argparse
+import json
+
+from ldm_lab.curation.metadata.downloads import read_stats
+from ldm_lab.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("folder", metavar="DIR", help="img2dataset's output")
+    parser.add_argument("--json", action="store_true", help="print JSON, with every shard, instead of text")
+    parser.add_argument("--worst", type=int, default=10, metavar="N", help="shards to list (default: 10)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="also say how many whole batches there are")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the report."""
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UserError(f"--batch-size: at least 1 is needed, not {args.batch_size}")
+    downloads = read_stats(args.folder)
+    if args.json:
+        print(json.dumps(downloads.as_dict(), indent=2, ensure_ascii=False))
+    else:
+        print(downloads.as_text(args.worst, args.batch_size))

@@ -1,0 +1,134 @@
+"""DuckDB: one machine, tables larger than its memory."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import ibis
+import ibis.expr.types as ir
+import pyarrow.parquet as pq
+
+from ldm_lab.config import register
+from ldm_lab.curation.metadata.inputs import Files
+from ldm_lab.errors import UserError
+
+BATCH = 50_000  # rows that are held while a file is cut into parts
+
+
+@register("engine", "duckdb")
+class DuckDB:
+    """DuckDB within this process.
+
+    Args:
+        memory_limit: what its tables may take, such as 800MB or 4GB; beyond it they spill to the disk. The program
+            itself takes about 200 MB more.
+        threads: null is all cores.
+        temp_directory: where it spills to; null is the folder of the output.
+    """
+
+    def __init__(self, *, memory_limit: str = "2GB", threads: int | None = None, temp_directory: str | None = None):
+        self.memory_limit, self.threads, self.temp_directory = memory_limit, threads, temp_directory
+
+    @contextlib.contextmanager
+    def open(self, spill: str | Path) -> Iterator["DuckDB"]:
+        """Hand out the engine, connected. Its own errors come out as UserError."""
+        settings = {
+            "memory_limit": self.memory_limit,
+            "temp_directory": str(Path(self.temp_directory).expanduser() if self.temp_directory else spill),
+            **({"threads": self.threads} if self.threads else {}),
+        }
+        try:
+            self.ibis = ibis.duckdb.connect(**settings)
+        except duckdb.Error as error:
+            raise UserError(f"engine: {_first_line(error)}") from None
+        self.ibis.con.execute("set enable_progress_bar = false")
+        try:
+            yield self
+        except duckdb.OutOfMemoryException as error:
+            raise UserError(
+                f"engine: {_first_line(error)}; engine.memory_limit {self.memory_limit} is too little: allow more, or "
+                "take fewer engine.threads"
+            ) from None
+        except duckdb.Error as error:
+            raise UserError(f"engine: {_first_line(error)}") from error
+        finally:
+            self.ibis.disconnect()
+
+    def read(self, files: Files) -> ir.Table:
+        """Return the table in some files, with the columns `files.unique_names`."""
+        if files.delimiter:
+            return self.ibis.read_csv(
+                list(files.paths),
+                delim=files.delimiter,
+                quote="" if files.delimiter == "\t" else '"',  # a TSV has no quotes: a " is a character of the caption
+                escape="" if files.delimiter == "\t" else '"',
+                header=files.header,
+                names=files.unique_names,
+                all_varchar=True,
+                strict_mode=True,
+            )
+        # Without can_have_nan the statistics in the file make `isnan(x)` false: they leave NaN out (duckdb #25521).
+        table = self.ibis.read_parquet(list(files.paths), can_have_nan=True)
+        return table.rename(dict(zip(files.unique_names or table.columns, table.columns)))
+
+    def rows(self, expression: ir.Table) -> list[dict[str, Any]]:
+        """Return a small result."""
+        return expression.to_pyarrow().to_pylist()
+
+    def write(
+        self, expression: ir.Table, folder: Path, *, parts: int | None, key: str | None, metadata: dict[str, str]
+    ) -> int:
+        """Write a table as `part-00000.parquet`, ... and return its number of rows.
+
+        Args:
+            parts: how many files, of equal numbers of rows, at most one per row; None is one.
+            key: the column that the rows are ordered by, which is not written; None keeps the order of the input.
+            metadata: goes into each file.
+        """
+        sql = self.ibis.compile(expression)
+        if key is not None:
+            self.ibis.con.execute("set preserve_insertion_order = false")
+            name = key.replace('"', '""')
+            sql = f'select * exclude ("{name}") from ({sql}) order by "{name}"'
+        whole = folder / "part-00000.parquet"
+        entries = ", ".join(f"{name}: {_quoted(value)}" for name, value in metadata.items())
+        options = f"format parquet, compression snappy, kv_metadata {{{entries}}}"
+        self.ibis.con.execute(f"copy ({sql}) to {_quoted(str(whole))} ({options})")
+        rows = pq.read_metadata(whole).num_rows
+        if parts is not None and min(parts, rows) > 1:
+            cut(whole, rows, min(parts, rows))
+        return rows
+
+
+def cut(whole: Path, rows: int, parts: int) -> None:
+    """Cut a Parquet file into `part-00000.parquet`, ... beside it, in its order."""
+    source = whole.rename(whole.with_name("whole"))
+    ends = [rows * (part + 1) // parts for part in range(parts)]
+    with pq.ParquetFile(source) as file:
+        schema, part, place, writer = file.schema_arrow, 0, 0, None
+        for batch in file.iter_batches(BATCH, use_threads=False):
+            while batch.num_rows:
+                writer = writer or pq.ParquetWriter(whole.with_name(f"part-{part:05d}.parquet"), schema)
+                take = min(batch.num_rows, ends[part] - place)
+                writer.write_batch(batch.slice(0, take))
+                batch, place = batch.slice(take), place + take
+                if place == ends[part]:
+                    writer.close()
+                    part, writer = part + 1, None
+    os.unlink(source)
+
+
+def _quoted(text: str) -> str:
+    """Return an SQL string."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _first_line(error: Exception) -> str:
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    with contextlib.suppress(ValueError):
+        text = json.loads(text)["exception_message"] if text.startswith("{") else text
+    return text[:300]

@@ -1,0 +1,93 @@
+"""A table as rules see it: quantities under their own names, sizes the right way round, NaN as unknown."""
+
+from typing import Any
+
+import ibis
+import ibis.expr.types as ir
+
+from ldm_lab.rules.quantities import find, require
+from ldm_lab.rules.rule import Rule
+
+BASE_COLUMNS = ("sample_id", "license")  # of the base collections, whose sizes are swapped ...
+JOINED_COLUMNS = ("hash", "punsafe", "original_width")  # ... and of those that were made right
+
+
+def sizes_are_swapped(names: list[str]) -> bool:
+    """Return whether a table's columns are those of a base collection (laion400m, laion2B-en, laion2B-multi,
+    laion1B-nolang), where HEIGHT holds the width and WIDTH the height."""
+    lower = {name.lower() for name in names}
+    return any(name in lower for name in BASE_COLUMNS) and not any(name in lower for name in JOINED_COLUMNS)
+
+
+class TableRow:
+    """The row of a table, as expressions of ibis.
+
+    Args:
+        table: its columns' names are unique in any case.
+        columns: the table's column for each name that the files have.
+        swapped_sizes: HEIGHT holds the width.
+        where: of messages, such as the files' name.
+    """
+
+    WORD = r"\p{L}\p{N}_"
+
+    def __init__(self, table: ir.Table, columns: dict[str, str], *, swapped_sizes: bool = False, where: str = "table"):
+        self.table, self.columns, self.swapped_sizes, self.where = table, columns, swapped_sizes, where
+
+    def name(self, quantity: str) -> str | None:
+        """Return the name that the files have for the column with a quantity, None if there is none."""
+        found = find(quantity, self.columns)
+        if self.swapped_sizes and found is not None and found.lower() in ("width", "height"):
+            found = find({"width": "height", "height": "width"}[quantity], self.columns)
+        return found
+
+    def column(self, quantity: str) -> ir.Column:
+        """Return the column with a quantity, as it is. Raises UserError if there is none."""
+        name = self.name(quantity) or require(quantity, self.columns, self.where)
+        return self.table[self.columns[name]]
+
+    def number(self, quantity: str) -> ir.Value:
+        """Return a number; null if it is unknown, NaN, or none."""
+        return as_number(self.column(quantity))
+
+    def text(self, quantity: str) -> ir.Value:
+        """Return a text, or null."""
+        column = self.column(quantity)
+        return column if column.type().is_string() else column.cast("string")
+
+    def broken(self, rule: Rule) -> dict[str, ir.Value]:
+        """Return {reason: condition} of a rule, conditions never null."""
+        for quantity in rule.needs:
+            require(quantity, self.columns, f"{self.where}: rule {rule.part_name}")
+        return {reason: condition.fill_null(False) for reason, condition in rule.broken(self).items()}
+
+
+def as_number(column: ir.Value) -> ir.Value:
+    """Return a column as double precision, NaN and what is no number as null: engines call NaN greater than all."""
+    kind = column.type()
+    if kind.is_integer():
+        return column.cast("float64")
+    number = column.try_cast("float64") if kind.is_string() else column.cast("float64")
+    return ibis.ifelse(number.isnan(), ibis.null("float64"), number)
+
+
+def bit_mask(row: TableRow, rules: list[Rule]) -> tuple[ir.Value, list[tuple[Rule, str]]]:
+    """Return a number per row with a bit for each reason to leave it out, 0 for none, and the bits' meanings."""
+    bits: list[tuple[Rule, str]] = []
+
+    def mask_of(chosen: list[Rule]) -> Any:
+        mask = ibis.literal(0, "int64")
+        for rule in chosen:
+            for reason, condition in row.broken(rule).items():
+                mask = mask + ibis.ifelse(condition, ibis.literal(1 << len(bits), "int64"), ibis.literal(0, "int64"))
+                bits.append((rule, reason))
+        return mask
+
+    first = mask_of([rule for rule in rules if rule.comes_first and not rule.across_rows])
+    rest = mask_of([rule for rule in rules if not rule.comes_first and not rule.across_rows])
+    return ibis.ifelse(first > 0, first, rest), bits
+
+
+def kept_by(row: TableRow, rules: list[Rule]) -> list[ir.Value]:
+    """Return the conditions of which all hold where no rule is broken."""
+    return [~condition for rule in rules if not rule.across_rows for condition in row.broken(rule).values()]

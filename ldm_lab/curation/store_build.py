@@ -1,0 +1,245 @@
+"""A score store from Parquet tables larger than memory: DuckDB sorts them by key, spilling to disk.
+
+What the released stores were made with is copied: entries without a key or a score are left out, repeated keys stay
+(unless `unique`), in the order of the tables. So the result is, byte for byte, what the published writer makes of the
+rows after a stable sort.
+"""
+
+import contextlib
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ldm_lab.curation.metadata.inputs import find_files
+from ldm_lab.curation.store import StoreWriter, hashes_of
+from ldm_lab.errors import UserError, unknown
+from ldm_lab.rules.quantities import find, require
+
+BATCH = 2**17  # rows
+INTEGERS = ("BIGINT", "INTEGER", "SMALLINT", "TINYINT")
+
+
+@dataclass
+class Built:
+    """What became of the rows of the tables."""
+
+    rows: int
+    no_key: int
+    no_score: int
+    entries: int
+    repeated: int
+    nan: int
+
+
+@dataclass
+class Columns:
+    """Where a table has the keys: a column of hashes, or those of url and text, which are hashed."""
+
+    hash: str | None = None
+    url: str | None = None
+    text: str | None = None
+
+    @classmethod
+    def of(cls, columns: Iterable[str], where: str, key: str | None, url: str | None, text: str | None) -> "Columns":
+        """Return them by the names given, or else by those of LAION's releases and img2dataset's tables.
+
+        The hash, unless there is none or `url` or `text` is given. Raises UserError if a column is not there.
+        """
+        columns = list(columns)
+        if key is not None and (url is not None or text is not None):
+            raise UserError("--key names the hash, --url and --text what to make one of: give one of these")
+        if url is None and text is None and (key is not None or find("hash", columns) is not None):
+            return cls(hash=named(key, "hash", columns, where))
+        return cls(url=named(url, "url", columns, where), text=named(text, "caption", columns, where))
+
+
+def named(given: str | None, quantity: str, columns: Sequence[str], where: str) -> str:
+    """Return the column of a given name, in whatever case, or else the one that holds a quantity. Raises UserError."""
+    if given is None:
+        return require(quantity, columns, where)
+    found = [name for name in columns if name == given] or [name for name in columns if name.lower() == given.lower()]
+    if not found:
+        raise UserError(unknown("column", given, columns).replace("no such", f"{where}: no such", 1))
+    return found[0]
+
+
+def not_a_hash(column: str, kind: str, is_float: bool) -> UserError:
+    """Return the error about a column of hashes of the wrong type."""
+    why = ", which cannot hold one exactly" if is_float else ""
+    return UserError(
+        f"column {column!r}: a hash is a signed integer of 64 bits, this column is {kind}{why}; "
+        "--url and --text hash these columns instead"
+    )
+
+
+def build_store(
+    sources: Sequence[str | Path],
+    out: str | Path,
+    *,
+    key: str | None = None,
+    url: str | None = None,
+    text: str | None = None,
+    scores: Sequence[str | None] = (None,),
+    unique: bool = False,
+    memory: str = "512MB",
+    threads: int | None = None,
+    temporary: str | Path | None = None,
+    progress: bool = False,
+) -> Built:
+    """Write a store of the rows of Parquet tables.
+
+    Args:
+        sources: files, globs, folders.
+        out: the store, replaced when all is written.
+        key, url, text: columns, see `Columns.of`.
+        scores: columns of the scores, in the order of the entry; None is the aesthetic score under its known names.
+        unique: of repeated keys keep the first; else all, of which look-ups see the first.
+        memory: what sorting may hold, as DuckDB writes it; beyond that it spills.
+        threads: of DuckDB; None is one per core.
+        temporary: folder to spill to; by default the one of `out`. Takes about 30 bytes per row.
+        progress: show progress bars.
+
+    Raises:
+        UserError: no files, damaged ones, missing columns, hashes that are no integers, a score that no half float
+            holds, no space left.
+    """
+    import duckdb
+
+    files = find_files(list(map(str, sources)), "tables")
+    if files.delimiter:
+        raise UserError(f"{files.paths[0]}: a store is built from Parquet tables")
+    paths = files.paths
+    out = Path(out).expanduser()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        spill = tempfile.TemporaryDirectory(dir=temporary or out.parent, prefix=f".{out.name}.", suffix=".sort")
+    except OSError as error:
+        raise UserError(f"{temporary or out.parent}: cannot be written: {error.strerror}") from None
+    config = {"memory_limit": memory, "temp_directory": spill.name, "preserve_insertion_order": False}
+    if threads is not None:
+        config["threads"] = threads
+    try:
+        with spill, _connected(config) as database:
+            rows = _select(database, paths, key, url, text, scores)
+            names = [f"score{n}" for n in range(len(scores))]
+            some = " AND ".join(f"{name} IS NOT NULL" for name in names)
+            total, keyed, whole = database.sql(
+                f"SELECT count(*), count(key), count(*) FILTER (WHERE key IS NOT NULL AND {some}) FROM ({rows})"
+            ).fetchall()[0]
+            if not whole:
+                raise UserError(
+                    f"{paths[0]}: no row to build from: of {total:,} rows {total - keyed:,} have no hash, "
+                    f"{keyed:,} have one and no score"
+                )
+            query = (
+                f"SELECT key, {', '.join(names)} FROM ({rows}) WHERE key IS NOT NULL AND {some} "
+                "ORDER BY key, file_index, file_row_number"
+            )
+            database.execute("SET enable_progress_bar = true; SET enable_progress_bar_print = false")
+            with StoreWriter(out, len(scores), unique) as writer:
+                with _sorting(database, progress):
+                    batches = database.sql(query).to_arrow_reader(BATCH)
+                with tqdm(desc="writing", total=whole, unit="row", unit_scale=True, disable=not progress) as bar:
+                    for batch in batches:
+                        keys, *values = (column.to_numpy(zero_copy_only=False) for column in batch.columns)
+                        writer.add(keys, np.stack(values, axis=1))  # [n], [n, V]
+                        bar.update(len(keys))
+    except duckdb.OutOfMemoryException as error:
+        if "offload" in str(error):  # so it says when the disk is full
+            folder = Path(spill.name).parent
+            raise UserError(f"{folder}: no space left to sort in; --temporary names another folder") from None
+        raise UserError(f"--memory {memory}: too little to sort in ({first_line(error)})") from None
+    except duckdb.Error as error:
+        raise UserError(f"{paths[0]}{f' and {len(paths) - 1} more' * (len(paths) > 1)}: {first_line(error)}") from None
+    return Built(total, total - keyed, keyed - whole, writer.count, writer.repeated, writer.nan)
+
+
+def _connected(config: dict[str, Any]) -> Any:
+    """Return DuckDB. Raises UserError about its settings."""
+    import duckdb
+
+    try:
+        return duckdb.connect(config=config)
+    except duckdb.Error as error:
+        given = f"--memory {config['memory_limit']}, --threads {config.get('threads', 'as many as cores')}"
+        raise UserError(f"{given}: {first_line(error)}") from None
+
+
+def _select(
+    database: Any,
+    paths: Sequence[str],
+    key: str | None,
+    url: str | None,
+    text: str | None,
+    scores: Sequence[str | None],
+) -> str:
+    """Return the query of key, score0, score1, ... and of each row's place. Raises UserError about columns."""
+    # By name: the first file's types would be those of all, and a float32 among them would round.
+    table = f"read_parquet([{', '.join(map(literal, paths))}], union_by_name = true)"
+    types = {name: kind for name, kind, *_ in database.sql(f"DESCRIBE SELECT * FROM {table}").fetchall()}
+    keys = Columns.of(types, paths[0], key, url, text)
+    if keys.hash is None:
+        options = {"type": "arrow", "null_handling": "special"}
+        database.create_function("ldm_hash", _hash_columns, ["VARCHAR", "VARCHAR"], "BIGINT", **options)
+        keyed = f"ldm_hash({', '.join(f'CAST({_quoted(name)} AS VARCHAR)' for name in (keys.url, keys.text))})"
+    else:
+        kind = types[keys.hash]
+        if kind not in INTEGERS:
+            raise not_a_hash(keys.hash, kind, kind in ("DOUBLE", "FLOAT"))
+        keyed = _quoted(keys.hash)
+    picked = []
+    for number, given in enumerate(scores):
+        name = named(given, "aesthetic", list(types), paths[0])
+        kind = types[name]
+        if kind not in ("FLOAT", "DOUBLE", *INTEGERS) and not kind.startswith("DECIMAL"):
+            raise UserError(f"column {name!r}: a score is a number, this column is {kind}")
+        picked.append(f"CAST({_quoted(name)} AS {'FLOAT' if kind == 'FLOAT' else 'DOUBLE'}) AS score{number}")
+    return f"SELECT {keyed} AS key, {', '.join(picked)}, file_index, file_row_number FROM {table}"
+
+
+def _hash_columns(urls: Any, texts: Any) -> Any:
+    import pyarrow
+
+    return pyarrow.array(hashes_of(urls.to_pylist(), texts.to_pylist()))
+
+
+@contextlib.contextmanager
+def _sorting(database: Any, progress: bool) -> Iterator[None]:
+    """Show how far DuckDB is with the query that runs inside; it says so in per cent, to whoever asks."""
+    done = threading.Event()
+
+    def watch() -> None:
+        with tqdm(desc="sorting", total=100, unit="%", bar_format="{l_bar}{bar}| {elapsed}") as bar:
+            while not done.wait(0.5):
+                bar.update(max(database.query_progress(), bar.n) - bar.n)
+            bar.update(100 - bar.n)
+
+    watcher = threading.Thread(target=watch, daemon=True) if progress else None
+    if watcher:
+        watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if watcher:
+            watcher.join()
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def literal(text: str) -> str:
+    """Return a text as SQL writes it."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error of another library, at most 300 characters of it."""
+    return str(error).strip().splitlines()[0][:300]

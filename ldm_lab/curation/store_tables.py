@@ -1,0 +1,195 @@
+"""A score store against whole tables: a column of scores for each row; the histogram of all its scores."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from ldm_lab.curation.metadata.inputs import Files, find_files
+from ldm_lab.curation.store import ScoreStore, hashes_of
+from ldm_lab.curation.store_build import Columns, first_line, literal, not_a_hash
+from ldm_lab.errors import UserError
+from ldm_lab.files import atomic_write
+
+BATCH = 2**17  # rows
+Keys = Callable[[Any], tuple[NDArray[np.int64], NDArray[np.bool_]]]
+EDGES = np.arange(11)  # of the buckets 0-1, 1-2, ... 9-10, half-open
+
+
+def add_scores(
+    store: ScoreStore,
+    table: str | Path,
+    out: str | Path,
+    *,
+    names: Sequence[str] = ("aesthetic",),
+    key: str | None = None,
+    url: str | None = None,
+    text: str | None = None,
+    progress: bool = False,
+) -> tuple[int, int]:
+    """Write a copy of a table as Parquet, with the scores of each row beside its columns.
+
+    Args:
+        table: `.parquet`, `.csv`, or `.tsv` (without quoting); with a line of the columns' names, or url and caption.
+        out: the Parquet file, replaced when all is written.
+        names: of the new columns, float32, null where the store has no such key; one per score of an entry.
+        key, url, text: columns, see `Columns.of`.
+        progress: show a bar.
+
+    Returns:
+        Rows, and how many of them the store has.
+
+    Raises:
+        UserError: no such file, a damaged one, missing columns, hashes that are no integers, no space left.
+    """
+    import pyarrow
+    from pyarrow.parquet import ParquetWriter
+
+    if len(names) != store.scores:
+        raise UserError(f"--name: {len(names)} names for entries of {store.scores} scores")
+    if len(names) != store.scores:
+        raise UserError(f"--name: {len(names)} names for entries of {store.scores} scores")
+    rows = found = 0
+    files = find_files(str(table), "table")
+    if len(files.paths) > 1 or "://" in files.paths[0]:
+        raise UserError(f"table: {table}: one file is looked up at a time")
+    schema, batches = _read(files)
+    lower = {column.lower(): column for column in schema.names}
+    taken = [lower[name.lower()] for name in names if name.lower() in lower]
+    if taken:
+        raise UserError(f"{table}: has a column {taken[0]!r} already; --name gives the new one another name")
+    keys_of = _key_reader(schema, Columns.of(schema.names, str(table), key, url, text))
+    added = [pyarrow.field(name, pyarrow.float32()) for name in names]
+    whole = pyarrow.schema([*schema, *added], metadata=schema.metadata)
+    bar = tqdm(desc="looking up", total=files.rows, unit="row", unit_scale=True, disable=not progress)
+    with bar, atomic_write(out) as file, ParquetWriter(file, whole, compression="zstd") as writer:
+        for batch in batches:
+            keys, known = keys_of(batch)
+            scores, hit = store.get(keys)
+            hit &= known
+            scores = scores.reshape(len(keys), store.scores)  # [n, V]
+            columns = [pyarrow.array(scores[:, n], mask=~hit) for n in range(store.scores)]
+            writer.write_batch(pyarrow.record_batch([*batch.columns, *columns], schema=whole))
+            rows, found = rows + len(keys), found + int(hit.sum())
+            bar.update(len(keys))
+    return rows, found
+
+
+def _read(files: Files) -> tuple[Any, Iterator[Any]]:
+    """Return a table's schema and its record batches. Raises UserError."""
+    import duckdb
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    damaged: tuple[type[Exception], ...] = (duckdb.Error, pyarrow.ArrowException, OSError)
+
+    def broken(error: Exception) -> UserError:
+        return UserError(f"{files.paths[0]}: cannot be read, truncated or damaged ({first_line(error)})")
+
+    def guarded(batches: Iterator[Any]) -> Iterator[Any]:
+        try:
+            yield from batches
+        except damaged as error:
+            raise broken(error) from None
+
+    try:
+        if not files.delimiter:
+            file = ParquetFile(files.paths[0])
+            return file.schema_arrow, guarded(file.iter_batches(BATCH))
+        # Texts stay texts, as guessed types would turn 007 into 7; a TSV has no quotes.
+        quote, names = "" if files.delimiter == "\t" else '"', ", ".join(map(literal, files.unique_names))
+        query = (
+            f"SELECT * FROM read_csv({literal(files.paths[0])}, delim = {literal(files.delimiter)}, quote = '{quote}', "
+            f"escape = '{quote}', header = {files.header}, names = [{names}], all_varchar = true)"
+        )
+        reader = duckdb.connect().sql(query).to_arrow_reader(BATCH)
+        return reader.schema, guarded(reader)
+    except damaged as error:
+        raise broken(error) from None
+
+
+def _key_reader(schema: Any, columns: Columns) -> Keys:
+    """Return the function from a batch of n rows to its keys int64 [n], and bool [n] where there is one."""
+    import pyarrow
+    from pyarrow import compute, types
+
+    if columns.hash is None:
+        for name in (columns.url, columns.text):
+            kind = schema.field(name).type
+            if not (types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)):
+                raise UserError(f"column {name!r}: texts are hashed, this column is {kind}")
+
+        def hashed(batch: Any) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+            urls, texts = (batch.column(name).to_pylist() for name in (columns.url, columns.text))
+            return hashes_of(urls, texts), np.ones(len(batch), dtype=bool)
+
+        return hashed
+    kind = schema.field(columns.hash).type
+    if not (types.is_signed_integer(kind) or types.is_string(kind) or types.is_large_string(kind)):
+        raise not_a_hash(columns.hash, str(kind), types.is_floating(kind))
+
+    def read(batch: Any) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        column = batch.column(columns.hash)
+        try:
+            keys = compute.fill_null(column.cast(pyarrow.int64()), 0)  # with nulls numpy would get floats
+        except pyarrow.ArrowInvalid as error:
+            line = first_line(error)
+            raise UserError(f"column {columns.hash!r}: a hash is a signed integer of 64 bits ({line})") from None
+        return keys.to_numpy(), column.is_valid().to_numpy(zero_copy_only=False)
+
+    return read
+
+
+def store_stats(store: ScoreStore, progress: bool = False) -> dict[str, Any]:
+    """Return what is in a store, as plain data, having read it from end to end.
+
+    `count`, `entry_bytes`, `first_key`, `last_key`, `repeated` (entries with the key of the one before), and in
+    `scores`, for each score of an entry, `min`, `max`, `mean` (None without any), the `histogram` of half-open buckets
+    `{"0-1": ..., "9-10": ...}`, and apart from it `below` 0, `above` (10 and more) and `nan`.
+
+    Raises UserError where the keys do not ascend.
+    """
+    ends: list[int] = []
+    repeated = 0
+    counts = np.zeros((store.scores, len(EDGES) + 2), dtype=np.int64)  # [V, below, 0-1 ... 9-10, above, NaN]
+    low, high = np.full(store.scores, np.inf), np.full(store.scores, -np.inf)  # [V]
+    sums = np.zeros(store.scores)  # [V]
+    bar = tqdm(desc="reading", total=len(store), unit="entry", unit_scale=True, disable=not progress)
+    with bar:
+        for keys, scores in store.blocks(BATCH):
+            repeated += int((keys[1:] == keys[:-1]).sum()) + (ends[-1:] == [int(keys[0])])
+            ends = [*ends[:1], *([] if ends else [int(keys[0])]), int(keys[-1])]
+            for n, values in enumerate(scores.T):
+                missing = np.isnan(values)
+                values = values[~missing].astype(np.float64)  # [m]
+                bucket = np.searchsorted(EDGES, values, side="right")  # [m], 0 is below the first edge
+                counts[n] += np.append(np.bincount(bucket, minlength=len(EDGES) + 1), missing.sum())
+                if len(values):
+                    low[n], high[n] = min(low[n], values.min()), max(high[n], values.max())
+                    sums[n] += values.sum()
+            bar.update(len(keys))
+    described = []
+    for n, (below, *buckets, above, missing) in enumerate(counts.tolist()):
+        some = len(store) - missing
+        described.append(
+            {
+                "min": float(low[n]) if some else None,
+                "max": float(high[n]) if some else None,
+                "mean": float(sums[n] / some) if some else None,
+                "histogram": {f"{edge}-{edge + 1}": count for edge, count in zip(EDGES, buckets)},
+                "below": below,
+                "above": above,
+                "nan": missing,
+            }
+        )
+    return {
+        "count": len(store),
+        "entry_bytes": store.entry_bytes,
+        "first_key": ends[0] if ends else None,
+        "last_key": ends[-1] if ends else None,
+        "repeated": repeated,
+        "scores": described,
+    }

@@ -1,0 +1,95 @@
+"""Files and folders that appear whole or not at all, and what else is common to all files."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from ldm_lab.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file that appears at `path` only when all of it is on the disk; a failure leaves what was there.
+
+    Written to a temporary file in the target's folder (a rename across file systems would not be atomic), fsynced,
+    renamed. Raises UserError when the disk is full or the folder is not writable.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
+        if isinstance(error, OSError) or "PytorchStreamWriter" in str(error):
+            reason = error.strerror if isinstance(error, OSError) else "the write failed, most likely no space is left"
+            full = getattr(error, "errno", errno.ENOSPC) == errno.ENOSPC
+            hint = "; free some space (the file that was there before is untouched)" if full else ""
+            raise UserError(f"{path}: cannot be written: {reason}{hint}") from error
+        raise
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def replaced_folder(path: str | Path) -> Iterator[Path]:
+    """Hand out a new folder that appears at `path` when all of it is written; a failure leaves what was there.
+
+    A folder that is there is replaced with all that is in it. Raises UserError when it cannot be written.
+    """
+    path = Path(path)
+    temporary = old = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+        yield temporary
+        os.chmod(temporary, 0o777 & ~_umask())
+        if path.exists():  # a folder with files in it cannot be renamed onto
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
+            os.replace(path, old / path.name)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if old is not None:
+                os.replace(old / path.name, path)
+            raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        for folder in (temporary, old):
+            if folder is not None and folder.exists():
+                shutil.rmtree(folder)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def sha256(path: str | Path) -> str:
+    """Return a file's SHA-256 in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def existing_file(path: str | Path, what: str) -> Path:
+    """Return the path of a file that is there. Raises UserError that names what is missing."""
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise UserError(f"{path}: no such file ({what})")
+    if not path.is_file():
+        raise UserError(f"{path}: not a file ({what})")
+    return path

@@ -1,0 +1,21 @@
+"""What img2dataset could not download has no image."""
+
+from typing import Any
+
+from ldm_lab.config import register
+from ldm_lab.rules.rule import Rule
+
+
+@register("rule", "downloaded")
+class Downloaded(Rule):
+    """Leave out what img2dataset failed to download or to resize; such a row is not asked about anything else.
+
+    A table that img2dataset wrote gets this rule by itself.
+    """
+
+    needs = ("status",)
+    comes_first = True
+
+    def broken(self, row: Any) -> dict[str, Any]:
+        status = row.text("status")
+        return {"not_downloaded": status.isnull() | (status != "success")}

@@ -1,0 +1,29 @@
+"""The language of the caption, as LAION's tables tell it."""
+
+from typing import Any
+
+from ldm_lab.config import register
+from ldm_lab.rules.rule import Rule
+
+
+@register("rule", "language")
+class Language(Rule):
+    """Keep some languages only; trimmed, in any case, whole: "zh" is not "zh-Latn". An unknown one is left out.
+
+    Args:
+        keep: such as [en, de]; "nolang" where it could not be told.
+    """
+
+    needs = ("language",)
+
+    def __init__(self, *, keep: list[str]):
+        self.keep = [language.strip().lower() for language in keep]
+
+    @staticmethod
+    def check(section: dict[str, Any]) -> list[str]:
+        """Return what is wrong with the values of a section."""
+        return [] if section["keep"] else ["keep: at least one language is needed"]
+
+    def broken(self, row: Any) -> dict[str, Any]:
+        language = row.text("language").strip().lower()
+        return {"language": ~language.isin(self.keep), "missing_tag": language.isnull()}

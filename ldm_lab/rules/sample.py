@@ -1,0 +1,58 @@
+"""The metadata of one sample, as rules see them: what its json says, or a table's row as a dict."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from ldm_lab.rules.cell import Cell
+from ldm_lab.rules.quantities import matches
+from ldm_lab.rules.rule import Rule
+
+
+class SampleRow:
+    """A row of which every quantity may be missing.
+
+    Args:
+        values: column -> value.
+        swapped_sizes: the column called height holds the width, as in LAION's base collections.
+    """
+
+    WORD = r"\w"
+
+    def __init__(self, values: dict[str, Any], swapped_sizes: bool = False):
+        self.values, self.swapped_sizes = values, swapped_sizes
+
+    def _value(self, quantity: str) -> Any:
+        columns = matches(quantity, self.values)
+        if self.swapped_sizes and columns and columns[0].lower() in ("width", "height"):
+            columns = matches({"width": "height", "height": "width"}[quantity], self.values)
+        return self.values[columns[0]] if columns else None
+
+    def number(self, quantity: str) -> Cell:
+        """Return a number; null if it is unknown, NaN, or none."""
+        value = self._value(quantity)
+        try:
+            number = None if value is None or isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = None
+        return Cell(None if number is None or math.isnan(number) else number)
+
+    def text(self, quantity: str) -> Cell:
+        """Return a text, or null."""
+        value = self._value(quantity)
+        return Cell(None if value is None else str(value))
+
+
+def broken_rules(rules: Iterable[Rule], row: SampleRow) -> list[tuple[str, str]]:
+    """Return the (rule, reason) pairs for which a row goes, in the order of the rules; none if it is kept.
+
+    A row that breaks a rule with `comes_first` is not asked about the others.
+    """
+    found = []
+    for rule in sorted(rules, key=lambda rule: not rule.comes_first):
+        if rule.across_rows:
+            continue
+        found += [(rule.part_name, reason) for reason, condition in rule.broken(row).items() if condition.truth]
+        if found and rule.comes_first:
+            break
+    return found
