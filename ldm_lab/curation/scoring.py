@@ -92,7 +92,7 @@ class Batches(IterableDataset):
                 seen.add(item.key)
                 samples.append(self.sample(item))
             except Skip as problem:
-                counts.skip(problem.reason, _text(problem.key))
+                counts.skip(Skip(problem.reason, _text(problem.key)))
                 continue
             if len(samples) == self.batch_size:
                 yield {"unit": index, **_collate(samples)}
@@ -293,7 +293,7 @@ class Scoring(LightningModule):
         rows = {name: held.get(name, []) for name in ("key", "url", "hash")}
         finite = torch.cat(held["finite"]).numpy() if held else np.ones(0, dtype=bool)  # [N]
         for key in np.array(rows["key"], dtype=object)[~finite]:
-            counts.skip("non-finite embedding", key)
+            counts.skip(Skip("non-finite embedding", key))
         rows = {name: [value for value, good in zip(values, finite) if good] for name, values in rows.items()}
         columns = [*self.heads, *[SIMILARITY] * self.wanted.similarity]
         scores = {c: _joined(held.get(f"score {c}"))[finite].astype(np.float32) for c in columns}  # [N] each
