@@ -56,6 +56,9 @@ class Skip(Exception):
         self.reason, self.key = reason, key
 
 
+DUPLICATE = "duplicate key"  # the reason of a single sample; all others come from decoding, or stand for a shard
+
+
 class LeftOut(Skip):
     """A sample that a rule of the user's leaves out: counted by rule, and no sign that something is wrong."""
 
