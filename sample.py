@@ -8,6 +8,7 @@
     python sample.py --checkpoint F "a fox" --init-image dog.jpg --strength 0.6             image to image
     python sample.py --checkpoint F "a hat" --init-image dog.jpg --mask hat.png             inpainting
     python sample.py --checkpoint F "a fox" "a dog" --interpolate 16                        from one to the other
+    python sample.py --checkpoint F "a fox" --upsampler G                                   small pictures, then large
 
 Prompts on the command line, texts and images alike, are mixed with each other. The lines of a --prompts file are
 pictures of their own; prompts on the command line are then mixed into each of them.
@@ -19,7 +20,7 @@ before the colon makes it text, as in "meet at 12\\:30". A model without a condi
 Picture i has the seed SEED + i and depends on that, its own prompts and the settings alone, not on the batch size. It
 is written as 00000.png, 00001.png, ... with its settings as metadata; samples.json lists them all, grid.png shows them.
 In a folder that has pictures already, numbers and list go on, and the grid is named after its first picture: nothing is
-overwritten.
+overwritten. With an --upsampler each picture is kept at both sizes, as 00000_base.png and 00000.png.
 """
 
 import argparse
@@ -33,11 +34,16 @@ from ldm_lab.errors import UserError, run_program
 
 GRID_LIMIT = 400  # pictures; of more the grid shows the first ones
 SAMPLER = "unipc"  # nearest to the converged picture for its model calls (docs/measured.md)
-SAMPLERS = "ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, euler, heun, iplms, pie, plms, plms2, prk, unipc"
+SAMPLERS = "ddim, ddim_extrapolated, ddpm, dpmpp_2m, dpmpp_2m_sde, euler, heun, iplms, pie, plms, plms2, prk, unipc"
 INTERVAL = "guide between these two times only; 0 is the finished picture, 1 is noise (default: 0 1)"
 RESCALE = "bring the spread of guided predictions back, against burnt colours: 0 to 1 (default: 0)"
+STEPS = "; of a model with timesteps also fast27, ddim50, 10,10,3,2,2, ..."
+CLAMP = "keep clean estimates within [-1, 1], or not (default: for models of pixels)"
+CLIP = "make pictures more like their texts in the eyes of a noised CLIP: factor of its gradient (GLIDE's: 3)"
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-STRENGTH = 0.7
+SAMPLER_KEYS = ("steps", "eta", "spacing", "variance", "variant")
+UPSAMPLER_KEYS = ("upsampler_sampler", "upsampler_steps", "upsample_temp", "upsampler_guidance")
+STRENGTH, GUIDANCE, TEMPERATURE = 0.7, 3.0, 0.997
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,7 +65,7 @@ def parser() -> Parser:
         "--images", nargs="+", default=[], metavar="IMAGE", help="image prompts: paths, http(s) addresses; also :weight"
     )
     add("-n", type=positive, metavar="N", help="pictures of the mix, or of each line of --prompts (default: 4, or 1)")
-    add("--guidance", type=finite, default=3.0, metavar="W", help="weight of prompts without one (default: 3)")
+    add("--guidance", type=finite, metavar="W", help="weight of prompts without one (default: 3; with a CLIP's: 1)")
     add("--negative", metavar="TEXT", help="what guidance leads away from; by default: from no prompt at all")
     add("--guidance-interval", nargs=2, type=finite, default=[0.0, 1.0], metavar="T", help=INTERVAL)
     add("--guidance-rescale", type=finite, default=0.0, metavar="X", help=RESCALE)
@@ -70,9 +76,12 @@ def parser() -> Parser:
         "--aesthetic-embeddings", metavar="FILE", help="of `rating-embeddings`, a folder of LAION's, or a released name"
     )
     add("--sampler", default=SAMPLER, metavar="NAME", help=f"{SAMPLERS} (default: %(default)s)")
-    add("--steps", type=positive, metavar="N", help="steps of the sampler (default: its own; unipc 20, plms 50)")
-    add("--spacing", metavar="NAME", help="how the steps are spread: spliced, log_snr, karras, uniform (most samplers)")
+    add("--steps", type=steps, metavar="N", help=f"steps of the sampler (default: its own; unipc 20, plms 50){STEPS}")
+    add("--spacing", metavar="NAME", help="how the steps are spread: log_snr, karras, uniform, ... (most samplers)")
     add("--eta", type=finite, metavar="X", help="of ddim, dpmpp_2m_sde: fresh noise in each step, from 0 to 1")
+    add("--variance", metavar="NAME", help="of ddpm: learned (default), posterior, beta")
+    add("--variant", metavar="NAME", help="of plms, prk: pndm (default), or glide, as the programs around GLIDE walk")
+    add("--clamp", action=argparse.BooleanOptionalAction, help=CLAMP)
     add("--init-image", metavar="IMAGE", help="begin with this picture instead of noise alone")
     add(
         "--strength",
@@ -94,6 +103,13 @@ def parser() -> Parser:
         metavar="K",
         help="make K pictures for each, keep the one most like its prompts",
     )
+    add("--upsampler", metavar="FILE", help="enlarge the pictures with this model; both sizes are kept")
+    add("--upsampler-sampler", metavar="NAME", help="how (default: ddim)")
+    add("--upsampler-steps", type=steps, metavar="N", help=f"its steps (default: fast27, or 27){STEPS}")
+    add("--upsample-temp", type=finite, metavar="X", help="factor of the noise that it starts from (default: 0.997)")
+    add("--upsampler-guidance", type=finite, metavar="W", help="weight of its prompts (default: 1, no guidance)")
+    add("--clip-guidance", type=finite, metavar="X", help=CLIP)
+    add("--noised-clip", nargs=2, metavar="FILE", help="its image and its text tower (default: GLIDE's, released)")
     add("--seed", type=natural, default=0, metavar="SEED", help="seed of the first picture (default: 0)")
     add("--size", metavar="PIXELS", help="256, or 384x256 for width x height (default: as trained)")
     add("--out", default="samples", metavar="DIR", help="where the pictures go (default: samples)")
@@ -120,6 +136,11 @@ def positive(written: str) -> int:
     if not (written.isascii() and written.isdigit() and 0 < int(written) < 2**31):
         raise argparse.ArgumentTypeError(f"a whole number from 1 on is needed, not {written!r}")
     return int(written)
+
+
+def steps(written: str) -> int | str:
+    """Return a number of steps, or a respacing (`ldm_lab.schedules.respacing`), which the sampler checks."""
+    return int(written) if written.isascii() and written.isdigit() and len(written) < 10 else written
 
 
 def finite(written: str) -> float:
@@ -153,6 +174,9 @@ def main() -> int:
         mixes = [common] * each
     else:
         raise UserError("no prompt: give a text, --images IMAGE or --prompts FILE (--help explains)")
+    check_together(args)
+    if args.guidance is None:
+        args.guidance = GUIDANCE if args.clip_guidance is None else 1.0
     if (args.mask or args.strength is not None) and not args.init_image:
         raise UserError("--mask and --strength belong to an --init-image")
     if args.aesthetic is None and (args.aesthetic_weight is not None or args.aesthetic_embeddings):
@@ -164,36 +188,40 @@ def main() -> int:
     from ldm_lab.checkpoints.files import sha256
     from ldm_lab.config import build
     from ldm_lab.pretrained import locate
-    from ldm_lab.sampling import Sampler, Start
+    from ldm_lab.sampling import Cascade, Sampler, Start
 
     start = None
     if args.init_image:
         strength = (1.0 if args.mask else STRENGTH) if args.strength is None else args.strength
         start = Start(open_image(args.init_image), strength, open_image(args.mask) if args.mask else None)
     device = pick_device(args.device)
-    given = {key: getattr(args, key) for key in ("steps", "eta", "spacing") if getattr(args, key) is not None}
+    given = {key: getattr(args, key) for key in SAMPLER_KEYS if getattr(args, key) is not None}
     section = {"name": args.sampler, **given}
-    steps = build("sampler", section).steps
+    count = build("sampler", section).steps
     checkpoint = locate(args.checkpoint, "checkpoint")
+    how = {
+        "device": device,
+        "dtype": getattr(torch, PRECISIONS[args.precision]),
+        "low_memory": args.low_memory,
+        "compiled": args.compile,
+    }
     model = Sampler.from_checkpoint(
-        checkpoint,
-        autoencoder=args.autoencoder,
-        conditioner=args.conditioner,
-        device=device,
-        weak=args.autoguidance,
-        dtype=getattr(torch, PRECISIONS[args.precision]),
-        low_memory=args.low_memory,
-        compiled=args.compile,
+        checkpoint, autoencoder=args.autoencoder, conditioner=args.conditioner, weak=args.autoguidance, **how
     )
     aesthetic = None if args.aesthetic is None else aesthetic_of(args, model)
+    cascade = None
+    if args.upsampler:
+        larger = locate(args.upsampler, "upsampler")
+        cascade = Cascade(model, Sampler.from_checkpoint(larger, **how))
     settings = {
         "sampler": args.sampler,
         **given,
-        "steps": steps,
+        "steps": given.get("steps", count),
         "guidance": args.guidance,
         **described(args, start),
         "checkpoint": args.checkpoint,
         "checkpoint_sha256": sha256(checkpoint),
+        **({} if cascade is None else {"upsampler_sha256": sha256(larger)}),
     }
     images, captions = [], [" + ".join(map(str, mix)) for mix in mixes]
     bars: list[tqdm] = []  # none before the first step: a request that is refused shows no bar
@@ -225,19 +253,24 @@ def main() -> int:
             strip, gif = folder.add_film(film)
             print(f"{len(film)} pictures from {folder.name(0)} on, {strip.name} and {gif.name} in {folder.path}")
             return 0
-        batches = model.batches(
-            mixes,
-            negative=args.negative,
-            seeds=range(args.seed, args.seed + len(mixes)),
-            start=start,
-            rerank=args.rerank,
+        base_options = {
+            "negative": args.negative,
+            "seeds": range(args.seed, args.seed + len(mixes)),
+            "start": start,
+            "rerank": args.rerank,
+            "clamp": args.clamp,
+            "clip_guidance": noised_clip(args, "cpu" if args.low_memory else device),
             **common_options,
-        )
+        }
+        if cascade is None:
+            batches = ([(None, image) for image in batch] for batch in model.batches(mixes, **base_options))
+        else:
+            batches = cascade.batches(mixes, upsampling=upsampling(args), **base_options)
         for batch in batches:
-            for image in batch:
+            for small, image in batch:
                 i = len(images)
                 prompts = [describe(prompt, args.guidance) for prompt in mixes[i]]
-                folder.add(image, captions[i], {"prompts": prompts, **image.info, **settings})
+                folder.add(image, captions[i], {"prompts": prompts, **image.info, **settings}, small)
                 images.append(image)
             folder.write_list()
     except torch.OutOfMemoryError:
@@ -249,13 +282,44 @@ def main() -> int:
     return 0
 
 
+def check_together(args: argparse.Namespace) -> None:
+    """Raise UserError for options without the one that they belong to."""
+    for key in UPSAMPLER_KEYS:
+        if getattr(args, key) is not None and not args.upsampler:
+            raise UserError(f"--{key.replace('_', '-')} belongs to an --upsampler")
+    if args.noised_clip and args.clip_guidance is None:
+        raise UserError("--noised-clip belongs to --clip-guidance")
+
+
+def upsampling(args: argparse.Namespace) -> Any:
+    """Return how the upsampler is asked for pictures."""
+    from ldm_lab.sampling import Upsampling
+
+    section = None
+    if args.upsampler_sampler or args.upsampler_steps is not None:
+        section = {"name": args.upsampler_sampler or "ddim"}
+        section |= {} if args.upsampler_steps is None else {"steps": args.upsampler_steps}
+    temperature = TEMPERATURE if args.upsample_temp is None else args.upsample_temp
+    return Upsampling(section, temperature, args.upsampler_guidance)
+
+
+def noised_clip(args: argparse.Namespace, device: Any) -> Any:
+    """Return the CLIP guidance that is asked for, or None."""
+    if args.clip_guidance is None:
+        return None
+    from ldm_lab.checkpoints import noised_clip
+    from ldm_lab.sampling import ClipGuidance
+
+    return ClipGuidance(noised_clip.load(*(args.noised_clip or noised_clip.RELEASED)).to(device), args.clip_guidance)
+
+
 def stations(args: argparse.Namespace, prompts: list[Any]) -> list[list[Any]]:
     """Return the stations of an interpolation, a prompt each. Raises UserError for options that make no sense there."""
     from ldm_lab.prompts import parse_prompt, read_prompts
 
     if args.prompts:
         prompts = [*map(parse_prompt, read_prompts(args.prompts)), *prompts]
-    for option in ("n", "init_image", "negative"):
+    for option in ("n", "init_image", "negative", "upsampler", "clip_guidance"):
         if getattr(args, option):
             raise UserError(
                 f"--interpolate does not go with {'-n' if option == 'n' else '--' + option.replace('_', '-')}"
@@ -280,8 +344,9 @@ def described(args: argparse.Namespace, start: Any) -> dict[str, Any]:
     settings = {} if start is None else {"init_image": args.init_image, "strength": start.strength}
     settings |= {} if args.guidance_interval == [0.0, 1.0] else {"guidance_interval": args.guidance_interval}
     plain = {"mask": None, "negative": None, "guidance_rescale": 0.0, "autoguidance": None, "rerank": 1}
-    plain |= {"precision": "fp32", "tile": None}
+    plain |= {"precision": "fp32", "tile": None, "clamp": None, "clip_guidance": None, "upsampler": None}
     plain |= {"aesthetic": None, "aesthetic_weight": None, "aesthetic_embeddings": None}
+    plain |= dict.fromkeys(UPSAMPLER_KEYS)
     return settings | {key: getattr(args, key) for key, usual in plain.items() if getattr(args, key) != usual}
 
 
@@ -327,13 +392,21 @@ class Folder:
         """Return the file name of this run's picture i."""
         return f"{self.first + i:05d}.png"
 
-    def add(self, image: Any, caption: str, entry: dict[str, Any]) -> None:
-        """Write the next picture, with its settings as metadata, and remember them for the list."""
+    def add(self, image: Any, caption: str, entry: dict[str, Any], small: Any = None) -> None:
+        """Write the next picture, with its settings as metadata, and remember them for the list.
+
+        `small` is the picture that it was enlarged from, if there was one; it is written beside it.
+        """
         from ldm_lab.images import save_png
 
         name = self.name(self.count)
         entry = {"file": name, **entry, "width": image.width, "height": image.height}
-        save_png(self.path / name, image, {"Description": caption, "Software": "ldm_lab", "ldm_lab": json.dumps(entry)})
+        if small is not None:
+            entry["base"] = {"file": name.replace(".png", "_base.png"), "width": small.width, "height": small.height}
+        text = {"Description": caption, "Software": "ldm_lab", "ldm_lab": json.dumps(entry)}
+        if small is not None:
+            save_png(self.path / entry["base"]["file"], small, text)
+        save_png(self.path / name, image, text)
         self.entries.append(entry)
         self.count += 1
 

@@ -67,9 +67,9 @@ def shares(read: Iterable[Names], true: Iterable[Names]) -> list[float]:
 def reconstruct(sampler: Sampler, images: list[Image.Image]) -> list[Image.Image]:
     """Return the images after a way through the autoencoder."""
     return [
-        image
+        picture.image
         for chunk in _chunks(images)
-        for image in sampler.decode(sampler.autoencoder.encode(_batch(chunk).to(sampler.device)))
+        for picture in sampler.decode(sampler.autoencoder.encode(_batch(chunk).to(sampler.device)))
     ]
 
 

@@ -1,9 +1,10 @@
 """`python -m ldm_lab COMMAND ...`: the tools around training and sampling."""
 
 import argparse
+import ast
 import importlib
-import pkgutil
 import sys
+from pathlib import Path
 
 from ldm_lab import commands
 from ldm_lab.errors import run_program
@@ -13,21 +14,23 @@ def main() -> int | None:
     """Parse the command line and run the command."""
     parser = argparse.ArgumentParser(prog="python -m ldm_lab", description=__doc__)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    modules = {}
-    names = [found.name for found in pkgutil.iter_modules(commands.__path__)]
-    # One command alone where it is known which: what the others import takes seconds and hundreds of megabytes.
-    for found in [name for name in names if name.replace("_", "-") in sys.argv[1:2]] or names:
-        name = found.replace("_", "-")
-        module = modules[name] = importlib.import_module(f"ldm_lab.commands.{found}")
+    for path in sorted(Path(commands.__path__[0]).glob("[!_]*.py")):
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        name = path.stem.replace("_", "-")
         command = subparsers.add_parser(
             name,
-            help=module.__doc__.splitlines()[0],
-            description=module.__doc__,
+            help=text.splitlines()[0],
+            description=text,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        module.add_arguments(command)
+        if name in sys.argv[1:2]:  # no other is imported: some of them take ten seconds for that
+            _module(name).add_arguments(command)
     args = parser.parse_args()
-    return modules[args.command].run(args)
+    return _module(args.command).run(args)
+
+
+def _module(command: str):
+    return importlib.import_module(f"ldm_lab.commands.{command.replace('-', '_')}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ A part may have a `check(section) -> list[str]` static method for rules across k
 import copy
 import importlib
 import inspect
+import math
 import pkgutil
 import types
 import typing
@@ -38,6 +39,7 @@ PACKAGES = {
     "objective": "ldm_lab.objectives",
     "sampler": "ldm_lab.samplers",
     "cache": "ldm_lab.training",
+    "low_res": "ldm_lab.training",
     "optim": "ldm_lab.training",
     "ema": "ldm_lab.training",
     "checkpoint": "ldm_lab.training",
@@ -61,6 +63,12 @@ USE_KEYS: dict[str, dict[str, Any]] = {
     "conditioner": {"weights": str | None, "dropout": float},
     "head": {"weights": str | None},
 }
+# What their values have to be, and how that is said.
+USE_LIMITS: dict[tuple[str, str], tuple[Callable[[float], bool], str]] = {
+    ("autoencoder", "scale"): (lambda scale: scale > 0, "a positive number"),
+    ("conditioner", "dropout"): (lambda share: 0 <= share <= 1, "a share from 0 to 1"),
+}
+LARGEST_SEED = 2**62  # leaves room to count on in 64 bits
 _registry: dict[tuple[str, str], type] = {}
 _discovered: set[str] = set()
 
@@ -197,7 +205,7 @@ def check(config: dict[str, Any]) -> None:
         raise UserError(f"task: {unknown('task', task, known_tasks)}")
     cls = known_tasks[task]
     roles = section_roles(cls)
-    top = {"task": str, "run": str, "seed": int, "init_from": str | None, "defaults": str}
+    top = {"task": str, "run": str, "seed": int, "init_from": str | None}
     for key, value in config.items():
         if key in top:
             problems += _mismatch(value, top[key], key)
@@ -205,6 +213,9 @@ def check(config: dict[str, Any]) -> None:
             problems += check_section(roles[key], value, key)
         else:
             problems.append(f"{key}: {unknown('key', key, [*top, *roles])}")
+    seed = config.get("seed", 0)
+    if isinstance(seed, int) and not 0 <= seed < LARGEST_SEED:
+        problems.append(f"seed: a whole number from 0 to 2**62 is needed, not {seed}")
     for key in cls.REQUIRED:
         if key not in config:
             problems.append(f"{key}: this section has to be given")
@@ -238,7 +249,7 @@ def check_section(role: str, section: Any, path: str) -> list[str]:
             nested = getattr(annotation, "part_role", None)
             problems += check_section(nested, value, where) if nested else _mismatch(value, annotation, where)
         elif key in USE_KEYS.get(role, {}):
-            problems += _mismatch(value, USE_KEYS[role][key], where)
+            problems += _mismatch(value, USE_KEYS[role][key], where) or _beyond(role, key, value, where)
         else:
             problems.append(f"{where}: {unknown('key', key, [*known, *USE_KEYS.get(role, {})])}")
     if not section.get("weights"):  # a weights file brings its own architecture
@@ -284,12 +295,17 @@ def _fits(value: Any, annotation: Any) -> bool:
     if isinstance(value, bool):  # a bool is an int to Python, not to us
         return annotation is bool
     if annotation is float:
-        return isinstance(value, int | float)
+        return isinstance(value, int | float) and math.isfinite(value)
     return isinstance(value, annotation)
 
 
 def _mismatch(value: Any, annotation: Any, where: str) -> list[str]:
     return [] if _fits(value, annotation) else [f"{where}: {describe(annotation)} is needed, not {value!r}"]
+
+
+def _beyond(role: str, key: str, value: Any, where: str) -> list[str]:
+    fits, wanted = USE_LIMITS.get((role, key), (None, ""))
+    return [] if fits is None or value is None or fits(value) else [f"{where}: {wanted} is needed, not {value:g}"]
 
 
 def _convert(value: Any, annotation: Any) -> Any:

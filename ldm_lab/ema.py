@@ -42,9 +42,16 @@ def averaged_copy(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def update(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move `average` towards `model`: average * decay + model * (1 - decay). Buffers are copied."""
-    ours: Sequence[torch.Tensor] = list(average.parameters())
-    theirs = [p.detach().to(ours[0].dtype) for p in model.parameters()]
+    """Move `average` towards `model`: average * decay + model * (1 - decay).
+
+    Buffers and frozen parameters are copied: what does not move must not change by rounding either.
+    """
+    pairs = list(zip(average.parameters(), model.parameters()))
+    ours: Sequence[torch.Tensor] = [mine for mine, its in pairs if its.requires_grad]
+    theirs = [its.detach().to(mine.dtype) for mine, its in pairs if its.requires_grad]
+    for mine, its in pairs:
+        if not its.requires_grad:
+            mine.copy_(its)
     torch._foreach_mul_(ours, decay)
     torch._foreach_add_(ours, theirs, alpha=1 - decay)
     for mine, its in zip(average.buffers(), model.buffers()):

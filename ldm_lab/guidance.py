@@ -49,8 +49,8 @@ def guided(
 
     Every image has conditions and weights of its own; one with fewer than k prompts has weight 0 in the places left
     over. All evaluations of a step are one call of `predict`, ordered by condition, the null condition first; a
-    condition whose weight is exactly 0 is not evaluated. A learned `log_variance` is not mixed: an image's is that of
-    its first prompt that has a weight.
+    condition whose weight is exactly 0 is not evaluated. A learned variance is not mixed: an image's is that of its
+    first prompt that has a weight.
 
     Args:
         predict: the denoiser's reading of M rows: x [M, C, h, w], t [M], cond of [M, ...] -> Prediction
@@ -124,12 +124,12 @@ class _Tables:
             # Python's sum adds in order; torch's may regroup with the shape, and an image would depend on its batch.
             return sum(weighted.unbind())  # [B, C, h, w]
 
-        log_variance = self.rows.log_variance
-        if log_variance is not None:
+        fraction = self.rows.variance_fraction
+        if fraction is not None:
             # The first prompt that has a weight; the null condition, moved to the end here, only if there is none.
             leading = ((weights != 0).roll(-1, dims=0).int().argmax(0) + 1) % len(weights)  # [B]
-            log_variance = self.table(log_variance)[leading, torch.arange(len(leading))]  # [B, C, h, w]
-        return self.rows._replace(x0=mixed(self.rows.x0), eps=mixed(self.rows.eps), log_variance=log_variance)
+            fraction = self.table(fraction)[leading, torch.arange(len(leading))]  # [B, C, h, w]
+        return self.rows._replace(x0=mixed(self.rows.x0), eps=mixed(self.rows.eps), variance_fraction=fraction)
 
 
 def _rescaled(guided: Any, plain: Any, x: Tensor, t: Tensor, schedule: Any, share: float) -> Any:
@@ -139,3 +139,22 @@ def _rescaled(guided: Any, plain: Any, x: Tensor, t: Tensor, schedule: Any, shar
     spread, wanted = (value.flatten(1).std(1)[:, None, None, None] for value in (v, v_plain))  # [B, 1, 1, 1]
     v = v * (share * wanted / spread.clamp(min=1e-12) + 1 - share)  # [B, C, h, w]
     return guided._replace(x0=alpha * x - sigma * v, eps=sigma * x + alpha * v)
+
+
+def shifted(predict: Callable[[Tensor, Tensor], Any], schedule: Any) -> Callable[[Tensor, Tensor], Any]:
+    """Return `predict` with the gradient of its predictions, if they have one, in their x0 and eps.
+
+    The score of the guided distribution is the model's plus the gradient: eps - sigma * gradient (Dhariwal & Nichol
+    2021, arXiv 2105.05233, algorithm 2). For samplers that do not follow the gradient themselves.
+    """
+
+    def predict_shifted(x: Tensor, t: Tensor) -> Any:
+        prediction = predict(x, t)
+        if prediction.gradient is None:
+            return prediction
+        alpha, sigma = (level[:, None, None, None] for level in schedule.alpha_sigma(t))  # [B, 1, 1, 1]
+        eps = prediction.eps - sigma * prediction.gradient  # [B, C, h, w]
+        x0 = prediction.x0 + sigma**2 / alpha * prediction.gradient  # [B, C, h, w]
+        return prediction._replace(x0=x0, eps=eps, gradient=None)
+
+    return predict_shifted

@@ -28,13 +28,22 @@ def to_tensor(image: Image.Image) -> Tensor:
     return pixels.permute(2, 0, 1).float() / 127.5 - 1  # [3, H, W]
 
 
-def to_images(batch: Tensor) -> list[Image.Image]:
+def to_images(batch: Tensor, rounded: bool = False) -> list[Image.Image]:
     """Return 8-bit RGB images of a batch [B, 3, H, W] in [-1, 1]; values outside are clamped.
 
-    As in cloob-latent-diffusion the fraction of a level is cut off, not rounded.
+    The fraction of a level is cut off, as in cloob-latent-diffusion, or `rounded`, as for GLIDE's pixels.
     """
-    levels = batch.detach().float().clamp(-1, 1).add(1).div(2).mul(255).to(torch.uint8)  # [B, 3, H, W]
+    levels = batch.detach().float().clamp(-1, 1).add(1).div(2).mul(255)  # [B, 3, H, W]
+    levels = (levels.round() if rounded else levels).to(torch.uint8)  # [B, 3, H, W]
     return [Image.fromarray(pixels) for pixels in levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
+
+
+def quantised(batch: Tensor) -> Tensor:
+    """Return a batch [B, 3, H, W] in [-1, 1] with its values rounded to 8-bit levels; those outside stay outside.
+
+    What an upsampler is to enlarge: in training it saw pictures out of files.
+    """
+    return batch.add(1).mul(127.5).round().div(127.5).sub(1)  # [B, 3, H, W]
 
 
 def cover(

@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [  # a module may import from its own line only what is in its own package, and from any line above
     {"errors"},
     {"config"},
-    {"schedules", "images", "ema", "pretrained", "files", "rules"},
+    {"schedules", "images", "ema", "download", "files", "rules"},
+    {"pretrained"},
     {"data", "autoencoders", "conditioners", "denoisers", "objectives", "guidance", "samplers", "prompts"},
     {"checkpoints"},
     {"sampling"},

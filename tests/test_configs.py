@@ -93,5 +93,5 @@ def test_the_learning_rate_over_time():
     assert factors[50] == pytest.approx(0.1 + 0.9 * 0.5)
     slow = build("optim", {"warmup": "exponential", "warmup_steps": 2000})
     assert slow.factor(999, -1) == pytest.approx(1 - 0.9995**1000)
-    with pytest.raises(UserError, match="lr: -1"):
+    with pytest.raises(UserError, match="lr: at least 0 is needed, not -1"):
         build("optim", {"lr": -1})

@@ -20,8 +20,8 @@ class Stand:
         self.rows.append(len(x))
         assert len(t) == len(cond["embed"]) == len(x)
         level = (cond["embed"].sum(1) + 10 * t)[:, None, None, None]  # [M, 1, 1, 1]
-        log_variance = level.expand_as(x) if self.learned_variance else None
-        return Prediction(x * level, x + level, log_variance)
+        fraction = level.expand_as(x) if self.learned_variance else None
+        return Prediction(x * level, x + level, fraction)
 
 
 def close(a, b):
@@ -109,7 +109,7 @@ def test_a_learned_variance_is_that_of_the_first_prompt_with_a_weight(inputs):
     out = guided(Stand(learned_variance=True), cond, null, weights)(x, t)
     level = [cond["embed"][0, 0].sum(), cond["embed"][1, 1].sum(), torch.tensor(0.0)]
     for i in range(B):
-        assert close(out.log_variance[i], (level[i] + 10 * t[i]).expand(4, 2, 2))
+        assert close(out.variance_fraction[i], (level[i] + 10 * t[i]).expand(4, 2, 2))
 
 
 def test_outside_its_interval_there_is_no_guidance(inputs):

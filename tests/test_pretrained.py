@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,9 +15,9 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import ROOT, make_parts
+from tiny import ROOT, make_run, run_program
 
-from ldm_lab import pretrained
+from ldm_lab import download, pretrained
 from ldm_lab.errors import UserError
 from ldm_lab.pretrained import Released, check_foreign, fetch, locate
 
@@ -44,7 +45,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.requests: list[tuple[str, str | None, str | None]] = []
         self.authorized: list[str | None] = []
         self.breaks: list[int] = []  # bytes after which the next answers break off
-        self.ranges, self.etag, self.status, self.pause, self.lie = True, True, None, 0.0, None
+        self.statuses: list[int] = []  # of the next answers, if not what they should be
+        self.ranges, self.etag, self.sized, self.pause, self.silence, self.lie = True, True, True, 0.0, 0.0, None
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
@@ -66,7 +68,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Location", server.redirects[self.path])
             self.send_header("Content-Length", "0")
             return self.end_headers()
-        status = server.status or (200 if self.path in server.files else 404)
+        time.sleep(server.silence)
+        status = server.statuses.pop(0) if server.statuses else 200 if self.path in server.files else 404
         if status != 200:
             return self.send_error(status)
         content = server.files[self.path]
@@ -82,7 +85,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("ETag", etag)
         for key, value in server.headers.items():
             self.send_header(key, value)
-        self.send_header("Content-Length", str(len(content) - start))
+        if server.sized:
+            self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
         if self.command == "HEAD":
             return None
@@ -109,14 +113,14 @@ def mirror():
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("LDM_LAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LDM_LAB_CACHE", str(tmp_path / "Cache"))
     monkeypatch.delenv("LDM_LAB_OFFLINE", raising=False)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
-    monkeypatch.setattr(pretrained, "PAUSE", 0.01)
-    monkeypatch.setattr(pretrained, "CHUNK", 10_000)
-    monkeypatch.setattr(pretrained, "TIMEOUT", (2, 0.5))
-    return tmp_path / "cache"
+    monkeypatch.setattr(download, "PAUSE", 0.01)
+    monkeypatch.setattr(download, "CHUNK", 10_000)
+    monkeypatch.setattr(download, "TIMEOUT", (2, 0.2))
+    return tmp_path / "Cache"
 
 
 @pytest.fixture
@@ -163,7 +167,7 @@ def fetch_path(path: Path) -> Path:
 
 def test_what_came_is_kept_for_the_next_run(release, mirror):
     path = release()
-    mirror.breaks = [50_000] * pretrained.TRIES
+    mirror.breaks = [50_000] * download.TRIES
     with pytest.raises(UserError, match=r"the connection broke off \(4 tries; what came is kept\)"):
         fetch(NAME)
     assert not path.exists() and (path.parent / ".w.bin.part").read_bytes() == CONTENT[:200_000]
@@ -171,12 +175,16 @@ def test_what_came_is_kept_for_the_next_run(release, mirror):
     assert mirror.requests[-1][1] == "bytes=200000-" and path.read_bytes() == CONTENT
 
 
+# `python -m ldm_lab ...` with one more entry in the table: its address and checksum come first.
 SCRIPT = """
 import sys
-from ldm_lab import pretrained
-pretrained.CHUNK = 10_000
+from ldm_lab import download, pretrained
+from ldm_lab.__main__ import main
+from ldm_lab.errors import run_program
+download.CHUNK = 10_000
 pretrained.RELEASED["test/weights"] = pretrained.Released("autoencoder", "a test", "w.bin", (sys.argv[1],), sys.argv[2])
-print(pretrained.fetch("test/weights"))
+sys.argv[1:3] = []
+run_program(main)
 """
 
 
@@ -190,7 +198,7 @@ def start(script: str, *args: str, **env: str) -> subprocess.Popen:
 def test_a_killed_process_leaves_what_the_next_one_goes_on_with(release, mirror):
     path = release()
     mirror.pause = 0.05
-    process = start(SCRIPT, f"{mirror.url}/w.bin", checksum(CONTENT))
+    process = start(SCRIPT, f"{mirror.url}/w.bin", RIGHT, "pretrained", "get", NAME)
     part, deadline = path.parent / ".w.bin.part", time.monotonic() + 30
     while not (part.exists() and part.stat().st_size >= 100_000) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -205,7 +213,7 @@ def test_a_killed_process_leaves_what_the_next_one_goes_on_with(release, mirror)
 def test_two_processes_at_once_download_once(release, mirror):
     path = release()
     mirror.pause = 0.02
-    processes = [start(SCRIPT, f"{mirror.url}/w.bin", checksum(CONTENT)) for _ in range(2)]
+    processes = [start(SCRIPT, f"{mirror.url}/w.bin", RIGHT, "pretrained", "get", NAME) for _ in range(2)]
     for process in processes:
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0 and out.strip() == str(path), err
@@ -229,7 +237,7 @@ def test_of_a_wrong_checksum_nothing_is_left(release, mirror):
 def test_a_dead_mirror_is_passed_over_and_a_part_taken_along(release, mirror):
     other = Server()
     other.files["/w.bin"] = CONTENT
-    other.breaks = [30_000] * pretrained.TRIES
+    other.breaks = [30_000] * download.TRIES
     path = fetch_path(release("http://127.0.0.1:9/w.bin", f"{other.url}/w.bin", f"{mirror.url}/w.bin"))
     other.shutdown()
     other.server_close()
@@ -243,19 +251,29 @@ def test_all_dead_is_one_line_with_each_reason(release, mirror):
     with pytest.raises(UserError) as caught:
         fetch(NAME)
     message = str(caught.value)
-    for reason in ("Connection refused", "only http, https and file", "HTTP 404", "ftp://127.0.0.1", "30 redirects"):
+    for reason in ("9/w.bin: Failed to establish a new connection: [Errno 111] Connection refused; ",
+                   "only http and https", "HTTP 404", "ftp://127.0.0.1", "30 redirects"):  # fmt: skip
         assert reason in message
-    assert "\n" not in message and str(path) in message and left(path) == []
+    assert "\n" not in message and f"at {path}" in message and left(path) == []
 
 
 def test_a_server_error_and_silence_are_reasons(release, mirror):
     release()
-    mirror.status = 500
+    mirror.statuses = [500] * download.TRIES
     with pytest.raises(UserError, match="HTTP 500"):
         fetch(NAME)
-    mirror.status, mirror.pause, mirror.breaks = None, 1.0, []
-    with pytest.raises(UserError, match="no answer in time"):
+    mirror.silence = 0.4
+    with pytest.raises(UserError, match="Read timed out"):
         fetch(NAME)
+    mirror.silence, mirror.pause = 0.0, 0.4
+    with pytest.raises(UserError, match="the connection broke off"):
+        fetch(NAME)
+
+
+def test_a_busy_server_is_asked_again(release, mirror):
+    mirror.statuses = [503, 429]
+    assert fetch_path(release()).read_bytes() == CONTENT
+    assert len(mirror.requests) == 3
 
 
 def test_without_ranges_it_begins_again(release, mirror):
@@ -268,7 +286,7 @@ def test_without_ranges_it_begins_again(release, mirror):
 def test_pieces_of_two_versions_are_not_glued(release, mirror, etag, sha256):
     new = CONTENT[::-1]
     path = release(sha256=sha256 and checksum(new))
-    mirror.etag, mirror.breaks = etag, [50_000] * pretrained.TRIES
+    mirror.etag, mirror.breaks = etag, [50_000] * download.TRIES
     with pytest.raises(UserError):
         fetch(NAME)
     mirror.files["/w.bin"] = new
@@ -286,11 +304,6 @@ def test_a_redirect_is_followed_and_no_credentials_are_sent(release, mirror, tmp
     mirror.redirects = {"/old": f"{mirror.url}/w.bin"}
     assert fetch_path(release(f"{mirror.url}/old")).read_bytes() == CONTENT
     assert mirror.authorized == [None, None]
-
-
-def test_a_file_address_is_copied(release, tmp_path):
-    (tmp_path / "here.bin").write_bytes(CONTENT)
-    assert fetch_path(release((tmp_path / "here.bin").as_uri())).read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("switch", ["LDM_LAB_OFFLINE", "HF_HUB_OFFLINE"])
@@ -322,21 +335,61 @@ def test_without_a_published_checksum_the_first_one_holds(release, mirror, capsy
 
 def test_no_room_is_said_before_anything_is_fetched(release, mirror, monkeypatch):
     path = release()
-    monkeypatch.setattr(pretrained.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    with pytest.raises(UserError, match=r"GiB are free; free some space, or set LDM_LAB_CACHE"):
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(UserError, match=r"to come and only 0.0 GiB are free \(LDM_LAB_CACHE=FOLDER moves it\)"):
         fetch(NAME)
     assert not path.exists()
 
 
+def test_a_full_disk_is_said_and_what_came_is_kept(release, mirror, monkeypatch):
+    path = release()
+    mirror.breaks = [100_000]
+
+    def full(seconds):
+        monkeypatch.setattr(download.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+
+    monkeypatch.setattr(download.time, "sleep", full)
+    with pytest.raises(UserError, match=r"w\.bin: cannot be written: No space left"):
+        fetch(NAME)
+    assert not path.exists() and (path.parent / ".w.bin.part").stat().st_size >= 100_000
+
+
 def test_an_announced_size_that_is_not_the_known_one_is_refused(release):
-    release(size=5)
+    path = release(size=5)
     with pytest.raises(UserError, match=r"a file of 512,007 bytes, not 5"):
         fetch(NAME)
+    assert not path.exists()
 
 
-@pytest.mark.parametrize("name", ["../../etc/x", "/etc/nothing-here", "kl-f9", "cloob/../kl-f8", ""])
+def test_a_server_that_does_not_announce_the_size(release, mirror, monkeypatch):
+    mirror.sized = False
+    path = release()
+    assert fetch_path(path).read_bytes() == CONTENT  # the checksum says that it is whole
+    path = release(sha256=None, name=f"{NAME}2")
+    with pytest.raises(UserError, match="it does not say how large the file is"):
+        fetch(f"{NAME}2")
+    path = release(size=len(CONTENT), name=f"{NAME}3")
+    mirror.breaks = [300_000]
+    assert fetch(f"{NAME}3") == path and path.read_bytes() == CONTENT
+    assert mirror.requests[-1][1] == "bytes=300000-"
+    monkeypatch.setattr(download, "LIMIT", 200_000)
+    path = release(name=f"{NAME}4")
+    with pytest.raises(UserError, match="it sends more than it announced"):
+        fetch(f"{NAME}4")
+    assert left(path) == []
+
+
+def test_a_truncated_file_is_not_taken(release, mirror):
+    mirror.files["/w.bin"] = CONTENT[:-1]
+    path = release()
+    with pytest.raises(UserError, match="wrong checksum"):
+        fetch(NAME)
+    assert left(path) == []
+
+
+@pytest.mark.parametrize("name", ["../../etc/x", "/etc/nothing-here", "kl-f9", "cloob/../kl-f8"])
 def test_what_is_no_name_is_a_path_and_never_fetched(cache, name):
-    with pytest.raises(UserError, match=r"no such file|not a file"):
+    with pytest.raises(UserError, match="no such file"):
         locate(name, "weights")
     with pytest.raises(UserError, match="no such released weights"):
         fetch(name)
@@ -351,7 +404,8 @@ def test_other_addresses_are_refused(text):
 
 
 @pytest.mark.parametrize("text", ["hf://a/b/c", "http://x/y", "file:///etc/passwd", ["kl-f8"], 3])
-def test_a_checkpoints_config_names_no_addresses(text):
+def test_a_checkpoints_config_names_no_addresses(text, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", "/nowhere")
     with pytest.raises(UserError, match="refused"):
         check_foreign(text, "autoencoder.weights")
     for allowed in ("kl-f8", "folder/file.ckpt", None):
@@ -367,37 +421,91 @@ def test_a_checkpoint_that_names_an_address_is_refused_before_anything_is_fetche
         "conditioner": {"name": "none"}, "denoiser": {"name": "ccld_unet"}, "objective": {"name": "v_cosine"},
     }  # fmt: skip
     save_model(tmp_path / "m.safetensors", sampler.denoiser.state_dict(), config, {})
-    monkeypatch.setattr(pretrained, "_from_hub", lambda *_: pytest.fail("it was going to be fetched"))
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it was going to be fetched"))
     with pytest.raises(UserError, match=r"autoencoder of the checkpoint: autoencoder\.weights: refused"):
         Sampler.from_checkpoint(tmp_path / "m.safetensors")
 
 
-def test_weights_in_a_config_take_a_name(release, mirror, tmp_path):
-    from ldm_lab.checkpoints.parts import load_part
+def test_wherever_weights_are_taken_a_name_will_do(release, mirror, tmp_path, monkeypatch, program):
+    """Training, finetuning, sampling, measuring, looking at and converting weights that are named, by the commands."""
+    monkeypatch.chdir(tmp_path)
+    yaml = make_run(tmp_path, images=8, trainer={"max_steps": 1}, checkpoint={"every": 1})
 
-    section = make_parts(tmp_path)["autoencoder"]
-    content = Path(section["weights"]).read_bytes()
-    mirror.files["/a.safetensors"] = content
-    release(f"{mirror.url}/a.safetensors", name="test/tiny", sha256=checksum(content), file="a.safetensors")
-    ours = load_part("autoencoder", {"name": "kl_f8", "weights": "test/tiny"}).state_dict()
-    for name, tensor in load_part("autoencoder", section).state_dict().items():
-        assert (ours[name] == tensor).all()
+    def publish(name: str, file: Path) -> None:
+        mirror.files[f"/{file.name}"] = file.read_bytes()
+        release(f"{mirror.url}/{file.name}", name=f"test/{name}", sha256=download.sha256_of(file), file=file.name)
+        file.unlink()
+
+    for role in ("autoencoder", "conditioner"):
+        publish(role, tmp_path / f"{role}.safetensors")
+    parts = [f"{role}.weights=test/{role}" for role in ("autoencoder", "conditioner")]
+
+    def done(*command) -> str:
+        code, out, err = program(*command)
+        assert code == 0, err
+        return out
+
+    done("train", "--config", yaml, *parts)
+    publish("model", tmp_path / "runs/tiny/ema.safetensors")
+    assert "init_from: weights of test/model (step 1)" in done(
+        "train", "--config", yaml, *parts, "run=finetuned", "init_from=test/model"
+    )
+    sampled = ("sample", "a red star", "--steps", 2, "-n", 1, "--checkpoint", "test/model")
+    done(*sampled, "--autoguidance", "test/model", "--out", "plain")
+    done(*sampled, "--autoencoder", "test/autoencoder", "--conditioner", "test/conditioner", "--out", "named")
+    (entry,) = json.loads(Path("named/samples.json").read_text())
+    assert entry["checkpoint"] == "test/model"
+    assert entry["checkpoint_sha256"] == checksum(mirror.files["/ema.safetensors"])
+    done("ldm_lab.__main__", "cache", "--config", yaml, "--out", "encoded", *parts)
+    small = ("--batches", 1, "--batch-size", 4)
+    done("ldm_lab.__main__", "scale", "--config", yaml, "--out", "scaled.safetensors", *small, *parts)
+    assert "a part of ldm_lab's" in done("ldm_lab.__main__", "inspect", "test/autoencoder")
+    done("ldm_lab.__main__", "convert", "test/model", "converted.safetensors", "--half")
+    assert sorted(path for path, *_ in mirror.requests) == [
+        "/autoencoder.safetensors", "/conditioner.safetensors", "/ema.safetensors",
+    ]  # fmt: skip
+    for command in (("inspect", "test/model-"), ("convert", "test/model-", "out.safetensors")):
+        code, _, err = program("ldm_lab.__main__", *command)
+        assert code == 2 and "no such released weights: 'test/model-'. Did you mean 'test/model'?" in err
+    code, _, err = program(*sampled[:-1], "test/model-")
+    assert code == 2 and "Did you mean 'test/model'?" in err
+
+
+def test_a_path_is_a_path(release, mirror, tmp_path, monkeypatch):
+    """However it is written, a file that has the name of released weights is not taken for them, nor they for it."""
+    monkeypatch.chdir(tmp_path)
+    path = release(name="w.bin")
+    Path("w.bin").write_bytes(b"mine")
+    assert locate(Path("w.bin"), "weights") == locate("./w.bin", "weights") == Path("w.bin")
+    assert mirror.requests == []
+    assert locate("w.bin", "weights") == path
 
 
 HUB_SCRIPT = """
 import sys
-from ldm_lab.pretrained import locate
+from ldm_lab.errors import UserError
+from ldm_lab.pretrained import check_foreign, locate
+try:
+    check_foreign(sys.argv[1], "autoencoder.weights")
+except UserError as error:
+    print(error)
 print(locate(sys.argv[1], "weights"))
+check_foreign(sys.argv[1], "autoencoder.weights")
 """
 
 
 def test_a_file_on_the_hub_comes_through_its_own_library(mirror, cache, tmp_path):
+    """And only then may a checkpoint name it."""
     mirror.headers = {"X-Repo-Commit": "1" * 40}
     mirror.files = {"/owner/repo/resolve/v1/sub/w.bin": CONTENT}
     env = {"HF_ENDPOINT": mirror.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
-    out, err = start(HUB_SCRIPT, "hf://owner/repo/sub/w.bin@v1", **env).communicate(timeout=60)
-    assert out.strip() and Path(out.strip()).read_bytes() == CONTENT, err
-    assert str(tmp_path / "hf") in out
+    address = "hf://owner/repo/sub/w.bin@v1"
+    process = start(HUB_SCRIPT, address, **env)
+    out, err = process.communicate(timeout=60)
+    refused, path = out.splitlines()
+    assert process.returncode == 0, err
+    assert refused.startswith(f"autoencoder.weights: refused, a checkpoint must not have '{address}' downloaded")
+    assert Path(path).read_bytes() == CONTENT and str(tmp_path / "hf") in path
 
 
 def test_a_folder_on_the_hub_takes_only_what_a_model_needs(monkeypatch, tmp_path):
@@ -430,6 +538,20 @@ def test_the_command_lists_gets_and_says_where(release, mirror, capsys):
     assert re.search(rf"^{NAME} +autoencoder +0\.5 MiB +not stated +yes ", command("list"), re.M)
     with pytest.raises(UserError, match="which weights"):
         command("get")
+
+
+def test_the_command_as_a_program(release, mirror):
+    """Standard output is the path alone; a mistake is one line."""
+    path = release()
+    process = start(SCRIPT, f"{mirror.url}/w.bin", RIGHT, "pretrained", "get", NAME)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, f"{path}\n"), err
+    assert "100%" in err  # the progress bar
+    done = run_program("-m", "ldm_lab", "pretrained", "get", "kl-f8", cwd=path.parent, LDM_LAB_OFFLINE="1")
+    assert (done.returncode, done.stdout) == (2, "")
+    missing = "error: kl-f8: not in the cache, and downloads are switched off: put kl-f8.zip (from "
+    assert done.stderr.startswith(missing) and done.stderr.count("\n") == 1
+    assert done.stderr.endswith(f" at {path.parents[2] / 'kl-f8/kl-f8.zip'}\n")
 
 
 def test_every_released_entry_is_sound():

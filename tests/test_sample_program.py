@@ -114,7 +114,7 @@ MISTAKES = [
     ((), "no prompt"),
     (("red:nan",), "a weight must be finite"),
     (("red", "-n", "0"), "argument -n: a whole number from 1 on is needed, not '0'"),
-    (("red", "--steps", "many"), "argument --steps: a whole number from 1 on"),
+    (("red", "--steps", "many"), "steps: a number, or a respacing such as fast27"),
     (("red", "--guidance", "nan"), "argument --guidance: a number is needed"),
     (("red", "--seed", "-1"), "argument --seed: a whole number from 0 on"),
     (("red", "--sampel", "plms"), "unrecognized arguments: --sampel"),

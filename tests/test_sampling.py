@@ -10,10 +10,11 @@ from ldm_lab.checkpoints.files import write_safetensors
 from ldm_lab.checkpoints.models import save_model
 from ldm_lab.errors import UserError
 from ldm_lab.prompts import Prompt
-from ldm_lab.sampling import Sampler, as_mix
+from ldm_lab.sampling import Picture, Sampler, as_mix
 
 BOUND = 1e-4  # relative, of a latent in batches of different sizes; see Sampler
 FAST = {"name": "plms2", "steps": 3}
+BLANK = Picture(Image.new("RGB", (8, 8)), torch.zeros(3, 8, 8))
 
 
 def pixels(images):
@@ -23,7 +24,7 @@ def pixels(images):
 def raw(sampler, mixes, seeds, batch_size, name="ddpm", guidance=3.0):
     """The latents [N, C, h, w] behind images."""
     latents = []
-    sampler.decode = lambda batch, tile=None: latents.append(batch) or [Image.new("RGB", (8, 8)) for _ in batch]
+    sampler.decode = lambda batch, tile=None: latents.append(batch) or [BLANK] * len(batch)
     sampler(mixes, seeds=seeds, batch_size=batch_size, guidance=guidance, sampler={"name": name, "steps": 4})
     return torch.cat(latents)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from PIL import Image
-from test_sampling import BOUND, FAST, raw
+from test_sampling import BLANK, BOUND, FAST, raw
 from tiny import DENOISER
 
 from ldm_lab.config import build
@@ -27,9 +27,7 @@ def test_a_negative_prompt_takes_the_place_of_no_prompt(sampler):
     negative, mixed = [], []
     for mixes, found in ((["red"], negative), ([["red:3"], ["red:1", "old:1", "new:1"]], mixed)):
         one = again(sampler)
-        one.decode = lambda batch, tile=None, found=found: (
-            found.append(batch) or [Image.new("RGB", (8, 8))] * len(batch)
-        )
+        one.decode = lambda batch, tile=None, found=found: found.append(batch) or [BLANK] * len(batch)
         one(mixes, seeds=range(5, 5 + len(mixes)), negative="blue", sampler={"name": "ddpm", "steps": 4})
     assert torch.allclose(negative[0], written, atol=1e-5)
     # Whatever an image's own number of prompts, the negative one has the weight that they leave.
@@ -45,7 +43,7 @@ def test_guidance_in_an_interval_of_times(sampler):
     def latents(guidance, **options):
         found = []
         one = again(sampler)
-        one.decode = lambda batch, tile=None: found.append(batch) or [Image.new("RGB", (8, 8))]
+        one.decode = lambda batch, tile=None: found.append(batch) or [BLANK]
         one(["red"], guidance=guidance, sampler={"name": "ddim", "steps": 6}, **options)
         return found[0]
 

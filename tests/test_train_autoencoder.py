@@ -3,12 +3,14 @@
 import csv
 import json
 import urllib.error
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pytorch_lightning.callbacks import ModelCheckpoint
 from tiny import AUTOENCODER, ROOT, run_program
 from torch import nn
 from torchmetrics.functional.image import lpips as reference
@@ -211,12 +213,16 @@ def test_a_released_discriminator_loads(tmp_path):
     torch.manual_seed(0)
     state = {n: torch.randn(shape) for n, shape in names.items() if n.startswith(prefix)}
     path = tmp_path / "released.ckpt"
-    torch.save({"state_dict": {**state, "encoder.conv_in.bias": torch.zeros(3)}}, path)
-    loaded = build("discriminator", {"weights": str(path)}).state_dict()
-    assert len(loaded) == len(state) == 22
-    assert all(
-        torch.allclose(loaded[n.removeprefix(prefix)], t.to(loaded[n.removeprefix(prefix)])) for n, t in state.items()
-    )
+    bookkeeping = {ModelCheckpoint: {"best_model_score": np.float64(0.5)}}  # as the released files have it
+    torch.save({"state_dict": {**state, "encoder.conv_in.bias": torch.zeros(3)}, "callbacks": bookkeeping}, path)
+    with zipfile.ZipFile(tmp_path / "released.zip", "w") as archive:
+        archive.write(path, "model.ckpt")
+    for file in (path, tmp_path / "released.zip"):
+        loaded = build("discriminator", {"weights": str(file)}).state_dict()
+        assert len(loaded) == len(state) == 22
+        for name, expected in state.items():
+            value = loaded[name.removeprefix(prefix)]
+            assert torch.equal(value, expected.to(value)), name
     torch.save({"state_dict": {"encoder.conv_in.bias": torch.zeros(3)}}, path)
     with pytest.raises(UserError, match="holds no discriminator"):
         build("discriminator", {"weights": str(path)})

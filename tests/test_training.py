@@ -13,6 +13,7 @@ from PIL import Image
 from tiny import DENOISER, ROOT, make_parts, make_run, run_program
 
 from ldm_lab.checkpoints.files import read_pickled, read_safetensors
+from ldm_lab.config import build
 from ldm_lab.errors import UserError
 from ldm_lab.training.task import batch_seed
 from ldm_lab.training.timesteps import SobolTimesteps
@@ -131,6 +132,24 @@ def test_demo_grids_do_not_disturb_the_training(here, program):
         assert "a blue square" in image.text["prompts"]
     assert losses(here / "runs/demo") == losses(here / "runs/plain")
     assert_equal(weights(here / "runs/demo/last.ckpt"), weights(here / "runs/plain/last.ckpt"))
+
+
+def test_wandb_online_without_an_account_is_one_line(here, monkeypatch):
+    monkeypatch.setenv("HOME", str(here))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    logging = build("logging", {"wandb": "online"})
+    with pytest.raises(UserError, match="online did not start"):
+        logging.loggers(here / "runs", "tiny", None, None)
+
+
+def test_a_run_that_is_at_its_end_says_so(here, program):
+    yaml = make_run(here)
+    assert program("train", "--config", yaml, "trainer.max_steps=1")[0] == 0
+    again = ["run=other", "resume.checkpoint=runs/tiny/last.ckpt", "trainer.max_steps=1"]
+    code, out, err = program("train", "--config", yaml, *again)
+    assert code == 0, err
+    assert "step 1: nothing was left to do" in out
 
 
 def test_wandb_offline_keeps_the_grid_and_the_captions(here):
@@ -275,6 +294,8 @@ def test_two_processes_share_weights_and_demos_but_not_samples(here, program):
         (["data.workers=5"], "shards"),
         (["trainer.devices=0"], "trainer"),
         (["denoiser.multipliers=[1]"], "multipliers"),
+        (["demo.prompts=prompts.txt", "demo.image_size=20"], "demo: size 20x20: this model takes multiples of 16"),
+        (["demo.prompts=prompts.txt", "conditioner.dropout=0"], "demo: guidance needs a model that was trained with"),
     ],
 )
 def test_a_user_s_mistake_is_one_line_and_exit_code_2(here, program, overrides, words):
@@ -283,7 +304,7 @@ def test_a_user_s_mistake_is_one_line_and_exit_code_2(here, program, overrides, 
     code, _, err = program("train", "--config", yaml, *overrides)
     assert code == 2
     assert words in err and len(err.strip().splitlines()) == 1 and "Traceback" not in err
-    assert not (here / "runs/tiny/last.ckpt").exists()
+    assert not (here / "runs").exists()
 
 
 def test_a_run_is_never_overwritten_unasked(here, program):

@@ -11,6 +11,8 @@ An autoencoder is an `nn.Module` with
     encode(image [B,3,H,W], noise=None) -> z [B,C,h,w]    the two together
     decode(z [B,C,h,w]) -> image [B,3,H,W]                not clamped
 
+One whose latents are pixels has the attribute `limit`, their largest magnitude: samplers keep clean estimates within.
+
 Images are RGB in [-1, 1]; H and W are multiples of `downscale`, or `moments` raises UserError. All constructor
 arguments are keyword-only: the keys of the config section. A new autoencoder is one file in this folder with one
 `@register("autoencoder", "name")`.

@@ -18,6 +18,11 @@ class IdentityAutoencoder(nn.Module):
         super().__init__()
         self.register_buffer("scale", torch.tensor(1.0))  # []
 
+    @property
+    def limit(self) -> float:
+        """The largest magnitude of a latent that is a picture."""
+        return 1 / float(self.scale)
+
     def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Return the image as the mean and the log variance of no noise, [B, 3, H, W] each."""
         return image, torch.full_like(image, -30.0)  # [B, 3, H, W] each

@@ -69,7 +69,9 @@ def unet(
     return state, config, extra
 
 
-def model(tensors: dict[str, Tensor], path: str | Path, ema: bool = True) -> tuple[dict, dict[str, Tensor], dict]:
+def model(
+    tensors: dict[str, Tensor], path: str | Path, ema: bool = True, given: dict[str, Any] | None = None
+) -> tuple[dict, dict[str, Tensor], dict]:
     """Return `(config, state_dict, extra)` of a CCLD checkpoint as `ldm_lab.checkpoints.models.read_model` does.
 
     A sampling checkpoint does not say what its autoencoder and its CLOOB were: these sections lack `weights`. A

@@ -20,6 +20,9 @@ PLAIN_TYPES = (
 )
 
 
+WRAPPERS = ("state_dict", "model", "weights")  # under which training programs keep a state dict beside other things
+
+
 class StandIn:
     """An object that is not needed: takes any arguments and any state, keeps nothing."""
 
@@ -34,7 +37,8 @@ def read_state_dict(path: str | Path, what: str) -> tuple[dict[str, Tensor], dic
     """Return `(tensors by name, whatever else the file holds)` of another program's checkpoint, on the CPU.
 
     Args:
-        path: a `.safetensors` file, a Lightning checkpoint (`state_dict` in a dict), or a flat dict of tensors.
+        path: a `.safetensors` file, a Lightning checkpoint (`state_dict` in a dict), another program's (`model` or
+            `weights` in a dict), or a flat dict of tensors.
         what: what the file should be, for the message if it is missing.
 
     Raises:
@@ -48,13 +52,14 @@ def read_state_dict(path: str | Path, what: str) -> tuple[dict[str, Tensor], dic
     stand_ins = [(StandIn, name) for name in names if name.partition(".")[0] in BOOKKEEPING or name in PLAIN_TYPES]
     with torch.serialization.safe_globals(stand_ins):
         content = read_pickled(path, mmap=is_zip)  # mapped: of a training checkpoint only a part is ever needed
-    state = content.get("state_dict", content)
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: its 'state_dict' is no dict of tensors but a {type(state).__name__}")
+    key = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+    state = content if key is None else content[key]
+    if key is None and "state_dict" in content:
+        raise UserError(f"{path}: its 'state_dict' is no dict of tensors but a {type(content['state_dict']).__name__}")
     tensors = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{path}: no tensors in it")
-    rest = {} if state is content else {key: value for key, value in content.items() if key != "state_dict"}
+    rest = {} if state is content else {name: value for name, value in content.items() if name != key}
     return tensors, rest
 
 

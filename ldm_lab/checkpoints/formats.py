@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ldm_lab.checkpoints import ccld, cloob_pickle, compvis, diffusers_vae, heads, open_clip_weights
+from ldm_lab.checkpoints import ccld, cloob_pickle, compvis, diffusers_vae, glide, heads, open_clip_weights
 from ldm_lab.checkpoints.files import FORMAT, existing_file, is_safetensors
 from ldm_lab.checkpoints.foreign import read_state_dict
 from ldm_lab.checkpoints.released_zip import is_release, opened
+from ldm_lab.conditioners.noised_clip import IMAGE_ONLY, TEXT_ONLY
 from ldm_lab.config import USE_KEYS, check_section
 from ldm_lab.errors import UserError
+from ldm_lab.pretrained import locate
 
 # What `Found.kind` may be -> what it is, in words.
 KINDS = {
@@ -29,6 +31,8 @@ KINDS = {
     "ccld": "a U-Net of cloob-latent-diffusion",
     "compvis": "an autoencoder of CompVis's latent-diffusion",
     "diffusers": "a VAE of diffusers'",
+    "glide": "a network of GLIDE's",
+    "noised_clip": "a tower of GLIDE's noised CLIP",
     "cloob_pickle": "a CLOOB of cloob-training's",
     "clip": "a CLIP of open_clip's or OpenAI's",
     "linear": "a linear head on embeddings",
@@ -74,6 +78,8 @@ class Found:
 BY_NAMES: list[tuple[str, Callable[[dict[str, Any]], bool]]] = [
     ("ccld_training", lambda names: f"model_ema.{ccld.FIRST}" in names or f"model.{ccld.FIRST}" in names),
     ("ccld", lambda names: ccld.FIRST in names),
+    ("glide", glide.is_one),
+    ("noised_clip", lambda names: IMAGE_ONLY in names or TEXT_ONLY in names),
     ("compvis", compvis.is_one),
     ("diffusers", diffusers_vae.is_one),
     ("clip", open_clip_weights.is_one),
@@ -83,15 +89,13 @@ BY_NAMES: list[tuple[str, Callable[[dict[str, Any]], bool]]] = [
 
 
 def recognise(path: str | Path) -> Found:
-    """Return what a file, or a folder of diffusers', is.
+    """Return what a file, a folder of diffusers', or a released file by its name, is.
 
     Raises:
         UserError: missing or damaged file, one that is no file of weights, one whose loading could run code.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        path = diffusers_vae.find(path)
-    path = existing_file(path, "weights")
+    path = locate(path, "weights")
+    path = existing_file(diffusers_vae.find(path) if path.is_dir() else path, "weights")
     if is_safetensors(path):
         tensors, metadata = _header(path)
         if metadata.get("format") == FORMAT:

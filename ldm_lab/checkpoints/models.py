@@ -6,19 +6,20 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm_lab.checkpoints import ccld
-from ldm_lab.checkpoints.files import existing_file, write_safetensors
+from ldm_lab.checkpoints import ccld, glide
+from ldm_lab.checkpoints.files import write_safetensors
 from ldm_lab.checkpoints.foreign import part_of, read_state_dict
 from ldm_lab.checkpoints.parts import FORMAT
 from ldm_lab.errors import UserError
+from ldm_lab.pretrained import locate
 
 # What a config inside a model file must not bring along: a data section may hold shell commands (`pipe:`), and the
 # rest concerns the run alone.
 RUN_SECTIONS = ("data", "resume", "init_from", "logging", "trainer", "checkpoint", "demo")
 
 # Models that other programs trained: `is_one(tensors) -> bool` recognises a file's tensors by their names, and
-# `model(tensors, path, ema)` returns what `read_model` does.
-IMPORTERS = (ccld,)
+# `model(tensors, path, ema, given)` returns what `read_model` does.
+IMPORTERS = (ccld, glide)
 
 
 def save_model(path: str | Path, state: dict[str, Tensor], config: dict[str, Any], extra: dict[str, str]) -> None:
@@ -27,12 +28,15 @@ def save_model(path: str | Path, state: dict[str, Tensor], config: dict[str, Any
     write_safetensors(path, state, {"format": FORMAT, "role": "model", "config": json.dumps(kept), **extra})
 
 
-def read_model(path: str | Path, ema: bool = True) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+def read_model(
+    path: str | Path, ema: bool = True, given: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
     """Return `(config, state_dict, extra)` of a trained model.
 
     Args:
-        path: our `ema.safetensors`, a `.ckpt` of a run, or another program's file (`IMPORTERS`).
+        path: our `ema.safetensors`, a `.ckpt` of a run, or another program's file (`IMPORTERS`); `locate` finds it.
         ema: of a training checkpoint, take the averaged weights; else the raw ones.
+        given: of another program's file, what it does not say of its architecture.
 
     Returns:
         The config as plain data (its run sections are left out), the denoiser's weights under its own names, and
@@ -41,7 +45,7 @@ def read_model(path: str | Path, ema: bool = True) -> tuple[dict[str, Any], dict
     Raises:
         UserError: missing, damaged or unknown file.
     """
-    path = existing_file(path, "checkpoint")
+    path = locate(path, "checkpoint")
     tensors, rest = read_state_dict(path, "checkpoint")
     if rest.get("format") == FORMAT:
         return _exported(path, tensors, rest)
@@ -49,8 +53,9 @@ def read_model(path: str | Path, ema: bool = True) -> tuple[dict[str, Any], dict
         return _of_run(path, tensors, rest, ema)
     for importer in IMPORTERS:
         if importer.is_one(tensors):
-            return importer.model(tensors, path, ema)
-    raise UserError(f"{path}: not a trained model: neither one of ldm_lab's nor of cloob-latent-diffusion's")
+            return importer.model(tensors, path, ema, given or {})
+    known = "ldm_lab's, cloob-latent-diffusion's and GLIDE's"
+    raise UserError(f"{path}: not a trained model: {known} are known, and this is none of them")
 
 
 def _exported(

@@ -129,7 +129,7 @@ def weights_path(role: str, section: dict[str, Any]) -> Path | None:
     return cls.published(section) if hasattr(cls, "published") else None
 
 
-def find_weights(name: str) -> Path:
+def find_weights(name: str | Path) -> Path:
     """Return the path of weights: a file, a released name, or an hf:// address (see `ldm_lab.pretrained.locate`).
 
     A folder of diffusers' stands for the file with the weights in it.

@@ -1,9 +1,10 @@
 """Convert weights to safetensors with their config inside, or an autoencoder to a folder of diffusers'.
 
-    python -m ldm_lab convert checkpoints/kl-f8.zip checkpoints/kl-f8.safetensors
-    python -m ldm_lab convert checkpoints/cloob_laion_400m_vit_b_16_16_epochs.pkl checkpoints/cloob.safetensors
+    python -m ldm_lab convert kl-f8 checkpoints/kl-f8.safetensors
+    python -m ldm_lab convert cloob/vit_b_16_laion400m_16e checkpoints/cloob.safetensors
     python -m ldm_lab convert ViT-B-32.pt checkpoints/clip.safetensors model=ViT-B-32 pretrained=openai
     python -m ldm_lab convert runs/mine/last.ckpt mine.safetensors --half
+    python -m ldm_lab convert dogGLIDE.pt dogs.safetensors preset=dogglide
     python -m ldm_lab convert runs/mine/autoencoder.safetensors mine_vae --format diffusers
 
 Takes whatever `python -m ldm_lab inspect` knows. The result is what `weights:` (a part), `sample.py --checkpoint` or
@@ -20,7 +21,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from ldm_lab.checkpoints import ccld, diffusers_vae
+from ldm_lab.checkpoints import ccld, diffusers_vae, glide
 from ldm_lab.checkpoints.formats import KINDS, Found, config_problems, part_config, recognise
 from ldm_lab.checkpoints.models import read_model, save_model
 from ldm_lab.checkpoints.parts import check_strictly, load_strictly, read_module, save_part
@@ -43,7 +44,7 @@ INSIDE = {"autoencoder": "kl_f8", "conditioner": "cloob"}  # of a training check
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add = parser.add_argument
-    add("source", metavar="IN", help="a file of weights, or a folder of diffusers'")
+    add("source", metavar="IN", help="a file of weights, a folder of diffusers', or a released name")
     add("out", metavar="OUT", help="NAME.safetensors, or with --format diffusers a folder")
     add("--format", choices=("safetensors", "diffusers"), default="safetensors", help="what to write (%(default)s)")
     add("--half", action="store_true", help="store in float16, at half the size")
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--part", choices=ROLES, help="of a training checkpoint of cloob-latent-diffusion, a frozen part inside it")
     add("--scale", type=float, metavar="X", help="latent scale of an autoencoder: what raw latents are divided by")
     add("--force", action="store_true", help="replace OUT if it is there")
-    add("given", nargs="*", metavar="key=value", help="of a part, what its file does not say, such as image_heads=12")
+    add("given", nargs="*", metavar="key=value", help="what the file does not say, such as image_heads=12")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -65,15 +66,18 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--raw: is for training checkpoints, {args.source} is {KINDS[found.kind]}")
     if args.part is not None and found.kind != "ccld_training":
         raise UserError(f"--part: is for training checkpoints of cloob-latent-diffusion, not {KINDS[found.kind]}")
-    if args.given and found.kind not in ("part", *RELEASED) and args.part is None:
-        raise UserError(f"{args.given[0]}: is for files with a part in them, {args.source} is {KINDS[found.kind]}")
+    if found.kind == "noised_clip":
+        raise UserError(f"{args.source}: is {KINDS['noised_clip']}, which CLIP guidance takes as it is")
+    if args.given and found.kind not in ("part", "glide", *RELEASED) and args.part is None:
+        where = "files with a part or a network of GLIDE's in them"
+        raise UserError(f"{args.given[0]}: is for {where}, {args.source} is {KINDS[found.kind]}")
     dtype = torch.float16 if args.half else torch.float32
     part = _part(args, found)
     if part is None:
         if args.format == "diffusers" or args.scale is not None:
             option = "--scale" if args.scale is not None else "--format diffusers"
             raise UserError(f"{option}: is for autoencoders, {args.source} is {KINDS[found.kind]}")
-        count = _convert_model(found, out, dtype, ema=not args.raw)
+        count = _convert_model(found, out, dtype, ema=not args.raw, given=_given(args.given))
         print(f"{out}: a model of {count:,} parameters, from {KINDS[found.kind]}")
         return
     module, section, facts = part
@@ -163,16 +167,16 @@ def _given(written: list[str]) -> dict[str, Any]:
     return given
 
 
-def _convert_model(found: Found, out: Path, dtype: torch.dtype, ema: bool) -> int:
+def _convert_model(found: Found, out: Path, dtype: torch.dtype, ema: bool, given: dict[str, Any]) -> int:
     """Write a diffusion model; return its number of parameters."""
-    config, state, extra = read_model(found.path, ema=ema)
+    config, state, extra = read_model(found.path, ema, given)
     problems = config_problems(config)
     if problems:
         raise UserError(f"{found.path}: {problems[0]}")
-    if found.kind.startswith("ccld"):
-        _, architecture, facts = ccld.read(found.path, ema=ema)
+    if found.kind in ("ccld", "ccld_training", "glide"):
+        facts = (glide.read(found.path, given) if found.kind == "glide" else ccld.read(found.path, ema=ema))[2]
         with torch.device("meta"):
-            network = build("denoiser", {"name": "ccld_unet", **architecture}, facts["channels"], facts["embed_dim"])
+            network = build("denoiser", config["denoiser"], facts["channels"], facts["embed_dim"])
         check_strictly(network.state_dict(), state, found.path)
     save_model(out, _in(dtype, state), config, extra)
     return sum(value.numel() for value in state.values())

@@ -1,7 +1,7 @@
 """Say what a file of weights is, without executing anything in it.
 
     python -m ldm_lab inspect runs/quickstart/ema.safetensors
-    python -m ldm_lab inspect checkpoints/kl-f8.ckpt --json
+    python -m ldm_lab inspect kl-f8 --json
 
 Models, parts and checkpoints of this program, and what others released: checkpoints of cloob-latent-diffusion,
 CompVis's autoencoders (also zipped), VAEs of diffusers (a file or a folder), CLOOB's pickle, CLIP of open_clip and
@@ -31,7 +31,7 @@ TRAINING = {"run": ("model_ema.", "model."), "ccld_training": ("model_ema.", "mo
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("file", metavar="FILE", help="a file of weights, or a folder of diffusers'")
+    parser.add_argument("file", metavar="FILE", help="a file of weights, a folder of diffusers', or a released name")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
@@ -96,7 +96,7 @@ def _config(found: Found) -> tuple[Any, list[str]]:
         except (KeyError, ValueError, RecursionError):
             raise UserError(f"{found.path}: its config is not readable") from None
         return config, config_problems(config)
-    if found.kind in ("run", "ccld", "ccld_training"):
+    if found.kind in ("run", "ccld", "ccld_training", "glide"):
         config = read_model(found.path)[0]
         return config, config_problems(config)
     try:

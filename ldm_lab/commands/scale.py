@@ -1,7 +1,7 @@
 """Measure the latent scale of an autoencoder on your images, and store it with the weights.
 
     python -m ldm_lab scale --config configs/yfcc_cfg.yaml --out checkpoints/kl-f8-scaled.safetensors \\
-        autoencoder.weights=checkpoints/kl-f8.ckpt data.shards='/data/yfcc/{00000..00009}.tar'
+        autoencoder.weights=kl-f8 data.shards='/data/yfcc/{00000..00009}.tar'
 
 Diffusion expects latents of unit variance; those of kl-f8 have a standard deviation of 2 to 10, depending on the
 images. The scale is what they are divided by. An autoencoder that was trained here brings its own.

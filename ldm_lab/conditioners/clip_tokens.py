@@ -74,7 +74,7 @@ class Encoding:
             )
         merges = _merges()[: vocab_size - SMALLEST_VOCAB_SIZE]
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
-        self.letters = _byte_letters()
+        self.letters = byte_letters()
         alphabet = list(self.letters.values())
         pieces = alphabet + [letter + WORD_END for letter in alphabet] + [left + right for left, right in merges]
         self.ids = {piece: i for i, piece in enumerate([*pieces, *SPECIAL])}
@@ -134,8 +134,8 @@ def _merges() -> list[tuple[str, str]]:
     return [(left, right) for left, right in left_right]
 
 
-def _byte_letters() -> dict[int, str]:
-    """Return a printable letter for every byte, in the order of CLIP's ids.
+def byte_letters() -> dict[int, str]:
+    """Return a printable letter for every byte, in the order of CLIP's and GPT-2's ids.
 
     Bytes that are printable in Latin-1 stand for themselves and come first; the others follow as letters from 256 on.
     """

@@ -1,17 +1,19 @@
 """Objectives: what the denoiser's output means, how it is trained, how clean data is read off it.
 
-An objective has
+An objective is an `Objective` with
 
     schedule                                                             the noise schedule (`ldm_lab.schedules`)
-    timesteps                                                            "sobol" or "uniform": how training draws t
-    loss(denoiser, x0 [B,C,h,w], cond, t [B], noise [B,C,h,w]) -> [B]    per sample; t in [0, 1), standard normal noise
+    draw                                                                 "sobol" or "uniform": how training draws t
+    loss(denoiser, x0 [B,C,h,w], cond, t [B], noise [B,C,h,w]) -> [B]    per sample; t in [0, 1], standard normal noise
+    terms(...) -> {"loss": [B], ...}                                     the loss with what is to be logged beside it
     predict(denoiser, x [B,C,h,w], t [B], cond) -> Prediction            for the samplers
 
-Both are pure: the random numbers are handed in, so that a resumed run repeats them and a test can fix them. A new
+All are pure: the random numbers are handed in, so that a resumed run repeats them and a test can fix them. A new
 objective is one file with one `@register("objective", "name")`.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -22,9 +24,35 @@ class Prediction(NamedTuple):
     Attributes:
         x0: the clean sample, [B, C, h, w].
         eps: the noise in x, [B, C, h, w]; x = alpha * x0 + sigma * eps.
-        log_variance: the learned log variance of the ancestral step, [B, C, h, w], or None.
+        variance_fraction: the learned variance of an ancestral step, [B, C, h, w], or None: 0 is the posterior's, 1 is
+            beta's, with logarithms in between (Nichol & Dhariwal 2021, equation 15). Which variances these are depends
+            on how far the step goes, so that only the sampler knows (`ldm_lab.schedules.Posterior.learned`).
+        gradient: of a further log likelihood by x, [B, C, h, w], that the sampling is to climb, such as that of CLIP
+            guidance; None without. x0 and eps do not contain it.
     """
 
     x0: Tensor
     eps: Tensor
-    log_variance: Tensor | None = None
+    variance_fraction: Tensor | None = None
+    gradient: Tensor | None = None
+
+
+class Objective:
+    """What objectives share."""
+
+    schedule: Any
+    draw: str
+
+    def loss(self, denoiser: Callable, x0: Tensor, cond: dict[str, Tensor], t: Tensor, noise: Tensor) -> Tensor:
+        """Return the loss per sample, [B]."""
+        raise NotImplementedError
+
+    def terms(
+        self, denoiser: Callable, x0: Tensor, cond: dict[str, Tensor], t: Tensor, noise: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the loss per sample as "loss", [B], and parts of it that are worth logging by themselves, [B] each."""
+        return {"loss": self.loss(denoiser, x0, cond, t, noise)}
+
+    def predict(self, denoiser: Callable, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Prediction:
+        """Return what the denoiser says about x [B, C, h, w] at times t [B]."""
+        raise NotImplementedError

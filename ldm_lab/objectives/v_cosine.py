@@ -6,18 +6,18 @@ from typing import Literal
 from torch import Tensor
 
 from ldm_lab.config import register
-from ldm_lab.objectives import Prediction
+from ldm_lab.objectives import Objective, Prediction
 from ldm_lab.schedules import Cosine
 
 
 @register("objective", "v_cosine")
-class VCosine:
+class VCosine(Objective):
     """Mean squared error of v = alpha * eps - sigma * x0 (Salimans & Ho 2022, arXiv 2202.00512, appendix D)."""
 
     def __init__(self, *, timesteps: Literal["sobol", "uniform"] = "sobol") -> None:
         """Choose how training draws t (`training/timesteps.py`): evenly spread Sobol points, or independently."""
         self.schedule = Cosine()
-        self.timesteps = timesteps
+        self.draw = timesteps
 
     def loss(self, denoiser: Callable, x0: Tensor, cond: dict[str, Tensor], t: Tensor, noise: Tensor) -> Tensor:
         """Return the loss per sample, [B], for clean x0 [B, C, h, w], t [B] in [0, 1) and standard normal noise."""

@@ -1,17 +1,17 @@
-"""DDIM and DDPM: first-order steps, deterministic or with fresh noise in each of them."""
+"""DDIM and its kin: first-order steps, deterministic or with fresh noise in each of them."""
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ldm_lab.config import register
-from ldm_lab.samplers import Callback, Predict, check_steps
+from ldm_lab.samplers import Callback, Predict, Walk, check_steps
+from ldm_lab.schedules import Steps
 
 
 @register("sampler", "ddim")
-class DDIM:
+class DDIM(Walk):
     """DDIM (Song et al. 2021, arXiv 2010.02502): one model call a step; eta 0 is deterministic, eta 1 is DDPM.
 
     The result is the clean estimate at the last time of the grid; there is no step to t = 0.
@@ -21,8 +21,9 @@ class DDIM:
         eta: how much of the noise is fresh in each step, from 0 (none) to 1 (as much as the DDPM posterior has).
     """
 
-    def __init__(self, *, steps: int = 50, eta: float = 0.0) -> None:
-        self.steps, self.eta = steps, eta
+    def __init__(self, *, steps: Steps = 50, eta: float = 0.0) -> None:
+        super().__init__(steps)
+        self.eta = eta
 
     @staticmethod
     def check(section: dict[str, Any]) -> list[str]:
@@ -42,29 +43,43 @@ class DDIM:
     ) -> Tensor:
         """Return x0 [B, C, h, w]; `noise` is called `steps - 1` times if eta is not 0. See the package's contract."""
         assert self.eta == 0 or noise is not None, "eta > 0 needs a source of noise"
-        times = schedule.grid(self.steps)  # [steps]
-        alpha, sigma = schedule.alpha_sigma(times)  # [steps], [steps]
+        times = self.times(schedule)  # [steps]
+        alpha, sigma = (level.tolist() for level in schedule.alpha_sigma(times.double()))  # steps numbers each
+        before = None  # the noise of the step before, [B, C, h, w]
         for i, t in enumerate(times):
             prediction = predict(x, t.to(x.device).expand(len(x)))  # x0 and eps [B, C, h, w]
             if callback:
                 callback(i, x, prediction.x0)
             if i + 1 < len(times):
                 # Song et al. 2021, equations 12 and 16, in variance-preserving alpha and sigma.
-                fresh = self.eta * sigma[i + 1] / sigma[i] * torch.sqrt(1 - alpha[i] ** 2 / alpha[i + 1] ** 2)  # []
-                kept = torch.sqrt(sigma[i + 1] ** 2 - fresh**2)  # []
-                x = alpha[i + 1] * prediction.x0 + kept * prediction.eps  # [B, C, h, w]
+                fresh = self.eta * sigma[i + 1] / sigma[i] * (1 - alpha[i] ** 2 / alpha[i + 1] ** 2) ** 0.5
+                kept = (sigma[i + 1] ** 2 - fresh**2) ** 0.5
+                x = alpha[i + 1] * prediction.x0 + kept * self.slope(prediction.eps, before)  # [B, C, h, w]
                 if self.eta:
                     x = x + fresh * noise(x)  # [B, C, h, w]
+            before = prediction.eps
         return prediction.x0
 
+    def slope(self, eps: Tensor, before: Tensor | None) -> Tensor:
+        """Return the noise that is put in again, [B, C, h, w], of this step's and the last one's (None at first)."""
+        return eps
 
-@register("sampler", "ddpm")
-class DDPM(DDIM):
-    """DDPM ancestral sampling (Ho et al. 2020, arXiv 2006.11239): DDIM with eta 1, fresh noise in every step.
+
+@register("sampler", "ddim_extrapolated")
+class ExtrapolatedDDIM(DDIM):
+    """DDIM whose noise, not its clean estimate, is extrapolated from the step before: "dpm++" of glide-finetune.
+
+    It is none of the DPM-Solver++ family, of which `dpmpp_2m` is one; it is here for those who know its pictures.
 
     Args:
         steps: model calls.
     """
 
-    def __init__(self, *, steps: int = 50) -> None:
-        super().__init__(steps=steps, eta=1.0)
+    check = staticmethod(check_steps)
+
+    def __init__(self, *, steps: Steps = 30) -> None:
+        super().__init__(steps=steps)
+
+    def slope(self, eps: Tensor, before: Tensor | None) -> Tensor:
+        """Return the noise at the middle of the step, [B, C, h, w]."""
+        return eps if before is None else 1.5 * eps - 0.5 * before  # [B, C, h, w]

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from ldm_lab.config import register
-from ldm_lab.samplers import Callback, Predict, check_steps
-from ldm_lab.schedules import SPACING
+from ldm_lab.samplers import Callback, Predict, Walk, check_steps
+from ldm_lab.schedules import SPACING, Steps
 
 
 class _Grid:
     """Times, alphas, sigmas and lambdas of a walk, as numbers."""
 
-    def __init__(self, schedule: Any, steps: int, spacing: SPACING) -> None:
-        self.times = schedule.grid(steps, spacing)  # [steps]
+    def __init__(self, schedule: Any, times: Tensor) -> None:
+        self.times = times  # [steps]
         alpha, sigma = schedule.alpha_sigma(self.times.double())  # [steps], [steps]
         self.alpha, self.sigma = alpha.tolist(), sigma.tolist()
         self.log_ratio = (alpha / sigma).log().tolist()  # lambda
@@ -35,7 +35,7 @@ class _Grid:
 
 
 @register("sampler", "dpmpp_2m_sde")
-class DPMSolverSDE:
+class DPMSolverSDE(Walk):
     """SDE-DPM-Solver++(2M): the multistep solver of the diffusion SDE, one model call a step (Lu et al. 2022).
 
     Args:
@@ -44,8 +44,9 @@ class DPMSolverSDE:
         spacing: how the steps are spread over the noise levels (`ldm_lab.schedules`).
     """
 
-    def __init__(self, *, steps: int = 25, eta: float = 1.0, spacing: SPACING = "log_snr") -> None:
-        self.steps, self.eta, self.spacing = steps, eta, spacing
+    def __init__(self, *, steps: Steps = 25, eta: float = 1.0, spacing: SPACING = "log_snr") -> None:
+        super().__init__(steps)
+        self.eta, self.spacing = eta, spacing
 
     @staticmethod
     def check(section: dict[str, Any]) -> list[str]:
@@ -64,7 +65,7 @@ class DPMSolverSDE:
     ) -> Tensor:
         """Return x0 [B, C, h, w]; `noise` is called between steps if eta is not 0. See the package's contract."""
         assert self.eta == 0 or noise is not None, "eta > 0 needs a source of noise"
-        grid = _Grid(schedule, self.steps, self.spacing)
+        grid = _Grid(schedule, self.times(schedule))
         before = None  # the clean estimate of the step before, [B, C, h, w]
         for i, t in enumerate(grid.times):
             x0 = predict(x, t.to(x.device).expand(len(x))).x0  # [B, C, h, w]
@@ -99,12 +100,12 @@ class DPMSolver(DPMSolverSDE):
         spacing: how the steps are spread over the noise levels (`ldm_lab.schedules`).
     """
 
-    def __init__(self, *, steps: int = 20, spacing: SPACING = "log_snr") -> None:
+    def __init__(self, *, steps: Steps = 20, spacing: SPACING = "log_snr") -> None:
         super().__init__(steps=steps, eta=0.0, spacing=spacing)
 
 
 @register("sampler", "unipc")
-class UniPC:
+class UniPC(Walk):
     """UniPC: each step is corrected by the model call of the next one, so order p costs one call a step.
 
     Zhao et al. 2023 (arXiv 2302.04867), UniPC-p with B(h) = exp(h) - 1 on the clean estimate.
@@ -115,8 +116,9 @@ class UniPC:
         spacing: how the steps are spread over the noise levels (`ldm_lab.schedules`).
     """
 
-    def __init__(self, *, steps: int = 20, order: int = 2, spacing: SPACING = "log_snr") -> None:
-        self.steps, self.order, self.spacing = steps, order, spacing
+    def __init__(self, *, steps: Steps = 20, order: int = 2, spacing: SPACING = "log_snr") -> None:
+        super().__init__(steps)
+        self.order, self.spacing = order, spacing
 
     @staticmethod
     def check(section: dict[str, Any]) -> list[str]:
@@ -134,7 +136,7 @@ class UniPC:
         callback: Callback | None = None,
     ) -> Tensor:
         """Return x0 [B, C, h, w]; nothing is random, so `noise` is not called. See the package's contract."""
-        grid = _Grid(schedule, self.steps, self.spacing)
+        grid = _Grid(schedule, self.times(schedule))
         known: list[tuple[float, Tensor]] = []  # (lambda, clean estimate [B, C, h, w]), newest first
         before = x  # [B, C, h, w], where the last step began
         for i, t in enumerate(grid.times):

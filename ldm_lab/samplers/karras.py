@@ -12,17 +12,18 @@ import torch
 from torch import Tensor
 
 from ldm_lab.config import register
-from ldm_lab.samplers import Callback, Predict, check_steps
-from ldm_lab.schedules import SPACING
+from ldm_lab.samplers import Callback, Predict, Walk, check_steps
+from ldm_lab.schedules import SPACING, Steps
 
 
-class _Straight:
+class _Straight(Walk):
     """The loop that Euler and Heun share; the last step goes to s = 0, that is to the clean estimate."""
 
     ORDER: int
 
-    def __init__(self, *, steps: int = 30, spacing: SPACING = "karras", churn: float = 0.0) -> None:
-        self.steps, self.spacing, self.churn = steps, spacing, churn
+    def __init__(self, *, steps: Steps = 30, spacing: SPACING = "karras", churn: float = 0.0) -> None:
+        super().__init__(steps)
+        self.spacing, self.churn = spacing, churn
 
     @staticmethod
     def check(section: dict[str, Any]) -> list[str]:
@@ -41,7 +42,7 @@ class _Straight:
     ) -> Tensor:
         """Return x0 [B, C, h, w]; `noise` is called in every step if churn is not 0. See the package's contract."""
         assert self.churn == 0 or noise is not None, "churn > 0 needs a source of noise"
-        times = schedule.grid(self.steps, self.spacing)  # [steps]
+        times = self.times(schedule)  # [steps]
         alpha, sigma = schedule.alpha_sigma(times.double())  # [steps], [steps]
         levels = torch.cat([sigma / alpha, torch.zeros(1)]).tolist()  # [steps + 1]
         y = x / alpha[0].item()  # [B, C, h, w]

@@ -4,17 +4,21 @@ All are classical solvers of differential equations whose step x -> x + (t2 - t1
 of DDIM, in which the noise eps takes the place of the slope. All are deterministic and end at t = 0. Whatever the order
 of the classical method, the pseudo method converges with order 2 (`tests/test_samplers.py` measures it); more terms
 make the error smaller by a factor.
+
+Where sigma / alpha is very large, as at the first timestep of many tables of betas, no slope can be relied on: what
+they say of x0 is divided by alpha. A walk that begins there takes its first step as DDIM does.
 """
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ldm_lab.config import register
-from ldm_lab.samplers import Callback, Predict, Prediction, check_steps
+from ldm_lab.samplers import Callback, Predict, Prediction, Walk, check_steps
+from ldm_lab.schedules import Between, Steps, count
 
 # Adams-Bashforth weights of the present and the past slopes, newest first, by order.
 ADAMS_BASHFORTH = {
@@ -24,8 +28,10 @@ ADAMS_BASHFORTH = {
     4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 }
 
+STEEP = 150  # sigma / alpha above which the first step is DDIM's
 
-class _Walk:
+
+class _Run:
     """One run of a pseudo numerical method: the model, the schedule and the slopes met so far."""
 
     def __init__(self, predict: Predict, schedule: Any) -> None:
@@ -74,11 +80,11 @@ class _Walk:
         return eps
 
 
-class _Pseudo:
+class _Pseudo(Walk):
     """The loop that the methods share; each says in `slope` which eps carries x from t1 to t2."""
 
-    def __init__(self, *, steps: int = 50) -> None:
-        self.steps = steps
+    def __init__(self, *, steps: Steps = 50) -> None:
+        super().__init__(steps)
 
     check = staticmethod(check_steps)
 
@@ -92,44 +98,100 @@ class _Pseudo:
         callback: Callback | None = None,
     ) -> Tensor:
         """Return x0 [B, C, h, w]; nothing is random, so `noise` is not called. See the package's contract."""
-        times = torch.cat([schedule.grid(self.steps), torch.zeros(1)])  # [steps + 1]
-        walk = _Walk(predict, schedule)
+        times = self.stations(schedule)  # [steps + 1]
+        run = self.run(predict, schedule)
+        alpha, sigma = schedule.alpha_sigma(times[0].double())  # [], []
+        steep = int(sigma > STEEP * alpha)
         for i, (t1, t2) in enumerate(pairwise(times)):
-            eps, x0 = self.slope(walk, i, x, t1, t2)
+            if i < steep:
+                prediction = run.model(x, t1)  # x0 and eps [B, C, h, w]
+                x0 = prediction.x0  # [B, C, h, w]
+                alpha, sigma = schedule.alpha_sigma(t2)  # [], []
+                after = alpha * x0 + sigma * prediction.eps  # [B, C, h, w]
+            else:
+                eps, x0 = self.slope(run, i - steep, x, t1, t2)  # [B, C, h, w] each
+                after = run.transfer(x, eps, t1, t2)  # [B, C, h, w]
             if callback:
                 callback(i, x, x0)
-            x = walk.transfer(x, eps, t1, t2)  # [B, C, h, w]
+            x = after
         return x
 
-    def slope(self, walk: _Walk, i: int, x: Tensor, t1: Tensor, t2: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the eps that carries x through step i, and the clean estimate of the step, [B, C, h, w] each."""
+    def stations(self, schedule: Any) -> Tensor:
+        """Return the times between which the steps are, [steps + 1]."""
+        return torch.cat([self.times(schedule), torch.zeros(1)])  # [steps + 1]
+
+    def run(self, predict: Predict, schedule: Any) -> _Run:
+        """Return a new run, with the schedule that its transfers use."""
+        return _Run(predict, schedule)
+
+    def slope(self, run: _Run, i: int, x: Tensor, t1: Tensor, t2: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the eps that carries x through a step, and the step's clean estimate, [B, C, h, w] each.
+
+        i counts the steps from the first one that asks for a slope.
+        """
         raise NotImplementedError
 
 
+class _Historic(_Pseudo):
+    """What PRK and PLMS have in common: a variant that repeats what GLIDE's users had."""
+
+    def __init__(self, *, steps: Steps = 50, variant: Literal["pndm", "glide"] = "pndm") -> None:
+        super().__init__(steps=steps)
+        self.variant = variant
+        if variant == "glide":
+            self.steps -= 2
+
+    @staticmethod
+    def check(section: dict[str, Any]) -> list[str]:
+        """Return the problems of a config section."""
+        problems = check_steps(section)
+        if not problems and section.get("variant") == "glide" and count(section.get("steps", 50)) < 3:
+            problems.append(
+                f"steps: variant glide leaves out two of them, so at least 3 are needed, not {section['steps']}"
+            )
+        return problems
+
+    def times(self, schedule: Any) -> Tensor:
+        """Return the times at which the steps begin, falling, float32 [steps]."""
+        times = super().times(schedule)  # [steps or steps + 2]
+        return times[1:-1] if self.variant == "glide" else times
+
+    def stations(self, schedule: Any) -> Tensor:
+        """Return the times between which the steps are, [steps + 1]."""
+        return super().times(schedule)[1:] if self.variant == "glide" else super().stations(schedule)
+
+    def run(self, predict: Predict, schedule: Any) -> _Run:
+        """Return a new run, with the schedule that its transfers use."""
+        return _Run(predict, Between(schedule, super().times(schedule)) if self.variant == "glide" else schedule)
+
+
 @register("sampler", "prk")
-class PRK(_Pseudo):
+class PRK(_Historic):
     """Pseudo Runge-Kutta with the classical four stages: four model calls a step.
 
     Args:
         steps: steps of four model calls each.
+        variant: "glide" walks as the programs around GLIDE do: neither the grid's first time nor the step to t = 0 is
+            taken, so that a little noise stays, and between two times alpha^2 is interpolated.
     """
 
-    def slope(self, walk: _Walk, i: int, x: Tensor, t1: Tensor, t2: Tensor) -> tuple[Tensor, Tensor]:
+    def slope(self, run: _Run, i: int, x: Tensor, t1: Tensor, t2: Tensor) -> tuple[Tensor, Tensor]:
         """Return the Runge-Kutta slope."""
-        return walk.runge_kutta(x, t1, t2)
+        return run.runge_kutta(x, t1, t2)
 
 
 @register("sampler", "plms")
-class PLMS(_Pseudo):
+class PLMS(_Historic):
     """Pseudo linear multistep over four slopes: one model call a step after three Runge-Kutta steps (steps + 9 calls).
 
     Args:
         steps: steps; the first three cost four model calls each.
+        variant: as for prk.
     """
 
-    def slope(self, walk: _Walk, i: int, x: Tensor, t1: Tensor, t2: Tensor) -> tuple[Tensor, Tensor]:
+    def slope(self, run: _Run, i: int, x: Tensor, t1: Tensor, t2: Tensor) -> tuple[Tensor, Tensor]:
         """Return the Runge-Kutta slope in the first three steps, then the extrapolated one."""
-        return walk.runge_kutta(x, t1, t2) if i < 3 else walk.multistep(x, t1, order=4)
+        return run.runge_kutta(x, t1, t2) if i < 3 else run.multistep(x, t1, order=4)
 
 
 @register("sampler", "pie")
@@ -140,9 +202,9 @@ class PIE(_Pseudo):
         steps: steps of two model calls each.
     """
 
-    def slope(self, walk: _Walk, i: int, x: Tensor, t1: Tensor, t2: Tensor) -> tuple[Tensor, Tensor]:
+    def slope(self, run: _Run, i: int, x: Tensor, t1: Tensor, t2: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean of the slopes at both ends."""
-        return walk.improved_euler(x, t1, t2)
+        return run.improved_euler(x, t1, t2)
 
 
 @register("sampler", "plms2")
@@ -153,9 +215,9 @@ class PLMS2(_Pseudo):
         steps: steps; the first one costs two model calls.
     """
 
-    def slope(self, walk: _Walk, i: int, x: Tensor, t1: Tensor, t2: Tensor) -> tuple[Tensor, Tensor]:
+    def slope(self, run: _Run, i: int, x: Tensor, t1: Tensor, t2: Tensor) -> tuple[Tensor, Tensor]:
         """Return the improved Euler slope in the first step, then the extrapolated one."""
-        return walk.improved_euler(x, t1, t2) if i < 1 else walk.multistep(x, t1, order=2)
+        return run.improved_euler(x, t1, t2) if i < 1 else run.multistep(x, t1, order=2)
 
 
 @register("sampler", "iplms")
@@ -166,6 +228,6 @@ class IPLMS(_Pseudo):
         steps: model calls.
     """
 
-    def slope(self, walk: _Walk, i: int, x: Tensor, t1: Tensor, t2: Tensor) -> tuple[Tensor, Tensor]:
+    def slope(self, run: _Run, i: int, x: Tensor, t1: Tensor, t2: Tensor) -> tuple[Tensor, Tensor]:
         """Return the slope extrapolated from as many calls as there are, four at most."""
-        return walk.multistep(x, t1, order=4)
+        return run.multistep(x, t1, order=4)

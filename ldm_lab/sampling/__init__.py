@@ -7,6 +7,9 @@
 
 `sampler`        conditioner, guided denoiser, sampler and autoencoder put together; `sample.py` and training's demo
                  grids are thin layers over it
+`cascade`        a base model and the upsampler that enlarges its pictures
+`clip_guidance`  a noised CLIP that leads towards a text
+`limits`         clean estimates kept where pixels can be
 `from_image`     where sampling begins or what it keeps: image to image, inpainting
 `aesthetic`      prompts led to a rating, by mean embeddings of images of that rating
 `interpolation`  from one prompt to another
@@ -14,7 +17,19 @@
 """
 
 from ldm_lab.sampling.aesthetic import Aesthetic, RatingEmbeddings
+from ldm_lab.sampling.cascade import Cascade, Upsampling
+from ldm_lab.sampling.clip_guidance import ClipGuidance
 from ldm_lab.sampling.from_image import Start
-from ldm_lab.sampling.sampler import Sampler, as_mix
+from ldm_lab.sampling.sampler import Picture, Sampler, as_mix
 
-__all__ = ["Aesthetic", "RatingEmbeddings", "Sampler", "Start", "as_mix"]
+__all__ = [
+    "Aesthetic",
+    "Cascade",
+    "ClipGuidance",
+    "Picture",
+    "RatingEmbeddings",
+    "Sampler",
+    "Start",
+    "Upsampling",
+    "as_mix",
+]

@@ -84,15 +84,14 @@ class Later:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.schedule, name)
 
-    def grid(self, steps: int, *spacing: Any) -> Tensor:
+    def grid(self, *which: Any) -> Tensor:
         """Return the times that are left, [steps - skip]."""
-        return self.schedule.grid(steps, *spacing)[self.skip :]
+        return self.schedule.grid(*which)[self.skip :]
 
 
 def first_time(walk: Any, schedule: Any) -> Tensor:
     """Return the time at which a sampler begins on a schedule, []."""
-    spacing = (walk.spacing,) if hasattr(walk, "spacing") else ()
-    return schedule.grid(walk.steps, *spacing)[0]
+    return walk.times(schedule)[0]
 
 
 def keep_known(
@@ -109,8 +108,11 @@ def keep_known(
         prediction = predict(x, t)
         alpha, sigma = (level[:, None, None, None] for level in schedule.alpha_sigma(t))  # [B, 1, 1, 1]
         noise = torch.where(sigma > 0, (x - alpha * known) / sigma, noise)  # [B, C, h, w]
+        gradient = prediction.gradient
         return prediction._replace(
-            x0=torch.where(mask, prediction.x0, known), eps=torch.where(mask, prediction.eps, noise)
+            x0=torch.where(mask, prediction.x0, known),
+            eps=torch.where(mask, prediction.eps, noise),
+            gradient=None if gradient is None else torch.where(mask, gradient, 0.0),
         )
 
     return predict_unknown

@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +17,16 @@ from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.parts import load_part, load_strictly, weights_path, weights_sha256
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
-from ldm_lab.guidance import guided, null_weight
-from ldm_lab.images import to_images
+from ldm_lab.guidance import guided, null_weight, plain_weights, shifted
+from ldm_lab.images import to_images, to_tensor
 from ldm_lab.objectives import Prediction
 from ldm_lab.pretrained import check_foreign
 from ldm_lab.prompts import Prompt, parse_prompt
 from ldm_lab.sampling.aesthetic import Aesthetic
+from ldm_lab.sampling.clip_guidance import ClipGuidance, climbing
 from ldm_lab.sampling.from_image import Later, Start, first_time, keep_known
 from ldm_lab.sampling.interpolation import between
+from ldm_lab.sampling.limits import clamped
 from ldm_lab.sampling.tiles import decode_in_tiles
 
 # One prompt: `text` or `text:weight`, or as an object. One picture's prompts: one of them, or several to be mixed.
@@ -33,7 +35,20 @@ Mix = OnePrompt | Sequence[OnePrompt]
 
 log = logging.getLogger(__name__)
 
+FACTOR = 4  # of an upsampler whose config does not say how many times it enlarges: GLIDE's
 DECODE_BATCH = 8  # images; the autoencoder's full-size feature maps need far more memory than the denoiser's
+
+
+class Picture(NamedTuple):
+    """A picture that was made.
+
+    Attributes:
+        image: 8-bit RGB; `image.info` has its seed.
+        pixels: the same before it was rounded, [3, H, W]; about [-1, 1], not clamped.
+    """
+
+    image: Image.Image
+    pixels: Tensor
 
 
 class Sampler:
@@ -55,6 +70,7 @@ class Sampler:
         *,
         dropout: float,
         size: tuple[int, int] | None = None,
+        factor: int | None = None,
         weak: nn.Module | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device | None = None,
@@ -70,6 +86,7 @@ class Sampler:
             conditioner: encodes prompts.
             dropout: share of the conditions that were dropped in training; guidance needs more than 0.
             size: default height and width in pixels.
+            factor: of an upsampler: how many times it enlarges, unless another size is asked for.
             weak: a worse denoiser of the same kind, to guide away from (autoguidance).
             dtype: of the denoiser's arithmetic (autocast); the samplers' own is float32.
             device: where to run; by default where the denoiser is.
@@ -79,7 +96,7 @@ class Sampler:
         """
         self.denoiser, self.objective, self.weak = denoiser, objective, weak
         self.autoencoder, self.conditioner = autoencoder, conditioner
-        self.dropout, self.size, self.dtype, self.low_memory = dropout, size, dtype, low_memory
+        self.dropout, self.size, self.factor, self.dtype, self.low_memory = dropout, size, factor, dtype, low_memory
         self.conditioner_section = conditioner_section
         self._device = None if device is None else torch.device(device)
 
@@ -99,7 +116,7 @@ class Sampler:
         """Load a trained model with its averaged weights.
 
         Args:
-            path: `ema.safetensors`, or a `.ckpt` of a run.
+            path: `ema.safetensors`, a `.ckpt` of a run, or whatever else `ldm_lab.pretrained.locate` takes.
             autoencoder: weights file of the autoencoder, if not where the checkpoint says.
             conditioner: weights file of the conditioner, if not where the checkpoint says.
             device: where to run.
@@ -138,6 +155,7 @@ class Sampler:
             frozen["conditioner"].to(waiting),
             dropout=config["conditioner"].get("dropout", 0.0),
             size=(int(side), int(side)) if side.isdecimal() else None,
+            factor=_factor(config),
             weak=None if worse is None else worse.to(waiting),
             dtype=dtype,
             device=device,
@@ -146,10 +164,15 @@ class Sampler:
         )
 
     def __call__(self, prompts: Sequence[Mix], **options: Any) -> list[Image.Image]:
-        """Return one 8-bit RGB image per entry of `prompts`. Options and errors are those of `batches`."""
+        """Return one 8-bit RGB image per entry of `prompts`. Options and errors are those of `pictures`."""
         return [image for batch in self.batches(prompts, **options) for image in batch]
 
-    def batches(
+    def batches(self, prompts: Sequence[Mix], **options: Any) -> Iterator[list[Image.Image]]:
+        """Return an iterator over the images, batch by batch. Options and errors are those of `pictures`."""
+        made = self.pictures(prompts, **options)
+        return ([picture.image for picture in batch] for batch in made)
+
+    def pictures(
         self,
         prompts: Sequence[Mix],
         *,
@@ -162,12 +185,16 @@ class Sampler:
         size: int | tuple[int, int] | None = None,
         start: Start | None = None,
         aesthetic: Aesthetic | None = None,
+        low_res: Sequence[Image.Image] | Tensor | None = None,
+        temperature: float = 1.0,
+        clamp: bool | None = None,
+        clip_guidance: ClipGuidance | None = None,
         rerank: int = 1,
         batch_size: int = 16,
         tile: int | None = None,
         progress: Callable[[int, int], None] | None = None,
-    ) -> Iterator[list[Image.Image]]:
-        """Return an iterator over the images, batch by batch, in the order of `prompts`.
+    ) -> Iterator[list[Picture]]:
+        """Return an iterator over the pictures, batch by batch, in the order of `prompts`.
 
         `image.info` has the image's seed and, if it was chosen among several, its similarity to its prompts.
 
@@ -183,6 +210,11 @@ class Sampler:
             size: pixels: a square's side, or height and width; by default the size of training.
             start: a picture to begin with (image to image, inpainting).
             aesthetic: a rating that the texts' embeddings are led to; the negative's is not.
+            low_res: what an upsampler is to enlarge, one for each image: pictures of one size, or [N, 3, h, w] in
+                [-1, 1] (see `ldm_lab.images.quantised`).
+            temperature: factor of the noise that sampling starts from.
+            clamp: keep the clean estimate of every step within [-1, 1]; by default so for models of pixels.
+            clip_guidance: make images more like their texts in the eyes of a noised CLIP; models of pixels only.
             rerank: make this many images for each, and keep the one whose embedding is most like its prompts. Candidate
                 j of an image has its seed + j * (number of images).
             batch_size: images at once; the denoiser sees 1 + (number of prompts) rows for each.
@@ -200,12 +232,16 @@ class Sampler:
         if rerank < 1:
             raise UserError(f"rerank: at least 1 candidate per image is needed, not {rerank}")
         mixes = [as_mix(entry) for entry in prompts]
-        weights = self._weights(mixes, guidance, negative)  # [N, k]
+        weights = self.weights(mixes, guidance, negative)  # [N, k]
+        low_res = self._low_res(low_res, len(mixes))  # [N, 3, h, w] or None
         embedded, index = self._encode(mixes, negative, aesthetic)  # [U, ...] for U distinct prompts, [N, k]
         if rerank > 1 and "embed" not in embedded:
             raise UserError("rerank: this model's conditioner has no embeddings of images and texts to compare")
         candidates = [(i, seed + j * len(seeds)) for i, seed in enumerate(seeds) for j in range(rerank)]
         options = {"sampler": sampler, "size": size, "interval": interval, "rescale": rescale, "start": start}
+        options |= {"low_res": low_res, "temperature": temperature, "clamp": clamp}
+        if clip_guidance is not None:
+            options["climb"] = clip_guidance, self._likeness(clip_guidance, mixes, guidance)
         made = self._made(embedded, index, weights, candidates, batch_size, tile, progress, **options)
         return made if rerank == 1 else self._best(made, embedded["embed"], index, weights, rerank)
 
@@ -240,15 +276,17 @@ class Sampler:
         if frames < len(mixes):
             raise UserError(f"interpolation: {frames} frames are fewer than the {len(mixes)} prompts")
         embedded, index = self._encode(mixes, aesthetic=aesthetic)  # [U, ...], [S, 1]
+        if "embed" not in embedded:
+            raise UserError("interpolation: this model's conditioner has no embeddings to walk between")
         stations = {name: rows[index[:, 0].to(rows.device)] for name, rows in embedded.items()}  # [S, ...]
-        at = self._weights(mixes, guidance)  # [S, 1]
+        at = self.weights(mixes, guidance)  # [S, 1]
         weights = F.interpolate(at.T[None], frames, mode="linear", align_corners=True)[0].T  # [frames, 1]
         options = {"sampler": sampler, "size": size, "interval": interval, "rescale": rescale}
         one_each = torch.arange(frames)[:, None]  # [frames, 1]
         candidates = [(i, seed) for i in range(frames)]
         film = between(stations, frames)  # [frames, ...]
         made = self._made(film, one_each, weights, candidates, batch_size, tile, progress, **options)
-        return [image for batch in made for image in batch]
+        return [picture.image for batch in made for picture in batch]
 
     def _made(
         self,
@@ -263,19 +301,25 @@ class Sampler:
         sampler: str | dict[str, Any],
         size: int | tuple[int, int] | None,
         start: Start | None = None,
+        low_res: Tensor | None = None,
+        climb: tuple[ClipGuidance, Tensor] | None = None,
+        temperature: float = 1.0,
+        clamp: bool | None = None,
         **guide: Any,
-    ) -> Iterator[list[Image.Image]]:
-        """Return an iterator over batches of images.
+    ) -> Iterator[list[Picture]]:
+        """Return an iterator over batches of pictures.
 
         Args:
             embedded: conditions, tensors of [U, ...].
             index: which of them each of N images has, [N, k].
             weights: of the conditions, [N, k].
             candidates: (which of the N, seed) of each image to be made.
-            batch_size, tile, progress, sampler, size, start, guide: see `batches`.
+            climb: CLIP guidance, and what each image is to be like, [N, D].
+            batch_size, tile, progress, sampler, size, start, low_res, temperature, clamp, guide: see `pictures`.
         """
         walk = build("sampler", {"name": sampler} if isinstance(sampler, str) else sampler)
-        latent_size = self.latent_size(size)
+        walk.times(self.objective.schedule)  # complains of steps that this schedule does not have
+        latent_size = self.latent_size(self._enlarged_size(size, low_res))
         if batch_size < 1:
             raise UserError(f"batch_size: at least 1 is needed, not {batch_size}")
         _check_guide(**guide)
@@ -283,7 +327,7 @@ class Sampler:
         steps = walk.steps if start is None else round(start.strength * walk.steps)
         total = math.ceil(len(candidates) / batch_size) * steps
 
-        def run() -> Iterator[list[Image.Image]]:
+        def run() -> Iterator[list[Picture]]:
             for first in range(0, len(candidates), batch_size):
                 part = candidates[first : first + batch_size]
                 which, seeds = [i for i, _ in part], [seed for _, seed in part]
@@ -291,29 +335,40 @@ class Sampler:
                 report = (lambda step, x, x0, done=done: progress(done + step + 1, total)) if progress else None
                 rows = {name: value[index[which].to(value.device)] for name, value in embedded.items()}  # [B, k, ...]
                 latents = self.latents(
-                    walk, latent_size, rows, weights[which], seeds, report, start=start, **guide
+                    walk,
+                    latent_size,
+                    rows,
+                    weights[which],
+                    seeds,
+                    report,
+                    start=start,
+                    low_res=None if low_res is None else low_res[which],
+                    climb=None if climb is None else (climb[0], climb[1][which]),
+                    temperature=temperature,
+                    clamp=clamp,
+                    **guide,
                 )  # [B, C, h, w]
-                images = self.decode(latents, tile_side)
+                pictures = self.decode(latents, tile_side)
                 if start is not None:
-                    images = [start.restore(image) for image in images]
-                for image, seed in zip(images, seeds):
-                    image.info["seed"] = seed
-                yield images
+                    pictures = [_restored(picture, start) for picture in pictures]
+                for picture, seed in zip(pictures, seeds):
+                    picture.image.info["seed"] = seed
+                yield pictures
 
         return run()
 
     def _best(
-        self, made: Iterator[list[Image.Image]], embeds: Tensor, index: Tensor, weights: Tensor, rerank: int
-    ) -> Iterator[list[Image.Image]]:
-        """Return an iterator over the best of every `rerank` images in a row, by similarity to their prompts."""
+        self, made: Iterator[list[Picture]], embeds: Tensor, index: Tensor, weights: Tensor, rerank: int
+    ) -> Iterator[list[Picture]]:
+        """Return an iterator over the best of every `rerank` pictures in a row, by similarity to their prompts."""
         best, seen = None, 0
         for batch in made:
             chosen = []
-            for image in batch:
-                i = seen // rerank
+            for picture in batch:
+                i, image = seen // rerank, picture.image
                 image.info["similarity"] = self.similarity(image, embeds[index[i]], weights[i])
-                if best is None or image.info["similarity"] > best.info["similarity"]:
-                    best = image
+                if best is None or image.info["similarity"] > best.image.info["similarity"]:
+                    best = picture
                 seen += 1
                 if seen % rerank == 0:
                     chosen.append(best)
@@ -329,6 +384,11 @@ class Sampler:
         cosine = F.cosine_similarity(embed, embeds.to(embed))  # [k]
         weights = weights.to(cosine)
         return float((weights * cosine).sum() / weights.abs().sum().clamp(min=1e-12))
+
+    @property
+    def enlarges(self) -> bool:
+        """Whether the model is an upsampler: it is told what to enlarge, beside the prompts."""
+        return getattr(self.denoiser, "super_res", False)
 
     @property
     def device(self) -> torch.device:
@@ -364,6 +424,10 @@ class Sampler:
         callback: Callable[[int, Tensor, Tensor], None] | None = None,
         *,
         start: Start | None = None,
+        low_res: Tensor | None = None,
+        climb: tuple[ClipGuidance, Tensor] | None = None,
+        temperature: float = 1.0,
+        clamp: bool | None = None,
         **guide: Any,
     ) -> Tensor:
         """Return one batch of latents, float32 [B, C, h, w].
@@ -376,6 +440,10 @@ class Sampler:
             seeds: one per image.
             callback: handed to the sampler.
             start: a picture to begin with.
+            low_res: what is to be enlarged, [B, 3, h', w'].
+            climb: CLIP guidance, and what each image is to be like, [B, D].
+            temperature: factor of the noise that sampling starts from.
+            clamp: keep clean estimates within [-1, 1]; None does so for models of pixels.
             guide: `interval` and `rescale` (`ldm_lab.guidance.guided`).
         """
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -386,6 +454,7 @@ class Sampler:
 
         schedule, device = self.objective.schedule, self.device
         x = noise(torch.empty(len(seeds), self.autoencoder.channels, *latent_size, device=device))  # [B, C, h, w]
+        x = x * temperature  # [B, C, h, w]
         known = mask = None
         if start is not None:
             size = [side * self.autoencoder.downscale for side in latent_size]
@@ -401,12 +470,39 @@ class Sampler:
                 x = alpha * known + sigma * x  # [B, C, h, w]
         cond = {name: value.to(device) for name, value in cond.items()}  # [B, k, ...]
         null = self.conditioner.null({name: value[:, 0] for name, value in cond.items()})  # [B, ...]
+        for name, value in self._beside(x, low_res, known, mask).items():  # with prompts and without them alike
+            null[name] = value  # [B, ...]
+            cond[name] = value[:, None].expand(-1, weights.shape[1], *value.shape[1:])  # [B, k, ...]
         weak = None if self.weak is None else self._predict(self.weak)
         predict = guided(self._predict(self.denoiser), cond, null, weights, weak=weak, schedule=schedule, **guide)
+        limit = getattr(self.autoencoder, "limit", None)
+        if clamp or (clamp is None and limit is not None):
+            predict = clamped(predict, schedule, limit or 1 / float(self.autoencoder.scale))
+        if climb is not None:
+            predict = climbing(predict, climb[0], climb[1].to(device), schedule)
+            predict = predict if walk.shifts_mean else shifted(predict, schedule)
         if mask is not None:
             predict = keep_known(predict, known, mask, schedule)
-        with self._in_use(self.denoiser), self._in_use(self.weak), _evaluating(self.denoiser):
+        guide = climb[0].clip if climb is not None else None
+        with self._in_use(self.denoiser), self._in_use(self.weak), self._in_use(guide), _evaluating(self.denoiser):
             return walk(predict, x, schedule=schedule, noise=noise, callback=callback)
+
+    def _beside(
+        self, x: Tensor, low_res: Tensor | None, known: Tensor | None, mask: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Return what a denoiser of these forms is told beside the prompts, [B, ...] each, for x [B, C, h, w].
+
+        Args:
+            x: where sampling starts.
+            low_res: what an upsampler is to enlarge, [B, 3, h', w'].
+            known: the picture of an inpainting, [1, C, h, w].
+            mask: where it is to be painted, bool [1, 1, h, w].
+        """
+        beside = {} if low_res is None else {"low_res": low_res.to(x)}  # [B, 3, h', w']
+        if mask is not None and getattr(self.denoiser, "inpaint", False):
+            beside["inpaint_image"] = known.expand_as(x)  # [B, C, h, w]
+            beside["inpaint_mask"] = (~mask).to(x).expand(len(x), -1, -1, -1)  # [B, 1, h, w]
+        return beside
 
     def _predict(self, denoiser: nn.Module) -> Callable[[Tensor, Tensor, dict[str, Tensor]], Prediction]:
         """Return a denoiser's reading of rows, at the precision that was asked for."""
@@ -419,17 +515,18 @@ class Sampler:
         return predict
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, tile: int | None = None) -> list[Image.Image]:
-        """Return the images of latents [B, C, h, w]; if they are larger than a tile of latent elements, in tiles."""
-        images = []
+    def decode(self, latents: Tensor, tile: int | None = None) -> list[Picture]:
+        """Return the pictures of latents [B, C, h, w]; if they are larger than a tile of latent elements, in tiles."""
+        pictures: list[Picture] = []
+        rounded = hasattr(self.autoencoder, "limit")  # models of pixels were trained on whole levels
         with self._in_use(self.autoencoder):
             for part in latents.split(DECODE_BATCH):
                 if tile is None:
                     pixels = self.autoencoder.decode(part)  # [B, 3, H, W]
                 else:
                     pixels = decode_in_tiles(self.autoencoder, part, tile, overlap=tile // 4)  # [B, 3, H, W]
-                images += to_images(pixels)
-        return images
+                pictures += map(Picture, to_images(pixels, rounded), pixels.float().cpu())
+        return pictures
 
     def _tile(self, pixels: int | None) -> int | None:
         """Return the side of a tile in latent elements. Raises UserError if it is no multiple of the downscaling."""
@@ -452,7 +549,55 @@ class Sampler:
         finally:
             module.to("cpu")
 
-    def _weights(self, mixes: list[list[Prompt]], guidance: float, negative: str | None = None) -> Tensor:
+    def _low_res(self, low_res: Sequence[Image.Image] | Tensor | None, count: int) -> Tensor | None:
+        """Return what is to be enlarged, [N, 3, h, w]. Raises UserError if this model wants it otherwise."""
+        if self.enlarges != (low_res is not None):
+            raise UserError(
+                "this model is an upsampler: it enlarges the pictures of a base model "
+                "(sample.py --checkpoint BASE --upsampler THIS)"
+                if self.enlarges
+                else "this model is no upsampler: it takes no pictures to enlarge"
+            )
+        if low_res is None or isinstance(low_res, Tensor):
+            given = low_res
+        elif len({image.size for image in low_res}) > 1:
+            raise UserError("low_res: the pictures have to be of one size")
+        else:
+            given = torch.stack([to_tensor(image) for image in low_res])  # [N, 3, h, w]
+        if given is not None and len(given) != count:
+            raise UserError(f"low_res: {len(given)} pictures for {count} images; one for each is needed")
+        return given
+
+    def _enlarged_size(
+        self, size: int | tuple[int, int] | None, low_res: Tensor | None
+    ) -> int | tuple[int, int] | None:
+        """Return the size to be made: what is asked for, or what the picture's own becomes when it is enlarged."""
+        if size is not None or low_res is None or self.factor is None:
+            return size
+        return low_res.shape[2] * self.factor, low_res.shape[3] * self.factor
+
+    @torch.no_grad()
+    def _likeness(self, guidance: ClipGuidance, mixes: list[list[Prompt]], usual: float) -> Tensor:
+        """Return what each image is to be like in the CLIP's eyes, [N, D]: its texts' embeddings, in proportion.
+
+        Raises:
+            UserError: an image without a text, or a model of latents.
+        """
+        if getattr(self.autoencoder, "limit", None) != 1:
+            raise UserError("CLIP guidance: the noised CLIP sees pixels, this model makes latents")
+        rows = []
+        for mix in mixes:
+            texts = [prompt for prompt in mix if prompt.image is None]
+            weights = torch.tensor([[usual if prompt.weight is None else prompt.weight for prompt in texts]])  # [1, k]
+            shares = plain_weights(weights)[1:, 0]  # [k]
+            if not shares.any():
+                raise UserError("CLIP guidance: each image needs a text with a weight above 0")
+            with self._in_use(guidance.clip):
+                embeds = guidance.clip.text_embedding([prompt.text for prompt in texts])  # [k, D]
+            rows.append((shares.to(embeds)[:, None] * embeds).sum(0))  # [D]
+        return torch.stack(rows)  # [N, D]
+
+    def weights(self, mixes: list[list[Prompt]], guidance: float, negative: str | None = None) -> Tensor:
         """Return the weights, float64 [N, k], 0 where an image has fewer than k prompts.
 
         With a negative prompt there is one more column, at the end: what the others leave over.
@@ -529,6 +674,21 @@ def as_mix(entry: Mix) -> list[Prompt]:
     return [prompt for part in entry for prompt in as_mix(part)]
 
 
+def _restored(picture: Picture, start: Start) -> Picture:
+    """Return a picture with what was masked off as it was."""
+    if start.mask is None:
+        return picture
+    image = start.restore(picture.image)
+    return Picture(image, to_tensor(image))
+
+
+def _factor(config: dict[str, Any]) -> int:
+    """Return how many times the upsampler of a checkpoint's config enlarges."""
+    section = config.get("low_res")
+    factor = section.get("factor") if isinstance(section, dict) else None
+    return factor if isinstance(factor, int) and factor > 0 else FACTOR
+
+
 def _check_guide(interval: tuple[float, float], rescale: float) -> None:
     """Raise UserError for an interval or a rescaling that makes no sense."""
     low, high = interval
@@ -550,7 +710,7 @@ def _load_denoiser(
 def _load_frozen(role: str, section: dict[str, Any], moved: str | Path | None, trained_with: str | None) -> nn.Module:
     """Return a frozen part of a checkpoint, from `moved` if given; warn if it is not the file of training."""
     if moved is not None:
-        section = {**section, "weights": str(moved)}
+        section = {**section, "weights": moved}
     try:
         if moved is None:
             check_foreign(section.get("weights"), f"{role}.weights")

@@ -70,8 +70,10 @@ class Checkpointing(Callback):
         """Return what is wrong across keys."""
         every, seconds, keep_every = (section.get(key) for key in ("every", "seconds", "keep_every"))
         problems = [] if every is None or every >= 1 else [f"every: {every} is not a positive number of steps"]
-        if seconds is not None and not 0 < seconds < float("inf"):
+        if seconds is not None and seconds <= 0:
             problems.append(f"seconds: {seconds} is not a positive time")
+        if section.get("keep", 0) < 0:
+            problems.append(f"keep: at least 0 is needed, not {section['keep']}")
         every = every or (DEFAULT_EVERY if seconds is None else 1)
         if keep_every is not None and every > 0 and (keep_every < 1 or keep_every % every):
             problems.append(f"keep_every: {keep_every} is not a multiple of every ({every})")

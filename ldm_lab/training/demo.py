@@ -1,12 +1,15 @@
 """Grids of samples from fixed prompts and fixed noise during training."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from ldm_lab.config import check_section, register
+from ldm_lab.errors import UserError
 from ldm_lab.images import grid, save_png
 from ldm_lab.prompts import read_prompts
 from ldm_lab.sampling import Sampler
@@ -55,10 +58,19 @@ class Demo(Callback):
     @staticmethod
     def check(section: dict) -> list[str]:
         """Return what is wrong across keys."""
-        problems = (
-            [f"every: {section['every']} is not a positive number of steps"] if section.get("every", 1) < 1 else []
-        )
+        problems = [
+            f"{key}: at least 1 is needed, not {section[key]}"
+            for key in ("every", "batch_size", "columns", "image_size")
+            if section.get(key) is not None and section[key] < 1
+        ]
         return problems + check_section("sampler", {**DEFAULT_SAMPLER, **(section.get("sampler") or {})}, "sampler")
+
+    def setup(self, trainer: Trainer, task: LightningModule, stage: str) -> None:
+        """Find out before training whether this model can draw them. Raises UserError."""
+        try:
+            self.batches(trainer, task)
+        except UserError as error:
+            raise UserError(f"demo: {error}") from None
 
     def on_train_batch_end(self, trainer: Trainer, task: LightningModule, *_: Any) -> None:
         step = trainer.global_step
@@ -68,18 +80,8 @@ class Demo(Callback):
 
     def draw(self, trainer: Trainer, task: LightningModule) -> None:
         """Sample this rank's share of the prompts; rank 0 gathers, writes and logs the grid."""
-        sampler = Sampler(task.best_model, task.objective, **task.frozen, dropout=task.dropout)
-        size = self.image_size or trainer.datamodule.source.image_size
-        mine = range(trainer.global_rank, len(self.prompts), trainer.world_size)
         with torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else []):
-            images = sampler(
-                [self.prompts[i] for i in mine],
-                seeds=[self.seed + i for i in mine],
-                guidance=self.guidance,
-                sampler=self.sampler,
-                size=size,
-                batch_size=self.batch_size,
-            )
+            images = [image for batch in self.batches(trainer, task) for image in batch]
         shares = gather(images)
         if not trainer.is_global_zero:
             return
@@ -89,3 +91,16 @@ class Demo(Callback):
         save_png(path, picture, {"step": str(trainer.global_step), "prompts": "\n".join(self.prompts)})
         log_images(trainer, "demo/grid", [picture], ["\n".join(self.prompts)])
         log_images(trainer, "demo/images", drawn, self.prompts)
+
+    def batches(self, trainer: Trainer, task: LightningModule) -> Iterator[list[Image.Image]]:
+        """Return an iterator over this rank's images, which are not made before they are asked for."""
+        sampler = Sampler(task.best_model, task.objective, **task.frozen, dropout=task.dropout)
+        mine = range(trainer.global_rank, len(self.prompts), trainer.world_size)
+        return sampler.batches(
+            [self.prompts[i] for i in mine],
+            seeds=[self.seed + i for i in mine],
+            guidance=self.guidance,
+            sampler=self.sampler,
+            size=self.image_size or trainer.datamodule.source.image_size,
+            batch_size=self.batch_size,
+        )

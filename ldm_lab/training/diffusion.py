@@ -11,10 +11,14 @@ from ldm_lab.checkpoints.models import read_model, save_model
 from ldm_lab.checkpoints.parts import FORMAT, load_part
 from ldm_lab.config import build, register
 from ldm_lab.errors import UserError
+from ldm_lab.pretrained import locate
 from ldm_lab.training.logs import say
+from ldm_lab.training.low_res import LowRes
 from ldm_lab.training.task import Task
 from ldm_lab.training.timesteps import TIMESTEPS
 
+# Attributes of a denoiser that say which form it has -> such a one, and one without it, in words.
+FORMS = {"super_res": ("an upsampler", "a base model")}
 DROPOUT = 0.2  # share of conditions that are dropped unless the config says otherwise (cloob-latent-diffusion's)
 
 
@@ -22,7 +26,7 @@ DROPOUT = 0.2  # share of conditions that are dropped unless the config says oth
 class DiffusionTask(Task):
     """Train a denoiser on latents of images, conditioned on embeddings of the same images."""
 
-    ROLES = ("autoencoder", "conditioner", "denoiser", "objective", "cache", "demo")
+    ROLES = ("autoencoder", "conditioner", "denoiser", "objective", "low_res", "cache", "demo")
     REQUIRED = ("data", "autoencoder", "conditioner", "denoiser", "objective")
     NETWORK = ("denoiser", "objective")
 
@@ -34,24 +38,27 @@ class DiffusionTask(Task):
         self.objective = build("objective", config["objective"])
         self.dropout = config["conditioner"].get("dropout", DROPOUT)
         self.adopt(build("denoiser", config["denoiser"], autoencoder.channels, conditioner.embed_dim))
+        check_fit(conditioner, self.model, self.objective)
+        self.low_res = low_resolution(config, self.model)
         size, unit = config["data"].get("image_size"), autoencoder.downscale * self.model.multiple_of
         if size is not None and size % unit:
             raise UserError(f"data.image_size: {size} is not a multiple of {unit}, which this model's levels need")
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        x0, cond = self.encode(batch)  # [B, C, h, w], {"embed": [B, D]}
+        x0, cond = self.encode(batch)  # [B, C, h, w], {"embed": [B, D]} or {"tokens": [B, L], "mask": [B, L]}
         t = self.timesteps(self.batches_seen, len(x0)).to(x0)  # [B]
         noise = torch.randn_like(x0)  # [B, C, h, w]
-        loss = self.objective.loss(self.model, x0, cond, t, noise)  # [B]
-        self.log_means({"loss": loss.mean()}, len(x0))
-        self.log_by_time(loss, t)
-        return loss.mean()
+        terms = self.objective.terms(self.model, x0, cond, t, noise)  # {"loss": [B], ...}
+        self.log_means({name: term.mean() for name, term in terms.items()}, len(x0))
+        self.log_by_time(terms["loss"], t)
+        return terms["loss"].mean()
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return posterior samples of the latents, [B, C, h, w], and the condition, dropped for a share of the rows.
 
-        A cached batch brings "mean", "logvar" and "embed" instead of "image".
+        A cached batch brings "mean", "logvar" and "embed" instead of "image". An upsampler's condition has the image
+        made small besides, as "low_res", which is never dropped.
         """
         autoencoder, conditioner = self.frozen["autoencoder"], self.frozen["conditioner"]
         with torch.autocast(self.device.type, enabled=False):  # the frozen parts stay in fp32
@@ -62,7 +69,12 @@ class DiffusionTask(Task):
             x0 = autoencoder.sample(mean, logvar, torch.randn_like(mean))  # [B, C, h, w]
             cond = {"embed": batch["embed"].float()} if "embed" in batch else conditioner.from_batch(batch)
         keep = torch.rand(len(x0), device=self.device) > self.dropout  # [B]
-        return x0, drop(cond, conditioner.null(cond), keep)
+        cond = drop(cond, conditioner.null(cond), keep)
+        if self.low_res is not None:
+            if "image" not in batch:
+                raise UserError("data: an upsampler is trained on images, and a cache holds none")
+            cond["low_res"] = self.low_res(batch["image"])  # [B, 3, H / factor, W / factor]
+        return x0, cond
 
     def log_by_time(self, loss: Tensor, t: Tensor) -> None:
         """Log the mean loss of each quarter of [0, 1), at logging steps only."""
@@ -81,15 +93,19 @@ class DiffusionTask(Task):
         for role, checksum in self.frozen_sha256.items():
             if made_with.get(role, checksum) != checksum:
                 raise UserError(f"data.path: this cache was made with another {role} than {role}.weights")
-        draw = TIMESTEPS[self.objective.timesteps]
+        draw = TIMESTEPS[self.objective.draw]
         self.timesteps = draw(self.seed, self.global_rank, self.trainer.world_size)
 
     def initial_weights(self, path: str) -> tuple[dict[str, Tensor], str]:
-        config, state, extra = read_model(path)
+        config, state, extra = read_model(locate(path, "init_from"))
         ours = self.run_config["denoiser"]["name"]
         theirs, part = (s if isinstance(s := config.get(role), dict) else {} for role in ("denoiser", "autoencoder"))
         if theirs.get("name") != ours:
             raise UserError(f"init_from: {path} holds the denoiser {theirs.get('name')!r}, denoiser.name is {ours!r}")
+        for form, (name, other) in FORMS.items():
+            if bool(theirs.get(form)) != getattr(self.model, form, False):
+                holds, wanted = (name, other) if theirs.get(form) else (other, name)
+                raise UserError(f"init_from: {path} is {holds}, and denoiser.{form} asks for {wanted}")
         scale, before = getattr(self.frozen["autoencoder"], "scale", None), part.get("scale")
         if scale is not None and isinstance(before, float) and before > 0 and abs(float(scale) / before - 1) > 0.01:
             say(
@@ -121,6 +137,41 @@ class DiffusionTask(Task):
             config["autoencoder"] = {**config["autoencoder"], "scale": scale}
         config["conditioner"] = {**config["conditioner"], "dropout": self.dropout}
         return config
+
+
+def check_fit(conditioner: Any, denoiser: Any, objective: Any) -> None:
+    """Raise UserError if the denoiser does not read what the conditioner gives, or counts timesteps otherwise."""
+    gives, takes = (getattr(part, name, ("embed",)) for part, name in ((conditioner, "gives"), (denoiser, "takes")))
+    if not set(takes) <= set(gives):
+        raise UserError(
+            f"conditioner.name: {denoiser.part_name} reads {' and '.join(takes)}, and the conditioner "
+            f"{conditioner.part_name} gives {' and '.join(gives)}"
+        )
+    if "tokens" in takes and denoiser.text_size != conditioner.text_size:
+        raise UserError(
+            f"conditioner.text_size: {conditioner.text_size}, and denoiser.text_size: {denoiser.text_size}; "
+            "they have to be the same"
+        )
+    ours, theirs = getattr(denoiser, "timesteps", None), getattr(objective.schedule, "timesteps", None)
+    if None not in (ours, theirs) and ours != theirs:
+        raise UserError(f"objective.timesteps: {theirs}, and denoiser.timesteps: {ours}; they have to be the same")
+
+
+def low_resolution(config: dict[str, Any], denoiser: Any) -> LowRes | None:
+    """Return what makes an upsampler's condition; None for a denoiser that is none.
+
+    Raises:
+        UserError: a section `low_res` for a denoiser that is no upsampler, an image size that it does not divide.
+    """
+    if not getattr(denoiser, "super_res", False):
+        if config.get("low_res") is not None:
+            raise UserError("low_res: is for upsamplers; denoiser.super_res=true makes one")
+        return None
+    low_res = build("low_res", config.get("low_res"))
+    size = config["data"].get("image_size")
+    if size is not None and size % low_res.factor:
+        raise UserError(f"data.image_size: {size} is not a multiple of low_res.factor, {low_res.factor}")
+    return low_res
 
 
 def drop(cond: dict[str, Tensor], null: dict[str, Tensor], keep: Tensor) -> dict[str, Tensor]:

@@ -44,12 +44,16 @@ class Logging:
         """
         self.every, self.wandb, self.project, self.entity = every, wandb, project, entity
 
+    @staticmethod
+    def check(section: dict[str, Any]) -> list[str]:
+        """Return what is wrong with the values of a section."""
+        every = section.get("every", 1)
+        return [] if every >= 1 else [f"every: {every} is not a positive number of steps"]
+
     def loggers(self, folder: Path, run: str, resumed_step: int | None, wandb_id: str | None) -> list[Logger]:
         """Return the loggers of a run that starts at step 0 or goes on from `resumed_step`."""
         loggers: list[Logger] = [CSVLog(folder / "metrics.csv", resumed_step)]
         if self.wandb != "none":
-            if self.wandb == "online":
-                self._check_login()
             folder.mkdir(parents=True, exist_ok=True)
             loggers.append(self._wandb_logger(folder, run, wandb_id))
         return loggers

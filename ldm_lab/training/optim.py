@@ -1,12 +1,13 @@
 """The optimizer and the learning rate over time."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from ldm_lab.config import register
+from ldm_lab.errors import UserError, unknown
 
 
 @register("optim")
@@ -26,6 +27,8 @@ class Optim:
         schedule: Literal["constant", "linear", "cosine"] = "constant",
         schedule_steps: int | None = None,
         final_lr: float = 0.0,
+        state: Literal["32bit", "8bit", "paged_8bit"] = "32bit",
+        freeze: list[str] = (),
     ) -> None:
         """Set the learning rate `lr` and what it is multiplied with.
 
@@ -41,7 +44,12 @@ class Optim:
             schedule: course from `lr` to `final_lr` over `schedule_steps`; the cosine is cos^2 of a quarter period.
             schedule_steps: optimizer steps; by default the run's `trainer.max_steps`.
             final_lr: learning rate at the end of the schedule.
+            state: precision of AdamW's two averages; 8bit (Dettmers et al. 2022, arXiv 2110.02861) takes a quarter of
+                the memory, paged_8bit moves them to main memory when the GPU is full. Both need bitsandbytes.
+            freeze: parts of the network that stay as they are, by the names that the denoiser has for them, such as
+                text_transformer and unet of glide_unet.
         """
+        self.state, self.freeze = state, list(freeze)
         self.lr, self.weight_decay, self.betas, self.eps, self.decay_on = lr, weight_decay, tuple(betas), eps, decay_on
         self.warmup, self.warmup_steps = warmup, warmup_steps
         self.schedule, self.schedule_steps, self.final_lr = schedule, schedule_steps, final_lr
@@ -49,11 +57,15 @@ class Optim:
     @staticmethod
     def check(section: dict) -> list[str]:
         """Return what is wrong across keys."""
+        least = {"lr": 0, "weight_decay": 0, "eps": 0, "final_lr": 0, "warmup_steps": 0, "schedule_steps": 1}
         problems = [
-            f"{k}: {section[k]} is negative" for k in ("lr", "weight_decay", "warmup_steps") if section.get(k, 0) < 0
+            f"{key}: at least {low} is needed, not {section[key]}"
+            for key, low in least.items()
+            if section.get(key) is not None and section[key] < low
         ]
-        if len(section.get("betas") or (0, 0)) != 2:
-            problems.append(f"betas: two numbers are needed, not {section['betas']}")
+        betas = section.get("betas", (0, 0))
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            problems.append(f"betas: two numbers from 0 to less than 1 are needed, not {betas}")
         return problems
 
     def factor(self, step: int, max_steps: int) -> float:
@@ -84,8 +96,36 @@ class Optim:
                 {"params": decayed},
                 {"params": [p for _, p in trained if id(p) not in chosen], "weight_decay": 0.0},
             ]
-        return torch.optim.AdamW(groups, self.lr, self.betas, self.eps, self.weight_decay)
+        if self.state == "32bit":
+            return torch.optim.AdamW(groups, self.lr, self.betas, self.eps, self.weight_decay)
+        return _bitsandbytes().AdamW8bit(
+            groups, self.lr, self.betas, self.eps, self.weight_decay, is_paged=self.state == "paged_8bit"
+        )
+
+    def freeze_parts(self, model: nn.Module) -> None:
+        """Take the gradients off what `freeze` names. Raises UserError for a part that the network does not have."""
+        if not self.freeze:
+            return
+        groups = model.freeze_groups() if hasattr(model, "freeze_groups") else {}
+        for name in self.freeze:
+            if name not in groups:
+                raise UserError(f"optim.freeze: {unknown('part of this network', name, groups)}")
+            for parameter in groups[name]:
+                parameter.requires_grad_(False)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise UserError(f"optim.freeze: {', '.join(self.freeze)} is all there is: nothing would be trained")
 
     def scheduler(self, optimizer: torch.optim.Optimizer, max_steps: int) -> torch.optim.lr_scheduler.LRScheduler:
         """Return the scheduler that applies `factor` at every optimizer step."""
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.factor(step, max_steps))
+
+
+def _bitsandbytes() -> Any:
+    """Return the optimizers of bitsandbytes. Raises UserError where it is not installed."""
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise UserError(
+            "optim.state: 8 bits need bitsandbytes, which is not installed: pip install bitsandbytes"
+        ) from None
+    return bitsandbytes.optim

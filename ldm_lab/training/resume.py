@@ -14,6 +14,8 @@ from ldm_lab.training.logs import say
 
 # Sections whose keys may differ from those of the checkpoint without a word: where and how the run reports.
 QUIET = ("run", "logging", "resume", "defaults")
+# Keys outside the network's sections that have to stay: what the optimizer has a state for, and of which kind.
+FIXED = ("optim.freeze", "optim.state")
 
 
 @register("resume")
@@ -43,6 +45,12 @@ class Resume(Callback):
         if lr is not None and self.path is None and checkpoint != "last":
             raise UserError("resume.lr: needs resume.checkpoint; a fresh run takes optim.lr")
 
+    @staticmethod
+    def check(section: dict[str, Any]) -> list[str]:
+        """Return what is wrong with the values of a section."""
+        lr = section.get("lr")
+        return [f"lr: {lr} is negative"] if lr is not None and lr < 0 else []
+
     def differences(self, config: dict[str, Any], network: tuple[str, ...]) -> list[str]:
         """Return the lines "key: checkpoint's value -> new value" between the checkpoint's config and this one.
 
@@ -58,7 +66,7 @@ class Resume(Callback):
             raise UserError(f"{self.path}: not a checkpoint of a run of ldm_lab; for other weights use init_from")
         old, new = (_flat({k: v for k, v in c.items() if k not in QUIET}) for c in (content[FORMAT]["config"], config))
         changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-        fixed = [key for key in changed if key.split(".")[0] in ("task", *network)]
+        fixed = [key for key in changed if key.split(".")[0] in ("task", *network) or key in FIXED]
         if fixed:
             key = fixed[0]
             raise UserError(

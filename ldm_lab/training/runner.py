@@ -72,7 +72,14 @@ class TrainerOptions:
         """Return what is wrong across keys."""
         precision = str(section.get("precision", "32-true"))
         known = [*PRECISIONS, "32", "16", "64", "bf16"]
-        return [] if precision in known else [f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}"]
+        problems = [] if precision in known else [f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}"]
+        for key, least in (("accumulate_grad_batches", 1), ("threads", 1), ("gradient_clip_val", 0)):
+            if section.get(key) is not None and section[key] < least:
+                problems.append(f"{key}: at least {least} is needed, not {section[key]}")
+        steps = section.get("max_steps", -1)
+        if steps < 1 and steps != -1:
+            problems.append(f"max_steps: a number from 1 on is needed, or -1 for a run without end, not {steps}")
+        return problems
 
     def trainer(self, callbacks: list[Callback], loggers: list[Any], log_every: int, folder: Path) -> Trainer:
         """Return the Trainer."""
@@ -90,14 +97,22 @@ class TrainerOptions:
 
 
 class Bookkeeping(Callback):
-    """Counts batches and tells the data which of them were consumed; first of the callbacks, so that what a
-    checkpoint saves after a batch includes that batch.
+    """Writes the config into the run's folder, counts batches and tells the data which of them were consumed; first of
+    the callbacks, so that what a checkpoint saves after a batch includes that batch.
 
     Attributes:
         data_states: at the end of training, where each rank stands in the data and what it skipped.
     """
 
     data_states: list[dict[str, Any]] | None = None
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_fit_start(self, trainer: Trainer, task: Task) -> None:
+        if trainer.is_global_zero:  # not before all is known to be right: a mistake leaves no folder
+            with atomic_write(self.folder / "config.yaml") as file:
+                file.write(to_yaml(task.run_config).encode())
 
     def on_train_end(self, trainer: Trainer, task: Task) -> None:
         self.data_states = gather(trainer.datamodule.rank_state())
@@ -130,7 +145,7 @@ def run(config: dict[str, Any]) -> int:
     logging = build("logging", config.get("logging"))
     data = DataModule(build("data", training_data(config)), seed=config.get("seed", 0))
     interrupt = Interrupt()
-    bookkeeping = Bookkeeping()
+    bookkeeping = Bookkeeping(folder)
     callbacks: list[Callback] = [bookkeeping, resume]
     kind = part_class("task", {"name": config.get("task", "diffusion")})
     changes = resume.differences(config, kind.NETWORK) if resume.path else []
@@ -158,11 +173,8 @@ def run(config: dict[str, Any]) -> int:
 
 @rank_zero_only
 def announce(config: dict[str, Any], folder: Path, resumed: Path | None, changes: list[str], task: Task) -> None:
-    """Print the config and what was overridden on resume; write the config into the run's folder."""
-    text = to_yaml(config)
-    print(text)
-    with atomic_write(folder / "config.yaml") as file:
-        file.write(text.encode())
+    """Print the config and what was overridden on resume."""
+    print(to_yaml(config))
     trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
     print(f"{trained:,} trained parameters; everything this run writes goes under {folder}/")
     if resumed:
@@ -177,4 +189,5 @@ def report(trainer: Trainer, folder: Path, data: str, interrupt: Interrupt) -> N
     print(data)
     if interrupt.received:
         print(f"stopped at step {trainer.global_step} and saved: resume.checkpoint=last goes on")
-    print(f"step {trainer.global_step}: {folder / LAST}, logs in {folder / 'metrics.csv'}")
+    files = f"{folder / LAST}, logs in {folder / 'metrics.csv'}"
+    print(f"step {trainer.global_step}: {files if (folder / LAST).exists() else 'nothing was left to do'}")

@@ -57,6 +57,7 @@ class Task(LightningModule):
 
     def adopt(self, model: nn.Module) -> None:
         """Take a network as the one to be trained, and start its average if the config has a section `ema`."""
+        self.optim.freeze_parts(model)
         self.model = model
         self.model_ema = ema.averaged_copy(model) if self.ema_schedule else None
 

@@ -16,6 +16,35 @@ def check_unet(recorded: Case, net: nn.Module) -> None:
             recorded.check(f"mapping_{name}", net.conditioning(t, embed))
 
 
+def check_glide(recorded: Case, net: nn.Module) -> None:
+    """Compare a GLIDE U-Net of any form, with and without what may be left out, and its text transformer."""
+    given, channels = recorded.inputs, net.channels
+
+    def run(suffix: str, t: torch.Tensor, x: torch.Tensor, **cond: torch.Tensor) -> None:
+        text = {name: given[name][: len(x)] for name in ("tokens", "mask")}
+        out = net(x, (t[: len(x)] + 1) / net.timesteps, **text, **cond)  # [B, 2C, h, w]
+        recorded.check(f"eps{suffix}", out[:, :channels])
+        if f"var{suffix}" in recorded.names:
+            recorded.check(f"var{suffix}", out[:, channels:])
+
+    cond = {name: given[name] for name in ("low_res", "inpaint_image", "inpaint_mask", "clip_emb") if name in given}
+    run("", given["t"], given["x"], **cond)
+    if "t_fractional" in given:
+        run("_fractional", given["t_fractional"], given["x"], **cond)
+    if "x_wide" in given:
+        run("_wide", given["t"], given["x_wide"], low_res=given["low_res_wide"])
+    if net.inpaint:
+        run("_no_inpaint", given["t"], given["x"], **{name: cond[name] for name in cond if name == "low_res"})
+    if "clip_emb" in given:
+        run("_without_clip", given["t"], given["x"])
+        run("_zero_clip", given["t"], given["x"], clip_emb=torch.zeros_like(given["clip_emb"]))
+    if "xf_proj" in recorded.names:
+        pooled, sequence = net.encode_text(given["tokens"], given["mask"])
+        recorded.check("xf_proj", pooled)
+        recorded.check("xf_out", sequence)
+        recorded.check("time_emb", net.time_embedding((given["t"] + 1) / net.timesteps))
+
+
 def check_autoencoder(recorded: Case, net: nn.Module) -> None:
     """Compare a KL autoencoder; its scale is set to the case's."""
     for name in recorded.suffixes("image_"):

@@ -1,6 +1,9 @@
 """A recorded case: what went into an original program and what came out, to be compared with ldm_lab's results."""
 
 import json
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,16 @@ import pytest
 import torch
 from fill import fill
 from torch import Tensor
+
+
+def patterns(described: Iterable[str]) -> list[str]:
+    """Return the array names, with "*" in them, that "<image>.low_res / high_res" and the like stand for."""
+    found = []
+    for entry in described:
+        first, *others = re.sub(r"<[^<>]*>", "*", entry).split(" / ")
+        prefix = first[: first.rfind(".") + 1]
+        found += [first, *(prefix + other for other in others)]
+    return found
 
 
 class Case:
@@ -30,8 +43,10 @@ class Case:
         self.config: dict[str, Any] = self.json.get("config", {})
         with np.load(folder / f"{name}.npz") as arrays:
             values = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
-        self.inputs = {key: values[key] for key in self.json["inputs"]}
-        self.names = [key for key in self.json["outputs"] if not key.startswith("jax_")]
+        outputs = patterns(self.json["outputs"])
+        made = [key for key in values if any(fnmatchcase(key, pattern) for pattern in outputs)]
+        self.inputs = {key: value for key, value in values.items() if key not in made}
+        self.names = [key for key in made if not key.startswith("jax_")]
         self._recorded = {key: values[key] for key in self.names}
         self._report: list[str] = []
         self._compared: set[str] = set()
@@ -48,17 +63,35 @@ class Case:
         """Return the relative distance that an output may have."""
         return min(self.json["outputs"][output].get("tolerance", self.json["tolerance"]), self.at_most)
 
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """Return the state dict of one of several networks, without its prefix ("base/")."""
+        return {name.removeprefix(prefix): w for name, w in self.weights().items() if name.startswith(prefix)}
+
     def recorded(self, output: str) -> Tensor:
         """Return a recorded output, where its shape or length says what to compute."""
         return self._recorded[output]
 
     def check(self, output: str, ours: Tensor | float) -> None:
-        """Compare an output by the relative L2 distance; a tolerance of 0 means equal."""
+        """Compare an output by the relative L2 distance; a tolerance of 0 means equal.
+
+        A case whose tolerance is a mapping is compared element by element: |ours - theirs| <= atol + rtol * |theirs|.
+        """
+        exact = not self._recorded[output].is_floating_point()
         theirs = self._recorded[output].double()
         ours = torch.as_tensor(ours).detach().double()
         self._compared.add(output)
         if ours.shape != theirs.shape:
             self._report.append(f"{output}: shape {list(ours.shape)} instead of {list(theirs.shape)}")
+            return
+        if isinstance(self.json["tolerance"], dict):
+            allowed = self.json["tolerance"]
+            allowed = {**allowed, **allowed.get("per_array", {}).get(output, {})}
+            if exact or allowed.get("exact"):
+                allowed = {"atol": 0.0, "rtol": 0.0}
+            share = ((ours - theirs).abs() - allowed["atol"] - allowed["rtol"] * theirs.abs()).max()
+            if not share <= 0:  # so written that nan fails, too
+                off = float((ours - theirs).abs().max())
+                self._report.append(f"{output}: off by {off:.3g}, {float(share):.3g} more than allowed")
             return
         norm = theirs.norm()
         distance = float((ours - theirs).norm() / (norm if norm > 0 else 1.0))

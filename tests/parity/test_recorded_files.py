@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from compared import check_autoencoder, check_cloob, check_unet
+from compared import check_autoencoder, check_cloob, check_glide, check_unet
 from safetensors.torch import save_file
 
 from ldm_lab.checkpoints import diffusers_vae
 from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.parts import load_part, load_strictly
 from ldm_lab.config import build
+from ldm_lab.schedules.discrete import beta_table
 
 NETWORK = 1e-5  # relative L2 that a float32 port may be away
 AUTOENCODERS = ("ckpt", "zip", "diffusers folder", "diffusers file", "within a latent diffusion model")
@@ -143,6 +144,43 @@ def test_checkpoints_of_ccld(case, program, tmp_path, layout):
     net = build("denoiser", config["denoiser"], *sizes)
     load_strictly(net, state, out)
     check_unet(recorded, net)
+    recorded.finish()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("unet", "flat"), ("unet", "miniGLIDE"), ("upsampler", "pyglide"), ("inpaint", "compiled"),
+     ("inpaint_upsampler", "safetensors"), ("latent", "flat")],
+)  # fmt: skip
+def test_checkpoints_of_glide(case, program, tmp_path, name, layout):
+    recorded = case(f"glide_{name}")
+    weights, theirs, source = recorded.weights(), recorded.config, tmp_path / "released.pt"
+    optimizer = {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 1e-4}]}
+    if layout == "miniGLIDE":
+        torch.save({"model": weights, "optimizer": optimizer, "scheduler": {"last_epoch": 1}, "epoch": 2}, source)
+    elif layout == "pyglide":
+        torch.save({"epoch": 1, "weights": {f"module.{n}": w for n, w in weights.items()}, "opt_state": {}}, source)
+    elif layout == "compiled":
+        torch.save({f"_orig_mod.{name}": value for name, value in weights.items()}, source)
+    elif layout == "safetensors":
+        save_file(weights, source)
+    else:
+        torch.save(weights, source)
+    out = tmp_path / "model.safetensors"
+    given = (f"head_width={theirs['num_head_channels']}", f"text_heads={theirs['xf_heads']}")
+    code, printed, err = program("ldm_lab.__main__", "convert", source, out, *given)
+    assert code == 0, err
+    assert f"{sum(w.numel() for w in weights.values()):,} parameters" in printed
+    config, state, _ = read_model(out)
+    channels = build("autoencoder", config["autoencoder"]).channels if name != "latent" else 4
+    net = build("denoiser", config["denoiser"], channels, build("conditioner", config["conditioner"]).embed_dim).eval()
+    load_strictly(net, state, out)
+    assert config["objective"]["betas"] == {"upsampler": "linear", "inpaint_upsampler": "linear",
+                                            "latent": "linear_latent"}.get(name, "squaredcos_cap_v2")  # fmt: skip
+    check_glide(recorded, net)
+    if name == "latent":
+        recorded.check("linear_latent_betas", beta_table("linear_latent", 1000))
     recorded.finish()
 
 

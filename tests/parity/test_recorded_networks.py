@@ -1,19 +1,26 @@
 """The networks and the importers of their released checkpoints against recordings of the originals."""
 
+import gzip
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
-from compared import check_autoencoder, check_cloob, check_unet
+from compared import check_autoencoder, check_cloob, check_glide, check_unet
 
 from ldm_lab.autoencoders.kl_f8 import KLAutoencoder
-from ldm_lab.checkpoints import ccld, cloob_pickle, compvis
+from ldm_lab.checkpoints import ccld, cloob_pickle, compvis, glide, noised_clip
 from ldm_lab.checkpoints.parts import load_strictly
 from ldm_lab.conditioners import clip_tokens
 from ldm_lab.conditioners.cloob import CLOOB
+from ldm_lab.conditioners.glide_text import GlideText, gpt2_encoding
+from ldm_lab.conditioners.noised_clip import last_end
 from ldm_lab.denoisers.ccld_unet import CCLDUNet
+from ldm_lab.denoisers.glide_unet import GlideUNet
+from ldm_lab.schedules.discrete import beta_table
 
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "golden"  # where GPT-2's merges may lie
 NETWORK = 1e-5  # relative L2 that a float32 port may be away
 
 
@@ -30,6 +37,77 @@ def test_ccld_unet(case, tmp_path):
     net = CCLDUNet(extra["channels"], extra["embed_dim"], **config)
     load_strictly(net, state, "unet.pth")
     check_unet(recorded, net)
+    recorded.finish()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["unet", "upsampler", "inpaint", "inpaint_upsampler", "latent"])
+def test_glide_networks(case, tmp_path, name):
+    recorded = case(f"glide_{name}")
+    theirs = recorded.config
+    torch.save(recorded.weights(), tmp_path / "base.pt")
+    unsaid = {"head_width": theirs["num_head_channels"], "text_heads": theirs["xf_heads"]}
+    state, config, extra = glide.read(tmp_path / "base.pt", unsaid)
+    own = {
+        "base_channels": theirs["num_channels"],
+        "multipliers": [int(multiplier) for multiplier in theirs["channel_mult"].split(",")],
+        "blocks_per_level": theirs["num_res_blocks"],
+        "attention": sorted(theirs["image_size"] // int(side) for side in theirs["attention_resolutions"].split(",")),
+        "text_size": theirs["text_ctx"],
+        "text_width": theirs["xf_width"],
+        "text_layers": theirs["xf_layers"],
+        "super_res": theirs["super_res"],
+        "inpaint": theirs["inpaint"],
+        **unsaid,
+    }
+    recorded.expect("config", {key: config[key] for key in own}, own)
+    net = GlideUNet(extra["channels"], extra["embed_dim"], **config).eval()
+    load_strictly(net, state, "base.pt")
+    check_glide(recorded, net)
+    if name == "latent":
+        recorded.check("linear_latent_betas", beta_table("linear_latent", 1000))
+    recorded.finish()
+
+
+def test_glide_tokens(case, golden, tmp_path, monkeypatch):
+    recorded = case("glide_tokens")
+    packed = [path for folder in (golden, SHARED) if (path := folder / "gpt2_bpe" / "vocab.bpe.gz").is_file()]
+    if not packed:
+        pytest.skip("GPT-2's merges are not here; they are not kept in the repository")
+    (tmp_path / "gpt2/vocab.bpe").mkdir(parents=True)
+    (tmp_path / "gpt2/vocab.bpe/vocab.bpe").write_bytes(gzip.decompress(packed[0].read_bytes()))
+    monkeypatch.setenv("LDM_LAB_CACHE", str(tmp_path))
+    gpt2_encoding.cache_clear()
+    conditioner, prompts = GlideText(text_size=recorded.config["text_ctx"]), recorded.config["prompts"]
+    made = conditioner.from_prompts(prompts, [])
+    recorded.check("tokens", made["tokens"])
+    recorded.check("mask", made["mask"].long())
+    recorded.check("lengths", torch.tensor([len(conditioner.encode(prompt)) for prompt in prompts]))
+    tokens = clip_tokens.tokenize(prompts, text_size=recorded.config["clip_ctx"])
+    recorded.check("clip_tokens", tokens)
+    recorded.check("clip_lengths", last_end(tokens) + 1)
+    recorded.finish()
+
+
+def test_glide_noised_clip(case, tmp_path):
+    recorded = case("glide_clip")
+    theirs = recorded.config
+    for tower in ("image", "text"):
+        torch.save(recorded.part(f"{tower}/"), tmp_path / f"clip_{tower}_enc.pt")
+    net = noised_clip.load(tmp_path / "clip_image_enc.pt", tmp_path / "clip_text_enc.pt", theirs["n_head_state_image"])
+    recorded.expect("image_size", net.image_size, theirs["image_size"])
+    recorded.expect("timesteps", net.timesteps, theirs["n_timesteps"])
+    tokens = clip_tokens.tokenize(theirs["prompts"], theirs["max_text_len"])
+    recorded.check("tokens", tokens)
+    recorded.check("lengths", last_end(tokens) + 1)
+    texts = net.text_embedding(theirs["prompts"])  # [n, D]
+    recorded.check("text_embeddings", texts)
+    x, t = recorded.inputs["x"].requires_grad_(), (recorded.inputs["t"] + 1) / net.timesteps
+    images = net.image_embedding(x, t)  # [B, D]
+    recorded.check("image_embeddings", images)
+    recorded.expect("logit_scale", math.isclose(net.logit_scale, theirs["logit_scale"]), True)
+    (gradient,) = torch.autograd.grad(net.logit_scale * (texts * images).sum(), x)
+    recorded.check("cond_gradient", theirs["grad_scale"] * gradient)
     recorded.finish()
 
 

@@ -56,7 +56,7 @@ def test_samplers(case):
             points = name.removeprefix("t_uniform_")
             uniform = torch.linspace(1, 0, int(points))  # [points]
             recorded.check(name, uniform)
-            recorded.check(f"ddpm_schedule_{points}", schedules._ddpm_time(uniform))
+            recorded.check(f"ddpm_schedule_{points}", schedules.cosine._ddpm_time(uniform))
             recorded.check(f"spliced_{points}", torch.cat([schedule.grid(int(points) - 1), torch.zeros(1)]))
             log_snr = 20 * (1 - uniform) - 10  # [points]
             recorded.check(

@@ -1,0 +1,66 @@
+"""Importer of GLIDE's noised CLIP: `clip_image_enc.pt` and `clip_text_enc.pt` of openai/glide-text2im."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm_lab.checkpoints.foreign import read_state_dict
+from ldm_lab.checkpoints.parts import load_strictly
+from ldm_lab.conditioners.noised_clip import IMAGE_ONLY, TEXT_ONLY, NoisedCLIP
+from ldm_lab.errors import UserError
+from ldm_lab.pretrained import locate
+
+RELEASED = ("glide/clip-image-enc", "glide/clip-text-enc")  # names of `ldm_lab.pretrained`
+
+
+def tower(tensors: dict[str, Any]) -> str | None:
+    """Return which tower a file's tensors are, "image" or "text"; None if neither."""
+    return "image" if IMAGE_ONLY in tensors else "text" if TEXT_ONLY in tensors else None
+
+
+def load(image: str | Path = RELEASED[0], text: str | Path = RELEASED[1], head_width: int = 64) -> NoisedCLIP:
+    """Return the noised CLIP with the weights of two files, frozen, on the CPU.
+
+    Args:
+        image: the image tower's file, or its name in `ldm_lab.pretrained`.
+        text: the text tower's.
+        head_width: channels of an attention head, which no shape tells.
+
+    Raises:
+        UserError: missing or damaged file, one that is not that tower, towers that do not belong together.
+    """
+    states = {}
+    for wanted, name in (("image", image), ("text", text)):
+        path = locate(str(name), f"noised CLIP, {wanted} tower")
+        states[wanted] = read_state_dict(path, "noised CLIP")[0]
+        found = tower(states[wanted])
+        if found != wanted:
+            what = f"holds the {found} tower" if found else "is no noised CLIP of GLIDE's"
+            raise UserError(f"{path}: {what}; the {wanted} tower is needed here")
+    try:
+        net = NoisedCLIP(**infer_config(**states), head_width=head_width)
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(f"{image}, {text}: no complete noised CLIP ({error} is missing or misshapen)") from None
+    load_strictly(net.image_encoder, states["image"], image)
+    load_strictly(net.text_encoder, states["text"], text)
+    return net.eval().requires_grad_(False)
+
+
+def infer_config(image: dict[str, Tensor], text: dict[str, Tensor]) -> dict[str, int]:
+    """Return the keyword arguments of `NoisedCLIP` that follow from the towers' shapes."""
+    image_width, _, patch_size, _ = image["blocks.input.patch_proj"].shape
+    places = image["blocks.input.w_pos"].shape[0] - 1
+    vocab_size, text_width = text[TEXT_ONLY].shape
+    return {
+        "image_size": patch_size * round(places**0.5),
+        "patch_size": patch_size,
+        "image_width": image_width,
+        "image_layers": sum(name.endswith(".f_attn.f_q.w") for name in image),
+        "text_width": text_width,
+        "text_layers": sum(name.endswith(".f_attn.f_q.w") for name in text),
+        "embed_dim": image["blocks.output.f.w"].shape[0],
+        "vocab_size": vocab_size,
+        "text_size": text["blocks.input.w_pos"].shape[0],
+        "timesteps": image[IMAGE_ONLY].shape[0],
+    }

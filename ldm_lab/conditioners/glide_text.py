@@ -1,0 +1,161 @@
+"""Token ids for denoisers that read text themselves: GLIDE's (GPT-2's byte-pair encoding), or a small one of CLIP's."""
+
+import functools
+import logging
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ldm_lab.conditioners.clip_tokens import (
+    CLIP_VOCAB_SIZE,
+    SHOWN,
+    SMALLEST_VOCAB_SIZE,
+    byte_letters,
+)
+from ldm_lab.conditioners.clip_tokens import Encoding as CLIPEncoding
+from ldm_lab.config import register
+from ldm_lab.errors import UserError
+from ldm_lab.pretrained import fetch
+
+GPT2_VOCAB_SIZE = 50257  # 256 bytes, 50,000 merges, one token for padding
+GPT2_SMALLEST = 257
+GPT2_MERGES = "gpt2/vocab.bpe"  # a name of `ldm_lab.pretrained`
+# How GPT-2 splits a text before merging: contractions, words, numbers and signs with one space in front, other space.
+GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+log = logging.getLogger(__name__)
+
+
+@register("conditioner", "glide_text")
+class GlideText(nn.Module):
+    """Captions as token ids, lower-cased, padded to a length; nothing is learned here, the denoiser reads them.
+
+    A condition is {"tokens": int64 [B, L], "mask": bool [B, L]}. The ids begin at the first place, without a start or
+    an end; the rest is the vocabulary's last id, its mask false. No id at all is the unconditional input.
+
+    Attributes:
+        embed_dim: number of different ids.
+    """
+
+    gives = ("tokens", "mask")
+    pad: Tensor
+
+    def __init__(
+        self,
+        *,
+        vocabulary: Literal["gpt2", "clip"] = "gpt2",
+        vocab_size: int | None = None,
+        text_size: int = 128,
+    ) -> None:
+        """Choose the tokens.
+
+        Args:
+            vocabulary: GPT-2's byte-pair encoding, downloaded at first use, as all released models have it; or CLIP's,
+                which comes with open_clip.
+            vocab_size: ids; a smaller number keeps the most frequent merges, so that words fall into more pieces and a
+                small model's table of embeddings is small. null: the whole vocabulary.
+            text_size: L, tokens per text; a longer text is cut.
+        """
+        super().__init__()
+        problems = self.check({"vocabulary": vocabulary, "vocab_size": vocab_size, "text_size": text_size})
+        if problems:
+            raise UserError(f"conditioner.{problems[0]}")
+        whole = GPT2_VOCAB_SIZE if vocabulary == "gpt2" else CLIP_VOCAB_SIZE
+        self.vocabulary, self.embed_dim, self.text_size = vocabulary, vocab_size or whole, text_size
+        self.register_buffer("pad", torch.tensor(self.embed_dim - 1), persistent=False)  # []
+        self.told = False  # that a caption was cut
+
+    @staticmethod
+    def check(section: dict[str, Any]) -> list[str]:
+        """Return what is wrong across the keys of a config section."""
+        gpt2 = section.get("vocabulary", "gpt2") == "gpt2"
+        least, most = (GPT2_SMALLEST, GPT2_VOCAB_SIZE) if gpt2 else (SMALLEST_VOCAB_SIZE, CLIP_VOCAB_SIZE)
+        size, problems = section.get("vocab_size"), []
+        if size is not None and not least <= size <= most:
+            problems.append(f"vocab_size: this vocabulary has {least} to {most} ids, not {size}")
+        if section.get("text_size", 1) < 1:
+            problems.append(f"text_size: at least 1 is needed, not {section['text_size']}")
+        return problems
+
+    def from_batch(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the tokens and mask of the batch's captions; the first caption that is cut is told."""
+        return self.tokenize(batch["text"], warn="once")
+
+    def from_prompts(self, texts: list[str], images: list[Image.Image]) -> dict[str, Tensor]:
+        """Return the tokens and mask of texts; one that is too long is cut with a warning.
+
+        Raises:
+            UserError: image prompts, which this model does not understand.
+        """
+        if images:
+            raise UserError("this model is asked in words: it takes no image prompts")
+        return self.tokenize(texts, warn="all")
+
+    def null(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return as many empty texts as a condition has rows; whatever else is in the condition stays."""
+        empty = torch.full_like(cond["tokens"], int(self.pad))  # [B, L]
+        return {**cond, "tokens": empty, "mask": torch.zeros_like(cond["mask"])}
+
+    def tokenize(self, texts: list[str], warn: Literal["all", "once", "never"] = "never") -> dict[str, Tensor]:
+        """Return {"tokens": int64 [n, L], "mask": bool [n, L]} of n texts, on the module's device.
+
+        Args:
+            texts: any; GPT-2's are lower-cased and otherwise left as they are, spaces included.
+            warn: which of the texts that are cut get a line in the log: all, or only the first one ever.
+        """
+        tokens = torch.full((len(texts), self.text_size), self.embed_dim - 1)  # [n, L]
+        mask = torch.zeros(len(texts), self.text_size, dtype=torch.bool)  # [n, L]
+        for row, known, text in zip(tokens, mask, texts):
+            ids = self.encode(text)
+            if len(ids) > self.text_size:
+                self._tell(text, len(ids), warn)
+                ids = ids[: self.text_size]
+            row[: len(ids)] = torch.tensor(ids, dtype=torch.int64)  # [len(ids)]
+            known[: len(ids)] = True
+        return {"tokens": tokens.to(self.pad.device), "mask": mask.to(self.pad.device)}
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, however many."""
+        if self.vocabulary == "clip":
+            return CLIPEncoding.of_size(self.embed_dim).encode(text)  # its last id, the end of a text, is our padding
+        return gpt2_encoding(self.embed_dim).encode_ordinary(text.lower())
+
+    def _tell(self, text: str, count: int, warn: str) -> None:
+        if warn == "never" or (warn == "once" and self.told):
+            return
+        quoted = text if len(text) <= SHOWN else text[:SHOWN] + "..."
+        what = "prompt" if warn == "all" else "caption"
+        more = "; further captions are cut without a word" if warn == "once" else ""
+        log.warning("%s %r is cut: it has %d tokens, of which %d fit%s", what, quoted, count, self.text_size, more)
+        self.told = self.told or warn == "once"
+
+
+@functools.lru_cache(maxsize=2)
+def gpt2_encoding(vocab_size: int = GPT2_VOCAB_SIZE) -> Any:
+    """Return the tiktoken encoding of the first `vocab_size` - 1 of GPT-2's tokens; merges are fetched if need be.
+
+    Raises:
+        UserError: the merges are not there and cannot be downloaded.
+    """
+    import tiktoken
+
+    path = fetch(GPT2_MERGES)
+    ranks = gpt2_ranks(path.read_text(encoding="utf-8").split("\n"))
+    first = {piece: rank for piece, rank in ranks.items() if rank < vocab_size - 1}
+    return tiktoken.Encoding("gpt2_merges", pat_str=GPT2_WORDS, mergeable_ranks=first, special_tokens={})
+
+
+def gpt2_ranks(lines: Iterable[str]) -> dict[bytes, int]:
+    """Return the id of every piece, from the lines of GPT-2's `vocab.bpe`.
+
+    The 256 bytes come first, in the order of their letters, then one piece per line, which holds its two halves.
+    """
+    byte_of = {letter: byte for byte, letter in byte_letters().items()}
+    ranks = {bytes([byte]): i for i, byte in enumerate(byte_letters())}
+    for line in lines:
+        if line and not line.startswith("#version"):
+            ranks[bytes(byte_of[letter] for letter in line if letter != " ")] = len(ranks)
+    return ranks

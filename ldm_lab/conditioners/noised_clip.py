@@ -1,0 +1,229 @@
+"""The CLIP of GLIDE that compares texts with noised images, for CLIP guidance (Nichol et al. 2022, arXiv 2112.10741,
+section 2.4; openai/glide-text2im@69b5307), under its own parameter names.
+
+It is no conditioner: a sampler asks it, step by step, in which direction an image becomes more like a text.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm_lab.conditioners.clip_tokens import CLIP_VOCAB_SIZE, tokenize
+from ldm_lab.errors import UserError
+
+PIXEL_MEAN = (122.77093945, 116.74601272, 104.09373519)  # of 8-bit levels
+PIXEL_STD = (68.50053285, 66.63215831, 70.32316309)
+LOGIT_SCALE = 100.0
+IMAGE_ONLY, TEXT_ONLY = "blocks.input.w_t", "blocks.input.w_voc"  # tensors by which a tower's weights are told
+
+
+class NoisedCLIP(nn.Module):
+    """A text tower and an image tower whose image is noised and whose input is the time, too.
+
+    Attributes:
+        logit_scale: the factor of a cosine similarity in the logits (exp of what the original calls logit_scale).
+        image_size: side of the images, pixels.
+        timesteps: of the noise schedule that it was trained with; as GLIDE's, cosine betas.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 64,
+        patch_size: int = 4,
+        image_width: int = 768,
+        image_layers: int = 12,
+        text_width: int = 512,
+        text_layers: int = 12,
+        embed_dim: int = 512,
+        head_width: int = 64,
+        vocab_size: int = 65536,
+        text_size: int = 77,
+        timesteps: int = 1000,
+        logit_scale: float = LOGIT_SCALE,
+    ) -> None:
+        """Build the towers; the defaults are those of the released weights."""
+        super().__init__()
+        self.image_size, self.timesteps, self.text_size, self.logit_scale = (
+            image_size,
+            timesteps,
+            text_size,
+            logit_scale,
+        )
+        self.image_encoder = Tower(
+            ImageInput(image_size, patch_size, image_width, timesteps), image_width, image_layers, head_width, embed_dim
+        )
+        self.text_encoder = Tower(
+            TextInput(vocab_size, text_size, text_width), text_width, text_layers, head_width, embed_dim, causal=True
+        )
+
+    def image_embedding(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return the embeddings of noised images, [B, D], unit rows; differentiable in x.
+
+        Args:
+            x: [B, 3, S, S], alpha * image + sigma * noise with the image in [-1, 1]; not clamped.
+            t: [B] in [0, 1]; (i + 1) / timesteps is the original's timestep i, and others go to the nearest.
+
+        Raises:
+            UserError: images of another size.
+        """
+        if x.shape[1:] != (3, self.image_size, self.image_size):
+            size = "x".join(map(str, x.shape[1:]))
+            raise UserError(f"the noised CLIP sees 3x{self.image_size}x{self.image_size} pixels, not {size}")
+        index = (t.float() * self.timesteps - 1).round().long().clamp(0, self.timesteps - 1)  # [B]
+        return self.image_encoder(x.float(), index)  # [B, D]
+
+    def text_embedding(self, texts: list[str]) -> Tensor:
+        """Return the embeddings of texts, [n, D], unit rows; a text that is too long is cut with a warning."""
+        tokens = tokenize(texts, self.text_size, warn=True)  # [n, L]
+        return self.token_embedding(tokens.to(self.image_encoder.blocks.output.f.w.device))  # [n, D]
+
+    def token_embedding(self, tokens: Tensor) -> Tensor:
+        """Return the embeddings of CLIP's token ids, int64 [n, L]: start, text, end, zeros; [n, D], unit rows."""
+        return self.text_encoder(tokens, last_end(tokens))  # [n, D]
+
+
+def last_end(tokens: Tensor) -> Tensor:
+    """Return the place of each text's end, [n]; an end in the midst of a text, written out by the user, is none."""
+    places = torch.arange(tokens.shape[1], device=tokens.device)  # [L]
+    return torch.where(tokens == CLIP_VOCAB_SIZE - 1, places, 0).amax(1)  # [n]
+
+
+class Tower(nn.Module):
+    """One encoder: `blocks.input`, `blocks.block_0` ..., `blocks.output`."""
+
+    def __init__(
+        self, first: nn.Module, width: int, layers: int, head_width: int, embed_dim: int, causal: bool = False
+    ) -> None:
+        super().__init__()
+        blocks = {f"block_{i}": Block(width, width // head_width, causal) for i in range(layers)}
+        self.blocks = nn.ModuleDict({"input": first, **blocks, "output": Output(width, embed_dim)})
+
+    def forward(self, inputs: Tensor, index: Tensor) -> Tensor:
+        """Return unit rows, [B, D]; `index` [B] is the image's timestep, or the place of a text's end."""
+        *layers, output = self.blocks.values()
+        place = index if isinstance(layers[0], TextInput) else torch.zeros_like(index)  # [B]
+        x = layers[0](inputs, index)  # [B, L, w]
+        for block in layers[1:]:
+            x = block(x)  # [B, L, w]
+        return output(x[torch.arange(len(x), device=x.device), place])  # [B, D]
+
+
+class TextInput(nn.Module):
+    """Tokens and their places."""
+
+    def __init__(self, vocab_size: int, text_size: int, width: int) -> None:
+        super().__init__()
+        self.w_voc = nn.Parameter(torch.randn(vocab_size, width) * 0.02)  # [V, w]
+        self.w_pos = nn.Parameter(torch.randn(text_size, width) * 0.01)  # [L, w]
+
+    def forward(self, tokens: Tensor, index: Tensor) -> Tensor:
+        """Return [n, L, w] for int64 [n, L]; `index` is not used."""
+        return F.embedding(tokens, self.w_voc) + self.w_pos[: tokens.shape[1]]  # [n, L, w]
+
+
+class ImageInput(nn.Module):
+    """A row for the timestep, then the patches, and their places."""
+
+    def __init__(self, image_size: int, patch_size: int, width: int, timesteps: int) -> None:
+        super().__init__()
+        places = (image_size // patch_size) ** 2 + 1
+        self.patch_size = patch_size
+        self.w_t = nn.Parameter(torch.randn(timesteps, width) * 0.02)  # [T, w]
+        self.w_pos = nn.Parameter(torch.randn(places, width) * 0.01)  # [L, w]
+        self.patch_proj = nn.Parameter(torch.randn(width, 3, patch_size, patch_size) / (patch_size * math.sqrt(3)))
+        self.ln = Norm(width)
+        self.register_buffer("mean", torch.tensor(PIXEL_MEAN)[:, None, None], persistent=False)  # [3, 1, 1]
+        self.register_buffer("std", torch.tensor(PIXEL_STD)[:, None, None], persistent=False)  # [3, 1, 1]
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        """Return [B, L, w] for x [B, 3, S, S], about in [-1, 1], and timesteps [B]."""
+        pixels = ((x + 1) * 127.5 - self.mean) / self.std  # [B, 3, S, S]
+        patches = F.conv2d(pixels, self.patch_proj, stride=self.patch_size).flatten(2).transpose(1, 2)  # [B, L - 1, w]
+        return self.ln(torch.cat([self.w_t[index][:, None], patches], dim=1) + self.w_pos)  # [B, L, w]
+
+
+class Block(nn.Module):
+    """Attention and MLP, each normalised before and added to its input."""
+
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        self.f_attn = Attention(width, heads, causal)
+        self.f_mlp = MLP(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [B, L, w] for x [B, L, w]."""
+        x = x + self.f_attn(x)  # [B, L, w]
+        return x + self.f_mlp(x)  # [B, L, w]
+
+
+class Attention(nn.Module):
+    """Attention among all places, or of each to those before it; keys have no bias."""
+
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.ln = Norm(width)
+        self.f_q, self.f_k, self.f_v = Affine(width, width), Affine(width, width, bias=False), Affine(width, width)
+        self.f_c = Affine(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [B, L, w] for x [B, L, w]."""
+        x = self.ln(x)  # [B, L, w]
+        q, k, v = (f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.f_q, self.f_k, self.f_v))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # [B, H, L, d]
+        return self.f_c(attended.transpose(1, 2).flatten(2))  # [B, L, w]
+
+
+class MLP(nn.Module):
+    """Two linear layers with the exact GELU between them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.ln = Norm(width)
+        self.f_1, self.f_2 = Affine(width, 4 * width), Affine(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [B, L, w] for x [B, L, w]."""
+        return self.f_2(F.gelu(self.f_1(self.ln(x))))  # [B, L, w]
+
+
+class Output(nn.Module):
+    """The last norm and projection, to unit length."""
+
+    def __init__(self, width: int, embed_dim: int) -> None:
+        super().__init__()
+        self.ln = Norm(width)
+        self.f = Affine(width, embed_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return unit rows, [B, D], for x [B, w]."""
+        x = self.f(self.ln(x))  # [B, D]
+        return x / (x.norm(dim=-1, keepdim=True) + 1e-12)  # [B, D]
+
+
+class Norm(nn.Module):
+    """Layer normalisation with the original's names for gain and bias."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.g, self.b = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))  # [w] each
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., w] for x [..., w]."""
+        return F.layer_norm(x.float(), self.g.shape, self.g.float(), self.b.float()).to(x.dtype)  # [..., w]
+
+
+class Affine(nn.Module):
+    """A linear layer with the original's names for weight and bias."""
+
+    def __init__(self, width_in: int, width_out: int, bias: bool = True) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(width_out, width_in) / math.sqrt(width_in))  # [out, in]
+        self.b = nn.Parameter(torch.zeros(width_out)) if bias else None  # [out]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., width_out] for x [..., width_in]."""
+        return F.linear(x, self.w, self.b)  # [..., width_out]

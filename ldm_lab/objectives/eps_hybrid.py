@@ -1,0 +1,123 @@
+"""Prediction of the noise, with a learned variance, by a table of betas: the objective of guided-diffusion, GLIDE."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ldm_lab.config import register
+from ldm_lab.errors import UserError
+from ldm_lab.objectives import Objective, Prediction
+from ldm_lab.objectives.variational_bound import variational_bound
+from ldm_lab.schedules import BETAS, Discrete, Posterior
+
+BOUND = 1 / 1000  # weight of the whole bound, the sum over its T terms, beside the mean squared error
+
+
+@register("objective", "eps_hybrid")
+class EpsHybrid(Objective):
+    """Mean squared error of eps, plus the variational bound for the learned variance (Nichol & Dhariwal 2021).
+
+    The denoiser puts out eps and, in as many channels more, where the log variance lies between its two bounds, as a
+    number in [-1, 1] (arXiv 2102.09672, equation 15). The bound trains the variance alone: eps is detached in it
+    (L_hybrid, section 3.1; "RESCALED_MSE" in guided-diffusion). Denoisers of eps alone are welcome without the bound.
+    """
+
+    def __init__(
+        self,
+        *,
+        betas: BETAS = "squaredcos_cap_v2",
+        timesteps: int = 1000,
+        bound: bool = True,
+        min_snr: float | None = None,
+        draw: Literal["sobol", "uniform"] = "sobol",
+    ) -> None:
+        """Set what is trained.
+
+        Args:
+            betas: the noise schedule (`ldm_lab.schedules.Discrete`).
+            timesteps: T of the schedule; training draws all of them, 0 to T - 1.
+            bound: train the variance; otherwise its channels get no gradient, as in glide-finetune.
+            min_snr: gamma of Min-SNR weighting: the error counts by min(SNR, gamma) / SNR, so that timesteps with
+                hardly any noise weigh less (Hang et al. 2023, arXiv 2303.09556, section 3.4, where it is 5). null: all
+                count alike.
+            draw: how training draws timesteps (`training/timesteps.py`): evenly spread Sobol points, or independently.
+        """
+        self.schedule = Discrete(betas, timesteps)
+        self.bound, self.min_snr, self.draw = bound, min_snr, draw
+        self.posterior = Posterior.between(self.schedule, self.schedule.grid(timesteps))
+
+    @staticmethod
+    def check(section: dict[str, Any]) -> list[str]:
+        """Return the problems of a config section."""
+        timesteps, gamma = section.get("timesteps", 1000), section.get("min_snr")
+        linear = section.get("betas") == "linear"
+        problems = []
+        if timesteps < (21 if linear else 2):
+            why = " for linear betas, which reach 1 with fewer" if linear else ""
+            problems.append(f"timesteps: at least {21 if linear else 2} are needed{why}, not {timesteps}")
+        if gamma is not None and not 0 < gamma < float("inf"):
+            problems.append(f"min_snr: a number above 0, or null, is needed, not {gamma}")
+        return problems
+
+    def loss(self, denoiser: Callable, x0: Tensor, cond: dict[str, Tensor], t: Tensor, noise: Tensor) -> Tensor:
+        """Return the loss per sample, [B]; arguments as for `terms`."""
+        return self.terms(denoiser, x0, cond, t, noise)["loss"]
+
+    def terms(
+        self, denoiser: Callable, x0: Tensor, cond: dict[str, Tensor], t: Tensor, noise: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the loss per sample, and with the bound its two terms, [B] each.
+
+        Args:
+            denoiser: the network, x [B, C, h, w] and t [B] -> [B, 2C, h, w].
+            x0: clean samples, [B, C, h, w].
+            cond: the condition.
+            t: in [0, 1], [B]; each stands for the timestep that is next above it or at it.
+            noise: standard normal, [B, C, h, w].
+
+        Returns:
+            "loss" = "mse" + timesteps / 1000 * "bound"; mse is the (weighted) mean squared error of eps, bound the
+            timestep's term of the variational bound, in bits per element.
+        """
+        index = self.schedule.index(t)  # [B]
+        t = self.schedule.at(index)  # [B]
+        alpha, sigma = (level[:, None, None, None] for level in self.schedule.alpha_sigma(t))  # [B, 1, 1, 1]
+        x = alpha * x0 + sigma * noise  # [B, C, h, w]
+        eps, fraction = self.read(denoiser(x, t, **cond), x.shape[1])  # [B, C, h, w] each
+        mse = (eps - noise).square().flatten(1).mean(1)  # [B]
+        if self.min_snr is not None:
+            snr = (alpha / sigma).square().flatten()  # [B]
+            mse = mse * (self.min_snr / snr).clamp(max=1)  # [B]
+        if not self.bound:
+            return {"loss": mse}
+        if fraction is None:
+            raise UserError("objective.bound: this denoiser has no channels for a learned variance; set bound: false")
+        step = self.posterior.at(self.schedule.timesteps - 1 - index, x)
+        predicted = (x - sigma * eps.detach()) / alpha  # [B, C, h, w]
+        bound = variational_bound(step, x0, x, predicted, fraction, index == 0)  # [B]
+        return {"loss": mse + BOUND * self.schedule.timesteps * bound, "mse": mse, "bound": bound}
+
+    def predict(self, denoiser: Callable, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Prediction:
+        """Return clean sample, noise and the learned variance, if there is one, [B, C, h, w] each, for x at t [B]."""
+        alpha, sigma = (level[:, None, None, None] for level in self.schedule.alpha_sigma(t))  # [B, 1, 1, 1]
+        eps, fraction = self.read(denoiser(x, t, **cond), x.shape[1])  # [B, C, h, w] each
+        return Prediction(x0=(x - sigma * eps) / alpha, eps=eps, variance_fraction=fraction)
+
+    @staticmethod
+    def read(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+        """Return eps and the fraction of the variance (None without), [B, C, h, w] each, of a denoiser's output.
+
+        Raises:
+            UserError: an output of neither C nor 2C channels.
+        """
+        if output.shape[1] not in (channels, 2 * channels):
+            raise UserError(
+                f"objective eps_hybrid: the denoiser puts out {output.shape[1]} channels; of {channels} channels it "
+                f"should make {2 * channels}, or {channels} without a learned variance"
+            )
+        output = output.float()
+        if output.shape[1] == channels:
+            return output, None
+        eps, v = output.chunk(2, dim=1)  # [B, C, h, w] each
+        return eps, (v + 1) / 2
