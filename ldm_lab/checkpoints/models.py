@@ -15,7 +15,7 @@ from ldm_lab.pretrained import locate
 
 # What a config inside a model file must not bring along: a data section may hold shell commands (`pipe:`), and the
 # rest concerns the run alone.
-RUN_SECTIONS = ("data", "resume", "init_from", "logging", "trainer", "checkpoint", "demo")
+RUN_SECTIONS = ("data", "resume", "init_from", "logging", "trainer", "checkpoint", "demo", "enlargements")
 
 # Models that other programs trained: `is_one(tensors) -> bool` recognises a file's tensors by their names, and
 # `model(tensors, path, ema, given)` returns what `read_model` does.

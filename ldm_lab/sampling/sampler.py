@@ -477,17 +477,26 @@ class Sampler:
             cond[name] = value[:, None].expand(-1, weights.shape[1], *value.shape[1:])  # [B, k, ...]
         weak = None if self.weak is None else self._predict(self.weak)
         predict = guided(self._predict(self.denoiser), cond, null, weights, weak=weak, schedule=schedule, **guide)
-        limit = getattr(self.autoencoder, "limit", None)
-        if clamp or (clamp is None and limit is not None):
-            predict = clamped(predict, schedule, limit or 1 / float(self.autoencoder.scale))
+        limit = self._limit(clamp)
+        if limit is not None:
+            predict = clamped(predict, schedule, limit)
         if climb is not None:
             predict = climbing(predict, climb[0], climb[1].to(device), schedule)
-            predict = predict if walk.shifts_mean else shifted(predict, schedule)
+            if not walk.shifts_mean:
+                predict = shifted(predict, schedule)
+                # Once more, which the original's DDIM does not: at high noise the shift is divided by a tiny alpha.
+                predict = predict if limit is None else clamped(predict, schedule, limit)
         if mask is not None:
             predict = keep_known(predict, known, mask, schedule)
         guide = climb[0].clip if climb is not None else None
         with self._in_use(self.denoiser), self._in_use(self.weak), self._in_use(guide), _evaluating(self.denoiser):
             return walk(predict, x, schedule=schedule, noise=noise, callback=callback)
+
+    def _limit(self, clamp: bool | None) -> float | None:
+        """Return the largest magnitude that clean estimates may have; None is any."""
+        limit = getattr(self.autoencoder, "limit", None)
+        wanted = limit is not None if clamp is None else clamp
+        return (limit or 1 / float(self.autoencoder.scale)) if wanted else None
 
     def _beside(
         self, x: Tensor, low_res: Tensor | None, known: Tensor | None, mask: Tensor | None
