@@ -73,8 +73,8 @@ def test_a_base_model_is_trained_and_sampled_in_words(tmp_path):
     assert config["conditioner"] == {**TEXT, "dropout": 0.2} and extra["image_size"] == "16"
     assert "token_embedding.weight" in state
     sampled = run_program(
-        ROOT / "sample.py", "--checkpoint", "runs/tiny/ema.safetensors", "a red circle", "-n", "2", "--steps", "2", "--out", "out",
-        cwd=tmp_path,
+        ROOT / "sample.py", "--checkpoint", "runs/tiny/ema.safetensors", "a red circle", "-n", "2", "--steps", "2",
+        "--out", "out", cwd=tmp_path,
     )  # fmt: skip
     assert sampled.returncode == 0, sampled.stderr
     assert Image.open(tmp_path / "out/00001.png").size == (16, 16)
@@ -199,7 +199,7 @@ def test_captionless_samples_are_counted(tmp_path):
         ({"conditioner": {"name": "none"}}, "glide_unet reads tokens and mask, and the conditioner none gives embed"),
         ({"low_res": {"factor": 2}}, "low_res: is for upsamplers"),
         ({**UPSAMPLER, "low_res": {"factor": 3}}, "data.image_size: 16 is not a multiple of low_res.factor, 3"),
-        ({"optim": {"freeze": ["text"]}}, "optim.freeze: unknown part of this network"),
+        ({"optim": {"freeze": ["text"]}}, "optim.freeze: no such part of this network"),
         ({"optim": {"freeze": ["unet", "text_transformer"]}, "denoiser": {"attention": []}}, None),
     ],
 )

@@ -232,8 +232,8 @@ class Sampler:
         if rerank < 1:
             raise UserError(f"rerank: at least 1 candidate per image is needed, not {rerank}")
         mixes = [as_mix(entry) for entry in prompts]
-        weights = self.weights(mixes, guidance, negative)  # [N, k]
         low_res = self._low_res(low_res, len(mixes))  # [N, 3, h, w] or None
+        weights = self.weights(mixes, guidance, negative)  # [N, k]
         embedded, index = self._encode(mixes, negative, aesthetic)  # [U, ...] for U distinct prompts, [N, k]
         if rerank > 1 and "embed" not in embedded:
             raise UserError("rerank: this model's conditioner has no embeddings of images and texts to compare")

@@ -13,6 +13,8 @@ from ldm_lab.training.logs import log_images
 from ldm_lab.training.low_res import shrink
 from ldm_lab.training.reconstructions import Reconstructions
 
+DEFAULT_SAMPLER = {"name": "ddim", "steps": 27}
+
 
 @register("enlargements")
 class Enlargements(Reconstructions):
@@ -28,15 +30,14 @@ class Enlargements(Reconstructions):
             sampler: name and options, by default {name: ddim, steps: 27}.
         """
         super().__init__(folder, every=every, images=images)
-        self.sampler = {"name": "ddim", "steps": 27, **(sampler or {})}
+        self.sampler = {**DEFAULT_SAMPLER, **(sampler or {})}
         self.texts: list[str] = []
 
     @staticmethod
     def check(section: dict) -> list[str]:
         """Return what is wrong with the values of a section."""
-        return Reconstructions.check(section) + check_section(
-            "sampler", section.get("sampler") or {"name": "ddim"}, "sampler"
-        )
+        sampler = {**DEFAULT_SAMPLER, **(section.get("sampler") or {})}
+        return Reconstructions.check(section) + check_section("sampler", sampler, "sampler")
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "texts": self.texts}
