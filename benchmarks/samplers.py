@@ -28,7 +28,11 @@ from ldm_lab.schedules import Cosine
 REFERENCE = {"name": "prk", "steps": 300}  # model calls: four times as many
 ROWS = [
     *({"name": name} for name in ("ddim", "plms", "plms2", "iplms", "pie", "prk")),
-    *({"name": name, "spacing": spacing} for name in ("heun", "dpmpp_2m") for spacing in ("spliced", "karras")),
+    *(
+        {"name": name, "spacing": spacing}
+        for name in ("euler", "heun", "dpmpp_2m")
+        for spacing in ("spliced", "karras")
+    ),
     *({"name": "dpmpp_2m", "spacing": spacing} for spacing in ("log_snr", "uniform")),
     *({"name": "unipc", "spacing": s, "order": o} for o in (2, 3) for s in ("spliced", "log_snr", "karras", "uniform")),
 ]

@@ -479,6 +479,9 @@ def test_a_path_is_a_path(release, mirror, tmp_path, monkeypatch):
     assert locate(Path("w.bin"), "weights") == locate("./w.bin", "weights") == Path("w.bin")
     assert mirror.requests == []
     assert locate("w.bin", "weights") == path
+    os.mkfifo("pipe")
+    with pytest.raises(UserError, match=r"pipe: not a file \(weights\)"):
+        locate("pipe", "weights")
 
 
 HUB_SCRIPT = """

@@ -65,6 +65,13 @@ def test_euler_and_heun_converge_with_their_order(name, order, converged):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
 
 
+@pytest.mark.parametrize("steps", [5, 20])
+def test_euler_at_the_times_of_ddim_is_ddim(steps):
+    x = normal(1, 4, 8, 8)
+    ddim, euler = sample("ddim", steps, x), sample("euler", steps, x, spacing="spliced")
+    assert ((euler - ddim).norm() / ddim.norm()).item() < 1e-6
+
+
 @pytest.mark.parametrize(("name", "options", "order"), [("dpmpp_2m", {}, 2), ("unipc", {"order": 2}, 2)])
 def test_exponential_integrators_converge_with_their_order(name, options, order):
     """In log SNR, between fixed ends: the last step, to infinite SNR, is first-order in all of them."""

@@ -63,7 +63,7 @@ def _exported(
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
     """Return what `read_model` does, of a safetensors file of ours."""
     if metadata.get("role") != "model":
-        raise UserError(f"{path}: not a trained model of ldm_lab's: it holds a {metadata.get('role')}")
+        raise UserError(f"{path}: not a trained model of ldm_lab's: it holds the role {metadata.get('role')}")
     try:
         config = json.loads(metadata["config"])
     except (KeyError, json.JSONDecodeError):

@@ -28,17 +28,12 @@ class Encoder(nn.Module):
     """
 
     def __init__(self, section: dict[str, Any]) -> None:
-        """Load the conditioner of a config section.
+        """Load the conditioner of a checked section (`clip_section`).
 
         Raises:
-            UserError: not a conditioner that embeds both, no weights, or what `load_part` raises.
+            UserError: no weights, or what `load_part` raises.
         """
         super().__init__()
-        problems = check_section("conditioner", section, "clip")
-        if problems:
-            raise UserError(problems[0])
-        if section["name"] not in ("clip", "cloob"):
-            raise UserError(f"clip.name: clip or cloob is needed, not {section['name']!r}")
         if weights_path("conditioner", section) is None:
             raise UserError("clip.weights: has to be given, a file with trained weights")
         self.embedder = embedder_of(section)
@@ -79,14 +74,14 @@ def _covered(side: int, image: Image.Image) -> Tensor:
 
 
 def clip_section(given: list[str], embedder: dict[str, str] | None) -> dict[str, Any]:
-    """Return the conditioner section of `key=value` words, laid over the embedder that a head asks for.
+    """Return the checked conditioner section of `key=value` words, laid over the embedder that a head asks for.
 
     Args:
         given: such as ["weights=ViT-L-14.pt"] or ["model=ViT-B-32", "pretrained=laion2b_s34b_b79k"].
         embedder: of the heads; None if there is none.
 
     Raises:
-        UserError: a word that is none, or nothing at all to go by.
+        UserError: a word that is none, nothing at all to go by, or what is wrong with the section.
     """
     written: dict[str, Any] = {}
     for entry in given:
@@ -105,4 +100,10 @@ def clip_section(given: list[str], embedder: dict[str, str] | None) -> dict[str,
     if not section.get("model") and not whole:
         whose = f"the head belongs to {describe(embedder)}" if embedder else "no head says which"
         raise UserError(f"--clip: has to be given, as {whose}: weights=FILE, or model=NAME pretrained=NAME")
-    return {"name": "clip", **section}
+    section = {"name": "clip", **section}
+    problems = check_section("conditioner", section, "clip")
+    if problems:
+        raise UserError(f"--clip: {problems[0]}")
+    if section["name"] not in ("clip", "cloob"):
+        raise UserError(f"--clip: clip.name: clip or cloob is needed, not {section['name']!r}")
+    return section

@@ -237,6 +237,8 @@ class Sampler:
         embedded, index = self._encode(mixes, negative, aesthetic)  # [U, ...] for U distinct prompts, [N, k]
         if rerank > 1 and "embed" not in embedded:
             raise UserError("rerank: this model's conditioner has no embeddings of images and texts to compare")
+        if rerank > 1 and not embedded["embed"].any():
+            raise UserError("rerank: this model is unconditional, nothing says which of its pictures is better")
         candidates = [(i, seed + j * len(seeds)) for i, seed in enumerate(seeds) for j in range(rerank)]
         options = {"sampler": sampler, "size": size, "interval": interval, "rescale": rescale, "start": start}
         options |= {"low_res": low_res, "temperature": temperature, "clamp": clamp}

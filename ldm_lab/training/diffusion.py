@@ -11,7 +11,6 @@ from ldm_lab.checkpoints.models import read_model, save_model
 from ldm_lab.checkpoints.parts import FORMAT, load_part
 from ldm_lab.config import build, register
 from ldm_lab.errors import UserError
-from ldm_lab.pretrained import locate
 from ldm_lab.training.logs import say
 from ldm_lab.training.low_res import LowRes
 from ldm_lab.training.task import Task
@@ -97,7 +96,7 @@ class DiffusionTask(Task):
         self.timesteps = draw(self.seed, self.global_rank, self.trainer.world_size)
 
     def initial_weights(self, path: str) -> tuple[dict[str, Tensor], str]:
-        config, state, extra = read_model(locate(path, "init_from"))
+        config, state, extra = read_model(path)
         ours = self.run_config["denoiser"]["name"]
         theirs, part = (s if isinstance(s := config.get(role), dict) else {} for role in ("denoiser", "autoencoder"))
         if theirs.get("name") != ours:

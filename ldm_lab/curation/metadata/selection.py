@@ -113,6 +113,8 @@ class Selection:
             raise UserError(f"{damaged[0]}{whole}{remedy}. Nothing was written.") from None
 
     def _check_out(self) -> None:
+        if "://" in str(self.out) or ":/" in str(self.out):
+            raise UserError(f"out: {self.out}: a folder is needed that all machines of the engine see, no address")
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"out: {self.out} is a file; a folder is needed")
         there = [path.name for path in self.out.iterdir()] if self.out.is_dir() else []

@@ -140,7 +140,7 @@ class Spark:
 
 
 def _address(path: str) -> str:
-    return path if "://" in path else Path(path).absolute().as_uri()
+    return path if "://" in path else f"file://{Path(path).absolute()}"  # Hadoop decodes no %20
 
 
 def _message(error: Exception) -> str:
