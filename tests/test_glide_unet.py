@@ -181,6 +181,18 @@ def test_initial_weights_are_all_set():
     assert not net(**given).any(), "the untrained network predicts nothing"
 
 
+@torch.no_grad()
+def test_with_groups_of_one_channel_an_image_s_mean_is_lost():
+    """Why narrow networks need fewer groups: the last norm decides what the mean of the output can depend on."""
+    spreads = []
+    for groups in (32, 4):
+        norm = tiny(norm_groups=groups).out[0]
+        assert norm.num_groups == groups
+        levels = torch.linspace(-1, 1, 5)[:, None, None, None] * torch.randn(1, 32, 1, 1) + torch.randn(5, 32, 8, 8) / 4
+        spreads.append(float(norm(levels).mean((2, 3)).std(0).mean()))
+    assert spreads[0] < 1e-5 < 0.1 < spreads[1]
+
+
 def test_groups_that_can_be_frozen_are_those_of_glide_finetune():
     net = tiny()
     groups = net.freeze_groups()
@@ -198,7 +210,7 @@ def test_groups_that_can_be_frozen_are_those_of_glide_finetune():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"base_channels": 40}, "base_channels: makes a level 40 wide, which is no multiple of 32"),
+        ({"base_channels": 40}, "base_channels: makes a level 40 wide, which is no multiple of 32 \\(norm_groups\\)"),
         ({"head_width": 24}, "head_width: 24 does not divide 64"),
         ({"attention": [3]}, r"attention: 2 levels are at 1/1, 1/2; not \[3\]"),
         ({"text_heads": 5}, "text_heads: 5 heads do not divide text_width 24"),

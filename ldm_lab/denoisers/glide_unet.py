@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 from ldm_lab.config import options, register
 from ldm_lab.errors import UserError
 
-GROUPS = 32  # of every GroupNorm
 LOW_RES_CHANNELS = 3  # an upsampler's condition is an RGB image
 MAX_PERIOD = 10_000  # of the time's sinusoids
 EXACT = 1e-3  # a timestep this near to a whole one is the whole one: what is missing is float32's rounding of t
@@ -45,6 +44,7 @@ class GlideUNet(nn.Module):
         blocks_per_level: int = 3,
         attention: list[int] = (2, 4, 8),
         head_width: int = 64,
+        norm_groups: int = 32,
         dropout: float = 0.1,
         text_size: int = 128,
         text_width: int = 512,
@@ -63,11 +63,15 @@ class GlideUNet(nn.Module):
         Args:
             channels: C of the images, or latents.
             embed_dim: number of different tokens.
-            base_channels: the level at 1 / 2**i of the size is base_channels * multipliers[i] wide, a multiple of 32.
+            base_channels: the level at 1 / 2**i of the size is base_channels * multipliers[i] wide, a multiple of
+                norm_groups.
             multipliers: one per level.
             blocks_per_level: residual blocks on the way down; one more on the way up.
             attention: there is attention where height and width are 1/2, 1/4, ... (a number from here) of the image's.
             head_width: channels of an attention head of the U-Net.
+            norm_groups: groups of channels that are normalised together, 32 in all that was released. Where a group is
+                a single channel, every image's mean in it is lost, and with it the image's colour: take fewer for
+                narrow networks.
             dropout: share of the features that training drops in each residual block.
             text_size: tokens per text, padding included.
             text_width: channels of the text transformer.
@@ -111,12 +115,14 @@ class GlideUNet(nn.Module):
         self.time_embed = nn.Sequential(nn.Linear(base_channels, emb_width), nn.SiLU(), nn.Linear(emb_width, emb_width))
         extra = (channels + 1) * inpaint + LOW_RES_CHANNELS * super_res
         widths = [base_channels * multiplier for multiplier in multipliers]
-        build = _Builder(blocks_per_level, attention, head_width, dropout, text_width, emb_width)
+        build = _Builder(blocks_per_level, attention, head_width, norm_groups, dropout, text_width, emb_width)
         self.input_blocks, skips = build.down(channels + extra, widths)
         self.middle_block = build.middle(widths[-1])
         self.output_blocks = build.up(widths, skips)
         self.out = nn.Sequential(
-            GroupNorm(widths[0]), nn.SiLU(), zeroed(nn.Conv2d(widths[0], channels * (1 + learn_variance), 3, padding=1))
+            GroupNorm(norm_groups, widths[0]),
+            nn.SiLU(),
+            zeroed(nn.Conv2d(widths[0], channels * (1 + learn_variance), 3, padding=1)),
         )
         # The original leaves the last two unset, whatever is in memory; the deviations are those of CLIP's embeddings.
         for embedding, deviation in (
@@ -275,7 +281,15 @@ class GlideUNet(nn.Module):
 
 def _problems(sizes: dict[str, Any]) -> list[str]:
     """Return what is wrong with a network's options, each as "key: what"."""
-    positive = ("base_channels", "blocks_per_level", "head_width", "text_size", "text_width", "text_layers")
+    positive = (
+        "base_channels",
+        "blocks_per_level",
+        "head_width",
+        "norm_groups",
+        "text_size",
+        "text_width",
+        "text_layers",
+    )
     positive += ("text_heads", "clip_positions", "timesteps")
     problems = [f"{key}: at least 1 is needed, not {sizes[key]}" for key in positive if sizes[key] < 1]
     multipliers, attention = sizes["multipliers"], sizes["attention"]
@@ -292,8 +306,12 @@ def _problems(sizes: dict[str, Any]) -> list[str]:
         problems.append(f"attention: {len(multipliers)} levels are at 1/{', 1/'.join(map(str, scales))}; not {unknown}")
     for scale, multiplier in zip(scales, multipliers):
         width = sizes["base_channels"] * multiplier
-        if width % GROUPS:
-            return [*problems, f"base_channels: makes a level {width} wide, which is no multiple of {GROUPS}"]
+        if width % sizes["norm_groups"]:
+            groups = sizes["norm_groups"]
+            return [
+                *problems,
+                f"base_channels: makes a level {width} wide, which is no multiple of {groups} (norm_groups)",
+            ]
         if (scale in attention or scale == scales[-1]) and width % sizes["head_width"]:
             problems.append(
                 f"head_width: {sizes['head_width']} does not divide {width}, a level's width with attention"
@@ -306,16 +324,26 @@ class _Builder:
     """The blocks, from the widths of the levels; `input_blocks.5.0` and the like come from the positions used here."""
 
     def __init__(
-        self, blocks: int, attention: list[int], head_width: int, dropout: float, text_width: int, emb_width: int
+        self,
+        blocks: int,
+        attention: list[int],
+        head_width: int,
+        groups: int,
+        dropout: float,
+        text_width: int,
+        emb_width: int,
     ) -> None:
-        self.blocks, self.attention, self.head_width = blocks, attention, head_width
+        self.blocks, self.attention, self.head_width, self.groups = blocks, attention, head_width, groups
         self.dropout, self.text_width, self.emb_width = dropout, text_width, emb_width
 
     def res(self, c_in: int, c_out: int, resample: str | None = None) -> "ResBlock":
-        return ResBlock(c_in, c_out, self.emb_width, self.dropout, resample)
+        return ResBlock(c_in, c_out, self.emb_width, self.groups, self.dropout, resample)
 
     def attend(self, level: int, width: int) -> list["AttentionBlock"]:
-        return [AttentionBlock(width, self.head_width, self.text_width)] if 2**level in self.attention else []
+        return [self.attention_block(width)] if 2**level in self.attention else []
+
+    def attention_block(self, width: int) -> "AttentionBlock":
+        return AttentionBlock(width, self.head_width, self.groups, self.text_width)
 
     def down(self, c_in: int, widths: list[int]) -> tuple[nn.ModuleList, list[int]]:
         """Return the way down, and the width of each of its results."""
@@ -331,8 +359,7 @@ class _Builder:
         return nn.ModuleList(modules), skips
 
     def middle(self, width: int) -> nn.Sequential:
-        attention = AttentionBlock(width, self.head_width, self.text_width)
-        return nn.Sequential(self.res(width, width), attention, self.res(width, width))
+        return nn.Sequential(self.res(width, width), self.attention_block(width), self.res(width, width))
 
     def up(self, widths: list[int], skips: list[int]) -> nn.ModuleList:
         """Return the way up; each block reads one result of the way down, the last one first."""
@@ -348,10 +375,7 @@ class _Builder:
 
 
 class GroupNorm(nn.GroupNorm):
-    """Normalises 32 groups of channels, in float32 whatever comes in."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(GROUPS, channels)
+    """Normalises groups of channels, in float32 whatever comes in."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [B, c, ...] in x's own precision for x [B, c, ...]."""
@@ -369,14 +393,16 @@ class LayerNorm(nn.LayerNorm):
 class ResBlock(nn.Module):
     """Two 3x3 convolutions beside a skip connection, scaled and shifted by the time's embedding; may resample."""
 
-    def __init__(self, c_in: int, c_out: int, emb_width: int, dropout: float, resample: str | None) -> None:
+    def __init__(
+        self, c_in: int, c_out: int, emb_width: int, groups: int, dropout: float, resample: str | None
+    ) -> None:
         """`resample`: "down" halves height and width, "up" doubles them, None leaves them."""
         super().__init__()
         self.resample = {"down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2), None: nn.Identity()}[resample]
-        self.in_layers = nn.Sequential(GroupNorm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.in_layers = nn.Sequential(GroupNorm(groups, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_width, 2 * c_out))
         self.out_layers = nn.Sequential(
-            GroupNorm(c_out), nn.SiLU(), nn.Dropout(dropout), zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
+            GroupNorm(groups, c_out), nn.SiLU(), nn.Dropout(dropout), zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
         )
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
@@ -395,10 +421,10 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Attention of every pixel to the text and to all pixels, in one softmax, added to its input."""
 
-    def __init__(self, channels: int, head_width: int, text_width: int) -> None:
+    def __init__(self, channels: int, head_width: int, groups: int, text_width: int) -> None:
         super().__init__()
         self.heads = channels // head_width
-        self.norm = GroupNorm(channels)
+        self.norm = GroupNorm(groups, channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.encoder_kv = nn.Conv1d(text_width, 2 * channels, 1)
         self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
