@@ -9,7 +9,6 @@ skips those that are done.
 import json
 import signal
 import time
-from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -92,7 +91,7 @@ class Batches(IterableDataset):
                 seen.add(item.key)
                 samples.append(self.sample(item))
             except Skip as problem:
-                counts.skip(problem.reason, _text(problem.key))
+                counts.skip(Skip(problem.reason, _text(problem.key)))
                 continue
             if len(samples) == self.batch_size:
                 yield {"unit": index, **_collate(samples)}
@@ -293,7 +292,7 @@ class Scoring(LightningModule):
         rows = {name: held.get(name, []) for name in ("key", "url", "hash")}
         finite = torch.cat(held["finite"]).numpy() if held else np.ones(0, dtype=bool)  # [N]
         for key in np.array(rows["key"], dtype=object)[~finite]:
-            counts.skip("non-finite embedding", key)
+            counts.skip(Skip("non-finite embedding", key))
         rows = {name: [value for value, good in zip(values, finite) if good] for name, values in rows.items()}
         columns = [*self.heads, *[SIMILARITY] * self.wanted.similarity]
         scores = {c: _joined(held.get(f"score {c}"))[finite].astype(np.float32) for c in columns}  # [N] each
@@ -426,7 +425,7 @@ def run(
 
 def report(scoring: Scoring) -> tuple[str, list[str]]:
     """Return what the Parquet files say was scored and skipped, in a line, and which units have none."""
-    total, done, left, reasons = Counts(), 0, [], Counter()
+    total, done, left = Counts(), 0, []
     for unit in scoring.units:
         facts = score_files.read_facts(_with(unit.target, score_files.SCORES))
         if facts is None:
@@ -434,8 +433,7 @@ def report(scoring: Scoring) -> tuple[str, list[str]]:
             continue
         total.add(Counts(facts["read"], facts["skipped"], facts["examples"]))
         done += 1
-        reasons.update(facts["skipped"])
-    scored = total.read - sum(reasons.values())
+    scored = total.read - sum(total.skipped.values())
     if not scored and not left:
         raise UserError(f"no image could be scored: {total}")
     return f"{scored:,} images scored in {done:,} of {len(scoring.units):,} shards: {total}", left
