@@ -24,7 +24,7 @@ class DuckDB:
     """DuckDB within this process.
 
     Args:
-        memory_limit: what its tables may take, such as 800MB or 4GB; beyond it they spill to the disk. The program
+        memory_limit: what its tables may take, such as 800MB or 4GB; beyond it they spill to the disk. The
             process takes about 250 MB more.
         threads: null is all cores.
         temp_directory: where it spills to; null is the folder of the output.
