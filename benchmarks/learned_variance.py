@@ -6,8 +6,8 @@ All rows use one network, the same steps and the same noise. Columns:
 
     bits     the variational bound of the walk on freshly drawn pictures and their captions, bits per element, without
              the constant term of the prior (Nichol & Dhariwal 2021, arXiv 2102.09672, section 3.1); lower is better
-    texture  Frechet distance of the 5x5 patches of sampled and of drawn pictures of the same prompts, without guidance;
-             lower is better
+    texture  Frechet distance of the 5x5 patches, less their mean colours, of sampled and of drawn pictures of the same
+             prompts, without guidance; lower is better
     right    share of prompts whose colour and shape the checker reads off the pictures, with guidance
 """
 
@@ -75,9 +75,10 @@ def bits(model: Sampler, steps: int, images: list[Image.Image], captions: list[s
 
 
 def patches(images: list[Image.Image]) -> Tensor:
-    """Return all patches of some pictures, float64 [n, 3 * PATCH**2]."""
+    """Return all patches of some pictures, each channel less its mean, float64 [n, 3 * PATCH**2]."""
     pixels = torch.stack([to_tensor(image) for image in images]).double()  # [N, 3, H, W]
-    return F.unfold(pixels, PATCH).transpose(1, 2).flatten(0, 1)  # [n, 3 * PATCH**2]
+    cut = F.unfold(pixels, PATCH).transpose(1, 2).flatten(0, 1).unflatten(1, (3, -1))  # [n, 3, PATCH**2]
+    return (cut - cut.mean(2, keepdim=True)).flatten(1)  # [n, 3 * PATCH**2]
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
