@@ -16,6 +16,7 @@ from ldm_lab.checkpoints.models import read_model
 from ldm_lab.config import build, check, load, to_yaml
 from ldm_lab.data.shapes import write_shards
 from ldm_lab.errors import UserError
+from ldm_lab.images import to_images, to_tensor
 from ldm_lab.training.diffusion import DiffusionTask
 from ldm_lab.training.low_res import LowRes, shrink
 from ldm_lab.training.runner import build_task
@@ -242,6 +243,10 @@ def test_small_images_are_made_in_levels():
     assert low.shape == (2, 3, 3, 2)
     levels = (low + 1) * 127.5
     torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-3)
+    pictures = to_images(image + 1e-3)  # cuts fractions off
+    exact = torch.stack([to_tensor(picture) for picture in pictures])  # [2, 3, 12, 8]
+    wanted = [to_tensor(picture.resize((2, 3), Image.Resampling.BICUBIC)) for picture in pictures]
+    assert ((shrink(exact, 4) - torch.stack(wanted)) * 127.5).abs().max() < 1.01, "Pillow's, but for one level of 255"
     torch.manual_seed(0)
     noised, blurred = LowRes(factor=4, noise=0.5)(image), LowRes(factor=2, blur=3.0)(torch.rand(4, 3, 24, 24))
     assert (noised - low).abs().max() > 0.01
