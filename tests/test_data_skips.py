@@ -22,6 +22,7 @@ def broken(tmp_path_factory):
     all_samples["00012"]["png"] = encoded(12, (1, 1))
     del all_samples["00015"]["png"]
     del all_samples["00021"]["txt"], all_samples["00022"]["txt"]
+    all_samples["00022"]["json"] = b'{"caption": "of the metadata, which is no part of training"}'
     all_samples["00023"]["txt"] = b" \n"
     for shard in range(4):
         write_shard(root / f"{shard}.tar", list(all_samples.items())[shard * 10 : shard * 10 + 10])
