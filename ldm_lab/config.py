@@ -54,6 +54,7 @@ PACKAGES = {
     "perceptual": "ldm_lab.training",
     "discriminator": "ldm_lab.training",
     "reconstructions": "ldm_lab.training",
+    "enlargements": "ldm_lab.training",
     "head": "ldm_lab.curation.heads",
 }
 TOOLS = ("selection", "engine")  # roles of commands, not of runs; they need their extra installed
@@ -209,6 +210,8 @@ def check(config: dict[str, Any]) -> None:
     for key, value in config.items():
         if key in top:
             problems += _mismatch(value, top[key], key)
+        elif key in roles and value is None and key not in cls.REQUIRED:
+            continue  # as if it were left out: how a config takes back a section of its `defaults`
         elif key in roles:
             problems += check_section(roles[key], value, key)
         else:

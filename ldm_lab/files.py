@@ -31,13 +31,13 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
-        if isinstance(error, OSError) or "PytorchStreamWriter" in str(error):
-            reason = error.strerror if isinstance(error, OSError) else "the write failed, most likely no space is left"
-            full = getattr(error, "errno", errno.ENOSPC) == errno.ENOSPC
-            hint = "; free some space (the file that was there before is untouched)" if full else ""
-            raise UserError(f"{path}: cannot be written: {reason}{hint}") from error
-        raise
+    except (OSError, RuntimeError) as error:
+        # torch.save raises a RuntimeError about its zip file while it handles the OSError of a failed write.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        hint = "; free some space (the file that was there before is untouched)" if cause.errno == errno.ENOSPC else ""
+        raise UserError(f"{path}: cannot be written: {cause.strerror}{hint}") from error
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)

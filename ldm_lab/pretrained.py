@@ -255,8 +255,10 @@ def locate(text: str | Path, what: str) -> Path:
             raise UserError(f"{what}: {text!r} is neither a path nor a name of released weights; download it yourself")
     path = Path(text).expanduser()
     for found in (path, REPOSITORY / path):
-        if found.exists():
+        if found.is_file() or found.is_dir():
             return found
+    if path.exists():  # reading a pipe or a device would never end
+        raise UserError(f"{path}: not a file ({what})")
     raise UserError(f"{path}: no such file ({what}), and {unknown('released weights', text, RELEASED)}")
 
 

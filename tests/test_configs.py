@@ -80,6 +80,38 @@ def test_ccld_finetune_goes_on_with_the_released_model():
         assert finetune[section] == released[section]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "parameters"),
+    [
+        ("glide_finetune_base", 385_030_726),
+        ("glide_finetune_upsampler", 398_361_286),
+        ("miniglide", 156_947_494),
+        ("miniglide_1m5", 1_495_814),
+        ("dogglide", 156_947_494),
+        ("glide_quickstart", 3_637_254),
+        ("glide_quickstart_upsampler", 1_210_886),
+    ],
+)
+def test_parameter_counts_of_the_recipes_of_glide(recipe, parameters):
+    with torch.device("meta"):
+        task = part_class("task", {"name": "diffusion"})(load_filled(CONFIGS / f"{recipe}.yaml"), read_weights=False)
+    assert sum(p.numel() for p in task.model.parameters()) == parameters
+    assert f"{parameters:,} parameters" in (CONFIGS / f"{recipe}.yaml").read_text()
+
+
+def test_the_recipes_of_glide_are_laionide_s_and_miniglide_s():
+    base, upsampler = (load_filled(CONFIGS / f"glide_finetune_{form}.yaml") for form in ("base", "upsampler"))
+    assert base["optim"]["lr"] == 1e-5 and base["optim"]["weight_decay"] == 0.05
+    assert base["conditioner"]["dropout"] == 0.2 and upsampler["conditioner"]["dropout"] == 0.0
+    assert (base["objective"]["betas"], upsampler["objective"]["betas"]) == ("squaredcos_cap_v2", "linear")
+    assert base["data"]["require_text"] and base["objective"]["bound"] is False
+    assert upsampler["low_res"] == {"factor": 4, "noise": 0.0, "blur": 0.0} and upsampler["demo"] is None
+    mini, dog = (load_filled(CONFIGS / f"{name}.yaml") for name in ("miniglide", "dogglide"))
+    assert mini["checkpoint"] == {"seconds": 3600, "keep": 3} and mini["data"]["limit"] == 100_000
+    assert mini["denoiser"]["timesteps"] == 100 and dog["denoiser"]["timesteps"] == 1000
+    assert {key for key in mini["denoiser"] if mini["denoiser"][key] != dog["denoiser"][key]} == {"timesteps"}
+
+
 def test_ema_stages_are_the_original_s():
     ema = build("ema", load_filled(CONFIGS / "yfcc_cfg.yaml")["ema"])
     steps = {0: 0.99, 19_999: 0.99, 20_000: 0.999, 199_999: 0.999, 200_000: 0.9999, 10**9: 0.9999}

@@ -191,7 +191,7 @@ def test_a_folder_is_replaced_as_a_whole(folder, program, monkeypatch):
         (["kl.ckpt", "x.safetensors", "--part", "autoencoder"], "--part: is for training checkpoints of cloob"),
         (["kl.ckpt", "x.safetensors", "ch=64"], "autoencoder.ch: 64 is asked for"),
         (["kl.ckpt", "x.safetensors", "chh=64"], "Did you mean 'ch'?"),
-        (["last.ckpt", "x.safetensors", "ch=64"], "ch=64: is for files with a part in them"),
+        (["last.ckpt", "x.safetensors", "ch=64"], "ch=64: is for files with a part or a network of GLIDE's in them"),
         (["nothing", "x.safetensors"], "no such file"),
     ],
 )

@@ -22,6 +22,7 @@ def broken(tmp_path_factory):
     all_samples["00012"]["png"] = encoded(12, (1, 1))
     del all_samples["00015"]["png"]
     del all_samples["00021"]["txt"], all_samples["00022"]["txt"]
+    all_samples["00022"]["json"] = b'{"caption": "of the metadata, which is no part of training"}'
     all_samples["00023"]["txt"] = b" \n"
     for shard in range(4):
         write_shard(root / f"{shard}.tar", list(all_samples.items())[shard * 10 : shard * 10 + 10])
@@ -74,6 +75,37 @@ def test_files(tmp_path, name):
     assert len(keys(take(data))) == 17
     more = {"missing file": 1, "unreadable file": 1} if name == "image_list" else {}
     assert dict(data.skipped) == {"truncated image": 1, "no caption": 1, "too small": 1, **more}
+
+
+def test_of_samples_with_one_key_the_first_counts(tmp_path, monkeypatch):
+    """Next to each other, or anywhere in the shard; a second copy of all samples is no reason to give up."""
+    monkeypatch.setattr(loader, "BARREN", 5)
+    pair = [("00001", {"png": encoded(n), "txt": f"caption {n}".encode()}) for n in (1, 2)]
+    write_shard(tmp_path / "0.tar", [*samples(range(1)), *pair, *samples(range(2, 20)), *samples(range(20))])
+    section = {"name": "webdataset", "shards": f"{tmp_path}/0.tar", "shuffle_buffer": 0, "max_skipped": 0.6}
+    data = module(section, epochs=1)
+    batches = take(data)
+    assert keys(batches) == [f"{n:05d}" for n in range(20)]
+    assert batches[0]["text"][1] == "caption 1" and dict(data.skipped) == {"duplicate key": 21}
+
+
+def test_a_shard_without_an_end_is_cut(tmp_path):
+    """Between two samples nothing else tells it; all that is there is used."""
+    write_shard(tmp_path / "0.tar", samples(range(8)))
+    whole = (tmp_path / "0.tar").read_bytes()
+    end = len(whole.rstrip(b"\0"))
+    (tmp_path / "0.tar").write_bytes(whole[: -(-end // 512) * 512])
+    data = module({"name": "webdataset", "shards": f"{tmp_path}/0.tar", "max_skipped": 0.5}, epochs=1)
+    assert len(keys(take(data))) == 8 and dict(data.skipped) == {"broken shard": 1}
+
+
+def test_an_empty_caption_is_no_missing_one(broken):
+    """23 has a caption file of blanks, 21 and 22 have none."""
+    data = module({"name": "webdataset", "shards": f"{broken}/2.tar", "require_text": "file"}, epochs=1)
+    assert len(keys(take(data))) == 8 and dict(data.skipped) == {"no caption": 2}
+    data = module({"name": "webdataset", "shards": f"{broken}/2.tar", "max_pixels": 28 * 20 - 1, "max_skipped": 0.9})
+    with pytest.raises(UserError, match="too many pixels"):
+        take(data, 1)
 
 
 def test_counts_survive_a_resume(broken):

@@ -8,8 +8,9 @@ import torch
 
 from ldm_lab.config import build, parts
 from ldm_lab.errors import UserError
+from ldm_lab.guidance import shifted
 from ldm_lab.objectives import Prediction
-from ldm_lab.schedules import Cosine
+from ldm_lab.schedules import Cosine, Discrete, Posterior
 
 SCHEDULE = Cosine()
 WEIGHTS, MEANS, STDS = (torch.tensor(v, dtype=torch.float64) for v in ([0.35, 0.65], [-1.0, 0.8], [0.45, 0.6]))
@@ -62,6 +63,13 @@ def test_euler_and_heun_converge_with_their_order(name, order, converged):
     assert errors[-1] / solution.norm().item() < {1: 2e-2, 2: 8e-4}[order]
     for coarse, fine in itertools.pairwise(errors):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
+
+
+@pytest.mark.parametrize("steps", [5, 20])
+def test_euler_at_the_times_of_ddim_is_ddim(steps):
+    x = normal(1, 4, 8, 8)
+    ddim, euler = sample("ddim", steps, x), sample("euler", steps, x, spacing="spliced")
+    assert ((euler - ddim).norm() / ddim.norm()).item() < 1e-6
 
 
 @pytest.mark.parametrize(("name", "options", "order"), [("dpmpp_2m", {}, 2), ("unipc", {"order": 2}, 2)])
@@ -208,7 +216,7 @@ def test_the_callback_sees_x_before_each_step_and_the_clean_estimate():
         ({"name": "plms", "steps": 0}, "steps: at least 1 is needed, not 0"),
         ({"name": "ddim", "steps": 0}, "steps: at least 1 is needed, not 0"),
         ({"name": "ddim", "eta": 1.5}, "eta: a number from 0 to 1 is needed, not 1.5"),
-        ({"name": "ddim", "eta": math.nan}, "eta: a number from 0 to 1 is needed, not nan"),
+        ({"name": "ddim", "eta": math.nan}, "eta: number is needed, not nan"),
         ({"name": "plms", "eta": 0.5}, "no such key: 'eta'"),
         ({"name": "ddpm", "eta": 0.5}, "no such key: 'eta'"),
     ],
@@ -217,3 +225,116 @@ def test_wrong_sections_are_refused(section, message):
     with pytest.raises(UserError) as error:
         build("sampler", section)
     assert message in str(error.value)
+
+
+# ------------------------------------------------------------------------------- schedules made of timesteps
+
+
+def gaussian(schedule, std=0.5, learned=False, steps=None):
+    """The exact denoiser of x0 ~ N(0, std^2), clamped nowhere; with the exact variance of its ancestral steps."""
+    chain = None if steps is None else Posterior.between(schedule, schedule.grid(steps))
+    times = None if steps is None else schedule.grid(steps).tolist()
+
+    def predict(x, t):
+        alpha, sigma = (level[:, None, None, None] for level in schedule.alpha_sigma(t.double()))  # [B, 1, 1, 1]
+        variance = alpha**2 * std**2 + sigma**2
+        x0, eps = alpha * std**2 / variance * x, sigma / variance * x
+        fraction = None
+        if learned:
+            i = times.index(t[0].item())
+            # The step's own variance, and what is not known of x0.
+            exact = chain.variance[i] + chain.x0_weight[i] ** 2 * (std**2 * sigma**2 / variance)
+            low, high = chain.log_variance[i], chain.log_beta[i]
+            fraction = ((exact.log() - low) / (high - low).clamp(min=1e-12)).expand_as(x)
+        return Prediction(x0, eps, fraction)
+
+    return predict
+
+
+@pytest.mark.parametrize("betas", ["squaredcos_cap_v2", "linear", "linear_latent"])
+@pytest.mark.parametrize("name", CALLS)
+def test_every_sampler_walks_timesteps(name, betas):
+    schedule = Discrete(betas)
+    x = normal(1, 2, 24, 24)
+    steps = 50 if name in ("ddim", "ddim_extrapolated", "euler", "ddpm", "dpmpp_2m_sde") else 25
+    generator = torch.Generator().manual_seed(3)
+    walk = build("sampler", {"name": name, "steps": steps})
+    seen = []
+
+    def predict(x, t):
+        seen.append(t[0].item())
+        return gaussian(schedule)(x, t)
+
+    out = walk(
+        predict, x, schedule=schedule,
+        noise=lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype),
+        callback=lambda *_: None,
+    )  # fmt: skip
+    # One does not converge to the solution: it is what it is for those who know its pictures.
+    assert out.std().item() == pytest.approx(0.35 if name == "ddim_extrapolated" else 0.5, rel=0.12)
+    assert max(seen) <= 1
+    if name not in ("prk", "pie"):  # whose last stage is at t = 0
+        assert min(seen) >= 1 / 1000 - 1e-7
+
+
+@pytest.mark.parametrize("steps", ["fast27", "ddim25", "10,10,3,2,2", "27"])
+@pytest.mark.parametrize("name", CALLS)
+def test_every_sampler_takes_a_respacing(name, steps):
+    schedule = Discrete("linear")
+    walk, reported = build("sampler", {"name": name, "steps": steps}), []
+    out = walk(
+        gaussian(schedule), normal(1, 1, 4, 4), schedule=schedule, noise=torch.randn_like,
+        callback=lambda i, x, x0: reported.append(i),
+    )  # fmt: skip
+    assert reported == list(range(walk.steps)) and walk.steps == (25 if steps == "ddim25" else 27)
+    assert torch.equal(walk.times(schedule), schedule.grid(steps))
+    assert out.isfinite().all()
+
+
+def test_the_right_variance_of_few_ancestral_steps_gives_the_right_spread():
+    """A posterior's variance is too small for few steps, beta too large; what a network can learn is right."""
+    schedule, steps = Discrete("squaredcos_cap_v2"), 8
+    spreads = {}
+    for variance in ("posterior", "learned", "beta"):
+        generator = torch.Generator().manual_seed(4)
+        walk = build("sampler", {"name": "ddpm", "steps": steps, "variance": variance})
+        out = walk(
+            gaussian(schedule, learned=True, steps=steps), normal(1, 1, 300, 300), schedule=schedule,
+            noise=lambda x, g=generator: torch.randn(x.shape, generator=g, dtype=x.dtype),
+        )  # fmt: skip
+        spreads[variance] = out.std().item()
+    assert spreads["learned"] == pytest.approx(0.5, rel=0.01)
+    assert spreads["posterior"] < 0.97 * 0.5 and spreads["beta"] > 1.03 * 0.5
+
+
+def test_gradients_are_climbed_by_every_sampler():
+    """Data N(0, 1) and the likelihood of y = 2 under N(x_t, 1): samples move towards y, by shifted mean or score."""
+    schedule = Discrete("linear")
+    moved = {}
+    for name in ("ddpm", "ddim", "unipc", "heun", "plms"):
+        walk = build("sampler", {"name": name, "steps": 50})
+
+        def predict(x, t):
+            return gaussian(schedule, std=1.0)(x, t)._replace(gradient=0.2 * (2 - x))
+
+        led = predict if walk.shifts_mean else shifted(predict, schedule)
+        out = walk(led, normal(1, 1, 40, 40), schedule=schedule, noise=lambda x: normal(*x.shape, seed=5))
+        moved[name] = out.mean().item()
+    assert all(0.1 < mean < 2 for mean in moved.values()), moved
+
+
+def test_the_variant_of_glide_s_programs_leaves_out_both_ends():
+    schedule = Discrete("squaredcos_cap_v2")
+    for name, calls in (("plms", 27 - 2 + 9), ("prk", 4 * 25)):
+        walk, seen = build("sampler", {"name": name, "steps": "27", "variant": "glide"}), []
+
+        def predict(x, t, seen=seen):
+            seen.append(t[0].item())
+            return gaussian(schedule)(x, t)
+
+        out = walk(predict, normal(1, 2, 24, 24), schedule=schedule)
+        assert (walk.steps, len(seen)) == (25, calls)
+        assert seen[0] == pytest.approx(0.962) and min(seen) >= 1 / 1000 - 1e-7
+        assert out.std().item() == pytest.approx(0.5, rel=0.05)
+    with pytest.raises(UserError, match="at least 3 are needed, not 2"):
+        build("sampler", {"name": "plms", "steps": 2, "variant": "glide"})

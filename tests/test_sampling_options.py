@@ -4,8 +4,9 @@ import pytest
 import torch
 from PIL import Image
 from test_sampling import BLANK, BOUND, FAST, raw
-from tiny import DENOISER
+from tiny import DENOISER, make_parts
 
+from ldm_lab.checkpoints.models import save_model
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
 from ldm_lab.sampling import Sampler
@@ -75,6 +76,26 @@ def test_the_best_of_several_candidates(sampler):
     assert best[0].info["similarity"] == pytest.approx((image_embed @ embeds[0].T).item(), abs=1e-5)
     with pytest.raises(UserError, match="rerank: at least 1"):
         sampler.batches(["red"], rerank=0)
+    blind = again(sampler, conditioner=build("conditioner", {"name": "none", "embed_dim": 16}))
+    with pytest.raises(UserError, match="this model is unconditional"):
+        blind.batches(["red"], rerank=2)
+
+
+def test_a_compiled_denoiser_makes_the_same_pictures(parts, tmp_path, monkeypatch):
+    config = {**make_parts(tmp_path), "denoiser": DENOISER, "objective": {"name": "v_cosine"}}
+    config["conditioner"]["dropout"] = 0.1
+    save_model(tmp_path / "ema.safetensors", parts["denoiser"].state_dict(), config, {"image_size": "32"})
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_(module, backend=count))
+    compiled, plain = (Sampler.from_checkpoint(tmp_path / "ema.safetensors", compiled=c) for c in (True, False))
+    assert compiled(["red"], sampler=FAST)[0].tobytes() == plain(["red"], sampler=FAST)[0].tobytes()
+    assert graphs
 
 
 def test_a_film_begins_and_ends_with_its_stations(sampler):

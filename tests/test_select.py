@@ -335,6 +335,7 @@ def test_a_missing_column_says_which_release_has_it(select, tmp_path):
         (["colums=[URL]"], "Did you mean 'columns'?"),
         (["columns=[URL, TXT]"], "no such column: 'TXT'. Did you mean 'TEXT'?"),
         (["tags.beauty=x"], "tags.beauty: no such tag: 'beauty'"),
+        (["out=s3://bucket/x"], "a folder is needed that all machines of the engine see"),
     ],
 )
 def test_mistakes(select, tmp_path, overrides, message):

@@ -282,7 +282,7 @@ def test_two_processes_share_weights_and_demos_but_not_samples(here, program):
         (["data.shards=nothing/*.tar"], "nothing/*.tar"),
         (["autoencoder.weights=none.safetensors"], "none.safetensors: no such file"),
         (["conditioner.weights=tiny.yaml"], "tiny.yaml"),
-        (["conditioner.weights=autoencoder.safetensors"], "holds a autoencoder, not a conditioner"),
+        (["conditioner.weights=autoencoder.safetensors"], "holds the weights of the role autoencoder, not conditioner"),
         (["autoencoder.ch=64"], "autoencoder.ch: 64 is asked for"),
         (["init_from=autoencoder.safetensors"], "not a trained model"),
         (["resume.checkpoint=nothing.ckpt"], "nothing.ckpt: no such file"),
@@ -331,12 +331,24 @@ def test_a_full_disk_stops_the_run_with_the_old_checkpoint_intact(here, program,
 
     real, calls = torch.save, []
 
+    class Full:
+        """A file on a disk that is full after the first 100,000 bytes."""
+
+        def __init__(self, file):
+            self.file, self.left = file, 100_000
+
+        def write(self, data):
+            self.left -= len(data)
+            if self.left < 0:
+                raise OSError(28, "No space left on device")
+            return self.file.write(data)
+
+        def flush(self):
+            self.file.flush()
+
     def full_at_the_second_time(content, file):
         calls.append(file)
-        if len(calls) == 2:
-            file.write(b"half")
-            raise OSError(28, "No space left on device")
-        real(content, file)
+        real(content, Full(file) if len(calls) == 2 else file)
 
     monkeypatch.setattr(checkpointing.torch, "save", full_at_the_second_time)
     code, _, err = program("train", "--config", yaml)

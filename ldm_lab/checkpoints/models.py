@@ -15,7 +15,7 @@ from ldm_lab.pretrained import locate
 
 # What a config inside a model file must not bring along: a data section may hold shell commands (`pipe:`), and the
 # rest concerns the run alone.
-RUN_SECTIONS = ("data", "resume", "init_from", "logging", "trainer", "checkpoint", "demo")
+RUN_SECTIONS = ("data", "resume", "init_from", "logging", "trainer", "checkpoint", "demo", "enlargements")
 
 # Models that other programs trained: `is_one(tensors) -> bool` recognises a file's tensors by their names, and
 # `model(tensors, path, ema, given)` returns what `read_model` does.
@@ -63,7 +63,7 @@ def _exported(
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
     """Return what `read_model` does, of a safetensors file of ours."""
     if metadata.get("role") != "model":
-        raise UserError(f"{path}: not a trained model of ldm_lab's: it holds a {metadata.get('role')}")
+        raise UserError(f"{path}: not a trained model of ldm_lab's: it holds the role {metadata.get('role')}")
     try:
         config = json.loads(metadata["config"])
     except (KeyError, json.JSONDecodeError):

@@ -145,7 +145,7 @@ def read_part(path: Path, role: str, name: str) -> tuple[dict[str, Tensor], dict
         if metadata.get("format") == FORMAT:
             held, config = part_config(path, metadata)
             if held != role:
-                raise UserError(f"{path}: holds a {held}, not a {role}")
+                raise UserError(f"{path}: holds the weights of the role {held}, not {role}")
             if config.get("name") != name:
                 raise UserError(f"{path}: holds the {role} {config.get('name')!r}, but {role}.name is {name!r}")
             problems = check_section(role, config, f"{path}: config")

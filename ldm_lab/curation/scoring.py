@@ -27,6 +27,7 @@ from ldm_lab.checkpoints import embedders
 from ldm_lab.curation import score_files
 from ldm_lab.curation.encoder import Encoder, Prepare
 from ldm_lab.curation.heads.head import Loaded
+from ldm_lab.curation.store import hash_of
 from ldm_lab.curation.units import Block, Shard
 from ldm_lab.data.loader import Counts
 from ldm_lab.data.shards import read_parts, write_shard
@@ -110,15 +111,27 @@ class Batches(IterableDataset):
             raise Skip(str(problem), item.key) from None
         fields = json_fields(item.json)
         named = {name.lower(): value for name, value in fields.items()}
-        url, number = named.get("url"), named.get("hash")
-        is_hash = isinstance(number, int) and not isinstance(number, bool) and -(2**63) <= number < 2**63
+        url = named.get("url")
         return {
             "pixels": pixels,
             "text": caption_of(item),
             "key": _text(item.key),
             "url": _text(url) if isinstance(url, str) else None,
-            "hash": number if is_hash else None,
+            "hash": _hash(named),
         }
+
+
+def _hash(fields: dict[str, Any]) -> int | None:
+    """Return LAION's hash of a sample: its own, or that of the url and caption that img2dataset notes of each."""
+    number, url, caption = fields.get("hash"), fields.get("url"), fields.get("caption", False)
+    if isinstance(number, int) and not isinstance(number, bool) and -(2**63) <= number < 2**63:
+        return number
+    if not isinstance(url, str) or not isinstance(caption, str | None):
+        return None
+    try:
+        return hash_of(url, caption)
+    except UserError:  # half a surrogate pair
+        return None
 
 
 def json_fields(data: bytes | None) -> dict[str, Any]:

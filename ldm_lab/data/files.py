@@ -1,6 +1,7 @@
 """Images in files of their own: a list of paths, or all images below a folder. A caption lies beside its image, or is
 the name of its folder."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -56,21 +57,31 @@ class FileSource(ImageSource):
         name = self._names[index]
         path = self.root / name
         try:
-            return Raw(name, path.read_bytes(), *self.caption_files(path))
+            return Raw(name, path.read_bytes(), self.text_of(path))
         except FileNotFoundError:
             raise Skip("missing file", name) from None
         except OSError:
             raise Skip("unreadable file", name) from None
 
-    def caption_files(self, path: Path) -> tuple[bytes | None, bytes | None]:
-        """Return the text and, where there is none, the JSON beside an image."""
+    def text_of(self, path: Path) -> bytes | None:
+        """Return the caption of an image, UTF-8: the text beside it or, where there is none, what the JSON says."""
         text, metadata = path.with_suffix(".txt"), path.with_suffix(".json")
         if text.is_file():
-            return text.read_bytes(), None
-        return None, metadata.read_bytes() if metadata.is_file() else None
+            return text.read_bytes()
+        return _caption_in(metadata.read_bytes()) if metadata.is_file() else None
 
     def decode(self, item: int, order: Order) -> dict[str, Any]:
         return super().decode(self.read(item), order)
+
+
+def _caption_in(metadata: bytes) -> bytes | None:
+    """Return the `caption` of an image's JSON, UTF-8; None if it has none."""
+    try:
+        content = json.loads(metadata)
+    except ValueError:  # not JSON, not UTF-8
+        return None
+    caption = content.get("caption") if isinstance(content, dict) else None
+    return caption.encode(errors="replace") if isinstance(caption, str) else None
 
 
 @register("data", "image_list")
@@ -161,9 +172,9 @@ class ClassFolders(Folder):
     def may_have_caption(self, name: str) -> bool:
         return True
 
-    def caption_files(self, path: Path) -> tuple[bytes | None, bytes | None]:
+    def text_of(self, path: Path) -> bytes | None:
         folder = path.relative_to(self.root).parts[0]
-        return self.caption.replace("{}", class_name(folder)).encode(errors="surrogateescape"), None
+        return self.caption.replace("{}", class_name(folder)).encode(errors="surrogateescape")
 
 
 def class_name(folder: str) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ldm_lab.data.order import Order, Position
-from ldm_lab.data.source import LeftOut, Skip, Source
+from ldm_lab.data.source import DUPLICATE, LeftOut, Skip, Source
 from ldm_lab.errors import UserError
 
 CHECK_AFTER = 500  # samples that a rank reads before the share of skipped ones is judged
@@ -124,7 +124,7 @@ def read(
                 if isinstance(problem, LeftOut):
                     barren += BARREN_RULE
                 else:
-                    barren += BARREN_SHARD if problem is item else 1
+                    barren += BARREN_SHARD if problem is item and problem.reason != DUPLICATE else 1
                 if hopeless():
                     break
                 continue

@@ -29,7 +29,7 @@ from webdataset.tariterators import base_plus_ext
 
 from ldm_lab.config import part_class, register
 from ldm_lab.data.order import Order, shuffled
-from ldm_lab.data.source import IMAGE_EXTENSIONS, ImageSource, LeftOut, Raw, Skip, caption_of
+from ldm_lab.data.source import DUPLICATE, IMAGE_EXTENSIONS, ImageSource, LeftOut, Raw, Skip, caption_of
 from ldm_lab.errors import UserError, unknown
 from ldm_lab.rules.rule import build_rules, check_rules
 from ldm_lab.rules.sample import SampleRow, broken_rules
@@ -280,7 +280,7 @@ def read_parts(
 
     def finished() -> tuple[str, dict[str, bytes]] | Skip:
         if key in seen:
-            return Skip("duplicate key", key)
+            return Skip(DUPLICATE, key)
         seen.add(key)
         return key, parts
 

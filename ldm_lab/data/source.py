@@ -1,7 +1,6 @@
 """What all sources have in common: their options, and how an image sample is made of its raw parts."""
 
 import inspect
-import json
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +21,7 @@ class Raw(NamedTuple):
         key: its name, unique in the data set as far as the user keeps it so.
         image: an encoded image of any format that Pillow reads.
         text: the caption, UTF-8.
-        json: metadata, as img2dataset writes them; its `caption` is taken where there is no text.
+        json: metadata, as img2dataset writes them.
     """
 
     key: str
@@ -33,13 +32,6 @@ class Raw(NamedTuple):
 
 def caption_of(item: Raw) -> str:
     """Return a sample's caption, stripped; "" if it has none."""
-    if item.text is None and item.json is not None:
-        try:
-            metadata = json.loads(item.json)
-        except ValueError:  # not JSON, not UTF-8
-            return ""
-        caption = metadata.get("caption") if isinstance(metadata, dict) else None
-        return caption.strip() if isinstance(caption, str) else ""
     return (item.text or b"").decode("utf-8-sig", errors="replace").strip()
 
 
@@ -54,6 +46,9 @@ class Skip(Exception):
     def __init__(self, reason: str, key: str):
         super().__init__(f"{reason}: {key}")
         self.reason, self.key = reason, key
+
+
+DUPLICATE = "duplicate key"  # the reason of a single sample; all others come from decoding, or stand for a shard
 
 
 class LeftOut(Skip):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from ldm_lab.config import register
@@ -46,6 +47,7 @@ class EpsHybrid(Objective):
         self.schedule = Discrete(betas, timesteps)
         self.bound, self.min_snr, self.draw = bound, min_snr, draw
         self.posterior = Posterior.between(self.schedule, self.schedule.grid(timesteps))
+        self._posteriors: dict[torch.device, Posterior] = {}  # the same on the devices that it was needed on
 
     @staticmethod
     def check(section: dict[str, Any]) -> list[str]:
@@ -93,7 +95,9 @@ class EpsHybrid(Objective):
             return {"loss": mse}
         if fraction is None:
             raise UserError("objective.bound: this denoiser has no channels for a learned variance; set bound: false")
-        step = self.posterior.at(self.schedule.timesteps - 1 - index, x)
+        if x.device not in self._posteriors:
+            self._posteriors[x.device] = self.posterior.on(x.device)
+        step = self._posteriors[x.device].at(self.schedule.timesteps - 1 - index)
         predicted = (x - sigma * eps.detach()) / alpha  # [B, C, h, w]
         bound = variational_bound(step, x0, x, predicted, fraction, index == 0)  # [B]
         return {"loss": mse + BOUND * self.schedule.timesteps * bound, "mse": mse, "bound": bound}

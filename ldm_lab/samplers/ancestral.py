@@ -46,7 +46,7 @@ class DDPM(Walk):
             prediction = predict(x, t.to(x.device).expand(len(x)))  # x0 and eps [B, C, h, w]
             if callback:
                 callback(i, x, prediction.x0)
-            step = steps.at(i, like=x)
+            step = steps.at(i)
             x = step.mean(prediction.x0, x)  # [B, C, h, w]; in the last step it is x0
             log_variance = self.log_variance(step, prediction)  # [] or [B, C, h, w]
             if prediction.gradient is not None:  # Dhariwal & Nichol 2021 (arXiv 2105.05233), algorithm 1

@@ -69,7 +69,8 @@ class DDIM(Walk):
 class ExtrapolatedDDIM(DDIM):
     """DDIM whose noise, not its clean estimate, is extrapolated from the step before: "dpm++" of glide-finetune.
 
-    It is none of the DPM-Solver++ family, of which `dpmpp_2m` is one; it is here for those who know its pictures.
+    It is none of the DPM-Solver++ family (`dpmpp_2m` is), and with any number of steps it does not converge to what
+    the model says: samples come out too smooth. It is here for those who know its pictures.
 
     Args:
         steps: model calls.

@@ -17,7 +17,9 @@ from ldm_lab.prompts import Prompt
 from ldm_lab.sampling.from_image import Start
 from ldm_lab.sampling.sampler import Mix, Picture, Sampler, as_mix
 
-OTHER_NOISE = 2**40  # added to an image's seed, so that the upsampler's noise is not the base's once more
+# Added to an image's seed, so that the upsampler's noise is not the base's once more: 2**32 over the golden ratio,
+# which is far from all neighbouring seeds. (Of a seed torch's generators take the lowest 32 bits alone.)
+OTHER_NOISE = 2_654_435_769
 LEAST_FOR_FAST27 = 50  # timesteps that GLIDE's schedule for upsampling needs
 
 

@@ -232,11 +232,13 @@ class Sampler:
         if rerank < 1:
             raise UserError(f"rerank: at least 1 candidate per image is needed, not {rerank}")
         mixes = [as_mix(entry) for entry in prompts]
-        weights = self.weights(mixes, guidance, negative)  # [N, k]
         low_res = self._low_res(low_res, len(mixes))  # [N, 3, h, w] or None
+        weights = self.weights(mixes, guidance, negative)  # [N, k]
         embedded, index = self._encode(mixes, negative, aesthetic)  # [U, ...] for U distinct prompts, [N, k]
         if rerank > 1 and "embed" not in embedded:
             raise UserError("rerank: this model's conditioner has no embeddings of images and texts to compare")
+        if rerank > 1 and not embedded["embed"].any():
+            raise UserError("rerank: this model is unconditional, nothing says which of its pictures is better")
         candidates = [(i, seed + j * len(seeds)) for i, seed in enumerate(seeds) for j in range(rerank)]
         options = {"sampler": sampler, "size": size, "interval": interval, "rescale": rescale, "start": start}
         options |= {"low_res": low_res, "temperature": temperature, "clamp": clamp}
@@ -475,17 +477,26 @@ class Sampler:
             cond[name] = value[:, None].expand(-1, weights.shape[1], *value.shape[1:])  # [B, k, ...]
         weak = None if self.weak is None else self._predict(self.weak)
         predict = guided(self._predict(self.denoiser), cond, null, weights, weak=weak, schedule=schedule, **guide)
-        limit = getattr(self.autoencoder, "limit", None)
-        if clamp or (clamp is None and limit is not None):
-            predict = clamped(predict, schedule, limit or 1 / float(self.autoencoder.scale))
+        limit = self._limit(clamp)
+        if limit is not None:
+            predict = clamped(predict, schedule, limit)
         if climb is not None:
             predict = climbing(predict, climb[0], climb[1].to(device), schedule)
-            predict = predict if walk.shifts_mean else shifted(predict, schedule)
+            if not walk.shifts_mean:
+                predict = shifted(predict, schedule)
+                # Once more, which the original's DDIM does not: at high noise the shift is divided by a tiny alpha.
+                predict = predict if limit is None else clamped(predict, schedule, limit)
         if mask is not None:
             predict = keep_known(predict, known, mask, schedule)
         guide = climb[0].clip if climb is not None else None
         with self._in_use(self.denoiser), self._in_use(self.weak), self._in_use(guide), _evaluating(self.denoiser):
             return walk(predict, x, schedule=schedule, noise=noise, callback=callback)
+
+    def _limit(self, clamp: bool | None) -> float | None:
+        """Return the largest magnitude that clean estimates may have; None is any."""
+        limit = getattr(self.autoencoder, "limit", None)
+        wanted = limit is not None if clamp is None else clamp
+        return (limit or 1 / float(self.autoencoder.scale)) if wanted else None
 
     def _beside(
         self, x: Tensor, low_res: Tensor | None, known: Tensor | None, mask: Tensor | None

@@ -5,6 +5,7 @@ Every pair of neighbouring times of a variance-preserving schedule makes a step 
 to any grid, and a continuous schedule has ancestral steps, too.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -50,15 +51,21 @@ class Posterior:
             x_weight=kept.sqrt() * clean,
         )
 
-    def at(self, step: int | Tensor, like: Tensor) -> "Posterior":
-        """Return what belongs to one step, [], or to a step per row, [B, 1, 1, 1]; float32, where `like` is."""
+    def on(self, device: torch.device) -> "Posterior":
+        """Return the same in float32 on a device, so that `at` with steps that are there waits for nothing."""
+        return self._each(lambda table: table.float().to(device))  # [S]
 
-        def pick(table: Tensor) -> Tensor:
-            if isinstance(step, int):
-                return table[step].float().to(like.device)  # []
-            return table[step.to(table.device)].float().to(like.device)[:, None, None, None]  # [B, 1, 1, 1]
+    def at(self, step: int | Tensor) -> "Posterior":
+        """Return what belongs to one step, [], on the CPU; or to a step per row, [B, 1, 1, 1], where the tables are.
 
-        return Posterior(*(pick(getattr(self, field.name)) for field in fields(self)))
+        All in float32.
+        """
+        if isinstance(step, int):
+            return self._each(lambda table: table[step].float().cpu())  # []
+        return self._each(lambda table: table[step].float()[:, None, None, None])  # [B, 1, 1, 1]
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Posterior":
+        return Posterior(*(change(getattr(self, field.name)) for field in fields(self)))
 
     def mean(self, x0: Tensor, x: Tensor) -> Tensor:
         """Return the posterior's mean, [B, C, h, w], of x0 and x [B, C, h, w] (Ho et al. 2020, equation 7)."""

@@ -11,7 +11,6 @@ from ldm_lab.checkpoints.models import read_model, save_model
 from ldm_lab.checkpoints.parts import FORMAT, load_part
 from ldm_lab.config import build, register
 from ldm_lab.errors import UserError
-from ldm_lab.pretrained import locate
 from ldm_lab.training.logs import say
 from ldm_lab.training.low_res import LowRes
 from ldm_lab.training.task import Task
@@ -26,7 +25,7 @@ DROPOUT = 0.2  # share of conditions that are dropped unless the config says oth
 class DiffusionTask(Task):
     """Train a denoiser on latents of images, conditioned on embeddings of the same images."""
 
-    ROLES = ("autoencoder", "conditioner", "denoiser", "objective", "low_res", "cache", "demo")
+    ROLES = ("autoencoder", "conditioner", "denoiser", "objective", "low_res", "cache", "demo", "enlargements")
     REQUIRED = ("data", "autoencoder", "conditioner", "denoiser", "objective")
     NETWORK = ("denoiser", "objective")
 
@@ -97,7 +96,7 @@ class DiffusionTask(Task):
         self.timesteps = draw(self.seed, self.global_rank, self.trainer.world_size)
 
     def initial_weights(self, path: str) -> tuple[dict[str, Tensor], str]:
-        config, state, extra = read_model(locate(path, "init_from"))
+        config, state, extra = read_model(path)
         ours = self.run_config["denoiser"]["name"]
         theirs, part = (s if isinstance(s := config.get(role), dict) else {} for role in ("denoiser", "autoencoder"))
         if theirs.get("name") != ours:
@@ -115,8 +114,12 @@ class DiffusionTask(Task):
         return state, f"weights of {path} (step {extra.get('step', 'unknown')})"
 
     def callbacks(self, folder: Path) -> list[Callback]:
-        demo = self.run_config.get("demo")
-        return [build("demo", demo, folder)] if demo is not None else []
+        sections = {role: self.run_config.get(role) for role in ("demo", "enlargements")}
+        if sections["demo"] is not None and self.low_res is not None:
+            raise UserError("demo: an upsampler makes no picture of a prompt alone; `enlargements` draws what it makes")
+        if sections["enlargements"] is not None and self.low_res is None:
+            raise UserError("enlargements: are an upsampler's; `demo` draws what a base model makes")
+        return [build(role, section, folder) for role, section in sections.items() if section is not None]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

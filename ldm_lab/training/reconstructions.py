@@ -42,12 +42,16 @@ class Reconstructions(Callback):
     def on_train_batch_end(self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, index: int) -> None:
         if not trainer.is_global_zero:
             return
-        if self.levels is None:
-            self.levels = ((batch["image"][: self.count] + 1) * 127.5).round().to("cpu", torch.uint8)  # [n, 3, H, W]
+        self.keep(batch)
         step = trainer.global_step
         if step != self.done_at and (step == 1 or step % self.every == 0):
             self.done_at = step
             self.draw(trainer, task)
+
+    def keep(self, batch: dict[str, Any]) -> None:
+        """Keep images of the first batch."""
+        if self.levels is None:
+            self.levels = ((batch["image"][: self.count] + 1) * 127.5).round().to("cpu", torch.uint8)  # [n, 3, H, W]
 
     @torch.no_grad()
     def draw(self, trainer: Trainer, task: LightningModule) -> None:

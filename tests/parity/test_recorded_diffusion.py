@@ -147,7 +147,7 @@ def check_steps(recorded: Case, config: dict) -> None:
     schedule, x0, x = objective.schedule, given["x0"], given["xt"]
     times = schedule.grid(kept(config))  # [S], falling
     place = len(times) - 1 - torch.tensor(config["t"])  # [B], steps done before
-    step, t = Posterior.between(schedule, times).at(place, x), times[place]
+    step, t = Posterior.between(schedule, times).at(place), times[place]
     alpha, sigma = (level[:, None, None, None] for level in schedule.alpha_sigma(t))  # [B, 1, 1, 1]
 
     def check(what: str, value: Tensor) -> None:

@@ -47,7 +47,7 @@ def check_loss(recorded: Case, diffusion: dict, kind: str) -> None:
         x = alpha * given["x0"] + sigma * given["noise"]  # [B, C, h, w]
         eps, fraction = EpsHybrid.read(denoiser(x, t), x.shape[1])  # [B, C, h, w] each
         seen = eps if kind.endswith("KL") else eps.detach()  # [B, C, h, w]
-        step = Posterior.between(objective.schedule, times).at(place, x)
+        step = Posterior.between(objective.schedule, times).at(place)
         bound = variational_bound(step, given["x0"], x, (x - sigma * seen) / alpha, fraction, last)  # [B]
         scale = {"MSE": 1, "RESCALED_MSE": len(times) * BOUND, "KL": 1, "RESCALED_KL": len(times)}[kind]
         mse = (eps - given["noise"]).square().flatten(1).mean(1)  # [B]
@@ -83,7 +83,7 @@ def test_miniglide_loss(case):
         if kind == "hybrid":
             alpha, sigma = (level[:, None, None, None] for level in objective.schedule.alpha_sigma(t))  # [B, 1, 1, 1]
             eps, fraction = objective.read(output, x.shape[1])  # [B, C, h, w] each
-            step = Posterior.between(objective.schedule, times).at(place, x)
+            step = Posterior.between(objective.schedule, times).at(place)
             predicted = ((x - sigma * eps) / alpha).clamp(-1, 1)  # [B, C, h, w]
             theirs = (step.mean(given["x0"], x), step.log_variance)
             divergence = normal_kl(*theirs, step.mean(predicted, x), step.learned(fraction))  # [B, C, h, w]

@@ -1,0 +1,93 @@
+"""Count scores: a histogram per collection as JSON, a plot, and a page of sample images per bucket.
+
+    python -m ldm_lab statistics 2B-en='laion2B-en-aesthetic/*.parquet' nolang='nolang/*.parquet' --out stats
+    python -m ldm_lab statistics --shards 'data/cc12m/*.tar' --scores .scores.parquet --out stats
+    python -m ldm_lab statistics meta.parquet --quantity punsafe --high 1 --width 0.1 --out unsafe
+
+Writes histogram.json, histogram.png and samples.html. Buckets are half-open: 5-6 holds 5 and not 6; scores below and
+above all buckets and rows without one are counted apart. Images are shown by their address, those of shards as
+thumbnails.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from ldm_lab.config import build
+from ldm_lab.errors import UserError
+from ldm_lab.files import atomic_write
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "tables", nargs="*", metavar="[NAME=]FILES", help="a collection: Parquet, TSV, a folder, a glob"
+    )
+    parser.add_argument("--shards", nargs="+", default=[], metavar="TAR", help="shards, scored in their json")
+    parser.add_argument("--scores", metavar="ENDING", help="of Parquet files beside the shards, in the place of .tar")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for what is written")
+    parser.add_argument("--quantity", default="aesthetic", metavar="NAME", help="or punsafe, pwatermark, similarity")
+    parser.add_argument("--low", type=float, default=0.0, help="lower end of the first bucket (default: 0)")
+    parser.add_argument("--high", type=float, default=10.0, help="upper end of the last bucket (default: 10)")
+    parser.add_argument("--width", type=float, default=1.0, help="of a bucket (default: 1)")
+    parser.add_argument("--samples", type=int, default=20, metavar="N", help="images per bucket (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of images")
+    parser.add_argument("--memory-limit", default="2GB", metavar="SIZE", help="of DuckDB (default: 2GB)")
+    parser.add_argument("--spark", metavar="MASTER", help="count with Spark instead, such as local[*]")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Count, write, print."""
+    from ldm_lab.curation.metadata.histogram import Buckets, histogram_of, short, summed
+    from ldm_lab.curation.metadata.inputs import find_files
+    from ldm_lab.curation.metadata.pages import page, plot
+
+    buckets = Buckets(args.low, args.high, args.width)
+    buckets.check()
+    quantities = ("aesthetic", "punsafe", "pwatermark", "similarity")
+    if args.quantity not in quantities:
+        raise UserError(f"--quantity: one of {', '.join(quantities)} is needed, not {args.quantity!r}")
+    if args.samples < 0:
+        raise UserError(f"--samples: at least 0 is needed, not {args.samples}")
+    if not args.tables and not args.shards:
+        raise UserError("nothing to count: tables or --shards are needed")
+    out = Path(args.out).expanduser()
+    histograms = {}
+    if args.tables:
+        tables = {}
+        for given in args.tables:
+            name, equals, files = given.partition("=")
+            name, files = (name, files) if equals else (Path(given).stem, given)
+            if name in tables:
+                raise UserError(f"two collections are called {name!r}; write NAME=FILES")
+            tables[name] = find_files(files, name)
+        spark = {"name": "spark", "master": args.spark}
+        section = spark if args.spark else {"name": "duckdb", "memory_limit": args.memory_limit}
+        with tempfile.TemporaryDirectory() as spill, build("engine", section).open(spill) as engine:
+            for name, files in tables.items():
+                histograms[name] = histogram_of(engine, files, args.quantity, buckets, args.samples, args.seed)
+    if args.shards:
+        from ldm_lab.curation.shard_scores import histogram_of_shards
+
+        histograms["shards"], skipped = histogram_of_shards(
+            args.shards, args.quantity, buckets, args.samples, args.scores, args.seed
+        )
+        if skipped:
+            print("not usable: " + ", ".join(f"{reason} {count:,}" for reason, count in skipped.most_common()))
+    total = summed(histograms.values())
+    if total.rows == 0 or total.rows == total.missing:
+        raise UserError(f"none of {total.rows:,} rows has a score '{args.quantity}'; nothing was written")
+    report = {"quantity": args.quantity, "collections": {name: one.as_dict() for name, one in histograms.items()}}
+    written = {
+        "histogram.json": json.dumps(report, indent=2).encode(),
+        "histogram.png": plot(histograms, args.quantity),
+        "samples.html": page(histograms, args.quantity).encode(errors="replace"),
+    }
+    for name, content in written.items():
+        with atomic_write(out / name) as file:
+            file.write(content)
+    for name, one in histograms.items():
+        print(f"{name}: { {bucket: short(count) for bucket, count in one.buckets.items()} }")
+        print(f"  below {one.below:,}, above {one.above:,}, without a score {one.missing:,}, rows {one.rows:,}")
+    print(f"written: {', '.join(str(out / name) for name in written)}")

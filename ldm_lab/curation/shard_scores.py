@@ -1,0 +1,76 @@
+"""The histogram of the images in local shards, with thumbnails of some of them."""
+
+import base64
+import io
+from collections import Counter
+from random import Random
+
+from tqdm import tqdm
+
+from ldm_lab.curation.metadata.histogram import Buckets, Histogram, Shown
+from ldm_lab.data.shards import expand, metadata_of, read_scores, read_shard, scores_of
+from ldm_lab.data.source import Raw, caption_of
+from ldm_lab.data.transforms import BadImage, open_image, to_rgb
+from ldm_lab.errors import UserError
+from ldm_lab.rules.sample import SampleRow
+
+THUMBNAIL = 160  # pixels, both sides at most
+
+
+def histogram_of_shards(
+    shards: list[str], quantity: str, buckets: Buckets, shown: int, scores: str | None = None, seed: int = 0
+) -> tuple[Histogram, Counter]:
+    """Return the histogram of shards, and how many images and shards could not be shown or read, by reason.
+
+    Args:
+        shards: patterns, as in `data.shards`.
+        scores: the ending of Parquet files beside the shards, as in `data.scores`.
+        shown: images to draw per bucket.
+    """
+    random = Random(seed)
+    counts: Counter[int | None] = Counter()
+    drawn: dict[int, list[tuple[float, Raw]]] = {}
+    skipped = Counter[str]()
+    for address in tqdm(expand(shards), "shards", unit="shard", disable=None):
+        beside = {}
+        if scores is not None:
+            try:
+                beside = read_scores(scores_of(address, scores))
+            except OSError as error:
+                raise UserError(
+                    f"--scores: {scores_of(address, scores)}: not a readable Parquet file ({error})"
+                ) from None
+        for item in read_shard(address):
+            if not isinstance(item, Raw):
+                skipped[item.reason] += 1
+                continue
+            row = SampleRow(metadata_of(item) | beside.get(item.key, {}))
+            score = row.number(quantity).value
+            place = None if score is None else buckets.place(score)
+            counts[place] += 1
+            if place is None or not 0 < place <= len(buckets.names):
+                continue
+            chosen = drawn.setdefault(place, [])  # a reservoir: each image of the bucket has the same chance
+            if len(chosen) < shown:
+                chosen.append((score, item))
+            elif (rank := random.randrange(counts[place])) < shown:
+                chosen[rank] = (score, item)
+    histogram = Histogram.of(buckets, dict(counts))
+    for place, chosen in drawn.items():
+        for score, item in chosen:
+            try:
+                image = thumbnail(item.image or b"")
+            except BadImage as problem:
+                skipped[str(problem)] += 1
+                continue
+            histogram.shown.setdefault(buckets.names[place - 1], []).append(Shown(score, image, caption_of(item)))
+    return histogram, skipped
+
+
+def thumbnail(data: bytes) -> str:
+    """Return a small JPEG of an encoded image, as a data: address. Raises BadImage."""
+    image = to_rgb(open_image(data))
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    stream = io.BytesIO()
+    image.save(stream, "jpeg", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()

@@ -1,0 +1,281 @@
+"""Base and upsampler in a row, inpainting models, clamped estimates: the Python side and the command."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_glide
+import torch
+from PIL import Image
+from tiny_glide import FACTOR, SIDE
+
+from ldm_lab.errors import UserError
+from ldm_lab.images import quantised, to_tensor
+from ldm_lab.prompts import Prompt
+from ldm_lab.sampling import Cascade, Start, Upsampling
+
+FAST = {"name": "ddim", "steps": 3}
+QUICK = Upsampling(sampler={"name": "ddim", "steps": 3})
+
+
+@pytest.fixture(scope="module")
+def base():
+    return tiny_glide.sampler()
+
+
+@pytest.fixture(scope="module")
+def upsampler():
+    return tiny_glide.sampler(super_res=True)
+
+
+def watch(monkeypatch, sampler):
+    """Return a list that every call of the denoiser adds its arguments to."""
+    seen, forward = [], sampler.denoiser.forward
+
+    def watched(x, t, **cond):
+        seen.append({"x": x, "t": t, **cond})
+        return forward(x, t, **cond)
+
+    monkeypatch.setattr(sampler.denoiser, "forward", watched)
+    return seen
+
+
+def levels(image):
+    return np.array(image).astype(int)
+
+
+def test_small_and_large_pictures_of_each_prompt(base, upsampler, monkeypatch):
+    seen = watch(monkeypatch, upsampler)
+    pairs = Cascade(base, upsampler)(["a cat", "a dog"], seeds=[3, 9], sampler=FAST, upsampling=QUICK)
+    alone = base(["a cat", "a dog"], seeds=[3, 9], sampler=FAST)
+    for (small, large), image, seed in zip(pairs, alone, (3, 9)):
+        assert np.array_equal(levels(small), levels(image)), "the base's picture does not depend on the upsampler"
+        assert small.size == (SIDE, SIDE) and large.size == (SIDE * FACTOR, SIDE * FACTOR)
+        assert small.info["seed"] == large.info["seed"] == seed
+    assert len(seen) == 3
+    for call in seen:  # no guidance: each prompt once, on what the base made, in whole levels
+        assert len(call["x"]) == 2 and call["mask"].any(dim=1).all()
+        given = torch.stack([to_tensor(small) for small, _ in pairs])
+        assert torch.allclose(call["low_res"], given, atol=1e-6)
+
+
+def test_a_picture_does_not_depend_on_its_batch(base, upsampler):
+    cascade = Cascade(base, upsampler)
+    options = {"sampler": FAST, "upsampling": QUICK, "guidance": 2.0}
+    together = cascade(["a cat", "a dog", "a hat"], seeds=[0, 1, 2], batch_size=2, **options)
+    alone = cascade(["a hat"], seeds=[2], **options)
+    for ours, theirs in zip(together[2], alone[0]):
+        assert abs(levels(ours) - levels(theirs)).max() <= 1
+
+
+def test_noise_of_the_upsampler_is_its_own_and_its_temperature(base, upsampler, monkeypatch):
+    seen_base, seen = watch(monkeypatch, base), watch(monkeypatch, upsampler)
+    for temperature in (1.0, 0.5):
+        Cascade(base, upsampler)(
+            ["a cat"], sampler=FAST, upsampling=Upsampling(sampler=FAST, temperature=temperature), guidance=1.0
+        )
+    first, cooler = seen[0]["x"], seen[3]["x"]
+    assert torch.allclose(cooler, 0.5 * first)
+    small = seen_base[0]["x"].flatten()
+    correlation = torch.corrcoef(torch.stack([small, first.flatten()[: len(small)]]))[0, 1]
+    assert correlation.abs() < 0.15
+
+
+def test_other_sizes_are_enlarged_by_the_same_factor(base, upsampler):
+    ((small, large),) = Cascade(base, upsampler)(["a cat"], sampler=FAST, upsampling=QUICK, size=(12, 20))
+    assert small.size == (20, 12) and large.size == (40, 24)
+
+
+def test_prompts_of_the_upsampler_count_in_proportion(base, upsampler, monkeypatch):
+    cascade = Cascade(base, upsampler)
+    mix = [Prompt("cat", 3.0), Prompt("hat", 1.0), Prompt("ugly", -1.0)]
+    for guidance, rows, weights in ((None, 2, [0.75, 0.25]), (4.0, 3, [3.0, 1.0])):
+        given = cascade._enlarged(mix, 3.0, guidance)
+        assert [prompt.text for prompt in given] == ["cat", "hat"]
+        assert [prompt.weight for prompt in given] == pytest.approx(weights)
+        seen = watch(monkeypatch, upsampler)
+        cascade([mix], sampler=FAST, upsampling=Upsampling(sampler=FAST, guidance=guidance))
+        assert len(seen[0]["x"]) == rows  # with guidance also without a prompt
+        assert all(torch.equal(call["low_res"][0], call["low_res"][-1]) for call in seen)  # which is never dropped
+        monkeypatch.undo()
+    assert [prompt.text for prompt in cascade._enlarged([Prompt("cat", 0.0)], 3.0, None)] == [""]
+
+
+def test_progress_counts_both_models(base, upsampler):
+    reports = []
+    Cascade(base, upsampler)(
+        ["a"] * 5, sampler=FAST, upsampling=Upsampling({"name": "ddim", "steps": 4}), batch_size=2,
+        progress=lambda done, total: reports.append((done, total)),
+    )  # fmt: skip
+    assert reports[-1] == (3 * 3 + 3 * 4, 21)
+    assert [done for done, _ in reports] == sorted({done for done, _ in reports})
+    assert {total for _, total in reports} == {21}
+
+
+def test_the_upsampler_s_own_sampler_fits_its_timesteps(base, upsampler):
+    cascade = Cascade(base, upsampler)
+    assert cascade._sampler(None) == {"name": "ddim", "steps": "fast27"}
+    assert cascade._sampler("unipc") == {"name": "unipc"}
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "plms", "euler", "heun", "dpmpp_2m", "unipc"])
+def test_every_way_of_sampling_makes_pictures_of_pixels(base, upsampler, name):
+    steps = {"name": name, "steps": 4}
+    ((small, large),) = Cascade(base, upsampler)(["a cat"], sampler=steps, upsampling=Upsampling(steps))
+    assert levels(small).std() > 0 and levels(large).std() > 0
+
+
+def test_clean_estimates_of_pixels_are_clamped_unless_told_otherwise(base):
+    seen = {}
+    for clamp in (None, False):
+        (batch,) = base.pictures(["a cat"], sampler={"name": "ddim", "steps": 6}, guidance=6.0, clamp=clamp)
+        seen[clamp] = batch[0].pixels.abs().max().item()
+    assert seen[None] <= 1 < seen[False]
+
+
+def test_mistakes(base, upsampler):
+    cascade = Cascade(base, upsampler)
+    wordless = tiny_glide.sampler(super_res=True)
+    wordless.conditioner.part_name = "none"
+    blunt = tiny_glide.sampler(super_res=True)
+    blunt.dropout = 0.0
+    low_res = [Image.new("RGB", (SIDE, SIDE))]
+    for call, message in (
+        (lambda: Cascade(upsampler, upsampler), "base model: this is an upsampler"),
+        (lambda: Cascade(base, base), "upsampler: this is a base model"),
+        (lambda: upsampler(["a"]), "this model is an upsampler: it enlarges the pictures of a base model"),
+        (lambda: base(["a"], low_res=low_res), "this model is no upsampler"),
+        (lambda: upsampler(["a", "b"], low_res=low_res), "low_res: 1 pictures for 2 images"),
+        (lambda: upsampler(["a", "b"], low_res=[*low_res, Image.new("RGB", (8, 8))]), "have to be of one size"),
+        (lambda: Upsampling(temperature=float("nan")), "upsampling temperature: a number from 0 to 2"),
+        (lambda: Upsampling(guidance=float("inf")), "upsampling guidance: a finite number"),
+        (lambda: cascade.batches([""], upsampling=Upsampling(guidance=3.0)), "needs a text that it guides to"),
+        (
+            lambda: Cascade(base, wordless).batches(["a"], upsampling=Upsampling(guidance=3.0)),
+            "it was trained without any",
+        ),
+        (lambda: Cascade(base, blunt).batches(["a"], upsampling=Upsampling(guidance=3.0)), "guidance needs a model"),
+        (lambda: cascade.batches(["a"], upsampling=Upsampling({"name": "ddim", "steps": 200})), "100 timesteps"),
+        (lambda: cascade.batches(["a"], sampler={"name": "ddim", "steps": "ddim33"}), "34"),
+        (lambda: base.film(["a", "b"], 3), "no embeddings to walk between"),
+    ):
+        with pytest.raises(UserError) as error:
+            call()
+        assert message in str(error.value) and "\n" not in str(error.value), message
+    assert Cascade(base, blunt)(["a"], sampler=FAST, upsampling=QUICK)  # without guidance it is as good as any
+
+
+# ------------------------------------------------------------------------------------------------- inpainting
+
+
+@pytest.fixture
+def start():
+    picture = Image.effect_noise((SIDE * FACTOR, SIDE * FACTOR), 80).convert("RGB")
+    mask = Image.new("L", picture.size, 0)
+    mask.paste(255, (0, 0, SIDE, SIDE * FACTOR))  # the left half is painted anew
+    return Start(picture, 1.0, mask)
+
+
+@pytest.mark.parametrize("form", [{}, {"inpaint": True}])
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "plms", "unipc"])
+def test_inpainting_small_and_large_keeps_what_is_known(start, form, name, monkeypatch):
+    base, upsampler = tiny_glide.sampler(**form), tiny_glide.sampler(super_res=True, **form)
+    seen = {model: watch(monkeypatch, model) for model in (base, upsampler)}
+    steps = {"name": name, "steps": 4}
+    ((small, large),) = Cascade(base, upsampler)(["a cat"], sampler=steps, upsampling=Upsampling(steps), start=start)
+    assert np.array_equal(levels(large)[:, SIDE:], levels(start.image)[:, SIDE:])
+    assert abs(levels(large)[:, :SIDE] - levels(start.image)[:, :SIDE]).mean() > 5
+    for calls in seen.values():
+        for call in calls:
+            assert ("inpaint_mask" in call) == bool(form)
+            if form:  # 1 where the picture is known: the right half
+                half = call["x"].shape[3] // 2
+                assert (call["inpaint_mask"][..., half:] == 1).all() and (call["inpaint_mask"][..., :half] == 0).all()
+                assert call["inpaint_mask"].shape == (len(call["x"]), 1, *call["x"].shape[2:])
+    given = seen[upsampler][0]["low_res"]
+    assert torch.allclose(given, quantised(to_tensor(small)[None]).expand_as(given), atol=1e-6)
+
+
+def test_an_inpainting_model_without_a_picture_paints_all():
+    assert tiny_glide.sampler(inpaint=True)(["a cat"], sampler=FAST)
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("glide")
+    return {
+        "base": tiny_glide.write(folder / "base.safetensors"),
+        "upsampler": tiny_glide.write(folder / "upsampler.safetensors", super_res=True),
+    }
+
+
+def test_the_command_keeps_both_sizes(program, files, tmp_path):
+    code, _, err = program(
+        "sample", "--checkpoint", files["base"], "--upsampler", files["upsampler"], "a cat", "-n", 2, "--steps", 3,
+        "--sampler", "ddpm", "--variance", "posterior", "--upsampler-steps", "2,2,2", "--upsample-temp", 0.9,
+        "--upsampler-guidance", 2, "--out", tmp_path / "out", "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0, err
+    entries = json.loads((tmp_path / "out/samples.json").read_text())
+    assert len(entries) == 2
+    for i, entry in enumerate(entries):
+        for name, side in ((entry["file"], SIDE * FACTOR), (entry["base"]["file"], SIDE)):
+            with Image.open(tmp_path / "out" / name) as image:
+                assert image.size == (side, side)
+        assert entry["file"] == f"0000{i}.png" and entry["base"]["file"] == f"0000{i}_base.png"
+        assert entry["base"]["width"] == SIDE and entry["width"] == SIDE * FACTOR and entry["seed"] == i
+        assert entry["upsampler_steps"] == "2,2,2" and entry["upsample_temp"] == 0.9
+        assert entry["upsampler_guidance"] == 2 and len(entry["upsampler_sha256"]) == 64
+        assert entry["variance"] == "posterior"
+    assert (tmp_path / "out/grid.png").exists()
+    # a second run goes on behind the first one
+    options = ("--upsampler", files["upsampler"], "--steps", 2, "--out", tmp_path / "out", "--device", "cpu")
+    code, _, err = program("sample", "--checkpoint", files["base"], "a cat", "-n", 1, *options)
+    assert code == 0, err
+    assert (tmp_path / "out/00002_base.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--checkpoint", "{upsampler}"),
+            "error: this model is an upsampler: it enlarges the pictures of a base model",
+        ),
+        (("--checkpoint", "{upsampler}", "--upsampler", "{upsampler}"), "error: base model: this is an upsampler"),
+        (("--checkpoint", "{base}", "--upsampler", "{base}"), "error: upsampler: this is a base model"),
+        (("--checkpoint", "{base}", "--upsampler", "none.pt"), "none.pt"),
+        (("--checkpoint", "{base}", "--upsample-temp", "1"), "--upsample-temp belongs to an --upsampler"),
+        (("--checkpoint", "{base}", "--noised-clip", "a", "b"), "--noised-clip belongs to --clip-guidance"),
+        (("--checkpoint", "{base}", "--steps", "300", "--sampler", "ddim"), "steps 300: the model has 100 timesteps"),
+        (("--checkpoint", "{base}", "--steps", "fast"), "such as fast27, ddim50 or 10,10,3,2,2 is needed, not 'fast'"),
+        (
+            ("--checkpoint", "{base}", "--spacing", "spliced"),
+            "spacing spliced: that grid belongs to the cosine schedule",
+        ),
+        (
+            ("--checkpoint", "{base}", "--upsampler", "{upsampler}", "--upsampler-steps", "60,0"),
+            "steps 60,0: section 1 of 2 has 50 timesteps",
+        ),
+        (
+            ("--checkpoint", "{base}", "--upsampler", "{upsampler}", "--interpolate", "3", "another"),
+            "--interpolate does not go with --upsampler",
+        ),
+    ],
+)
+def test_one_line_for_each_mistake(program, files, tmp_path, options, message):
+    options = [option.format(**files) for option in options]
+    code, _, err = program("sample", "a cat", *options, "--out", tmp_path / "out", "--device", "cpu")
+    (line,) = err.splitlines()
+    assert code == 2 and message in line and not (tmp_path / "out").exists()
+
+
+def test_the_command_guides_an_empty_upsampling_by_nothing(program, files, tmp_path):
+    code, _, err = program(
+        "sample", "", "--guidance", 1, "--checkpoint", files["base"], "--upsampler", files["upsampler"],
+        "--upsampler-guidance", 2, "--out", tmp_path / "out", "--device", "cpu",
+    )  # fmt: skip
+    assert code == 2 and "guidance of the upsampler needs a text" in err and len(err.splitlines()) == 1

@@ -1,0 +1,144 @@
+"""CLIP guidance: by a stand-in whose gradient is known, by the real network at a tiny size, and as a command."""
+
+import json
+
+import pytest
+import tiny_glide
+import torch
+from tiny_glide import SIDE
+
+from ldm_lab.checkpoints import noised_clip
+from ldm_lab.conditioners.noised_clip import NoisedCLIP
+from ldm_lab.errors import UserError
+from ldm_lab.prompts import Prompt
+from ldm_lab.sampling import ClipGuidance
+from ldm_lab.sampling.clip_guidance import climbing
+
+FAST = {"name": "ddpm", "steps": 4}
+
+
+class Bright:
+    """Finds an image like "bright" the brighter it is, like "dark" the darker; remembers when it was asked."""
+
+    image_size, timesteps, logit_scale = SIDE, 1000, 100.0
+
+    def __init__(self):
+        self.times = []
+
+    def image_embedding(self, x, t):
+        self.times.append(t)
+        return torch.stack([x.flatten(1).mean(1), torch.ones(len(x))], dim=1)
+
+    def text_embedding(self, texts):
+        return torch.tensor([[{"bright": 1.0, "dark": -1.0}[text], 0.0] for text in texts])
+
+    def to(self, device):
+        return self
+
+
+@pytest.fixture(scope="module")
+def base():
+    return tiny_glide.sampler()
+
+
+def test_the_gradient_is_that_of_the_likeness_to_the_text(base):
+    x, t = torch.randn(2, 3, SIDE, SIDE), torch.full((2,), 0.5)
+    clip, texts = Bright(), torch.tensor([[1.0, 0.0], [-0.5, 0.0]])
+
+    def predict(x, t):
+        return base.objective.predict(lambda x, t: torch.zeros(2, 6, SIDE, SIDE), x, t, {})
+
+    with torch.no_grad():
+        led = climbing(predict, ClipGuidance(clip, 2.0), texts, base.objective.schedule)(x, t)
+    per_pixel = 2 * 100 / (3 * SIDE * SIDE)
+    assert torch.allclose(led.gradient[0], torch.tensor(per_pixel))
+    assert torch.allclose(led.gradient[1], torch.tensor(-0.5 * per_pixel))
+    assert torch.equal(led.x0, predict(x, t).x0) and not x.requires_grad
+    # Same betas, ten times as many timesteps: alpha at t is the same, and so is the t that the CLIP is asked at.
+    assert clip.times[0].tolist() == pytest.approx([0.5, 0.5], abs=2e-3)
+
+
+def test_the_clip_is_asked_at_the_noise_that_it_knows():
+    """A model with other betas has the same noise at another time."""
+    upsampler = tiny_glide.sampler(super_res=True)  # linear betas
+    schedule, clip = upsampler.objective.schedule, Bright()
+    x, t = torch.zeros(1, 3, SIDE, SIDE), torch.tensor([0.3])
+    climbing(lambda x, t: tiny_glide.sampler().objective.predict(lambda x, t: torch.zeros(1, 6, SIDE, SIDE), x, t, {}),
+             ClipGuidance(clip), torch.zeros(1, 2), schedule)(x, t)  # fmt: skip
+    alpha, sigma = schedule.alpha_sigma(t)
+    own_alpha, own_sigma = tiny_glide.sampler().objective.schedule.alpha_sigma(clip.times[0])
+    assert (sigma / alpha).item() == pytest.approx((own_sigma / own_alpha).item(), rel=0.05)
+    assert abs(clip.times[0].item() - 0.3) > 0.05
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "plms", "heun", "unipc", "dpmpp_2m"])
+def test_pictures_follow_it_with_every_sampler(base, name):
+    means = {}
+    for text in ("bright", "dark"):
+        guidance = ClipGuidance(Bright(), 20.0)
+        (batch,) = base.pictures(
+            [[text]], seeds=[1], guidance=1.0, clip_guidance=guidance, sampler={"name": name, "steps": 6}
+        )
+        means[text] = batch[0].pixels.mean().item()
+    assert means["bright"] > means["dark"] + 0.05
+
+
+def test_weighted_texts_lead_in_proportion_and_prompts_without_weight_do_not(base):
+    likeness = base._likeness(ClipGuidance(Bright()), [[Prompt("bright", 3.0), Prompt("dark", 1.0)]], 1.0)
+    assert likeness[0].tolist() == pytest.approx([0.5, 0.0])
+    with pytest.raises(UserError, match="CLIP guidance: each image needs a text with a weight above 0"):
+        base(["bright:0"], clip_guidance=ClipGuidance(Bright()))
+    latent = tiny_glide.sampler()
+    latent.autoencoder.scale.fill_(2.0)
+    with pytest.raises(UserError, match="the noised CLIP sees pixels"):
+        latent(["bright"], clip_guidance=ClipGuidance(Bright()))
+
+
+def tiny_clip():
+    torch.manual_seed(0)
+    return NoisedCLIP(
+        image_size=SIDE, patch_size=4, image_width=32, image_layers=1, text_width=16, text_layers=1, embed_dim=8,
+        head_width=64 // 4, vocab_size=49408, text_size=77, timesteps=100,
+    )  # fmt: skip
+
+
+def test_the_real_network_finds_its_pictures_more_like_the_text(base):
+    clip = tiny_clip().eval().requires_grad_(False)
+    target = clip.text_embedding(["a cat"])
+
+    def likeness(scale):
+        guidance = None if scale is None else ClipGuidance(clip, scale)
+        options = {"guidance": 1.0, "clip_guidance": guidance, "sampler": {"name": "ddpm", "steps": 10}}
+        (batch,) = base.pictures(["a cat"] * 4, **options)
+        pixels = torch.stack([picture.pixels for picture in batch])
+        return (clip.image_embedding(pixels, torch.full((4,), 0.01)) @ target[0]).mean().item()
+
+    assert likeness(3.0) > likeness(None) + 0.02
+    with pytest.raises(UserError, match=f"the noised CLIP sees 3x{SIDE}x{SIDE} pixels"):
+        base(["a cat"], size=2 * SIDE, clip_guidance=ClipGuidance(clip), sampler=FAST)
+
+
+def test_the_command(program, tmp_path, monkeypatch):
+    clip = tiny_clip()
+    load = noised_clip.load
+    monkeypatch.setattr(noised_clip, "load", lambda image, text: load(image, text, head_width=16))
+    for tower in ("image", "text"):
+        torch.save(getattr(clip, f"{tower}_encoder").state_dict(), tmp_path / f"{tower}.pt")
+    checkpoint = tiny_glide.write(tmp_path / "base.safetensors")
+    pictures = []
+    for scale, out in ((3, "led"), (None, "plain")):
+        options = ("--clip-guidance", scale, "--noised-clip", tmp_path / "image.pt", tmp_path / "text.pt")
+        code, _, err = program(
+            "sample", "--checkpoint", checkpoint, "a cat", "-n", 1, *(options if scale else ("--guidance", 1)),
+            "--sampler", "ddpm", "--steps", 5, "--out", tmp_path / out, "--device", "cpu",
+        )  # fmt: skip
+        assert code == 0, err
+        (entry,) = json.loads((tmp_path / out / "samples.json").read_text())
+        assert entry["guidance"] == 1.0 and entry.get("clip_guidance") == scale
+        pictures.append((tmp_path / out / "00000.png").read_bytes())
+    assert pictures[0] != pictures[1]
+    code, _, err = program(
+        "sample", "--checkpoint", checkpoint, "a cat", "--clip-guidance", 3, "--noised-clip", tmp_path / "text.pt",
+        tmp_path / "image.pt", "--out", tmp_path / "no", "--device", "cpu",
+    )  # fmt: skip
+    assert code == 2 and "holds the text tower; the image tower is needed here" in err and len(err.splitlines()) == 1

@@ -1,0 +1,284 @@
+"""Training GLIDE as a user does: captions, an upsampler, frozen parts, stop and resume, what does not fit together."""
+
+import csv
+import io
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+from tiny import ROOT, run_program
+from tiny_glide import TEXT, UNET
+
+from ldm_lab import ema
+from ldm_lab.checkpoints.files import read_pickled, read_safetensors
+from ldm_lab.checkpoints.models import read_model
+from ldm_lab.config import build, check, load, to_yaml
+from ldm_lab.data.shapes import write_shards
+from ldm_lab.errors import UserError
+from ldm_lab.images import to_images, to_tensor
+from ldm_lab.training.diffusion import DiffusionTask
+from ldm_lab.training.low_res import LowRes, shrink
+from ldm_lab.training.runner import build_task
+
+UPSAMPLER = {"denoiser": {"super_res": True}, "low_res": {"factor": 2}, "objective": {"betas": "linear"}}
+
+
+def glide_config(folder, **sections) -> dict:
+    """Return the config of a tiny run on shapes below `folder`; `sections` are laid over it."""
+    if not (folder / "shards").exists():
+        write_shards(folder / "shards", count=32, shards=2, size=32, seed=0)
+    (folder / "prompts.txt").write_text("a red circle\na blue square\n")
+    config = {
+        "task": "diffusion", "run": "tiny", "seed": 1,
+        "data": {"name": "webdataset", "shards": str(folder / "shards" / "*.tar"), "image_size": 16, "batch_size": 4,
+                 "workers": 0, "require_text": True},
+        "autoencoder": {"name": "identity"},
+        "conditioner": {**TEXT, "dropout": 0.2},
+        "denoiser": {**UNET, "dropout": 0.1},
+        "objective": {"name": "eps_hybrid", "timesteps": 100},
+        "optim": {"lr": 1e-3},
+        "ema": {"from_step": [0], "decay": [0.5]},
+        "trainer": {"accelerator": "cpu", "max_steps": 3, "threads": 1},
+        "checkpoint": {"every": 3, "keep": 0}, "logging": {"every": 1},
+    }  # fmt: skip
+    for name, section in sections.items():
+        config[name] = {**config.get(name, {}), **section} if isinstance(section, dict) else section
+    return config
+
+
+def write(folder, **sections):
+    path = folder / "tiny.yaml"
+    path.write_text(to_yaml(glide_config(folder, **sections)))
+    return path
+
+
+def train(folder, *overrides, **sections):
+    return run_program(ROOT / "train.py", "--config", write(folder, **sections), *overrides, cwd=folder)
+
+
+def model_of(folder, run="tiny", name="model"):
+    state = read_pickled(folder / "runs" / run / "last.ckpt")["state_dict"]
+    return {n.removeprefix(f"{name}."): t for n, t in state.items() if n.startswith(f"{name}.")}
+
+
+@pytest.mark.slow
+def test_a_base_model_is_trained_and_sampled_in_words(tmp_path):
+    demo = {"prompts": str(tmp_path / "prompts.txt"), "every": 3, "sampler": {"name": "ddpm", "steps": 2}}
+    done = train(tmp_path, demo=demo)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "runs/tiny/metrics.csv").open()))
+    assert float(rows[0]["train/mse"]) > 0 and float(rows[0]["train/bound"]) > 0
+    assert len(list((tmp_path / "runs/tiny/demo").glob("*.png"))) == 2
+    config, state, extra = read_model(tmp_path / "runs/tiny/ema.safetensors")
+    assert config["conditioner"] == {**TEXT, "dropout": 0.2} and extra["image_size"] == "16"
+    assert "token_embedding.weight" in state
+    sampled = run_program(
+        ROOT / "sample.py", "--checkpoint", "runs/tiny/ema.safetensors", "a red circle", "-n", "2", "--steps", "2",
+        "--out", "out", cwd=tmp_path,
+    )  # fmt: skip
+    assert sampled.returncode == 0, sampled.stderr
+    assert Image.open(tmp_path / "out/00001.png").size == (16, 16)
+    cut = run_program(
+        ROOT / "sample.py", "--checkpoint", "runs/tiny/ema.safetensors", "one two three four five six seven", "-n", "1",
+        "--steps", "2", "--out", "out", cwd=tmp_path,
+    )  # fmt: skip
+    assert cut.returncode == 0 and "is cut" in cut.stderr
+    asked = run_program(
+        ROOT / "sample.py", "--checkpoint", "runs/tiny/ema.safetensors", "--images", "out/00000.png", cwd=tmp_path
+    )
+    assert asked.returncode == 2 and "asked in words" in asked.stderr and "Traceback" not in asked.stderr
+
+
+def test_an_upsampler_is_trained_and_draws_what_it_makes(tmp_path):
+    drawn = {"every": 3, "images": 6, "sampler": {"steps": 2}}
+    done = train(tmp_path, **UPSAMPLER, enlargements=drawn)
+    assert done.returncode == 0, done.stderr
+    grid = Image.open(tmp_path / "runs/tiny/enlargements/step=00000003.png")
+    assert grid.width > grid.height, "six columns, three rows"
+    config = read_model(tmp_path / "runs/tiny/ema.safetensors")[0]
+    assert config["low_res"] == {"factor": 2} and "enlargements" not in config
+    refused = run_program(ROOT / "sample.py", "--checkpoint", "runs/tiny/ema.safetensors", "a red circle", cwd=tmp_path)
+    assert refused.returncode == 2 and "upsampler" in refused.stderr and refused.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_stop_resume_and_lower_lr(tmp_path):
+    whole = train(tmp_path, "trainer.max_steps=4", "run=whole")
+    part = train(tmp_path, "trainer.max_steps=2", "run=part")
+    rest = train(tmp_path, "trainer.max_steps=4", "run=part", "resume.checkpoint=last")
+    assert [run.returncode for run in (whole, part, rest)] == [0, 0, 0], rest.stderr
+    for name in ("model", "model_ema"):
+        wanted, got = model_of(tmp_path, "whole", name), model_of(tmp_path, "part", name)
+        assert all(torch.equal(wanted[key], got[key]) for key in wanted), "dropout and dropped captions repeat, too"
+    lower = train(tmp_path, "trainer.max_steps=5", "run=part", "resume.checkpoint=last", "resume.lr=1e-4")
+    assert lower.returncode == 0 and "0.001 -> 0.0001" in lower.stderr + lower.stdout
+    frozen = train(tmp_path, "run=part", "resume.checkpoint=last", "optim.freeze=[unet]")
+    assert frozen.returncode == 2 and "optim.freeze was" in frozen.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_train_alike(tmp_path):
+    done = train(tmp_path, "trainer.devices=2", "trainer.max_steps=2", "optim.freeze=[text_transformer]")
+    assert done.returncode == 0, done.stderr
+    assert read_pickled(tmp_path / "runs/tiny/last.ckpt")["global_step"] == 2
+
+
+def test_checkpoints_by_the_clock_keep_the_last_three(tmp_path):
+    timed = {"every": None, "seconds": 0.001, "keep": 3}
+    done = train(tmp_path, "trainer.max_steps=6", checkpoint=timed)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in sorted((tmp_path / "runs/tiny").glob("step=*.ckpt"))] == [
+        f"step={step:08d}.ckpt" for step in (4, 5, 6)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["text_transformer", "unet"])
+def test_frozen_parts_are_bit_equal_before_and_after(tmp_path, part):
+    assert train(tmp_path, "run=first").returncode == 0
+    start = model_of(tmp_path, "first", "model_ema")
+    done = train(tmp_path, f"optim.freeze=[{part}]", "run=tuned", "init_from=runs/first/last.ckpt")
+    assert done.returncode == 0, done.stderr
+    net = build("denoiser", UNET, 3, TEXT["vocab_size"])
+    ids = {id(p) for p in net.freeze_groups()[part]}
+    kept = {name for name, p in net.named_parameters() if id(p) in ids}
+    for name in ("model", "model_ema"):
+        tuned = model_of(tmp_path, "tuned", name)
+        moved = {key for key in tuned if not torch.equal(tuned[key], start[key])}
+        assert kept and not kept & moved
+        assert any(key.endswith("encoder_kv.weight") for key in moved), "by which the U-Net reads the text"
+    trained = f"{sum(p.numel() for p in net.parameters() if id(p) not in ids):,} trained parameters"
+    assert trained in done.stdout
+
+
+def test_the_average_of_frozen_parameters_does_not_drift():
+    model = torch.nn.Linear(50, 50)
+    model.weight.requires_grad_(False)
+    average = ema.averaged_copy(model)
+    for _ in range(100):
+        ema.update(average, model, 0.999)
+    assert torch.equal(average.weight, model.weight)
+
+
+def test_a_dataset_without_captions_is_one_line(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(3):
+        Image.new("RGB", (32, 32), (i * 50, 0, 0)).save(folder / f"{i}.png")
+    data = {"name": "folder", "path": str(folder), "shards": None}
+    config = glide_config(tmp_path, data=data)
+    del config["data"]["shards"]
+    (tmp_path / "tiny.yaml").write_text(to_yaml(config))
+    done = run_program(ROOT / "train.py", "--config", "tiny.yaml", cwd=tmp_path)
+    assert done.returncode == 2 and "none of the 3 images has a caption" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_captionless_samples_are_counted(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for i in range(40):
+            picture = io.BytesIO()
+            Image.new("RGB", (32, 32), (i, 0, 0)).save(picture, "PNG")
+            for extension, data in (("png", picture.getvalue()), ("txt", b"a dog" if i else b" ")):
+                member = tarfile.TarInfo(f"{i:05d}.{extension}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    done = train(tmp_path, "trainer.max_steps=20", data={"shards": str(tmp_path / "a.tar")})
+    assert done.returncode == 0, done.stderr
+    assert "no caption" in done.stdout
+
+
+# -------------------------------------------------------------------------------------------------- what fits together
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"conditioner": {"text_size": 7}}, "conditioner.text_size: 7, and denoiser.text_size: 6"),
+        ({"objective": {"timesteps": 1000}}, "objective.timesteps: 1000, and denoiser.timesteps: 100"),
+        ({"conditioner": {"name": "none"}}, "glide_unet reads tokens and mask, and the conditioner none gives embed"),
+        ({"low_res": {"factor": 2}}, "low_res: is for upsamplers"),
+        ({**UPSAMPLER, "low_res": {"factor": 3}}, "data.image_size: 16 is not a multiple of low_res.factor, 3"),
+        ({"optim": {"freeze": ["text"]}}, "optim.freeze: no such part of this network"),
+        ({"optim": {"freeze": ["unet", "text_transformer"]}, "denoiser": {"attention": []}}, None),
+    ],
+)
+def test_what_does_not_fit_together(tmp_path, sections, message):
+    config = glide_config(tmp_path, **sections)
+    if sections.get("conditioner", {}).get("name") == "none":
+        config["conditioner"] = {"name": "none"}
+    if message is None:  # the middle has attention in any case: what reads the text is left to be trained
+        task = DiffusionTask(config)
+        assert {n.split(".")[-2] for n, p in task.model.named_parameters() if p.requires_grad} == {"encoder_kv"}
+        return
+    with pytest.raises(UserError) as error:
+        DiffusionTask(config)
+    assert message.lower() in str(error.value).lower()
+
+
+def test_an_upsampler_as_base_is_refused_and_more_channels_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    base = DiffusionTask(glide_config(tmp_path)).model
+    torch.save({"model": {f"module.{n}": t for n, t in base.state_dict().items()}, "epoch": 1}, "base.pt")
+    task = build_task({**glide_config(tmp_path), "init_from": "base.pt"})
+    assert all(torch.equal(t, task.model.state_dict()[n]) for n, t in base.state_dict().items())
+    with pytest.raises(
+        UserError, match=r"init_from: base\.pt is a base model, and denoiser\.super_res asks for an upsampler"
+    ):
+        build_task({**glide_config(tmp_path, **UPSAMPLER), "init_from": "base.pt"})
+    upsampler = DiffusionTask(glide_config(tmp_path, **UPSAMPLER)).model
+    torch.save(upsampler.state_dict(), "sr.pt")
+    with pytest.raises(
+        UserError, match=r"init_from: sr\.pt is an upsampler, and denoiser\.super_res asks for a base model"
+    ):
+        build_task({**glide_config(tmp_path), "init_from": "sr.pt"})
+    build_task({**glide_config(tmp_path, denoiser={"inpaint": True}), "init_from": "base.pt"})
+    assert "input_blocks.0.0.weight stays as initialised" in "".join(capsys.readouterr())
+
+
+def test_small_images_are_made_in_levels():
+    image = torch.rand(2, 3, 12, 8) * 2 - 1
+    low = shrink(image, 4)
+    assert low.shape == (2, 3, 3, 2)
+    levels = (low + 1) * 127.5
+    torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-3)
+    pictures = to_images(image + 1e-3)  # cuts fractions off
+    exact = torch.stack([to_tensor(picture) for picture in pictures])  # [2, 3, 12, 8]
+    wanted = [to_tensor(picture.resize((2, 3), Image.Resampling.BICUBIC)) for picture in pictures]
+    assert ((shrink(exact, 4) - torch.stack(wanted)) * 127.5).abs().max() < 1.01, "Pillow's, but for one level of 255"
+    torch.manual_seed(0)
+    noised, blurred = LowRes(factor=4, noise=0.5)(image), LowRes(factor=2, blur=3.0)(torch.rand(4, 3, 24, 24))
+    assert (noised - low).abs().max() > 0.01
+    assert blurred.std() < shrink(torch.rand(4, 3, 24, 24), 2).std()
+    assert torch.equal(LowRes(factor=4)(image), low)
+
+
+def test_sections_may_be_taken_back(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(to_yaml(glide_config(tmp_path, demo={"prompts": "prompts.txt"})))
+    (tmp_path / "other.yaml").write_text("defaults: tiny.yaml\ndemo: null\n")
+    assert load(tmp_path / "other.yaml")["demo"] is None
+    with pytest.raises(UserError, match="data"):
+        check({**glide_config(tmp_path), "data": None})
+
+
+# ----------------------------------------------------------------------------------------------------- 8-bit optimizer
+
+
+def test_eight_bits_without_bitsandbytes_are_one_line(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match=r"optim\.state: 8 bits need bitsandbytes"):
+        build("optim", {"state": "8bit"}).optimizer(torch.nn.Linear(2, 2))
+
+
+def test_eight_bits():
+    pytest.importorskip("bitsandbytes")
+    optimizer = build("optim", {"state": "8bit"}).optimizer(torch.nn.Linear(128, 128))
+    assert type(optimizer).__name__ == "AdamW8bit"
+
+
+def test_the_exported_model_is_the_average(tmp_path):
+    assert train(tmp_path).returncode == 0
+    exported, _ = read_safetensors(tmp_path / "runs/tiny/ema.safetensors")
+    average = model_of(tmp_path, name="model_ema")
+    assert all(torch.equal(exported[name], average[name]) for name in average)
