@@ -5,7 +5,8 @@
 
 Models, parts and checkpoints of this program, and what others released: checkpoints of cloob-latent-diffusion,
 networks of GLIDE and its noised CLIP, CompVis's autoencoders (also zipped), VAEs of diffusers (a file or a folder),
-CLOOB's pickle, CLIP of open_clip and OpenAI. Prints the number of parameters, the step, the config, the frozen parts' checksums and the file's own.
+CLOOB's pickle, CLIP of open_clip and OpenAI. Prints the number of parameters, the step, the config, the frozen parts'
+checksums and the file's own.
 """
 
 import argparse

@@ -4,7 +4,8 @@ A denoiser is an `nn.Module` with
 
     __init__(channels, embed_dim, *, ...)               positional: channels of a latent, width of an embedding;
                                                         keyword-only: its options, the keys of its config section
-    forward(x [B,C,h,w], t [B], **cond) -> [B,C,h,w]    (or [B,2C,h,w] with a learned variance) x noised to time t in [0, 1], where 1 is noise and 0 is data;
+    forward(x [B,C,h,w], t [B], **cond) -> [B,C,h,w]    x noised to time t in [0, 1], where 1 is noise and 0 is data;
+                                                        [B,2C,h,w] comes out with a learned variance;
                                                         cond is what the conditioner made, such as embed [B, embed_dim];
                                                         zeros mean no condition
     multiple_of                                         the number that h and w have to be multiples of
