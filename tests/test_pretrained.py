@@ -119,7 +119,6 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
     monkeypatch.setattr(download, "PAUSE", 0.01)
     monkeypatch.setattr(download, "CHUNK", 10_000)
-    monkeypatch.setattr(download, "TIMEOUT", (2, 0.2))
     return tmp_path / "Cache"
 
 
@@ -257,15 +256,18 @@ def test_all_dead_is_one_line_with_each_reason(release, mirror):
     assert "\n" not in message and f"at {path}" in message and left(path) == []
 
 
-def test_a_server_error_and_silence_are_reasons(release, mirror):
+def test_a_server_error_and_silence_are_reasons(release, mirror, monkeypatch):
     release()
     mirror.statuses = [500] * download.TRIES
     with pytest.raises(UserError, match="HTTP 500"):
         fetch(NAME)
+    monkeypatch.setattr(download, "TIMEOUT", (2, 0.2))
     mirror.silence = 0.4
     with pytest.raises(UserError, match="Read timed out"):
         fetch(NAME)
-    mirror.silence, mirror.pause = 0.0, 0.4
+    monkeypatch.setattr(download, "TIMEOUT", (2, 1.0))
+    monkeypatch.setattr(download, "TRIES", 1)
+    mirror.silence, mirror.pause = 0.0, 3.0
     with pytest.raises(UserError, match="the connection broke off"):
         fetch(NAME)
 

@@ -30,7 +30,7 @@ IMG2DATASET = os.environ.get("IMG2DATASET") or shutil.which("img2dataset")  # it
 def commands() -> list[str]:
     """Return the commands of the recipes that are meant to be run here."""
     blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs" / "recipes.md").read_text(), re.M | re.S)
-    return "\n".join(blocks).replace("\\\n", " ").strip().splitlines()
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -223,7 +223,7 @@ def test_from_rated_shards_to_a_head_that_scores(tmp_path, program):
     assert "120 images scored" in out and "from 81 images (12 without a rating left out); on 27 held out" in out
     loaded = load_head(tmp_path / "head.safetensors")
     assert loaded.head.embedder == embedder and loaded.trained["pearson"] > 0.8
-    assert len(list((tmp_path / "head").glob(f"*{EMBEDDINGS}"))) == 3, "the embeddings are kept"
+    assert len(list((tmp_path / "head.embeddings").glob(f"*{EMBEDDINGS}"))) == 3, "the embeddings are kept"
     head = ["--head", f"red={tmp_path / 'head.safetensors'}"]
     scored = ("--shards", f"{tmp_path}/?.tar", "--out", tmp_path / "scores", "--embeddings", *head, *clip)
     code, _, err = program("ldm_lab.__main__", "score", *scored)

@@ -49,7 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--epochs", type=int, default=50, metavar="N", help="of an MLP (%(default)s)")
     add("--lr", type=float, default=1e-3, metavar="X", help="of an MLP (%(default)s)")
     add("--step-size", type=int, default=256, metavar="N", help="images per optimizer step of an MLP (%(default)s)")
-    add("--work", metavar="DIR", help="where the embeddings of --shards are kept (default: OUT without its ending)")
+    add(
+        "--work",
+        metavar="DIR",
+        help="where the embeddings of --shards are kept (default: NAME.embeddings for NAME.safetensors)",
+    )
     add_clip_arguments(parser)
 
 
@@ -116,7 +120,7 @@ def gather(args: argparse.Namespace) -> "Rated | None":
                 f"{files[0]}: does not say whose embeddings these are; --clip model=NAME pretrained=NAME does"
             )
         return rated
-    found = units.shards(args.shards, Path(args.work or Path(args.out).with_suffix("")).expanduser())
+    found = units.shards(args.shards, Path(args.work or Path(args.out).with_suffix(".embeddings")).expanduser())
     encoder = Encoder(clip_section(args.clip, CLIP))
     wanted = scoring.Wanted(similarity=False, embeddings=True, batch_size=args.batch_size, workers=args.workers)
     line, left = scoring.run(scoring.Scoring(found, encoder, {}, wanted), **lightning_options(args))

@@ -1,8 +1,9 @@
 """The files that scoring writes beside a shard NAME.tar: `NAME.scores.parquet` and `NAME.embeddings.safetensors`.
 
 Parquet: a row for each image that was scored, in the shard's order: `key`, `url` (text) and `hash` (64-bit integer)
-where the sample's json has them, then a float32 column for each score. The file's metadata has under `ldm_lab` as JSON
-what made the scores and what was read and skipped. The file is written last, and whole: it marks the shard as done.
+where the sample's json has them, or the hash follows from its url and caption, then a float32 column for each score.
+The file's metadata has under `ldm_lab` as JSON what made the scores and what was read and skipped. The file is written
+last, and whole: it marks the shard as done.
 
 Embeddings: `embed` float16 [N, D], unit rows as LAION stores them, with `key` and `key_ends` (`data.strings`), and the
 embedder in the metadata.

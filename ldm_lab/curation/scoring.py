@@ -9,7 +9,6 @@ skips those that are done.
 import json
 import signal
 import time
-from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -439,7 +438,7 @@ def run(
 
 def report(scoring: Scoring) -> tuple[str, list[str]]:
     """Return what the Parquet files say was scored and skipped, in a line, and which units have none."""
-    total, done, left, reasons = Counts(), 0, [], Counter()
+    total, done, left = Counts(), 0, []
     for unit in scoring.units:
         facts = score_files.read_facts(_with(unit.target, score_files.SCORES))
         if facts is None:
@@ -447,8 +446,7 @@ def report(scoring: Scoring) -> tuple[str, list[str]]:
             continue
         total.add(Counts(facts["read"], facts["skipped"], facts["examples"]))
         done += 1
-        reasons.update(facts["skipped"])
-    scored = total.read - sum(reasons.values())
+    scored = total.read - sum(total.skipped.values())
     if not scored and not left:
         raise UserError(f"no image could be scored: {total}")
     return f"{scored:,} images scored in {done:,} of {len(scoring.units):,} shards: {total}", left

@@ -50,8 +50,6 @@ def add_scores(
 
     if len(names) != store.scores:
         raise UserError(f"--name: {len(names)} names for entries of {store.scores} scores")
-    if len(names) != store.scores:
-        raise UserError(f"--name: {len(names)} names for entries of {store.scores} scores")
     rows = found = 0
     files = find_files(str(table), "table")
     if len(files.paths) > 1 or "://" in files.paths[0]:
@@ -65,7 +63,7 @@ def add_scores(
     added = [pyarrow.field(name, pyarrow.float32()) for name in names]
     whole = pyarrow.schema([*schema, *added], metadata=schema.metadata)
     bar = tqdm(desc="looking up", total=files.rows, unit="row", unit_scale=True, disable=not progress)
-    with bar, atomic_write(out) as file, ParquetWriter(file, whole, compression="zstd") as writer:
+    with bar, atomic_write(Path(out).expanduser()) as file, ParquetWriter(file, whole, compression="zstd") as writer:
         for batch in batches:
             keys, known = keys_of(batch)
             scores, hit = store.get(keys)

@@ -13,7 +13,7 @@ import ibis.expr.types as ir
 import pyarrow.parquet as pq
 
 from ldm_lab.config import register
-from ldm_lab.curation.metadata.inputs import Files
+from ldm_lab.curation.metadata.inputs import DISK_FULL, Files
 from ldm_lab.errors import UserError
 
 BATCH = 50_000  # rows that are held while a file is cut into parts
@@ -24,8 +24,8 @@ class DuckDB:
     """DuckDB within this process.
 
     Args:
-        memory_limit: what its tables may take, such as 800MB or 4GB; beyond it they spill to the disk. The program
-            itself takes about 200 MB more.
+        memory_limit: what its tables may take, such as 800MB or 4GB; beyond it they spill to the disk. The
+            process takes about 250 MB more.
         threads: null is all cores.
         temp_directory: where it spills to; null is the folder of the output.
     """
@@ -54,7 +54,8 @@ class DuckDB:
                 "take fewer engine.threads"
             ) from None
         except duckdb.Error as error:
-            raise UserError(f"engine: {_first_line(error)}") from error
+            cause = None if any(text in str(error) for text in DISK_FULL) else error
+            raise UserError(f"engine: {_first_line(error)}") from cause
         finally:
             self.ibis.disconnect()
 

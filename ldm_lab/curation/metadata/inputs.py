@@ -12,6 +12,11 @@ import pyarrow.parquet as pq
 from ldm_lab.errors import UserError
 
 TEXTS = {".tsv": "\t", ".csv": ","}  # ending -> delimiter; also with .gz behind it
+DISK_FULL = (
+    "No space left",
+    "File too large",
+    "quota exceeded",
+)  # in an engine's errors that are not the input's fault
 UNNAMED = ["url", "caption"]  # the columns of a text file without a header line, as CC12M comes
 
 

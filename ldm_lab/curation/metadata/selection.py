@@ -1,9 +1,7 @@
 """From a release's metadata to the subset to download: rules, join, duplicates, shuffle, a report."""
 
-import contextlib
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +92,10 @@ class Selection:
         self._check_out()
         files = find_files(self.input, "input")
         tags = {quantity: find_files(paths, f"tags.{quantity}") for quantity, paths in self.tags.items()}
-        left_out: list[Broken] = []
         try:
-            return self._select(files, tags, left_out)
+            return self._select(files, tags, [])
         except UserError as error:
-            if not isinstance(error.__cause__, Exception):
+            if error.__cause__ is None:  # else the engine failed, and perhaps the input is why
                 raise
             broken = broken_files(files)
             damaged = broken or [one for table in tags.values() for one in broken_files(table)]
@@ -113,7 +110,7 @@ class Selection:
             raise UserError(f"{damaged[0]}{whole}{remedy}. Nothing was written.") from None
 
     def _check_out(self) -> None:
-        if "://" in str(self.out) or ":/" in str(self.out):
+        if ":/" in str(self.out):  # what a Path makes of ://
             raise UserError(f"out: {self.out}: a folder is needed that all machines of the engine see, no address")
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"out: {self.out} is a file; a folder is needed")
@@ -127,7 +124,8 @@ class Selection:
             raise UserError(f"out: {self.out} holds {foreign[0]!r}, which no selection wrote; take another folder")
 
     def _select(self, files: Files, tags: dict[str, Files], broken: list[Broken]) -> Report:
-        with replaced_folder(self.out) as folder, self._engine(folder / SPILL) as engine:
+        engine = build("engine", self.engine_section)
+        with replaced_folder(self.out) as folder, engine.open(folder / SPILL):
             table = engine.read(files)
             row, scores = self._joined(engine, table, files, tags)
             rules = self._with_downloaded(row)
@@ -164,11 +162,6 @@ class Selection:
             shutil.rmtree(folder / SPILL, ignore_errors=True)
             (folder / REPORT).write_text(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n")
         return report
-
-    @contextlib.contextmanager
-    def _engine(self, spill: Path) -> Iterator[Any]:
-        with build("engine", self.engine_section).open(spill) as engine:
-            yield engine
 
     def _joined(
         self, engine: Any, table: ir.Table, files: Files, tags: dict[str, Files]

@@ -14,7 +14,7 @@ import ibis
 import ibis.expr.types as ir
 
 from ldm_lab.config import register
-from ldm_lab.curation.metadata.inputs import Files
+from ldm_lab.curation.metadata.inputs import DISK_FULL, Files
 from ldm_lab.errors import UserError
 
 LOG = """\
@@ -80,7 +80,8 @@ class Spark:
                 self.ibis = ibis.pyspark.connect(self.session)
                 yield self
         except (PySparkException, Py4JError) as error:
-            raise UserError(f"engine: {_message(error)}") from error
+            cause = None if any(text in str(error) for text in DISK_FULL) else error
+            raise UserError(f"engine: {_message(error)}") from cause
         finally:
             self.session.stop()
 
