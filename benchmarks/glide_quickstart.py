@@ -28,6 +28,7 @@ from ldm_lab.sampling import Cascade, Sampler
 
 COUNT = 48
 VARIETY = 0.25  # of the fresh drawings: that of configs/glide_quickstart.yaml
+TRAINED = 4  # wordings: those of its captions
 
 
 def main() -> None:
@@ -44,7 +45,7 @@ def main() -> None:
     args = parser.parse_args()
     model = Sampler.from_checkpoint(args.checkpoint)
     wanted = kinds()[:COUNT]
-    texts = [say(names, wording) for names, wording in zip(wanted, itertools.cycle(WORDINGS))]
+    texts = [say(names, wording) for names, wording in zip(wanted, itertools.cycle(WORDINGS[:TRAINED]))]
     seeds = range(args.seed, args.seed + COUNT)
 
     print(f"{'share right':24}{'colour':>10}{'shape':>10}{'background':>12}{'all three':>11}{'seconds':>10}")

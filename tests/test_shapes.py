@@ -118,6 +118,8 @@ def test_held_out_wordings_are_no_training_wordings():
     held_out = {shapes.caption(attributes, wording) for wording in shapes.HELD_OUT_WORDINGS}
     trained = {shapes.random_caption(attributes, random.Random(seed)) for seed in range(500)}
     assert len(trained) == len(shapes.WORDINGS) and not trained & held_out
+    few = {shapes.random_caption(attributes, random.Random(seed), 3) for seed in range(100)}
+    assert few == {shapes.caption(attributes, wording) for wording in shapes.WORDINGS[:3]}
 
 
 # -------------------------------------------------------------------------------------------------------- shards
@@ -161,6 +163,8 @@ def test_other_shapes_are_not_overwritten(tmp_path):
         shapes.write_shards(tmp_path / "shapes", 5, 2, 16)
     with pytest.raises(UserError, match=r"variety 1\.0, not 0\.5"):
         shapes.write_shards(tmp_path / "shapes", 4, 2, 16, variety=0.5)
+    with pytest.raises(UserError, match="wordings None, not 3"):
+        shapes.write_shards(tmp_path / "shapes", 4, 2, 16, wordings=3)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="holds other files than shapes"):

@@ -208,9 +208,9 @@ def _jittered(rng: random.Random, colour: tuple[int, int, int], jitter: float) -
 # ------------------------------------------------------------------------------------------------------ captions
 
 
-def random_caption(attributes: Attributes, rng: random.Random) -> str:
-    """Return a caption in one of WORDINGS, chosen by `rng`."""
-    return caption(attributes, _choose(rng, WORDINGS))
+def random_caption(attributes: Attributes, rng: random.Random, wordings: int | None = None) -> str:
+    """Return a caption in one of the first so many WORDINGS (None: of all), chosen by `rng`."""
+    return caption(attributes, _choose(rng, WORDINGS[:wordings]))
 
 
 def caption(attributes: Attributes, wording: str) -> str:
@@ -233,6 +233,7 @@ class Shapes(ShardSource):
         shards: tar files that they are spread over; at least as many as loader processes of all devices.
         drawing_seed: another number, other images.
         variety: how much images of a kind differ in size, place, angle and shade, from 0 (not at all) to 1.
+        wordings: how many different sentences captions are made with, the plainest first; null is all 20.
     """
 
     def __init__(
@@ -243,11 +244,12 @@ class Shapes(ShardSource):
         shards: int = 16,
         drawing_seed: int = 0,
         variety: float = 1.0,
+        wordings: int | None = None,
         **common: Any,
     ):
         super().__init__(**common)
         self.folder, self.images, self.shards = Path(folder).expanduser(), count, shards
-        self.drawing_seed, self.variety = drawing_seed, variety
+        self.drawing_seed, self.variety, self.wordings = drawing_seed, variety, wordings
 
     @staticmethod
     def check(section: dict[str, Any]) -> list[str]:
@@ -260,18 +262,27 @@ class Shapes(ShardSource):
             problems.append(f"image_size: at least 16 is needed to tell the shapes apart, not {section['image_size']}")
         if not 0 <= section.get("variety", 1.0) <= 1:
             problems.append(f"variety: a number from 0 to 1 is needed, not {section['variety']}")
+        wordings = section.get("wordings")
+        if wordings is not None and not 1 <= wordings <= len(WORDINGS):
+            problems.append(f"wordings: 1 to {len(WORDINGS)}, or null for all, not {wordings}")
         return problems
 
     def prepare(self) -> None:
         self.list_shards()
 
     def list_shards(self) -> list[str]:
-        paths = write_shards(self.folder, self.images, self.shards, self.image_size, self.drawing_seed, self.variety)
-        return [str(path) for path in paths]
+        made_with = (self.image_size, self.drawing_seed, self.variety, self.wordings)
+        return [str(path) for path in write_shards(self.folder, self.images, self.shards, *made_with)]
 
 
 def write_shards(
-    folder: str | Path, count: int, shards: int, size: int, seed: int = 0, variety: float = 1.0
+    folder: str | Path,
+    count: int,
+    shards: int,
+    size: int,
+    seed: int = 0,
+    variety: float = 1.0,
+    wordings: int | None = None,
 ) -> list[Path]:
     """Return the shards in `folder`, drawing and writing them first if the folder is not there yet.
 
@@ -285,19 +296,21 @@ def write_shards(
         size: pixels per side.
         seed: another number, other images.
         variety: of the images of a kind, see `draw`.
+        wordings: of the captions, see `random_caption`.
 
     Raises:
         UserError: the folder holds something else, or shapes made with other numbers.
     """
     folder = Path(folder)
-    made_with = {"count": count, "shards": shards, "size": size, "seed": seed, "variety": variety}
+    made_with = {"count": count, "shards": shards, "size": size, "seed": seed, "variety": variety, "wordings": wordings}
     if not _is_filled(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         drafts = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
             for shard in range(shards):
                 first, last = (count * edge // shards for edge in (shard, shard + 1))
-                write_shard(drafts / f"{shard:05}.tar", _samples(range(first, last), shard, size, seed, variety))
+                drawn = _samples(range(first, last), shard, size, seed, variety, wordings)
+                write_shard(drafts / f"{shard:05}.tar", drawn)
             (drafts / MANIFEST).write_text(json.dumps(made_with, indent=2) + "\n")
             drafts.chmod(0o755)  # mkdtemp's folders are closed to others
             os.rename(drafts, folder)
@@ -314,7 +327,7 @@ def _is_filled(folder: Path) -> bool:
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
-def _check_manifest(folder: Path, wanted: dict[str, float]) -> None:
+def _check_manifest(folder: Path, wanted: dict[str, float | None]) -> None:
     """Raise UserError unless the folder's shapes were made with the wanted numbers."""
     try:
         found = json.loads((folder / MANIFEST).read_text())
@@ -322,22 +335,21 @@ def _check_manifest(folder: Path, wanted: dict[str, float]) -> None:
         raise UserError(
             f"data.folder: {folder} holds other files than shapes; give a folder that does not exist"
         ) from None
-    if found != wanted:
-        keys = [key for key in wanted if not isinstance(found, dict) or found.get(key) != wanted[key]]
-        differences = ", ".join(
-            f"{key} {found.get(key) if isinstance(found, dict) else None}, not {wanted[key]}" for key in keys
-        )
+    found = found if isinstance(found, dict) else {}
+    keys = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
+    if keys:
+        differences = ", ".join(f"{key} {found.get(key)}, not {wanted.get(key)}" for key in keys)
         raise UserError(f"data.folder: the shapes in {folder} have {differences}; delete it or give another folder")
 
 
 def _samples(
-    indices: range, shard: int, size: int, seed: int, variety: float
+    indices: range, shard: int, size: int, seed: int, variety: float, wordings: int | None
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield (key, {extension: bytes}) of the images with these indices; an image depends on seed and index alone."""
     for place, index in enumerate(indices):
         rng = random.Random(f"{seed}/{index}")
         image, attributes = draw(rng, size, variety)
-        text = random_caption(attributes, rng)
+        text = random_caption(attributes, rng, wordings)
         encoded = io.BytesIO()
         image.save(encoded, "PNG")
         key = f"{shard:05}{place:04}"
