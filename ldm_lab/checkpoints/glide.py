@@ -67,9 +67,10 @@ def unet(
     try:
         sizes = infer_config(state)
         channels, embed_dim = state[LAST].shape[0] // 2, state["token_embedding.weight"].shape[0]
-    except (KeyError, IndexError, StopIteration, ZeroDivisionError) as error:
-        reason = error if str(error) else "a block"
-        raise UserError(f"{path}: not a complete GLIDE network ({reason} is missing or misshapen)") from None
+    except KeyError as error:
+        raise UserError(f"{path}: not a complete GLIDE network ({error} is missing or misshapen)") from None
+    except (IndexError, ValueError, ZeroDivisionError):
+        raise UserError(f"{path}: not a complete GLIDE network (a tensor has too few or too many dimensions)") from None
     config = {**sizes, **_knobs(given or {}, sizes["base_channels"], path)}
     # Fine-tuning in half precision leaves files of mixed types; each tensor goes to float32 by itself.
     return (
@@ -169,7 +170,7 @@ def _count(state: dict[str, Any], name: str) -> int:
 def _knobs(given: dict[str, Any], base_channels: int, path: str | Path) -> dict[str, int]:
     """Return what no shape tells."""
     for key, value in given.items():
-        if key == "preset" and value not in PRESETS:
+        if key == "preset" and (not isinstance(value, str) or value not in PRESETS):
             raise UserError(f"preset: {unknown('preset', value, PRESETS)}")
         if key != "preset" and key not in KNOBS:
             raise UserError(f"{key}: {unknown('key', key, ['preset', *KNOBS])}")
