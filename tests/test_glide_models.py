@@ -118,6 +118,15 @@ def test_what_is_said_by_width_and_name():
     assert knobs["models/dogGLIDE.pt"] == knobs["dog_model_1.pt"] == {**knobs["miniGLIDE.pt"], "timesteps": 1000}
 
 
+def test_miniglide_s_pixels_are_from_0_to_1():
+    for preset, section in (("miniglide", {"zero_to_one": True}), ("dogglide", {"zero_to_one": True}), ("openai", {})):
+        config = glide.model(small(), "some.pt", given={"preset": preset})[0]
+        assert config["autoencoder"] == {"name": "identity", **section}
+    with torch.device("meta"):
+        mini = GlideUNet(3, 70, **{**SMALL, "base_channels": 96, "head_width": 32}).state_dict()
+    assert glide.model(mini, "model.pt")[0]["autoencoder"] == {"name": "identity", "zero_to_one": True}
+
+
 @pytest.mark.parametrize(
     "lost", ["output_blocks.0.0.in_layers.2.weight", "positional_embedding", "time_embed.0.weight"]
 )
