@@ -144,8 +144,8 @@ def build(role: str, section: dict[str, Any] | None, *runtime: Any) -> Any:
 def load(path: str | Path, overrides: list[str] = ()) -> dict[str, Any]:
     """Read a YAML, apply `key.path=value` overrides, resolve it, check it against the parts it names.
 
-    `defaults: other.yaml` (relative to the file) is read first and overlaid. Another part's name in an override takes out
-    what the file says to the part before and the new one does not have. Numbers may be written `3e-5` or `50_000`.
+    `defaults: other.yaml` (relative to the file) is read first and overlaid. Another part's name in an override takes
+    out what the file says to the part before and the new one does not have. Numbers may be written `3e-5` or `50_000`.
 
     Returns:
         Plain dicts, lists and scalars; `config["run"]` defaults to the file's name.
