@@ -17,13 +17,14 @@ import importlib
 import inspect
 import math
 import pkgutil
+import re
 import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -69,6 +70,7 @@ USE_LIMITS: dict[tuple[str, str], tuple[Callable[[float], bool], str]] = {
     ("autoencoder", "scale"): (lambda scale: scale > 0, "a positive number"),
     ("conditioner", "dropout"): (lambda share: 0 <= share <= 1, "a share from 0 to 1"),
 }
+PART_NAME = re.compile(r"\w+\.name=")  # an override that puts another part in the place of one
 LARGEST_SEED = 2**62  # leaves room to count on in 64 bits
 _registry: dict[tuple[str, str], type] = {}
 _discovered: set[str] = set()
@@ -142,7 +144,8 @@ def build(role: str, section: dict[str, Any] | None, *runtime: Any) -> Any:
 def load(path: str | Path, overrides: list[str] = ()) -> dict[str, Any]:
     """Read a YAML, apply `key.path=value` overrides, resolve it, check it against the parts it names.
 
-    `defaults: other.yaml` (relative to the file) is read first and overlaid. Numbers may be written `3e-5` or `50_000`.
+    `defaults: other.yaml` (relative to the file) is read first and overlaid. Another part's name in an override takes
+    out what the file says to the part before and the new one does not have. Numbers may be written `3e-5` or `50_000`.
 
     Returns:
         Plain dicts, lists and scalars; `config["run"]` defaults to the file's name.
@@ -159,10 +162,12 @@ def load(path: str | Path, overrides: list[str] = ()) -> dict[str, Any]:
 def read(path: str | Path, overrides: list[str] = ()) -> dict[str, Any]:
     """Do the same without the check: for configs that describe something else than a run. Raises UserError."""
     merged = _read(Path(path), seen=())
-    for override in overrides:
-        key, equals, _ = override.partition("=")
+    for override in sorted(overrides, key=lambda override: PART_NAME.match(override) is None):  # names first
+        key, equals, value = override.partition("=")
         if not equals or not key:
             raise UserError(f"{override!r}: an override is written key.path=value, e.g. optim.lr=3e-6")
+        if PART_NAME.match(override):
+            _leave_behind(merged, key.partition(".")[0], value)
         try:
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
         except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
@@ -177,6 +182,16 @@ def read(path: str | Path, overrides: list[str] = ()) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path}: a config is a mapping of sections, this is a {type(config).__name__}")
     return config
+
+
+def _leave_behind(config: Any, role: str, name: str) -> None:
+    """Take out of a role's section the keys of its part that another part, which takes its place, does not have."""
+    section, known = config.get(role), parts(role) if role in PACKAGES else {}
+    before = known.get(section.get("name")) if isinstance(section, DictConfig) else None
+    if before is None or name not in known:
+        return  # `check` says what is wrong
+    for key in options(before).keys() - options(known[name]).keys():
+        section.pop(key, None)
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> Any:

@@ -9,7 +9,8 @@ import pytest
 from ldm_lab import config
 from ldm_lab.errors import UserError
 
-YFCC = Path(__file__).resolve().parents[1] / "configs" / "yfcc_cfg.yaml"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+YFCC = CONFIGS / "yfcc_cfg.yaml"
 
 
 def test_overrides_reach_their_keys_with_their_types():
@@ -69,6 +70,19 @@ def test_all_problems_are_reported_at_once_with_the_nearest_match():
 def test_one_clear_line(overrides, words):
     with pytest.raises(UserError, match="(?s)" + re.escape(words)):
         config.load(YFCC, overrides)
+
+
+def test_another_part_leaves_the_keys_of_the_one_before_behind():
+    """As the header of glide_finetune_base.yaml has it: its `data.path` is none of webdataset's."""
+    rules = "{nsfw: {drop: [NSFW, LIKELY]}, aspect_ratio: {at_least: 0.8, at_most: 1.3}, size: {min_side: 256}}"
+    for order in (1, -1):
+        overrides = ["data.shards=/data/{00000..01242}.tar", f"data.rules={rules}", "data.name=webdataset"][::order]
+        loaded = config.load(CONFIGS / "glide_finetune_base.yaml", overrides)
+        assert "path" not in loaded["data"] and loaded["data"]["shards"] == "/data/{00000..01242}.tar"
+        assert loaded["data"]["rules"]["aspect_ratio"] == {"at_least": 0.8, "at_most": 1.3}
+        assert loaded["data"]["image_size"] == 64 and loaded["data"]["batch_size"] == 4
+    with pytest.raises(UserError, match=r"data\.path: no such key"):  # what is asked for is not left behind
+        config.load(CONFIGS / "glide_finetune_base.yaml", [*overrides, "data.path=/data"])
 
 
 def test_a_missing_file_names_its_neighbours(tmp_path):

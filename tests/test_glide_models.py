@@ -15,6 +15,7 @@ from ldm_lab.conditioners import glide_text
 from ldm_lab.conditioners.noised_clip import NoisedCLIP
 from ldm_lab.denoisers.glide_unet import GlideUNet
 from ldm_lab.errors import UserError
+from ldm_lab.sampling import Sampler
 
 # Heads of 64 channels, 8 in the text, as in all of OpenAI's networks: the files do not say it.
 SMALL = {"base_channels": 64, "multipliers": [1, 1], "blocks_per_level": 1, "attention": [2], "head_width": 64,
@@ -82,6 +83,7 @@ def test_inspect_and_convert(program, tmp_path):
     assert all(value.dtype == torch.float32 for value in state.values())
     for given, message in (
         ("preset=laion", "preset: no such preset: 'laion'"),
+        ("preset=[laionide]", "preset: no such preset: ['laionide']"),
         ("heads=3", "heads: no such key"),
         ("timesteps=-1", "timesteps: a positive whole number"),
         ("head_width=48", "head_width: 48 does not divide"),
@@ -116,6 +118,15 @@ def test_what_is_said_by_width_and_name():
     assert knobs["models/dogGLIDE.pt"] == knobs["dog_model_1.pt"] == {**knobs["miniGLIDE.pt"], "timesteps": 1000}
 
 
+def test_miniglide_s_pixels_are_from_0_to_1():
+    for preset, section in (("miniglide", {"zero_to_one": True}), ("dogglide", {"zero_to_one": True}), ("openai", {})):
+        config = glide.model(small(), "some.pt", given={"preset": preset})[0]
+        assert config["autoencoder"] == {"name": "identity", **section}
+    with torch.device("meta"):
+        mini = GlideUNet(3, 70, **{**SMALL, "base_channels": 96, "head_width": 32}).state_dict()
+    assert glide.model(mini, "model.pt")[0]["autoencoder"] == {"name": "identity", "zero_to_one": True}
+
+
 @pytest.mark.parametrize(
     "lost", ["output_blocks.0.0.in_layers.2.weight", "positional_embedding", "time_embed.0.weight"]
 )
@@ -125,6 +136,14 @@ def test_incomplete_files_are_one_line(tmp_path, program, lost):
     torch.save(state, tmp_path / "base.pt")
     code, _, err = program("sample", "--checkpoint", tmp_path / "base.pt", "a red", "--steps", "2", "--size", "16x16")
     assert code == 2 and "Traceback" not in err and str(tmp_path / "base.pt") in err
+
+
+@pytest.mark.parametrize("name", ["positional_embedding", "time_embed.0.weight", "token_embedding.weight"])
+@pytest.mark.parametrize("shape", [(), (4,), (2, 2, 2)])
+def test_misshapen_tensors_are_one_line(tmp_path, name, shape):
+    torch.save({**small(), name: torch.zeros(shape)}, tmp_path / "base.pt")
+    with pytest.raises(UserError):
+        Sampler.from_checkpoint(tmp_path / "base.pt")
 
 
 def test_a_network_of_another_kind_is_one_line(tmp_path):

@@ -12,7 +12,7 @@ from tiny_glide import TEXT, UNET
 
 from ldm_lab import ema
 from ldm_lab.checkpoints.files import read_pickled, read_safetensors
-from ldm_lab.checkpoints.models import read_model
+from ldm_lab.checkpoints.models import read_model, save_model
 from ldm_lab.config import build, check, load, to_yaml
 from ldm_lab.data.shapes import write_shards
 from ldm_lab.errors import UserError
@@ -233,8 +233,41 @@ def test_an_upsampler_as_base_is_refused_and_more_channels_are_named(tmp_path, m
         UserError, match=r"init_from: sr\.pt is an upsampler, and denoiser\.super_res asks for a base model"
     ):
         build_task({**glide_config(tmp_path), "init_from": "sr.pt"})
+    painter = DiffusionTask(glide_config(tmp_path, denoiser={"inpaint": True})).model
+    torch.save(painter.state_dict(), "inpaint.pt")
+    with pytest.raises(UserError, match=r"init_from: inpaint\.pt is an inpainting model; denoiser\.inpaint=true goes"):
+        build_task({**glide_config(tmp_path), "init_from": "inpaint.pt"})
     build_task({**glide_config(tmp_path, denoiser={"inpaint": True}), "init_from": "base.pt"})
     assert "input_blocks.0.0.weight stays as initialised" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("denoiser", "message"),
+    [
+        ({"base_channels": 64}, "its base_channels is 32, denoiser.base_channels is 64"),
+        ({"multipliers": [1, 1, 1]}, "its multipliers is [1, 1], denoiser.multipliers is [1, 1, 1]"),
+        ({"blocks_per_level": 2, "attention": [1, 2]}, "denoiser.blocks_per_level is 2; its attention is [2]"),
+        ({"text_width": 32, "text_layers": 2}, "denoiser.text_width is 32; its text_layers is 1"),
+    ],
+)
+@pytest.mark.parametrize("file", ["base.pt", "ema.safetensors"])
+def test_a_checkpoint_of_another_size_is_one_line(tmp_path, monkeypatch, denoiser, message, file):
+    monkeypatch.chdir(tmp_path)
+    config = glide_config(tmp_path)
+    state = DiffusionTask(config).model.state_dict()
+    torch.save(state, "base.pt") if file == "base.pt" else save_model(file, state, config, {})
+    with pytest.raises(UserError) as error:
+        build_task({**glide_config(tmp_path, denoiser=denoiser), "init_from": file})
+    assert f"init_from: {file} is of another size" in str(error.value) and message in str(error.value)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_weights_in_half_precision_are_refused(tmp_path, precision):
+    """Their average would never move: a step of it is below what the type can tell apart."""
+    with pytest.raises(
+        UserError, match=rf"trainer\.precision: '{precision}' is not one of 32-true, 16-mixed, bf16-mixed"
+    ):
+        check(glide_config(tmp_path, trainer={"precision": precision}))
 
 
 def test_small_images_are_made_in_levels():

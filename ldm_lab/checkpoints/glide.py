@@ -24,6 +24,7 @@ PRESETS = {
     "miniglide": {"head_width": 32, "text_heads": 8, "timesteps": 100},
     "dogglide": {"head_width": 32, "text_heads": 8, "timesteps": 1000},
 }
+ZERO_TO_ONE = ("miniglide", "dogglide")  # trained on images in [0, 1]
 MINI_CHANNELS = 96  # base channels of miniGLIDE and dogGLIDE
 FACTOR = 4  # how many times an upsampler enlarges
 DROPOUT = 0.2  # share of empty captions in the fine-tuning; miniGLIDE had none, but it is sampled as if
@@ -67,9 +68,10 @@ def unet(
     try:
         sizes = infer_config(state)
         channels, embed_dim = state[LAST].shape[0] // 2, state["token_embedding.weight"].shape[0]
-    except (KeyError, IndexError, StopIteration, ZeroDivisionError) as error:
-        reason = error if str(error) else "a block"
-        raise UserError(f"{path}: not a complete GLIDE network ({reason} is missing or misshapen)") from None
+    except KeyError as error:
+        raise UserError(f"{path}: not a complete GLIDE network ({error} is missing or misshapen)") from None
+    except (IndexError, ValueError, ZeroDivisionError):
+        raise UserError(f"{path}: not a complete GLIDE network (a tensor has too few or too many dimensions)") from None
     config = {**sizes, **_knobs(given or {}, sizes["base_channels"], path)}
     # Fine-tuning in half precision leaves files of mixed types; each tensor goes to float32 by itself.
     return (
@@ -89,10 +91,12 @@ def model(
     """
     state, architecture, facts = unet(tensors, path, given)
     upsampler, latent = architecture["super_res"], facts["channels"] != LOW_RES_CHANNELS
+    mini = _preset(given or {}, architecture["base_channels"], path) in ZERO_TO_ONE
+    pixels = {"name": "identity", **({"zero_to_one": True} if mini else {})}
     vocabulary = {} if facts["embed_dim"] == 50257 else {"vocab_size": facts["embed_dim"]}
     config = {
         "task": "diffusion",
-        "autoencoder": {"name": "kl_f8", "scale": LATENT_SCALE} if latent else {"name": "identity"},
+        "autoencoder": {"name": "kl_f8", "scale": LATENT_SCALE} if latent else pixels,
         "conditioner": {
             "name": "glide_text",
             **vocabulary,
@@ -169,12 +173,17 @@ def _count(state: dict[str, Any], name: str) -> int:
 def _knobs(given: dict[str, Any], base_channels: int, path: str | Path) -> dict[str, int]:
     """Return what no shape tells."""
     for key, value in given.items():
-        if key == "preset" and value not in PRESETS:
+        if key == "preset" and (not isinstance(value, str) or value not in PRESETS):
             raise UserError(f"preset: {unknown('preset', value, PRESETS)}")
         if key != "preset" and key not in KNOBS:
             raise UserError(f"{key}: {unknown('key', key, ['preset', *KNOBS])}")
         if key in KNOBS and (type(value) is not int or value < 1):
             raise UserError(f"{key}: a positive whole number is needed, not {value!r}")
-    mini = "dogglide" if "dog" in Path(path).name.lower() else "miniglide"
-    preset = given.get("preset", mini if base_channels == MINI_CHANNELS else "openai")
+    preset = _preset(given, base_channels, path)
     return {**PRESETS[preset], **{key: value for key, value in given.items() if key in KNOBS}}
+
+
+def _preset(given: dict[str, Any], base_channels: int, path: str | Path) -> str:
+    """Return which of PRESETS a network is: the one that is given, or by its width and its file's name."""
+    mini = "dogglide" if "dog" in Path(path).name.lower() else "miniglide"
+    return given.get("preset", mini if base_channels == MINI_CHANNELS else "openai")

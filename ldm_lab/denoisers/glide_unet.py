@@ -33,6 +33,8 @@ class GlideUNet(nn.Module):
     """
 
     takes = ("tokens", "mask")
+    # Options that a checkpoint to begin with has to share: with others its tensors are of other places.
+    SIZES = ("base_channels", "multipliers", "blocks_per_level", "attention", "text_width", "text_layers")
 
     def __init__(
         self,

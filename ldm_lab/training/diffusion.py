@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm_lab.checkpoints.models import read_model, save_model
 from ldm_lab.checkpoints.parts import FORMAT, load_part
-from ldm_lab.config import build, register
+from ldm_lab.config import build, options, register
 from ldm_lab.errors import UserError
 from ldm_lab.training.logs import say
 from ldm_lab.training.low_res import LowRes
@@ -105,6 +105,10 @@ class DiffusionTask(Task):
             if bool(theirs.get(form)) != getattr(self.model, form, False):
                 holds, wanted = (name, other) if theirs.get(form) else (other, name)
                 raise UserError(f"init_from: {path} is {holds}, and denoiser.{form} asks for {wanted}")
+        if theirs.get("inpaint") and not getattr(self.model, "inpaint", False):
+            raise UserError(f"init_from: {path} is an inpainting model; denoiser.inpaint=true goes with it")
+        if other := other_sizes(type(self.model), theirs, self.run_config["denoiser"]):
+            raise UserError(f"init_from: {path} is of another size: {'; '.join(other)}")
         scale, before = getattr(self.frozen["autoencoder"], "scale", None), part.get("scale")
         if scale is not None and isinstance(before, float) and before > 0 and abs(float(scale) / before - 1) > 0.01:
             say(
@@ -158,6 +162,19 @@ def check_fit(conditioner: Any, denoiser: Any, objective: Any) -> None:
     ours, theirs = getattr(denoiser, "timesteps", None), getattr(objective.schedule, "timesteps", None)
     if None not in (ours, theirs) and ours != theirs:
         raise UserError(f"objective.timesteps: {theirs}, and denoiser.timesteps: {ours}; they have to be the same")
+
+
+def other_sizes(denoiser: type, theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """Return the `SIZES` of a denoiser in which two of its config sections differ, each in words."""
+    known, differing = options(denoiser), []
+    for key in getattr(denoiser, "SIZES", ()):
+        its, own = (section.get(key, known[key].default) for section in (theirs, ours))
+        its, own = (list(size) if isinstance(size, tuple) else size for size in (its, own))
+        if key == "attention":  # in any order
+            its, own = sorted(its), sorted(own)
+        if its != own:
+            differing.append(f"its {key} is {its}, denoiser.{key} is {own}")
+    return differing
 
 
 def low_resolution(config: dict[str, Any], denoiser: Any) -> LowRes | None:

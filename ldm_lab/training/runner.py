@@ -21,7 +21,7 @@ from ldm_lab.training.logs import StepProgress, quiet_lightning, say
 from ldm_lab.training.task import Task, gather
 
 RUNS = Path("runs")
-PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true")
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "64-true")  # none whose weights, and so whose average, are halved
 
 
 @register("trainer")
