@@ -1,5 +1,6 @@
 """`data.rules`: samples left out while streaming, by their json or by scores beside the shard, counted by rule."""
 
+import gzip
 import json
 import math
 
@@ -82,6 +83,18 @@ def test_scores_beside_the_shards_go_before_the_json(shards):
     (shards / "3.scores.parquet").unlink()
     with pytest.raises(UserError, match=r"data\.scores: no such file: .*3\.scores\.parquet; 1 of 5 are missing"):
         module(section(shards, rules={"aesthetic": {"at_least": 8}}, scores=".scores.parquet"))
+
+
+def test_scores_of_another_name_and_of_compressed_shards(shards):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (shards / "0.tar.gz").write_bytes(gzip.compress((shards / "0.tar").read_bytes()))
+    rows = {"key": [f"{n:05d}" for n in range(20)], "AESTHETIC_SCORE": [9.0 - n / 10 for n in range(20)]}
+    pq.write_table(pa.table(rows), shards / "0.scores.parquet")
+    rules = {"aesthetic": {"at_least": 8, "predictor": "v2"}}
+    for name in ("0.tar", "0.tar.gz"):
+        one = {"name": "webdataset", "shards": str(shards / name), "rules": rules, "scores": ".scores.parquet"}
+        data = module(one, epochs=1)
+        assert sorted(keys(take(data))) == [f"{n:05d}" for n in range(11)], "the json has an aesthetic, too"
 
 
 def test_resuming_delivers_the_same_batches(shards):

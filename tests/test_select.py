@@ -194,6 +194,39 @@ def test_tags_are_joined_by_hash(tmp_path):
     assert report["rules"]["punsafe"]["reasons"] == {"missing_tag": 3}, "the tags take the place of the column"
 
 
+def test_hashes_of_other_types_than_integers(tmp_path):
+    hashes = [2**62 + 1, 2**62 + 2, 7]
+    lines = [f"http://a/{number}\tx\t{number}\n" for number in hashes]
+    (tmp_path / "joined.tsv").write_text("URL\tTEXT\thash\n" + "".join(lines) + "http://a/none\tx\tnone\n")
+    pq.write_table(pa.table({"hash": hashes, "aesthetic": [7.5, 6.0, 8.0]}), tmp_path / "tags.parquet")
+    tags, rules = {"aesthetic": str(tmp_path / "tags.parquet")}, {"aesthetic": {"above": 7}}
+    report = selection(tmp_path, tmp_path / "joined.tsv", rules, tags=tags).run()
+    assert pq.read_table(tmp_path / "out")["URL"].to_pylist() == [f"http://a/{hashes[0]}", f"http://a/{hashes[2]}"]
+    assert report.tally.reasons["aesthetic"] == {"aesthetic": 1, "missing_tag": 1}
+
+    rows = {"URL": ["a"], "TEXT": ["x"], "hash": [float(hashes[0])]}
+    pq.write_table(pa.table(rows), tmp_path / "pandas.parquet")
+    with pytest.raises(UserError, match="the column 'hash' is float64; a hash is a signed integer of 64 bits"):
+        selection(tmp_path, tmp_path / "pandas.parquet", rules, tags=tags, overwrite=True).run()
+    tags = {"aesthetic": str(tmp_path / "float_tags.parquet")}
+    pq.write_table(pa.table({"hash": [1.0], "aesthetic": [9.0]}), tmp_path / "float_tags.parquet")
+    with pytest.raises(UserError, match=r"tags\.aesthetic: .*float_tags\.parquet: the column 'hash' is float64"):
+        selection(tmp_path, tmp_path / "joined.tsv", rules, tags=tags, overwrite=True).run()
+
+
+@pytest.mark.parametrize("above", [0, 30_000])
+def test_a_line_of_another_number_of_columns_is_named(select, tmp_path, above):
+    lines = [f"http://a/{number}\tcaption\n" for number in range(above + 2)]
+    lines[above + 1] = "http://b\ty\tz\n"
+    (tmp_path / "list.tsv").write_text("".join(lines))
+    code, _, err = select("cc12m", f"input={tmp_path / 'list.tsv'}", f"out={tmp_path / 'out'}")
+    assert code == 2 and f"list.tsv, line {above + 2}: Expected Number of Columns: 2 Found: 3" in one_line(err)
+    (tmp_path / "list.tsv").write_text("")
+    code, _, err = select("cc12m", f"input={tmp_path / 'list.tsv'}", f"out={tmp_path / 'out'}")
+    assert code == 2 and "list.tsv: begins with an empty line, or is empty" in one_line(err)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_predictor_of_another_scale_is_pointed_out(tmp_path):
     rules = {"aesthetic": {"above": 5, "predictor": "v1"}}
     report = selection(tmp_path, TABLES / "improved_aesthetics.parquet", rules).run()
@@ -335,6 +368,9 @@ def test_a_missing_column_says_which_release_has_it(select, tmp_path):
         (["colums=[URL]"], "Did you mean 'columns'?"),
         (["columns=[URL, TXT]"], "no such column: 'TXT'. Did you mean 'TEXT'?"),
         (["tags.beauty=x"], "tags.beauty: no such tag: 'beauty'"),
+        (["columns=[]"], "columns: at least one is needed"),
+        (["engine.threads=0"], "engine: "),
+        (["rules.aesthetic.predictor=v3"], "rules.aesthetic.predictor"),
         (["out=s3://bucket/x"], "a folder is needed that all machines of the engine see"),
     ],
 )

@@ -156,6 +156,8 @@ def test_mistakes(command, tmp_path):
         ([table, "--quantity", "beauty"], "--quantity: one of aesthetic"),
         ([table, "--quantity", "punsafe"], "no column punsafe"),
         ([table, "--width", 3], "0 to 10 is not 1 to 1000 times a width of 3"),
+        ([table, "--low", "nan"], "nan to 10 is not 1 to 1000 times a width of 1"),
+        ([table, "--high", "inf"], "0 to inf is not 1 to 1000 times a width of 1"),
         ([tmp_path / "b.parquet"], "no such file"),
         (["--shards", f"{tmp_path}/*.tar"], "matches no file"),
     ):

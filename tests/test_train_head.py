@@ -20,6 +20,7 @@ from ldm_lab.curation import head_training
 from ldm_lab.curation.heads.head import load_head, save_head
 from ldm_lab.curation.score_files import EMBEDDINGS, SCORES, read_embeddings, write_embeddings, write_scores
 from ldm_lab.data.shards import write_shard
+from ldm_lab.errors import UserError
 from ldm_lab.sampling.aesthetic import RatingEmbeddings
 
 EMBEDDER = {"name": "clip", "model": "ViT-X", "pretrained": "mine"}
@@ -155,6 +156,7 @@ def test_arrays_rated_row_by_row(tmp_path, program):
         ({"ratings": "words.csv"}, "the column 'stars' is of type string, not a number"),
         ({"ratings": "others.csv"}, "no rated image: 2,000 without a rating"),
         ({"ratings": "same.csv"}, "all 2000 ratings are 4: there is nothing to learn"),
+        ({"args": ["--kind", "mlp", "--epochs", "2", "--lr", "1e30"]}, "--lr 1e+30: the head's weights did not stay"),
     ],
 )
 def test_bad_input(rated, program, change, message, monkeypatch):
@@ -174,6 +176,14 @@ def test_bad_input(rated, program, change, message, monkeypatch):
     code, _, err = train(program, rated, *args, *change.get("args", []), column=change.get("column", "stars"))
     assert code == 2 and message in err
     assert not (rated / "head.safetensors").exists()
+
+
+def test_ratings_that_differ_among_the_held_out_alone():
+    ratings = torch.full((20,), 4.0)
+    held_out = torch.randperm(20, generator=torch.Generator().manual_seed(0))[0]
+    ratings[held_out] = 5.0
+    with pytest.raises(UserError, match="all 18 ratings to learn from are 4"):
+        head_training.split(torch.randn(20, 3), ratings, 0.1, 0)
 
 
 def test_embeddings_of_another_width(rated, program):

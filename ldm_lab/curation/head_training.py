@@ -39,11 +39,12 @@ def split(embeds: Tensor, ratings: Tensor, share: float, seed: int) -> Split:
     if count < LEAST or held < 2 or count - held < 2:
         raise UserError(f"{count} rated images, {held} of them held out, are too few to learn from and to judge by")
     ratings = ratings.float()  # [N]
-    if float(ratings.std()) == 0:
-        raise UserError(f"all {count} ratings are {float(ratings[0]):g}: there is nothing to learn")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))  # [N]
     rows = unit(embeds)  # [N, D]
     train, held_out = order[held:], order[:held]
+    if float(ratings[train].std()) == 0:
+        those = f"all {count} ratings" if float(ratings.std()) == 0 else f"all {len(train)} ratings to learn from"
+        raise UserError(f"{those} are {float(ratings[train[0]]):g}: there is nothing to learn")
     return Split((rows[train], ratings[train]), (rows[held_out], ratings[held_out]))
 
 
@@ -143,6 +144,8 @@ def fit_mlp(
         last = head.layers[-1]
         last.weight.mul_(deviation)
         last.bias.mul_(deviation).add_(mean)
+    if not all(p.isfinite().all() for p in head.parameters()):
+        raise UserError(f"--lr {lr:g}: the head's weights did not stay finite numbers; a smaller one is needed")
     return head.eval(), {"epochs": epochs, "batch_size": batch_size, "lr": lr}
 
 

@@ -44,7 +44,7 @@ def histogram_of_shards(
             if not isinstance(item, Raw):
                 skipped[item.reason] += 1
                 continue
-            row = SampleRow(metadata_of(item) | beside.get(item.key, {}))
+            row = SampleRow(metadata_of(item), before=beside.get(item.key))
             score = row.number(quantity).value
             place = None if score is None else buckets.place(score)
             counts[place] += 1

@@ -98,10 +98,11 @@ def _read(files: Files) -> tuple[Any, Iterator[Any]]:
             file = ParquetFile(files.paths[0])
             return file.schema_arrow, guarded(file.iter_batches(BATCH))
         # Texts stay texts, as guessed types would turn 007 into 7; a TSV has no quotes.
-        quote, names = "" if files.delimiter == "\t" else '"', ", ".join(map(literal, files.unique_names))
+        quote = "" if files.delimiter == "\t" else '"'
+        columns = ", ".join(f"{literal(name)}: 'VARCHAR'" for name in files.unique_names)
         query = (
             f"SELECT * FROM read_csv({literal(files.paths[0])}, delim = {literal(files.delimiter)}, quote = '{quote}', "
-            f"escape = '{quote}', header = {files.header}, names = [{names}], all_varchar = true)"
+            f"escape = '{quote}', header = {files.header}, columns = {{{columns}}}, auto_detect = false)"
         )
         reader = duckdb.connect().sql(query).to_arrow_reader(BATCH)
         return reader.schema, guarded(reader)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from ldm_lab.data.files import Folder
-from ldm_lab.data.shards import expand, read_shard
+from ldm_lab.data.shards import expand, read_shard, stem_of
 from ldm_lab.data.source import Raw, Skip
 from ldm_lab.errors import UserError
 
@@ -92,7 +92,7 @@ def shards(patterns: list[str], out: Path | None) -> list[Shard]:
     found, names = [], {}
     for address in addresses:
         path = Path(urlsplit(address).path if "://" in address else address)
-        stem = path.name.removesuffix(".gz").removesuffix(".tgz").removesuffix(".tar")
+        stem = stem_of(path.name)
         name = Path(stem) if "://" in address else path.absolute().parent.relative_to(common) / stem
         if name in names:
             raise UserError(f"--shards: the scores of {names[name]} and {address} would have the same name, {name}")

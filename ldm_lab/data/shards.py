@@ -148,7 +148,7 @@ class WebDataset(ShardSource):
             return
         for item in read_shard(address):
             if isinstance(item, Raw):
-                broken = broken_rules(self.rules, SampleRow(metadata_of(item) | scores.get(item.key, {})))
+                broken = broken_rules(self.rules, SampleRow(metadata_of(item), before=scores.get(item.key)))
                 if broken:
                     rule, reason = broken[0]
                     item = LeftOut(f"rule {rule}" if reason == rule else f"rule {rule}: {reason}", item.key)
@@ -218,7 +218,12 @@ def metadata_of(item: Raw) -> dict[str, Any]:
 
 def scores_of(address: str, ending: str) -> str:
     """Return the path of the scores beside a shard."""
-    return address.removesuffix(".tar") + ending
+    return stem_of(address) + ending
+
+
+def stem_of(address: str) -> str:
+    """Return a shard's address without its ending: .tar, .tar.gz, .tgz."""
+    return address.removesuffix(".gz").removesuffix(".tgz").removesuffix(".tar")
 
 
 def read_scores(path: str) -> dict[str, dict[str, Any]]:

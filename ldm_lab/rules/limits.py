@@ -1,6 +1,6 @@
 """Numbers within limits: the aesthetic score, the probabilities, the similarity, the caption's length."""
 
-from typing import Any
+from typing import Any, Literal
 
 from ldm_lab.config import register
 from ldm_lab.rules.rule import Rule
@@ -78,7 +78,7 @@ class Aesthetic(Limits):
         at_least: float | None = None,
         below: float | None = None,
         at_most: float | None = None,
-        predictor: str | None = None,
+        predictor: Literal["v1", "v2"] | None = None,
     ):
         super().__init__(above=above, at_least=at_least, below=below, at_most=at_most)
         self.predictor = predictor

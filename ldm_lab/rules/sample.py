@@ -15,14 +15,17 @@ class SampleRow:
     Args:
         values: column -> value.
         swapped_sizes: the column called height holds the width, as in LAION's base collections.
+        before: column -> value of what goes before `values`, whatever it calls a quantity.
     """
 
     WORD = r"\w"
 
-    def __init__(self, values: dict[str, Any], swapped_sizes: bool = False):
-        self.values, self.swapped_sizes = values, swapped_sizes
+    def __init__(self, values: dict[str, Any], swapped_sizes: bool = False, *, before: dict[str, Any] | None = None):
+        self.values, self.swapped_sizes, self.before = values, swapped_sizes, before or {}
 
     def _value(self, quantity: str) -> Any:
+        if columns := matches(quantity, self.before):
+            return self.before[columns[0]]
         columns = matches(quantity, self.values)
         if self.swapped_sizes and columns and columns[0].lower() in ("width", "height"):
             columns = matches({"width": "height", "height": "width"}[quantity], self.values)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ldm_lab.curation.metadata.inputs import DISK_FULL, Files
 from ldm_lab.errors import UserError
 
 BATCH = 50_000  # rows that are held while a file is cut into parts
+WRONG_LINE = re.compile(r"CSV Error on Line: (\d+)\nOriginal Line: .*\n(.+)")
 
 
 @register("engine", "duckdb")
@@ -39,7 +41,7 @@ class DuckDB:
         settings = {
             "memory_limit": self.memory_limit,
             "temp_directory": str(Path(self.temp_directory).expanduser() if self.temp_directory else spill),
-            **({"threads": self.threads} if self.threads else {}),
+            **({"threads": self.threads} if self.threads is not None else {}),
         }
         try:
             self.ibis = ibis.duckdb.connect(**settings)
@@ -68,8 +70,8 @@ class DuckDB:
                 quote="" if files.delimiter == "\t" else '"',  # a TSV has no quotes: a " is a character of the caption
                 escape="" if files.delimiter == "\t" else '"',
                 header=files.header,
-                names=files.unique_names,
-                all_varchar=True,
+                columns=dict.fromkeys(files.unique_names, "VARCHAR"),
+                auto_detect=False,  # it guesses by the first lines, and names no line that is wrong among them
                 strict_mode=True,
             )
         # Without can_have_nan the statistics in the file make `isnan(x)` false: they leave NaN out (duckdb #25521).
@@ -129,6 +131,9 @@ def _quoted(text: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
+    if line := WRONG_LINE.search(str(error)):
+        file = re.search(r"^  file = (.+)$", str(error), re.MULTILINE)
+        return f"{file[1] if file else 'a text file'}, line {line[1]}: {line[2]}"[:300]
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     with contextlib.suppress(ValueError):
         text = json.loads(text)["exception_message"] if text.startswith("{") else text

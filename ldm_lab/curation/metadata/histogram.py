@@ -1,5 +1,6 @@
 """How many rows have which score, per bucket and collection, and which ones to show of each bucket."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -34,7 +35,8 @@ class Buckets(NamedTuple):
 
     def check(self) -> None:
         """Raise UserError for what makes no sense."""
-        whole = self.width > 0 and abs((self.high - self.low) / self.width - len(self.edges) + 1) < 1e-6
+        finite = all(map(math.isfinite, self))
+        whole = finite and self.width > 0 and abs((self.high - self.low) / self.width - len(self.edges) + 1) < 1e-6
         if not whole or not 1 <= len(self.edges) - 1 <= 1000:
             raise UserError(f"buckets: {self.low:g} to {self.high:g} is not 1 to 1000 times a width of {self.width:g}")
 

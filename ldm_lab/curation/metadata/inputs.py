@@ -120,6 +120,8 @@ def _text_files(paths: list[str], delimiter: str, where: str) -> Files:
                 heads.append(file.readline().rstrip("\r\n").split(delimiter))
         except (OSError, UnicodeDecodeError, EOFError) as error:
             raise UserError(f"{where}: {path}: not a readable text file ({error})") from None
+        if heads[-1] == [""]:
+            raise UserError(f"{where}: {path}: begins with an empty line, or is empty")
     header = not any("://" in value for value in heads[0])
     if header and any(head != heads[0] for head in heads):
         odd = paths[next(i for i, head in enumerate(heads) if head != heads[0])]

@@ -83,6 +83,8 @@ class Selection:
                 problems.append(f"tags.{quantity}: {unknown('tag', quantity, TAG_QUANTITIES)}")
             elif not isinstance(files, str | list | None):
                 problems.append(f"tags.{quantity}: files are needed, not {files!r}")
+        if section.get("columns") == []:
+            problems.append("columns: at least one is needed, or null for all")
         if section.get("parts") is not None and section["parts"] < 1:
             problems.append(f"parts: at least 1 is needed, not {section['parts']}")
         return problems
@@ -172,9 +174,9 @@ class Selection:
         for quantity, tag_files in tags.items():
             if own := find(quantity, columns):  # the tags take its place
                 table = table.drop(columns.pop(own))
-            key = columns[require("hash", columns, f"{files.paths[0]}: to be joined with tags.{quantity}")]
+            key = _hashes(table, columns, f"{files.paths[0]}: to be joined with tags.{quantity}")
             score = self._scores(engine.read(tag_files), tag_files, quantity)
-            table = table.left_join(score, table[key] == score[TAG_HASH]).drop(TAG_HASH)
+            table = table.left_join(score, key == score[TAG_HASH]).drop(TAG_HASH)
             columns[quantity] = scores[quantity] = f"ldm_lab_{quantity}"
         swapped = sizes_are_swapped(list(columns)) if self.swapped_sizes is None else self.swapped_sizes
         where = files.paths[0] if len(files.paths) == 1 else f"{files.paths[0]} (and {len(files.paths) - 1} more)"
@@ -192,7 +194,7 @@ class Selection:
         columns = files.columns or {name: name for name in tags.columns}
         where = f"tags.{quantity}: {files.paths[0]}"
         name = find(quantity, columns) or find("prediction", columns) or require(quantity, columns, where)
-        key, score = tags[columns[require("hash", columns, where)]], tags[columns[name]]
+        key, score = _hashes(tags, columns, where), tags[columns[name]]
         number = as_number(score)
         inside = ~number.isnull()
         for rule in self.rules:
@@ -286,6 +288,23 @@ class Selection:
                     f"rules.aesthetic are meant for {predictor}, whose scale is another"
                 )
         return notes
+
+
+def _hashes(table: ir.Table, columns: dict[str, str], where: str) -> ir.Column:
+    """Return the column of hashes to be joined by, as integers; a text file's that are none are null.
+
+    Raises UserError if there is none, or if it is of a type that cannot hold a hash.
+    """
+    name = require("hash", columns, where)
+    hashes = table[columns[name]]
+    if hashes.type().is_string():
+        return hashes.try_cast("int64")
+    if not hashes.type().is_integer():
+        raise UserError(
+            f"{where}: the column {name!r} is {hashes.type()}; a hash is a signed integer of 64 bits, which this type "
+            "cannot hold exactly: rows would get scores of others"
+        )
+    return hashes
 
 
 def _first_of_each(table: ir.Table, column: str) -> ir.Table:
