@@ -88,7 +88,7 @@ def test_ccld_finetune_goes_on_with_the_released_model():
         ("miniglide", 156_947_494),
         ("miniglide_1m5", 1_495_814),
         ("dogglide", 156_947_494),
-        ("glide_quickstart", 3_878_214),
+        ("glide_quickstart", 3_637_254),
         ("glide_quickstart_upsampler", 1_210_886),
     ],
 )
