@@ -128,6 +128,8 @@ def test_a_sampler_of_parts_knows_the_width_alone(parts, model):
 def test_ratings_and_weights_that_are_none(model):
     with pytest.raises(UserError, match=r"no such rating: 7\. Known: 0, 5, 9"):
         Aesthetic(model[1], 7)
+    with pytest.raises(UserError, match=r"no such rating: 12\..* Known: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"):
+        RatingEmbeddings.load("aesthetic/vit_b_32", [12])
     with pytest.raises(UserError, match="a finite number is needed, not nan"):
         Aesthetic(model[1], 9, float("nan"))
 

@@ -194,6 +194,23 @@ def test_tags_are_joined_by_hash(tmp_path):
     assert report["rules"]["punsafe"]["reasons"] == {"missing_tag": 3}, "the tags take the place of the column"
 
 
+def test_sizes_that_may_be_swapped_are_pointed_out(tmp_path):
+    sizes = {"URL": ["a"], "TEXT": ["x"], "WIDTH": [300], "HEIGHT": [300]}
+    tables = [
+        ({"NSFW": ["UNLIKELY"]}, True),
+        ({"LICENSE": ["?"], "hash": [1]}, True),
+        ({"hash": [1], "punsafe": [0.1]}, False),
+        ({"LICENSE": ["?"]}, False),
+    ]
+    for number, (more, noted) in enumerate(tables):
+        pq.write_table(pa.table(sizes | more), tmp_path / f"{number}.parquet")
+        rules = {"size": {"min_side": 256}}
+        report = selection(tmp_path, tmp_path / f"{number}.parquet", rules, overwrite=True).run()
+        assert ("swapped_sizes=true or false" in str(report)) == noted
+        report = selection(tmp_path, tmp_path / f"{number}.parquet", rules, overwrite=True, swapped_sizes=False).run()
+        assert not report.notes
+
+
 def test_hashes_of_other_types_than_integers(tmp_path):
     hashes = [2**62 + 1, 2**62 + 2, 7]
     lines = [f"http://a/{number}\tx\t{number}\n" for number in hashes]

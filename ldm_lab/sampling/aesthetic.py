@@ -49,12 +49,15 @@ class RatingEmbeddings:
             ratings: which are needed; others need not be downloaded. All by default.
 
         Raises:
-            UserError: missing, damaged or foreign file.
+            UserError: missing, damaged or foreign file; a rating that a released set does not have.
         """
         text = str(name)
         size = text.removeprefix("aesthetic/")
         if f"{text}/rating0" in RELEASED:
-            wanted = range(10) if ratings is None else [rating for rating in ratings if 0 <= rating < 10]
+            wanted = range(10) if ratings is None else ratings
+            for rating in wanted:
+                if not 0 <= rating < 10:
+                    raise UserError(f"aesthetic: {unknown('rating', rating, map(str, range(10)))}")
             files = {rating: locate(f"{text}/rating{rating}", "rating embeddings") for rating in wanted}
             return cls({rating: _read_npy(path) for rating, path in files.items()}, OPENAI[size])
         path = Path(name).expanduser()

@@ -11,7 +11,7 @@ import ibis.expr.types as ir
 from ldm_lab.config import build, check_section, register
 from ldm_lab.curation.metadata.inputs import Broken, Files, broken_files, find_files
 from ldm_lab.curation.metadata.report import Report, Tally
-from ldm_lab.curation.metadata.tables import TableRow, as_number, bit_mask, kept_by, sizes_are_swapped
+from ldm_lab.curation.metadata.tables import TableRow, as_number, bit_mask, kept_by, may_be_swapped, sizes_are_swapped
 from ldm_lab.errors import UserError, unknown
 from ldm_lab.files import replaced_folder
 from ldm_lab.rules.limits import Limits
@@ -278,6 +278,11 @@ class Selection:
     def _notes(self, row: TableRow) -> list[str]:
         """Return what somebody should know of this selection."""
         notes = []
+        if self.swapped_sizes is None and not row.swapped_sizes and may_be_swapped(list(row.columns)):
+            notes.append(
+                "the sizes were taken as they are, though some columns are those of a base collection, whose WIDTH and "
+                "HEIGHT are swapped: swapped_sizes=true or false says which it is"
+            )
         for rule in self.rules:
             predictor = getattr(rule, "predictor", None)
             name = row.name("aesthetic") if predictor else None

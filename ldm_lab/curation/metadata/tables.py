@@ -8,7 +8,8 @@ import ibis.expr.types as ir
 from ldm_lab.rules.quantities import find, require
 from ldm_lab.rules.rule import Rule
 
-BASE_COLUMNS = ("sample_id", "license")  # of the base collections, whose sizes are swapped ...
+BASE_ONLY = ("sample_id", "license", "nsfw")  # columns that no other release has
+BASE_COLUMNS = BASE_ONLY[:2]  # of the base collections, whose sizes are swapped ...
 JOINED_COLUMNS = ("hash", "punsafe", "original_width")  # ... and of those that were made right
 
 
@@ -17,6 +18,13 @@ def sizes_are_swapped(names: list[str]) -> bool:
     laion1B-nolang), where HEIGHT holds the width and WIDTH the height."""
     lower = {name.lower() for name in names}
     return any(name in lower for name in BASE_COLUMNS) and not any(name in lower for name in JOINED_COLUMNS)
+
+
+def may_be_swapped(names: list[str]) -> bool:
+    """Return whether a table has some columns of a base collection alone beside its sizes: one with a few columns left
+    out or added, whose sizes may be swapped whatever `sizes_are_swapped` says."""
+    lower = {name.lower() for name in names}
+    return {"width", "height"} <= lower and "original_width" not in lower and not lower.isdisjoint(BASE_ONLY)
 
 
 class TableRow:
