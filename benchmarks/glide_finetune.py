@@ -12,6 +12,7 @@ import argparse
 import io
 import itertools
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -96,6 +97,7 @@ def main() -> None:
     row("before", checkpoint)
     for name, parts in FROZEN.items():
         run = "glide_shifted_" + (parts[0] if parts else "all")
+        shutil.rmtree(Path("runs") / run, ignore_errors=True)  # of an earlier measurement
         command = [
             *(sys.executable, str(ROOT / "train.py"), "--config", str(CONFIG), f"run={run}", f"init_from={checkpoint}"),
             *("data.name=webdataset", f"data.shards={folder}/*.tar", f"optim.freeze=[{','.join(parts)}]"),
