@@ -158,7 +158,7 @@ def main() -> int:
     """Parse the command line, make the pictures."""
     args = parser().parse_intermixed_args()
 
-    from ldm_lab.images import grid, parse_size  # not before: these import torch, which takes seconds
+    from ldm_lab.io.images import grid, parse_size  # not before: these import torch, which takes seconds
     from ldm_lab.prompts import open_image, parse_image_prompt, parse_prompt, read_prompts
 
     size = parse_size(args.size) if args.size else None
@@ -187,7 +187,7 @@ def main() -> int:
 
     from ldm_lab.checkpoints.files import sha256
     from ldm_lab.config import build
-    from ldm_lab.pretrained import locate
+    from ldm_lab.pretrained.resolve import locate
     from ldm_lab.sampling import Cascade, Sampler, Start
 
     start = None
@@ -397,7 +397,7 @@ class Folder:
 
         `small` is the picture that it was enlarged from, if there was one; it is written beside it.
         """
-        from ldm_lab.images import save_png
+        from ldm_lab.io.images import save_png
 
         name = self.name(self.count)
         entry = {"file": name, **entry, "width": image.width, "height": image.height}
@@ -419,8 +419,8 @@ class Folder:
 
     def add_film(self, film: list[Any]) -> tuple[Path, Path]:
         """Write the pictures side by side, and as a film; return both paths."""
-        from ldm_lab.images import grid, save_png
-        from ldm_lab.sampling.interpolation import save_gif
+        from ldm_lab.io.images import grid, save_png
+        from ldm_lab.sampling.interpolate import save_gif
 
         number = "" if self.first == 0 else f"_{self.first:05d}"
         strip, gif = self.path / f"strip{number}.png", self.path / f"film{number}.gif"
@@ -430,7 +430,7 @@ class Folder:
 
     def add_grid(self, picture: Any) -> Path:
         """Write a grid of this run's pictures and return its path."""
-        from ldm_lab.images import save_png
+        from ldm_lab.io.images import save_png
 
         free = self.first == 0 and not (self.path / "grid.png").exists()
         path = self.path / ("grid.png" if free else f"grid_{self.first:05d}.png")

@@ -23,7 +23,7 @@ from quickstart_accuracy import kinds, say, shares
 from ldm_lab.data.shapes import WORDINGS, draw
 from ldm_lab.errors import run_program
 from ldm_lab.evaluation.shapes_checker import check
-from ldm_lab.images import grid, save_png
+from ldm_lab.io.images import grid, save_png
 from ldm_lab.sampling import Cascade, Sampler
 
 COUNT = 48

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a ch
 from ldm_lab.data.shapes import COLOURS, SHAPES, WORDINGS, Attributes, caption, draw
 from ldm_lab.errors import UserError, run_program
 from ldm_lab.evaluation.shapes_checker import check
-from ldm_lab.images import to_tensor
+from ldm_lab.io.images import to_tensor
 from ldm_lab.objectives.variational_bound import variational_bound
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling import Sampler

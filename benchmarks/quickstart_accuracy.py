@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a ch
 from ldm_lab.data.shapes import COLOURS, HELD_OUT_WORDINGS, SHAPES, WORDINGS, Attributes, caption, draw
 from ldm_lab.errors import run_program
 from ldm_lab.evaluation.shapes_checker import check
-from ldm_lab.images import grid, save_png, to_tensor
+from ldm_lab.io.images import grid, save_png, to_tensor
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling import Sampler
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a ch
 
 from ldm_lab.config import build
 from ldm_lab.errors import run_program
-from ldm_lab.objectives import Prediction
+from ldm_lab.interfaces import Prediction
 from ldm_lab.prompts import read_prompts
 from ldm_lab.sampling import Sampler
 from ldm_lab.schedules import Cosine

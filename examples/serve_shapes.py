@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a ch
 from ldm_lab.curation.store import hashes_of
 from ldm_lab.data.shapes import Attributes, draw, random_caption
 from ldm_lab.errors import UserError, run_program
-from ldm_lab.files import atomic_write
+from ldm_lab.io.atomic import atomic_write
 
 SIZE = 96  # pixels
 DEAD = 20  # one of so many urls answers 404

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_glide import FACTOR, SIDE
 
 from ldm_lab.errors import UserError
-from ldm_lab.images import quantised, to_tensor
+from ldm_lab.io.images import quantised, to_tensor
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling import Cascade, Start, Upsampling
 

@@ -21,7 +21,7 @@ from ldm_lab.checkpoints.parts import load_part, save_part, weights_sha256
 from ldm_lab.conditioners.clip import CLIP
 from ldm_lab.config import build, check_section, describe_parts
 from ldm_lab.errors import UserError
-from ldm_lab.images import to_tensor
+from ldm_lab.io.images import to_tensor
 from ldm_lab.sampling import Sampler
 
 ARCHITECTURE = {

@@ -8,11 +8,11 @@ import torch
 from tiny_glide import SIDE
 
 from ldm_lab.checkpoints import noised_clip
-from ldm_lab.conditioners.noised_clip import NoisedCLIP
 from ldm_lab.errors import UserError
+from ldm_lab.guidance.clip import climbing
+from ldm_lab.guidance.noised_clip import NoisedCLIP
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling import ClipGuidance
-from ldm_lab.sampling.clip_guidance import climbing
 
 FAST = {"name": "ddpm", "steps": 4}
 

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ldm_lab.conditioners.clip_tokens import Encoding, tokenize
+from ldm_lab.clip_tokens import Encoding, tokenize
 from ldm_lab.conditioners.cloob import CLOOB, SelfAttention
 from ldm_lab.conditioners.none import NoConditioner
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
-from ldm_lab.images import cover
+from ldm_lab.io.images import cover
 
 TINY = {
     "embed_dim": 12, "image_size": 8, "patch_size": 4, "image_width": 16, "image_layers": 2, "image_heads": 2,

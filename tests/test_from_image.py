@@ -7,7 +7,7 @@ from PIL import Image
 from test_samplers import CALLS
 
 from ldm_lab.errors import UserError
-from ldm_lab.images import to_images, to_tensor
+from ldm_lab.io.images import to_images, to_tensor
 from ldm_lab.sampling import Sampler, Start
 
 SIZE = 64

@@ -7,14 +7,14 @@ import torch
 from PIL import Image
 from tiny_glide import SIDE
 
-from ldm_lab import pretrained
 from ldm_lab.checkpoints import glide, noised_clip
 from ldm_lab.checkpoints.formats import recognise
 from ldm_lab.checkpoints.models import read_model
 from ldm_lab.conditioners import glide_text
-from ldm_lab.conditioners.noised_clip import NoisedCLIP
 from ldm_lab.denoisers.glide_unet import GlideUNet
 from ldm_lab.errors import UserError
+from ldm_lab.guidance.noised_clip import NoisedCLIP
+from ldm_lab.pretrained import resolve as pretrained
 from ldm_lab.sampling import Sampler
 
 # Heads of 64 channels, 8 in the text, as in all of OpenAI's networks: the files do not say it.

@@ -16,7 +16,7 @@ from ldm_lab.checkpoints.models import read_model, save_model
 from ldm_lab.config import build, check, load, to_yaml
 from ldm_lab.data.shapes import write_shards
 from ldm_lab.errors import UserError
-from ldm_lab.images import to_images, to_tensor
+from ldm_lab.io.images import to_images, to_tensor
 from ldm_lab.training.diffusion import DiffusionTask
 from ldm_lab.training.low_res import LowRes, shrink
 from ldm_lab.training.runner import build_task

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ldm_lab.guidance import guided, null_weight
-from ldm_lab.objectives import Prediction
+from ldm_lab.guidance.classifier_free import guided, null_weight
+from ldm_lab.interfaces import Prediction
 from ldm_lab.schedules import Cosine
 
 B, K, D = 3, 2, 5

@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ldm_lab import pretrained
 from ldm_lab.checkpoints import embedders
 from ldm_lab.checkpoints.files import read_safetensors, sha256
 from ldm_lab.checkpoints.heads import KNOWN, OPENAI
 from ldm_lab.config import build
 from ldm_lab.curation.heads.head import load_head, save_head, unit
 from ldm_lab.errors import UserError
+from ldm_lab.pretrained import resolve as pretrained
 
 EMBEDDER = {"name": "clip", "model": "ViT-X", "pretrained": "mine"}
 LINEAR = {"name": "linear", "embed_dim": 6, "embedder": EMBEDDER, "column": "beauty"}

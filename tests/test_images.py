@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_lab import images
 from ldm_lab.errors import UserError
-from ldm_lab.images import grid, parse_size, save_png, to_images, to_tensor
+from ldm_lab.io import images
+from ldm_lab.io.images import grid, parse_size, save_png, to_images, to_tensor
 
 
 def test_values_become_levels_clamped_and_cut_off():

@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 from tiny import ROOT, make_run, run_program
 
-from ldm_lab import download, pretrained
 from ldm_lab.errors import UserError
-from ldm_lab.pretrained import Released, check_foreign, fetch, locate
+from ldm_lab.io import http as download
+from ldm_lab.pretrained import resolve as pretrained
+from ldm_lab.pretrained.resolve import Released, check_foreign, fetch, locate
 
 CONTENT = bytes(range(256)) * 2000 + b"the end"
 NAME = "test/weights"
@@ -177,7 +178,8 @@ def test_what_came_is_kept_for_the_next_run(release, mirror):
 # `python -m ldm_lab ...` with one more entry in the table: its address and checksum come first.
 SCRIPT = """
 import sys
-from ldm_lab import download, pretrained
+from ldm_lab.io import http as download
+from ldm_lab.pretrained import resolve as pretrained
 from ldm_lab.__main__ import main
 from ldm_lab.errors import run_program
 download.CHUNK = 10_000
@@ -489,7 +491,7 @@ def test_a_path_is_a_path(release, mirror, tmp_path, monkeypatch):
 HUB_SCRIPT = """
 import sys
 from ldm_lab.errors import UserError
-from ldm_lab.pretrained import check_foreign, locate
+from ldm_lab.pretrained.resolve import check_foreign, locate
 try:
     check_foreign(sys.argv[1], "autoencoder.weights")
 except UserError as error:

@@ -12,7 +12,7 @@ from tiny import DENOISER, make_parts, run_program
 import sample
 from ldm_lab.checkpoints.models import save_model
 from ldm_lab.config import build, parts
-from ldm_lab.images import cover
+from ldm_lab.io.images import cover
 
 ROOT = sample.Path(sample.__file__).parent
 FAST = ("--sampler", "plms2", "--steps", "2", "--device", "cpu")

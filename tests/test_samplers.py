@@ -8,8 +8,8 @@ import torch
 
 from ldm_lab.config import build, parts
 from ldm_lab.errors import UserError
-from ldm_lab.guidance import shifted
-from ldm_lab.objectives import Prediction
+from ldm_lab.guidance.condition_score import shifted
+from ldm_lab.interfaces import Prediction
 from ldm_lab.schedules import Cosine, Discrete, Posterior
 
 SCHEDULE = Cosine()

@@ -10,7 +10,7 @@ from ldm_lab.checkpoints.models import save_model
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
 from ldm_lab.sampling import Sampler
-from ldm_lab.sampling.interpolation import between, save_gif, slerp
+from ldm_lab.sampling.interpolate import between, save_gif, slerp
 from ldm_lab.sampling.tiles import decode_in_tiles
 
 

@@ -373,7 +373,7 @@ def test_a_released_head_with_another_clip(score, shards, tmp_path, golden_heads
 
 
 def test_embeddings_that_are_not_finite_are_left_out(score, shards, tmp_path, monkeypatch):
-    from ldm_lab.curation.encoder import Encoder
+    from ldm_lab.embed import Encoder
 
     images = Encoder.images
 

@@ -12,7 +12,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from ldm_lab.errors import UserError
-from ldm_lab.files import atomic_write, existing_file, replaced_folder, sha256
+from ldm_lab.io.atomic import atomic_write, existing_file, replaced_folder, sha256
 
 FORMAT = "ldm_lab"  # key of our own entries in checkpoints, and value of `format` in a safetensors file of ours
 

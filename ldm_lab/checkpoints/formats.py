@@ -17,10 +17,10 @@ from ldm_lab.checkpoints import ccld, cloob_pickle, compvis, diffusers_vae, glid
 from ldm_lab.checkpoints.files import FORMAT, existing_file, is_safetensors
 from ldm_lab.checkpoints.foreign import read_state_dict
 from ldm_lab.checkpoints.released_zip import is_release, opened
-from ldm_lab.conditioners.noised_clip import IMAGE_ONLY, TEXT_ONLY
 from ldm_lab.config import USE_KEYS, check_section
 from ldm_lab.errors import UserError
-from ldm_lab.pretrained import locate
+from ldm_lab.guidance.noised_clip import IMAGE_ONLY, TEXT_ONLY
+from ldm_lab.pretrained.resolve import locate
 
 # What `Found.kind` may be -> what it is, in words.
 KINDS = {

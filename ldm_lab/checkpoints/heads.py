@@ -16,7 +16,7 @@ from torch import Tensor
 from ldm_lab.checkpoints.files import sha256
 from ldm_lab.checkpoints.foreign import read_state_dict
 from ldm_lab.errors import UserError
-from ldm_lab.pretrained import RELEASED
+from ldm_lab.pretrained.resolve import RELEASED
 
 LAYER = re.compile(r"layers\.(\d+)\.(weight|bias)")
 OPENAI = {

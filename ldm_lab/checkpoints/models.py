@@ -11,7 +11,7 @@ from ldm_lab.checkpoints.files import write_safetensors
 from ldm_lab.checkpoints.foreign import part_of, read_state_dict
 from ldm_lab.checkpoints.parts import FORMAT
 from ldm_lab.errors import UserError
-from ldm_lab.pretrained import locate
+from ldm_lab.pretrained.resolve import locate
 
 # What a config inside a model file must not bring along: a data section may hold shell commands (`pipe:`), and the
 # rest concerns the run alone.

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from ldm_lab.checkpoints.foreign import read_state_dict
 from ldm_lab.checkpoints.parts import load_strictly
-from ldm_lab.conditioners.noised_clip import IMAGE_ONLY, TEXT_ONLY, NoisedCLIP
 from ldm_lab.errors import UserError
-from ldm_lab.pretrained import locate
+from ldm_lab.guidance.noised_clip import IMAGE_ONLY, TEXT_ONLY, NoisedCLIP
+from ldm_lab.pretrained.resolve import locate
 
-RELEASED = ("glide/clip-image-enc", "glide/clip-text-enc")  # names of `ldm_lab.pretrained`
+RELEASED = ("glide/clip-image-enc", "glide/clip-text-enc")  # names of `ldm_lab.pretrained.resolve`
 
 
 def tower(tensors: dict[str, Any]) -> str | None:
@@ -23,7 +23,7 @@ def load(image: str | Path = RELEASED[0], text: str | Path = RELEASED[1], head_w
     """Return the noised CLIP with the weights of two files, frozen, on the CPU.
 
     Args:
-        image: the image tower's file, or its name in `ldm_lab.pretrained`.
+        image: the image tower's file, or its name in `ldm_lab.pretrained.resolve`.
         text: the text tower's.
         head_width: channels of an attention head, which no shape tells.
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm_lab import pretrained
 from ldm_lab.checkpoints import ccld, cloob_pickle, compvis, diffusers_vae, heads, open_clip_weights
 from ldm_lab.checkpoints.files import (
     FORMAT,
@@ -20,6 +19,7 @@ from ldm_lab.checkpoints.files import (
 from ldm_lab.checkpoints.formats import KINDS, kind_of, part_config
 from ldm_lab.config import USE_KEYS, build, check_section, part_class
 from ldm_lab.errors import UserError, unknown
+from ldm_lab.pretrained import resolve as pretrained
 
 Reader = Callable[[Path], tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]]
 # (role, name) of a part -> kind of file (`formats.KINDS`) -> reader of those released files with its weights in them.
@@ -130,7 +130,7 @@ def weights_path(role: str, section: dict[str, Any]) -> Path | None:
 
 
 def find_weights(name: str | Path) -> Path:
-    """Return the path of weights: a file, a released name, or an hf:// address (see `ldm_lab.pretrained.locate`).
+    """Return the path of weights: a file, a released name, or an hf:// address (`ldm_lab.pretrained.resolve.locate`).
 
     A folder of diffusers' stands for the file with the weights in it.
     """

@@ -11,8 +11,8 @@ downloads; `where` says where to put a file that was got in another way.
 
 import argparse
 
-from ldm_lab import pretrained
 from ldm_lab.errors import UserError
+from ldm_lab.pretrained import resolve as pretrained
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

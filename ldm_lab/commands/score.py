@@ -60,8 +60,8 @@ def add_clip_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Score; say what was scored and skipped. Returns 1 if some shards could not be reached."""
     from ldm_lab.curation import scoring, units
-    from ldm_lab.curation.encoder import Encoder, clip_section
     from ldm_lab.curation.heads.head import load_head
+    from ldm_lab.embed import Encoder, clip_section
 
     check(args)
     if bool(args.shards) == bool(args.images):

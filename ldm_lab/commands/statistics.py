@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
-from ldm_lab.files import atomic_write
+from ldm_lab.io.atomic import atomic_write
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

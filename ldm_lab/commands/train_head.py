@@ -99,8 +99,8 @@ def gather(args: argparse.Namespace) -> "Rated | None":
     """Return the rated embeddings; None in all processes but the first."""
     from ldm_lab.checkpoints.embedders import embedder_of
     from ldm_lab.curation import ratings, scoring, units
-    from ldm_lab.curation.encoder import Encoder, clip_section
     from ldm_lab.curation.score_files import EMBEDDINGS
+    from ldm_lab.embed import Encoder, clip_section
 
     table = None
     if args.ratings and not args.ratings.endswith(".npy"):

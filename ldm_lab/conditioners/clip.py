@@ -22,10 +22,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm_lab.conditioners.clip_tokens import CLIP_VOCAB_SIZE, SHOWN
+from ldm_lab.clip_tokens import CLIP_VOCAB_SIZE, SHOWN
 from ldm_lab.config import register
 from ldm_lab.errors import UserError
-from ldm_lab.images import opaque
+from ldm_lab.io.images import opaque
 
 HUB = "hf-hub:"
 PREFIX = "clip."  # of open_clip's names in this module's state dict

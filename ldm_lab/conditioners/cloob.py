@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm_lab.conditioners import clip_tokens
+from ldm_lab import clip_tokens
 from ldm_lab.config import options, register
 from ldm_lab.errors import UserError
-from ldm_lab.images import cover, to_tensor
+from ldm_lab.io.images import cover, to_tensor
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of images in [0, 1]; CLIP's
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -9,20 +9,20 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm_lab.conditioners.clip_tokens import (
+from ldm_lab.clip_tokens import (
     CLIP_VOCAB_SIZE,
     SHOWN,
     SMALLEST_VOCAB_SIZE,
     byte_letters,
 )
-from ldm_lab.conditioners.clip_tokens import Encoding as CLIPEncoding
+from ldm_lab.clip_tokens import Encoding as CLIPEncoding
 from ldm_lab.config import register
 from ldm_lab.errors import UserError
-from ldm_lab.pretrained import fetch
+from ldm_lab.pretrained.resolve import fetch
 
 GPT2_VOCAB_SIZE = 50257  # 256 bytes, 50,000 merges, one token for padding
 GPT2_SMALLEST = 257
-GPT2_MERGES = "gpt2/vocab.bpe"  # a name of `ldm_lab.pretrained`
+GPT2_MERGES = "gpt2/vocab.bpe"  # a name of `ldm_lab.pretrained.resolve`
 # How GPT-2 splits a text before merging: contractions, words, numbers and signs with one space in front, other space.
 GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 

@@ -25,7 +25,6 @@ from tqdm import tqdm
 
 from ldm_lab.checkpoints import embedders
 from ldm_lab.curation import score_files
-from ldm_lab.curation.encoder import Encoder, Prepare
 from ldm_lab.curation.heads.head import Loaded
 from ldm_lab.curation.store import hash_of
 from ldm_lab.curation.units import Block, Shard
@@ -33,6 +32,7 @@ from ldm_lab.data.loader import Counts
 from ldm_lab.data.shards import read_parts, write_shard
 from ldm_lab.data.source import Raw, Skip, caption_of
 from ldm_lab.data.transforms import BadImage, open_image, to_rgb
+from ldm_lab.embed import Encoder, Prepare
 from ldm_lab.errors import UserError
 from ldm_lab.training.logs import quiet_lightning
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ldm_lab.errors import UserError
-from ldm_lab.files import atomic_write, existing_file
+from ldm_lab.io.atomic import atomic_write, existing_file
 
 FENCES = 2**16  # keys kept in memory at most, evenly spaced: where a batch begins to search
 PROBES = 256  # entries of a large store whose order is checked when it is opened

@@ -12,7 +12,7 @@ from ldm_lab.curation.metadata.inputs import Files, find_files
 from ldm_lab.curation.store import ScoreStore, hashes_of
 from ldm_lab.curation.store_build import Columns, first_line, literal, not_a_hash
 from ldm_lab.errors import UserError
-from ldm_lab.files import atomic_write
+from ldm_lab.io.atomic import atomic_write
 
 BATCH = 2**17  # rows
 Keys = Callable[[Any], tuple[NDArray[np.int64], NDArray[np.bool_]]]

@@ -13,28 +13,11 @@ objective is one file with one `@register("objective", "name")`.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
-
-class Prediction(NamedTuple):
-    """What a denoiser says about x at time t.
-
-    Attributes:
-        x0: the clean sample, [B, C, h, w].
-        eps: the noise in x, [B, C, h, w]; x = alpha * x0 + sigma * eps.
-        variance_fraction: the learned variance of an ancestral step, [B, C, h, w], or None: 0 is the posterior's, 1 is
-            beta's, with logarithms in between (Nichol & Dhariwal 2021, equation 15). Which variances these are depends
-            on how far the step goes, so that only the sampler knows (`ldm_lab.schedules.Posterior.learned`).
-        gradient: of a further log likelihood by x, [B, C, h, w], that the sampling is to climb, such as that of CLIP
-            guidance; None without. x0 and eps do not contain it.
-    """
-
-    x0: Tensor
-    eps: Tensor
-    variance_fraction: Tensor | None = None
-    gradient: Tensor | None = None
+from ldm_lab.interfaces import Prediction
 
 
 class Objective:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ldm_lab.config import register
 from ldm_lab.errors import UserError
-from ldm_lab.objectives import Objective, Prediction
+from ldm_lab.interfaces import Prediction
+from ldm_lab.objectives import Objective
 from ldm_lab.objectives.variational_bound import variational_bound
 from ldm_lab.schedules import BETAS, Discrete, Posterior
 

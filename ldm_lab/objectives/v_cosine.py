@@ -6,7 +6,8 @@ from typing import Literal
 from torch import Tensor
 
 from ldm_lab.config import register
-from ldm_lab.objectives import Objective, Prediction
+from ldm_lab.interfaces import Prediction
+from ldm_lab.objectives import Objective
 from ldm_lab.schedules import Cosine
 
 

@@ -19,26 +19,12 @@ All arithmetic outside `predict` is float32. What it does to one row of x does n
 sampler is one file in this folder with one `@register("sampler", "name")`.
 """
 
-from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ldm_lab.errors import UserError
 from ldm_lab.schedules import SPACING, Steps, count
-
-
-class Prediction(Protocol):
-    """What samplers read of `ldm_lab.objectives.Prediction`: x = alpha * x0 + sigma * eps, [B, C, h, w] each."""
-
-    x0: Tensor
-    eps: Tensor
-    variance_fraction: Tensor | None
-    gradient: Tensor | None
-
-
-Predict = Callable[[Tensor, Tensor], Prediction]
-Callback = Callable[[int, Tensor, Tensor], None]
 
 
 class Walk:
@@ -49,7 +35,7 @@ class Walk:
         kept: what the schedule's grid is asked for: a number, or a respacing (`ldm_lab.schedules.respacing`).
         spacing: of the grid; None is the schedule's own.
         shifts_mean: whether the sampler itself follows the prediction's `gradient`. The others are handed predictions
-            that have been shifted by it (`ldm_lab.guidance.shifted`).
+            that have been shifted by it (`ldm_lab.guidance.classifier_free.shifted`).
     """
 
     spacing: SPACING | None = None

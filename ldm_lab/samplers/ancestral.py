@@ -6,7 +6,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ldm_lab.config import register
-from ldm_lab.samplers import Callback, Predict, Prediction, Walk, check_steps
+from ldm_lab.interfaces import Callback, Predict, Prediction
+from ldm_lab.samplers import Walk, check_steps
 from ldm_lab.schedules import Posterior, Steps
 
 

@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from ldm_lab.config import register
-from ldm_lab.samplers import Callback, Predict, Walk, check_steps
+from ldm_lab.interfaces import Callback, Predict
+from ldm_lab.samplers import Walk, check_steps
 from ldm_lab.schedules import Steps
 
 

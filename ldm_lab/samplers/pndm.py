@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ldm_lab.config import register
-from ldm_lab.samplers import Callback, Predict, Prediction, Walk, check_steps
+from ldm_lab.interfaces import Callback, Predict, Prediction
+from ldm_lab.samplers import Walk, check_steps
 from ldm_lab.schedules import Between, Steps, count
 
 # Adams-Bashforth weights of the present and the past slopes, newest first, by order.

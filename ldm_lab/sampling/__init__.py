@@ -16,11 +16,11 @@
 `tiles`          decoding pictures that are too large to be decoded at once
 """
 
+from ldm_lab.guidance.clip import ClipGuidance
 from ldm_lab.sampling.aesthetic import Aesthetic, RatingEmbeddings
-from ldm_lab.sampling.cascade import Cascade, Upsampling
-from ldm_lab.sampling.clip_guidance import ClipGuidance
-from ldm_lab.sampling.from_image import Start
-from ldm_lab.sampling.sampler import Picture, Sampler, as_mix
+from ldm_lab.sampling.image_to_image import Start
+from ldm_lab.sampling.pipeline import Picture, Sampler, as_mix
+from ldm_lab.sampling.stages import Cascade, Upsampling
 
 __all__ = [
     "Aesthetic",

@@ -21,7 +21,7 @@ from ldm_lab.checkpoints import embedders
 from ldm_lab.checkpoints.files import FORMAT, existing_file, is_safetensors, read_safetensors, sha256, write_safetensors
 from ldm_lab.checkpoints.heads import OPENAI
 from ldm_lab.errors import UserError, unknown
-from ldm_lab.pretrained import RELEASED, locate
+from ldm_lab.pretrained.resolve import RELEASED, locate
 
 ROLE = "rating_embeddings"
 WEIGHT = 0.5  # clip-retrieval's default

@@ -10,7 +10,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from ldm_lab.config import check_section, register
 from ldm_lab.errors import UserError
-from ldm_lab.images import grid, save_png
+from ldm_lab.io.images import grid, save_png
 from ldm_lab.prompts import read_prompts
 from ldm_lab.sampling import Sampler
 from ldm_lab.training.logs import log_images

@@ -14,7 +14,7 @@ from ldm_lab.checkpoints.parts import load_strictly
 from ldm_lab.checkpoints.released_zip import is_release, opened
 from ldm_lab.config import register
 from ldm_lab.errors import UserError
-from ldm_lab.pretrained import locate
+from ldm_lab.pretrained.resolve import locate
 
 RELEASED_PREFIX = "loss.discriminator."  # in the checkpoints of latent-diffusion
 MAX_ADAPTIVE_WEIGHT = 1e4

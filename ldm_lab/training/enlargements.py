@@ -7,7 +7,7 @@ from pytorch_lightning import LightningModule, Trainer
 from torch.nn import functional as F
 
 from ldm_lab.config import check_section, register
-from ldm_lab.images import grid, save_png, to_images
+from ldm_lab.io.images import grid, save_png, to_images
 from ldm_lab.sampling import Sampler
 from ldm_lab.training.logs import log_images
 from ldm_lab.training.low_res import shrink

@@ -8,7 +8,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from ldm_lab.config import register
-from ldm_lab.images import grid, save_png, to_images
+from ldm_lab.io.images import grid, save_png, to_images
 from ldm_lab.training.logs import log_images
 
 

@@ -8,11 +8,13 @@ from recorded import Case
 from torch import Tensor
 
 from ldm_lab.config import build
-from ldm_lab.guidance import guided, shifted
-from ldm_lab.objectives import Prediction
+from ldm_lab.guidance.classifier_free import guided
+from ldm_lab.guidance.condition_score import shifted
+from ldm_lab.guidance.inpaint import keep_known
+from ldm_lab.guidance.thresholding import clamped
+from ldm_lab.interfaces import Prediction
 from ldm_lab.objectives.eps_hybrid import EpsHybrid
-from ldm_lab.sampling.from_image import Later, keep_known
-from ldm_lab.sampling.limits import clamped
+from ldm_lab.sampling.image_to_image import Later
 from ldm_lab.schedules import Between, Posterior
 
 SAMPLERS = {

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm_lab.autoencoders.identity import IdentityAutoencoder
 from ldm_lab.conditioners.glide_text import GlideText, gpt2_encoding
-from ldm_lab.images import quantised, to_images, to_tensor
+from ldm_lab.io.images import quantised, to_images, to_tensor
 from ldm_lab.sampling import Sampler
 from ldm_lab.training.low_res import shrink
 

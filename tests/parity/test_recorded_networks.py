@@ -9,15 +9,15 @@ import pytest
 import torch
 from compared import check_autoencoder, check_cloob, check_glide, check_unet
 
+from ldm_lab import clip_tokens
 from ldm_lab.autoencoders.kl_f8 import KLAutoencoder
 from ldm_lab.checkpoints import ccld, cloob_pickle, compvis, glide, noised_clip
 from ldm_lab.checkpoints.parts import load_strictly
-from ldm_lab.conditioners import clip_tokens
 from ldm_lab.conditioners.cloob import CLOOB
 from ldm_lab.conditioners.glide_text import GlideText, gpt2_encoding
-from ldm_lab.conditioners.noised_clip import last_end
 from ldm_lab.denoisers.ccld_unet import CCLDUNet
 from ldm_lab.denoisers.glide_unet import GlideUNet
+from ldm_lab.guidance.noised_clip import last_end
 from ldm_lab.schedules.discrete import beta_table
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "golden"  # where GPT-2's merges may lie

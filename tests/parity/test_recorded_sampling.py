@@ -13,9 +13,9 @@ from ldm_lab.conditioners.cloob import CLOOB
 from ldm_lab.config import build
 from ldm_lab.denoisers.ccld_unet import CCLDUNet
 from ldm_lab.errors import UserError
-from ldm_lab.guidance import guided, null_weight
-from ldm_lab.images import cover, to_images, to_tensor
-from ldm_lab.objectives import Prediction
+from ldm_lab.guidance.classifier_free import guided, null_weight
+from ldm_lab.interfaces import Prediction
+from ldm_lab.io.images import cover, to_images, to_tensor
 from ldm_lab.objectives.v_cosine import VCosine
 from ldm_lab.prompts import parse_prompt
 

@@ -9,7 +9,7 @@ from ldm_lab.autoencoders.kl_f8 import split_moments
 from ldm_lab.checkpoints import ccld
 from ldm_lab.config import build
 from ldm_lab.data.transforms import fit
-from ldm_lab.images import to_tensor
+from ldm_lab.io.images import to_tensor
 from ldm_lab.training.diffusion import DiffusionTask
 from ldm_lab.training.infoloob import CLOOBLoss, retrieve
 from ldm_lab.training.scale import latent_scale

@@ -13,7 +13,7 @@ from ldm_lab.curation.metadata.inputs import Broken, Files, broken_files, find_f
 from ldm_lab.curation.metadata.report import Report, Tally
 from ldm_lab.curation.metadata.tables import TableRow, as_number, bit_mask, kept_by, may_be_swapped, sizes_are_swapped
 from ldm_lab.errors import UserError, unknown
-from ldm_lab.files import replaced_folder
+from ldm_lab.io.atomic import replaced_folder
 from ldm_lab.rules.limits import Limits
 from ldm_lab.rules.quantities import find, require
 from ldm_lab.rules.rule import Rule, build_rules, check_rules

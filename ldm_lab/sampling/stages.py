@@ -11,11 +11,11 @@ from PIL import Image
 
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
-from ldm_lab.guidance import plain_weights
-from ldm_lab.images import quantised
+from ldm_lab.guidance.classifier_free import plain_weights
+from ldm_lab.io.images import quantised
 from ldm_lab.prompts import Prompt
-from ldm_lab.sampling.from_image import Start
-from ldm_lab.sampling.sampler import Mix, Picture, Sampler, as_mix
+from ldm_lab.sampling.image_to_image import Start
+from ldm_lab.sampling.pipeline import Mix, Picture, Sampler, as_mix
 
 # Added to an image's seed, so that the upsampler's noise is not the base's once more: 2**32 over the golden ratio,
 # which is far from all neighbouring seeds. (Of a seed torch's generators take the lowest 32 bits alone.)

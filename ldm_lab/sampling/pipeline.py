@@ -17,16 +17,18 @@ from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.parts import load_part, load_strictly, weights_path, weights_sha256
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
-from ldm_lab.guidance import guided, null_weight, plain_weights, shifted
-from ldm_lab.images import to_images, to_tensor
-from ldm_lab.objectives import Prediction
-from ldm_lab.pretrained import check_foreign
+from ldm_lab.guidance.classifier_free import guided, null_weight, plain_weights
+from ldm_lab.guidance.clip import ClipGuidance, climbing
+from ldm_lab.guidance.condition_score import shifted
+from ldm_lab.guidance.inpaint import keep_known
+from ldm_lab.guidance.thresholding import clamped
+from ldm_lab.interfaces import Prediction
+from ldm_lab.io.images import to_images, to_tensor
+from ldm_lab.pretrained.resolve import check_foreign
 from ldm_lab.prompts import Prompt, parse_prompt
 from ldm_lab.sampling.aesthetic import Aesthetic
-from ldm_lab.sampling.clip_guidance import ClipGuidance, climbing
-from ldm_lab.sampling.from_image import Later, Start, first_time, keep_known
-from ldm_lab.sampling.interpolation import between
-from ldm_lab.sampling.limits import clamped
+from ldm_lab.sampling.image_to_image import Later, Start, first_time
+from ldm_lab.sampling.interpolate import between
 from ldm_lab.sampling.tiles import decode_in_tiles
 
 # One prompt: `text` or `text:weight`, or as an object. One picture's prompts: one of them, or several to be mixed.
@@ -116,7 +118,7 @@ class Sampler:
         """Load a trained model with its averaged weights.
 
         Args:
-            path: `ema.safetensors`, a `.ckpt` of a run, or whatever else `ldm_lab.pretrained.locate` takes.
+            path: `ema.safetensors`, a `.ckpt` of a run, or whatever else `ldm_lab.pretrained.resolve.locate` takes.
             autoencoder: weights file of the autoencoder, if not where the checkpoint says.
             conditioner: weights file of the conditioner, if not where the checkpoint says.
             device: where to run.
@@ -211,7 +213,7 @@ class Sampler:
             start: a picture to begin with (image to image, inpainting).
             aesthetic: a rating that the texts' embeddings are led to; the negative's is not.
             low_res: what an upsampler is to enlarge, one for each image: pictures of one size, or [N, 3, h, w] in
-                [-1, 1] (see `ldm_lab.images.quantised`).
+                [-1, 1] (see `ldm_lab.io.images.quantised`).
             temperature: factor of the noise that sampling starts from.
             clamp: keep the clean estimate of every step within [-1, 1]; by default so for models of pixels.
             clip_guidance: make images more like their texts in the eyes of a noised CLIP; models of pixels only.
@@ -446,7 +448,7 @@ class Sampler:
             climb: CLIP guidance, and what each image is to be like, [B, D].
             temperature: factor of the noise that sampling starts from.
             clamp: keep clean estimates within [-1, 1]; None does so for models of pixels.
-            guide: `interval` and `rescale` (`ldm_lab.guidance.guided`).
+            guide: `interval` and `rescale` (`ldm_lab.guidance.classifier_free.guided`).
         """
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_lab.objectives import Prediction
+from ldm_lab.interfaces import Prediction
 
 
 def clamped(

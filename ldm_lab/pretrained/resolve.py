@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm_lab.download import download, read_json, sha256_of, write_json
 from ldm_lab.errors import UserError, unknown
+from ldm_lab.io.http import download, read_json, sha256_of, write_json
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 HUB = "hf://"
 SAFE_PART = r"[A-Za-z0-9_][\w.+-]*"  # of a name or path: no "..", nothing hidden
 HUB_ADDRESS = re.compile(

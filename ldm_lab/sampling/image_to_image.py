@@ -6,7 +6,6 @@ with the known one. There x0 is the picture's latent and eps is what x holds bes
 are linear in x0 and eps, carries that part along unharmed.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_lab.errors import UserError
-from ldm_lab.images import cover, to_tensor
-from ldm_lab.objectives import Prediction
+from ldm_lab.io.images import cover, to_tensor
 
 
 @dataclass(frozen=True)
@@ -92,27 +90,3 @@ class Later:
 def first_time(walk: Any, schedule: Any) -> Tensor:
     """Return the time at which a sampler begins on a schedule, []."""
     return walk.times(schedule)[0]
-
-
-def keep_known(
-    predict: Callable[[Tensor, Tensor], Prediction], known: Tensor, mask: Tensor, schedule: Any
-) -> Callable[[Tensor, Tensor], Prediction]:
-    """Return `predict` with the known latent [1 or B, C, h, w] in place of its own where the mask, bool, is False.
-
-    For one walk: solvers that look at t = 0, where x holds no noise any more, are given the noise of the call before.
-    """
-    noise = torch.zeros_like(known)  # [1 or B, C, h, w]
-
-    def predict_unknown(x: Tensor, t: Tensor) -> Prediction:
-        nonlocal noise
-        prediction = predict(x, t)
-        alpha, sigma = (level[:, None, None, None] for level in schedule.alpha_sigma(t))  # [B, 1, 1, 1]
-        noise = torch.where(sigma > 0, (x - alpha * known) / sigma, noise)  # [B, C, h, w]
-        gradient = prediction.gradient
-        return prediction._replace(
-            x0=torch.where(mask, prediction.x0, known),
-            eps=torch.where(mask, prediction.eps, noise),
-            gradient=None if gradient is None else torch.where(mask, gradient, 0.0),
-        )
-
-    return predict_unknown

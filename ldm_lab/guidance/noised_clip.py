@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm_lab.conditioners.clip_tokens import CLIP_VOCAB_SIZE, tokenize
+from ldm_lab.clip_tokens import CLIP_VOCAB_SIZE, tokenize
 from ldm_lab.errors import UserError
 
 PIXEL_MEAN = (122.77093945, 116.74601272, 104.09373519)  # of 8-bit levels

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ldm_lab.objectives import Prediction
+from ldm_lab.interfaces import Prediction
 from ldm_lab.schedules import Discrete
 
 
 class NoisedCLIP(Protocol):
-    """What is asked of the network (`ldm_lab.conditioners.noised_clip`).
+    """What is asked of the network (`ldm_lab.guidance.noised_clip`).
 
     Attributes:
         image_size: side of the images that it sees.

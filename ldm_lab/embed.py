@@ -14,7 +14,7 @@ from ldm_lab.checkpoints.formats import kind_of
 from ldm_lab.checkpoints.parts import find_weights, load_part, weights_path
 from ldm_lab.config import check_section
 from ldm_lab.errors import UserError
-from ldm_lab.images import cover, opaque, to_tensor
+from ldm_lab.io.images import cover, opaque, to_tensor
 
 Prepare = Callable[[Image.Image], Tensor]
 

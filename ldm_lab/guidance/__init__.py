@@ -1,0 +1,1 @@
+"""Guidance: wrappers `predict -> predict` around what the denoiser says, one a file."""

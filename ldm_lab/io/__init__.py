@@ -1,0 +1,1 @@
+"""Files, addresses and images: what every other room stands on."""
