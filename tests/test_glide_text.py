@@ -10,7 +10,7 @@ from ldm_lab.conditioners import glide_text
 from ldm_lab.conditioners.glide_text import GlideText, gpt2_encoding, gpt2_ranks
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
-from ldm_lab.pretrained import resolve as pretrained
+from ldm_lab.pretrained.catalogue import catalogue
 
 MERGES = ["#version: 0.2", "Ġ a", "r e", "re d", "Ġ red", ""]  # as in vocab.bpe; Ġ is the letter of a space
 
@@ -113,7 +113,7 @@ def test_without_the_merges_one_line_says_where_they_belong(tmp_path, monkeypatc
         UserError, match=r"put vocab.bpe \(from https://.*vocab.bpe or .*\) at .*/gpt2/vocab.bpe/vocab.bpe"
     ):
         GlideText().from_prompts(["a dog"], [])
-    assert pretrained.RELEASED["gpt2/vocab.bpe"].sha256.startswith("1ce1664773c50f3e")
+    assert catalogue()["gpt2/vocab.bpe"].sha256.startswith("1ce1664773c50f3e")
 
 
 def test_importing_loads_neither_tiktoken_nor_a_file(tmp_path):
