@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm_lab.checkpoints.embedders import describe, embedder_of
-from ldm_lab.checkpoints.importer import kind_of
-from ldm_lab.checkpoints.parts import find_weights, load_part, weights_path
+from ldm_lab.checkpoints.importer import detect_format
+from ldm_lab.checkpoints.parts import load_part, weights_path
 from ldm_lab.config import check_section
 from ldm_lab.errors import UserError
 from ldm_lab.io.images import center_crop_to, flatten_alpha, to_tensor
@@ -95,7 +95,7 @@ def clip_section(given: list[str], embedder: dict[str, str] | None) -> dict[str,
     named = {key: text for key, text in (embedder or {}).items() if key != "sha256"}
     whole = any(key in written for key in ("name", "model", "architecture"))  # then another one is meant altogether
     if not whole and isinstance(written.get("weights"), str):
-        whole = kind_of(find_weights(written["weights"])) == "part"  # a file of ours says itself what it is
+        whole = detect_format(written["weights"]).kind == "part"  # a file of ours says itself what it is
     section = written if whole else {**named, **written}
     if not section.get("model") and not whole:
         whose = f"the head belongs to {describe(embedder)}" if embedder else "no head says which"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from ldm_lab.checkpoints.models import save_model
+from ldm_lab.checkpoints.native import save_model
 from ldm_lab.config import build
 from ldm_lab.sampling import Sampler
 

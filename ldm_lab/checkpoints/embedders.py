@@ -8,7 +8,8 @@ the checksum of the weights file.
 from typing import Any
 
 from ldm_lab.checkpoints.files import is_safetensors
-from ldm_lab.checkpoints.importer import part_config, recognise
+from ldm_lab.checkpoints.importer import detect_format
+from ldm_lab.checkpoints.native import part_config
 from ldm_lab.checkpoints.parts import weights_path
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import sha256
@@ -29,8 +30,8 @@ def embedder_of(section: dict[str, Any]) -> dict[str, str]:
     """
     section = {key: section.get(key) for key in ("name", "model", "pretrained", "weights")}
     path = weights_path("conditioner", section) if section["weights"] else None
-    if path is not None and is_safetensors(path) and (found := recognise(path)).kind == "part":
-        section |= {key: text for key, text in part_config(path, found.metadata)[1].items() if key in section}
+    if path is not None and is_safetensors(path) and (found := detect_format(path)).kind == "part":
+        section |= {key: text for key, text in part_config(path, found.file.metadata)[1].items() if key in section}
     named = {key: section[key] for key in ("name", "model", "pretrained") if section[key]}
     if "pretrained" in named or named.get("model", "").startswith(HUB):
         return named

@@ -7,8 +7,10 @@ import torch
 from pytorch_lightning import Callback
 from torch import Tensor
 
-from ldm_lab.checkpoints.models import read_model, save_model
-from ldm_lab.checkpoints.parts import FORMAT, load_part
+from ldm_lab.checkpoints.files import FORMAT
+from ldm_lab.checkpoints.models import read_model
+from ldm_lab.checkpoints.native import save_model
+from ldm_lab.checkpoints.parts import load_part
 from ldm_lab.config import build, options, register
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Batch

@@ -9,8 +9,8 @@ from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from ldm_lab.checkpoints.files import read_pickled
-from ldm_lab.checkpoints.parts import FORMAT, load_fitting
+from ldm_lab.checkpoints.files import FORMAT, read_pickled
+from ldm_lab.checkpoints.parts import load_fitting
 from ldm_lab.config import build, part_class, register, to_yaml
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.errors import UserError, first_line

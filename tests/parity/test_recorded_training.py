@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from ldm_lab import ema
 from ldm_lab.autoencoders.kl_f8 import split_moments
 from ldm_lab.checkpoints.formats import ccld
+from ldm_lab.checkpoints.opened import open_weights
 from ldm_lab.config import build
 from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import resize_and_crop, to_tensor
@@ -19,7 +20,7 @@ def test_training_step(case, tmp_path, monkeypatch):
     recorded = case("ccld_train")
     given, optimizer_config = recorded.inputs, recorded.json["optimizer"]
     torch.save(recorded.weights(), tmp_path / "unet.pth")
-    state, config, extra = ccld.read(tmp_path / "unet.pth")
+    state, config, extra = ccld.unet(open_weights(tmp_path / "unet.pth").read(), "unet.pth")
     task = DiffusionTask(
         {
             "task": "diffusion",

@@ -2,13 +2,24 @@
 latter."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ldm_lab.checkpoints.formats import cloob_pickle
-from ldm_lab.checkpoints.third_party import part_of, read_state_dict
+from ldm_lab.checkpoints.formats import cloob_pickle, compvis
+from ldm_lab.checkpoints.importer import (
+    DenoiserShape,
+    Importer,
+    LoadedModel,
+    LoadedPart,
+    Section,
+    config_problems,
+    register_importer,
+)
+from ldm_lab.checkpoints.opened import OpenedFile, TensorInfo
+from ldm_lab.checkpoints.third_party import strip_prefix
 from ldm_lab.errors import UserError
 
 MAPPING_FEATURES, PIXEL_FEATURES = 128, 16  # Fourier features of t beside the embedding, and beside the latent
@@ -18,11 +29,14 @@ FROZEN = {"autoencoder": "ae_model.", "conditioner": "cloob."}  # role -> prefix
 IMAGE_SIZE, DROPOUT = 256, 0.2  # fixed in the original's programs
 
 
-def read(path: str | Path, ema: bool = True) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+def unet(
+    tensors: dict[str, Tensor], path: str | Path, ema: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
     """Return `(state_dict, config, extra)` of a CCLD U-Net.
 
     Args:
-        path: a flat state dict (what the original samples from), or a Lightning checkpoint of its training.
+        tensors: a flat state dict (what the original samples from), or that of a Lightning checkpoint of its training.
+        path: where they are from, for messages.
         ema: of a training checkpoint, take the averaged weights (`model_ema.`); else the raw ones (`model.`).
 
     Returns:
@@ -31,25 +45,13 @@ def read(path: str | Path, ema: bool = True) -> tuple[dict[str, Tensor], dict[st
         trained with, or None; `channels` and `embed_dim`, the positional arguments.
 
     Raises:
-        UserError: missing or damaged file, or not such a U-Net.
+        UserError: not such a U-Net.
     """
-    return unet(read_state_dict(path, "CCLD checkpoint")[0], path, ema)
-
-
-def is_one(tensors: dict[str, Tensor]) -> bool:
-    """Return whether a file's tensors are named as the original names them."""
-    return any(prefix + FIRST in tensors for prefix in ("", RAW, AVERAGED))
-
-
-def unet(
-    tensors: dict[str, Tensor], path: str | Path, ema: bool = True
-) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """Return what `read` does, of the tensors in the file at `path`."""
     wanted = AVERAGED if ema else RAW
     if FIRST in tensors:
         state = dict(tensors)
     elif wanted + FIRST in tensors:
-        state = part_of(tensors, wanted)
+        state = strip_prefix(tensors, wanted)
     else:
         raise UserError(f"{path}: not a CCLD U-Net: neither {FIRST!r} nor {wanted + FIRST!r} is in it")
     scale = state.pop("autoencoder_scale", tensors.get("scale_factor"))
@@ -69,10 +71,8 @@ def unet(
     return state, config, extra
 
 
-def model(
-    tensors: dict[str, Tensor], path: str | Path, ema: bool = True, given: dict[str, Any] | None = None
-) -> tuple[dict, dict[str, Tensor], dict]:
-    """Return `(config, state_dict, extra)` of a CCLD checkpoint as `ldm_lab.checkpoints.models.read_model` does.
+def model(tensors: dict[str, Tensor], path: str | Path, ema: bool = True) -> LoadedModel:
+    """Return the model in a CCLD checkpoint.
 
     A sampling checkpoint does not say what its autoencoder and its CLOOB were: these sections lack `weights`. A
     training checkpoint holds both, so that their `weights` are the file itself.
@@ -88,18 +88,14 @@ def model(
         "denoiser": {"name": "ccld_unet", **architecture},
         "objective": {"name": "v_cosine"},
     }
-    return config, state, {"image_size": str(IMAGE_SIZE)}
+    return LoadedModel(Section(config), state, {"image_size": str(IMAGE_SIZE)})
 
 
-def read_cloob(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """Return `(state_dict, config, extra)` of the CLOOB inside a training checkpoint.
-
-    Raises:
-        UserError: missing or damaged file, or no such model in it.
-    """
-    state = part_of(read_state_dict(path, "CCLD checkpoint")[0], FROZEN["conditioner"])
+def cloob(tensors: dict[str, Tensor], path: str | Path) -> LoadedPart:
+    """Return the CLOOB inside a training checkpoint. Raises UserError if there is no whole one."""
+    state = strip_prefix(tensors, FROZEN["conditioner"])
     try:
-        return state, cloob_pickle.infer_config(state), {}
+        return LoadedPart(state, Section(name="cloob", **cloob_pickle.infer_config(state)))
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"{path}: no complete CLOOB in it ({error} is missing or misshapen)") from None
 
@@ -129,3 +125,66 @@ def _top_entries(state: dict[str, Tensor]) -> int:
     return 1 + max(
         int(name.split(".")[1]) for name in state if name.startswith("net.") and name.split(".")[1].isdigit()
     )
+
+
+# ------------------------------------------------------------------------------------------------------- the formats
+
+
+class _CCLD(Importer):
+    """A U-Net of cloob-latent-diffusion."""
+
+    precedence = 1
+    holds_model = True
+
+    def config(self, file: OpenedFile) -> Section:
+        """Return the config that rebuilds the model."""
+        return self.read_model(file, True, Section()).config
+
+    def problems(self, config: Section) -> list[str]:
+        """Return what is wrong with the config."""
+        return config_problems(config)
+
+    def read_model(self, file: OpenedFile, ema: bool, overrides: Section) -> LoadedModel:
+        """Return the model; nothing of it is left to be said."""
+        return model(file.read(), file.path, ema)
+
+    def denoiser_shape(self, file: OpenedFile) -> DenoiserShape:
+        """Return channels and width of the embeddings."""
+        facts = unet(file.read(), file.path)[2]
+        return DenoiserShape(facts["channels"], facts["embed_dim"])
+
+
+@register_importer
+class CCLDCheckpoint(_CCLD):
+    """The flat state dict that the original samples from."""
+
+    kind = "ccld"
+    title = "a U-Net of cloob-latent-diffusion"
+
+    def matches(self, file: OpenedFile) -> bool:
+        """Return whether the tensors are named as the original names them."""
+        return FIRST in file.tensors
+
+
+@register_importer
+class CCLDTraining(_CCLD):
+    """A Lightning checkpoint of the original's training, with its autoencoder and its CLOOB."""
+
+    kind = "ccld_training"
+    title = "a training checkpoint of cloob-latent-diffusion"
+    parts = {"autoencoder": "kl_f8", "conditioner": "cloob"}
+    has_average = True
+
+    def matches(self, file: OpenedFile) -> bool:
+        """Return whether the U-Net as trained or its average is in it."""
+        return AVERAGED + FIRST in file.tensors or RAW + FIRST in file.tensors
+
+    def network(self, file: OpenedFile) -> Mapping[str, TensorInfo]:
+        """Return the tensors of the average, or of the U-Net as trained."""
+        return strip_prefix(file.tensors, AVERAGED) or strip_prefix(file.tensors, RAW)
+
+    def read(self, file: OpenedFile, role: str) -> LoadedPart:
+        """Return the autoencoder or the CLOOB."""
+        if role == "autoencoder":
+            return compvis.autoencoder(file)
+        return cloob(file.read(), file.path)

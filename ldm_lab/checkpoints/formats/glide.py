@@ -9,7 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm_lab.checkpoints.third_party import read_state_dict
+from ldm_lab.checkpoints.importer import (
+    DenoiserShape,
+    Importer,
+    LoadedModel,
+    Section,
+    config_problems,
+    register_importer,
+)
+from ldm_lab.checkpoints.opened import OpenedFile, Shapes
 from ldm_lab.denoisers.glide_unet import LOW_RES_CHANNELS
 from ldm_lab.errors import UserError, unknown
 
@@ -31,19 +39,20 @@ DROPOUT = 0.2  # share of empty captions in the fine-tuning; miniGLIDE had none,
 LATENT_SCALE = 1 / 0.18215  # of glide-finetune's latents: Stable Diffusion's
 
 
-def is_one(tensors: dict[str, Any]) -> bool:
+def is_one(tensors: Shapes) -> bool:
     """Return whether a file's tensors are named as the original names them."""
     names = {_bare(name) for name in tensors}
     return {FIRST, LAST, TEXT} <= names
 
 
-def read(
-    path: str | Path, given: dict[str, Any] | None = None
+def unet(
+    tensors: dict[str, Tensor], path: str | Path, given: dict[str, Any] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
     """Return `(state_dict, config, extra)` of a GLIDE network.
 
     Args:
-        path: a flat state dict, or one in a dict under "state_dict", "model" or "weights".
+        tensors: by the original's names.
+        path: where they are from; the file's name may tell which network it is.
         given: what the file does not say: `head_width`, `text_heads`, `timesteps`, or all of them by `preset`, a key of
             PRESETS. Without it they follow from the width: 96 base channels are miniGLIDE's, or dogGLIDE's if the
             file's name has "dog" in it, others OpenAI's.
@@ -53,15 +62,8 @@ def read(
         `embed_dim`, the positional arguments.
 
     Raises:
-        UserError: missing or damaged file, or not such a network; a `given` that is none of those.
+        UserError: not such a network; a `given` that is none of those.
     """
-    return unet(read_state_dict(path, "GLIDE checkpoint")[0], path, given)
-
-
-def unet(
-    tensors: dict[str, Tensor], path: str | Path, given: dict[str, Any] | None = None
-) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """Return what `read` does, of the tensors in the file at `path`."""
     state = {_bare(name): value for name, value in tensors.items()}
     if not is_one(state):
         raise UserError(f"{path}: not a GLIDE network: {FIRST!r}, {LAST!r} or {TEXT!r} is missing")
@@ -81,13 +83,11 @@ def unet(
     )
 
 
-def model(
-    tensors: dict[str, Tensor], path: str | Path, ema: bool = True, given: dict[str, Any] | None = None
-) -> tuple[dict, dict[str, Tensor], dict]:
-    """Return `(config, state_dict, extra)` of a GLIDE network as `ldm_lab.checkpoints.models.read_model` does.
+def model(tensors: dict[str, Tensor], path: str | Path, given: dict[str, Any] | None = None) -> LoadedModel:
+    """Return the model that a GLIDE network is.
 
     The noise schedule is in no file: upsamplers were trained with linear betas, glide-finetune's latent form with those
-    of latent diffusion, all others with the cosine's. `ema` has no meaning here: a file holds one set of weights.
+    of latent diffusion, all others with the cosine's.
     """
     state, architecture, facts = unet(tensors, path, given)
     upsampler, latent = architecture["super_res"], facts["channels"] != LOW_RES_CHANNELS
@@ -113,7 +113,7 @@ def model(
     if upsampler:
         config["low_res"] = {"factor": FACTOR}
     side = 2 ** (len(architecture["multipliers"]) + 2)  # the original's own rule: 64 for base, 256 for the upsampler
-    return config, state, {"image_size": str(side * 8 if latent else side)}
+    return LoadedModel(Section(config), state, {"image_size": str(side * 8 if latent else side)})
 
 
 def infer_config(state: dict[str, Any]) -> dict[str, Any]:
@@ -187,3 +187,35 @@ def _preset(given: dict[str, Any], base_channels: int, path: str | Path) -> str:
     """Return which of PRESETS a network is: the one that is given, or by its width and its file's name."""
     mini = "dogglide" if "dog" in Path(path).name.lower() else "miniglide"
     return given.get("preset", mini if base_channels == MINI_CHANNELS else "openai")
+
+
+@register_importer
+class Glide(Importer):
+    """A network of GLIDE's: a flat state dict, or one in a dict under "state_dict", "model" or "weights"."""
+
+    kind = "glide"
+    title = "a network of GLIDE's"
+    precedence = 1
+    holds_model = True
+    takes_overrides = True
+
+    def matches(self, file: OpenedFile) -> bool:
+        """Return whether the tensors are named as the original names them."""
+        return is_one(file.tensors)
+
+    def config(self, file: OpenedFile) -> Section:
+        """Return the config that rebuilds the model."""
+        return self.read_model(file, True, Section()).config
+
+    def problems(self, config: Section) -> list[str]:
+        """Return what is wrong with the config."""
+        return config_problems(config)
+
+    def read_model(self, file: OpenedFile, ema: bool, overrides: Section) -> LoadedModel:
+        """Return the model; a file holds one set of weights."""
+        return model(file.read(), file.path, overrides)
+
+    def denoiser_shape(self, file: OpenedFile) -> DenoiserShape:
+        """Return channels and size of the vocabulary."""
+        facts = unet(file.read(), file.path)[2]
+        return DenoiserShape(facts["channels"], facts["embed_dim"])
