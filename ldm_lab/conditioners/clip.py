@@ -24,8 +24,9 @@ from torch.nn import functional as F
 
 from ldm_lab.clip_tokens import CLIP_VOCAB_SIZE, SHOWN
 from ldm_lab.config import register
-from ldm_lab.errors import UserError
-from ldm_lab.io.images import opaque
+from ldm_lab.errors import UserError, first_line
+from ldm_lab.interfaces import Batch
+from ldm_lab.io.images import flatten_alpha
 
 HUB = "hf-hub:"
 PREFIX = "clip."  # of open_clip's names in this module's state dict
@@ -130,7 +131,7 @@ class CLIP(nn.Module):
                 return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(model, pretrained)))
         except FAILURES as error:
             raise UserError(
-                f"conditioner.pretrained: {model} {pretrained} cannot be downloaded ({_line(error)}); "
+                f"conditioner.pretrained: {model} {pretrained} cannot be downloaded ({first_line(error)}); "
                 "conditioner.weights takes a local copy"
             ) from None
 
@@ -153,9 +154,9 @@ class CLIP(nn.Module):
 
     # ---------------------------------------------------------------------------------------------- embeddings
 
-    def from_batch(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def from_batch(self, batch: Batch) -> dict[str, Tensor]:
         """Return {"embed": [B, D]}, the embeddings of a batch's images, [B, 3, H, W] in [-1, 1]."""
-        return {"embed": self.encode_image(batch["image"])}  # [B, D]
+        return {"embed": self.encode_image(batch.image)}  # [B, D]
 
     def from_prompts(self, texts: list[str], images: list[Image.Image]) -> dict[str, Tensor]:
         """Return {"embed": [n, D]}, the embeddings of texts, then of images, which open_clip's transform prepares.
@@ -166,7 +167,7 @@ class CLIP(nn.Module):
         if texts:
             embeds.append(self.encode_text(texts))  # [n_texts, D]
         if images:
-            pixels = torch.stack([self.transform(opaque(image)) for image in images])  # [n_images, 3, S, S]
+            pixels = torch.stack([self.transform(flatten_alpha(image)) for image in images])  # [n_images, 3, S, S]
             embeds.append(self.clip.encode_image(pixels.to(self.pixel_mean), normalize=True))  # [n_images, D]
         return {"embed": torch.cat(embeds)}  # [n, D]
 
@@ -260,7 +261,9 @@ class CLIP(nn.Module):
                     name, context_length=self.text_size, tokenizer_mode=mode, trust_remote_code=False, **options
                 )
         except FAILURES as error:
-            raise UserError(f"conditioner: the tokenizer {name or 'of CLIP'} cannot be had ({_line(error)})") from None
+            raise UserError(
+                f"conditioner: the tokenizer {name or 'of CLIP'} cannot be loaded ({first_line(error)})"
+            ) from None
 
 
 # ------------------------------------------------------------------------------------------------ what a section says
@@ -409,7 +412,7 @@ def _build(config: dict[str, Any], what: str) -> nn.Module:
                 f"local-dir:{folder}", load_weights=False, pretrained_text=False, device=torch.empty(0).device
             )
         except FAILURES as error:
-            raise UserError(f"conditioner.{what}: open_clip cannot build it ({_line(error)})") from None
+            raise UserError(f"conditioner.{what}: open_clip cannot build it ({first_line(error)})") from None
 
 
 def _from_hub(model: str, filename: str | None) -> Path:
@@ -420,7 +423,7 @@ def _from_hub(model: str, filename: str | None) -> Path:
         with quiet():
             return Path(download_pretrained_from_hf(model.removeprefix(HUB), filename=filename))
     except FAILURES as error:
-        raise UserError(f"conditioner.model: {model} cannot be downloaded ({_line(error)})") from None
+        raise UserError(f"conditioner.model: {model} cannot be downloaded ({first_line(error)})") from None
 
 
 @contextlib.contextmanager
@@ -432,8 +435,3 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         root.removeHandler(handler)
-
-
-def _line(error: Exception) -> str:
-    """Return an exception's first line, not too long."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
