@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import AUTOENCODER, CLOOB, DENOISER
+from tiny import AUTOENCODER, CLOOB, DENOISER, embedding
 
 from ldm_lab.checkpoints.files import FORMAT, read_safetensors
 from ldm_lab.checkpoints.formats import recognise
@@ -30,7 +30,7 @@ def folder(tmp_path, monkeypatch):
     """A working directory with a part of each role, a released autoencoder and a run's checkpoint in it."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    autoencoder, unet = build("autoencoder", AUTOENCODER), build("denoiser", DENOISER, 3, 0)
+    autoencoder, unet = build("autoencoder", AUTOENCODER), build("denoiser", DENOISER, 3, embedding(0))
     save_part("ae.safetensors", autoencoder, AUTOENCODER, {"step": "12"})
     save_part("cloob.safetensors", build("conditioner", CLOOB), CLOOB)
     state = {name: value for name, value in autoencoder.state_dict().items() if name != "scale"}
@@ -79,7 +79,7 @@ def test_what_is_said_of_files(folder, program):
         assert code == 0
         assert f"{report['parameters']:,}" in out
         assert report["sha256"] in out
-    assert inspect(program, "last.ckpt")["parameters"] == size(build("denoiser", DENOISER, 3, 0))
+    assert inspect(program, "last.ckpt")["parameters"] == size(build("denoiser", DENOISER, 3, embedding(0)))
     assert inspect(program, "kl.ckpt")["config"]["autoencoder"]["ch_mult"] == AUTOENCODER["ch_mult"]
     save_file({"a.b": torch.zeros(3, dtype=torch.bfloat16)}, "other.safetensors", {"x": "y"})
     report = inspect(program, "other.safetensors")

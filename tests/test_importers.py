@@ -12,6 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
+from tiny import embedding
 
 from ldm_lab.autoencoders.kl_f8 import KLAutoencoder
 from ldm_lab.checkpoints import ccld, compvis
@@ -26,7 +27,7 @@ TINY = {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "z_channels": 3, "embe
 def unet(**options) -> CCLDUNet:
     torch.manual_seed(0)
     defaults = {"base_channels": 16, "multipliers": [4, 8], "blocks_per_level": 1, "mapping_width": 8}
-    return CCLDUNet(3, 10, **{**defaults, **options})
+    return CCLDUNet(3, embedding(10), **{**defaults, **options})
 
 
 def autoencoder(**options) -> KLAutoencoder:
@@ -92,9 +93,9 @@ def test_a_ccld_training_checkpoint(tmp_path):
 )
 def test_architectures_of_ccld_from_shapes(options):
     with torch.device("meta"):
-        expected = CCLDUNet(4, 512, **options).state_dict()
+        expected = CCLDUNet(4, embedding(512), **options).state_dict()
         config = ccld.infer_config(expected)
-        rebuilt = CCLDUNet(4, 512, **config).state_dict()
+        rebuilt = CCLDUNet(4, embedding(512), **config).state_dict()
     widths = [options["base_channels"] * multiplier for multiplier in options["multipliers"]]
     assert [config["base_channels"] * multiplier for multiplier in config["multipliers"]] == widths
     if options["mapping_width"] == 1024:  # the released ones come out as they were written

@@ -26,7 +26,7 @@ from ldm_lab.checkpoints.models import read_model
 from ldm_lab.config import check_section
 from ldm_lab.errors import UserError
 
-NOT_PARAMETERS = ("scale", "autoencoder_scale")  # buffers with the latent scale
+NOT_PARAMETERS = ("latent_mean", "latent_std", "autoencoder_scale")  # buffers with the statistics of latents
 TRAINING = {"run": ("model_ema.", "model."), "ccld_training": ("model_ema.", "model.")}  # prefixes, the first is used
 
 

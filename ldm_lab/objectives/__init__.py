@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Prediction
 
 
@@ -25,6 +26,17 @@ class Objective:
 
     schedule: Any
     draw: str
+
+    def denoiser_time(self, denoiser: Callable, t: Tensor) -> Tensor:
+        """Return what a denoiser's time embedding reads at t [B]."""
+        if getattr(denoiser, "time_input", "t") == "t":
+            return t
+        return t.float() * self.schedule.timesteps - 1  # [B]
+
+    def check_denoiser(self, denoiser: Callable) -> None:
+        """Raise UserError if a denoiser reads timesteps, and the schedule has none."""
+        if getattr(denoiser, "time_input", "t") == "timestep" and getattr(self.schedule, "timesteps", None) is None:
+            raise UserError("objective.name: this denoiser reads timesteps, and the objective's schedule is continuous")
 
     def loss(self, denoiser: Callable, x0: Tensor, cond: dict[str, Tensor], t: Tensor, noise: Tensor) -> Tensor:
         """Return the loss per sample, [B]."""

@@ -87,7 +87,7 @@ class EpsHybrid(Objective):
         t = self.schedule.at(index)  # [B]
         alpha, sigma = (level[:, None, None, None] for level in self.schedule.alpha_sigma(t))  # [B, 1, 1, 1]
         x = alpha * x0 + sigma * noise  # [B, C, h, w]
-        eps, fraction = self.read(denoiser(x, t, **cond), x.shape[1])  # [B, C, h, w] each
+        eps, fraction = self.read(denoiser(x, self.denoiser_time(denoiser, t), **cond), x.shape[1])  # [B, C, h, w] each
         mse = (eps - noise).square().flatten(1).mean(1)  # [B]
         if self.min_snr is not None:
             snr = (alpha / sigma).square().flatten()  # [B]
@@ -106,7 +106,7 @@ class EpsHybrid(Objective):
     def predict(self, denoiser: Callable, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Prediction:
         """Return clean sample, noise and the learned variance, if there is one, [B, C, h, w] each, for x at t [B]."""
         alpha, sigma = (level[:, None, None, None] for level in self.schedule.alpha_sigma(t))  # [B, 1, 1, 1]
-        eps, fraction = self.read(denoiser(x, t, **cond), x.shape[1])  # [B, C, h, w] each
+        eps, fraction = self.read(denoiser(x, self.denoiser_time(denoiser, t), **cond), x.shape[1])  # [B, C, h, w] each
         return Prediction(x0=(x - sigma * eps) / alpha, eps=eps, variance_fraction=fraction)
 
     @staticmethod

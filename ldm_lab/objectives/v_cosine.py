@@ -25,11 +25,11 @@ class VCosine(Objective):
         alpha, sigma = (level[:, None, None, None] for level in self.schedule.alpha_sigma(t))  # [B, 1, 1, 1]
         x = alpha * x0 + sigma * noise  # [B, C, h, w]
         target = alpha * noise - sigma * x0  # [B, C, h, w]
-        v = denoiser(x, t, **cond)  # [B, C, h, w]
+        v = denoiser(x, self.denoiser_time(denoiser, t), **cond)  # [B, C, h, w]
         return (v.float() - target).square().flatten(1).mean(1)  # [B]
 
     def predict(self, denoiser: Callable, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Prediction:
         """Return clean sample and noise, [B, C, h, w] each, for x at times t [B]."""
         alpha, sigma = (level[:, None, None, None] for level in self.schedule.alpha_sigma(t))  # [B, 1, 1, 1]
-        v = denoiser(x, t, **cond).float()  # [B, C, h, w]
+        v = denoiser(x, self.denoiser_time(denoiser, t), **cond).float()  # [B, C, h, w]
         return Prediction(x0=alpha * x - sigma * v, eps=sigma * x + alpha * v)

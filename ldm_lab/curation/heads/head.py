@@ -12,6 +12,7 @@ from ldm_lab.checkpoints.files import sha256
 from ldm_lab.checkpoints.formats import KINDS, part_config, recognise
 from ldm_lab.checkpoints.parts import find_weights, read_module, save_part
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Part
 
 Output = Literal["number", "probability"]
 UNSAID = {"embedder": "whose embeddings it takes", "activation": "what is between its layers"}
@@ -22,7 +23,7 @@ EXAMPLES = {
 NEARLY_UNIT = 1e-3  # a row's length may be off by this much after rounding to float16
 
 
-class Head(nn.Module):
+class Head(Part, nn.Module):
     """A predictor of one number.
 
     Attributes:
