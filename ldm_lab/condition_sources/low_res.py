@@ -41,9 +41,7 @@ class LowRes(ConditionSource):
 
     def from_batch(self, batch: Batch, x0: Tensor, generator: torch.Generator | None) -> Conditions:
         """Return {"low_res": [B, 3, H / scale_factor, W / scale_factor]} of a batch's images."""
-        if batch.get("image") is None:
-            raise UserError("data: an upsampler is trained on images, and a cache holds none")
-        return {"low_res": self.reduce(batch["image"], generator)}
+        return {"low_res": self.reduce(batch.require_image("train an upsampler"), generator)}
 
     def from_request(self, request: ConditionRequest) -> Conditions:
         """Return {"low_res": [B, 3, h, w]}, what is to be enlarged."""

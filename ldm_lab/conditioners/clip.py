@@ -25,12 +25,11 @@ from ldm_lab.conditioners.open_clip_config import (
     build_model,
     config_problems,
     download_pretrained,
-    first_line,
     quiet,
     resolve_config,
 )
 from ldm_lab.config import register
-from ldm_lab.errors import UserError
+from ldm_lab.errors import UserError, first_line
 from ldm_lab.interfaces import EmbeddingConditioner
 
 PREFIX = "clip."  # of open_clip's names in this module's state dict
@@ -181,5 +180,5 @@ class CLIP(EmbeddingConditioner):
                 )
         except FAILURES as error:
             raise UserError(
-                f"conditioner: the tokenizer {name or 'of CLIP'} is not available ({first_line(error)})"
+                f"conditioner: the tokenizer {name or 'of CLIP'} cannot be loaded ({first_line(error)})"
             ) from None

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm_lab.io.images import cover, opaque, to_tensor
+from ldm_lab.io.images import center_crop_to, flatten_alpha, to_tensor
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of images in [0, 1]; CLIP's
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -20,13 +20,13 @@ def normalize_pixels(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def cropped(side: int, image: Image.Image) -> Tensor:
-    """Return a Pillow image as [3, side, side] in [-1, 1] (`images.cover`)."""
-    return to_tensor(cover(image, side, side))  # [3, S, S]
+    """Return a Pillow image as [3, side, side] in [-1, 1] (`images.center_crop_to`)."""
+    return to_tensor(center_crop_to(image, side, side))  # [3, S, S]
 
 
 def transformed(transform: Callable[[Image.Image], Tensor], image: Image.Image) -> Tensor:
     """Return a Pillow image as open_clip's own transform makes it, [3, S, S]; transparent ones are laid over white."""
-    return transform(opaque(image))  # [3, S, S]
+    return transform(flatten_alpha(image))  # [3, S, S]
 
 
 class CLIPPreprocessing:

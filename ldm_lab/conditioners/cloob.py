@@ -95,7 +95,7 @@ class CLOOB(EmbeddingConditioner):
 
     @property
     def image_transform(self) -> Callable[[Image.Image], Tensor]:
-        """To [3, S, S] in [-1, 1] (see `images.cover`)."""
+        """To [3, S, S] in [-1, 1] (see `images.center_crop_to`)."""
         return partial(cropped, self.image_size)
 
     def tokenize(self, texts: Sequence[str], warn: bool = False) -> Tensor:

@@ -87,7 +87,7 @@ class GlideText(Conditioner):
 
     def from_batch(self, batch: Batch) -> Conditions:
         """Return the ids and mask of the batch's captions; the first caption that is cut gets a line in the log."""
-        return self.tokenize(batch["text"], warn="once")
+        return self.tokenize(batch.text, warn="once")
 
     def from_prompts(self, texts: Sequence[str], images: Sequence[Image.Image]) -> Conditions:
         """Return the ids and mask of texts; one that is too long is cut with a warning.

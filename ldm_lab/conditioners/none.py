@@ -28,7 +28,7 @@ class NoConditioner(Conditioner):
 
     def from_batch(self, batch: Batch) -> Conditions:
         """Return zeros, [B, D], for a batch of B samples."""
-        return {"embed": self.zeros.repeat(len(batch["key"]), 1)}  # [B, D]
+        return {"embed": self.zeros.repeat(len(batch), 1)}  # [B, D]
 
     def from_prompts(self, texts: Sequence[str], images: Sequence[Image.Image]) -> Conditions:
         """Return zeros, [n, D], for n prompts."""

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ldm_lab.clip_tokens import CLIP_VOCAB_SIZE
-from ldm_lab.errors import UserError
+from ldm_lab.errors import UserError, first_line
 
 HUB = "hf-hub:"
 CONFIG_FILE = "open_clip_config.json"  # as open_clip calls it in a repository or folder
@@ -232,8 +232,3 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         root.removeHandler(handler)
-
-
-def first_line(error: Exception) -> str:
-    """Return an exception's first line, not too long."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -34,7 +34,7 @@ from ldm_lab.interfaces import (
     is_upsampler,
 )
 from ldm_lab.io.images import to_images, to_tensor
-from ldm_lab.pretrained.resolve import check_foreign
+from ldm_lab.pretrained.resolve import check_untrusted
 from ldm_lab.prompts import Prompt, parse_prompt
 from ldm_lab.sampling.aesthetic import Aesthetic
 from ldm_lab.sampling.image_to_image import Later, Start, first_time
@@ -128,7 +128,7 @@ class Sampler:
         """Load a trained model with its averaged weights.
 
         Args:
-            path: `ema.safetensors`, a `.ckpt` of a run, or whatever else `ldm_lab.pretrained.resolve.locate` takes.
+            path: `ema.safetensors`, a `.ckpt` of a run, or whatever else `resolve_weights` takes.
             autoencoder: weights file of the autoencoder, if not where the checkpoint says.
             conditioner: weights file of the conditioner, if not where the checkpoint says.
             device: where to run.
@@ -226,7 +226,7 @@ class Sampler:
             start: a picture to begin with (image to image, inpainting).
             aesthetic: a rating that the texts' embeddings are led to; the negative's is not.
             low_res: what an upsampler is to enlarge, one for each image: pictures of one size, or [N, 3, h, w] in
-                [-1, 1] (see `ldm_lab.io.images.quantised`).
+                [-1, 1] (see `ldm_lab.io.images.round_to_uint8`).
             temperature: factor of the noise that sampling starts from.
             clamp: keep the clean estimate of every step within [-1, 1]; by default so for models of pixels.
             clip_guidance: make images more like their texts in the eyes of a noised CLIP; models of pixels only.
@@ -721,7 +721,7 @@ def _load_frozen(role: str, section: dict[str, Any], moved: str | Path | None, t
         section = {**section, "weights": moved}
     try:
         if moved is None:
-            check_foreign(section.get("weights"), f"{role}.weights")
+            check_untrusted(section.get("weights"), f"{role}.weights")
         part = load_part(role, section)
         if weights_path(role, section) is None and any(True for _ in part.parameters()):
             raise UserError("the file does not say where its weights are")

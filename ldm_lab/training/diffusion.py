@@ -85,17 +85,15 @@ class DiffusionTask(Task):
     def encode(self, batch: Batch) -> tuple[Tensor, Conditions]:
         """Return posterior samples of the latents, [B, C, h, w], and what the conditioner gives, name -> [B, ...].
 
-        A cached batch brings moments of the latents, and embeddings, instead of images.
+        A cached batch brings moments of the latents, and conditions, instead of images.
         """
         with torch.autocast(self.device.type, enabled=False):  # the frozen parts stay in fp32
-            if "mean" in batch:
-                mean, logvar = batch["mean"].float(), batch["logvar"].float()  # [B, C, h, w] each
+            if batch.mean is not None:
+                mean, logvar = batch.mean.float(), batch.logvar.float()  # [B, C, h, w] each
             else:
-                mean, logvar = self.autoencoder.moments(batch["image"])  # [B, C, h, w] each
+                mean, logvar = self.autoencoder.moments(batch.image)  # [B, C, h, w] each
             x0 = self.autoencoder.sample(mean, logvar, torch.randn_like(mean))  # [B, C, h, w]
-            if "embed" in batch:
-                return x0, {"embed": batch["embed"].float()}  # [B, D]
-            return x0, self.conditioner.from_batch(batch)
+            return x0, dict(batch.conditions) or self.conditioner.from_batch(batch)
 
     @torch.no_grad()
     def from_sources(self, batch: Batch, x0: Tensor) -> Conditions:

@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 from ldm_lab import ema
 from ldm_lab.autoencoders.kl_f8 import split_moments
-from ldm_lab.checkpoints import ccld
+from ldm_lab.checkpoints.formats import ccld
 from ldm_lab.config import build
-from ldm_lab.data.transforms import fit
-from ldm_lab.io.images import to_tensor
+from ldm_lab.interfaces import Batch
+from ldm_lab.io.images import resize_and_crop, to_tensor
 from ldm_lab.training.diffusion import DiffusionTask
 from ldm_lab.training.infoloob import CLOOBLoss, retrieve
 from ldm_lab.training.scale import latent_scale
@@ -64,7 +64,8 @@ def test_training_step(case, tmp_path, monkeypatch):
     monkeypatch.setattr(task.objective, "loss", loss_watched)
 
     mean, logvar = split_moments(given["moments"])  # [B, C, h, w] each
-    batch = {"mean": mean, "logvar": logvar, "embed": given["embed"], "key": [""] * len(mean)}
+    names = [""] * len(mean)
+    batch = Batch(names, names, mean=mean, logvar=logvar, conditions={"embed": given["embed"]})
     loss = task.training_step(batch, 0)
     loss.backward()
     recorded.check("latents", seen["latents"])
@@ -127,7 +128,7 @@ def train_image(image: dict, side: int) -> Tensor:
     levels = (127.5 + 127.5 * torch.sin(x / f0) * torch.cos(y / f1 + channel * f2)).floor().to(torch.uint8)  # [H, W, 4]
     # The original drops transparency, ours lays it over white: only the resize and the crop are compared.
     picture = Image.fromarray(levels.numpy(), "RGBA").convert("RGB")
-    return (to_tensor(fit(picture, 8 * side))[:, ::8, ::8] + 1) / 2  # [3, side, side]
+    return (to_tensor(resize_and_crop(picture, 8 * side))[:, ::8, ::8] + 1) / 2  # [3, side, side]
 
 
 def test_cloob_loss(case):
