@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from glide_networks import glide_network
-from ldm_lab.training.low_res import shrink
 from PIL import Image
 from recorded import Case
 from test_recorded_diffusion import kept, objective_of
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ldm_lab.autoencoders.identity import IdentityAutoencoder
 from ldm_lab.condition_sources import build_sources
+from ldm_lab.condition_sources.low_res import shrink
 from ldm_lab.conditioners.glide_text import GlideText, gpt2_encoding
 from ldm_lab.io.images import round_to_uint8, to_images, to_tensor
 from ldm_lab.sampling import Sampler
