@@ -7,7 +7,7 @@ from tiny_glide import conditions
 from ldm_lab.config import build
 from ldm_lab.denoisers.glide_unet import GlideUNet
 from ldm_lab.errors import UserError
-from ldm_lab.objectives.eps_hybrid import EpsHybrid
+from ldm_lab.schedules import Discrete
 
 TINY = {
     "base_channels": 32, "multipliers": [1, 2], "blocks_per_level": 1, "attention": [2], "head_width": 16,
@@ -110,15 +110,15 @@ def test_time_text_and_conditions_matter():
 def test_times_of_the_grid_are_whole_timesteps():
     net = tiny()
     for steps in (100, 1000, 4000):
-        objective = EpsHybrid(timesteps=steps)
+        schedule = Discrete("squaredcos_cap_v2", steps)
         seen = []
         net.time_embed[0].register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
         index = torch.arange(steps)
-        net.time_embedding(objective.denoiser_time(net, ((index + 1) / steps).float()))
+        net.time_embedding(schedule.time(((index + 1) / steps).float(), net.time_input))
         angle = index.float()[:, None] * torch.exp(-torch.arange(16) * torch.tensor(10_000.0).log() / 16)
         torch.testing.assert_close(seen[0], torch.cat([angle.cos(), angle.sin()], dim=1), rtol=0, atol=2e-4)
         assert torch.equal(seen[0][:, 0], index.float().cos()), "a float32 t gives the timestep itself"
-        net.time_embedding(objective.denoiser_time(net, torch.tensor([(3.5 + 1) / steps])))
+        net.time_embedding(schedule.time(torch.tensor([(3.5 + 1) / steps]), net.time_input))
         torch.testing.assert_close(seen[1][0, 0], torch.tensor(3.5).cos(), rtol=0, atol=3e-4)
 
 

@@ -27,7 +27,7 @@ from ldm_lab.interfaces import (
 )
 from ldm_lab.training.logs import say
 from ldm_lab.training.task import Task
-from ldm_lab.training.timesteps import TIMESTEPS
+from ldm_lab.training.timesteps import TIMESTEP_SAMPLERS
 
 DROPOUT = 0.2  # share of conditions that are dropped unless the config says otherwise (cloob-latent-diffusion's)
 NEARLY = 0.01  # relative difference of two latent stds that is not worth a line
@@ -76,7 +76,7 @@ class DiffusionTask(Task):
         conditions |= self.from_sources(batch, x0)
         t = self.timesteps(self.batches_seen, len(x0)).to(x0)  # [B]
         noise = torch.randn_like(x0)  # [B, C, h, w]
-        terms = self.objective.terms(self.model, x0, conditions, t, noise)  # {"loss": [B], ...}
+        terms = self.objective.loss_terms(self.model, x0, conditions, t, noise)  # {"loss": [B], ...}
         self.log_means({name: term.mean() for name, term in terms.items()}, len(x0))
         self.log_by_time(terms["loss"], t)
         return terms["loss"].mean()
@@ -138,8 +138,8 @@ class DiffusionTask(Task):
         for role, checksum in self.frozen_sha256.items():
             if made_with.get(role, checksum) != checksum:
                 raise UserError(f"data.path: this cache was made with another {role} than {role}.weights")
-        draw = TIMESTEPS[self.objective.draw]
-        self.timesteps = draw(self.seed, self.global_rank, self.trainer.world_size)
+        timestep_sampler = TIMESTEP_SAMPLERS[self.objective.timestep_sampler]
+        self.timesteps = timestep_sampler(self.seed, self.global_rank, self.trainer.world_size)
 
     def initial_weights(self, path: str) -> tuple[dict[str, Tensor], str]:
         loaded, state, extra = read_model(path)
