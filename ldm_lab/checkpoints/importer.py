@@ -23,8 +23,9 @@ from typing import ClassVar, NamedTuple, TypeVar
 from torch import Tensor
 
 from ldm_lab.checkpoints.opened import OpenedFile, Shapes, TensorInfo, open_weights
-from ldm_lab.config import check_section
+from ldm_lab.config import MAPPINGS, check_mapping, check_section
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import ConditionSpec
 from ldm_lab.io.json_files import Json
 from ldm_lab.pretrained.resolve import resolve_weights
 
@@ -71,11 +72,25 @@ class DenoiserShape(NamedTuple):
 
     Attributes:
         channels: C of the latents.
-        embed_dim: width of the embeddings, or size of the vocabulary.
+        conditions: what it is told beside x and the time.
     """
 
     channels: int
-    embed_dim: int
+    conditions: ConditionSpec
+
+
+class LoadedDenoiser(NamedTuple):
+    """A denoiser out of another program's file.
+
+    Attributes:
+        state: its weights, on the CPU.
+        options: those that the shapes tell.
+        shape: what it was constructed with beside them.
+    """
+
+    state: dict[str, Tensor]
+    options: Section
+    shape: DenoiserShape
 
 
 class Importer:
@@ -154,7 +169,7 @@ class Importer:
         """
         raise UserError(f"{file.path}: not a trained model: it is {self.title}")
 
-    def denoiser_shape(self, file: OpenedFile) -> DenoiserShape | None:
+    def denoiser_shape(self, file: OpenedFile, ema: bool) -> DenoiserShape | None:
         """Return what another program's denoiser was constructed with; None where the file's config tells it."""
         return None
 
@@ -262,9 +277,13 @@ def config_problems(config: Json) -> list[str]:
     task = config.get("task", "diffusion")
     if not isinstance(task, str):
         return [f"config.task: text is needed, not {str(task)[:100]!r}"]
-    return [
+    problems = [
         problem
         for role in MODEL_ROLES
         if role in config
         for problem in check_section(role, config[role], f"config.{role}")
     ]
+    for key, role in MAPPINGS.items():
+        if config.get(key) is not None:
+            problems += check_mapping(role, config[key], f"config.{key}")
+    return problems

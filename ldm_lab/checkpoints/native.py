@@ -45,7 +45,7 @@ def save_part(
         module: the part; its class is registered.
         section: its config section, of which the keys of its architecture are stored.
         extra: further text metadata, such as what was measured.
-        dtype: of the stored weights; float16 halves the file. Single numbers, such as the latent scale, stay exact.
+        dtype: of the stored weights; float16 halves the file. Single numbers, such as the latent std, stay exact.
     """
     role, name = module.part_role, module.part_name
     architecture = {key: value for key, value in section.items() if key not in ("name", *USE_KEYS.get(role, {}))}

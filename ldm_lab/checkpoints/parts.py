@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ldm_lab.checkpoints.importer import DetectedFile, LoadedPart, Section, detect_format, find_weights, importers_of
 from ldm_lab.config import USE_KEYS, build, part_class
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Autoencoder
 from ldm_lab.io.atomic import sha256
 
 
@@ -17,7 +18,7 @@ def load_part(role: str, section: Mapping, read_weights: bool = True) -> nn.Modu
     Args:
         role: "autoencoder" or "conditioner".
         section: its config section. With `weights`, the file's own architecture is used, and keys given here must
-            agree with it. `scale` (autoencoder) replaces the stored latent scale.
+            agree with it. `latent_mean` and `latent_std` (autoencoder) replace the stored ones.
         read_weights: False builds the architecture alone (on the meta device, for counting).
 
     Raises:
@@ -26,8 +27,8 @@ def load_part(role: str, section: Mapping, read_weights: bool = True) -> nn.Modu
     options = {key: value for key, value in section.items() if key not in USE_KEYS[role]}
     path = weights_path(role, section) if read_weights else None
     module = build(role, options) if path is None else load_module(role, options, detect_format(path))[0]
-    if section.get("scale") is not None:
-        module.scale.fill_(section["scale"])
+    if isinstance(module, Autoencoder):
+        module.set_latent_statistics(section.get("latent_mean"), section.get("latent_std"))
     return module.eval().requires_grad_(False)
 
 
@@ -48,16 +49,14 @@ def load_module(role: str, overrides: Mapping, found: DetectedFile) -> tuple[nn.
             raise UserError(f"{role}.{key}: {value!r} is asked for, but {found.path} holds {config[key]!r}")
     section = Section({**config, **overrides})
     module = build(role, section)
-    if hasattr(module, "renamed"):  # a part that knows under which names its weights are published
-        state = module.renamed(state)
-    load_strictly(module, state, found.path)
+    load_strictly(module, module.convert_state_dict(state), found.path)
     return module, section
 
 
 def weights_path(role: str, section: Mapping) -> Path | None:
     """Return the file with the weights of a config section, or None if there is none and its part is as initialised.
 
-    A class with `published(section) -> Path` knows where its weights are published; it downloads them if need be.
+    A class may know where the weights are published, and download them (`Part.pretrained_path`).
 
     Raises:
         UserError: no such file, no such part, or the download failed.
@@ -67,7 +66,7 @@ def weights_path(role: str, section: Mapping) -> Path | None:
     cls = part_class(role, section)
     if section.get("weights"):
         return find_weights(section["weights"])
-    return cls.published(section) if hasattr(cls, "published") else None
+    return cls.pretrained_path(section)
 
 
 def read_part(found: DetectedFile | str | Path, role: str, name: str) -> LoadedPart:

@@ -27,6 +27,7 @@ from ldm_lab.checkpoints.native import NOT_FACTS, part_config, save_model, save_
 from ldm_lab.checkpoints.parts import check_strictly, load_module, load_strictly
 from ldm_lab.config import build, options, part_class
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Autoencoder
 
 ROLES = ("autoencoder", "conditioner")
 
@@ -98,9 +99,9 @@ def _write_part(args: argparse.Namespace, found: DetectedFile, part: Part, out: 
     """Write a part, and say so."""
     module, role, name = part.module, part.module.part_role, part.config["name"]
     if args.scale is not None:
-        if role != "autoencoder":
+        if not isinstance(module, Autoencoder):
             raise UserError(f"--scale: is for autoencoders, {args.source} has the {role} {name}")
-        module.scale.fill_(args.scale)
+        module.latent_std.fill_(args.scale)
     if args.format == "diffusers":
         if name != "kl_f8":
             raise UserError(f"--format diffusers: is for autoencoders of kl_f8's kind, this is a {role}")
@@ -110,9 +111,9 @@ def _write_part(args: argparse.Namespace, found: DetectedFile, part: Part, out: 
         save_part(out, module, part.config, part.facts, dtype)
     count = sum(value.numel() for value in module.parameters())
     print(f"{out}: the {role} {name} of {count:,} parameters, from {found.title}")
-    if role == "autoencoder":
-        hint = "" if float(module.scale) != 1 else "; `python -m ldm_lab scale` measures it, --scale X sets it"
-        print(f"latent scale {float(module.scale):g}{hint}")
+    if isinstance(module, Autoencoder):
+        hint = "" if float(module.latent_std) != 1 else "; `python -m ldm_lab scale` measures it, --scale X sets it"
+        print(f"latent std {float(module.latent_std):g}{hint}")
 
 
 def _check_out(args: argparse.Namespace, out: Path) -> None:
@@ -190,7 +191,7 @@ def _write_model(args: argparse.Namespace, found: DetectedFile, out: Path, dtype
     problems = config_problems(config)
     if problems:
         raise UserError(f"{found.path}: {problems[0]}")
-    shape = found.importer.denoiser_shape(found.file)
+    shape = found.importer.denoiser_shape(found.file, not args.raw)
     if shape is not None:
         with torch.device("meta"):
             network = build("denoiser", config["denoiser"], *shape)

@@ -23,7 +23,7 @@ from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import sha256
 from ldm_lab.io.json_files import Json
 
-NOT_PARAMETERS = ("scale", "autoencoder_scale")  # buffers with the latent scale
+NOT_PARAMETERS = ("latent_mean", "latent_std", "autoencoder_scale")  # buffers with the statistics of latents
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ It is no conditioner: a sampler asks it, step by step, in which direction an ima
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -141,7 +142,8 @@ class ImageInput(nn.Module):
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
         """Return [B, L, w] for x [B, 3, S, S], about in [-1, 1], and timesteps [B]."""
         pixels = ((x + 1) * 127.5 - self.mean) / self.std  # [B, 3, S, S]
-        patches = F.conv2d(pixels, self.patch_proj, stride=self.patch_size).flatten(2).transpose(1, 2)  # [B, L - 1, w]
+        patches = F.conv2d(pixels, self.patch_proj, stride=self.patch_size)  # [B, w, S / patch_size, S / patch_size]
+        patches = rearrange(patches, "b w h_p w_p -> b (h_p w_p) w")  # [B, L - 1, w]
         return self.ln(torch.cat([self.w_t[index][:, None], patches], dim=1) + self.w_pos)  # [B, L, w]
 
 
@@ -172,9 +174,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return [B, L, w] for x [B, L, w]."""
         x = self.ln(x)  # [B, L, w]
-        q, k, v = (f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.f_q, self.f_k, self.f_v))
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # [B, H, L, d]
-        return self.f_c(attended.transpose(1, 2).flatten(2))  # [B, L, w]
+        q, k, v = (rearrange(f(x), "b l (n d) -> b n l d", n=self.heads) for f in (self.f_q, self.f_k, self.f_v))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # [B, heads, L, d]
+        return self.f_c(rearrange(attended, "b n l d -> b l (n d)"))  # [B, L, w]
 
 
 class MLP(nn.Module):

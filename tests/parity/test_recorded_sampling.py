@@ -107,8 +107,8 @@ def run_sampler(recorded, method: str, how: dict, steps: int) -> None:
 def test_guidance(case, tmp_path):
     recorded = case("ccld_cfg")
     torch.save(recorded.weights(), tmp_path / "unet.pth")
-    state, config, extra = ccld.unet(open_weights(tmp_path / "unet.pth").read(), "unet.pth")
-    net = CCLDUNet(extra["channels"], extra["embed_dim"], **config)
+    state, config, shape = ccld.unet(open_weights(tmp_path / "unet.pth").read(), "unet.pth")
+    net = CCLDUNet(*shape, **config)
     net.load_state_dict(state)
     objective = VCosine()
     x, t = recorded.inputs["x"], recorded.inputs["t"]

@@ -20,14 +20,14 @@ def test_training_step(case, tmp_path, monkeypatch):
     recorded = case("ccld_train")
     given, optimizer_config = recorded.inputs, recorded.json["optimizer"]
     torch.save(recorded.weights(), tmp_path / "unet.pth")
-    state, config, extra = ccld.unet(open_weights(tmp_path / "unet.pth").read(), "unet.pth")
+    state, config, shape = ccld.unet(open_weights(tmp_path / "unet.pth").read(), "unet.pth")
     task = DiffusionTask(
         {
             "task": "diffusion",
             "data": {},
             "autoencoder": {"name": "kl_f8", "ch": 32, "ch_mult": [1], "num_res_blocks": 1,
-                            "embed_dim": extra["channels"], "scale": recorded.config["autoencoder_scale"]},
-            "conditioner": {"name": "none", "embed_dim": extra["embed_dim"]},
+                            "embed_dim": shape.channels, "latent_std": recorded.config["autoencoder_scale"]},
+            "conditioner": {"name": "none", "embed_dim": shape.conditions["embed"].width},
             "denoiser": {"name": "ccld_unet", **config},
             "objective": {"name": "v_cosine"},
             "optim": {key: optimizer_config[key] for key in ("lr", "weight_decay", "betas", "eps")},

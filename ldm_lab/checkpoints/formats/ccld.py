@@ -4,7 +4,6 @@ latter."""
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -12,15 +11,17 @@ from ldm_lab.checkpoints.formats import cloob_pickle, compvis
 from ldm_lab.checkpoints.importer import (
     DenoiserShape,
     Importer,
+    LoadedDenoiser,
     LoadedModel,
     LoadedPart,
     Section,
     config_problems,
     register_importer,
 )
-from ldm_lab.checkpoints.opened import OpenedFile, TensorInfo
+from ldm_lab.checkpoints.opened import OpenedFile, Shapes, TensorInfo
 from ldm_lab.checkpoints.third_party import strip_prefix
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Embedding
 
 MAPPING_FEATURES, PIXEL_FEATURES = 128, 16  # Fourier features of t beside the embedding, and beside the latent
 FIRST = "net.0.main.0.weight"
@@ -29,20 +30,15 @@ FROZEN = {"autoencoder": "ae_model.", "conditioner": "cloob."}  # role -> prefix
 IMAGE_SIZE, DROPOUT = 256, 0.2  # fixed in the original's programs
 
 
-def unet(
-    tensors: dict[str, Tensor], path: str | Path, ema: bool = True
-) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """Return `(state_dict, config, extra)` of a CCLD U-Net.
+def unet(tensors: dict[str, Tensor], path: str | Path, ema: bool = True) -> LoadedDenoiser:
+    """Return a CCLD U-Net: the tensors that `CCLDUNet` loads strictly, and its options read off the shapes.
+
+    But for `head_width`, of which nothing else than 64 was ever used.
 
     Args:
         tensors: a flat state dict (what the original samples from), or that of a Lightning checkpoint of its training.
         path: where they are from, for messages.
         ema: of a training checkpoint, take the averaged weights (`model_ema.`); else the raw ones (`model.`).
-
-    Returns:
-        The tensors that `CCLDUNet` loads strictly. Its keyword arguments, read off the shapes, but for `head_width`,
-        of which nothing else than 64 was ever used. Extra: `autoencoder_scale`, the latent scale that the U-Net was
-        trained with, or None; `channels` and `embed_dim`, the positional arguments.
 
     Raises:
         UserError: not such a U-Net.
@@ -54,21 +50,22 @@ def unet(
         state = strip_prefix(tensors, wanted)
     else:
         raise UserError(f"{path}: not a CCLD U-Net: neither {FIRST!r} nor {wanted + FIRST!r} is in it")
-    scale = state.pop("autoencoder_scale", tensors.get("scale_factor"))
+    state.pop("autoencoder_scale", None)
     try:
-        config = infer_config(state)
+        options = infer_config(state)
         channels = state[FIRST].shape[1] - PIXEL_FEATURES
         embed_dim = state["mapping.0.main.0.weight"].shape[1] - MAPPING_FEATURES
     except (KeyError, IndexError) as error:
         raise UserError(f"{path}: not a complete CCLD U-Net ({error} is missing or misshapen)") from None
+    return LoadedDenoiser(state, options, DenoiserShape(channels, {"embed": Embedding(embed_dim)}))
+
+
+def latent_std(tensors: dict[str, Tensor], path: str | Path) -> float | None:
+    """Return that of the autoencoder with which a U-Net was trained; None if the file does not say it."""
+    scale = tensors.get("autoencoder_scale", tensors.get("scale_factor"))
     if scale is not None and scale.numel() != 1:
         raise UserError(f"{path}: its autoencoder_scale is no number but a tensor of {list(scale.shape)}")
-    extra = {
-        "autoencoder_scale": None if scale is None else float(scale),
-        "channels": channels,
-        "embed_dim": embed_dim,
-    }
-    return state, config, extra
+    return None if scale is None else float(scale)
 
 
 def model(tensors: dict[str, Tensor], path: str | Path, ema: bool = True) -> LoadedModel:
@@ -77,15 +74,16 @@ def model(tensors: dict[str, Tensor], path: str | Path, ema: bool = True) -> Loa
     A sampling checkpoint does not say what its autoencoder and its CLOOB were: these sections lack `weights`. A
     training checkpoint holds both, so that their `weights` are the file itself.
     """
-    state, architecture, facts = unet(tensors, path, ema)
+    state, options, _ = unet(tensors, path, ema)
     within = {role: any(n.startswith(prefix) for n in tensors) for role, prefix in FROZEN.items()}
     weights = {role: {"weights": str(path)} if there else {} for role, there in within.items()}
-    scale = {} if facts["autoencoder_scale"] is None else {"scale": facts["autoencoder_scale"]}
+    std = latent_std(tensors, path)
+    latents = {} if std is None else {"latent_std": std}
     config = {
         "task": "diffusion",
-        "autoencoder": {"name": "kl_f8", **weights["autoencoder"], **scale},
+        "autoencoder": {"name": "kl_f8", **weights["autoencoder"], **latents},
         "conditioner": {"name": "cloob", **weights["conditioner"], "dropout": DROPOUT},
-        "denoiser": {"name": "ccld_unet", **architecture},
+        "denoiser": {"name": "ccld_unet", **options},
         "objective": {"name": "v_cosine"},
     }
     return LoadedModel(Section(config), state, {"image_size": str(IMAGE_SIZE)})
@@ -100,7 +98,7 @@ def cloob(tensors: dict[str, Tensor], path: str | Path) -> LoadedPart:
         raise UserError(f"{path}: no complete CLOOB in it ({error} is missing or misshapen)") from None
 
 
-def infer_config(state: dict[str, Tensor]) -> dict[str, Any]:
+def infer_config(state: Shapes) -> Section:
     """Return the keyword arguments of `CCLDUNet` that follow from the shapes.
 
     Only the products of base_channels and multipliers are in a file; 4 is divided out, as the original has it.
@@ -113,15 +111,15 @@ def infer_config(state: dict[str, Tensor]) -> dict[str, Any]:
         prefix += f"{2 * blocks + 1}.main."  # after the pooling and the blocks on the way down
     common = math.gcd(*widths)
     base = common // 4 if common % 4 == 0 else common
-    return {
-        "base_channels": base,
-        "multipliers": [width // base for width in widths],
-        "blocks_per_level": blocks,
-        "mapping_width": state["mapping.0.main.0.weight"].shape[0],
-    }
+    return Section(
+        base_channels=base,
+        multipliers=[width // base for width in widths],
+        blocks_per_level=blocks,
+        mapping_width=state["mapping.0.main.0.weight"].shape[0],
+    )
 
 
-def _top_entries(state: dict[str, Tensor]) -> int:
+def _top_entries(state: Shapes) -> int:
     return 1 + max(
         int(name.split(".")[1]) for name in state if name.startswith("net.") and name.split(".")[1].isdigit()
     )
@@ -148,10 +146,9 @@ class _CCLD(Importer):
         """Return the model; nothing of it is left to be said."""
         return model(file.read(), file.path, ema)
 
-    def denoiser_shape(self, file: OpenedFile) -> DenoiserShape:
-        """Return channels and width of the embeddings."""
-        facts = unet(file.read(), file.path)[2]
-        return DenoiserShape(facts["channels"], facts["embed_dim"])
+    def denoiser_shape(self, file: OpenedFile, ema: bool) -> DenoiserShape:
+        """Return channels and conditions."""
+        return unet(file.read(), file.path, ema).shape
 
 
 @register_importer

@@ -49,7 +49,7 @@ class CompVisAutoencoder(Importer):
 
 
 def autoencoder(file: OpenedFile) -> LoadedPart:
-    """Return the autoencoder in a file: the tensors under CompVis's names, and `scale`, 1 if the file does not say it.
+    """Return the autoencoder in a file: the tensors under CompVis's names, and `latent_std`, 1 if it does not say it.
 
     A YAML of the same name beside the file, or with it in the zip, is compared with what the shapes say.
 
@@ -73,7 +73,8 @@ def autoencoder(file: OpenedFile) -> LoadedPart:
         raise UserError(f"{shown}: its scale_factor is no number but a tensor of {list(factor.shape)}")
     scale = 1.0 if factor is None else float(factor)
     # CompVis's latent diffusion multiplies by its scale_factor, CCLD divides.
-    state["scale"] = torch.tensor(1 / scale if prefix == "first_stage_model." else scale)  # []
+    state["latent_std"] = torch.tensor(1 / scale if prefix == "first_stage_model." else scale)  # []
+    state["latent_mean"] = torch.tensor(0.0)  # []
     return LoadedPart(state, Section(name="kl_f8", **config))
 
 

@@ -82,10 +82,10 @@ class DiffusersVAE(Importer):
 
 
 def vae(tensors: dict[str, Tensor], path: Path) -> LoadedPart:
-    """Return the autoencoder under `KLAutoencoder`'s names, with its latent scale.
+    """Return the autoencoder under `KLAutoencoder`'s names, with its `latent_std`.
 
-    The scale is 1 / scaling_factor: diffusers multiplies by its factor, we divide by the scale. A file without a config
-    does not say it (0.18215 is that of Stable Diffusion 1.x and 2.x, 0.13025 that of XL), and the scale is 1 then.
+    That is 1 / scaling_factor: diffusers multiplies by its factor, we divide. A file without a config does not say it
+    (0.18215 is that of Stable Diffusion 1.x and 2.x, 0.13025 that of XL), and it is 1 then.
 
     Args:
         tensors: by diffusers' names.
@@ -108,7 +108,8 @@ def vae(tensors: dict[str, Tensor], path: Path) -> LoadedPart:
         if MATRIX.search(name) and value.ndim == 2:
             state[name] = value[:, :, None, None]  # [c, c, 1, 1]
     factor = loaded.get("scaling_factor")
-    state["scale"] = torch.tensor(1.0 if factor is None else 1.0 / factor)  # []
+    state["latent_std"] = torch.tensor(1.0 if factor is None else 1.0 / factor)  # []
+    state["latent_mean"] = torch.tensor(0.0)  # []
     return LoadedPart(state, Section(name="kl_f8", **config))
 
 
@@ -258,17 +259,19 @@ def write(path: str | Path, state: dict[str, Tensor], config: Section) -> None:
 
     Args:
         path: the folder; one that is there is replaced.
-        state: `KLAutoencoder`'s state dict, `scale` included; its dtype is kept.
+        state: `KLAutoencoder`'s state dict, `latent_mean` and `latent_std` included; its dtype is kept.
         config: all of its keyword arguments.
 
     Raises:
         UserError: an architecture that diffusers cannot express, or a folder that cannot be written.
     """
-    exported = export_config(config, 1.0 / float(state["scale"]))
+    if float(state["latent_mean"]) != 0:
+        raise UserError("latent_mean: diffusers' config has no such number, and this autoencoder's is not 0")
+    exported = export_config(config, 1.0 / float(state["latent_std"]))
     levels = len(config["ch_mult"])
     tensors = {}
     for name, value in state.items():
-        if name == "scale":
+        if name in ("latent_mean", "latent_std"):
             continue
         is_matrix = MATRIX.search(name)
         tensors[diffusers_name(name, levels)] = value[:, :, 0, 0] if is_matrix else value  # [c, c] of [c, c, 1, 1]

@@ -12,6 +12,7 @@ from ldm_lab.checkpoints.importer import detect_format
 from ldm_lab.checkpoints.native import part_config, save_part
 from ldm_lab.checkpoints.parts import load_module
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Part
 from ldm_lab.io.atomic import sha256
 
 Output = Literal["number", "probability"]
@@ -23,7 +24,7 @@ EXAMPLES = {
 NEARLY_UNIT = 1e-3  # a row's length may be off by this much after rounding to float16
 
 
-class Head(nn.Module):
+class Head(Part, nn.Module):
     """A predictor of one number.
 
     Attributes:
