@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ldm_lab.checkpoints.embedders import describe, embedder_of
 from ldm_lab.checkpoints.importer import detect_format
-from ldm_lab.checkpoints.parts import load_part, weights_path
+from ldm_lab.checkpoints.parts import has_weights, load_part
 from ldm_lab.config import check_section, part_class, parts
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import EmbeddingConditioner
@@ -33,7 +33,7 @@ class Encoder(nn.Module):
             UserError: no weights, or what `load_part` raises.
         """
         super().__init__()
-        if weights_path("conditioner", section) is None:
+        if not has_weights("conditioner", section):
             raise UserError("clip.weights: has to be given, a file with trained weights")
         self.embedder = embedder_of(section)
         self.conditioner: EmbeddingConditioner = load_part("conditioner", section)

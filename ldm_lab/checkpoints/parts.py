@@ -18,7 +18,8 @@ def load_part(role: str, section: Mapping, read_weights: bool = True) -> nn.Modu
     Args:
         role: "autoencoder" or "conditioner".
         section: its config section. With `weights`, the file's own architecture is used, and keys given here must
-            agree with it. `latent_mean` and `latent_std` (autoencoder) replace the stored ones.
+            agree with it. Without, a part may find its weights itself (`Part.pretrained_path`) or bring them along
+            (`Part.load_pretrained`). `latent_mean` and `latent_std` (autoencoder) replace the stored ones.
         read_weights: False builds the architecture alone (on the meta device, for counting).
 
     Raises:
@@ -26,7 +27,12 @@ def load_part(role: str, section: Mapping, read_weights: bool = True) -> nn.Modu
     """
     options = {key: value for key, value in section.items() if key not in USE_KEYS[role]}
     path = weights_path(role, section) if read_weights else None
-    module = build(role, options) if path is None else load_module(role, options, detect_format(path))[0]
+    if path is not None:
+        module, _ = load_module(role, options, detect_format(path))
+    else:
+        module = build(role, options)
+        if read_weights:
+            module.load_pretrained()
     if isinstance(module, Autoencoder):
         module.set_latent_statistics(section.get("latent_mean"), section.get("latent_std"))
     return module.eval().requires_grad_(False)
@@ -142,7 +148,19 @@ def load_fitting(module: nn.Module, state: dict[str, Tensor], path: str | Path) 
     return missing + other + [f"{name} of the file is not of this architecture" for name in state if name not in own]
 
 
+def has_weights(role: str, section: Mapping) -> bool:
+    """Return whether a part has trained weights: in a file that its config names, or brought along."""
+    return weights_path(role, section) is not None or (
+        bool(section) and part_class(role, section).weights_identity(dict(section)) is not None
+    )
+
+
 def weights_sha256(role: str, section: Mapping) -> str | None:
-    """Return the checksum of the file with the weights of a config section (see `weights_path`), None without one."""
+    """Return the checksum of the file with a part's weights (see `weights_path`).
+
+    Of a part that brings its own along it is what pins them (`Part.weights_identity`); None if it is as initialized.
+    """
     path = weights_path(role, section)
-    return None if path is None else sha256(path)
+    if path is not None:
+        return sha256(path)
+    return part_class(role, section).weights_identity(dict(section)) if section else None
