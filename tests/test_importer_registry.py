@@ -8,7 +8,7 @@ import pytest
 import safetensors
 import torch
 from safetensors.torch import save_file
-from tiny import AUTOENCODER, DENOISER
+from tiny import AUTOENCODER, DENOISER, embedding
 
 from ldm_lab.checkpoints import files, importer, opened, released_zip
 from ldm_lab.checkpoints.importer import detect_format, importers
@@ -106,7 +106,7 @@ def test_commands_open_a_file_once(tmp_path, released, counted, program, file, c
 
 
 def test_a_model_is_opened_once(tmp_path, counted):
-    state = build("denoiser", DENOISER, 3, 0).state_dict()
+    state = build("denoiser", DENOISER, 3, embedding(8)).state_dict()
     save_model(tmp_path / "ema.safetensors", state, {"denoiser": DENOISER}, {"step": "3"})
     torch.save(state, tmp_path / "unet.pth")
     for file, expected in (("ema.safetensors", "safe_open"), ("unet.pth", "torch.load")):
