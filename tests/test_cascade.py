@@ -54,7 +54,7 @@ def test_small_and_large_pictures_of_each_prompt(base, upsampler, monkeypatch):
         assert small.info["seed"] == large.info["seed"] == seed
     assert len(seen) == 3
     for call in seen:  # no guidance: each prompt once, on what the base made, in whole levels
-        assert len(call["x"]) == 2 and call["mask"].any(dim=1).all()
+        assert len(call["x"]) == 2 and call["token_ids_mask"].any(dim=1).all()
         given = torch.stack([to_tensor(small) for small, _ in pairs])
         assert torch.allclose(call["low_res"], given, atol=1e-6)
 
