@@ -143,16 +143,10 @@ class ImageInput(nn.Module):
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
         """Return [B, L, w] for x [B, 3, S, S], about in [-1, 1], and timesteps [B]."""
         pixels = ((x + 1) * 127.5 - self.mean) / self.std  # [B, 3, S, S]
-<<<<<<< HEAD
-        patches = F.conv2d(pixels, self.patch_proj, stride=self.patch_size)  # [B, w, S / patch_size, S / patch_size]
-        patches = rearrange(patches, "b w h_p w_p -> b (h_p w_p) w")  # [B, L - 1, w]
-        return self.ln(torch.cat([self.w_t[index][:, None], patches], dim=1) + self.w_pos)  # [B, L, w]
-=======
         patches = F.conv2d(pixels, self.patch_proj, stride=self.patch_size)  # [B, w, S / p, S / p]
         rows = torch.cat([self.w_t[index][:, None], rearrange(patches, "b w i j -> b (i j) w")], dim=1)  # [B, L, w]
         normalized: Tensor = self.ln(rows + self.w_pos)  # [B, L, w]
         return normalized
->>>>>>> main
 
 
 class Block(nn.Module):
@@ -183,16 +177,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return [B, L, w] for x [B, L, w]."""
         x = self.ln(x)  # [B, L, w]
-<<<<<<< HEAD
-        q, k, v = (rearrange(f(x), "b l (n d) -> b n l d", n=self.heads) for f in (self.f_q, self.f_k, self.f_v))
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # [B, heads, L, d]
-        return self.f_c(rearrange(attended, "b n l d -> b l (n d)"))  # [B, L, w]
-=======
         q, k, v = (rearrange(f(x), "b l (h d) -> b h l d", h=self.heads) for f in (self.f_q, self.f_k, self.f_v))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # [B, H, L, d]
         x = self.f_c(rearrange(attended, "b h l d -> b l (h d)"))  # [B, L, w]
         return x
->>>>>>> main
 
 
 class MLP(nn.Module):
