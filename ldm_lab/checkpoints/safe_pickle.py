@@ -9,15 +9,19 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from types import UnionType
+from typing import BinaryIO, TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from ldm_lab.errors import UserError, first_line
 from ldm_lab.io.atomic import existing_file
 
+T = TypeVar("T")
+Kind = type | UnionType
 # What the unpickler, and what stands for the names, raise on malformed bytes.
 DAMAGE = (
     *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, EOFError, AssertionError, OSError, RuntimeError),
@@ -29,24 +33,32 @@ class Refused(Exception):
     """A pickle asks for a name that its format does not need."""
 
 
+def demand(values: Iterable, kinds: Sequence[Kind], what: str) -> None:
+    """Raise UnpicklingError unless the first values, as many as there are kinds, are of these."""
+    if len(values := tuple(values)) < len(kinds) or not all(map(isinstance, values, kinds)):
+        raise pickle.UnpicklingError(f"{what} of other things than {', '.join(map(str, kinds))}")
+
+
 class Named:
     """What answers a name: it is called with what the pickle has; without a function it only stands as an argument."""
 
-    __slots__ = ("make",)
+    __slots__ = ("kinds", "make")
 
-    def __init__(self, make: Callable | None) -> None:
-        self.make = make
+    def __init__(self, make: Callable | None, *kinds: Kind) -> None:
+        """Answer by a function, whose first arguments have to be of these kinds."""
+        self.make, self.kinds = make, kinds
 
     def __call__(self, *args: object) -> object:
         if self.make is None:
             raise pickle.UnpicklingError("a type called, which only stands as an argument")
+        demand(args, self.kinds, "a call")
         return self.make(*args)
 
 
 class StandIn:
     """What a pickle builds in place of an object, and may set the state of; a subclass says what it keeps."""
 
-    def __setstate__(self, state: object) -> None:
+    def __setstate__(self, state: tuple) -> None:
         raise NotImplementedError
 
 
@@ -65,7 +77,7 @@ class SafeUnpickler(pickle._Unpickler):
             raise Refused(f"{module}.{name}")
         return self.allowed[module, name]
 
-    def persistent_load(self, pid: object) -> object:
+    def persistent_load(self, pid: tuple) -> Tensor:
         raise Refused("a persistent id")
 
     def load_build(self) -> None:
@@ -101,8 +113,8 @@ def one_line_errors(path: Path, what: str, needs: str) -> Iterator[None]:
 class _DType(StandIn):
     """A numpy.dtype: `dtype(code, align, copy)`, then its state, of which the byte order matters."""
 
-    def __init__(self, code: str, *_: object) -> None:
-        if not isinstance(code, str) or not re.fullmatch(r"[fiub]\d{1,2}", code):
+    def __init__(self, code: str, align: bool = False, copy: bool = False) -> None:
+        if not re.fullmatch(r"[fiub]\d{1,2}", code):
             raise pickle.UnpicklingError(f"an array of {code!r}, which is no plain number type")
         self.code, self.order = code, "<"
 
@@ -115,48 +127,54 @@ class _DType(StandIn):
         return np.dtype(self.order + self.code)
 
 
+BYTES = bytes | bytearray
+
+
 class _Array(StandIn):
     """A numpy.ndarray: made empty, then given its state (version, shape, dtype, is_fortran, bytes)."""
 
-    def __init__(self, *_: object) -> None:
+    def __init__(self) -> None:
         self.values: np.ndarray | None = None
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, is_fortran, data = state
+        demand((shape, dtype, data), (tuple, _DType, BYTES), "an array")
         self.values = _from_bytes(data, dtype, shape, "F" if is_fortran else "C")
 
 
-def _from_bytes(data: object, dtype: object, shape: object, order: object) -> np.ndarray:
-    if not isinstance(data, bytes | bytearray) or not isinstance(dtype, _DType) or not isinstance(shape, tuple):
-        raise pickle.UnpicklingError("an array that is not made of bytes")
+def _from_bytes(data: bytes, dtype: _DType, shape: tuple[int, ...], order: str) -> np.ndarray:
     if order not in ("C", "F"):
         raise pickle.UnpicklingError(f"an array order {order!r}")
     return np.frombuffer(data, dtype.numpy()).reshape(shape, order=order)
 
 
-def _frombuffer(data: object, dtype: object, shape: object, order: object, axes: tuple | None = None) -> np.ndarray:
+def _frombuffer(
+    data: bytes, dtype: _DType, shape: tuple[int, ...], order: str, axes: tuple[int, ...] | None = None
+) -> np.ndarray:
     if order == "K" and axes is not None:  # numpy 2.3 and later, for arrays whose axes are in another order in memory
         return _from_bytes(data, dtype, shape, "C").transpose(axes)
     return _from_bytes(data, dtype, shape, order)
 
 
-def _scalar(dtype: object, data: object) -> float:
+def _reconstruct(kind: Named, shape: tuple, code: bytes) -> _Array:
+    return _Array()  # numpy makes an empty one, too
+
+
+def _scalar(dtype: _DType, data: bytes) -> float:
     return _from_bytes(data, dtype, (), "C").item()
 
 
-def _encode(text: object, encoding: object) -> bytes:
-    if not isinstance(text, str) or encoding != "latin1":
+def _encode(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
         raise pickle.UnpicklingError("bytes in an unknown encoding")
     return text.encode("latin1")
 
 
-def _flat_mapping(mapping: object) -> dict:
-    if not isinstance(mapping, dict):
-        raise pickle.UnpicklingError("a FlatMapping that is not made of a dict")
+def _same(mapping: T) -> T:
     return mapping
 
 
-def _jax_array(_: object, __: object, state: tuple, *___: object) -> _Array:
+def _jax_array(make: Named, args: tuple, state: tuple, *weak_type: bool) -> _Array:
     array = _Array()
     array.__setstate__(state)
     return array
@@ -165,15 +183,18 @@ def _jax_array(_: object, __: object, state: tuple, *___: object) -> _Array:
 # Who writes what: numpy 1 and 2 differ in the module; `_codecs.encode` is protocol 2 or lower, `_frombuffer` protocol
 # 5; FlatMapping is haiku before 0.0.6, the last two are jax from May 2022 on.
 ARRAYS: Allowed = {
-    **{(f"numpy.{core}.multiarray", "_reconstruct"): Named(_Array) for core in ("core", "_core")},
-    **{(f"numpy.{core}.multiarray", "scalar"): Named(_scalar) for core in ("core", "_core")},
-    **{(f"numpy.{core}.numeric", "_frombuffer"): Named(_frombuffer) for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): Named(_reconstruct) for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "scalar"): Named(_scalar, _DType, BYTES) for core in ("core", "_core")},
+    **{
+        (f"numpy.{core}.numeric", "_frombuffer"): Named(_frombuffer, BYTES, _DType, tuple, str)
+        for core in ("core", "_core")
+    },
     ("numpy", "ndarray"): Named(None),
-    ("numpy", "dtype"): Named(_DType),
-    ("_codecs", "encode"): Named(_encode),
-    ("haiku._src.data_structures", "FlatMapping"): Named(_flat_mapping),
-    ("jax._src.device_array", "reconstruct_device_array"): Named(_jax_array),
-    ("jax._src.array", "_reconstruct_array"): Named(_jax_array),
+    ("numpy", "dtype"): Named(_DType, str),
+    ("_codecs", "encode"): Named(_encode, str, str),
+    ("haiku._src.data_structures", "FlatMapping"): Named(_same, dict),
+    ("jax._src.device_array", "reconstruct_device_array"): Named(_jax_array, Named, tuple, tuple),
+    ("jax._src.array", "_reconstruct_array"): Named(_jax_array, Named, tuple, tuple),
 }
 
 

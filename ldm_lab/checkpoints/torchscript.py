@@ -8,12 +8,14 @@ import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
 
-from ldm_lab.checkpoints.safe_pickle import Named, SafeUnpickler, StandIn, one_line_errors
+from ldm_lab.checkpoints.safe_pickle import Named, SafeUnpickler, StandIn, demand, one_line_errors
+
+T = TypeVar("T")
 
 DTYPES = {
     **{"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16},
@@ -55,24 +57,25 @@ class _Module(StandIn):
     """A module of the archive's program: attributes, nothing else."""
 
     def __init__(self) -> None:
-        self.attributes: object = None
+        self.tensors: dict[str, Tensor] = {}
+        self.modules: dict[str, _Module] = {}
 
-    def __setstate__(self, state: object) -> None:
-        self.attributes = state
+    def __setstate__(self, state: dict) -> None:
+        demand((state,), (dict,), "a module")
+        self.tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+        self.modules = {str(name): value for name, value in state.items() if isinstance(value, _Module)}
 
 
-def _first(value: object, *_: object) -> object:
+def _first(value: T, tag: str | None = None) -> T:
     return value
 
 
-def _tensor(storage: object, offset: int, size: tuple, stride: tuple, *_: object) -> Tensor:
-    if not isinstance(storage, Tensor):
-        raise pickle.UnpicklingError("a tensor that is not made of stored values")
+def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: bool) -> Tensor:
     return torch.as_strided(storage, size, stride, offset)  # the stored shape; RuntimeError beyond the storage
 
 
 ALLOWED = {
-    ("torch._utils", "_rebuild_tensor_v2"): Named(_tensor),
+    ("torch._utils", "_rebuild_tensor_v2"): Named(_tensor, Tensor, int, tuple, tuple),
     ("torch.jit._pickle", "restore_type_tag"): Named(_first),
     **{("torch.jit._pickle", f"build_{kind}list"): Named(_first) for kind in ("int", "tensor", "double", "bool")},
     ("collections", "OrderedDict"): Named(dict),
@@ -117,12 +120,11 @@ def _stored(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
     return info
 
 
-def _collect(module: object, prefix: str, tensors: dict[str, Tensor], seen: set[int]) -> None:
-    if not isinstance(module, _Module) or not isinstance(module.attributes, dict) or id(module) in seen:
+def _collect(module: _Module, prefix: str, tensors: dict[str, Tensor], seen: set[int]) -> None:
+    demand((module,), (_Module,), "a tree")
+    if id(module) in seen:
         raise pickle.UnpicklingError("no tree of modules")
     seen.add(id(module))
-    for name, value in module.attributes.items():
-        if isinstance(value, Tensor):
-            tensors[f"{prefix}{name}"] = value
-        elif isinstance(value, _Module):
-            _collect(value, f"{prefix}{name}.", tensors, seen)
+    tensors.update({f"{prefix}{name}": value for name, value in module.tensors.items()})
+    for name, inner in module.modules.items():
+        _collect(inner, f"{prefix}{name}.", tensors, seen)
