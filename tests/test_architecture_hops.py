@@ -6,7 +6,8 @@ class's name for its constructor). Where the call goes by another name, the call
 - `(as model)`: an instance is called, and the callee is its `forward` or `__call__`;
 - `(as build("denoiser"))`: a registered class, built by its role;
 - `(as trainer.fit)`: a hook that Lightning calls;
-- `(handed on)`: the caller passes the function to what calls it.
+- `(handed on)`: the caller passes the function to what calls it;
+- `(from 3)`: the caller is line 3 of the flow, not the line before.
 """
 
 import ast
@@ -31,15 +32,16 @@ HOOKS = {  # of Lightning: what is called -> what that calls
     "fit": ("training_step", "configure_optimizers", "on_fit_start", "train_dataloader", "setup"),
     "predict": ("predict_step", "predict_dataloader", "on_predict_start", "setup"),
 }
-HOP = re.compile(r"^\d+\. `([^`:]+):([^`]+)`(?: \(as `([^`]+)`\)| (\(handed on\)))?: \S", re.M)
+HOP = re.compile(r"^\d+\. `([^`:]+):([^`]+)`(?: \(from (\d+)\))?(?: \(as `([^`]+)`\)| (\(handed on\)))?: \S", re.M)
 
 
 @dataclass(frozen=True)
 class Hop:
-    """A line of a flow: where it stands, and how the hop before calls it."""
+    """A line of a flow: where it stands, and how which hop (by number; 0 is the one before) calls it."""
 
     file: str
     symbol: str
+    caller: int = 0
     alias: str = ""
     handed_on: bool = False
 
@@ -53,7 +55,7 @@ def flows(text: str) -> dict[str, list[Hop]]:
     """Return heading -> hops."""
     sections = re.split(r"^### (.+)\n", text, flags=re.M)[1:]
     return {
-        heading: [Hop(file, symbol, alias, bool(on)) for file, symbol, alias, on in HOP.findall(body)]
+        heading: [Hop(file, symbol, int(n or 0), alias, bool(on)) for file, symbol, n, alias, on in HOP.findall(body)]
         for heading, body in zip(sections[::2], sections[1::2])
     }
 
@@ -120,8 +122,11 @@ def test_each_hop_calls_the_next(flow):
             nodes.append(find(module(hop.file), hop.symbol))
         except KeyError:
             pytest.fail(f"{hop.file} has no {hop.symbol}")
-    for caller, callee, node, target in zip(hops, hops[1:], nodes, nodes[1:]):
-        assert leads(node, callee, target), f"{caller.file}:{caller.symbol} does not call {callee.symbol}"
+    for i, (callee, target) in enumerate(zip(hops, nodes)):
+        caller = callee.caller - 1 if callee.caller else i - 1
+        assert caller < i, f"{callee.symbol} comes before what calls it"
+        if i:
+            assert leads(nodes[caller], callee, target), f"{hops[caller].symbol} does not call {callee.symbol}"
 
 
 def test_every_numbered_line_of_a_flow_is_a_hop():
@@ -159,12 +164,12 @@ def one(model, trainer, objective):
         (Hop("m", "three"), False),
         (Hop("m", "three", handed_on=True), True),
         (Hop("m", "five", handed_on=True), False),
-        (Hop("m", "Net.forward", "model"), True),
-        (Hop("m", "Net.backward", "model"), False),
-        (Hop("m", "Task.training_step", "trainer.fit"), True),
-        (Hop("m", "Task.two_step", "trainer.fit"), False),
-        (Hop("m", "Net", 'build("denoiser")'), True),
-        (Hop("m", "Net", 'build("objective")'), False),
+        (Hop("m", "Net.forward", alias="model"), True),
+        (Hop("m", "Net.backward", alias="model"), False),
+        (Hop("m", "Task.training_step", alias="trainer.fit"), True),
+        (Hop("m", "Task.two_step", alias="trainer.fit"), False),
+        (Hop("m", "Net", alias='build("denoiser")'), True),
+        (Hop("m", "Net", alias='build("objective")'), False),
     ],
 )
 def test_calls_are_found(callee, found):
