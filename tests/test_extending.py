@@ -48,6 +48,7 @@ def test_the_commands_of_a_section(folder, heading):
 def test_every_kind_of_part_has_an_example():
     roles = set(re.findall(r'^@register\("(\w+)"', TEXT, re.M))
     assert {"denoiser", "conditioner", "objective", "sampler", "data", "condition_source"} <= roles
+    assert "@register_importer" in TEXT
 
 
 def test_the_examples_keep_the_rules(folder):
