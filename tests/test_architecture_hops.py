@@ -111,7 +111,7 @@ def leads(caller: ast.AST, callee: Hop, target: ast.AST) -> bool:
     return False
 
 
-@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("flow", flows(DOCUMENT.read_text(encoding="utf-8")))
 def test_each_hop_calls_the_next(flow):
     hops = flows(DOCUMENT.read_text(encoding="utf-8"))[flow]
     assert len(hops) > 1, "hops are written: 1. `file:symbol`: what it does"
@@ -142,7 +142,7 @@ def test_every_room_is_named():
         for path in (ROOT / "ldm_lab").iterdir()
         if (path.is_dir() and (path / "__init__.py").is_file()) or path.suffix == ".py"
     } - {"__init__.py"}
-    assert {room for room in rooms if "/" not in room.rstrip("/")} == there
+    assert {room for room in rooms if "/" not in room.rstrip("/")} >= there
 
 
 CALLER = """
