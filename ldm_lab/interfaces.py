@@ -217,8 +217,7 @@ class Schedule:
     """A noise schedule: t -> (alpha, sigma).
 
     Attributes:
-        variance_preserving: whether alpha^2 + sigma^2 is exactly 1. No sampler takes it for granted: it only saves
-            divisions by what would be 1 but for rounding.
+        variance_preserving: whether alpha^2 + sigma^2 is exactly 1, which no sampler takes for granted.
         timesteps: T of a table of betas; None for a continuous schedule.
     """
 
