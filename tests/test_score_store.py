@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from ldm_lab.curation import store as store_module
-from ldm_lab.curation.store import ScoreStore, StoreWriter, hash_of, hashes_of
-from ldm_lab.curation.store_build import build_store
-from ldm_lab.curation.store_tables import add_scores, store_stats
+from ldm_lab.curation.store import format as store_module
+from ldm_lab.curation.store.build import build_store
+from ldm_lab.curation.store.format import ScoreStore, StoreWriter, hash_of, hashes_of
+from ldm_lab.curation.store.lookup import add_scores
+from ldm_lab.curation.store.statistics import store_stats
 from ldm_lab.errors import UserError
 
 KEYS = st.integers(-(2**63), 2**63 - 1)
@@ -412,5 +413,5 @@ def test_stats(tmp_path, program):
 
 def test_repeats_across_blocks_are_counted(tmp_path, monkeypatch):
     path = write(tmp_path / "kv", [(key // 3, 1.0) for key in range(12)])
-    monkeypatch.setattr("ldm_lab.curation.store_tables.BATCH", 2)
+    monkeypatch.setattr("ldm_lab.curation.store.statistics.BATCH", 2)
     assert store_stats(ScoreStore(path))["repeated"] == 8

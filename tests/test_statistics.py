@@ -12,14 +12,15 @@ from data_sets import encoded
 from PIL import Image
 
 from ldm_lab import __main__ as program_main
-from ldm_lab.data.shards import write_shard
+from ldm_lab.data.tar import write_shard
 from ldm_lab.errors import UserError, run_program
 
 pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 pytest.importorskip("ibis")
 pytest.importorskip("matplotlib")
+from ldm_lab.curation.buckets import Buckets  # noqa: E402
 from ldm_lab.curation.metadata.downloads import read_stats  # noqa: E402
-from ldm_lab.curation.metadata.histogram import Buckets, short  # noqa: E402
+from ldm_lab.curation.metadata.histogram import short  # noqa: E402
 
 GOLDEN = Path(__file__).resolve().parent / "data" / "golden"
 NAN, INF = float("nan"), float("inf")
@@ -94,7 +95,7 @@ def test_other_scores_have_other_buckets(command, tmp_path):
     counted = json.loads((tmp_path / "out" / "histogram.json").read_text())["collections"]["a"]
     filled = {name: count for name, count in counted["buckets"].items() if count}
     assert filled == {"0-0.1": 1, "0.3-0.4": 1, "0.6-0.7": 1, "0.7-0.8": 1, "0.9-1": 1} and counted["above"] == 1
-    assert [Buckets(0, 1, 0.1).place(score) for score in (0.3, 0.7, -0.1, 1.0)] == [4, 8, 0, 11]
+    assert Buckets(0, 1, 0.1).places([0.3, 0.7, -0.1, 1.0]).tolist() == [4, 8, 0, 11]
 
 
 def test_the_page_shows_each_bucket_and_trusts_nothing(command, tmp_path):

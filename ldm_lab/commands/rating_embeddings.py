@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Average, write, print how many images each rating has."""
     from ldm_lab.checkpoints import embedders
-    from ldm_lab.curation.buckets import BucketMeans
-    from ldm_lab.curation.score_files import EMBEDDINGS, SCORES, read_column, read_embeddings
+    from ldm_lab.curation.scoring.files import EMBEDDINGS, SCORES, read_column, read_embeddings
+    from ldm_lab.curation.scoring.rating_means import BucketMeans
     from ldm_lab.sampling.aesthetic import RatingEmbeddings
 
     if not args.out.endswith(".safetensors"):

@@ -103,7 +103,7 @@ def _quiet_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _build(args: argparse.Namespace) -> None:
-    from ldm_lab.curation.store_build import build_store
+    from ldm_lab.curation.store.build import build_store
 
     built = build_store(
         args.tables,
@@ -130,8 +130,8 @@ def _build(args: argparse.Namespace) -> None:
 
 
 def _get(args: argparse.Namespace) -> int | None:
-    from ldm_lab.curation.store import ScoreStore, hash_of
-    from ldm_lab.curation.store_tables import add_scores
+    from ldm_lab.curation.store.format import ScoreStore, hash_of
+    from ldm_lab.curation.store.lookup import add_scores
 
     single = args.hash is not None or (args.table is None and args.url is not None)
     if single == (args.table is not None):
@@ -170,8 +170,8 @@ def _get(args: argparse.Namespace) -> int | None:
 
 
 def _stats(args: argparse.Namespace) -> None:
-    from ldm_lab.curation.store import ScoreStore
-    from ldm_lab.curation.store_tables import store_stats
+    from ldm_lab.curation.store.format import ScoreStore
+    from ldm_lab.curation.store.statistics import store_stats
 
     stats = store_stats(ScoreStore(args.store, args.scores), progress=not args.quiet)
     if args.json:

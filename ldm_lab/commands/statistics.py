@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Count, write, print."""
-    from ldm_lab.curation.metadata.histogram import Buckets, histogram_of, short, summed
+    from ldm_lab.curation.buckets import Buckets
+    from ldm_lab.curation.metadata.histogram import histogram_of, short, summed
     from ldm_lab.curation.metadata.inputs import find_files
     from ldm_lab.curation.metadata.pages import page, plot
 
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
             for name, files in tables.items():
                 histograms[name] = histogram_of(engine, files, args.quantity, buckets, args.samples, args.seed)
     if args.shards:
-        from ldm_lab.curation.shard_scores import histogram_of_shards
+        from ldm_lab.curation.metadata.shard_histogram import histogram_of_shards
 
         histograms["shards"], skipped = histogram_of_shards(
             args.shards, args.quantity, buckets, args.samples, args.scores, args.seed

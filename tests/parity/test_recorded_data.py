@@ -9,8 +9,8 @@ import pytest
 
 from ldm_lab.config import build, read
 from ldm_lab.data.order import Order
-from ldm_lab.data.shards import read_shard
-from ldm_lab.data.source import Skip
+from ldm_lab.data.samples import SkippedSample
+from ldm_lab.data.tar import read_shard
 from ldm_lab.io.images import decode_image, to_rgb
 from ldm_lab.rules.sample import SampleRow, broken_rules
 
@@ -153,10 +153,10 @@ def test_shards(golden):
         wanted = iter(recorded["yields"][shard])
         for item in read_shard(address):
             try:
-                if isinstance(item, Skip):
+                if isinstance(item, SkippedSample):
                     raise item
                 sample = source.decode(item, Order(0, 0, 0, 1))
-            except Skip as problem:
+            except SkippedSample as problem:
                 skipped.append((shard, problem.key, problem.reason))
                 continue
             theirs = next(wanted)

@@ -14,6 +14,7 @@ import ibis.expr.types as ir
 import pyarrow.parquet as pq
 
 from ldm_lab.config import register
+from ldm_lab.curation import sql
 from ldm_lab.curation.metadata.inputs import DISK_FULL, Files
 from ldm_lab.errors import UserError, first_line
 
@@ -92,15 +93,15 @@ class DuckDB:
             key: the column that the rows are ordered by, which is not written; None keeps the order of the input.
             metadata: goes into each file.
         """
-        sql = self.ibis.compile(expression)
+        query = self.ibis.compile(expression)
         if key is not None:
             self.ibis.con.execute("set preserve_insertion_order = false")
-            name = key.replace('"', '""')
-            sql = f'select * exclude ("{name}") from ({sql}) order by "{name}"'
+            name = sql.identifier(key)
+            query = f"select * exclude ({name}) from ({query}) order by {name}"
         whole = folder / "part-00000.parquet"
-        entries = ", ".join(f"{name}: {_quoted(value)}" for name, value in metadata.items())
+        entries = ", ".join(f"{name}: {sql.literal(value)}" for name, value in metadata.items())
         options = f"format parquet, compression snappy, kv_metadata {{{entries}}}"
-        self.ibis.con.execute(f"copy ({sql}) to {_quoted(str(whole))} ({options})")
+        self.ibis.con.execute(f"copy ({query}) to {sql.literal(str(whole))} ({options})")
         rows = pq.read_metadata(whole).num_rows
         if parts is not None and min(parts, rows) > 1:
             cut(whole, rows, min(parts, rows))
@@ -123,11 +124,6 @@ def cut(whole: Path, rows: int, parts: int) -> None:
                     writer.close()
                     part, writer = part + 1, None
     os.unlink(source)
-
-
-def _quoted(text: str) -> str:
-    """Return an SQL string."""
-    return "'" + text.replace("'", "''") + "'"
 
 
 def _first_line(error: Exception) -> str:

@@ -15,6 +15,7 @@ import ibis.expr.types as ir
 
 from ldm_lab.config import register
 from ldm_lab.curation.metadata.inputs import DISK_FULL, Files
+from ldm_lab.curation.sql import identifier
 from ldm_lab.errors import UserError
 
 LOG = """\
@@ -91,7 +92,7 @@ class Spark:
         if files.delimiter:
             quote = "" if files.delimiter == "\t" else '"'  # a TSV has no quotes: a " is a character of the caption
             options = {"sep": files.delimiter, "quote": quote, "header": files.header, "mode": "FAILFAST"}
-            schema = ", ".join(f"`{name.replace('`', '``')}` string" for name in files.unique_names)
+            schema = ", ".join(f"{identifier(name, '`')} string" for name in files.unique_names)
             if not quote:
                 options["escape"] = ""
             frame = reader.options(**options).schema(schema).csv(list(map(_address, files.paths)))
@@ -99,7 +100,7 @@ class Spark:
             frame = reader.parquet(*map(_address, files.paths))
             if files.names:
                 # By name, as Spark's order of columns is that of whichever file it looked at.
-                chosen = [f"`{name.replace('`', '``')}`" for name in files.names]
+                chosen = [identifier(name, "`") for name in files.names]
                 frame = frame.selectExpr(*chosen).toDF(*files.unique_names)
         name = f"input_{len(self.session.catalog.listTables())}"
         frame.createOrReplaceTempView(name)

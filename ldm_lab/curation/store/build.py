@@ -8,7 +8,7 @@ rows after a stable sort.
 import contextlib
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm_lab.curation.metadata.inputs import find_files
-from ldm_lab.curation.store import StoreWriter, hashes_of
-from ldm_lab.errors import UserError, first_line, unknown
-from ldm_lab.rules.quantities import find, require
+from ldm_lab.curation.sql import identifier, literal
+from ldm_lab.curation.store.columns import Columns, named, not_a_hash
+from ldm_lab.curation.store.format import StoreWriter, hashes_of
+from ldm_lab.errors import UserError, first_line
 
 BATCH = 2**17  # rows
 INTEGERS = ("BIGINT", "INTEGER", "SMALLINT", "TINYINT")
@@ -35,47 +36,6 @@ class Built:
     entries: int
     repeated: int
     nan: int
-
-
-@dataclass
-class Columns:
-    """Where a table has the keys: a column of hashes, or those of url and text, which are hashed."""
-
-    hash: str | None = None
-    url: str | None = None
-    text: str | None = None
-
-    @classmethod
-    def of(cls, columns: Iterable[str], where: str, key: str | None, url: str | None, text: str | None) -> "Columns":
-        """Return them by the names given, or else by those of LAION's releases and img2dataset's tables.
-
-        The hash, unless there is none or `url` or `text` is given. Raises UserError if a column is not there.
-        """
-        columns = list(columns)
-        if key is not None and (url is not None or text is not None):
-            raise UserError("--key names the hash, --url and --text what to make one of: give one of these")
-        if url is None and text is None and (key is not None or find("hash", columns) is not None):
-            return cls(hash=named(key, "hash", columns, where))
-        return cls(url=named(url, "url", columns, where), text=named(text, "caption", columns, where))
-
-
-def named(given: str | None, quantity: str, columns: Sequence[str], where: str) -> str:
-    """Return the column of a given name, in whatever case, or else the one that holds a quantity. Raises UserError."""
-    if given is None:
-        return require(quantity, columns, where)
-    found = [name for name in columns if name == given] or [name for name in columns if name.lower() == given.lower()]
-    if not found:
-        raise UserError(unknown("column", given, columns).replace("no such", f"{where}: no such", 1))
-    return found[0]
-
-
-def not_a_hash(column: str, kind: str, is_float: bool) -> UserError:
-    """Return the error about a column of hashes of the wrong type."""
-    why = ", which cannot hold one exactly" if is_float else ""
-    return UserError(
-        f"column {column!r}: a hash is a signed integer of 64 bits, this column is {kind}{why}; "
-        "--url and --text hash these columns instead"
-    )
 
 
 def build_store(
@@ -187,19 +147,19 @@ def _select(
     if keys.hash is None:
         options = {"type": "arrow", "null_handling": "special"}
         database.create_function("ldm_hash", _hash_columns, ["VARCHAR", "VARCHAR"], "BIGINT", **options)
-        keyed = f"ldm_hash({', '.join(f'CAST({_quoted(name)} AS VARCHAR)' for name in (keys.url, keys.text))})"
+        keyed = f"ldm_hash({', '.join(f'CAST({identifier(name)} AS VARCHAR)' for name in (keys.url, keys.text))})"
     else:
         kind = types[keys.hash]
         if kind not in INTEGERS:
             raise not_a_hash(keys.hash, kind, kind in ("DOUBLE", "FLOAT"))
-        keyed = _quoted(keys.hash)
+        keyed = identifier(keys.hash)
     picked = []
     for number, given in enumerate(scores):
         name = named(given, "aesthetic", list(types), paths[0])
         kind = types[name]
         if kind not in ("FLOAT", "DOUBLE", *INTEGERS) and not kind.startswith("DECIMAL"):
             raise UserError(f"column {name!r}: a score is a number, this column is {kind}")
-        picked.append(f"CAST({_quoted(name)} AS {'FLOAT' if kind == 'FLOAT' else 'DOUBLE'}) AS score{number}")
+        picked.append(f"CAST({identifier(name)} AS {'FLOAT' if kind == 'FLOAT' else 'DOUBLE'}) AS score{number}")
     return f"SELECT {keyed} AS key, {', '.join(picked)}, file_index, file_row_number FROM {table}"
 
 
@@ -229,12 +189,3 @@ def _sorting(database: Any, progress: bool) -> Iterator[None]:
         done.set()
         if watcher:
             watcher.join()
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
-def literal(text: str) -> str:
-    """Return a text as SQL writes it."""
-    return "'" + text.replace("'", "''") + "'"
