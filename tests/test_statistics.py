@@ -154,7 +154,7 @@ def test_mistakes(command, tmp_path):
         ([], "tables or --shards are needed"),
         ([table], "none of 2 rows has a score 'aesthetic'; nothing was written"),
         ([table, table], "two collections are called 'a'"),
-        ([table, "--quantity", "beauty"], "--quantity: one of aesthetic"),
+        ([table, "--quantity", "beauty"], "--quantity: invalid choice: 'beauty' (choose from"),
         ([table, "--quantity", "punsafe"], "no column punsafe"),
         ([table, "--width", 3], "0 to 10 is not 1 to 1000 times a width of 3"),
         ([table, "--low", "nan"], "nan to 10 is not 1 to 1000 times a width of 1"),
@@ -192,8 +192,8 @@ def test_downloads_are_summed_over_shards(command, tmp_path):
     (folder / "00004_stats.json").write_text('{"count": null}')
     (folder / "00000.parquet").write_bytes(b"")
     total = read_stats(folder).total()
-    assert total["success_rate"] == 0.7 and total["count"] == 200
-    assert total["status_dict"] == {"success": 140, "timed_out": 46, "evil": 10, "not_found": 4}
+    assert total.success_rate == 0.7 and total.count == 200
+    assert total.status_dict == {"success": 140, "timed_out": 46, "evil": 10, "not_found": 4}
     code, out, _ = command("downloads", folder, "--batch-size", 64)
     assert code == 0 and "2 shards, 200 urls, 140 images (70.00%)" in out and "whole batches of 64: 2" in out
     assert "timed_out" in out and "23.00%" in out and "76.67%" in out

@@ -1,10 +1,20 @@
-"""Types of command-line arguments with bounds, and groups of arguments that several commands have."""
+"""The parser of command lines, types of arguments with bounds, and arguments that several commands have."""
 
 import argparse
 import math
 from collections.abc import Callable
+from typing import NoReturn
+
+from ldm_lab.errors import UserError
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others are, without the usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
 
 
 def whole_number(least: int) -> Callable[[str], int]:
@@ -52,7 +62,7 @@ def safetensors_file(text: str) -> str:
     """Return the name of a file that is written as safetensors."""
     if not text.endswith(".safetensors"):
         raise argparse.ArgumentTypeError(
-            f"the file is written as .safetensors, so its name has to end like that: {text}"
+            f"the file is written as .safetensors, so its name has to end like that, not {text}"
         )
     return text
 

@@ -14,7 +14,7 @@ from ldm_lab.data.source import ImageSource
 from ldm_lab.data.tar import read_shard
 from ldm_lab.errors import UserError
 from ldm_lab.rules.rule import build_rules, check_rules
-from ldm_lab.rules.sample import SampleRow, broken_rules
+from ldm_lab.rules.sample import SampleRow, violated_rules
 
 
 @register("data", "webdataset")
@@ -45,7 +45,7 @@ class WebDataset(ShardSource):
         wrong = check_rules(rules)
         if not wrong:
             used = [name for name, options in rules.items() if options is not None]
-            across = [name for name in used if part_class("rule", name).across_rows]
+            across = [name for name in used if part_class("rule", name).compares_rows]
             wrong = [f"rules.{name}: compares samples with each other, which a stream cannot" for name in across]
         if section.get("scores") is not None and not rules:
             wrong.append("scores: only rules ask for them, and there are none")
@@ -64,7 +64,7 @@ class WebDataset(ShardSource):
         return addresses
 
     def samples(self, address: str) -> Iterator[RawSample | SkippedSample]:
-        """Yield the samples of a shard, with FilteredOut in the place of those that break a rule."""
+        """Yield the samples of a shard, with FilteredOut in the place of those that violate a rule."""
         if not self.rules:
             yield from read_shard(address)
             return
@@ -75,8 +75,8 @@ class WebDataset(ShardSource):
             return
         for item in read_shard(address):
             if isinstance(item, RawSample):
-                broken = broken_rules(self.rules, SampleRow(metadata_of(item), before=scores.get(item.key)))
-                if broken:
-                    rule, reason = broken[0]
+                violated = violated_rules(self.rules, SampleRow(metadata_of(item), before=scores.get(item.key)))
+                if violated:
+                    rule, reason = violated[0]
                     item = FilteredOut(f"rule {rule}" if reason == rule else f"rule {rule}: {reason}", item.key)
             yield item

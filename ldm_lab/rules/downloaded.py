@@ -1,9 +1,7 @@
 """What img2dataset could not download has no image."""
 
-from typing import Any
-
 from ldm_lab.config import register
-from ldm_lab.rules.rule import Rule
+from ldm_lab.rules.rule import Row, Rule, Violations
 
 
 @register("rule", "downloaded")
@@ -14,8 +12,8 @@ class Downloaded(Rule):
     """
 
     needs = ("status",)
-    comes_first = True
+    short_circuits = True
 
-    def broken(self, row: Any) -> dict[str, Any]:
+    def violations(self, row: Row) -> Violations:
         status = row.text("status")
         return {"not_downloaded": status.isnull() | (status != "success")}

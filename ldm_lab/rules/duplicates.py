@@ -1,9 +1,9 @@
 """One row of each kind."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from ldm_lab.config import register
-from ldm_lab.rules.rule import Rule
+from ldm_lab.rules.rule import Row, Rule, Violations
 
 
 @register("rule", "duplicates")
@@ -18,7 +18,7 @@ class Duplicates(Rule):
             and "md5" are img2dataset's, of the bytes.
     """
 
-    across_rows = True
+    compares_rows = True
 
     def __init__(self, *, by: Literal["hash", "url", "caption", "sha256", "md5"] = "hash"):
         self.by = by
@@ -27,5 +27,5 @@ class Duplicates(Rule):
     def needs(self) -> tuple[str, ...]:
         return (self.by,)
 
-    def broken(self, row: Any) -> dict[str, Any]:
+    def violations(self, row: Row) -> Violations:
         return {}

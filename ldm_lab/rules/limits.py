@@ -3,7 +3,8 @@
 from typing import Any, Literal
 
 from ldm_lab.config import register
-from ldm_lab.rules.rule import Rule
+from ldm_lab.rules.cell import Cell
+from ldm_lab.rules.rule import Row, Rule, Value, Violations
 
 
 class Limits(Rule):
@@ -38,11 +39,11 @@ class Limits(Rule):
     def needs(self) -> tuple[str, ...]:
         return (self.quantity,)
 
-    def value(self, row: Any) -> Any:
+    def value(self, row: Row) -> Value:
         """Return the number that the limits are for."""
         return row.number(self.quantity)
 
-    def outside(self, value: Any) -> Any:
+    def outside(self, value: Value) -> Value:
         """Return the condition that a number is outside the limits."""
         limits = [
             *([value <= self.above] if self.above is not None else []),
@@ -55,7 +56,7 @@ class Limits(Rule):
             outside = outside | limit
         return outside
 
-    def broken(self, row: Any) -> dict[str, Any]:
+    def violations(self, row: Row) -> Violations:
         value = self.value(row)
         return {self.quantity: self.outside(value), "missing_tag": value.isnull()}
 
@@ -111,12 +112,8 @@ class CaptionLength(Limits):
 
     quantity = "caption"
 
-    def broken(self, row: Any) -> dict[str, Any]:
+    def violations(self, row: Row) -> Violations:
         caption = row.text("caption")
-        empty = self.outside_of_empty()
         condition = self.outside(caption.length())
-        return {"caption_length": condition | caption.isnull() if empty else condition}
-
-    def outside_of_empty(self) -> bool:
-        """Return whether no caption at all is outside the limits."""
-        return bool(self.outside(0))
+        no_caption = self.outside(Cell(0)).value  # whether none at all is outside the limits
+        return {"caption_length": condition | caption.isnull() if no_caption else condition}

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ldm_lab.config import register
-from ldm_lab.rules.rule import Rule
+from ldm_lab.rules.rule import Row, Rule, Violations
 
 
 @register("rule", "size")
@@ -36,7 +36,7 @@ class Size(Rule):
             return ["min_side: this, max_side, min_width or min_height is needed"]
         return [f"{key}: pixels are needed, not {section[key]}" for key in keys if (section.get(key) or 0) < 0]
 
-    def broken(self, row: Any) -> dict[str, Any]:
+    def violations(self, row: Row) -> Violations:
         width, height = row.number("width"), row.number("height")
         conditions = {"unknown_size": width.isnull() | height.isnull()}
         if self.min_width or self.min_height:
@@ -71,7 +71,7 @@ class AspectRatio(Rule):
             return [f"at_least: {limits[0]} is above at_most, {limits[1]}"]
         return []
 
-    def broken(self, row: Any) -> dict[str, Any]:
+    def violations(self, row: Row) -> Violations:
         width, height = row.number("width"), row.number("height")
         ratio = width / height.nullif(0)
         has_ratio = (width >= 1) & (height >= 1)

@@ -3,12 +3,13 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ibis
 import ibis.expr.types as ir
 
 from ldm_lab.curation.buckets import Buckets
+from ldm_lab.curation.metadata.engine import Engine
 from ldm_lab.curation.metadata.inputs import Files
 from ldm_lab.curation.metadata.tables import TableRow
 
@@ -55,13 +56,13 @@ class Histogram:
     def rows(self) -> int:
         return sum(self.buckets.values()) + self.below + self.above + self.missing
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, int | dict[str, int]]:
         """Return JSON values."""
         rest = {"below": self.below, "above": self.above, "missing": self.missing, "rows": self.rows}
         return {"buckets": self.buckets, **rest}
 
 
-def histogram_of(engine: Any, files: Files, quantity: str, buckets: Buckets, shown: int, seed: int = 0) -> Histogram:
+def histogram_of(engine: Engine, files: Files, quantity: str, buckets: Buckets, shown: int, seed: int = 0) -> Histogram:
     """Return the histogram of a table.
 
     Args:

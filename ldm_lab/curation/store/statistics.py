@@ -1,6 +1,6 @@
 """What is in a score store: the histogram of all its scores, and whether its keys ascend."""
 
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
@@ -12,15 +12,48 @@ BATCH = 2**17  # entries
 BUCKETS = Buckets(0, 10, 1)
 
 
-def store_stats(store: ScoreStore, progress: bool = False) -> dict[str, Any]:
-    """Return what is in a store, as plain data, having read it from end to end.
+@dataclass(frozen=True)
+class ScoreStatistics:
+    """One score of all entries.
 
-    `count`, `entry_bytes`, `first_key`, `last_key`, `repeated` (entries with the key of the one before), and in
-    `scores`, for each score of an entry, `min`, `max`, `mean` (None without any), the `histogram` of half-open buckets
-    `{"0-1": ..., "9-10": ...}`, and apart from it `below` 0, `above` (10 and more) and `nan`.
-
-    Raises UserError where the keys do not ascend.
+    Attributes:
+        min, max, mean: None without any score.
+        histogram: of half-open buckets, "0-1" to "9-10".
+        below, above: scores outside of them: below 0, from 10 on.
+        nan: entries without this score.
     """
+
+    min: float | None
+    max: float | None
+    mean: float | None
+    histogram: dict[str, int]
+    below: int
+    above: int
+    nan: int
+
+
+@dataclass(frozen=True)
+class StoreStatistics:
+    """What is in a store.
+
+    Attributes:
+        count: entries.
+        entry_bytes: of each.
+        first_key, last_key: None without entries.
+        repeated: entries with the key of the one before.
+        scores: each one of an entry.
+    """
+
+    count: int
+    entry_bytes: int
+    first_key: int | None
+    last_key: int | None
+    repeated: int
+    scores: list[ScoreStatistics]
+
+
+def store_statistics(store: ScoreStore, progress: bool = False) -> StoreStatistics:
+    """Return what is in a store, having read it from end to end. Raises UserError where the keys do not ascend."""
     ends: list[int] = []
     repeated = 0
     counts = np.zeros((store.scores, len(BUCKETS.edges) + 2), dtype=np.int64)  # [V, below, 0-1 ... 9-10, above, NaN]
@@ -42,21 +75,15 @@ def store_stats(store: ScoreStore, progress: bool = False) -> dict[str, Any]:
     for n, (below, *buckets, above, missing) in enumerate(counts.tolist()):
         some = len(store) - missing
         described.append(
-            {
-                "min": float(low[n]) if some else None,
-                "max": float(high[n]) if some else None,
-                "mean": float(sums[n] / some) if some else None,
-                "histogram": dict(zip(BUCKETS.names, buckets)),
-                "below": below,
-                "above": above,
-                "nan": missing,
-            }
+            ScoreStatistics(
+                min=float(low[n]) if some else None,
+                max=float(high[n]) if some else None,
+                mean=float(sums[n] / some) if some else None,
+                histogram=dict(zip(BUCKETS.names, buckets)),
+                below=below,
+                above=above,
+                nan=missing,
+            )
         )
-    return {
-        "count": len(store),
-        "entry_bytes": store.entry_bytes,
-        "first_key": ends[0] if ends else None,
-        "last_key": ends[-1] if ends else None,
-        "repeated": repeated,
-        "scores": described,
-    }
+    first, last = (ends[0], ends[-1]) if ends else (None, None)
+    return StoreStatistics(len(store), store.entry_bytes, first, last, repeated, described)
