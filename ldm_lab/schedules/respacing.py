@@ -18,7 +18,7 @@ DDIM = re.compile(r"ddim(\d{1,9})")
 SECTIONS = re.compile(r"\d{1,9}(,\d{1,9})*")
 
 
-def count(steps: Steps) -> int:
+def num_steps(steps: Steps) -> int:
     """Return how many timesteps a respacing keeps. Raises UserError for one that is none."""
     if isinstance(steps, int):
         kept = steps
@@ -46,16 +46,16 @@ def kept_timesteps(timesteps: int, steps: Steps) -> list[int]:
     Raises:
         UserError: there are not that many timesteps in a section, or no whole stride leads to that many.
     """
-    if count(steps) == 1:
+    if num_steps(steps) == 1:
         return [timesteps - 1]
     if steps == "fast27":
-        kept = set(kept_timesteps(timesteps, FAST27)) - {timesteps - 1}
-        return sorted(kept | {timesteps - 3})
+        return sorted({*kept_timesteps(timesteps, FAST27), timesteps - 3} - {timesteps - 1})
     if isinstance(steps, str) and (match := DDIM.fullmatch(steps)):
         return _strided(timesteps, int(match[1]))
     counts = [steps] if isinstance(steps, int) else [int(part) for part in steps.split(",")]
     size, more = divmod(timesteps, len(counts))
-    kept, start = [], 0
+    kept: list[int] = []
+    start = 0
     for i, wanted in enumerate(counts):
         section = size + (i < more)
         if wanted > section:
