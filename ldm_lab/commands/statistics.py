@@ -99,7 +99,7 @@ def table_histograms(args: argparse.Namespace, buckets: "Buckets") -> "dict[str,
 
 def shard_histograms(args: argparse.Namespace, buckets: "Buckets") -> "dict[str, Histogram]":
     """Return the histogram of the shards, if there are any, under the name "shards"; say what is not usable."""
-    from ldm_lab.curation.metadata.shard_histogram import histogram_of_shards
+    from ldm_lab.curation.shard_histogram import histogram_of_shards
 
     if not args.shards:
         return {}

@@ -5,7 +5,7 @@
 `metadata`  selects and counts rows of LAION's tables and of img2dataset's; the rules are `ldm_lab.rules`, which
             training uses, too
 `store`     scores by hash on disk, in LAION's format
-`buckets`   of all histograms; `sql` quotes
+`buckets`   of all histograms; `shard_histogram` is the one of images in shards; `sql` quotes
 
 `metadata` and `store` import no torch: they are to run in little memory.
 """

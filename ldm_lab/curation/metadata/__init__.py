@@ -4,7 +4,7 @@ An *engine* is a part of role "engine" (`engine.Engine`): DuckDB on one machine,
 so that everything above it is written once.
 
 `tables.py` shows rules a table's quantities, `selection.py` is `python -m ldm_lab select`,
-`joined_scores.py` and `output.py` its two larger steps; `histogram.py` and `shard_histogram.py` count.
+`joined_scores.py` and `output.py` its two larger steps; `histogram.py` counts.
 """
 
 from importlib.util import find_spec
