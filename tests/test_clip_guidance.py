@@ -61,7 +61,7 @@ def test_the_gradient_is_that_of_the_likeness_to_the_text(base):
 
 def test_the_clip_is_asked_at_the_noise_that_it_knows():
     """A model with other betas has the same noise at another time."""
-    upsampler = tiny_glide.sampler(super_res=True)  # linear betas
+    upsampler = tiny_glide.sampler(upsampler=True)  # linear betas
     schedule, clip = upsampler.objective.schedule, Bright()
     x, t = torch.zeros(1, 3, SIDE, SIDE), torch.tensor([0.3])
     objective, zeros = upsampler.objective, FunctionDenoiser(lambda x, t: torch.zeros(1, 6, SIDE, SIDE))
@@ -93,7 +93,7 @@ def test_weighted_texts_lead_in_proportion_and_prompts_without_weight_do_not(bas
     with pytest.raises(UserError, match="CLIP guidance: each image needs a text with a weight above 0"):
         base(["bright:0"], clip_guidance=ClipGuidance(Bright()))
     latent = tiny_glide.sampler()
-    latent.autoencoder.scale.fill_(2.0)
+    latent.autoencoder.latent_std.fill_(2.0)
     with pytest.raises(UserError, match="the noised CLIP sees pixels"):
         latent(["bright"], clip_guidance=ClipGuidance(Bright()))
 

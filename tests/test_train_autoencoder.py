@@ -87,7 +87,7 @@ def test_a_run_learns_and_leaves_a_usable_autoencoder(here, program):
     trained = load_part("autoencoder", {"name": "kl_f8", "weights": str(run / "autoencoder.safetensors")})
     tensors, metadata = read_safetensors(run / "autoencoder.safetensors")
     assert (metadata["step"], metadata["scale_images"]) == ("30", "240")
-    assert "scale" in tensors and float(trained.scale) != 1.0
+    assert "latent_std" in tensors and float(trained.latent_std) != 1.0
     images = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1  # noise, not shapes
     assert trained.encode(images).shape == (16, 4, 16, 16)
 
@@ -99,7 +99,7 @@ def test_the_exported_scale_is_that_of_the_last_batches(here, program):
     trained = load_part("autoencoder", {"name": "kl_f8", "weights": str(run / "autoencoder.safetensors")})
     averaged = read_pickled(run / "last.ckpt")["state_dict"]
     assert torch.equal(trained.decoder.conv_out.weight, averaged["model_ema.decoder.conv_out.weight"])
-    assert averaged["model_ema.scale"] == averaged["model.scale"] == 1.0, "training itself goes on unscaled"
+    assert averaged["model_ema.latent_std"] == averaged["model.latent_std"] == 1.0, "training itself goes on unscaled"
 
     data = build("data", load(yaml)["data"])
     from ldm_lab.data.datamodule import DataModule
@@ -107,14 +107,14 @@ def test_the_exported_scale_is_that_of_the_last_batches(here, program):
     module = DataModule(data, seed=1)
     module.setup()
     batches = (batch.image for batch, _ in zip(module.train_dataloader(), range(4)))
-    assert float(trained.scale) == pytest.approx(measure_scale(trained, batches), rel=1e-5)
+    assert float(trained.latent_std) == pytest.approx(measure_scale(trained, batches), rel=1e-5)
 
 
 def test_the_discriminator_starts_when_it_is_told_to(here, program):
     yaml = make_run(here, discriminator=GAN, checkpoint={"every": 1, "keep": 5})
     assert program("train", "--config", yaml)[0] == 0
     run = here / "runs" / "tiny"
-    for name in ("discriminator", "verdict", "adaptive_weight", "logits_real", "logits_fake"):
+    for name in ("discriminator", "generator", "adaptive_weight", "logits_real", "logits_fake"):
         assert [v is not None for v in column(run, f"train/{name}")] == [False, False, True, True], name
     states = [read_pickled(run / f"step={step:08d}.ckpt")["state_dict"] for step in (1, 2, 3)]
     names = [n for n in states[0] if n.startswith("discriminator.") and n.endswith(("weight", "bias"))]
@@ -184,7 +184,7 @@ def test_the_total_is_the_sum_that_the_recipe_says(here, monkeypatch):
     image = torch.rand(2, 3, 16, 16) * 2 - 1
     total = task.training_step(Batch([""] * len(image), [""] * len(image), image), 0)
     values = 3 * 16 * 16
-    by_hand = logged["l1"] * values + 0.1 * logged["kl"] + logged["adaptive_weight"] * logged["verdict"]
+    by_hand = logged["l1"] * values + 0.1 * logged["kl"] + logged["adaptive_weight"] * logged["generator"]
     torch.testing.assert_close(total, by_hand / values + logged["discriminator"])
     total.backward()
     assert all(p.grad is not None for module in (task.model, task.discriminator) for p in module.parameters())
@@ -193,7 +193,7 @@ def test_the_total_is_the_sum_that_the_recipe_says(here, monkeypatch):
 def test_each_network_is_taught_by_its_own_loss_alone():
     judge = Discriminator(layers=1, base_channels=4)
     image = torch.randn(2, 3, 16, 16, requires_grad=True)
-    judge.verdict(image).mean().backward()
+    judge.frozen_logits(image).mean().backward()
     assert image.grad.abs().sum() > 0
     assert all(p.grad is None for p in judge.parameters())
     loss = judge.loss(judge(torch.randn(2, 3, 16, 16)), judge(image.detach()))
@@ -322,7 +322,7 @@ def test_initial_weights_come_from_a_part_or_a_run(here, program):
     ("sections", "message"),
     [
         ({"autoencoder": {"weights": "x.safetensors"}}, r"autoencoder\.weights: .* init_from"),
-        ({"autoencoder": {"scale": 2.0}}, r"autoencoder\.scale: .* this task trains it"),
+        ({"autoencoder": {"latent_std": 2.0}}, r"autoencoder\.latent_std: .* this task trains it"),
         ({"loss": {"name": "infoloob"}}, r"loss\.name: 'infoloob' is not this task's: 'reconstruction'"),
         ({"data": {"image_size": 17}}, r"data\.image_size: 17 is no multiple of .*2"),
         ({"discriminator": {"layers": 3}}, r"data\.image_size: 16 is too small .* needs 24"),

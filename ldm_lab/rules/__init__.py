@@ -5,9 +5,15 @@ metadata of a single sample while training:
 
     violations(row) -> {reason: condition} the row goes where one of the conditions holds
 
-`row` is a `rule.Row`; what it gives are `rule.Value`s: expressions of ibis for a table (`curation/metadata/tables.py`),
-`cell.Cell`s for a sample (`sample.py`). A condition that is null does not hold, so what is to happen to an unknown
-value has to be said: `{"missing_tag": score.isnull(), ...}`.
+`row` gives the quantities that rules speak of, whatever the release calls them (`quantities.py`):
+
+    row.number("aesthetic")                a number; null where it is unknown: missing, null, NaN, not a number
+    row.text("caption")                    a text, or null
+    row.WORD                               the characters of words, for use inside [...] in a regular expression
+
+These are expressions of ibis for a table (`curation/tables.py`) and `cell.Cell`s for a sample (`sample.py`); both know
+comparisons, & | ~, /, isnull(), nullif(), isin(), lower(), strip(), length() and re_search(). A condition that is null
+does not hold, so what is to happen to an unknown value has to be said: `{"missing_tag": score.isnull(), ...}`.
 
 A new rule is one file with one `@register("rule", "name")`; its keyword-only constructor arguments are its options.
 """

@@ -1,7 +1,7 @@
 """What img2dataset could not download has no image."""
 
 from ldm_lab.config import register
-from ldm_lab.rules.rule import Row, Rule, Violations
+from ldm_lab.rules.rule import Row, Rule, V
 
 
 @register("rule", "downloaded")
@@ -14,6 +14,6 @@ class Downloaded(Rule):
     needs = ("status",)
     short_circuits = True
 
-    def violations(self, row: Row) -> Violations:
+    def violations(self, row: Row[V]) -> dict[str, V]:
         status = row.text("status")
         return {"not_downloaded": status.isnull() | (status != "success")}

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from ldm_lab.config import register
-from ldm_lab.rules.rule import Row, Rule, Violations
+from ldm_lab.rules.rule import Row, Rule, V
 
 
 @register("rule", "duplicates")
@@ -27,5 +27,5 @@ class Duplicates(Rule):
     def needs(self) -> tuple[str, ...]:
         return (self.by,)
 
-    def violations(self, row: Row) -> Violations:
+    def violations(self, row: Row[V]) -> dict[str, V]:
         return {}

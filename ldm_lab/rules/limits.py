@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from ldm_lab.config import register
 from ldm_lab.rules.cell import Cell
-from ldm_lab.rules.rule import Row, Rule, Value, Violations
+from ldm_lab.rules.rule import Row, Rule, V
 
 
 class Limits(Rule):
@@ -39,11 +39,11 @@ class Limits(Rule):
     def needs(self) -> tuple[str, ...]:
         return (self.quantity,)
 
-    def value(self, row: Row) -> Value:
+    def value(self, row: Row[V]) -> V:
         """Return the number that the limits are for."""
         return row.number(self.quantity)
 
-    def outside(self, value: Value) -> Value:
+    def outside(self, value: V) -> V:
         """Return the condition that a number is outside the limits."""
         limits = [
             *([value <= self.above] if self.above is not None else []),
@@ -56,7 +56,7 @@ class Limits(Rule):
             outside = outside | limit
         return outside
 
-    def violations(self, row: Row) -> Violations:
+    def violations(self, row: Row[V]) -> dict[str, V]:
         value = self.value(row)
         return {self.quantity: self.outside(value), "missing_tag": value.isnull()}
 
@@ -112,8 +112,12 @@ class CaptionLength(Limits):
 
     quantity = "caption"
 
-    def violations(self, row: Row) -> Violations:
+    def violations(self, row: Row[V]) -> dict[str, V]:
         caption = row.text("caption")
+        empty = self.outside_of_empty()
         condition = self.outside(caption.length())
-        no_caption = self.outside(Cell(0)).value  # whether none at all is outside the limits
-        return {"caption_length": condition | caption.isnull() if no_caption else condition}
+        return {"caption_length": condition | caption.isnull() if empty else condition}
+
+    def outside_of_empty(self) -> bool:
+        """Return whether no caption at all is outside the limits."""
+        return self.outside(Cell(0)).truth

@@ -1,54 +1,38 @@
-"""The base class of rules, and rules out of a config."""
+"""The base class of rules, what they see of a row, and rules out of a config."""
 
-from collections.abc import Iterable
-from typing import Any, ClassVar, Protocol
+from collections.abc import Collection
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 from ldm_lab.config import build, check_section
 
 
 class Value(Protocol):
-    """A value of a row, or null: an expression of ibis for a table, a `cell.Cell` for a sample."""
+    """A value of a row, or a condition: a `Cell` of one sample, an expression of ibis for a table."""
 
-    def __lt__(self, other: "Value | float") -> "Value": ...
-    def __le__(self, other: "Value | float") -> "Value": ...
-    def __gt__(self, other: "Value | float") -> "Value": ...
-    def __ge__(self, other: "Value | float") -> "Value": ...
-    def __truediv__(self, other: "Value") -> "Value": ...
-    def __and__(self, other: "Value") -> "Value": ...
-    def __or__(self, other: "Value") -> "Value": ...
-    def __invert__(self) -> "Value": ...
-
-    def isnull(self) -> "Value":
-        """Return whether it is unknown."""
-        ...
-
-    def nullif(self, other: float) -> "Value":
-        """Return null in the place of one value."""
-        ...
-
-    def isin(self, values: Iterable[str]) -> "Value":
-        """Return whether it is one of some values."""
-        ...
-
-    def lower(self) -> "Value":
-        """Return a text in lower case."""
-        ...
-
-    def strip(self) -> "Value":
-        """Return a text without the blanks around it."""
-        ...
-
-    def length(self) -> "Value":
-        """Return the characters (code points) of a text."""
-        ...
-
-    def re_search(self, pattern: str) -> "Value":
-        """Return whether a regular expression is found in a text."""
-        ...
+    def __lt__(self, other: float, /) -> Self: ...
+    def __le__(self, other: float, /) -> Self: ...
+    def __gt__(self, other: float, /) -> Self: ...
+    def __ge__(self, other: float, /) -> Self: ...
+    def __ne__(self, other: str | float, /) -> Self: ...  # type: ignore[override]
+    def __truediv__(self, other: Self, /) -> Self: ...
+    def __and__(self, other: Self, /) -> Self: ...
+    def __or__(self, other: Self, /) -> Self: ...
+    def __invert__(self) -> Self: ...
+    def isnull(self) -> Self: ...
+    def nullif(self, other: float, /) -> Self: ...
+    def isin(self, values: Collection[str], /) -> Self: ...
+    def lower(self) -> Self: ...
+    def strip(self) -> Self: ...
+    def length(self) -> Self: ...
+    def re_search(self, pattern: str, /) -> Self: ...
 
 
-class Row(Protocol):
-    """A row as rules see it: the quantities that they speak of, whatever the release calls them (`quantities.py`).
+V = TypeVar("V", bound=Value)
+V_co = TypeVar("V_co", bound=Value, covariant=True)
+
+
+class Row(Protocol[V_co]):
+    """A row of metadata: quantities by the names of `quantities.py`.
 
     Attributes:
         WORD: the characters of words, for use inside [...] in a regular expression.
@@ -56,16 +40,13 @@ class Row(Protocol):
 
     WORD: str
 
-    def number(self, quantity: str) -> Value:
-        """Return a number; null if it is unknown: missing, null, NaN, not a number."""
+    def number(self, quantity: str) -> V_co:
+        """Return a number; null where it is unknown."""
         ...
 
-    def text(self, quantity: str) -> Value:
+    def text(self, quantity: str) -> V_co:
         """Return a text, or null."""
         ...
-
-
-Violations = dict[str, Value]  # reason -> whether a row goes for it
 
 
 class Rule:
@@ -73,17 +54,21 @@ class Rule:
 
     Attributes:
         needs: the quantities that it cannot do without.
-        short_circuits: a row that violates it is not asked about the other rules.
+        short_circuits: a row that breaks it is not asked about the other rules.
         compares_rows: it compares rows with each other, after all others, and so works on tables only.
     """
 
-    part_name: ClassVar[str]
-    needs: tuple[str, ...] = ()
+    part_name: ClassVar[str] = ""
+
     short_circuits = False
     compares_rows = False
 
-    def violations(self, row: Row) -> Violations:
-        """Return {reason: condition} of a row; it goes where one of the conditions holds."""
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ()
+
+    def violations(self, row: Row[V]) -> dict[str, V]:
+        """Return {reason: condition} of a row."""
         raise NotImplementedError
 
 

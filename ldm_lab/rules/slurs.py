@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ldm_lab.config import register
 from ldm_lab.errors import UserError
-from ldm_lab.rules.rule import Row, Rule, Violations
+from ldm_lab.rules.rule import Row, Rule, V
 
 
 @register("rule", "slurs")
@@ -26,20 +26,15 @@ class Slurs(Rule):
         path = Path(file).expanduser()
         try:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
-        except OSError as error:
-            reason = error.strerror or "not readable"
-        except UnicodeDecodeError:
-            reason = "not UTF-8 text"
-        else:
-            reason = ""
-        if reason:
-            raise UserError(f"rules.slurs.file: {path}: {reason}; a list with one word a line is needed")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise UserError(f"rules.slurs.file: {path}: {reason}; a list with one word a line is needed") from None
         words = {word.strip().lower() for word in lines} - {""}
         if not words:
             raise UserError(f"rules.slurs.file: {path}: no word in it; one a line is needed")
         self.words = sorted(words)
 
-    def violations(self, row: Row) -> Violations:
+    def violations(self, row: Row[V]) -> dict[str, V]:
         any_word = f"(?:{'|'.join(map(pattern_of, self.words))})"
         if self.whole_words:
             any_word = f"(?:^|[^{row.WORD}]){any_word}(?:[^{row.WORD}]|$)"

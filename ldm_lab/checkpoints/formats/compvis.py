@@ -34,7 +34,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str,
             left aside.
 
     Returns:
-        The tensors under CompVis's names, and `scale`: the latent scale if the file holds one, else 1. The keyword
+        The tensors under CompVis's names, `latent_mean`, and `latent_std` if the file holds one, else 1. The keyword
         arguments of `KLAutoencoder`, read off the shapes. Extra: `scale_known`, whether the file held the scale.
         A YAML of the same name beside the file, or with it in the zip, is compared with what the shapes say.
 
@@ -72,7 +72,8 @@ def _read(path: Path, shown: str) -> tuple[dict[str, Tensor], dict[str, Any], di
         raise UserError(f"{shown}: its scale_factor is no number but a tensor of {list(factor.shape)}")
     scale = 1.0 if factor is None else float(factor)
     # CompVis's latent diffusion multiplies by its scale_factor, CCLD divides.
-    state["scale"] = torch.tensor(1 / scale if prefix == "first_stage_model." else scale)  # []
+    state["latent_std"] = torch.tensor(1 / scale if prefix == "first_stage_model." else scale)  # []
+    state["latent_mean"] = torch.tensor(0.0)  # []
     return state, config, {"scale_known": factor is not None}
 
 
