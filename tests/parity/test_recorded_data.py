@@ -116,7 +116,9 @@ def test_every_reason_of_every_row(golden, tmp_path):
             for tag in rows_of(folder / table["with"]):  # the highest that passes, else the highest
                 scores.setdefault(tag["hash"], []).append(tag)
             scores = {
-                key: min(tags, key=lambda tag: (bool(violated_rules([limits], SampleRow(tag))), -(tag["aesthetic"] or 0)))
+                key: min(
+                    tags, key=lambda tag: (bool(violated_rules([limits], SampleRow(tag))), -(tag["aesthetic"] or 0))
+                )
                 for key, tags in scores.items()
             }
         if {"status", "error_message"} <= set(rows[0]):
