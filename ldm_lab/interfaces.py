@@ -446,7 +446,7 @@ class EmbeddingConditioner(Conditioner):
 
     def from_batch(self, batch: Batch) -> Conditions:
         """Return {"embed": [B, D]}, the embeddings of a batch's images, [B, 3, H, W] in [-1, 1]."""
-        return {"embed": self.encode_image(batch.image)}  # [B, D]
+        return {"embed": self.encode_image(batch.require_image("train on their embeddings"))}  # [B, D]
 
     def from_prompts(self, texts: Sequence[str], images: Sequence[PillowImage.Image]) -> Conditions:
         """Return {"embed": [n, D]}, the embeddings of texts, then of images, unit rows."""
