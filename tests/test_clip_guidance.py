@@ -61,7 +61,7 @@ def test_the_gradient_is_that_of_the_likeness_to_the_text(base):
 
 def test_the_clip_is_asked_at_the_noise_that_it_knows():
     """A model with other betas has the same noise at another time."""
-    upsampler = tiny_glide.sampler(super_res=True)  # linear betas
+    upsampler = tiny_glide.sampler(upsampler=True)  # linear betas
     schedule, clip = upsampler.objective.schedule, Bright()
     x, t = torch.zeros(1, 3, SIDE, SIDE), torch.tensor([0.3])
     objective, zeros = upsampler.objective, FunctionDenoiser(lambda x, t: torch.zeros(1, 6, SIDE, SIDE))
