@@ -24,7 +24,7 @@ SCALE = 1.7
 def trained(tmp_path_factory):
     """A folder with a run of three steps, with parts of the originals' proportions."""
     folder = tmp_path_factory.mktemp("ccld")
-    sections = {"denoiser": {**UNET, "head_width": 64}, "autoencoder": {"scale": SCALE}}
+    sections = {"denoiser": {**UNET, "head_width": 64}, "autoencoder": {"latent_std": SCALE}}
     yaml = make_run(folder, trainer={"max_steps": 3}, checkpoint={"every": 3}, **sections)
     torch.manual_seed(1)
     save_part(folder / "conditioner.safetensors", build("conditioner", TOWERS), TOWERS)
@@ -102,7 +102,7 @@ def test_finetuning_a_ccld_model(program, trained, layouts):
         now = read_pickled(f"runs/{layout}/last.ckpt")["state_dict"]
         before, _ = read_safetensors(trained / "runs/tiny/ema.safetensors")
         assert all(torch.equal(now[f"model.{name}"], value) for name, value in before.items())
-    code, out, _ = program("train", "--config", yaml, "run=b", "init_from=slim.pth", "autoencoder.scale=5.0", *still)
+    code, out, _ = program("train", "--config", yaml, "run=b", "init_from=slim.pth", "autoencoder.latent_std=5.0", *still)
     assert code == 0 and "trained on latents divided by 1.7, this run divides by 5" in out
 
 
@@ -115,7 +115,7 @@ def test_the_recipe_on_a_small_model(program, trained, layouts):
     small = [f"denoiser.{key}={value}" for key, value in UNET.items() if key != "name"]
     here = ["data.image_size=64", "data.batch_size=2", "data.workers=0", "trainer.accelerator=cpu", "demo.every=2"]
     released = [
-        "init_from=slim.pth", f"autoencoder.scale={SCALE}", "autoencoder.weights=kl-f8.ckpt",
+        "init_from=slim.pth", f"autoencoder.latent_std={SCALE}", "autoencoder.weights=kl-f8.ckpt",
         f"conditioner.weights={trained / 'conditioner.safetensors'}",
     ]  # fmt: skip
     run = ["trainer.max_steps=2", "trainer.accumulate_grad_batches=2", "trainer.precision=32-true"]

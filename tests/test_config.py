@@ -63,7 +63,7 @@ def test_all_problems_are_reported_at_once_with_the_nearest_match():
         (["data.shards=x", "resume.lr=-1"], "resume.lr: -1 is negative"),
         (["data.shards=x", "demo.batch_size=0"], "demo.batch_size: at least 1 is needed, not 0"),
         (["data.shards=x", "conditioner.dropout=2"], "conditioner.dropout: a share from 0 to 1 is needed, not 2"),
-        (["data.shards=x", "autoencoder.scale=0"], "autoencoder.scale: a positive number is needed, not 0"),
+        (["data.shards=x", "autoencoder.latent_std=0"], "autoencoder.latent_std: a positive number is needed, not 0"),
         (["data.shards"], "an override is written key.path=value"),
     ],
 )

@@ -52,7 +52,7 @@ def test_yfcc_cfg_is_the_original_run():
     assert recipe["ema"] == {"from_step": [0, 20_000, 200_000], "decay": [0.99, 0.999, 0.9999]}
     assert recipe["denoiser"]["base_channels"] == 192 and recipe["denoiser"]["multipliers"] == [4, 4, 8, 8]
     assert recipe["conditioner"]["dropout"] == 0.2
-    assert recipe["autoencoder"]["scale"] == 2.55
+    assert recipe["autoencoder"]["latent_std"] == 2.55
     assert recipe["data"]["image_size"] == 256 and recipe["data"]["batch_size"] == 64
     assert recipe["trainer"]["max_steps"] == 250_000 and recipe["trainer"]["devices"] == 8
     demo = recipe["demo"]

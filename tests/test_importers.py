@@ -143,7 +143,7 @@ def test_an_autoencoder_inside_a_diffusion_model(tmp_path, prefix, factor, scale
 def test_an_autoencoder_by_its_config_section(tmp_path):
     net = autoencoder()
     path = str(saved({"state_dict": released(net)}, tmp_path))
-    part = load_part("autoencoder", {"name": "kl_f8", "weights": path, "scale": 3.5})
+    part = load_part("autoencoder", {"name": "kl_f8", "weights": path, "latent_std": 3.5})
     assert part.scale == 3.5
     assert_same({**part.state_dict(), "scale": torch.tensor(1.0)}, net.state_dict())
     with pytest.raises(UserError, match=r"autoencoder.ch: 64 is asked for"):

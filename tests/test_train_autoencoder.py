@@ -321,7 +321,7 @@ def test_initial_weights_come_from_a_part_or_a_run(here, program):
     ("sections", "message"),
     [
         ({"autoencoder": {"weights": "x.safetensors"}}, r"autoencoder\.weights: .* init_from"),
-        ({"autoencoder": {"scale": 2.0}}, r"autoencoder\.scale: .* this task trains it"),
+        ({"autoencoder": {"latent_std": 2.0}}, r"autoencoder\.latent_std: .* this task trains it"),
         ({"loss": {"name": "infoloob"}}, r"loss\.name: 'infoloob' is not this task's: 'reconstruction'"),
         ({"data": {"image_size": 17}}, r"data\.image_size: 17 is no multiple of .*2"),
         ({"discriminator": {"layers": 3}}, r"data\.image_size: 16 is too small .* needs 24"),

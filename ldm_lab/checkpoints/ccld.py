@@ -80,7 +80,7 @@ def model(
     state, architecture, facts = unet(tensors, path, ema)
     within = {role: any(n.startswith(prefix) for n in tensors) for role, prefix in FROZEN.items()}
     weights = {role: {"weights": str(path)} if there else {} for role, there in within.items()}
-    scale = {} if facts["autoencoder_scale"] is None else {"scale": facts["autoencoder_scale"]}
+    scale = {} if facts["autoencoder_scale"] is None else {"latent_std": facts["autoencoder_scale"]}
     config = {
         "task": "diffusion",
         "autoencoder": {"name": "kl_f8", **weights["autoencoder"], **scale},

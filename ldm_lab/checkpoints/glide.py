@@ -96,7 +96,7 @@ def model(
     vocabulary = {} if facts["embed_dim"] == 50257 else {"vocab_size": facts["embed_dim"]}
     config = {
         "task": "diffusion",
-        "autoencoder": {"name": "kl_f8", "scale": LATENT_SCALE} if latent else pixels,
+        "autoencoder": {"name": "kl_f8", "latent_std": LATENT_SCALE} if latent else pixels,
         "conditioner": {
             "name": "glide_text",
             **vocabulary,

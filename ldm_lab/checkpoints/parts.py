@@ -17,7 +17,7 @@ from ldm_lab.checkpoints.files import (
     write_safetensors,
 )
 from ldm_lab.checkpoints.formats import KINDS, kind_of, part_config
-from ldm_lab.config import USE_KEYS, build, check_section, part_class
+from ldm_lab.config import build, check_section, part_class, use_keys
 from ldm_lab.errors import UserError, unknown
 from ldm_lab.pretrained import resolve as pretrained
 
@@ -56,7 +56,7 @@ def save_part(
         dtype: of the stored weights; float16 halves the file. Single numbers, such as the latent scale, stay exact.
     """
     role, name = module.part_role, module.part_name
-    architecture = {key: value for key, value in section.items() if key not in ("name", *USE_KEYS.get(role, {}))}
+    architecture = {key: value for key, value in section.items() if key not in ("name", *use_keys(role))}
     metadata = {
         "format": FORMAT,
         "role": role,
@@ -73,20 +73,20 @@ def load_part(role: str, section: dict[str, Any], read_weights: bool = True) -> 
     Args:
         role: "autoencoder" or "conditioner".
         section: its config section. With `weights`, the file's own architecture is used, and keys given here must
-            agree with it. `scale` (autoencoder) replaces the stored latent scale.
+            agree with it. `latent_std` (autoencoder) replaces the stored latent scale.
         read_weights: False builds the architecture alone (on the meta device, for counting).
 
     Raises:
         UserError: missing, damaged or foreign file; weights of another architecture.
     """
-    given = {key: value for key, value in section.items() if key not in USE_KEYS[role]}
+    given = {key: value for key, value in section.items() if key not in use_keys(role)}
     path = weights_path(role, section) if read_weights else None
     if path is None:
         module = build(role, given)
     else:
         module, _ = read_module(role, given, path)
-    if section.get("scale") is not None:
-        module.scale.fill_(section["scale"])
+    if section.get("latent_std") is not None:
+        module.scale.fill_(section["latent_std"])
     return module.eval().requires_grad_(False)
 
 

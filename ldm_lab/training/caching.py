@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from ldm_lab.checkpoints.parts import load_part, weights_path, weights_sha256
-from ldm_lab.config import USE_KEYS, build, register
+from ldm_lab.config import build, register, use_keys
 from ldm_lab.data.cache import META, CacheWriter, complete, read_meta
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.errors import UserError
@@ -99,7 +99,7 @@ def description(config: dict[str, Any]) -> dict[str, Any]:
         f"{role}.{key}": value
         for role in ENCODERS
         for key, value in config[role].items()
-        if key != "name" and key not in USE_KEYS[role]
+        if key != "name" and key not in use_keys(role)
     }
     return {
         "image_size": config["data"]["image_size"],

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm_lab.checkpoints.models import read_model, save_model
 from ldm_lab.checkpoints.parts import FORMAT, load_part
-from ldm_lab.config import build, options, register
+from ldm_lab.config import build, register, signature_options
 from ldm_lab.errors import UserError
 from ldm_lab.training.logs import say
 from ldm_lab.training.low_res import LowRes
@@ -109,11 +109,11 @@ class DiffusionTask(Task):
             raise UserError(f"init_from: {path} is an inpainting model; denoiser.inpaint=true goes with it")
         if other := other_sizes(type(self.model), theirs, self.run_config["denoiser"]):
             raise UserError(f"init_from: {path} is of another size: {'; '.join(other)}")
-        scale, before = getattr(self.frozen["autoencoder"], "scale", None), part.get("scale")
+        scale, before = getattr(self.frozen["autoencoder"], "scale", None), part.get("latent_std")
         if scale is not None and isinstance(before, float) and before > 0 and abs(float(scale) / before - 1) > 0.01:
             say(
                 f"init_from: these weights were trained on latents divided by {before:g}, this run divides by "
-                f"{float(scale):g} (autoencoder.scale={before:g} would be theirs)"
+                f"{float(scale):g} (autoencoder.latent_std={before:g} would be theirs)"
             )
         return state, f"weights of {path} (step {extra.get('step', 'unknown')})"
 
@@ -141,7 +141,7 @@ class DiffusionTask(Task):
         config = dict(self.run_config)
         if hasattr(self.frozen["autoencoder"], "scale"):  # the scale that was trained with is authoritative
             scale = float(self.frozen["autoencoder"].scale)
-            config["autoencoder"] = {**config["autoencoder"], "scale": scale}
+            config["autoencoder"] = {**config["autoencoder"], "latent_std": scale}
         config["conditioner"] = {**config["conditioner"], "dropout": self.dropout}
         return config
 
@@ -166,7 +166,7 @@ def check_fit(conditioner: Any, denoiser: Any, objective: Any) -> None:
 
 def other_sizes(denoiser: type, theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     """Return the `SIZES` of a denoiser in which two of its config sections differ, each in words."""
-    known, differing = options(denoiser), []
+    known, differing = signature_options(denoiser), []
     for key in getattr(denoiser, "SIZES", ()):
         its, own = (section.get(key, known[key].default) for section in (theirs, ours))
         its, own = (list(size) if isinstance(size, tuple) else size for size in (its, own))

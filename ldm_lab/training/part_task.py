@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ldm_lab.checkpoints.files import is_safetensors, read_pickled
 from ldm_lab.checkpoints.parts import FORMAT, find_weights, read_part, save_part
-from ldm_lab.config import USE_KEYS, build, part_class
+from ldm_lab.config import build, part_class, use_keys
 from ldm_lab.errors import UserError
 from ldm_lab.training.task import Task
 
@@ -26,7 +26,7 @@ class PartTask(Task):
 
     def __init__(self, config: dict[str, Any], read_weights: bool = True) -> None:
         """Build the network and the loss. Raises UserError for keys that only make sense for a frozen part."""
-        frozen_only = [key for key in USE_KEYS[self.PART] if config[self.PART].get(key) is not None]
+        frozen_only = [key for key in use_keys(self.PART) if config[self.PART].get(key) is not None]
         if frozen_only:
             raise UserError(
                 f"{self.PART}.{frozen_only[0]}: is for a frozen network, and this task trains it: "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm_lab import ema
 from ldm_lab.checkpoints.parts import FORMAT, load_strictly, weights_sha256
-from ldm_lab.config import USE_KEYS, build
+from ldm_lab.config import FROZEN, build
 
 
 class Task(LightningModule):
@@ -50,7 +50,7 @@ class Task(LightningModule):
         self.optim = build("optim", config.get("optim"))
         self.ema_schedule = build("ema", config["ema"]) if config.get("ema") is not None else None
         self.frozen: dict[str, nn.Module] = {}
-        sections = {role: config.get(role) or {} for role in USE_KEYS} if read_weights else {}
+        sections = {role: config.get(role) or {} for role in FROZEN} if read_weights else {}
         checksums = {role: weights_sha256(role, section) for role, section in sections.items()}
         self.frozen_sha256 = {role: checksum for role, checksum in checksums.items() if checksum is not None}
         self.batches_seen = 0  # on this rank, since the run's very first batch

@@ -138,7 +138,7 @@ def test_checkpoints_of_ccld(case, program, tmp_path, layout):
     code, _, err = program("ldm_lab.__main__", "convert", write_ccld(layout, case, tmp_path), out)
     assert code == 0, err
     config, state, _ = read_model(out)
-    assert config["autoencoder"]["scale"] == pytest.approx(recorded.config["autoencoder_scale"])
+    assert config["autoencoder"]["latent_std"] == pytest.approx(recorded.config["autoencoder_scale"])
     sizes = (
         recorded.inputs[f"x_{recorded.suffixes('x_')[0]}"].shape[1],
         recorded.inputs["embed_" + recorded.suffixes("x_")[0]].shape[1],

@@ -25,7 +25,7 @@ def test_training_step(case, tmp_path, monkeypatch):
             "task": "diffusion",
             "data": {},
             "autoencoder": {"name": "kl_f8", "ch": 32, "ch_mult": [1], "num_res_blocks": 1,
-                            "embed_dim": extra["channels"], "scale": recorded.config["autoencoder_scale"]},
+                            "embed_dim": extra["channels"], "latent_std": recorded.config["autoencoder_scale"]},
             "conditioner": {"name": "none", "embed_dim": extra["embed_dim"]},
             "denoiser": {"name": "ccld_unet", **config},
             "objective": {"name": "v_cosine"},
