@@ -9,7 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ldm_lab.config.bounds import Plain
-from ldm_lab.config.overrides import apply, first_line, overlaid
+from ldm_lab.config.overrides import apply, yaml_error, overlaid
 from ldm_lab.config.registry import add_imports
 from ldm_lab.errors import UserError
 
@@ -40,7 +40,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
             raise UserError(f"{path}: has to be given: {', '.join(missing)} (add {missing[0]}=... to the command)")
         config = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {first_line(error)}") from None
+        raise UserError(f"{path}: {yaml_error(error)}") from None
     return {str(key): value for key, value in config.items()}
 
 
@@ -54,7 +54,7 @@ def _chain(path: Path, seen: tuple[Path, ...]) -> list[DictConfig]:
         near = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
         raise UserError(f"{path}: no such config." + (f" Here: {near}" if near else "")) from None
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not a readable YAML: {first_line(error)}") from None
+        raise UserError(f"{path}: not a readable YAML: {yaml_error(error)}") from None
     if not isinstance(config, DictConfig):
         raise UserError(f"{path}: a config is a mapping of sections, this is a {type(config).__name__}")
     base = config.pop("defaults", None)

@@ -16,7 +16,7 @@ from yaml import MarkedYAMLError, YAMLError
 
 from ldm_lab.config.bounds import Plain, PartSection, marker
 from ldm_lab.config.registry import MAPPINGS, ROLES, PartInfo, infos
-from ldm_lab.errors import UserError
+from ldm_lab.errors import UserError, first_line
 
 
 def parse(word: str, example: str = "optim.lr=3e-6") -> tuple[str, DictConfig]:
@@ -27,7 +27,7 @@ def parse(word: str, example: str = "optim.lr=3e-6") -> tuple[str, DictConfig]:
     try:
         return key, OmegaConf.from_dotlist([word])
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{word!r}: {first_line(error)}") from None
+        raise UserError(f"{word!r}: {yaml_error(error)}") from None
 
 
 def values(words: Iterable[str], example: str) -> dict[str, Plain]:
@@ -63,7 +63,7 @@ def apply(config: DictConfig, words: Iterable[str]) -> DictConfig:
         try:
             config = overlaid(config, overlay)
         except (OmegaConfBaseException, ValueError, TypeError) as error:
-            raise UserError(f"{word!r}: {first_line(error)}") from None
+            raise UserError(f"{word!r}: {yaml_error(error)}") from None
     return config
 
 
@@ -112,9 +112,8 @@ def _left_behind(old: PartInfo, new: PartInfo) -> set[str]:
     return (old.options.keys() - new.options.keys()) | set(use.OF_WEIGHTS if use else ())
 
 
-def first_line(error: Exception) -> str:
+def yaml_error(error: Exception) -> str:
     """Return the first line of an error of OmegaConf's or of the YAML reader, with its place if it has one."""
-    if isinstance(error, MarkedYAMLError):
-        where = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
-        return f"{error.problem or error}".strip().splitlines()[0] + where
-    return str(error).strip().splitlines()[0]
+    if isinstance(error, MarkedYAMLError) and error.problem:
+        return error.problem + (f" (line {error.problem_mark.line + 1})" if error.problem_mark else "")
+    return first_line(error)

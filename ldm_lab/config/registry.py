@@ -31,7 +31,7 @@ from ldm_lab.config.bounds import TypeForm
 from ldm_lab.config.contracts import missing_of_contract
 from ldm_lab.config.reading import ClassSource, ModuleSource, Option, Unreadable, find_module, module_source
 from ldm_lab.config.uses import AutoencoderUse, ConditionerUse, PartUse, keys_of
-from ldm_lab.errors import UserError, unknown
+from ldm_lab.errors import UserError, first_line, unknown
 
 PartClass = TypeVar("PartClass", bound=type)
 ENTRY_POINTS = "ldm_lab.parts"
@@ -261,7 +261,7 @@ def _read_file(name: str, path: Path) -> None:
     except SyntaxError as error:
         broken[str(path)] = f"{error.msg} (line {error.lineno})"
     except (Unreadable, UnicodeDecodeError, OSError, ValueError) as error:
-        broken[str(path)] = str(error).partition("\n")[0]
+        broken[str(path)] = first_line(error)
 
 
 def _import(name: str, path: Path) -> None:
@@ -271,8 +271,7 @@ def _import(name: str, path: Path) -> None:
     except UserError:
         raise
     except Exception as error:  # whatever a user's module may raise
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
-        broken[str(path)] = f"{type(error).__name__}: {reason}"
+        broken[str(path)] = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{path}: importing it failed: {broken[str(path)]}") from error
 
 

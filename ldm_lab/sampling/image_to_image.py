@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_lab.errors import UserError
-from ldm_lab.io.images import cover, to_tensor
+from ldm_lab.io.images import center_crop_to, to_tensor
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Start:
 
     def latents(self, autoencoder: Any, height: int, width: int, device: torch.device) -> Tensor:
         """Return the picture's latent, the posterior's mean, [1, C, h, w], at a size in pixels."""
-        pixels = to_tensor(cover(self.image, height, width))[None].to(device)  # [1, 3, H, W]
+        pixels = to_tensor(center_crop_to(self.image, height, width))[None].to(device)  # [1, 3, H, W]
         return autoencoder.encode(pixels).float()  # [1, C, h, w]
 
     def latent_mask(self, downscale: int, height: int, width: int, device: torch.device) -> Tensor | None:
@@ -65,12 +65,14 @@ class Start:
         if self.mask is None:
             return painted
         white = Image.fromarray(to_mask(self.mask, painted.height, painted.width))
-        return Image.composite(painted, cover(self.image, painted.height, painted.width), white)
+        return Image.composite(painted, center_crop_to(self.image, painted.height, painted.width), white)
 
 
 def to_mask(mask: Image.Image, height: int, width: int) -> np.ndarray:
     """Return where a mask is white, bool [height, width], cut like the picture it belongs to."""
-    return np.asarray(cover(mask, height, width, Image.Resampling.NEAREST).convert("L")) > 127  # [height, width]
+    return (
+        np.asarray(center_crop_to(mask, height, width, Image.Resampling.NEAREST).convert("L")) > 127
+    )  # [height, width]
 
 
 class Later:

@@ -213,7 +213,7 @@ class Sampler:
             start: a picture to begin with (image to image, inpainting).
             aesthetic: a rating that the texts' embeddings are led to; the negative's is not.
             low_res: what an upsampler is to enlarge, one for each image: pictures of one size, or [N, 3, h, w] in
-                [-1, 1] (see `ldm_lab.io.images.quantised`).
+                [-1, 1] (see `ldm_lab.io.images.round_to_uint8`).
             temperature: factor of the noise that sampling starts from.
             clamp: keep the clean estimate of every step within [-1, 1]; by default so for models of pixels.
             clip_guidance: make images more like their texts in the eyes of a noised CLIP; models of pixels only.

@@ -12,7 +12,7 @@ from PIL import Image
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.classifier_free import plain_weights
-from ldm_lab.io.images import quantised
+from ldm_lab.io.images import round_to_uint8
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling.image_to_image import Start
 from ldm_lab.sampling.pipeline import Mix, Picture, Sampler, as_mix
@@ -104,7 +104,7 @@ class Cascade:
                 seeds = [picture.image.info["seed"] for picture in small]
                 (large,) = self.upsampler.pictures(
                     larger[first : first + len(small)],
-                    low_res=quantised(torch.stack([picture.pixels for picture in small])),
+                    low_res=round_to_uint8(torch.stack([picture.pixels for picture in small])),
                     seeds=[seed + OTHER_NOISE for seed in seeds],
                     sampler=sampler,
                     temperature=upsampling.temperature,
