@@ -102,7 +102,9 @@ def test_finetuning_a_ccld_model(program, trained, layouts):
         now = read_pickled(f"runs/{layout}/last.ckpt")["state_dict"]
         before, _ = read_safetensors(trained / "runs/tiny/ema.safetensors")
         assert all(torch.equal(now[f"model.{name}"], value) for name, value in before.items())
-    code, out, _ = program("train", "--config", yaml, "run=b", "init_from=slim.pth", "autoencoder.latent_std=5.0", *still)
+    code, out, _ = program(
+        "train", "--config", yaml, "run=b", "init_from=slim.pth", "autoencoder.latent_std=5.0", *still
+    )
     assert code == 0 and "trained on latents divided by 1.7, this run divides by 5" in out
 
 

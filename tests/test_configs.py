@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from ldm_lab import config
 from ldm_lab.config import build, load, part_class
@@ -15,7 +16,7 @@ RECIPES = sorted(CONFIGS.glob("*.yaml"))
 
 def load_filled(path: Path) -> dict:
     """Load a recipe with something in the places that its users have to fill."""
-    missing = config.OmegaConf.missing_keys(config.OmegaConf.load(path))
+    missing = OmegaConf.missing_keys(OmegaConf.load(path))
     return load(path, [f"{key}=somewhere" for key in missing])
 
 

@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> None:
     images = image_batches(config, args.batches, args.batch_size)
     scale = measure_scale(autoencoder, tqdm(images, total=args.batches, unit="batch"))
     count = args.batches * args.batch_size
-    print(f"latent scale {scale:.4f} on {count:,} images (before: {before:.4f}); autoencoder.latent_std={scale:.4f} uses it")
+    print(f"latent scale {scale:.4f} on {count:,} images (before: {before:.4f})", end="; ")
+    print(f"autoencoder.latent_std={scale:.4f} uses it")
     if args.out is not None:
         autoencoder.scale.fill_(scale)
         save_part(args.out, autoencoder, architecture(section), {"scale_images": str(count)})

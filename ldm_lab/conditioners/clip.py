@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm_lab.clip_tokens import CLIP_VOCAB_SIZE, SHOWN
-from ldm_lab.config import register
+from ldm_lab.config import check_options, register
 from ldm_lab.errors import UserError, first_line
 from ldm_lab.io.images import flatten_alpha
 
@@ -76,9 +76,7 @@ class CLIP(nn.Module):
             UserError: unknown names, an architecture that cannot be built, a repository that cannot be reached.
         """
         super().__init__()
-        problems = _problems(model, pretrained, architecture)
-        if problems:
-            raise UserError(f"conditioner.{problems[0]}")
+        check_options(CLIP, model=model, pretrained=pretrained, architecture=architecture)
         import open_clip
 
         config = _config(model, pretrained, architecture)
@@ -95,12 +93,9 @@ class CLIP(nn.Module):
             self.register_buffer(f"pixel_{name}", values[:, None, None], persistent=False)  # [3, 1, 1]
 
     @staticmethod
-    def check(section: dict[str, Any]) -> list[str]:
-        """Return what is wrong across the keys of a config section."""
-        keys = [section.get(key) for key in ("model", "pretrained", "architecture")]
-        if section.get("weights") and keys == [None] * 3:  # a file of ours has them inside
-            return []
-        return _problems(*keys)
+    def check(options: dict[str, Any]) -> list[str]:
+        """Return what is wrong across the options."""
+        return _problems(options["model"], options["pretrained"], options["architecture"])
 
     @staticmethod
     def published(section: dict[str, Any]) -> Path:
@@ -109,10 +104,8 @@ class CLIP(nn.Module):
         Raises:
             UserError: the section names no published weights, or they cannot be downloaded.
         """
-        problems = CLIP.check(section)
-        if problems:
-            raise UserError(f"conditioner.{problems[0]}")
         model, pretrained = section.get("model"), section.get("pretrained")
+        check_options(CLIP, model=model, pretrained=pretrained, architecture=section.get("architecture"))
         if model is None:
             raise UserError("conditioner.weights: has to be given, a file with the weights of this architecture")
         import open_clip

@@ -16,7 +16,7 @@ from ldm_lab.clip_tokens import (
     byte_letters,
 )
 from ldm_lab.clip_tokens import Encoding as CLIPEncoding
-from ldm_lab.config import register
+from ldm_lab.config import PositiveInt, check_options, register
 from ldm_lab.errors import UserError
 from ldm_lab.pretrained.resolve import fetch
 
@@ -48,7 +48,7 @@ class GlideText(nn.Module):
         *,
         vocabulary: Literal["gpt2", "clip"] = "gpt2",
         vocab_size: int | None = None,
-        text_size: int = 128,
+        text_size: PositiveInt = 128,
     ) -> None:
         """Choose the tokens.
 
@@ -60,9 +60,7 @@ class GlideText(nn.Module):
             text_size: L, tokens per text; a longer text is cut.
         """
         super().__init__()
-        problems = self.check({"vocabulary": vocabulary, "vocab_size": vocab_size, "text_size": text_size})
-        if problems:
-            raise UserError(f"conditioner.{problems[0]}")
+        check_options(GlideText, vocabulary=vocabulary, vocab_size=vocab_size, text_size=text_size)
         whole = GPT2_VOCAB_SIZE if vocabulary == "gpt2" else CLIP_VOCAB_SIZE
         self.vocabulary, self.embed_dim, self.text_size = vocabulary, vocab_size or whole, text_size
         self.register_buffer("pad", torch.tensor(self.embed_dim - 1), persistent=False)  # []
@@ -76,8 +74,6 @@ class GlideText(nn.Module):
         size, problems = section.get("vocab_size"), []
         if size is not None and not least <= size <= most:
             problems.append(f"vocab_size: this vocabulary has {least} to {most} ids, not {size}")
-        if section.get("text_size", 1) < 1:
-            problems.append(f"text_size: at least 1 is needed, not {section['text_size']}")
         return problems
 
     def from_batch(self, batch: dict[str, Any]) -> dict[str, Tensor]:

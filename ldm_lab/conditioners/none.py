@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm_lab.config import register
+from ldm_lab.config import PositiveInt, register
 
 
 @register("conditioner", "none")
@@ -15,7 +15,7 @@ class NoConditioner(nn.Module):
 
     zeros: Tensor
 
-    def __init__(self, *, embed_dim: int = 64) -> None:
+    def __init__(self, *, embed_dim: PositiveInt = 64) -> None:
         """`embed_dim`: D, the width of the zeros; the denoiser's input is as wide."""
         super().__init__()
         self.embed_dim = embed_dim

@@ -23,14 +23,37 @@ from ldm_lab.config.bounds import (
     Share,
     ShareBelowOne,
 )
-from ldm_lab.config.checks import check_keys, check_section
+from ldm_lab.config.checks import check_keys, check_mapping, check_options, check_section
 from ldm_lab.config.listing import describe_parts
 from ldm_lab.config.loading import read, to_yaml
 from ldm_lab.config.registry import FROZEN, ROLES, part_class, parts, register, signature_options, use_keys
 from ldm_lab.config.run_config import build, check, load
 
 __all__ = [
-    "FROZEN", "ROLES", "NonNegativeFloat", "NonNegativeInt", "PartMapping", "PartSection", "Plain", "PositiveFloat",
-    "PositiveInt", "Share", "ShareBelowOne", "build", "check", "check_keys", "check_section", "describe_parts", "load",
-    "part_class", "parts", "read", "register", "signature_options", "to_yaml", "use_keys",
-]  # fmt: skip
+    "FROZEN",
+    "ROLES",
+    "NonNegativeFloat",
+    "NonNegativeInt",
+    "PartMapping",
+    "PartSection",
+    "Plain",
+    "PositiveFloat",
+    "PositiveInt",
+    "Share",
+    "ShareBelowOne",
+    "build",
+    "check",
+    "check_keys",
+    "check_mapping",
+    "check_options",
+    "check_section",
+    "describe_parts",
+    "load",
+    "part_class",
+    "parts",
+    "read",
+    "register",
+    "signature_options",
+    "to_yaml",
+    "use_keys",
+]

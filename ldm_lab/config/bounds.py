@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeAlias, Union
 
 from annotated_types import BaseMetadata, Ge, GroupedMetadata, Gt, Interval, Le, Lt, MaxLen, MinLen
 
-Plain: TypeAlias = "None | bool | int | float | str | list[Plain] | dict[str, Plain]"  # what a YAML holds
+Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"  # what a YAML holds
 TypeForm: TypeAlias = Any  # a type as an annotation writes it: int, list[float], Annotated[int, Ge(1)], int | None
 
 PositiveInt = Annotated[int, Ge(1)]
@@ -91,7 +91,10 @@ def problem(value: Plain, annotation: TypeForm) -> str | None:
         if not (outside := _outside(value, member)):
             return None
         reasons.append(outside)
-    needed = " or ".join(dict.fromkeys(reasons)) or describe(annotation)
+    if reasons:
+        choices = [describe(m).removeprefix("one of ") for m in _members(annotation) if typing.get_origin(m) is Literal]
+        return f"{' or '.join(dict.fromkeys(reasons + choices))} is needed, not {value!r}"
+    needed = describe(annotation)
     return f"{needed} is needed, not {value!r}"
 
 
@@ -175,7 +178,14 @@ def _bounds(annotation: TypeForm) -> str:
     """Return the bounds of an annotation in words: "at least 1", "a number from 0 to 1", "2 or more entries"."""
     words = {}
     for constraint in constraints_of(annotation):
-        for kind, key in ((MinLen, "min_length"), (MaxLen, "max_length"), (Ge, "ge"), (Gt, "gt"), (Le, "le"), (Lt, "lt")):
+        for kind, key in (
+            (MinLen, "min_length"),
+            (MaxLen, "max_length"),
+            (Ge, "ge"),
+            (Gt, "gt"),
+            (Le, "le"),
+            (Lt, "lt"),
+        ):
             if isinstance(constraint, kind):
                 words[key] = f"{asdict(constraint)[key]:,}".replace(",", "_")
     least, most = words.pop("min_length", ""), words.pop("max_length", "")

@@ -1,4 +1,4 @@
-"""Checks of sections: unknown keys, types, bounds, unknown parts from the parts' text; rules across keys by their classes.
+"""Checks of sections: keys, types, bounds and names from the parts' text; rules across keys by their classes.
 
 A part may have a static method `check(options) -> list[str]` for rules across keys. It gets all its options, those that
 were left out with their defaults, and is not asked about a section with `weights`, as a weights file brings its own
@@ -55,14 +55,14 @@ def check_section(role: str, section: Any, path: str) -> list[str]:
     return check_keys(role, section, path) or check_rules_of(role, section, path)
 
 
-def check_mapping(role: str, sections: Any, path: str, imported: bool = False) -> list[str]:
+def check_mapping(role: str, sections: Any, path: str, across_keys: bool = False) -> list[str]:
     """Return what is wrong with a mapping {part name: options}, each with its key path.
 
     Args:
         role: of the parts.
         sections: the mapping; a name with null stands for no part.
         path: key path of the mapping.
-        imported: check the rules across keys, too.
+        across_keys: check the rules across keys, too.
     """
     if not isinstance(sections, dict):
         return [f"{path}: a mapping of {role} names to their options is needed, not {sections!r}"]
@@ -71,9 +71,9 @@ def check_mapping(role: str, sections: Any, path: str, imported: bool = False) -
         if options is None:
             continue
         if not isinstance(options, dict):
-            problems.append(f"{path}.{name}: options are needed, or {{}} for none, not {options!r}")
+            problems.append(f"{path}.{name}: options are needed, such as {{}}, not {options!r}")
             continue
-        check = check_section if imported else check_keys
+        check = check_section if across_keys else check_keys
         problems += [found.replace(f"{path}.{name}.name:", f"{path}.{name}:", 1) for found in check(
             role, {"name": name, **options}, f"{path}.{name}"
         )]  # fmt: skip
@@ -87,10 +87,24 @@ def check_rules_of(role: str, section: Any, path: str) -> list[str]:
     problems = []
     for key, option in info.options.items():
         if key in section:
-            problems += _nested(option.annotation, section[key], f"{path}.{key}", imported=True)
+            problems += _nested(option.annotation, section[key], f"{path}.{key}", across_keys=True)
     if section.get("weights") and "weights" in use_keys(role):
         return problems
     return problems + [f"{path}.{found}" for found in _rule(info.load())(filled(info, section))]
+
+
+def check_options(cls: type, **given: Plain) -> None:
+    """Check the options that a registered class is constructed with; for constructors that are also called directly.
+
+    Raises:
+        UserError: out of bounds, or options that contradict each other.
+    """
+    info = part_info(cls.part_role, cls.part_name)
+    for key, value in given.items():
+        if found := problem(list(value) if isinstance(value, tuple) else value, info.options[key].annotation):
+            raise UserError(f"{info.role}.{key}: {found}")
+    for found in _rule(cls)(filled(info, given)):
+        raise UserError(f"{info.role}.{found}")
 
 
 def filled(info: PartInfo, section: Mapping[str, Plain]) -> dict[str, Any]:
@@ -107,20 +121,20 @@ def _rule(cls: type) -> Callable[[dict[str, Any]], list[str]]:
     return dict(inspect.getmembers(cls, inspect.isfunction)).get("check", lambda options: [])
 
 
-def _nested(annotation: Any, value: Any, where: str, imported: bool = False) -> list[str]:
+def _nested(annotation: Any, value: Any, where: str, across_keys: bool = False) -> list[str]:
     """Return what is wrong with a value that describes other parts; nothing for any other value."""
     mark = marker(annotation)
     if mark is None or value is None:
         return []
     if isinstance(mark, PartSection):
-        check = check_rules_of if imported else check_keys
+        check = check_rules_of if across_keys else check_keys
         return check(mark.role, {**({"name": mark.name} if mark.name else {}), **value}, where)
-    return check_mapping(mark.role, value, where, imported)
+    return check_mapping(mark.role, value, where, across_keys)
 
 
 def _unknown_key(info: PartInfo, key: str, known: list[str]) -> str:
     """Return that a part does not know a key, with the part that does, or the nearest match."""
-    message = unknown(f"key of {info.label}", key, known)
+    message = unknown("key", key, known, info.label)
     others = known_elsewhere(info, key)
     return f"{message} {', '.join(others)} {'has' if len(others) == 1 else 'have'} it." if others else message
 

@@ -9,7 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ldm_lab.config.bounds import Plain
-from ldm_lab.config.overrides import apply, yaml_error, overlaid
+from ldm_lab.config.overrides import apply, overlaid, yaml_error
 from ldm_lab.config.registry import add_imports
 from ldm_lab.errors import UserError
 
@@ -27,7 +27,9 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     files = _chain(Path(path), seen=())
     for config in (*files, *(OmegaConf.from_dotlist([word]) for word in overrides if word.startswith("imports="))):
-        named = config.get("imports")  # before anything is laid over anything: what takes a part's place has to be known
+        named = config.get(
+            "imports"
+        )  # before anything is laid over anything: what takes a part's place has to be known
         if named is not None:
             add_imports([named] if isinstance(named, str) else OmegaConf.to_container(named))
     merged = files[0]

@@ -2,9 +2,9 @@
 
 A value is read as YAML does, with numbers such as 3e-5 and 50_000; the same for all commands.
 
-Another part takes a section's place by `data.name=folder`, by `data={name: folder, ...}`, or by another `name` in a file
-that overlays its `defaults:`. Then the keys of the part before that the new one does not have are left out, and those
-that belong to its weights, too.
+Another part takes a section's place by `data.name=folder`, by `data={name: folder, ...}`, or by another `name` in a
+file that overlays its `defaults:`. Then the keys of the part before that the new one does not have are left out, and
+those that belong to its weights, too.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from ldm_lab.config.bounds import Plain, PartSection, marker
+from ldm_lab.config.bounds import PartSection, Plain, marker
 from ldm_lab.config.registry import MAPPINGS, ROLES, PartInfo, infos
 from ldm_lab.errors import UserError, first_line
 
@@ -86,7 +86,7 @@ def _section(config: DictConfig, key: object) -> DictConfig | None:
 
 
 def _replace(role: str, before: DictConfig | None, overlay: DictConfig | None) -> None:
-    """Take out of a section what does not go with the part that an overlay puts into its place, there and further in."""
+    """Take out of a section what does not go with the part that an overlay puts into its place."""
     if before is None or overlay is None:
         return
     known = infos(role)

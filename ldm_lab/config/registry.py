@@ -1,4 +1,4 @@
-"""The registry: role and name -> part. What is known of a part is read from its text; its class is imported when needed.
+"""The registry: role and name -> part, known by its text; its class is imported when it is needed.
 
 A *part* is a class registered under a role and a name. Its keyword-only constructor arguments are the keys that its
 section may have, their annotations the types and bounds; positional arguments are run-time objects that the caller of
@@ -315,15 +315,17 @@ def part_info(role: str, name: Any, where: str | None = None) -> PartInfo:
     if name is None:
         raise UserError(f"{where}.name: has to be given. Known: {', '.join(known)}.")
     if not isinstance(name, str) or name not in known:
-        raise UserError(f"{where}.name: {unknown(role, name, known)} {_elsewhere()}".rstrip())
+        raise UserError(f"{where}.name: {_with_hint(unknown(role, name, known))}")
     return known[name]
 
 
-def _elsewhere() -> str:
-    """Return what may hold an unknown part: a file that could not be read, or a module that was not named."""
+def _with_hint(message: str) -> str:
+    """Return a message on an unknown part with what may hold it: a file that could not be read, a module not named."""
     if broken:
-        return "Not readable: " + "; ".join(f"{file}: {why}" for file, why in broken.items())
-    return "Parts of your own: imports: [my_parts] in the YAML, or --imports my_parts."
+        return f"{message} Not readable: " + "; ".join(f"{file}: {why}" for file, why in broken.items())
+    if "Did you mean" in message:
+        return message
+    return f"{message} Parts of your own: imports: [my_parts] in the YAML, or --imports my_parts."
 
 
 def part_class(role: str, section: Any) -> type:

@@ -6,9 +6,8 @@ from typing import Annotated, Any
 
 from annotated_types import Interval
 
-from ldm_lab.config.bounds import problem
-from ldm_lab.config.checks import check_keys, check_mapping, check_rules_of, check_section, filled, section_roles
-from ldm_lab.config.bounds import converted
+from ldm_lab.config.bounds import converted, problem
+from ldm_lab.config.checks import check_keys, check_mapping, check_section, section_roles
 from ldm_lab.config.loading import read
 from ldm_lab.config.registry import MAPPINGS, part_info
 from ldm_lab.errors import UserError, unknown

@@ -7,14 +7,15 @@ shifts every residual block; its whole sequence stands beside the pixels in ever
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import MinLen
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ldm_lab.config import options, register
+from ldm_lab.config import PositiveInt, ShareBelowOne, check_options, register, signature_options
 from ldm_lab.errors import UserError
 
 LOW_RES_CHANNELS = 3  # an upsampler's condition is an RGB image
@@ -41,23 +42,23 @@ class GlideUNet(nn.Module):
         channels: int,
         embed_dim: int,
         *,
-        base_channels: int = 192,
-        multipliers: list[int] = (1, 2, 3, 4),
-        blocks_per_level: int = 3,
-        attention: list[int] = (2, 4, 8),
-        head_width: int = 64,
-        norm_groups: int = 32,
-        dropout: float = 0.1,
-        text_size: int = 128,
-        text_width: int = 512,
-        text_layers: int = 16,
-        text_heads: int = 8,
+        base_channels: PositiveInt = 192,
+        multipliers: Annotated[list[PositiveInt], MinLen(1)] = (1, 2, 3, 4),
+        blocks_per_level: PositiveInt = 3,
+        attention: list[PositiveInt] = (2, 4, 8),
+        head_width: PositiveInt = 64,
+        norm_groups: PositiveInt = 32,
+        dropout: ShareBelowOne = 0.1,
+        text_size: PositiveInt = 128,
+        text_width: PositiveInt = 512,
+        text_layers: PositiveInt = 16,
+        text_heads: PositiveInt = 8,
         super_res: bool = False,
         inpaint: bool = False,
-        clip_width: int | None = None,
-        clip_positions: int = 4,
+        clip_width: PositiveInt | None = None,
+        clip_positions: PositiveInt = 4,
         learn_variance: bool = True,
-        timesteps: int = 1000,
+        timesteps: PositiveInt = 1000,
         gradient_checkpointing: bool = False,
     ) -> None:
         """Build the network with initial weights for training from scratch; the defaults are GLIDE's base model.
@@ -91,10 +92,8 @@ class GlideUNet(nn.Module):
             UserError: options that contradict each other.
         """
         super().__init__()
-        given = {key: value for key, value in locals().items() if key in options(GlideUNet)}
-        problems = _problems(given)
-        if problems:
-            raise UserError(f"denoiser.{problems[0]}")
+        given = {key: value for key, value in locals().items() if key in signature_options(GlideUNet)}
+        check_options(GlideUNet, **given)
         self.channels, self.vocab_size = channels, embed_dim
         self.text_size, self.super_res, self.inpaint, self.clip_width = text_size, super_res, inpaint, clip_width
         self.clip_positions, self.timesteps, self.base_channels = clip_positions, timesteps, base_channels
@@ -135,9 +134,9 @@ class GlideUNet(nn.Module):
             nn.init.normal_(embedding, std=deviation)
 
     @staticmethod
-    def check(section: dict[str, Any]) -> list[str]:
-        """Return what is wrong across the keys of a config section."""
-        return _problems({key: section.get(key, known.default) for key, known in options(GlideUNet).items()})
+    def check(options: dict[str, Any]) -> list[str]:
+        """Return what is wrong across the options."""
+        return _problems(options)
 
     @property
     def text_modules(self) -> list[nn.Module | nn.Parameter]:
@@ -283,24 +282,8 @@ class GlideUNet(nn.Module):
 
 def _problems(sizes: dict[str, Any]) -> list[str]:
     """Return what is wrong with a network's options, each as "key: what"."""
-    positive = (
-        "base_channels",
-        "blocks_per_level",
-        "head_width",
-        "norm_groups",
-        "text_size",
-        "text_width",
-        "text_layers",
-    )
-    positive += ("text_heads", "clip_positions", "timesteps")
-    problems = [f"{key}: at least 1 is needed, not {sizes[key]}" for key in positive if sizes[key] < 1]
+    problems = []
     multipliers, attention = sizes["multipliers"], sizes["attention"]
-    if not multipliers or min(multipliers) < 1:
-        problems.append(f"multipliers: numbers from 1 on are needed, one per level, not {list(multipliers)}")
-    if not 0 <= sizes["dropout"] < 1:
-        problems.append(f"dropout: a share in [0, 1) is needed, not {sizes['dropout']}")
-    if problems:
-        return problems
     if sizes["text_width"] % sizes["text_heads"]:
         problems.append(f"text_heads: {sizes['text_heads']} heads do not divide text_width {sizes['text_width']}")
     scales = [2**level for level in range(len(multipliers))]

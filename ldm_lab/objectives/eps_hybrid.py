@@ -1,12 +1,13 @@
 """Prediction of the noise, with a learned variance, by a table of betas: the objective of guided-diffusion, GLIDE."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
-from ldm_lab.config import register
+from ldm_lab.config import PositiveFloat, register
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Prediction
 from ldm_lab.objectives import Objective
@@ -29,9 +30,9 @@ class EpsHybrid(Objective):
         self,
         *,
         betas: BETAS = "squaredcos_cap_v2",
-        timesteps: int = 1000,
+        timesteps: Annotated[int, Ge(2)] = 1000,
         bound: bool = True,
-        min_snr: float | None = None,
+        min_snr: PositiveFloat | None = None,
         draw: Literal["sobol", "uniform"] = "sobol",
     ) -> None:
         """Set what is trained.
@@ -51,17 +52,12 @@ class EpsHybrid(Objective):
         self._posteriors: dict[torch.device, Posterior] = {}  # the same on the devices that it was needed on
 
     @staticmethod
-    def check(section: dict[str, Any]) -> list[str]:
-        """Return the problems of a config section."""
-        timesteps, gamma = section.get("timesteps", 1000), section.get("min_snr")
-        linear = section.get("betas") == "linear"
-        problems = []
-        if timesteps < (21 if linear else 2):
-            why = " for linear betas, which reach 1 with fewer" if linear else ""
-            problems.append(f"timesteps: at least {21 if linear else 2} are needed{why}, not {timesteps}")
-        if gamma is not None and not 0 < gamma < float("inf"):
-            problems.append(f"min_snr: a number above 0, or null, is needed, not {gamma}")
-        return problems
+    def check(options: dict[str, Any]) -> list[str]:
+        """Return what is wrong across the options."""
+        timesteps = options["timesteps"]
+        if options["betas"] == "linear" and timesteps < 21:
+            return [f"timesteps: at least 21 are needed for linear betas, which reach 1 with fewer, not {timesteps}"]
+        return []
 
     def loss(self, denoiser: Callable, x0: Tensor, cond: dict[str, Tensor], t: Tensor, noise: Tensor) -> Tensor:
         """Return the loss per sample, [B]; arguments as for `terms`."""

@@ -11,12 +11,13 @@ alpha and sigma enters, so every objective is served alike. The last step goes t
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
-from ldm_lab.config import register
+from ldm_lab.config import Share, register
 from ldm_lab.interfaces import Callback, Predict
 from ldm_lab.samplers import Walk, check_steps
 from ldm_lab.schedules import SPACING, Steps
@@ -45,15 +46,14 @@ class DPMSolverSDE(Walk):
         spacing: how the steps are spread over the noise levels (`ldm_lab.schedules`).
     """
 
-    def __init__(self, *, steps: Steps = 25, eta: float = 1.0, spacing: SPACING = "log_snr") -> None:
+    def __init__(self, *, steps: Steps = 25, eta: Share = 1.0, spacing: SPACING = "log_snr") -> None:
         super().__init__(steps)
         self.eta, self.spacing = eta, spacing
 
     @staticmethod
     def check(section: dict[str, Any]) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        eta = section.get("eta", 1.0)
-        return check_steps(section) + ([] if 0 <= eta <= 1 else [f"eta: a number from 0 to 1 is needed, not {eta}"])
+        """Return what is wrong with `steps`."""
+        return check_steps(section)
 
     def __call__(
         self,
@@ -117,15 +117,16 @@ class UniPC(Walk):
         spacing: how the steps are spread over the noise levels (`ldm_lab.schedules`).
     """
 
-    def __init__(self, *, steps: Steps = 20, order: int = 2, spacing: SPACING = "log_snr") -> None:
+    def __init__(
+        self, *, steps: Steps = 20, order: Annotated[int, Interval(ge=1, le=4)] = 2, spacing: SPACING = "log_snr"
+    ) -> None:
         super().__init__(steps)
         self.order, self.spacing = order, spacing
 
     @staticmethod
     def check(section: dict[str, Any]) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        order = section.get("order", 2)
-        return check_steps(section) + ([] if 1 <= order <= 4 else [f"order: 1 to 4, not {order}"])
+        """Return what is wrong with `steps`."""
+        return check_steps(section)
 
     def __call__(
         self,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_lab.config import register
+from ldm_lab.config import Share, register
 from ldm_lab.interfaces import Callback, Predict
 from ldm_lab.samplers import Walk, check_steps
 from ldm_lab.schedules import SPACING, Steps
@@ -22,15 +22,14 @@ class _Straight(Walk):
 
     ORDER: int
 
-    def __init__(self, *, steps: Steps = 30, spacing: SPACING = "karras", churn: float = 0.0) -> None:
+    def __init__(self, *, steps: Steps = 30, spacing: SPACING = "karras", churn: Share = 0.0) -> None:
         super().__init__(steps)
         self.spacing, self.churn = spacing, churn
 
     @staticmethod
     def check(section: dict[str, Any]) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        churn = section.get("churn", 0.0)
-        return check_steps(section) + ([] if 0 <= churn <= 1 else [f"churn: a share from 0 to 1, not {churn}"])
+        """Return what is wrong with `steps`."""
+        return check_steps(section)
 
     def __call__(
         self,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.models import vgg16
 
 from ldm_lab.autoencoders.kl_f8 import kl
-from ldm_lab.config import build, register
+from ldm_lab.config import NonNegativeFloat, build, register
 from ldm_lab.errors import UserError
 from ldm_lab.training.discriminator import adaptive_weight
 from ldm_lab.training.part_task import PartTask
@@ -30,7 +30,7 @@ class ReconstructionLoss(nn.Module):
     """How far a reconstruction is from its image, and the latent from a standard normal one."""
 
     def __init__(
-        self, *, pixels: Literal["l1", "l2"] = "l1", kl_weight: float = 1e-6, learn_logvar: bool = False
+        self, *, pixels: Literal["l1", "l2"] = "l1", kl_weight: NonNegativeFloat = 1e-6, learn_logvar: bool = False
     ) -> None:
         """Set the weights of the terms.
 
@@ -43,12 +43,6 @@ class ReconstructionLoss(nn.Module):
         super().__init__()
         self.pixels, self.kl_weight = pixels, kl_weight
         self.logvar = nn.Parameter(torch.tensor(0.0), requires_grad=learn_logvar)  # []
-
-    @staticmethod
-    def check(section: dict) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        kl_weight = section.get("kl_weight", 0)
-        return [] if kl_weight >= 0 else [f"kl_weight: {kl_weight} is negative"]
 
     def forward(self, image: Tensor, reconstruction: Tensor, distance: Tensor) -> Tensor:
         """Return the negative log likelihood per image, [B], a sum over its values (up to a constant).

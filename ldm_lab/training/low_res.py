@@ -1,19 +1,22 @@
 """What an upsampler is trained on beside the image: the same image, made small."""
 
-from typing import Any
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm_lab.config import register
+from ldm_lab.config import NonNegativeFloat, register
 
 
 @register("low_res")
 class LowRes:
     """The low-resolution condition of an upsampler: the training image itself at 1 / factor of its size."""
 
-    def __init__(self, *, factor: int = 4, noise: float = 0.0, blur: float = 0.0) -> None:
+    def __init__(
+        self, *, factor: Annotated[int, Ge(2)] = 4, noise: NonNegativeFloat = 0.0, blur: NonNegativeFloat = 0.0
+    ) -> None:
         """Set how it is made.
 
         Args:
@@ -23,14 +26,6 @@ class LowRes:
             blur: standard deviation of a Gaussian blur in small pixels, at most, drawn likewise; GLIDE has none.
         """
         self.factor, self.noise, self.blur = factor, noise, blur
-
-    @staticmethod
-    def check(section: dict[str, Any]) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        problems = [f"{key}: {section[key]} is negative" for key in ("noise", "blur") if section.get(key, 0) < 0]
-        if section.get("factor", 2) < 2:
-            problems.append(f"factor: at least 2 is needed, not {section['factor']}")
-        return problems
 
     def __call__(self, image: Tensor) -> Tensor:
         """Return the condition, [B, 3, H / factor, W / factor], for images [B, 3, H, W] in [-1, 1]."""

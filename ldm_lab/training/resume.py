@@ -7,7 +7,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from ldm_lab.checkpoints.files import existing_file, read_pickled
 from ldm_lab.checkpoints.parts import FORMAT
-from ldm_lab.config import register
+from ldm_lab.config import NonNegativeFloat, register
 from ldm_lab.errors import UserError
 from ldm_lab.training.checkpointing import LAST
 from ldm_lab.training.logs import say
@@ -22,7 +22,7 @@ FIXED = ("optim.freeze", "optim.state")
 class Resume(Callback):
     """Go on with a run: weights, EMA, optimizer, scaler, step, data position come from its checkpoint."""
 
-    def __init__(self, folder: Path, *, checkpoint: str | None = None, lr: float | None = None) -> None:
+    def __init__(self, folder: Path, *, checkpoint: str | None = None, lr: NonNegativeFloat | None = None) -> None:
         """Set what to go on with.
 
         Args:
@@ -44,12 +44,6 @@ class Resume(Callback):
             )
         if lr is not None and self.path is None and checkpoint != "last":
             raise UserError("resume.lr: needs resume.checkpoint; a fresh run takes optim.lr")
-
-    @staticmethod
-    def check(section: dict[str, Any]) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        lr = section.get("lr")
-        return [f"lr: {lr} is negative"] if lr is not None and lr < 0 else []
 
     def differences(self, config: dict[str, Any], network: tuple[str, ...]) -> list[str]:
         """Return the lines "key: checkpoint's value -> new value" between the checkpoint's config and this one.

@@ -11,7 +11,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from ldm_lab.checkpoints.files import atomic_write, read_pickled
 from ldm_lab.checkpoints.parts import FORMAT, load_fitting
-from ldm_lab.config import build, part_class, register, to_yaml
+from ldm_lab.config import NonNegativeFloat, PositiveInt, build, part_class, register, to_yaml
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.errors import UserError, first_line
 from ldm_lab.training.caching import training_data
@@ -21,7 +21,8 @@ from ldm_lab.training.logs import StepProgress, quiet_lightning, say
 from ldm_lab.training.task import Task, gather
 
 RUNS = Path("runs")
-PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "64-true")  # none whose weights, and so whose average, are halved
+# None whose weights, and so whose average, are halved.
+Precision = Literal["32-true", "16-mixed", "bf16-mixed", "64-true", "32", "16", "64", "bf16", 32, 16, 64]
 
 
 @register("trainer")
@@ -31,16 +32,16 @@ class TrainerOptions:
     def __init__(
         self,
         *,
-        max_steps: int = -1,
+        max_steps: PositiveInt | Literal[-1] = -1,
         max_time: str | None = None,
         accelerator: str = "auto",
         devices: int | str = 1,
-        num_nodes: int = 1,
+        num_nodes: PositiveInt = 1,
         strategy: str = "auto",
-        precision: str | int = "32-true",
-        accumulate_grad_batches: int = 1,
-        gradient_clip_val: float | None = None,
-        threads: int | None = None,
+        precision: Precision = "32-true",
+        accumulate_grad_batches: PositiveInt = 1,
+        gradient_clip_val: NonNegativeFloat | None = None,
+        threads: PositiveInt | None = None,
         matmul: Literal["highest", "high", "medium"] = "high",
         channels_last: bool = False,
     ) -> None:
@@ -66,20 +67,6 @@ class TrainerOptions:
             "num_nodes": num_nodes, "strategy": strategy, "precision": precision,
             "accumulate_grad_batches": accumulate_grad_batches, "gradient_clip_val": gradient_clip_val,
         }  # fmt: skip
-
-    @staticmethod
-    def check(section: dict) -> list[str]:
-        """Return what is wrong across keys."""
-        precision = str(section.get("precision", "32-true"))
-        known = [*PRECISIONS, "32", "16", "64", "bf16"]
-        problems = [] if precision in known else [f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}"]
-        for key, least in (("accumulate_grad_batches", 1), ("threads", 1), ("gradient_clip_val", 0)):
-            if section.get(key) is not None and section[key] < least:
-                problems.append(f"{key}: at least {least} is needed, not {section[key]}")
-        steps = section.get("max_steps", -1)
-        if steps < 1 and steps != -1:
-            problems.append(f"max_steps: a number from 1 on is needed, or -1 for a run without end, not {steps}")
-        return problems
 
     def trainer(self, callbacks: list[Callback], loggers: list[Any], log_every: int, folder: Path) -> Trainer:
         """Return the Trainer."""
