@@ -7,7 +7,7 @@ import tiny_glide
 import torch
 from tiny_glide import SIDE
 
-from ldm_lab.checkpoints import noised_clip
+from ldm_lab.checkpoints.formats import noised_clip
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.clip import climbing
 from ldm_lab.guidance.noised_clip import NoisedCLIP

@@ -141,7 +141,7 @@ def test_a_config_names_only_registered_parts():
     ],
 )
 def test_types(value, annotation, fits):
-    assert fits(value, annotation) is fits
+    assert bounds.fits(value, annotation) is fits
 
 
 def test_the_listing_of_parts_has_every_role_and_every_option():

@@ -24,7 +24,7 @@ from ldm_lab.guidance.inpaint import keep_known
 from ldm_lab.guidance.thresholding import clamped
 from ldm_lab.interfaces import Prediction
 from ldm_lab.io.images import to_images, to_tensor
-from ldm_lab.pretrained.resolve import check_foreign
+from ldm_lab.pretrained.resolve import check_untrusted
 from ldm_lab.prompts import Prompt, parse_prompt
 from ldm_lab.sampling.aesthetic import Aesthetic
 from ldm_lab.sampling.image_to_image import Later, Start, first_time
@@ -118,7 +118,7 @@ class Sampler:
         """Load a trained model with its averaged weights.
 
         Args:
-            path: `ema.safetensors`, a `.ckpt` of a run, or whatever else `ldm_lab.pretrained.resolve.locate` takes.
+            path: `ema.safetensors`, a `.ckpt` of a run, or whatever else `resolve_weights` takes.
             autoencoder: weights file of the autoencoder, if not where the checkpoint says.
             conditioner: weights file of the conditioner, if not where the checkpoint says.
             device: where to run.
@@ -726,7 +726,7 @@ def _load_frozen(role: str, section: dict[str, Any], moved: str | Path | None, t
         section = {**section, "weights": moved}
     try:
         if moved is None:
-            check_foreign(section.get("weights"), f"{role}.weights")
+            check_untrusted(section.get("weights"), f"{role}.weights")
         part = load_part(role, section)
         if weights_path(role, section) is None and any(True for _ in part.parameters()):
             raise UserError("the file does not say where its weights are")
