@@ -7,6 +7,7 @@ from typing import Literal
 import pytest
 
 from ldm_lab import config
+from ldm_lab.config import bounds
 from ldm_lab.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
