@@ -19,7 +19,7 @@ def test_overrides_reach_their_keys_with_their_types():
     assert loaded["data"]["shards"] == "/d/{0..9}.tar"
     assert loaded["optim"]["lr"] == 3e-6
     assert loaded["trainer"]["max_steps"] == 50_000
-    assert loaded["run"] == "yfcc_cfg"
+    assert loaded.run == "yfcc_cfg"
 
 
 def test_all_problems_are_reported_at_once_with_the_nearest_match():
@@ -110,7 +110,7 @@ def test_defaults_are_overlaid_and_may_not_go_in_circles(tmp_path):
     (tmp_path / "base.yaml").write_text(YFCC.read_text().replace("???", "a.tar"))
     (tmp_path / "child.yaml").write_text("defaults: base.yaml\nrun: child\noptim: {lr: 1.0e-4}\n")
     child = config.load(tmp_path / "child.yaml")
-    assert (child["run"], child["optim"]["lr"], child["optim"]["weight_decay"]) == ("child", 1e-4, 0.01)
+    assert (child.run, child["optim"]["lr"], child["optim"]["weight_decay"]) == ("child", 1e-4, 0.01)
     (tmp_path / "base.yaml").write_text("defaults: child.yaml\n")
     with pytest.raises(UserError, match="leads back"):
         config.load(tmp_path / "child.yaml")

@@ -237,7 +237,7 @@ class Spy(Callback):
     def on_train_end(self, trainer, task):
         total = {n: p.detach().double().sum().item() for n, p in task.state_dict().items()}
         rates = [g["lr"] for g in trainer.optimizers[0].param_groups]
-        with open(f"{task.run_config['run']}_{trainer.global_rank}.json", "w") as file:
+        with open(f"{task.run_config.run}_{trainer.global_rank}.json", "w") as file:
             json.dump({"keys": self.keys, "total": total, "rates": rates, "world": trainer.world_size}, file)
 
 own = diffusion.DiffusionTask.callbacks

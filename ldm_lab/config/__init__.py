@@ -27,18 +27,24 @@ from ldm_lab.config.checks import check_keys, check_mapping, check_options, chec
 from ldm_lab.config.listing import describe_parts
 from ldm_lab.config.loading import read, to_yaml
 from ldm_lab.config.registry import FROZEN, ROLES, part_class, parts, register, signature_options, use_keys
-from ldm_lab.config.run_config import build, check, load
+from ldm_lab.config.run_config import PartConfig, RunConfig, build, check, load
+from ldm_lab.config.uses import AutoencoderUse, ConditionerUse, PartUse
 
 __all__ = [
     "FROZEN",
     "ROLES",
+    "AutoencoderUse",
+    "ConditionerUse",
     "NonNegativeFloat",
     "NonNegativeInt",
+    "PartConfig",
     "PartMapping",
     "PartSection",
+    "PartUse",
     "Plain",
     "PositiveFloat",
     "PositiveInt",
+    "RunConfig",
     "Share",
     "ShareBelowOne",
     "build",

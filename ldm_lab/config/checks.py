@@ -24,7 +24,7 @@ def check_keys(role: str, section: Any, path: str) -> list[str]:
     """
     if section is None:
         section = {}
-    if not isinstance(section, dict):
+    if not isinstance(section, Mapping):
         return [f"{path}: a section of key: value lines is needed, not {section!r}"]
     try:
         info = part_info(role, section.get("name"), path)

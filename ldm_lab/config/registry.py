@@ -21,7 +21,7 @@ import importlib.metadata
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -330,7 +330,7 @@ def _with_hint(message: str) -> str:
 
 def part_class(role: str, section: Any) -> type:
     """Return the class that a section (or a name) means, imported. Raises UserError for an unknown name."""
-    name = section.get("name") if isinstance(section, dict) else section
+    name = section.get("name") if isinstance(section, Mapping) else section
     return part_info(role, name).load()
 
 

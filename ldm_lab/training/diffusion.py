@@ -1,5 +1,6 @@
 """The main task: a denoiser in the latent space of a frozen autoencoder, conditioned by a frozen conditioner."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ldm_lab.checkpoints.models import read_model, save_model
 from ldm_lab.checkpoints.parts import FORMAT, load_part
-from ldm_lab.config import build, register, signature_options
+from ldm_lab.config import ConditionerUse, RunConfig, register, signature_options
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Batch
 from ldm_lab.training.logs import say
@@ -30,14 +31,15 @@ class DiffusionTask(Task):
     REQUIRED = ("data", "autoencoder", "conditioner", "denoiser", "objective")
     NETWORK = ("denoiser", "objective")
 
-    def __init__(self, config: dict[str, Any], read_weights: bool = True) -> None:
+    def __init__(self, config: RunConfig, read_weights: bool = True) -> None:
         super().__init__(config, read_weights)
         autoencoder = load_part("autoencoder", config["autoencoder"], read_weights)
         conditioner = load_part("conditioner", config["conditioner"], read_weights)
         self.frozen = {"autoencoder": autoencoder, "conditioner": conditioner}
-        self.objective = build("objective", config["objective"])
-        self.dropout = config["conditioner"].get("dropout", DROPOUT)
-        self.adopt(build("denoiser", config["denoiser"], autoencoder.channels, conditioner.embed_dim))
+        self.objective = config["objective"].build()
+        dropout = config["conditioner"].use_as(ConditionerUse).dropout
+        self.dropout = DROPOUT if dropout is None else dropout
+        self.set_model(config["denoiser"].build(autoencoder.channels, conditioner.embed_dim))
         check_fit(conditioner, self.model, self.objective)
         self.low_res = low_resolution(config, self.model)
         size, unit = config["data"].get("image_size"), autoencoder.downscale * self.model.multiple_of
@@ -96,7 +98,7 @@ class DiffusionTask(Task):
 
     def initial_weights(self, path: str) -> tuple[dict[str, Tensor], str]:
         config, state, extra = read_model(path)
-        ours = self.run_config["denoiser"]["name"]
+        ours = self.run_config["denoiser"].name
         theirs, part = (s if isinstance(s := config.get(role), dict) else {} for role in ("denoiser", "autoencoder"))
         if theirs.get("name") != ours:
             raise UserError(f"init_from: {path} holds the denoiser {theirs.get('name')!r}, denoiser.name is {ours!r}")
@@ -122,27 +124,26 @@ class DiffusionTask(Task):
             raise UserError("demo: an upsampler makes no picture of a prompt alone; `enlargements` draws what it makes")
         if sections["enlargements"] is not None and self.low_res is None:
             raise UserError("enlargements: are an upsampler's; `demo` draws what a base model makes")
-        return [build(role, section, folder) for role, section in sections.items() if section is not None]
+        return [section.build(folder) for section in sections.values() if section is not None]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint[FORMAT]["model"] = self.model_config()
+        checkpoint[FORMAT]["model"] = self.model_config().to_dict()
 
     def export(self, folder: Path, dtype: torch.dtype) -> None:
         """Write `ema.safetensors`: the averaged denoiser with the config that rebuilds it."""
         size = self.trainer.datamodule.source.image_size
         extra = {"step": str(self.trainer.global_step), "image_size": str(size), **self.frozen_sha256}
         state = {name: value.to(dtype) for name, value in self.best_model.state_dict().items()}
-        save_model(folder / "ema.safetensors", state, self.model_config(), extra)
+        save_model(folder / "ema.safetensors", state, self.model_config().to_dict(), extra)
 
-    def model_config(self) -> dict[str, Any]:
+    def model_config(self) -> RunConfig:
         """Return the run's config with what the model was trained with written out, whatever the config left open."""
-        config = dict(self.run_config)
+        config = self.run_config
         if hasattr(self.frozen["autoencoder"], "scale"):  # the scale that was trained with is authoritative
             scale = float(self.frozen["autoencoder"].scale)
-            config["autoencoder"] = {**config["autoencoder"], "latent_std": scale}
-        config["conditioner"] = {**config["conditioner"], "dropout": self.dropout}
-        return config
+            config = config.with_part("autoencoder", config["autoencoder"].with_use(latent_std=scale))
+        return config.with_part("conditioner", config["conditioner"].with_use(dropout=self.dropout))
 
 
 def check_fit(conditioner: Any, denoiser: Any, objective: Any) -> None:
@@ -163,7 +164,7 @@ def check_fit(conditioner: Any, denoiser: Any, objective: Any) -> None:
         raise UserError(f"objective.timesteps: {theirs}, and denoiser.timesteps: {ours}; they have to be the same")
 
 
-def other_sizes(denoiser: type, theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+def other_sizes(denoiser: type, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     """Return the `SIZES` of a denoiser in which two of its config sections differ, each in words."""
     known, differing = signature_options(denoiser), []
     for key in getattr(denoiser, "SIZES", ()):
@@ -176,7 +177,7 @@ def other_sizes(denoiser: type, theirs: dict[str, Any], ours: dict[str, Any]) ->
     return differing
 
 
-def low_resolution(config: dict[str, Any], denoiser: Any) -> LowRes | None:
+def low_resolution(config: RunConfig, denoiser: Any) -> LowRes | None:
     """Return what makes an upsampler's condition; None for a denoiser that is none.
 
     Raises:
@@ -186,7 +187,7 @@ def low_resolution(config: dict[str, Any], denoiser: Any) -> LowRes | None:
         if config.get("low_res") is not None:
             raise UserError("low_res: is for upsamplers; denoiser.super_res=true makes one")
         return None
-    low_res = build("low_res", config.get("low_res"))
+    low_res = config.part("low_res").build()
     size = config["data"].get("image_size")
     if size is not None and size % low_res.factor:
         raise UserError(f"data.image_size: {size} is not a multiple of low_res.factor, {low_res.factor}")
