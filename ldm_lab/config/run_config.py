@@ -63,8 +63,13 @@ class PartConfig(Mapping[str, Any]):
 
     def to_dict(self) -> dict[str, Plain]:
         """Return the section as plain data, as a YAML has it."""
+        used = {key: value for key, value in asdict(self.use).items() if value is not None}
+        return {**self.architecture(), **used}
+
+    def architecture(self) -> dict[str, Plain]:
+        """Return what the part is, without how it is used: its name, unless its role has one part, and its options."""
         name: dict[str, Plain] = {} if self.name == self.role else {"name": self.name}
-        return {**name, **self.options, **{key: value for key, value in asdict(self.use).items() if value is not None}}
+        return {**name, **self.options}
 
     def __getitem__(self, key: str) -> Any:
         return self.to_dict()[key]
@@ -99,7 +104,7 @@ class PartConfig(Mapping[str, Any]):
         """Build the part; `runtime` are its positional constructor arguments. Raises UserError."""
         if self.stored and self.role == "data":
             raise UserError("data: is read as the user's own config says, never as one inside a checkpoint does")
-        return build(self.role, {"name": self.name, **self.options}, *runtime)
+        return build(self.role, self.architecture(), *runtime)
 
     def check(self, path: str | None = None) -> list[str]:
         """Return what is wrong with the section, each with its key path below `path` (by default the role)."""
