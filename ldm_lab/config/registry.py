@@ -61,7 +61,7 @@ ROLES = {
     "autoencoder": Role("ldm_lab.autoencoders", "Autoencoder", AutoencoderUse),
     "conditioner": Role("ldm_lab.conditioners", "Conditioner", ConditionerUse),
     "condition_source": Role("ldm_lab.condition_sources", "ConditionSource"),
-    "denoiser": Role("ldm_lab.denoisers", "Denoiser"),
+    "denoiser": Role("ldm_lab.denoisers"),
     "objective": Role("ldm_lab.objectives", "Objective"),
     "sampler": Role("ldm_lab.samplers", "Sampler"),
     "cache": Role("ldm_lab.training.caching"),
