@@ -47,6 +47,11 @@ class PartConfig(Mapping[str, Any]):
     use: PartUse = field(default_factory=PartUse)
     stored: bool = False
 
+    def __post_init__(self) -> None:
+        kind = ROLES[self.role].use if self.role in ROLES else None
+        if kind is not None and not isinstance(self.use, kind):
+            object.__setattr__(self, "use", kind(weights=self.use.weights))  # the dataclass is frozen
+
     @classmethod
     def from_dict(cls, role: str, section: Mapping[str, Any] | None, stored: bool = False) -> "PartConfig":
         """Return the section that a mapping describes. Raises UserError for wrong values of the keys of its use."""
