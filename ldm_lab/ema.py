@@ -19,7 +19,13 @@ class EMASchedule:
         from_step: list[NonNegativeInt] = (0, 20_000, 200_000),
         decay: list[ShareBelowOne] = (0.99, 0.999, 0.9999),
     ) -> None:
-        """The defaults are cloob-latent-diffusion's. Finetunes of n steps want stages scaled to n."""
+        """Set the stages; the defaults are cloob-latent-diffusion's.
+
+        Args:
+            from_step: optimizer steps at which the stages begin, the first one at 0; finetunes of n steps want them
+                scaled to n.
+            decay: of each stage: the share of the average that stays in a step.
+        """
         self.from_step, self.decay = list(from_step), list(decay)
 
     @staticmethod

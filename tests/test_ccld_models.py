@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny import CLOOB, ROOT, make_run, run_program
+from tiny import CLOOB, ROOT, embedding, make_run, run_program
 
 from ldm_lab.checkpoints.files import read_pickled, read_safetensors
 from ldm_lab.checkpoints.parts import load_fitting, load_part, save_part
@@ -44,7 +44,7 @@ def layouts(trained, tmp_path, monkeypatch):
     torch.save({**averaged, "autoencoder_scale": scale}, "slim.pth")
     autoencoder, _ = read_safetensors(trained / "autoencoder.safetensors")
     cloob, _ = read_safetensors(trained / "conditioner.safetensors")
-    autoencoder.pop("scale")
+    del autoencoder["latent_mean"], autoencoder["latent_std"]
     tensors = {"scale_factor": scale}
     tensors |= {f"ae_model.{name}": value for name, value in autoencoder.items()}
     tensors |= {"ae_model.loss.logvar": torch.zeros(())}
@@ -150,7 +150,7 @@ def test_another_embedding_width_loads_what_fits(program, trained, layouts):
 
 
 def test_other_latent_channels_load_what_fits():
-    four, five = (build("denoiser", UNET, channels, 16) for channels in (4, 5))
+    four, five = (build("denoiser", UNET, channels, embedding(16)) for channels in (4, 5))
     left = load_fitting(five, four.state_dict(), "four.safetensors")
     ends = ("net.0.main.0.weight", "net.0.skip.weight", "net.2.main.4.weight", "net.2.main.4.bias", "net.2.skip.weight")
     assert sorted(line.split()[0] for line in left) == sorted(ends)
@@ -158,6 +158,6 @@ def test_other_latent_channels_load_what_fits():
 
 
 def test_too_little_in_common_is_another_architecture():
-    small, large = (build("denoiser", {**UNET, "base_channels": base}, 4, 16) for base in (64, 128))
+    small, large = (build("denoiser", {**UNET, "base_channels": base}, 4, embedding(16)) for base in (64, 128))
     with pytest.raises(UserError, match="weights of another architecture"):
         load_fitting(large, small.state_dict(), "small.safetensors")

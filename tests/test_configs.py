@@ -108,11 +108,12 @@ def test_the_recipes_of_glide_are_laionide_s_and_miniglide_s():
     assert base["conditioner"]["dropout"] == 0.2 and upsampler["conditioner"]["dropout"] == 0.0
     assert (base["objective"]["betas"], upsampler["objective"]["betas"]) == ("squaredcos_cap_v2", "linear")
     assert base["data"]["require_text"] and base["objective"]["bound"] is False
-    assert upsampler["low_res"] == {"factor": 4, "noise": 0.0, "blur": 0.0} and "demo" not in upsampler
+    low_res = {"scale_factor": 4, "noise": 0.0, "blur": 0.0}
+    assert upsampler.condition_sources == {"low_res": {"name": "low_res", **low_res}} and "demo" not in upsampler
     mini, dog = (load_filled(CONFIGS / f"{name}.yaml") for name in ("miniglide", "dogglide"))
     assert mini["checkpoint"] == {"seconds": 3600, "keep": 3} and mini["data"]["limit"] == 100_000
-    assert mini["denoiser"]["timesteps"] == 100 and dog["denoiser"]["timesteps"] == 1000
-    assert {key for key in mini["denoiser"] if mini["denoiser"][key] != dog["denoiser"][key]} == {"timesteps"}
+    assert mini["objective"]["timesteps"] == 100 and dog["objective"]["timesteps"] == 1000
+    assert mini["denoiser"] == dog["denoiser"]
 
 
 def test_ema_stages_are_the_original_s():

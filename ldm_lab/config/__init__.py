@@ -26,12 +26,13 @@ from ldm_lab.config.bounds import (
 from ldm_lab.config.checks import check_keys, check_mapping, check_options, check_section
 from ldm_lab.config.listing import describe_parts
 from ldm_lab.config.loading import read, to_yaml
-from ldm_lab.config.registry import FROZEN, ROLES, part_class, parts, register, signature_options, use_keys
+from ldm_lab.config.registry import FROZEN, MAPPINGS, ROLES, part_class, parts, register, signature_options, use_keys
 from ldm_lab.config.run_config import PartConfig, RunConfig, build, check, load
 from ldm_lab.config.uses import AutoencoderUse, ConditionerUse, PartUse
 
 __all__ = [
     "FROZEN",
+    "MAPPINGS",
     "ROLES",
     "AutoencoderUse",
     "ConditionerUse",

@@ -64,13 +64,13 @@ def check_mapping(role: str, sections: Any, path: str, across_keys: bool = False
         path: key path of the mapping.
         across_keys: check the rules across keys, too.
     """
-    if not isinstance(sections, dict):
+    if not isinstance(sections, Mapping):
         return [f"{path}: a mapping of {role} names to their options is needed, not {sections!r}"]
     problems = []
     for name, options in sections.items():
         if options is None:
             continue
-        if not isinstance(options, dict):
+        if not isinstance(options, Mapping):
             problems.append(f"{path}.{name}: options are needed, such as {{}}, not {options!r}")
             continue
         check = check_section if across_keys else check_keys

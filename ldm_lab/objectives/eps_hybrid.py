@@ -1,6 +1,6 @@
 """Prediction of the noise, with a learned variance, by a table of betas: the objective of guided-diffusion, GLIDE."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ldm_lab.config import PositiveFloat, register
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Conditions, Denoiser, Objective, Prediction
+from ldm_lab.interfaces import Conditions, Denoiser, Objective, Prediction, TimestepSampler
 from ldm_lab.objectives.variational_bound import variational_bound
 from ldm_lab.schedules import Betas, Discrete, Posterior
 
@@ -24,6 +24,8 @@ class EpsHybrid(Objective):
     (L_hybrid, section 3.1; "RESCALED_MSE" in guided-diffusion). Denoisers of eps alone are welcome without the bound.
     """
 
+    schedule: Discrete
+
     def __init__(
         self,
         *,
@@ -31,7 +33,7 @@ class EpsHybrid(Objective):
         timesteps: Annotated[int, Ge(2)] = 1000,
         bound: bool = True,
         min_snr: PositiveFloat | None = None,
-        timestep_sampler: Literal["sobol", "uniform"] = "sobol",
+        timestep_sampler: TimestepSampler = "sobol",
     ) -> None:
         """Set what is trained.
 

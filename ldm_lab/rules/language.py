@@ -1,11 +1,11 @@
 """The language of the caption, as LAION's tables tell it."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from annotated_types import MinLen
 
 from ldm_lab.config import register
-from ldm_lab.rules.rule import Rule
+from ldm_lab.rules.rule import Row, Rule, V
 
 
 @register("rule", "language")
@@ -21,6 +21,6 @@ class Language(Rule):
     def __init__(self, *, keep: Annotated[list[str], MinLen(1)]):
         self.keep = [language.strip().lower() for language in keep]
 
-    def broken(self, row: Any) -> dict[str, Any]:
+    def broken(self, row: Row[V]) -> dict[str, V]:
         language = row.text("language").strip().lower()
         return {"language": ~language.isin(self.keep), "missing_tag": language.isnull()}

@@ -21,7 +21,11 @@ class CacheOptions:
     """Encode the data once, at the first start, and train on what was encoded."""
 
     def __init__(self, *, folder: str) -> None:
-        """`folder` is where the cache lies; made at first use, and read from then on."""
+        """Set where it lies.
+
+        Args:
+            folder: made at first use, and read from then on.
+        """
         self.folder = Path(folder).expanduser()
 
 
@@ -85,7 +89,8 @@ def make_cache(config: RunConfig, folder: Path, device: str | None = None) -> st
             batch.image = batch.require_image("make a cache").to(device)  # [B, 3, H, W]
             mean, logvar = autoencoder.moments(batch.image)  # [B, C, h, w] each
             tensors = {"mean": mean, "logvar": logvar, **conditioner.from_batch(batch)}
-            half = {name: value.half() for name, value in tensors.items()}  # finer than the posterior's noise
+            # Half precision is finer than the posterior's noise; token ids stay whole.
+            half = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
             writer.add(half, batch.text, batch.key, data.rank_state())
             bar.update(len(batch))
     writer.close()

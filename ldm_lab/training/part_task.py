@@ -34,7 +34,7 @@ class PartTask(Task):
                 f"{self.PART}.{frozen_only[0]}: is for a frozen network, and this task trains it: "
                 "say its architecture, and init_from=FILE to begin with trained weights"
             )
-        if hasattr(part.load(), "published"):
+        if not part.load().trainable:
             raise UserError(f"{self.PART}.name: {part.name!r} is used as published, it is not trained here")
         super().__init__(config, read_weights)
         loss = config.get("loss", PartConfig("loss", self.LOSS.part_name))

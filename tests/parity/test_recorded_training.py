@@ -26,7 +26,7 @@ def test_training_step(case, tmp_path, monkeypatch):
             "data": {},
             "autoencoder": {"name": "kl_f8", "ch": 32, "ch_mult": [1], "num_res_blocks": 1,
                             "embed_dim": extra["channels"], "latent_std": recorded.config["autoencoder_scale"]},
-            "conditioner": {"name": "none", "embed_dim": extra["embed_dim"]},
+            "conditioner": {"name": "none", "embed_dim": extra["conditions"]["embed"].width},
             "denoiser": {"name": "ccld_unet", **sizes},
             "objective": {"name": "v_cosine"},
             "optim": {key: optimizer_config[key] for key in ("lr", "weight_decay", "betas", "eps")},
