@@ -314,7 +314,7 @@ def part_info(role: str, name: Any, where: str | None = None) -> PartInfo:
     if name is None:
         raise UserError(f"{where}.name: has to be given. Known: {', '.join(known)}.")
     if not isinstance(name, str) or name not in known:
-        raise UserError(f"{where}.name: {_with_hint(unknown(role, name, known))}")
+        raise UserError(f"{where}.name: {_with_hint(unknown(role.replace('_', ' '), name, known))}")
     return known[name]
 
 
