@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ldm_lab.checkpoints.opened import OpenedFile, Shapes, TensorInfo, open_weights
 from ldm_lab.config import MAPPINGS, check_mapping, check_section
+from ldm_lab.config.registry import imports
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import ConditionSpec
 from ldm_lab.io.json_files import Json
@@ -202,6 +203,8 @@ def register_importer(cls: ImporterClass) -> ImporterClass:
 def importers() -> list[Importer]:
     """Return all importers, those of whole models first."""
     package = importlib.import_module("ldm_lab.checkpoints.formats")
+    for name in imports():
+        importlib.import_module(name)
     for name in (
         "ldm_lab.checkpoints.native",
         *(f"{package.__name__}.{m.name}" for m in pkgutil.iter_modules(package.__path__)),

@@ -18,7 +18,7 @@ from ldm_lab.checkpoints.importer import (
 )
 from ldm_lab.checkpoints.opened import OpenedFile, TensorInfo
 from ldm_lab.checkpoints.third_party import strip_prefix
-from ldm_lab.config import USE_KEYS, check_section
+from ldm_lab.config import FROZEN, check_section, use_keys
 from ldm_lab.errors import UserError
 
 # What a config inside a model file must not bring along: a data section may hold shell commands (`pipe:`), and the
@@ -48,7 +48,7 @@ def save_part(
         dtype: of the stored weights; float16 halves the file. Single numbers, such as the latent std, stay exact.
     """
     role, name = module.part_role, module.part_name
-    architecture = {key: value for key, value in section.items() if key not in ("name", *USE_KEYS.get(role, {}))}
+    architecture = {key: value for key, value in section.items() if key not in ("name", *use_keys(role))}
     config = json.dumps({"name": name, **architecture})
     state = {name: value.to(dtype) if value.ndim else value for name, value in module.state_dict().items()}
     write_safetensors(path, state, {"format": FORMAT, "role": role, "config": config, **(extra or {})})
@@ -80,7 +80,7 @@ def part_config(path: Path, metadata: Mapping[str, str]) -> tuple[str, Section]:
     if not isinstance(config, dict):
         raise UserError(f"{path}: its config is not readable")
     role = metadata.get("role")
-    if role not in ("model", *USE_KEYS):
+    if role not in ("model", *FROZEN):
         raise UserError(f"{path}: holds a part of an unknown role, {str(role)[:100]!r}")
     return role, Section(config)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ldm_lab.checkpoints.importer import DetectedFile, LoadedPart, Section, detect_format, find_weights, importers_of
-from ldm_lab.config import USE_KEYS, build, part_class
+from ldm_lab.config import build, part_class, use_keys
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Autoencoder
 from ldm_lab.io.atomic import sha256
@@ -25,7 +25,7 @@ def load_part(role: str, section: Mapping, read_weights: bool = True) -> nn.Modu
     Raises:
         UserError: missing, damaged or foreign file; weights of another architecture.
     """
-    options = {key: value for key, value in section.items() if key not in USE_KEYS[role]}
+    options = {key: value for key, value in section.items() if key not in use_keys(role)}
     path = weights_path(role, section) if read_weights else None
     if path is not None:
         module, _ = load_module(role, options, detect_format(path))

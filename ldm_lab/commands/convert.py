@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from ldm_lab.checkpoints.formats import diffusers_vae
 from ldm_lab.checkpoints.importer import DetectedFile, Section, config_problems, detect_format
 from ldm_lab.checkpoints.native import NOT_FACTS, part_config, save_model, save_part
 from ldm_lab.checkpoints.parts import check_strictly, load_module, load_strictly
-from ldm_lab.config import build, options, part_class
+from ldm_lab.config import build, part_class, signature_options
+from ldm_lab.config.overrides import values
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Autoencoder
 
@@ -105,7 +105,7 @@ def _write_part(args: argparse.Namespace, found: DetectedFile, part: Part, out: 
     if args.format == "diffusers":
         if name != "kl_f8":
             raise UserError(f"--format diffusers: is for autoencoders of kl_f8's kind, this is a {role}")
-        defaults = {key: known.default for key, known in options(type(module)).items()}
+        defaults = {key: known.default for key, known in signature_options(type(module)).items()}
         diffusers_vae.write(out, _in(dtype, module.state_dict()), Section({**defaults, **part.config}))
     else:
         save_part(out, module, part.config, part.facts, dtype)
@@ -143,7 +143,7 @@ def _check_out(args: argparse.Namespace, out: Path) -> None:
 
 def _part(args: argparse.Namespace, found: DetectedFile) -> Part | None:
     """Return the part in a file; None if the file holds a model."""
-    given, importer = _given(args.given), found.importer
+    given, importer = Section(values(args.given, "image_heads=12")), found.importer
     if found.kind == "part":
         role, config = part_config(found.path, found.file.metadata)
         facts = {key: text for key, text in found.file.metadata.items() if key not in NOT_FACTS}
@@ -171,23 +171,10 @@ def _trained_part(args: argparse.Namespace, found: DetectedFile) -> Part | None:
     return Part(module, Section(config.get(role)), {"step": extra["step"]})
 
 
-def _given(written: list[str]) -> Section:
-    """Return the `key=value` of the command line, values read as YAML does."""
-    given = Section()
-    for entry in written:
-        key, equals, value = entry.partition("=")
-        try:
-            given[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            equals = ""
-        if not equals or not key:
-            raise UserError(f"{entry!r}: what the file does not say is written key=value, such as image_heads=12")
-    return given
-
-
 def _write_model(args: argparse.Namespace, found: DetectedFile, out: Path, dtype: torch.dtype) -> int:
     """Write a diffusion model; return its number of parameters."""
-    config, state, extra = found.importer.read_model(found.file, not args.raw, _given(args.given))
+    overrides = Section(values(args.given, "image_heads=12"))
+    config, state, extra = found.importer.read_model(found.file, not args.raw, overrides)
     problems = config_problems(config)
     if problems:
         raise UserError(f"{found.path}: {problems[0]}")

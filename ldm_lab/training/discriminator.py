@@ -11,7 +11,7 @@ from torch.func import functional_call
 from ldm_lab.checkpoints.importer import detect_format
 from ldm_lab.checkpoints.parts import load_strictly
 from ldm_lab.checkpoints.third_party import strip_prefix
-from ldm_lab.config import register
+from ldm_lab.config import NonNegativeFloat, NonNegativeInt, PositiveInt, register
 from ldm_lab.errors import UserError
 
 RELEASED_PREFIX = "loss.discriminator."  # in the checkpoints of latent-diffusion
@@ -25,10 +25,10 @@ class Discriminator(nn.Module):
     def __init__(
         self,
         *,
-        start: int = 50_001,
-        weight: float = 0.5,
-        layers: int = 3,
-        base_channels: int = 64,
+        start: NonNegativeInt = 50_001,
+        weight: NonNegativeFloat = 0.5,
+        layers: PositiveInt = 3,
+        base_channels: PositiveInt = 64,
         loss: Literal["hinge", "vanilla"] = "hinge",
         weights: str | None = None,
     ) -> None:
@@ -58,14 +58,6 @@ class Discriminator(nn.Module):
         self.apply(_initialise)
         if weights is not None:
             self.load_released(weights)
-
-    @staticmethod
-    def check(section: dict) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        least = {"start": 0, "weight": 0, "layers": 1, "base_channels": 1}
-        return [
-            f"{k}: at least {low} is needed, not {section[k]}" for k, low in least.items() if section.get(k, low) < low
-        ]
 
     @property
     def min_size(self) -> int:
