@@ -15,9 +15,10 @@ A new condition source is one file in this folder with one `@register("condition
 from collections.abc import Mapping
 from typing import Any
 
+from ldm_lab.conditions import ConditionKind, ConditionSpec
 from ldm_lab.config import build, check_mapping
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Conditioner, ConditionKind, ConditionSource, ConditionSpec
+from ldm_lab.interfaces import Conditioner, ConditionSource
 
 ConditionSources = dict[str, ConditionSource]  # part name -> source
 

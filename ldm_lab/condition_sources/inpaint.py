@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from ldm_lab.batch import Batch
+from ldm_lab.conditions import ConditionRequest, Conditions, ConditionSpec, ImageCondition
 from ldm_lab.config import register
-from ldm_lab.interfaces import Batch, ConditionRequest, Conditions, ConditionSource, ConditionSpec, ImageCondition
+from ldm_lab.interfaces import ConditionSource
 
 
 @register("condition_source", "inpaint")

@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ldm_lab.batch import Batch
+from ldm_lab.conditions import ConditionRequest, Conditions, ConditionSpec, ImageCondition
 from ldm_lab.config import register
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Batch, ConditionRequest, Conditions, ConditionSource, ConditionSpec, ImageCondition
+from ldm_lab.interfaces import ConditionSource
 
 RGB = 3
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm_lab.batch import Batch
 from ldm_lab.clip_tokens import (
     CLIP_VOCAB_SIZE,
     SHOWN,
@@ -16,9 +17,10 @@ from ldm_lab.clip_tokens import (
     byte_letters,
 )
 from ldm_lab.clip_tokens import Encoding as CLIPEncoding
+from ldm_lab.conditions import Conditions, ConditionSpec, TokenIds
 from ldm_lab.config import register
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Batch, Conditioner, Conditions, ConditionSpec, TokenIds
+from ldm_lab.interfaces import Conditioner
 from ldm_lab.pretrained.resolve import fetch
 
 GPT2_VOCAB_SIZE = 50257  # 256 bytes, 50,000 merges, one token for padding

@@ -6,8 +6,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm_lab.batch import Batch
+from ldm_lab.conditions import Conditions, ConditionSpec, Embedding
 from ldm_lab.config import register
-from ldm_lab.interfaces import Batch, Conditioner, Conditions, ConditionSpec, Embedding
+from ldm_lab.interfaces import Conditioner
 
 
 @register("conditioner", "none")

@@ -6,11 +6,11 @@ from typing import Any
 from pytorch_lightning import LightningDataModule
 from pytorch_lightning.utilities import rank_zero_info
 
+from ldm_lab.batch import Batch
 from ldm_lab.data.loader import Counts, Loader, Progress
 from ldm_lab.data.order import Position
 from ldm_lab.data.source import Source
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Batch
 
 
 class DataModule(LightningDataModule):

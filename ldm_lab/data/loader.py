@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from ldm_lab.batch import Batch, ReaderState
 from ldm_lab.data.order import Order, Position
 from ldm_lab.data.source import DUPLICATE, LeftOut, Skip, Source
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Batch, ReaderState
 
 CHECK_AFTER = 500  # samples that a rank reads before the share of skipped ones is judged
 # A reader that finds nothing usable has to end, too. It gives up after this many unusable samples in a row if it has

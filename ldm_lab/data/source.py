@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm_lab.batch import Batch
 from ldm_lab.data.order import Order
-from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import BadImage, decode_image, resize_and_crop, to_rgb
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif")  # lower case

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ldm_lab.conditions import ConditionSpec, Embedding, required_condition
 from ldm_lab.config import options, register
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import ConditionSpec, Denoiser, Embedding, required_condition
+from ldm_lab.interfaces import Denoiser
 
 MAPPING_FEATURES = 128  # Fourier features of t that the mapping network sees beside the embedding
 PIXEL_FEATURES = 16  # Fourier features of t that are laid beside the channels of every pixel

@@ -15,18 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ldm_lab.conditions import ConditionKind, ConditionSpec, Embedding, ImageCondition, TokenIds, required_condition
 from ldm_lab.config import options, register
 from ldm_lab.denoisers.glide_layers import AttentionBlock, Builder, GroupNorm, LayerNorm, ResBlock, Transformer, zeroed
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import (
-    ConditionKind,
-    ConditionSpec,
-    Denoiser,
-    Embedding,
-    ImageCondition,
-    TokenIds,
-    required_condition,
-)
+from ldm_lab.interfaces import Denoiser
 
 MAX_PERIOD = 10_000  # of the time's sinusoids
 EXACT = 1e-3  # a timestep this near to a whole one is the whole one: what is missing is float32's rounding of t

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torchvision.models import vgg16
 
 from ldm_lab.autoencoders.kl_f8 import kl
+from ldm_lab.batch import Batch
 from ldm_lab.config import build, register
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Batch
 from ldm_lab.training.discriminator import adaptive_weight
 from ldm_lab.training.part_task import PartTask
 from ldm_lab.training.perceptual import pretrained_features

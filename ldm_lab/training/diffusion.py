@@ -8,23 +8,14 @@ from pytorch_lightning import Callback
 from torch import Tensor
 from torch.nn import functional as F
 
+from ldm_lab.batch import Batch
 from ldm_lab.checkpoints.models import read_model, save_model
 from ldm_lab.checkpoints.parts import FORMAT, load_part
 from ldm_lab.condition_sources import build_sources, given_conditions
+from ldm_lab.conditions import Conditions, ConditionSpec, ImageCondition, is_upsampler
 from ldm_lab.config import build, options, register
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import (
-    Autoencoder,
-    Batch,
-    Conditioner,
-    Conditions,
-    ConditionSpec,
-    Denoiser,
-    ImageCondition,
-    Objective,
-    check_conditions,
-    is_upsampler,
-)
+from ldm_lab.interfaces import Autoencoder, Conditioner, Denoiser, Objective, check_conditions
 from ldm_lab.training.logs import say
 from ldm_lab.training.task import Task
 from ldm_lab.training.timesteps import TIMESTEP_SAMPLERS

@@ -6,9 +6,9 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch.nn import functional as F
 
+from ldm_lab.batch import Batch
 from ldm_lab.condition_sources.low_res import shrink
 from ldm_lab.config import check_section, register
-from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import grid, save_png, to_images
 from ldm_lab.sampling import Sampler
 from ldm_lab.training.logs import log_images

@@ -7,8 +7,8 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from ldm_lab.batch import Batch
 from ldm_lab.config import register
-from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import grid, save_png, to_images
 from ldm_lab.training.logs import log_images
 
