@@ -5,10 +5,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from ldm_lab.batch import Batch
 from ldm_lab.config import build
 from ldm_lab.data.datamodule import DataModule
-from ldm_lab.data.shards import write_shard
+from ldm_lab.data.tar import write_shard
+from ldm_lab.interfaces import Batch
 
 
 def encoded(number: int, size: tuple[int, int] = (28, 20), kind: str = "png") -> bytes:
