@@ -3,18 +3,20 @@
 import torch
 from torch import Tensor
 
-from ldm_lab.batch import Batch
-from ldm_lab.conditions import ConditionRequest, Conditions, ConditionSpec, Embedding
-from ldm_lab.config import register
-from ldm_lab.interfaces import ConditionSource
+from ldm_lab.config import PositiveInt, register
+from ldm_lab.interfaces import Batch, ConditionRequest, Conditions, ConditionSource, ConditionSpec, Embedding
 
 
 @register("condition_source", "clip_embed")
 class ClipEmbed(ConditionSource):
     """A network with layers for a CLIP vector, which is left out: the text alone says what is to be made."""
 
-    def __init__(self, *, width: int = 768) -> None:
-        """`width`: of the vector that the network has layers for."""
+    def __init__(self, *, width: PositiveInt = 768) -> None:
+        """Set how wide the vector is.
+
+        Args:
+            width: of the vector that the network has layers for.
+        """
         super().__init__()
         self.width = width
 
