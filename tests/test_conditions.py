@@ -103,7 +103,7 @@ def test_what_is_given_and_taken_has_to_be_the_same():
 
 def test_conditioner_and_sources_give_their_union():
     text = GlideText(vocabulary="clip", vocab_size=600, text_size=6)
-    sources = build_sources({"low_res": {"scale_factor": 2}, "inpaint": None})
+    sources = build_sources({"low_res": {"scale_factor": 2}, "inpaint": {}, "clip_embed": None})
     given = given_conditions(text, sources)
     assert given == {
         "token_ids": TokenIds(6, 600),
