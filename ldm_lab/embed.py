@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from ldm_lab.checkpoints.embedders import describe, embedder_of
 from ldm_lab.checkpoints.importer import detect_format
 from ldm_lab.checkpoints.parts import has_weights, load_part
+from ldm_lab.conditioners.embedding import EmbeddingConditioner
 from ldm_lab.config import Plain, check_section, part_class, parts
 from ldm_lab.config.overrides import values
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import EmbeddingConditioner
 
 Prepare = Callable[[Image.Image], Tensor]
 

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny import make_run, run_program
 
+from ldm_lab.batch import Batch
 from ldm_lab.checkpoints.files import read_safetensors
 from ldm_lab.checkpoints.native import save_part
 from ldm_lab.checkpoints.parts import load_part, weights_sha256
@@ -22,7 +23,6 @@ from ldm_lab.checkpoints.torchscript import read_torchscript
 from ldm_lab.conditioners.clip import CLIP
 from ldm_lab.config import build, check_section, describe_parts
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Batch
 from ldm_lab.io.atomic import sha256
 from ldm_lab.io.images import to_tensor
 from ldm_lab.sampling import Sampler

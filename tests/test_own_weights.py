@@ -15,13 +15,15 @@ from safetensors.torch import load_file, save_file
 from tiny import CLOOB, make_run
 from torch import Tensor, nn
 
+from ldm_lab.batch import Batch
 from ldm_lab.checkpoints.embedders import embedder_of
 from ldm_lab.checkpoints.files import read_pickled
 from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.parts import has_weights, load_part
+from ldm_lab.conditions import Conditions, ConditionSpec, Embedding
 from ldm_lab.config import register
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Batch, Conditioner, Conditions, ConditionSpec, Embedding
+from ldm_lab.interfaces import Conditioner
 from ldm_lab.io.atomic import existing_file, sha256
 
 WIDTH, ROWS = 16, 32

@@ -23,10 +23,10 @@ from typing import ClassVar, NamedTuple, TypeVar
 from torch import Tensor
 
 from ldm_lab.checkpoints.opened import OpenedFile, Shapes, TensorInfo, open_weights
+from ldm_lab.conditions import ConditionSpec
 from ldm_lab.config import MAPPINGS, check_mapping, check_section
 from ldm_lab.config.registry import imports
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import ConditionSpec
 from ldm_lab.io.json_files import Json
 from ldm_lab.pretrained.resolve import resolve_weights
 

@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ldm_lab.batch import Batch
 from ldm_lab.checkpoints.importer import Section, detect_format
 from ldm_lab.checkpoints.native import save_part
 from ldm_lab.checkpoints.parts import read_part
 from ldm_lab.config import PartConfig, RunConfig, use_keys
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Batch
 from ldm_lab.training.task import Task
 
 

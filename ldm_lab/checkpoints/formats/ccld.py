@@ -20,8 +20,8 @@ from ldm_lab.checkpoints.importer import (
 )
 from ldm_lab.checkpoints.opened import OpenedFile, Shapes, TensorInfo
 from ldm_lab.checkpoints.third_party import strip_prefix
+from ldm_lab.conditions import Embedding
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Embedding
 
 MAPPING_FEATURES, PIXEL_FEATURES = 128, 16  # Fourier features of t beside the embedding, and beside the latent
 FIRST = "net.0.main.0.weight"

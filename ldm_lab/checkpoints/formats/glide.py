@@ -18,8 +18,8 @@ from ldm_lab.checkpoints.importer import (
     register_importer,
 )
 from ldm_lab.checkpoints.opened import OpenedFile, Shapes
+from ldm_lab.conditions import ConditionKind, ConditionSpec, Embedding, ImageCondition, TokenIds
 from ldm_lab.errors import UserError, unknown
-from ldm_lab.interfaces import ConditionKind, ConditionSpec, Embedding, ImageCondition, TokenIds
 
 FIRST, LAST, TEXT = "input_blocks.0.0.weight", "out.2.weight", "transformer_proj.weight"
 PREFIXES = ("_orig_mod.", "module.")  # of torch.compile, of DistributedDataParallel
