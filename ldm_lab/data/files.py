@@ -1,17 +1,18 @@
 """Images in files of their own: a list of paths, or all images below a folder. A caption lies beside its image, or is
 the name of its folder."""
 
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-from ldm_lab.config import register
+from ldm_lab.config import PositiveInt, register
 from ldm_lab.data.order import Order
-from ldm_lab.data.source import IMAGE_EXTENSIONS, ImageSource, Raw, Skip
+from ldm_lab.data.samples import IMAGE_EXTENSIONS, RawSample, Sample, SkippedSample
+from ldm_lab.data.source import ImageSource
 from ldm_lab.data.strings import Strings
 from ldm_lab.errors import UserError
+from ldm_lab.io.json_files import parse_json
 
 
 class FileSource(ImageSource):
@@ -27,7 +28,7 @@ class FileSource(ImageSource):
     unit = "images"
     root: Path
 
-    def __init__(self, *, limit: int | None = None, **common: Any):
+    def __init__(self, *, limit: PositiveInt | None = None, **common: Any):
         super().__init__(**common)
         self.limit = limit
 
@@ -52,16 +53,16 @@ class FileSource(ImageSource):
         path = self.root / name
         return path.with_suffix(".txt").is_file() or path.with_suffix(".json").is_file()
 
-    def read(self, index: int) -> Raw:
-        """Return the file of an index and its caption. Raises Skip."""
+    def read(self, index: int) -> RawSample:
+        """Return the file of an index and its caption. Raises SkippedSample."""
         name = self._names[index]
         path = self.root / name
         try:
-            return Raw(name, path.read_bytes(), self.text_of(path))
+            return RawSample(name, path.read_bytes(), self.text_of(path))
         except FileNotFoundError:
-            raise Skip("missing file", name) from None
+            raise SkippedSample("missing file", name) from None
         except OSError:
-            raise Skip("unreadable file", name) from None
+            raise SkippedSample("unreadable file", name) from None
 
     def text_of(self, path: Path) -> bytes | None:
         """Return the caption of an image, UTF-8: the text beside it or, where there is none, what the JSON says."""
@@ -70,17 +71,13 @@ class FileSource(ImageSource):
             return text.read_bytes()
         return _caption_in(metadata.read_bytes()) if metadata.is_file() else None
 
-    def decode(self, item: int, order: Order) -> dict[str, Any]:
+    def decode(self, item: int, order: Order) -> Sample:
         return super().decode(self.read(item), order)
 
 
 def _caption_in(metadata: bytes) -> bytes | None:
     """Return the `caption` of an image's JSON, UTF-8; None if it has none."""
-    try:
-        content = json.loads(metadata)
-    except ValueError:  # not JSON, not UTF-8
-        return None
-    caption = content.get("caption") if isinstance(content, dict) else None
+    caption = parse_json(metadata).get("caption")
     return caption.encode(errors="replace") if isinstance(caption, str) else None
 
 
@@ -156,12 +153,11 @@ class ClassFolders(Folder):
         self.caption = caption
 
     @staticmethod
-    def check(section: dict[str, Any]) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        problems = ImageSource.check(section)
-        if section.get("caption", "{}").count("{}") != 1:
-            problems.append(f"caption: one {{}} is needed, where the class goes, not {section['caption']!r}")
-        return problems
+    def check(options: dict[str, Any]) -> list[str]:
+        """Return what is wrong across the options."""
+        if options["caption"].count("{}") != 1:
+            return [f"caption: one {{}} is needed, where the class goes, not {options['caption']!r}"]
+        return []
 
     def names(self) -> list[str]:
         names = [name for name in super().names() if os.sep in name]

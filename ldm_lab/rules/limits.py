@@ -56,7 +56,7 @@ class Limits(Rule):
             outside = outside | limit
         return outside
 
-    def broken(self, row: Row[V]) -> dict[str, V]:
+    def violations(self, row: Row[V]) -> dict[str, V]:
         value = self.value(row)
         return {self.quantity: self.outside(value), "missing_tag": value.isnull()}
 
@@ -75,13 +75,10 @@ class Aesthetic(Limits):
     def __init__(
         self,
         *,
-        above: float | None = None,
-        at_least: float | None = None,
-        below: float | None = None,
-        at_most: float | None = None,
         predictor: Literal["v1", "v2"] | None = None,
+        **common: float | None,
     ):
-        super().__init__(above=above, at_least=at_least, below=below, at_most=at_most)
+        super().__init__(**common)
         self.predictor = predictor
 
 
@@ -112,7 +109,7 @@ class CaptionLength(Limits):
 
     quantity = "caption"
 
-    def broken(self, row: Row[V]) -> dict[str, V]:
+    def violations(self, row: Row[V]) -> dict[str, V]:
         caption = row.text("caption")
         empty = self.outside_of_empty()
         condition = self.outside(caption.length())

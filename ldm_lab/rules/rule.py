@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
-from ldm_lab.config import build, check_section
+from ldm_lab.config import build
 
 
 class Value(Protocol):
@@ -54,20 +54,20 @@ class Rule:
 
     Attributes:
         needs: the quantities that it cannot do without.
-        comes_first: a row that breaks it is not asked about the other rules.
-        across_rows: it compares rows with each other, after all others, and so works on tables only.
+        short_circuits: a row that breaks it is not asked about the other rules.
+        compares_rows: it compares rows with each other, after all others, and so works on tables only.
     """
 
     part_name: ClassVar[str] = ""
 
-    comes_first = False
-    across_rows = False
+    short_circuits = False
+    compares_rows = False
 
     @property
     def needs(self) -> tuple[str, ...]:
         return ()
 
-    def broken(self, row: Row[V]) -> dict[str, V]:
+    def violations(self, row: Row[V]) -> dict[str, V]:
         """Return {reason: condition} of a row."""
         raise NotImplementedError
 
@@ -76,18 +76,3 @@ def build_rules(section: dict[str, dict[str, Any] | None]) -> list[Rule]:
     """Return the rules of a section `{name: options}`; a name with null stands for no rule, so that it can be switched
     off. Raises UserError."""
     return [build("rule", {"name": name, **options}) for name, options in section.items() if options is not None]
-
-
-def check_rules(section: Any, where: str = "rules") -> list[str]:
-    """Return what is wrong with a section of rules, each with its key path."""
-    if not isinstance(section, dict):
-        return [f"{where}: a section of rules is needed, `{where}: {{punsafe: {{below: 0.5}}}}`, not {section!r}"]
-    problems = []
-    for name, options in section.items():
-        if options is None:
-            continue
-        if not isinstance(options, dict):
-            problems.append(f"{where}.{name}: options are needed, such as {{below: 0.5}}, not {options!r}")
-            continue
-        problems += check_section("rule", {"name": name, **options}, f"{where}.{name}")
-    return problems

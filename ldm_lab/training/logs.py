@@ -2,9 +2,7 @@
 
 import csv
 import io
-import logging
 import time
-import warnings
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +15,7 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
 
-from ldm_lab.config import register
+from ldm_lab.config import PositiveInt, register
 from ldm_lab.errors import UserError, first_line
 from ldm_lab.io.atomic import atomic_write
 
@@ -29,7 +27,7 @@ class Logging:
     def __init__(
         self,
         *,
-        every: int = 50,
+        every: PositiveInt = 50,
         wandb: Literal["none", "offline", "online"] = "none",
         project: str = "ldm_lab",
         entity: str | None = None,
@@ -43,12 +41,6 @@ class Logging:
             entity: wandb team or user; null is the account's default.
         """
         self.every, self.wandb, self.project, self.entity = every, wandb, project, entity
-
-    @staticmethod
-    def check(section: dict[str, Any]) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        every = section.get("every", 1)
-        return [] if every >= 1 else [f"every: {every} is not a positive number of steps"]
 
     def loggers(self, folder: Path, run: str, resumed_step: int | None, wandb_id: str | None) -> list[Logger]:
         """Return the loggers of a run that starts at step 0 or goes on from `resumed_step`."""
@@ -155,19 +147,6 @@ def _read_rows(path: Path, before: int | None) -> list[dict[str, str]]:
 def say(text: str) -> None:
     """Print a line, once for all ranks, without breaking a progress bar."""
     tqdm.write(text)
-
-
-def quiet_lightning() -> None:
-    """Silence what Lightning says about itself, and its warnings that do not apply here."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    for harmless in (
-        r".*`isinstance\(treespec, LeafSpec\)` is deprecated",
-        r".*module\(s\) in eval mode at the start of training",  # the average is meant to be
-        r".*does not have many workers which may be a bottleneck",  # data.workers is the user's choice
-        r".*You have overridden `on_before_batch_transfer` in `LightningModule`",  # the task checks its batches there
-        r".*The `srun` command is available on your system but is not used",
-    ):
-        warnings.filterwarnings("ignore", harmless)
 
 
 def log_images(trainer: Trainer, name: str, images: list[Image.Image], captions: list[str]) -> None:
