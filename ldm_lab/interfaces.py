@@ -167,8 +167,8 @@ class Part:
         return {}
 
     @staticmethod
-    def check(config: dict[str, Any]) -> list[str]:
-        """Return what is wrong across the keys of a config, each as "key: what". Bounds stand in the annotations."""
+    def check(options: dict[str, Any]) -> list[str]:
+        """Return what is wrong across the options, each as "key: what". Bounds stand in the annotations."""
         return []
 
 
