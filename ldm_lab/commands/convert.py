@@ -25,6 +25,7 @@ from ldm_lab.checkpoints.formats import ccld, diffusers_vae, glide
 from ldm_lab.checkpoints.importer import KINDS, Found, config_problems, part_config, recognise
 from ldm_lab.checkpoints.models import read_model, save_model
 from ldm_lab.checkpoints.parts import check_strictly, load_strictly, read_module, save_part
+from ldm_lab.commands._arguments import add_imports_argument
 from ldm_lab.config import build, part_class, signature_options
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Autoencoder
@@ -44,6 +45,7 @@ INSIDE = {"autoencoder": "kl_f8", "conditioner": "cloob"}  # of a training check
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
+    add_imports_argument(parser)
     add = parser.add_argument
     add("source", metavar="IN", help="a file of weights, a folder of diffusers', or a released name")
     add("out", metavar="OUT", help="NAME.safetensors, or with --format diffusers a folder")

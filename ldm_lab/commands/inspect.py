@@ -23,6 +23,7 @@ from ldm_lab.checkpoints.formats import cloob_pickle, compvis, diffusers_vae
 from ldm_lab.checkpoints.importer import KINDS, Found, TensorInfo, config_problems, part_config, recognise
 from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.third_party import part_of
+from ldm_lab.commands._arguments import add_imports_argument
 from ldm_lab.config import check_section
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import sha256
@@ -33,6 +34,7 @@ TRAINING = {"run": ("model_ema.", "model."), "ccld_training": ("model_ema.", "mo
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
+    add_imports_argument(parser)
     parser.add_argument("file", metavar="FILE", help="a file of weights, a folder of diffusers', or a released name")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 

@@ -274,6 +274,8 @@ def _import(name: str, path: Path) -> None:
         raise
     except Exception as error:  # whatever a user's module may raise
         broken[str(path)] = f"{type(error).__name__}: {first_line(error)}"
+        for info in _registry.values():  # it may have registered some before it failed
+            info.cls = None if info.path == path else info.cls
         raise UserError(f"{path}: importing it failed: {broken[str(path)]}") from error
 
 
