@@ -184,6 +184,8 @@ class Lazy(Sampler):
 @pytest.fixture
 def own_modules(tmp_path, monkeypatch):
     """A folder for modules, which is the current one; the registry forgets them afterwards."""
+    for role in registry.ROLES:  # a module registers its parts when it is imported first, and never again
+        registry.parts(role)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(registry, "_registry", dict(registry._registry))
