@@ -54,9 +54,8 @@ class Source:
         """Yield (restart point, item) of one reader's share of one epoch, from the restart point `start` on.
 
         Restart points never fall; `items(order, p)` must give the very items that `items(order, 0)` gives from its
-        first item with the restart point p on. An item
-        is what `decode` takes, or a `SkippedSample` for something that could not even be read. Nothing is decoded here,
-        so that resuming is quick.
+        first item with the restart point p on. An item is what `decode` takes, or a `SkippedSample` for something that
+        could not even be read. Nothing is decoded here, so that resuming is quick.
 
         As it stands: every unit is an item, known by its index; its restart point is its place in the share.
         """
