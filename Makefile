@@ -1,12 +1,15 @@
 # make demo   set up, train the quickstart, sample a grid of prompts
-# make test   set up, run the tests (about ten minutes at most); make test-all runs the slow ones, too
-# make check  lint, format, tests
+# make test   set up with all that the tests need, run them (about ten minutes at most); make test-all runs the slow ones, too
+# make check  lint, format, types, tests
+# make lock   write both lock files anew after a change of pyproject.toml; make upgrade takes newer versions, too
 PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
 PY := .venv/bin/python
 READY := .venv/.ready
+READY_DEV := .venv/.ready-dev
+COMPILE := pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes --no-header
 
-.PHONY: demo test test-all check lint setup lock clean
+.PHONY: demo test test-all check lint types setup setup-dev lock upgrade clean
 
 demo: $(READY)
 	$(PY) train.py --config configs/quickstart.yaml resume.checkpoint=last
@@ -14,23 +17,32 @@ demo: $(READY)
 	$(PY) sample.py --checkpoint runs/quickstart/ema.safetensors --prompts configs/quickstart_prompts.txt -n 1 --out out/quickstart
 	@echo "Look at out/quickstart/grid.png: images from text, by a model that was trained without a caption."
 
-test: $(READY)
+test: $(READY_DEV)
 	$(PY) -m pytest -m "not slow"
 
-test-all: $(READY)
+test-all: $(READY_DEV)
 	$(PY) -m pytest
 
-check: lint test
+check: lint types test
 
-lint: $(READY)
+lint: $(READY_DEV)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
+types: $(READY_DEV)
+	$(PY) -m mypy
+
 setup: $(READY)
 
+setup-dev: $(READY_DEV)
+
 $(READY): requirements.lock | $(UV)
-	$(UV) venv --quiet --allow-existing --python '>=3.11,<3.13' .venv
+	$(UV) venv --quiet --allow-existing --python '>=3.11,<3.15' .venv
 	$(UV) pip install --quiet --python $(PY) --require-hashes -r requirements.lock
+	touch $@
+
+$(READY_DEV): requirements-dev.lock $(READY)
+	$(UV) pip install --quiet --python $(PY) --require-hashes -r requirements-dev.lock
 	touch $@
 
 .tools/bin/uv:
@@ -38,7 +50,12 @@ $(READY): requirements.lock | $(UV)
 	.tools/bin/pip install --quiet uv
 
 lock: | $(UV)
-	$(UV) pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --no-header -o requirements.lock
+	$(UV) $(COMPILE) -o requirements.lock >/dev/null
+	$(UV) $(COMPILE) --extra dev -c requirements.lock -o requirements-dev.lock >/dev/null
+
+upgrade: | $(UV)
+	$(UV) $(COMPILE) --upgrade -o requirements.lock >/dev/null
+	$(UV) $(COMPILE) --upgrade --extra dev -c requirements.lock -o requirements-dev.lock >/dev/null
 
 clean:
-	rm -rf .venv .tools .pytest_cache .ruff_cache
+	rm -rf .venv .tools .pytest_cache .ruff_cache .mypy_cache

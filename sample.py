@@ -30,7 +30,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ldm_lab.errors import UserError, run_program
+from ldm_lab.errors import UserError, first_line, run_program
 
 GRID_LIMIT = 400  # pictures; of more the grid shows the first ones
 SAMPLER = "unipc"  # nearest to the converged picture for its model calls (docs/measured.md)
@@ -158,8 +158,8 @@ def main() -> int:
     """Parse the command line, make the pictures."""
     args = parser().parse_intermixed_args()
 
-    from ldm_lab.io.images import grid, parse_size  # not before: these import torch, which takes seconds
-    from ldm_lab.prompts import open_image, parse_image_prompt, parse_prompt, read_prompts
+    from ldm_lab.io.images import grid, open_image, parse_size  # not before: these import torch, which takes seconds
+    from ldm_lab.prompts import parse_image_prompt, parse_prompt, read_prompts
 
     size = parse_size(args.size) if args.size else None
     folder = Folder(Path(args.out))
@@ -359,7 +359,7 @@ def pick_device(name: str | None) -> Any:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--device {name}: {first_line(error)}") from None
 
 
 def describe(prompt: Any, guidance: float) -> dict[str, Any]:

@@ -33,5 +33,10 @@ def _module(command: str):
     return importlib.import_module(f"ldm_lab.commands.{command.replace('-', '_')}")
 
 
-if __name__ == "__main__":
+def program() -> None:
+    """Run as the installed command `ldm-lab`."""
     run_program(main)
+
+
+if __name__ == "__main__":
+    program()

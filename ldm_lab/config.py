@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ldm_lab.errors import UserError, unknown
+from ldm_lab.errors import UserError, first_line, unknown
 
 # role -> the package whose modules register the parts of that role; every module in it is imported once.
 PACKAGES = {
@@ -340,7 +340,7 @@ def _join(problems: list[str]) -> str:
 def _first_line(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
     where = f" (line {mark.line + 1})" if mark else ""
-    return (getattr(error, "problem", None) or str(error)).strip().splitlines()[0] + where
+    return (getattr(error, "problem", None) or first_line(error)) + where
 
 
 # ---------------------------------------------------------------------------------------------------- for people

@@ -14,7 +14,7 @@ from ldm_lab.checkpoints.formats import kind_of
 from ldm_lab.checkpoints.parts import find_weights, load_part, weights_path
 from ldm_lab.config import check_section
 from ldm_lab.errors import UserError
-from ldm_lab.io.images import cover, opaque, to_tensor
+from ldm_lab.io.images import center_crop_to, flatten_alpha, to_tensor
 
 Prepare = Callable[[Image.Image], Tensor]
 
@@ -66,11 +66,11 @@ class Encoder(nn.Module):
 
 
 def _transformed(transform: Callable[[Image.Image], Tensor], image: Image.Image) -> Tensor:
-    return transform(opaque(image))  # [3, S, S], by open_clip's own transform
+    return transform(flatten_alpha(image))  # [3, S, S], by open_clip's own transform
 
 
 def _covered(side: int, image: Image.Image) -> Tensor:
-    return to_tensor(cover(image, side, side))  # [3, S, S] in [-1, 1]
+    return to_tensor(center_crop_to(image, side, side))  # [3, S, S] in [-1, 1]
 
 
 def clip_section(given: list[str], embedder: dict[str, str] | None) -> dict[str, Any]:

@@ -22,6 +22,15 @@ def unknown(what: str, given: object, known: Iterable[str]) -> str:
     return f"no such {what}: {given!r}.{hint} Known: {', '.join(known) or 'none'}."
 
 
+def first_line(error: Exception, limit: int = 200) -> str:
+    """Return the first line of a library's exception, at most `limit` characters; its class's name if it says nothing.
+
+    What a library raises may have hundreds of lines, or none; users get one.
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0][:limit] if lines else type(error).__name__
+
+
 def run_program(main: Callable[[], int | None]) -> None:
     """Run a command-line program: user errors and a full disk end in one line and exit code 2, Ctrl-C in 130."""
     try:

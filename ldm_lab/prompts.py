@@ -5,21 +5,14 @@ no number, the colon belongs to the text ("a photo: of a cat"). A backslash righ
 too: `meet at 12\\:30` is the text "meet at 12:30". Image prompts are written alike: a path or an http(s) address.
 """
 
-import io
 import math
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from ldm_lab.errors import UserError
-
-URL_SCHEMES = ("http", "https")
-URL_TIMEOUT = 30  # seconds without an answer
-URL_LIMIT = 64 * 2**20  # bytes; no picture worth a 224-pixel embedding is larger
+from ldm_lab.io.images import open_image
 
 
 @dataclass(frozen=True)
@@ -89,44 +82,3 @@ def parse_image_prompt(written: str) -> Prompt:
     """
     prompt = parse_prompt(written)
     return Prompt(prompt.text, prompt.weight, open_image(prompt.text))
-
-
-def open_image(source: str) -> Image.Image:
-    """Return the image behind a path or an http(s) address, upright as its EXIF orientation says, in its own mode.
-
-    Raises:
-        UserError: missing, unreachable, too large, or not a readable image.
-    """
-    scheme, separator, _ = source.partition("://")
-    if separator and scheme.lower() not in URL_SCHEMES:
-        raise UserError(f"{source}: an image prompt is a path or an http(s) address")
-    data = _download(source) if separator else _read(source)
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except Exception as error:  # on malformed bytes the decoders raise nearly anything
-        reason = "no image format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
-        raise UserError(f"{source}: not a readable image: {reason}") from error
-
-
-def _read(source: str) -> bytes:
-    try:
-        return Path(source).expanduser().read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{source}: no such image file") from None
-    except OSError as error:
-        raise UserError(f"{source}: image cannot be read: {error.strerror}") from None
-
-
-def _download(address: str) -> bytes:
-    request = urllib.request.Request(address, headers={"User-Agent": "ldm_lab"})
-    try:
-        with urllib.request.urlopen(request, timeout=URL_TIMEOUT) as answer:
-            data = answer.read(URL_LIMIT + 1)
-    except (urllib.error.URLError, HTTPException, OSError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise UserError(f"{address}: image cannot be fetched: {reason}") from None
-    if len(data) > URL_LIMIT:
-        raise UserError(f"{address}: more than {URL_LIMIT // 2**20} MiB; not taken as an image prompt")
-    return data

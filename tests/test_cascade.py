@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_glide import FACTOR, SIDE
 
 from ldm_lab.errors import UserError
-from ldm_lab.io.images import quantised, to_tensor
+from ldm_lab.io.images import round_to_uint8, to_tensor
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling import Cascade, Start, Upsampling
 
@@ -193,7 +193,7 @@ def test_inpainting_small_and_large_keeps_what_is_known(start, form, name, monke
                 assert (call["inpaint_mask"][..., half:] == 1).all() and (call["inpaint_mask"][..., :half] == 0).all()
                 assert call["inpaint_mask"].shape == (len(call["x"]), 1, *call["x"].shape[2:])
     given = seen[upsampler][0]["low_res"]
-    assert torch.allclose(given, quantised(to_tensor(small)[None]).expand_as(given), atol=1e-6)
+    assert torch.allclose(given, round_to_uint8(to_tensor(small)[None]).expand_as(given), atol=1e-6)
 
 
 def test_an_inpainting_model_without_a_picture_paints_all():

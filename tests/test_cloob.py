@@ -14,7 +14,7 @@ from ldm_lab.conditioners.cloob import CLOOB, SelfAttention
 from ldm_lab.conditioners.none import NoConditioner
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
-from ldm_lab.io.images import cover
+from ldm_lab.io.images import center_crop_to
 
 TINY = {
     "embed_dim": 12, "image_size": 8, "patch_size": 4, "image_width": 16, "image_layers": 2, "image_heads": 2,
@@ -221,7 +221,7 @@ def test_sizes_that_do_not_fit(options, message):
 
 @pytest.mark.parametrize("size", [(1023, 767), (187, 300), (224, 224), (1, 1), (3, 5000)])
 def test_image_prompts_cover_the_square(size):
-    picture = cover(Image.new("L", size, 255), 32, 32)
+    picture = center_crop_to(Image.new("L", size, 255), 32, 32)
     assert picture.size == (32, 32)
     assert picture.mode == "RGB"
     assert picture.getextrema() == ((255, 255),) * 3
@@ -229,17 +229,17 @@ def test_image_prompts_cover_the_square(size):
 
 def test_transparent_image_prompts_are_laid_over_white():
     hidden = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
-    assert cover(hidden, 8, 8).getpixel((4, 4)) == (255, 255, 255)
+    assert center_crop_to(hidden, 8, 8).getpixel((4, 4)) == (255, 255, 255)
     palette = Image.new("P", (8, 8), 1)
     palette.putpalette([0, 0, 0, 255, 0, 0])
     palette.info["transparency"] = 1
-    assert cover(palette, 8, 8).getpixel((4, 4)) == (255, 255, 255)
+    assert center_crop_to(palette, 8, 8).getpixel((4, 4)) == (255, 255, 255)
 
 
 def test_the_middle_of_an_image_prompt_is_taken():
     picture = Image.new("RGB", (300, 100), "black")
     picture.paste("white", (100, 0, 200, 100))
-    assert cover(picture, 50, 50).getextrema()[0][0] > 100
+    assert center_crop_to(picture, 50, 50).getextrema()[0][0] > 100
 
 
 def test_no_condition():

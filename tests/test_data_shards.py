@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 from data_sets import keys, module, samples, take, write_shards
 
-from ldm_lab.data import shards
 from ldm_lab.data.shards import expand, read_shard, write_shard
 from ldm_lab.data.source import Raw, Skip
 from ldm_lab.errors import UserError
@@ -61,7 +60,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(folder, monkeypatch):
-    monkeypatch.setattr(shards, "HTTP_WAIT", 0.01)
+    monkeypatch.setattr("ldm_lab.io.http.PAUSE", 0.01)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     Handler.faults, Handler.asked, Handler.ranges = [], [], True

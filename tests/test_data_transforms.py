@@ -11,7 +11,7 @@ from PIL import Image
 from ldm_lab.config import build
 from ldm_lab.data.order import Order
 from ldm_lab.data.source import Raw
-from ldm_lab.data.transforms import BadImage, fit, open_image, to_rgb
+from ldm_lab.io.images import BadImage, decode_image, resize_and_crop, to_rgb
 
 
 def stored(image: Image.Image, kind: str = "png", **options) -> bytes:
@@ -21,7 +21,7 @@ def stored(image: Image.Image, kind: str = "png", **options) -> bytes:
 
 
 def pixel(data: bytes) -> tuple[int, int, int]:
-    image = to_rgb(open_image(data))
+    image = to_rgb(decode_image(data))
     assert image.mode == "RGB"
     return image.getpixel((0, 0))
 
@@ -81,7 +81,7 @@ def test_transparency_goes_before_the_resize():
     """A transparent pixel has a colour of its own, which must not bleed into its neighbours."""
     image = Image.new("RGBA", (64, 64), (255, 0, 0, 255))
     image.paste((0, 0, 255, 0), (32, 0, 64, 64))
-    shrunk = np.asarray(fit(to_rgb(open_image(stored(image))), 8))  # [8, 8, 3]
+    shrunk = np.asarray(resize_and_crop(to_rgb(decode_image(stored(image))), 8))  # [8, 8, 3]
     assert (shrunk[:, 0] == (255, 0, 0)).all() and (shrunk[:, -1] == 255).all()
     assert (np.abs(shrunk[..., 2].astype(int) - shrunk[..., 1]) <= 1).all()  # red and white mix without any blue
 
@@ -100,7 +100,7 @@ def test_orientation(orientation):
     image = upright if stored_as is None else upright.transpose(stored_as)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    seen = open_image(stored(image, "png", exif=exif))
+    seen = decode_image(stored(image, "png", exif=exif))
     assert np.array_equal(np.asarray(seen), np.asarray(upright))
 
 
@@ -118,12 +118,12 @@ def test_resize_and_centre_crop_are_the_originals(given, resized, left, top):
     """Torchvision's: the long side rounded down, the crop's place to the nearest, halves to even."""
     image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (*given[::-1], 3), dtype=np.uint8))
     reference = image.resize(resized, Image.Resampling.LANCZOS).crop((left, top, left + 32, top + 32))
-    assert np.array_equal(fit(image, 32), reference)
+    assert np.array_equal(resize_and_crop(image, 32), reference)
 
 
 def test_crop_place():
     image = Image.fromarray(np.arange(256, dtype=np.uint8)[None, :, None].repeat(64, 0).repeat(3, 2))
-    left, middle, right = (np.asarray(fit(image, 64, across))[0, 0, 0] for across in (0, 0.5, 1))
+    left, middle, right = (np.asarray(resize_and_crop(image, 64, across))[0, 0, 0] for across in (0, 0.5, 1))
     assert (left, middle, right) == (0, 96, 192)
 
 
@@ -132,7 +132,7 @@ def test_a_long_strip_is_cut_before_it_is_resized():
     row = np.linspace(0, 255, 20000).astype(np.uint8)  # [20000]
     strip = Image.fromarray(np.broadcast_to(row[None, :, None], (16, 20000, 3)).copy())
     for across in (0, 0.5, 1):
-        square = np.asarray(fit(strip, 64, across))  # [64, 64, 3]
+        square = np.asarray(resize_and_crop(strip, 64, across))  # [64, 64, 3]
         assert square.shape == (64, 64, 3)
         assert np.abs(square.astype(int) - int(255 * across)).max() <= 2
 
@@ -151,7 +151,7 @@ def test_a_long_strip_is_cut_before_it_is_resized():
 def test_broken_bytes(spoil, reason, kind):
     noise = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8))
     with pytest.raises(BadImage) as error:
-        open_image(spoil(stored(noise, kind)))
+        decode_image(spoil(stored(noise, kind)))
     assert str(error.value) in (reason, "truncated image")
     if reason == "truncated image":
         assert str(error.value) == reason
@@ -164,12 +164,12 @@ def test_a_decompression_bomb_is_not_decoded():
     header = struct.pack(">IIBBBBB", 40000, 40000, 8, 2, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000)))
     with pytest.raises(BadImage, match="too many pixels"):
-        open_image(data)
+        decode_image(data)
 
 
 def test_float_images_are_refused():
     with pytest.raises(BadImage, match="unsupported image mode"):
-        to_rgb(open_image(stored(Image.new("F", (4, 4), 0.5), "tiff")))
+        to_rgb(decode_image(stored(Image.new("F", (4, 4), 0.5), "tiff")))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -185,7 +185,7 @@ def test_every_malformed_byte_string_is_a_bad_image():
             for place in rng.randint(0, min(len(spoiled), 200), 4):
                 spoiled[place] = rng.randint(256)
             try:
-                usable += to_rgb(open_image(bytes(spoiled))).mode == "RGB"
+                usable += to_rgb(decode_image(bytes(spoiled))).mode == "RGB"
             except BadImage:
                 continue
     assert usable

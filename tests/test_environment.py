@@ -1,32 +1,97 @@
-"""pyproject.toml, environment.yml and the lock file say the same."""
+"""pyproject.toml, environment.yml, the lock files and the imports say the same."""
 
+import ast
 import re
+import sys
 import tomllib
 from pathlib import Path
 
+import house
+import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+HARDWARE = ("bitsandbytes",)  # extras that need a GPU: neither in the tests' environment nor in conda's
+BASE = PROJECT["dependencies"]
+ALL = BASE + [
+    entry
+    for extra, entries in PROJECT["optional-dependencies"].items()
+    for entry in entries
+    if extra not in HARDWARE and not entry.startswith("ldm_lab[")
+]
 
 
-def declared() -> list[str]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"].values()
-    return project["dependencies"] + [entry for extra in extras for entry in extra if not entry.startswith("ldm_lab[")]
+def names(entries: list[str]) -> set[str]:
+    return {house.normal(re.match(r"[\w.-]+", entry)[0]) for entry in entries}
+
+
+def locked(path: str) -> dict[str, set[str]]:
+    """Return distribution -> versions of a lock file; several where they depend on the platform."""
+    versions: dict[str, set[str]] = {}
+    for name, version in re.findall(r"^([\w.-]+)==([^\s;]+)", (ROOT / path).read_text(), re.M):
+        versions.setdefault(house.normal(name), set()).add(version)
+    return versions
 
 
 def test_environment_yml_says_the_same_as_pyproject():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     pip = next(entry["pip"] for entry in environment if isinstance(entry, dict))
-    assert sorted(pip) == sorted(declared())
-    python = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
-    assert f"python{python}" in environment
+    assert sorted(pip) == sorted(ALL)
+    assert f"python{PROJECT['requires-python']}" in environment
 
 
-def test_every_dependency_is_locked_with_checksums():
-    lock = (ROOT / "requirements.lock").read_text()
-    locked = {name.lower().replace("_", "-") for name in re.findall(r"^([A-Za-z0-9_.-]+)==", lock, re.M)}
-    for entry in declared():
-        name = re.match(r"[A-Za-z0-9_.-]+", entry)[0].lower().replace("_", "-")
-        assert name in locked, f"{name} is not in requirements.lock: make lock"
-    assert lock.count("--hash=sha256:") > len(locked)
+@pytest.mark.parametrize(("path", "entries"), [("requirements.lock", BASE), ("requirements-dev.lock", ALL)])
+def test_every_dependency_is_locked_with_checksums(path, entries):
+    text = (ROOT / path).read_text()
+    assert not (missing := names(entries) - locked(path).keys()), f"not in {path}: {missing}; make lock"
+    assert text.count("--hash=sha256:") > len(locked(path))
+    assert "://" not in text and "--index-url" not in text, "a lock names no package hosts"
+    for block in re.split(r"^(?=[\w.-]+==)", text, flags=re.M)[1:]:
+        assert "--hash=sha256:" in block, block.splitlines()[0]
+
+
+def test_the_first_lock_has_no_extras_and_the_second_agrees_with_it():
+    base, dev = locked("requirements.lock"), locked("requirements-dev.lock")
+    assert not (names(ALL) - names(BASE)) & base.keys() - {"py4j"}
+    assert all(dev.get(name) == versions for name, versions in base.items())
+
+
+def test_extras_hold_what_they_hold():
+    extras = PROJECT["optional-dependencies"]
+    assert {"curation", "spark", "dev"} <= extras.keys()
+    assert "ldm_lab[curation]" in extras["spark"]
+
+
+def test_every_import_of_tests_benchmarks_and_examples_is_declared():
+    here = {path.stem for path in (ROOT / "tests").rglob("*.py")} | {path.stem for path in ROOT.glob("benchmarks/*.py")}
+    own = here | {"ldm_lab", "train", "sample", "tests", "benchmarks", "data_sets"}
+    for folder in ("tests", "benchmarks", "examples"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for _, top in house.imported(ast.parse(path.read_text())):
+                known = top in own or house.normal(house.DISTRIBUTIONS.get(top, top)) in house.declared()
+                assert known, f"{path.relative_to(ROOT)} imports {top}, which pyproject.toml does not declare"
+
+
+def test_this_python_is_an_allowed_one():
+    least, most = re.findall(r"3\.(\d+)", PROJECT["requires-python"])
+    assert int(least) <= sys.version_info.minor < int(most)
+
+
+def test_data_files_of_the_package_are_installed():
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["ldm_lab"]
+    installed = {path for pattern in patterns for path in (ROOT / "ldm_lab").glob(pattern)}
+    for path in (ROOT / "ldm_lab").rglob("*"):
+        if path.is_file() and path.suffix not in (".py", ".pyc"):
+            assert path in installed, f"{path.relative_to(ROOT)} is not in [tool.setuptools.package-data]"
+
+
+def test_every_folder_with_modules_is_a_package():
+    for path in (ROOT / "ldm_lab").rglob("*.py"):
+        assert (path.parent / "__init__.py").is_file(), f"{path.parent.relative_to(ROOT)} has no __init__.py"
+
+
+def test_the_command_is_installed():
+    module, _, name = PROJECT["scripts"]["ldm-lab"].partition(":")
+    tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
+    assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}

@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import http.server
 import json
 import os
 import re
@@ -12,13 +11,15 @@ import subprocess
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from tiny import ROOT, make_run, run_program
 
 from ldm_lab.errors import UserError
-from ldm_lab.io import http as download
+from ldm_lab.io import download, http
+from ldm_lab.io.atomic import sha256 as file_sha256
 from ldm_lab.pretrained import resolve as pretrained
 from ldm_lab.pretrained.resolve import Released, check_foreign, fetch, locate
 
@@ -33,7 +34,7 @@ def checksum(content: bytes) -> str:
 RIGHT = checksum(CONTENT)
 
 
-class Server(http.server.ThreadingHTTPServer):
+class Server(ThreadingHTTPServer):
     """A mirror with faults. `files`: path -> content; `requests`: (path, Range, If-Range) of every GET."""
 
     daemon_threads = True
@@ -52,7 +53,7 @@ class Server(http.server.ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
@@ -118,8 +119,8 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.delenv("LDM_LAB_OFFLINE", raising=False)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
-    monkeypatch.setattr(download, "PAUSE", 0.01)
-    monkeypatch.setattr(download, "CHUNK", 10_000)
+    monkeypatch.setattr(http, "PAUSE", 0.01)
+    monkeypatch.setattr(http, "CHUNK", 10_000)
     return tmp_path / "Cache"
 
 
@@ -167,7 +168,7 @@ def fetch_path(path: Path) -> Path:
 
 def test_what_came_is_kept_for_the_next_run(release, mirror):
     path = release()
-    mirror.breaks = [50_000] * download.TRIES
+    mirror.breaks = [50_000] * http.TRIES
     with pytest.raises(UserError, match=r"the connection broke off \(4 tries; what came is kept\)"):
         fetch(NAME)
     assert not path.exists() and (path.parent / ".w.bin.part").read_bytes() == CONTENT[:200_000]
@@ -178,11 +179,12 @@ def test_what_came_is_kept_for_the_next_run(release, mirror):
 # `python -m ldm_lab ...` with one more entry in the table: its address and checksum come first.
 SCRIPT = """
 import sys
-from ldm_lab.io import http as download
+from ldm_lab.io import download, http
+from ldm_lab.io.atomic import sha256 as file_sha256
 from ldm_lab.pretrained import resolve as pretrained
 from ldm_lab.__main__ import main
 from ldm_lab.errors import run_program
-download.CHUNK = 10_000
+http.CHUNK = 10_000
 pretrained.RELEASED["test/weights"] = pretrained.Released("autoencoder", "a test", "w.bin", (sys.argv[1],), sys.argv[2])
 sys.argv[1:3] = []
 run_program(main)
@@ -238,7 +240,7 @@ def test_of_a_wrong_checksum_nothing_is_left(release, mirror):
 def test_a_dead_mirror_is_passed_over_and_a_part_taken_along(release, mirror):
     other = Server()
     other.files["/w.bin"] = CONTENT
-    other.breaks = [30_000] * download.TRIES
+    other.breaks = [30_000] * http.TRIES
     path = fetch_path(release("http://127.0.0.1:9/w.bin", f"{other.url}/w.bin", f"{mirror.url}/w.bin"))
     other.shutdown()
     other.server_close()
@@ -260,15 +262,15 @@ def test_all_dead_is_one_line_with_each_reason(release, mirror):
 
 def test_a_server_error_and_silence_are_reasons(release, mirror, monkeypatch):
     release()
-    mirror.statuses = [500] * download.TRIES
+    mirror.statuses = [500] * http.TRIES
     with pytest.raises(UserError, match="HTTP 500"):
         fetch(NAME)
-    monkeypatch.setattr(download, "TIMEOUT", (2, 0.2))
+    monkeypatch.setattr(http, "TIMEOUT", (2, 0.2))
     mirror.silence = 0.4
     with pytest.raises(UserError, match="Read timed out"):
         fetch(NAME)
-    monkeypatch.setattr(download, "TIMEOUT", (2, 1.0))
-    monkeypatch.setattr(download, "TRIES", 1)
+    monkeypatch.setattr(http, "TIMEOUT", (2, 1.0))
+    monkeypatch.setattr(http, "TRIES", 1)
     mirror.silence, mirror.pause = 0.0, 3.0
     with pytest.raises(UserError, match="the connection broke off"):
         fetch(NAME)
@@ -290,7 +292,7 @@ def test_without_ranges_it_begins_again(release, mirror):
 def test_pieces_of_two_versions_are_not_glued(release, mirror, etag, sha256):
     new = CONTENT[::-1]
     path = release(sha256=sha256 and checksum(new))
-    mirror.etag, mirror.breaks = etag, [50_000] * download.TRIES
+    mirror.etag, mirror.breaks = etag, [50_000] * http.TRIES
     with pytest.raises(UserError):
         fetch(NAME)
     mirror.files["/w.bin"] = new
@@ -350,7 +352,8 @@ def test_a_full_disk_is_said_and_what_came_is_kept(release, mirror, monkeypatch)
     mirror.breaks = [100_000]
 
     def full(seconds):
-        monkeypatch.setattr(download.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+        if seconds:  # the client's pause before its second try; the server's own pauses are of no length
+            monkeypatch.setattr(download.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
 
     monkeypatch.setattr(download.time, "sleep", full)
     with pytest.raises(UserError, match=r"w\.bin: cannot be written: No space left"):
@@ -437,7 +440,7 @@ def test_wherever_weights_are_taken_a_name_will_do(release, mirror, tmp_path, mo
 
     def publish(name: str, file: Path) -> None:
         mirror.files[f"/{file.name}"] = file.read_bytes()
-        release(f"{mirror.url}/{file.name}", name=f"test/{name}", sha256=download.sha256_of(file), file=file.name)
+        release(f"{mirror.url}/{file.name}", name=f"test/{name}", sha256=file_sha256(file), file=file.name)
         file.unlink()
 
     for role in ("autoencoder", "conditioner"):

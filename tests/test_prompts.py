@@ -7,9 +7,10 @@ import threading
 import pytest
 from PIL import Image
 
-from ldm_lab import prompts
 from ldm_lab.errors import UserError
-from ldm_lab.prompts import Prompt, open_image, parse_image_prompt, parse_prompt, read_prompts
+from ldm_lab.io import images
+from ldm_lab.io.images import open_image
+from ldm_lab.prompts import Prompt, parse_image_prompt, parse_prompt, read_prompts
 
 
 @pytest.mark.parametrize(
@@ -143,10 +144,10 @@ def test_image_prompt_from_the_web(server, monkeypatch):
     prompt = parse_image_prompt(f"{server}/i.png:2")
     assert (prompt.text, prompt.weight, prompt.image.size) == (f"{server}/i.png", 2.0, (7, 5))
     assert open_image(f"{server}/i.png".replace("http", "HTTP")).size == (7, 5)
-    with pytest.raises(UserError, match="cannot be fetched: Not Found"):
+    with pytest.raises(UserError, match="cannot be fetched: HTTP 404 Not Found"):
         open_image(f"{server}/other.png")
     with pytest.raises(UserError, match="cannot be fetched"):
         open_image("http://127.0.0.1:1/i.png")
-    monkeypatch.setattr(prompts, "URL_LIMIT", 10)
-    with pytest.raises(UserError, match="not taken as an image prompt"):
+    monkeypatch.setattr(images, "URL_LIMIT", 10)
+    with pytest.raises(UserError, match="cannot be fetched: more than"):
         open_image(f"{server}/i.png")

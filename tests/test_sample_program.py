@@ -12,7 +12,7 @@ from tiny import DENOISER, make_parts, run_program
 import sample
 from ldm_lab.checkpoints.models import save_model
 from ldm_lab.config import build, parts
-from ldm_lab.io.images import cover
+from ldm_lab.io.images import center_crop_to
 
 ROOT = sample.Path(sample.__file__).parent
 FAST = ("--sampler", "plms2", "--steps", "2", "--device", "cpu")
@@ -212,7 +212,7 @@ def test_inpainting(call, tmp_path, dog):
     assert code == 0
     (entry,) = entries(tmp_path)
     assert (entry["mask"], entry["strength"]) == ("mask.png", 1.0)
-    kept = cover(dog, 16, 16)
+    kept = center_crop_to(dog, 16, 16)
     with Image.open("samples/00000.png") as image:
         changed = [(x, y) for x in range(16) for y in range(16) if image.getpixel((x, y)) != kept.getpixel((x, y))]
     assert changed and all(4 <= x <= 12 and 4 <= y <= 12 for x, y in changed)  # 30x24 covers 16x16: 20x16, its middle

@@ -350,7 +350,7 @@ def test_nothing_to_be_scored_is_an_error(score, tmp_path):
 
 
 def test_a_server_that_is_not_there_leaves_the_shard_for_another_time(score, shards, tmp_path, monkeypatch):
-    monkeypatch.setattr("ldm_lab.data.shards.HTTP_WAIT", 0.001)
+    monkeypatch.setattr("ldm_lab.io.http.PAUSE", 0.001)
     address = "http://127.0.0.1:9/00009.tar"
     code, out, _ = score("--shards", shards / "00000.tar", address, "--out", tmp_path)
     assert code == 1 and "5 images scored in 1 of 2 shards" in out and f"such as {address}" in out

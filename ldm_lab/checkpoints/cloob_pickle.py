@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ldm_lab.checkpoints.files import existing_file
-from ldm_lab.errors import UserError
+from ldm_lab.errors import UserError, first_line
 
 # ------------------------------------------------------------------------------------------- what a pickle may build
 
@@ -163,8 +163,7 @@ def load(path: str | Path) -> Any:
     except (RecursionError, MemoryError, OverflowError):
         raise UserError(f"{path}: not a readable pickle: its sizes are absurd") from None
     except DAMAGE as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a readable pickle, truncated or damaged ({reason})") from None
+        raise UserError(f"{path}: not a readable pickle, truncated or damaged ({first_line(error)})") from None
 
 
 def _unwrap(value: Any) -> Any:

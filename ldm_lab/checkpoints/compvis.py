@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm_lab.checkpoints.foreign import part_of, read_state_dict
 from ldm_lab.checkpoints.released_zip import is_release, opened
-from ldm_lab.errors import UserError
+from ldm_lab.errors import UserError, first_line
 
 OURS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 PREFIXES = ("", "first_stage_model.", "ae_model.")  # alone; in a latent diffusion model; in a CCLD training checkpoint
@@ -115,8 +115,7 @@ def _compare(config: dict[str, Any], path: Path, shown: str) -> None:
             raise ValueError("it has aliases")  # a few lines of them can stand for gigabytes
         node = yaml.safe_load(text)
     except (ValueError, yaml.YAMLError, RecursionError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise UserError(f"{shown}: the {path.name} beside it is not a readable YAML ({reason})") from None
+        raise UserError(f"{shown}: the {path.name} beside it is not a readable YAML ({first_line(error)})") from None
     for key in ("model", "params", "first_stage_config", "params"):  # the third is in diffusion models alone
         node = node.get(key, node) if isinstance(node, dict) else None
     if not isinstance(node, dict) or not isinstance(node.get("ddconfig"), dict):

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from ldm_lab.errors import UserError
+from ldm_lab.errors import UserError, first_line
 from ldm_lab.io.atomic import atomic_write, existing_file, replaced_folder, sha256
 
 FORMAT = "ldm_lab"  # key of our own entries in checkpoints, and value of `format` in a safetensors file of ours
@@ -67,8 +67,7 @@ def read_pickled(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     except UserError:
         raise
     except (*UNREADABLE, zipfile.BadZipFile) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: not a readable checkpoint, truncated or damaged ({reason})") from None
+        raise UserError(f"{path}: not a readable checkpoint, truncated or damaged ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: a checkpoint is a dict, this is a {type(content).__name__}")
     return content

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm_lab.checkpoints.files import existing_file
 from ldm_lab.checkpoints.foreign import read_state_dict
-from ldm_lab.errors import UserError
+from ldm_lab.errors import UserError, first_line
 
 PREFIXES = ("module.", "model.")  # of DistributedDataParallel, of wrappers around CLIP
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # constants in OpenAI's archives
@@ -87,8 +87,9 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
     except (RecursionError, MemoryError, OverflowError):
         raise UserError(f"{path}: not a readable TorchScript archive: its sizes are absurd") from None
     except DAMAGE as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: not a readable TorchScript archive, truncated or damaged ({reason})") from None
+        raise UserError(
+            f"{path}: not a readable TorchScript archive, truncated or damaged ({first_line(error)})"
+        ) from None
     return tensors
 
 

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from ldm_lab.errors import UserError
+from ldm_lab.errors import UserError, first_line
 
 WEIGHTS = (".ckpt", ".pt", ".pth", ".safetensors")
 TEXTS = (".yaml", ".yml", ".txt", ".md", "")  # the last are LICENSE and README
@@ -50,8 +50,7 @@ def opened(path: Path) -> Iterator[Path]:
     except UserError:
         raise
     except DAMAGE as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: not a readable zip, truncated or damaged ({reason})") from None
+        raise UserError(f"{path}: not a readable zip, truncated or damaged ({first_line(error)})") from None
 
 
 def _members(path: Path, archive: zipfile.ZipFile) -> tuple[zipfile.ZipInfo, zipfile.ZipInfo | None]:

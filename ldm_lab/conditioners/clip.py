@@ -24,8 +24,8 @@ from torch.nn import functional as F
 
 from ldm_lab.clip_tokens import CLIP_VOCAB_SIZE, SHOWN
 from ldm_lab.config import register
-from ldm_lab.errors import UserError
-from ldm_lab.io.images import opaque
+from ldm_lab.errors import UserError, first_line
+from ldm_lab.io.images import flatten_alpha
 
 HUB = "hf-hub:"
 PREFIX = "clip."  # of open_clip's names in this module's state dict
@@ -130,7 +130,7 @@ class CLIP(nn.Module):
                 return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(model, pretrained)))
         except FAILURES as error:
             raise UserError(
-                f"conditioner.pretrained: {model} {pretrained} cannot be downloaded ({_line(error)}); "
+                f"conditioner.pretrained: {model} {pretrained} cannot be downloaded ({first_line(error)}); "
                 "conditioner.weights takes a local copy"
             ) from None
 
@@ -166,7 +166,7 @@ class CLIP(nn.Module):
         if texts:
             embeds.append(self.encode_text(texts))  # [n_texts, D]
         if images:
-            pixels = torch.stack([self.transform(opaque(image)) for image in images])  # [n_images, 3, S, S]
+            pixels = torch.stack([self.transform(flatten_alpha(image)) for image in images])  # [n_images, 3, S, S]
             embeds.append(self.clip.encode_image(pixels.to(self.pixel_mean), normalize=True))  # [n_images, D]
         return {"embed": torch.cat(embeds)}  # [n, D]
 
@@ -260,7 +260,9 @@ class CLIP(nn.Module):
                     name, context_length=self.text_size, tokenizer_mode=mode, trust_remote_code=False, **options
                 )
         except FAILURES as error:
-            raise UserError(f"conditioner: the tokenizer {name or 'of CLIP'} cannot be had ({_line(error)})") from None
+            raise UserError(
+                f"conditioner: the tokenizer {name or 'of CLIP'} cannot be loaded ({first_line(error)})"
+            ) from None
 
 
 # ------------------------------------------------------------------------------------------------ what a section says
@@ -409,7 +411,7 @@ def _build(config: dict[str, Any], what: str) -> nn.Module:
                 f"local-dir:{folder}", load_weights=False, pretrained_text=False, device=torch.empty(0).device
             )
         except FAILURES as error:
-            raise UserError(f"conditioner.{what}: open_clip cannot build it ({_line(error)})") from None
+            raise UserError(f"conditioner.{what}: open_clip cannot build it ({first_line(error)})") from None
 
 
 def _from_hub(model: str, filename: str | None) -> Path:
@@ -420,7 +422,7 @@ def _from_hub(model: str, filename: str | None) -> Path:
         with quiet():
             return Path(download_pretrained_from_hf(model.removeprefix(HUB), filename=filename))
     except FAILURES as error:
-        raise UserError(f"conditioner.model: {model} cannot be downloaded ({_line(error)})") from None
+        raise UserError(f"conditioner.model: {model} cannot be downloaded ({first_line(error)})") from None
 
 
 @contextlib.contextmanager
@@ -432,8 +434,3 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         root.removeHandler(handler)
-
-
-def _line(error: Exception) -> str:
-    """Return an exception's first line, not too long."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

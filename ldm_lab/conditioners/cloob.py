@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ldm_lab import clip_tokens
 from ldm_lab.config import options, register
 from ldm_lab.errors import UserError
-from ldm_lab.io.images import cover, to_tensor
+from ldm_lab.io.images import center_crop_to, to_tensor
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of images in [0, 1]; CLIP's
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -96,13 +96,15 @@ class CLOOB(nn.Module):
         return {"embed": self.encode_image(batch["image"])}  # [B, D]
 
     def from_prompts(self, texts: list[str], images: list[Image.Image]) -> dict[str, Tensor]:
-        """Return {"embed": [n, D]}, the embeddings of texts, then of images (see `images.cover`)."""
+        """Return {"embed": [n, D]}, the embeddings of texts, then of images (see `images.center_crop_to`)."""
         embeds = [self.pixel_mean.new_zeros(0, self.embed_dim)]  # [0, D]
         if texts:
             embeds.append(self.encode_text(texts))  # [n_texts, D]
         if images:
             side = self.image_size
-            pixels = torch.stack([to_tensor(cover(image, side, side)) for image in images])  # [n_images, 3, S, S]
+            pixels = torch.stack(
+                [to_tensor(center_crop_to(image, side, side)) for image in images]
+            )  # [n_images, 3, S, S]
             embeds.append(self.encode_image(pixels.to(self.pixel_mean)))  # [n_images, D]
         return {"embed": torch.cat(embeds)}  # [n, D]
 

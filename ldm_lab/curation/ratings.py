@@ -13,7 +13,7 @@ from ldm_lab.curation.score_files import read_embeddings
 from ldm_lab.curation.scoring import json_fields
 from ldm_lab.data.shards import read_parts
 from ldm_lab.data.source import Skip
-from ldm_lab.errors import UserError, unknown
+from ldm_lab.errors import UserError, first_line, unknown
 
 TABLES = (".parquet", ".csv", ".tsv")
 
@@ -42,7 +42,7 @@ def read_table(path: Path, key: str, column: str) -> dict[str, float]:
                 convert_options=options,
             )
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: not a readable table ({str(error).splitlines()[0][:150]})") from None
+        raise UserError(f"{path}: not a readable table ({first_line(error)})") from None
     for name in (key, column):
         if name not in table.column_names:
             raise UserError(f"{path}: {unknown('column', name, table.column_names)}")
@@ -132,7 +132,7 @@ def read_rating_rows(path: Path) -> np.ndarray:
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not a readable .npy file ({str(error).splitlines()[0][:100]})") from None
+        raise UserError(f"{path}: not a readable .npy file ({first_line(error)})") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
         raise UserError(f"{path}: numbers are needed as ratings")
     return array.reshape(-1).astype(np.float64) if array.ndim == 2 and array.shape[1] == 1 else array.astype(np.float64)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ldm_lab.checkpoints import embedders
 from ldm_lab.checkpoints.files import FORMAT, atomic_write, is_safetensors, read_safetensors
 from ldm_lab.data.strings import Strings
-from ldm_lab.errors import UserError, unknown
+from ldm_lab.errors import UserError, first_line, unknown
 
 SCORES = ".scores.parquet"
 EMBEDDINGS = ".embeddings.safetensors"
@@ -89,7 +89,7 @@ def read_embeddings(path: Path) -> tuple[Tensor, list[str] | None, dict[str, str
         try:
             array = np.load(path, allow_pickle=False, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path}: not a readable .npy file ({str(error).splitlines()[0][:100]})") from None
+            raise UserError(f"{path}: not a readable .npy file ({first_line(error)})") from None
         if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f":
             raise UserError(f"{path}: embeddings are [N, D] floating-point numbers")
         array = array if array.dtype in (np.float16, np.float32) else array.astype(np.float32)
@@ -128,5 +128,5 @@ def read_column(path: Path, column: str) -> tuple[list[str], np.ndarray]:
     try:
         table = pq.read_table(path, columns=["key", column])
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: damaged ({str(error).splitlines()[0][:100]})") from None
+        raise UserError(f"{path}: damaged ({first_line(error)})") from None
     return table["key"].to_pylist(), table[column].to_numpy().astype(np.float32)  # [N]

@@ -31,9 +31,9 @@ from ldm_lab.curation.units import Block, Shard
 from ldm_lab.data.loader import Counts
 from ldm_lab.data.shards import read_parts, write_shard
 from ldm_lab.data.source import Raw, Skip, caption_of
-from ldm_lab.data.transforms import BadImage, open_image, to_rgb
 from ldm_lab.embed import Encoder, Prepare
-from ldm_lab.errors import UserError
+from ldm_lab.errors import UserError, first_line
+from ldm_lab.io.images import BadImage, decode_image, to_rgb
 from ldm_lab.training.logs import quiet_lightning
 
 Unit = Shard | Block
@@ -106,7 +106,7 @@ class Batches(IterableDataset):
         if item.image is None:
             raise Skip("no image", item.key)
         try:
-            pixels = self.prepare(to_rgb(open_image(item.image)))  # [3, S, S]
+            pixels = self.prepare(to_rgb(decode_image(item.image)))  # [3, S, S]
         except BadImage as problem:
             raise Skip(str(problem), item.key) from None
         fields = json_fields(item.json)
@@ -423,7 +423,7 @@ def run(
             use_distributed_sampler=False,
         )  # fmt: skip
     except (MisconfigurationException, ValueError, RuntimeError, TypeError) as error:
-        raise UserError(f"--devices {devices}: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"--devices {devices}: {first_line(error)}") from None
     try:
         trainer.predict(scoring, return_predictions=False)
     except BaseException:

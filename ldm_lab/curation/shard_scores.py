@@ -10,8 +10,8 @@ from tqdm import tqdm
 from ldm_lab.curation.metadata.histogram import Buckets, Histogram, Shown
 from ldm_lab.data.shards import expand, metadata_of, read_scores, read_shard, scores_of
 from ldm_lab.data.source import Raw, caption_of
-from ldm_lab.data.transforms import BadImage, open_image, to_rgb
 from ldm_lab.errors import UserError
+from ldm_lab.io.images import BadImage, decode_image, to_rgb
 from ldm_lab.rules.sample import SampleRow
 
 THUMBNAIL = 160  # pixels, both sides at most
@@ -69,7 +69,7 @@ def histogram_of_shards(
 
 def thumbnail(data: bytes) -> str:
     """Return a small JPEG of an encoded image, as a data: address. Raises BadImage."""
-    image = to_rgb(open_image(data))
+    image = to_rgb(decode_image(data))
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     stream = io.BytesIO()
     image.save(stream, "jpeg", quality=80)

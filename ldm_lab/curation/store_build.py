@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ldm_lab.curation.metadata.inputs import find_files
 from ldm_lab.curation.store import StoreWriter, hashes_of
-from ldm_lab.errors import UserError, unknown
+from ldm_lab.errors import UserError, first_line, unknown
 from ldm_lab.rules.quantities import find, require
 
 BATCH = 2**17  # rows
@@ -238,8 +238,3 @@ def _quoted(name: str) -> str:
 def literal(text: str) -> str:
     """Return a text as SQL writes it."""
     return "'" + text.replace("'", "''") + "'"
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error of another library, at most 300 characters of it."""
-    return str(error).strip().splitlines()[0][:300]

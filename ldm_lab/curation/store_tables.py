@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from ldm_lab.curation.metadata.inputs import Files, find_files
 from ldm_lab.curation.store import ScoreStore, hashes_of
-from ldm_lab.curation.store_build import Columns, first_line, literal, not_a_hash
-from ldm_lab.errors import UserError
+from ldm_lab.curation.store_build import Columns, literal, not_a_hash
+from ldm_lab.errors import UserError, first_line
 from ldm_lab.io.atomic import atomic_write
 
 BATCH = 2**17  # rows

@@ -11,7 +11,6 @@ says what the cache was made with (sha256 of the weights, image size, data), and
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,8 @@ from ldm_lab.data.order import Order
 from ldm_lab.data.source import Skip, Source
 from ldm_lab.data.strings import Strings
 from ldm_lab.errors import UserError
+from ldm_lab.io.atomic import atomic_write
+from ldm_lab.io.json_files import write_json
 
 FORMAT = "ldm_lab cache 1"
 META = "meta.json"
@@ -180,7 +181,8 @@ class CacheWriter:
             tensors[name] = torch.from_numpy(packed.blob.copy())  # [bytes]
             tensors[f"{name}_ends"] = torch.from_numpy(packed.ends)  # [N]
         metadata = {"format": FORMAT, "state": json.dumps(self._next_state)}
-        _write(self.folder / f"{self.rank:03d}-{self._shards:05d}.safetensors", save(tensors, metadata))
+        with atomic_write(self.folder / f"{self.rank:03d}-{self._shards:05d}.safetensors") as file:
+            file.write(save(tensors, metadata))
         self.written += self._held
         self._shards += 1
         self.state = self._next_state
@@ -219,17 +221,4 @@ def read_header(path: Path) -> tuple[int, dict[str, str]]:
 
 def _write_meta(folder: Path, description: dict[str, Any], *, complete: bool, samples: int) -> None:
     meta = {"format": FORMAT, "description": description, "complete": complete, "samples": samples}
-    _write(folder / META, json.dumps(meta, indent=2).encode())
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file, whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_json(folder / META, meta)

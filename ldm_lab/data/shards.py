@@ -6,15 +6,11 @@ reshuffled every epoch and found again on resume.
 """
 
 import glob
-import http.client
 import io
 import json
 import os
 import subprocess
 import tarfile
-import time
-import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Iterator
 from contextlib import closing
@@ -31,14 +27,13 @@ from ldm_lab.config import part_class, register
 from ldm_lab.data.order import Order, shuffled
 from ldm_lab.data.source import DUPLICATE, IMAGE_EXTENSIONS, ImageSource, LeftOut, Raw, Skip, caption_of
 from ldm_lab.errors import UserError, unknown
+from ldm_lab.io.atomic import atomic_write
+from ldm_lab.io.http import open_url
 from ldm_lab.rules.rule import build_rules, check_rules
 from ldm_lab.rules.sample import SampleRow, broken_rules
 
 RUN = 4  # a run of shards that are shuffled together ends once it has this many times the shuffle buffer
 LARGEST_MEMBER = 2**28  # bytes; a larger file inside a shard is no image of ours
-HTTP_TRIES = 5  # in a row without a byte in between
-HTTP_WAIT = 1.0  # seconds before the second try, doubled before each further one
-HTTP_TIMEOUT = 60  # seconds without a byte
 
 
 class ShardSource(ImageSource):
@@ -275,7 +270,7 @@ def read_parts(
     """
     try:
         stream = _open(address)
-    except (OSError, http.client.HTTPException, ValueError):
+    except (OSError, ValueError):
         yield Skip("unreachable shard", address)
         return
     previous: dict[str, bytes] = {}
@@ -304,7 +299,7 @@ def read_parts(
                 if (extensions is None or extension in extensions) and member.size <= LARGEST_MEMBER:
                     parts[extension] = archive.extractfile(member).read()
             _drain(stream)
-    except (tarfile.TarError, OSError, EOFError, zlib.error, LZMAError, http.client.HTTPException):
+    except (tarfile.TarError, OSError, EOFError, zlib.error, LZMAError):
         if key is not None and previous.keys() <= parts.keys() and previous:
             yield finished()
         yield Skip("broken shard", address)
@@ -326,7 +321,7 @@ def _open(address: str) -> Any:
     if scheme == "pipe":
         return _Command(address.removeprefix("pipe:"))
     if scheme in ("http", "https"):
-        return _Download(address)
+        return open_url(address)
     return gopen(address)
 
 
@@ -354,69 +349,14 @@ class _Command:
         self.process.wait()
 
 
-class _Download:
-    """A file over HTTP that survives lost connections: it goes on at the byte where it was."""
-
-    def __init__(self, url: str):
-        self.url, self.place, self.size, self.response = url, 0, None, None
-        self._retry(self._connect)
-
-    def read(self, size: int) -> bytes:
-        return self._retry(lambda: self._read(size))
-
-    def close(self) -> None:
-        if self.response is not None:
-            self.response.close()
-
-    def _connect(self) -> None:
-        headers = {"User-Agent": "ldm_lab", **({"Range": f"bytes={self.place}-"} if self.place else {})}
-        request = urllib.request.Request(self.url, headers=headers)
-        self.response = urllib.request.urlopen(request, timeout=HTTP_TIMEOUT)
-        if self.place == 0:
-            length = self.response.headers.get("Content-Length")
-            self.size = int(length) if length else None
-        elif self.response.status != 206:  # the server knows no ranges: read up to the place again
-            left = self.place
-            while left and (data := self.response.read(min(left, 2**16))):
-                left -= len(data)
-
-    def _read(self, size: int) -> bytes:
-        if self.response is None:
-            self._connect()
-        data = self.response.read(size)
-        if not data and self.size is not None and self.place < self.size:
-            raise ConnectionError(f"{self.url}: closed at byte {self.place} of {self.size}")
-        self.place += len(data)
-        return data
-
-    def _retry(self, action: Any) -> Any:
-        for attempt in range(HTTP_TRIES):
-            try:
-                return action()
-            except (OSError, http.client.HTTPException) as error:
-                self.close()
-                self.response = None
-                final = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code not in (408, 429)
-                if final or attempt == HTTP_TRIES - 1:
-                    raise
-                time.sleep(HTTP_WAIT * 2**attempt)
-        raise AssertionError("the last attempt returns or raises")
-
-
 # -------------------------------------------------------------------------------------------------- writing a shard
 
 
 def write_shard(path: str | Path, samples: Iterator[tuple[str, dict[str, bytes]]]) -> None:
     """Write (key, {extension: bytes}) samples as a shard, whole or not at all; the same samples give the same bytes."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
-            for key, parts in samples:
-                for extension, data in parts.items():
-                    member = tarfile.TarInfo(f"{key}.{extension}")
-                    member.size = len(data)
-                    archive.addfile(member, io.BytesIO(data))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for key, parts in samples:
+            for extension, data in parts.items():
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))

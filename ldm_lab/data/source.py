@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm_lab.data.order import Order
-from ldm_lab.data.transforms import BadImage, fit, open_image, to_rgb
+from ldm_lab.io.images import BadImage, decode_image, resize_and_crop, to_rgb
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif")  # lower case
 
@@ -183,8 +183,8 @@ class ImageSource(Source):
         if self.crop == "center":
             across = down = 0.5
         try:
-            image = open_image(item.image, self.min_size, self.max_pixels)
-            pixels = np.asarray(fit(to_rgb(image), self.image_size, across, down))  # [S, S, 3]
+            image = decode_image(item.image, self.min_size, self.max_pixels)
+            pixels = np.asarray(resize_and_crop(to_rgb(image), self.image_size, across, down))  # [S, S, 3]
         except BadImage as problem:
             raise Skip(str(problem), item.key) from None
         if self.flip and mirror < 0.5:

@@ -37,7 +37,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         if not isinstance(cause, OSError):
             raise
         hint = "; free some space (the file that was there before is untouched)" if cause.errno == errno.ENOSPC else ""
-        raise UserError(f"{path}: cannot be written: {cause.strerror}{hint}") from error
+        raise UserError(f"{path}: cannot be written: {cause.strerror or cause}{hint}") from error
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
@@ -71,6 +71,11 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
         for folder in (temporary, old):
             if folder is not None and folder.exists():
                 shutil.rmtree(folder)
+
+
+def move_into_place(source: Path, path: Path) -> None:
+    """Rename a finished file of the same folder, already fsynced, to what it is to be called; one there is replaced."""
+    os.replace(source, path)
 
 
 def _umask() -> int:

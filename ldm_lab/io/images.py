@@ -1,25 +1,186 @@
-"""Pictures: Pillow images to and from tensors in [-1, 1], labelled grids, PNG files with metadata."""
+"""Images: from any file to RGB, resized and cropped; to and from tensors in [-1, 1]; labelled grids, PNG files."""
 
 import contextlib
+import io
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from ldm_lab.errors import UserError
+from ldm_lab.errors import UserError, first_line
+from ldm_lab.io.atomic import atomic_write
+from ldm_lab.io.http import HTTPError, read_url
 
 BACKGROUND, INK = "white", "black"
 CELL = 160  # pixels; a labelled cell is at least this wide, so that its caption has room
 WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf")  # Linux, macOS, Windows
-LONGEST = 8  # sides of the target; of a longer strip only the middle is resized: 1 x 10000 would become 224 x 2240000
+LONGEST = 8  # short sides; a longer strip is cut before it is resized: 1 x 10000 would become 224 x 2240000
 CAPTION_LINES = 4  # a longer caption ends in an ellipsis
+URL_LIMIT = 64 * 2**20  # bytes; no image worth a 224-pixel embedding is larger
+
+
+class BadImage(Exception):
+    """Bytes that cannot become an image.
+
+    Its text is the reason by which such images are counted: "undecodable image", "truncated image", "too small",
+    "too many pixels", "unsupported image mode".
+    """
+
+
+# ------------------------------------------------------------------------------------------------------- decoding
+
+
+def decode_image(data: bytes, min_size: int = 1, max_pixels: int | None = None) -> Image.Image:
+    """Return the decoded image (first frame) in its own mode, upright as its EXIF orientation says.
+
+    Args:
+        data: an encoded image of any format that Pillow reads.
+        min_size: least length of the short side, pixels.
+        max_pixels: most pixels, told from the header.
+
+    Raises:
+        BadImage: what is wrong with it. "too many pixels" is also said beyond Pillow's limit, 179 million.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        if min(image.size) < min_size:
+            raise BadImage("too small")
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            raise BadImage("too many pixels")
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return image
+    except BadImage:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadImage("too many pixels") from error
+    except Exception as error:  # on malformed bytes the decoders raise nearly anything, such as struct.error
+        truncated = isinstance(error, EOFError) or "truncated" in str(error).lower()
+        raise BadImage("truncated image" if truncated else "undecodable image") from error
+
+
+def open_image(source: str) -> Image.Image:
+    """Return the image behind a path or an http(s) address, upright as its EXIF orientation says, in its own mode.
+
+    Raises:
+        UserError: missing, unreachable, too large, or not a readable image.
+    """
+    scheme, separator, _ = source.partition("://")
+    if separator and scheme.lower() not in ("http", "https"):
+        raise UserError(f"{source}: an image is given as a path or an http(s) address")
+    data = _fetched(source) if separator else _read(source)
+    try:
+        return decode_image(data)
+    except BadImage as error:
+        cause = error.__cause__
+        reason = "no image format that Pillow knows"
+        if isinstance(cause, Exception) and not isinstance(cause, UnidentifiedImageError):
+            reason = first_line(cause)
+        raise UserError(f"{source}: not a readable image: {reason}") from None
+
+
+def _read(source: str) -> bytes:
+    try:
+        return Path(source).expanduser().read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{source}: no such image file") from None
+    except OSError as error:
+        raise UserError(f"{source}: image cannot be read: {error.strerror}") from None
+
+
+def _fetched(address: str) -> bytes:
+    try:
+        return read_url(address, URL_LIMIT)
+    except HTTPError as error:
+        raise UserError(f"{address}: image cannot be fetched: {error}") from None
+
+
+# ------------------------------------------------------------------------------------------- RGB, resized, cropped
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image of any mode as RGB: 16 bits scaled to 8, transparency laid over white. How data sets are read.
+
+    Raises:
+        BadImage: "unsupported image mode", for those without an agreed range or conversion (float, LAB).
+    """
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    # I;16, I;16B, and I: what Pillow makes of a 16-bit PGM; Pillow itself would clip at 255.
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64).clip(0, 65535)  # [H, W]
+        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode in ("F", "LAB", "HSV"):
+        raise BadImage("unsupported image mode")
+    return _over_white(image)
+
+
+def flatten_alpha(image: Image.Image) -> Image.Image:
+    """Return an image of any mode as RGB, laid over white where it is transparent; of a long strip only the middle.
+
+    How image prompts are read: other modes are Pillow's own conversions.
+    """
+    image = _over_white(image)
+    limit = LONGEST * min(image.size)
+    return _center_crop(image, *(min(side, limit) for side in image.size)) if max(image.size) > limit else image
+
+
+def resize_and_crop(image: Image.Image, size: int, across: float = 0.5, down: float = 0.5) -> Image.Image:
+    """Return a square of `size` pixels: the short side resized to it (Lanczos), the long side cropped.
+
+    The sizes and the center crop are those of torchvision's Resize and CenterCrop on Pillow images, to the pixel.
+
+    Args:
+        image: an RGB image.
+        size: side of the square, pixels.
+        across, down: where the crop lies in the room that the long side leaves: 0 left/top, 0.5 center, 1 right/bottom.
+    """
+    short = min(image.size)
+    width, height = (int(size * side / short) for side in image.size)
+    left, top = round((width - size) * across), round((height - size) * down)
+    if max(width, height) > LONGEST * size:
+        x, y = image.width / width, image.height / height
+        box = (left * x, top * y, (left + size) * x, (top + size) * y)
+        return image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+    resized = image.resize((width, height), Image.Resampling.LANCZOS)
+    return resized.crop((left, top, left + size, top + size))
+
+
+def center_crop_to(
+    image: Image.Image, height: int, width: int, resample: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
+    """Return the middle, width x height, of an image of any mode resized so that it just covers that, RGB.
+
+    Transparent images are laid over white. Sizes are rounded, so that nothing has to be padded.
+    """
+    image = _over_white(image)
+    # As a fraction, so that the side that just fits comes out exactly.
+    wanted, given = (width, image.width) if width * image.height >= height * image.width else (height, image.height)
+    limit = LONGEST * max(width, height) * given // wanted
+    if max(image.size) > limit:
+        image = _center_crop(image, *(min(side, limit) for side in image.size))
+    resized = tuple(round(side * wanted / given) for side in image.size)
+    return _center_crop(image if resized == image.size else image.resize(resized, resample), width, height)
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _center_crop(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+# -------------------------------------------------------------------------------------------------------- tensors
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -38,48 +199,12 @@ def to_images(batch: Tensor, rounded: bool = False) -> list[Image.Image]:
     return [Image.fromarray(pixels) for pixels in levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
 
 
-def quantised(batch: Tensor) -> Tensor:
+def round_to_uint8(batch: Tensor) -> Tensor:
     """Return a batch [B, 3, H, W] in [-1, 1] with its values rounded to 8-bit levels; those outside stay outside.
 
-    What an upsampler is to enlarge: in training it saw pictures out of files.
+    For what an upsampler is to enlarge: in training it saw images out of files.
     """
     return batch.add(1).mul(127.5).round().div(127.5).sub(1)  # [B, 3, H, W]
-
-
-def cover(
-    image: Image.Image, height: int, width: int, resample: Image.Resampling = Image.Resampling.LANCZOS
-) -> Image.Image:
-    """Return the middle, width x height, of an image resized so that it just covers that, RGB.
-
-    Transparent images are laid over white. Sizes are rounded, so that nothing has to be padded.
-    """
-    image = _rgb(image)
-    # As a fraction, so that the side that just fits comes out exactly.
-    wanted, given = (width, image.width) if width * image.height >= height * image.width else (height, image.height)
-    limit = LONGEST * max(width, height) * given // wanted
-    if max(image.size) > limit:
-        image = _centre(image, *(min(side, limit) for side in image.size))
-    resized = tuple(round(side * wanted / given) for side in image.size)
-    return _centre(image if resized == image.size else image.resize(resized, resample), width, height)
-
-
-def opaque(image: Image.Image) -> Image.Image:
-    """Return an image of any mode as RGB, laid over white where it is transparent; of a long strip only the middle."""
-    image = _rgb(image)
-    limit = LONGEST * min(image.size)
-    return _centre(image, *(min(side, limit) for side in image.size)) if max(image.size) > limit else image
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
-    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-    return image.crop((left, top, left + width, top + height))
 
 
 def parse_size(written: str) -> tuple[int, int]:
@@ -93,6 +218,9 @@ def parse_size(written: str) -> tuple[int, int]:
         raise UserError(f"size {written!r}: write pixels as 256 or as WIDTHxHEIGHT, e.g. 384x256")
     width, height = int(parts[0]), int(parts[-1])
     return height, width
+
+
+# ------------------------------------------------------------------------------------------------- grids and files
 
 
 def grid(
@@ -177,7 +305,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 
 def save_png(path: str | Path, image: Image.Image, text: dict[str, str] | None = None) -> None:
-    """Write a PNG with text metadata; the file appears only when all of it is on the disk.
+    """Write a PNG with text metadata, atomically.
 
     Args:
         path: the file; its folder is made if needed.
@@ -188,25 +316,8 @@ def save_png(path: str | Path, image: Image.Image, text: dict[str, str] | None =
     Raises:
         UserError: the folder cannot be written to, or is full.
     """
-    path = Path(path)
     info = PngInfo()
     for keyword, value in (text or {}).items():
         info.add_text(keyword, value)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # In the target's own folder: a rename is atomic only within one file system.
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            image.save(file, "PNG", pnginfo=info)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        image.save(file, "PNG", pnginfo=info)

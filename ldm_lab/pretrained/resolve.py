@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm_lab.errors import UserError, unknown
-from ldm_lab.io.http import download, read_json, sha256_of, write_json
+from ldm_lab.errors import UserError, first_line, unknown
+from ldm_lab.io.atomic import sha256
+from ldm_lab.io.download import Wanted, download
+from ldm_lab.io.json_files import read_json, write_json
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HUB = "hf://"
@@ -354,7 +356,7 @@ def _expected(entry: Released, path: Path) -> str | None:
 
 def _check_found(name: str, entry: Released, path: Path) -> None:
     """Check a file that the user has put into the cache, or that has changed there."""
-    checksum, expected = sha256_of(path), _expected(entry, path)
+    checksum, expected = sha256(path), _expected(entry, path)
     if expected not in (None, checksum):
         known = "published" if entry.sha256 else "seen first"
         raise UserError(
@@ -380,7 +382,7 @@ def _download(name: str, entry: Released, path: Path) -> None:
         raise UserError(f"{name}: no address is known to download it from: {by_hand}")
     expected = _expected(entry, path)
     try:
-        checksum, source = download(entry.mirrors, path, name=name, sha256=expected, size=entry.size)
+        checksum, source = download(entry.mirrors, path, Wanted(name, expected, entry.size))
     except UserError as error:
         changed = "" if entry.sha256 or expected is None else f"; if the change is right, remove {_record_path(path)}"
         raise UserError(f"{error}{changed}; to do it by hand, {by_hand}") from None
@@ -416,8 +418,8 @@ def _from_hub(text: str, what: str, local: bool) -> Path:
     except Exception as error:  # whatever the Hub, its client or the connection has to complain about
         if local:
             raise UserError(f"{what}: {text} is not in the Hub's cache, and downloads are switched off") from None
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
-        raise UserError(f"{what}: {text} cannot be downloaded ({type(error).__name__}: {reason})") from None
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{what}: {text} cannot be downloaded ({reason})") from None
     if not (Path(folder) / path / "config.json").is_file():
         raise UserError(f"{what}: {text} has no config.json; a folder has to be that of a diffusers model")
     return Path(folder) / path

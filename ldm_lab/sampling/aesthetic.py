@@ -20,7 +20,7 @@ from torch import Tensor
 from ldm_lab.checkpoints import embedders
 from ldm_lab.checkpoints.files import FORMAT, existing_file, is_safetensors, read_safetensors, sha256, write_safetensors
 from ldm_lab.checkpoints.heads import OPENAI
-from ldm_lab.errors import UserError, unknown
+from ldm_lab.errors import UserError, first_line, unknown
 from ldm_lab.pretrained.resolve import RELEASED, locate
 
 ROLE = "rating_embeddings"
@@ -169,7 +169,7 @@ def _read_npy(path: Path) -> Tensor:
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not a readable .npy file ({str(error).splitlines()[0][:100]})") from None
+        raise UserError(f"{path}: not a readable .npy file ({first_line(error)})") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.size != array.shape[-1]:
         raise UserError(f"{path}: one embedding is needed, [1, D] of floating-point numbers")
     embed = torch.from_numpy(array.reshape(-1).astype(np.float32))  # [D]

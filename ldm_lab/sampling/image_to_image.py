@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Schedule
-from ldm_lab.io.images import cover, to_tensor
-from ldm_lab.prompts import open_image
+from ldm_lab.io.images import center_crop_to, open_image, to_tensor
 from ldm_lab.sampling.model import Model
 from ldm_lab.sampling.options import ImageFile, SamplingOptions
 
@@ -68,7 +67,7 @@ class InitImage:
         """
         downscale = model.autoencoder.downscale
         height, width = (side * downscale for side in latent_size)
-        pixels = to_tensor(cover(self.image, height, width))[None].to(model.device)  # [1, 3, H, W]
+        pixels = to_tensor(center_crop_to(self.image, height, width))[None].to(model.device)  # [1, 3, H, W]
         with model.on_device(model.autoencoder):
             known = model.autoencoder.encode(pixels).float()  # [1, C, h, w]
         if self.mask is None:
@@ -81,12 +80,12 @@ class InitImage:
         if self.mask is None:
             return painted
         white = Image.fromarray(to_mask(self.mask, painted.height, painted.width))
-        return Image.composite(painted, cover(self.image, painted.height, painted.width), white)
+        return Image.composite(painted, center_crop_to(self.image, painted.height, painted.width), white)
 
 
 def to_mask(mask: Image.Image, height: int, width: int) -> np.ndarray:
     """Return where a mask is white, bool [height, width], cropped like the image that it belongs to."""
-    levels = cover(mask, height, width, Image.Resampling.NEAREST).convert("L")
+    levels = center_crop_to(mask, height, width, Image.Resampling.NEAREST).convert("L")
     return np.asarray(levels) > 127  # [height, width]
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.classifier_free import plain_weights
-from ldm_lab.io.images import quantised
+from ldm_lab.io.images import round_to_uint8
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling.decode import Sample
 from ldm_lab.sampling.options import SamplingOptions
@@ -154,7 +154,7 @@ def _enlarged(
             request.mixes[first : first + len(group)],
             request.options,
             seeds=[row[0].seed + seed_offset for row in group],
-            low_res=quantised(torch.stack([row[-1].pixels for row in group])),  # [B, 3, h, w]
+            low_res=round_to_uint8(torch.stack([row[-1].pixels for row in group])),  # [B, 3, h, w]
             progress=progress,
         )
         for row, sample in zip(group, large, strict=True):

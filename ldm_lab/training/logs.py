@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ldm_lab.checkpoints.files import atomic_write
 from ldm_lab.config import register
-from ldm_lab.errors import UserError
+from ldm_lab.errors import UserError, first_line
 
 
 @register("logging")
@@ -69,7 +69,7 @@ class Logging:
             _ = logger.experiment  # starts the run now (on rank 0), so that a missing login shows before training
         except wandb.errors.Error as error:
             raise UserError(
-                f"logging.wandb: {self.wandb} did not start: {str(error).strip().splitlines()[0]} "
+                f"logging.wandb: {self.wandb} did not start: {first_line(error)} "
                 "('wandb login' first; 'offline' and 'none' work without network and account)"
             ) from None
         return logger

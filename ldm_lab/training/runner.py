@@ -13,7 +13,7 @@ from ldm_lab.checkpoints.files import atomic_write, read_pickled
 from ldm_lab.checkpoints.parts import FORMAT, load_fitting
 from ldm_lab.config import build, part_class, register, to_yaml
 from ldm_lab.data.datamodule import DataModule
-from ldm_lab.errors import UserError
+from ldm_lab.errors import UserError, first_line
 from ldm_lab.training.caching import training_data
 from ldm_lab.training.checkpointing import LAST, SafeCheckpointIO
 from ldm_lab.training.interrupt import Interrupt
@@ -93,7 +93,7 @@ class TrainerOptions:
                 default_root_dir=folder, use_distributed_sampler=False, num_sanity_val_steps=0, limit_val_batches=0,
             )  # fmt: skip
         except (MisconfigurationException, ValueError, RuntimeError, TypeError) as error:
-            raise UserError(f"trainer: {str(error).strip().splitlines()[0]}") from None
+            raise UserError(f"trainer: {first_line(error)}") from None
 
 
 class Bookkeeping(Callback):

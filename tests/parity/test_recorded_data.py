@@ -11,7 +11,7 @@ from ldm_lab.config import build, read
 from ldm_lab.data.order import Order
 from ldm_lab.data.shards import read_shard
 from ldm_lab.data.source import Skip
-from ldm_lab.data.transforms import open_image, to_rgb
+from ldm_lab.io.images import decode_image, to_rgb
 from ldm_lab.rules.sample import SampleRow, broken_rules
 
 pq = pytest.importorskip("pyarrow.parquet")
@@ -164,7 +164,7 @@ def test_shards(golden):
             assert sample["text"] == theirs["caption"].strip()
             if not sample["text"]:
                 empty.setdefault(shard, []).append(sample["key"])
-            image = open_image(item.image)
+            image = decode_image(item.image)
             assert (image.format or "JPEG", list(image.size)) == (theirs["format"], theirs["size"])
             pixels = np.asarray(to_rgb(image)).astype(float)  # [H, W, 3]
             exact = tolerance["png_exact"] and theirs["format"] == "PNG"

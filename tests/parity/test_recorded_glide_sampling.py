@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm_lab.autoencoders.identity import IdentityAutoencoder
 from ldm_lab.conditioners.glide_text import GlideText, gpt2_encoding
-from ldm_lab.io.images import quantised, to_images, to_tensor
+from ldm_lab.io.images import round_to_uint8, to_images, to_tensor
 from ldm_lab.sampling import Sampler
 from ldm_lab.training.low_res import shrink
 
@@ -81,10 +81,10 @@ def test_base_and_upsampler(case, merges, tmp_path):
     (pictures,) = base.pictures([prompt] * count, **options)
     pixels = torch.stack([picture.pixels for picture in pictures])  # [B, 3, h, w]
     recorded.check("base_sample", pixels)
-    recorded.check("low_res", quantised(pixels))
+    recorded.check("low_res", round_to_uint8(pixels))
 
     upsampler = stage(recorded, "upsample", tmp_path, given["upsample_noise"])
-    low_res = quantised(given["low_res_in"])
+    low_res = round_to_uint8(given["low_res_in"])
     (pictures,) = upsampler.pictures([prompt] * count, low_res=low_res, guidance=1.0, sampler=walk("upsample"))
     recorded.check("upsampled", torch.stack([picture.pixels for picture in pictures]))
     recorded.finish()
@@ -120,5 +120,5 @@ def test_pixels(case):
     for output, rounded in (("uint8_rounded", True), ("uint8_truncated", False)):
         images = to_images(samples, rounded)
         recorded.check(output, torch.from_numpy(np.stack([np.array(image) for image in images]).astype(np.int64)))
-    recorded.check("low_res_quantised", quantised(samples))
+    recorded.check("low_res_quantised", round_to_uint8(samples))
     recorded.finish()

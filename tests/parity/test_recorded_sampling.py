@@ -15,7 +15,7 @@ from ldm_lab.denoisers.ccld_unet import CCLDUNet
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.classifier_free import guided, null_weight
 from ldm_lab.interfaces import Prediction
-from ldm_lab.io.images import cover, to_images, to_tensor
+from ldm_lab.io.images import center_crop_to, to_images, to_tensor
 from ldm_lab.objectives.v_cosine import VCosine
 from ldm_lab.prompts import parse_prompt
 
@@ -161,6 +161,6 @@ def test_crop_of_image_prompts(case):
     """Where the original truncates a side to less than the crop, and pads, ours covers it."""
     rows = case("ccld_cfg").json["resize_and_center_crop_224"]
     for row in rows:
-        picture = cover(Image.new("RGB", tuple(row["size"]), "white"), 224, 224)
+        picture = center_crop_to(Image.new("RGB", tuple(row["size"]), "white"), 224, 224)
         assert picture.size == (224, 224)
         assert picture.getextrema() == ((255, 255),) * 3, row

@@ -8,8 +8,7 @@ from ldm_lab import ema
 from ldm_lab.autoencoders.kl_f8 import split_moments
 from ldm_lab.checkpoints import ccld
 from ldm_lab.config import build
-from ldm_lab.data.transforms import fit
-from ldm_lab.io.images import to_tensor
+from ldm_lab.io.images import resize_and_crop, to_tensor
 from ldm_lab.training.diffusion import DiffusionTask
 from ldm_lab.training.infoloob import CLOOBLoss, retrieve
 from ldm_lab.training.scale import latent_scale
@@ -127,7 +126,7 @@ def train_image(image: dict, side: int) -> Tensor:
     levels = (127.5 + 127.5 * torch.sin(x / f0) * torch.cos(y / f1 + channel * f2)).floor().to(torch.uint8)  # [H, W, 4]
     # The original drops transparency, ours lays it over white: only the resize and the crop are compared.
     picture = Image.fromarray(levels.numpy(), "RGBA").convert("RGB")
-    return (to_tensor(fit(picture, 8 * side))[:, ::8, ::8] + 1) / 2  # [3, side, side]
+    return (to_tensor(resize_and_crop(picture, 8 * side))[:, ::8, ::8] + 1) / 2  # [3, side, side]
 
 
 def test_cloob_loss(case):

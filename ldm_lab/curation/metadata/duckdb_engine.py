@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from ldm_lab.config import register
 from ldm_lab.curation.metadata.inputs import DISK_FULL, Files
-from ldm_lab.errors import UserError
+from ldm_lab.errors import UserError, first_line
 
 BATCH = 50_000  # rows that are held while a file is cut into parts
 WRONG_LINE = re.compile(r"CSV Error on Line: (\d+)\nOriginal Line: .*\n(.+)")
@@ -134,7 +134,7 @@ def _first_line(error: Exception) -> str:
     if line := WRONG_LINE.search(str(error)):
         file = re.search(r"^  file = (.+)$", str(error), re.MULTILINE)
         return f"{file[1] if file else 'a text file'}, line {line[1]}: {line[2]}"[:300]
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    text = first_line(error, 3000)
     with contextlib.suppress(ValueError):
         text = json.loads(text)["exception_message"] if text.startswith("{") else text
     return text[:300]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ldm_lab.errors import UserError
+from ldm_lab.errors import UserError, first_line
 
 TEXTS = {".tsv": "\t", ".csv": ","}  # ending -> delimiter; also with .gz behind it
 DISK_FULL = (
@@ -141,7 +141,7 @@ def _parquet_files(paths: list[str], local: list[str], where: str) -> Files:
         try:
             metadata = pq.read_metadata(path)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{where}: {path}: not a readable Parquet file: {_first_line(error)}") from None
+            raise UserError(f"{where}: {path}: not a readable Parquet file: {first_line(error)}") from None
         there = tuple(metadata.schema.to_arrow_schema().names)
         names = names or there
         if set(there) != set(names):
@@ -182,10 +182,6 @@ def broken_files(files: Files, columns: Sequence[str] | None = None) -> list[Bro
                     file.read_row_group(group, columns=columns)
                 except (pa.ArrowException, OSError, ValueError) as error:
                     rows = file.metadata.num_rows
-                    broken.append(Broken(path, group, file.num_row_groups, rows, _first_line(error)))
+                    broken.append(Broken(path, group, file.num_row_groups, rows, first_line(error)))
                     break
     return broken
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -1,0 +1,23 @@
+"""Small JSON files: read with distrust, written atomically."""
+
+import json
+from pathlib import Path
+
+from ldm_lab.io.atomic import atomic_write
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+
+def read_json(path: Path) -> dict[str, Json]:
+    """Return the object in a JSON file; an empty one if it is not there or is not readable."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write_json(path: Path, content: dict[str, Json]) -> None:
+    """Write an object to a JSON file. Raises UserError when it cannot be written."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, indent=2).encode())
