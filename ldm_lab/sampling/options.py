@@ -6,19 +6,16 @@ API all take them from here.
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from operator import attrgetter
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Le, Lt
 from PIL import Image
 
-from ldm_lab.config import build, check_section, register
+from ldm_lab.config import PartSection, PositiveInt, Share, check_section, register
 from ldm_lab.errors import UserError
 
-Positive = Annotated[int, Ge(1)]
-Share = Annotated[float, Ge(0), Le(1)]
 SamplerConfig = dict[str, str | int | float | bool | None]  # a sampler's name and options
 ImageFile = str | Path | Image.Image
 OptionValue = str | int | float | bool | Path | Image.Image | tuple[float, float] | SamplerConfig | None
@@ -26,7 +23,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 LARGEST_SEED = 2**62  # leaves room to count on in 64 bits
 MIN_TIMESTEPS_FAST27 = 50  # that GLIDE's respacing for upsampling needs
-DEFAULT_SAMPLER = {"name": "unipc"}  # nearest to the converged picture for its model calls (docs/measured.md)
+DEFAULT_UPSAMPLER = "ddim"
+DEFAULT_SAMPLER = "unipc"  # nearest to the converged picture for its model calls (docs/measured.md)
 BELONGS_TO = {  # an option -> the one without which it means nothing
     "strength": "init_image",
     "mask": "init_image",
@@ -56,7 +54,7 @@ class SamplingOptions:
         strength: share of the steps that the init image goes through: 0 to 1 (default: 0.7; 1 with a mask)
         mask: of the init image's size: only what is white here is painted anew
         aesthetic: lead texts to the images of this rating, such as 9 of 0 to 9
-        aesthetic_weight: how strongly; negative leads away
+        aesthetic_weight: how strongly; negative leads away (default: 0.5)
         aesthetic_embeddings: file of `rating-embeddings`, folder of LAION's, or a released name (default: the
             released set of the model's CLIP)
         clip_guidance: make pictures more like their texts by a noised CLIP: factor of its gradient (GLIDE's: 3)
@@ -70,7 +68,7 @@ class SamplingOptions:
     negative: str | None = None
     guidance_interval: tuple[Share, Share] = (0.0, 1.0)
     guidance_rescale: Share = 0.0
-    sampler: str | SamplerConfig | None = None
+    sampler: Annotated[str | SamplerConfig | None, PartSection("sampler")] = None
     temperature: Annotated[float, Ge(0), Le(2)] | None = None
     clip_denoised: bool | None = None
     size: int | str | tuple[int, int] | None = None
@@ -78,13 +76,13 @@ class SamplingOptions:
     strength: Share | None = None
     mask: ImageFile | None = None
     aesthetic: Annotated[int, Ge(0)] | None = None
-    aesthetic_weight: float = 0.5
+    aesthetic_weight: float | None = None
     aesthetic_embeddings: str | Path | None = None
     clip_guidance: float | None = None
-    rerank: Positive = 1
+    rerank: PositiveInt = 1
     seed: Annotated[int, Ge(-1), Lt(LARGEST_SEED)] = 0
-    batch_size: Positive = 16
-    tile: Positive | None = None
+    batch_size: PositiveInt = 16
+    tile: PositiveInt | None = None
 
     def __post_init__(self) -> None:
         given = self.given()
@@ -95,31 +93,26 @@ class SamplingOptions:
             object.__setattr__(self, "negative", None)
 
     @staticmethod
-    def check(config: dict) -> list[str]:
-        """Return what is wrong across the options that are given."""
-        problems = []
-        low, high = config.get("guidance_interval", (0, 1))
-        if not low <= high:
-            problems.append(f"guidance_interval: two times 0 <= first <= last <= 1 are needed, not {low:g} {high:g}")
-        problems += [
+    def check(options: Mapping[str, OptionValue]) -> list[str]:
+        """Return what is wrong across the options."""
+        problems = [
             f"{key}: belongs to {other}, which is not given"
             for key, other in BELONGS_TO.items()
-            if config.get(key) is not None and config.get(other) is None
+            if options[key] is not None and options[other] is None
         ]
-        if config.get("sampler") is not None:
-            problems += check_section("sampler", sampler_config(config["sampler"], DEFAULT_SAMPLER), "sampler")
-        if config.get("size") is not None:
-            try:
-                parse_size(config["size"])
-            except UserError as error:
-                problems.append(str(error))
+        low, high = options["guidance_interval"]
+        if not low <= high:
+            problems.append(f"guidance_interval: two times 0 <= first <= last <= 1 are needed, not {low:g} {high:g}")
+        try:
+            parse_size(options["size"])
+        except UserError as error:
+            problems.append(str(error))
         return problems
 
     def given(self) -> dict[str, OptionValue]:
         """Return the options that are not at their defaults."""
-        known = fields(self)
-        values = attrgetter(*(field.name for field in known))(self)
-        return {field.name: value for field, value in zip(known, values, strict=True) if value != field.default}
+        values = asdict(self)
+        return {field.name: values[field.name] for field in fields(self) if values[field.name] != field.default}
 
     def resolved(self, upsampler: bool = False, timesteps: int | None = None) -> "SamplingOptions":
         """Return the options with the defaults that depend on others, or on the model, filled in; no seed is -1.
@@ -129,15 +122,17 @@ class SamplingOptions:
             timesteps: of the model's noise schedule; None if it is continuous.
         """
         plain = upsampler or self.clip_guidance is not None
-        sampler = DEFAULT_SAMPLER
-        if upsampler:  # as GLIDE's
-            sampler = {"name": "ddim", "steps": "fast27" if (timesteps or 0) >= MIN_TIMESTEPS_FAST27 else 27}
+        sampler = self.sampler or DEFAULT_SAMPLER
+        if self.sampler is None and upsampler:  # as GLIDE's
+            steps = "fast27" if (timesteps or 0) >= MIN_TIMESTEPS_FAST27 else 27
+            sampler = {"name": DEFAULT_UPSAMPLER, "steps": steps}
         return replace(
             self,
             guidance=(1.0 if plain else 3.0) if self.guidance is None else self.guidance,
-            sampler=sampler_config(self.sampler, sampler),
+            sampler={"name": sampler} if isinstance(sampler, str) else sampler,
             temperature=(0.997 if upsampler else 1.0) if self.temperature is None else self.temperature,
             strength=self._strength(),
+            aesthetic_weight=0.5 if self.aesthetic is not None and self.aesthetic_weight is None else self.aesthetic_weight,
             seed=secrets.randbelow(2**32) if self.seed == -1 else self.seed,
         )
 
@@ -172,29 +167,16 @@ class ModelOptions:
     noised_clip: tuple[str | Path, str | Path] | None = None
 
 
-def sampling_options(config: Mapping[str, OptionValue] | None, defaults: Mapping[str, OptionValue]) -> SamplingOptions:
-    """Return the options of a YAML's section over defaults of its own. Raises UserError with all that is wrong."""
-    config = dict(config or {})
-    merged = {**defaults, **config}
-    if "sampler" in config and "sampler" in defaults:
-        merged["sampler"] = sampler_config(config["sampler"], defaults["sampler"])
-    return build("sampling", merged)
-
-
-def sampler_config(given: str | SamplerConfig | None, default: SamplerConfig) -> SamplerConfig:
-    """Return a sampler's whole config: of what is given by name, by some options of the default sampler, or both."""
-    if given is None:
-        return default
-    config = {"name": given} if isinstance(given, str) else given
-    return config if config.get("name", default["name"]) != default["name"] else {**default, **config}
-
-
-def parse_size(size: int | str | Sequence[int]) -> tuple[int, int]:
+def parse_size(size: int | str | Sequence[int] | None) -> tuple[int, int] | None:
     """Return `(height, width)` of 256 (a square), "384x256" (width x height), or height and width, all in pixels.
+
+    None stays None.
 
     Raises:
         UserError: anything else.
     """
+    if size is None:
+        return None
     if isinstance(size, int):
         return size, size
     if not isinstance(size, str):

@@ -126,10 +126,9 @@ def _low_res(model: Model, low_res: Sequence[Image.Image] | Tensor | None, pictu
 
 def _size(model: Model, options: SamplingOptions, low_res: Tensor | None) -> tuple[int, int] | None:
     """Return the size that is asked for, or what that of the pictures becomes when they are enlarged."""
-    if options.size is not None:
-        return parse_size(options.size)
-    if low_res is None or model.upscale_factor is None:
-        return None
+    size = parse_size(options.size)
+    if size is not None or low_res is None or model.upscale_factor is None:
+        return size
     return low_res.shape[2] * model.upscale_factor, low_res.shape[3] * model.upscale_factor
 
 
