@@ -187,7 +187,7 @@ def main() -> int:
 
     from ldm_lab.checkpoints.files import sha256
     from ldm_lab.config import build
-    from ldm_lab.pretrained.resolve import locate
+    from ldm_lab.pretrained.resolve import resolve_weights
     from ldm_lab.sampling import Cascade, Sampler, Start
 
     start = None
@@ -198,7 +198,7 @@ def main() -> int:
     given = {key: getattr(args, key) for key in SAMPLER_KEYS if getattr(args, key) is not None}
     section = {"name": args.sampler, **given}
     count = build("sampler", section).steps
-    checkpoint = locate(args.checkpoint, "checkpoint")
+    checkpoint = resolve_weights(args.checkpoint, "checkpoint")
     how = {
         "device": device,
         "dtype": getattr(torch, PRECISIONS[args.precision]),
@@ -211,7 +211,7 @@ def main() -> int:
     aesthetic = None if args.aesthetic is None else aesthetic_of(args, model)
     cascade = None
     if args.upsampler:
-        larger = locate(args.upsampler, "upsampler")
+        larger = resolve_weights(args.upsampler, "upsampler")
         cascade = Cascade(model, Sampler.from_checkpoint(larger, **how))
     settings = {
         "sampler": args.sampler,

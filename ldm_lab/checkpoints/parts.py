@@ -130,11 +130,11 @@ def weights_path(role: str, section: dict[str, Any]) -> Path | None:
 
 
 def find_weights(name: str | Path) -> Path:
-    """Return the path of weights: a file, a released name, or an hf:// address (`ldm_lab.pretrained.resolve.locate`).
+    """Return the path of weights: a file, a released name, or an hf:// address (`resolve_weights`).
 
     A folder of diffusers' stands for the file with the weights in it.
     """
-    path = pretrained.locate(name, "weights")
+    path = pretrained.resolve_weights(name, "weights")
     return diffusers_vae.find(path) if path.is_dir() else path
 
 

@@ -14,7 +14,7 @@ from ldm_lab.condition_sources import build_sources, given_conditions
 from ldm_lab.config import build
 from ldm_lab.errors import UserError, first_line
 from ldm_lab.interfaces import ConditionSpec, Denoiser
-from ldm_lab.pretrained.resolve import check_foreign, locate
+from ldm_lab.pretrained.resolve import check_untrusted, resolve_weights
 from ldm_lab.sampling.model import Model
 from ldm_lab.sampling.options import ModelOptions
 
@@ -29,7 +29,7 @@ def load_model(path: str | Path, options: ModelOptions) -> Model:
 
     Args:
         path: `ema.safetensors` or the folder that it is in, a `.ckpt` of a run, or whatever else
-            `ldm_lab.pretrained.resolve.locate` takes.
+            `ldm_lab.pretrained.resolve.resolve_weights` takes.
         options: where it runs, where its frozen parts are, ...
 
     Raises:
@@ -83,7 +83,7 @@ def locate_model(path: str | Path) -> Path:
     """Return the file of a trained model; of a run's folder its `ema.safetensors`. Raises UserError if it is missing."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        return locate(path, "checkpoint")
+        return resolve_weights(path, "checkpoint")
     if not (folder / MODEL_FILE).is_file():
         raise UserError(f"{path}: a folder without {MODEL_FILE}, which a run writes when it saves")
     return folder / MODEL_FILE
@@ -126,7 +126,7 @@ def _load_frozen(
         config = {**config, "weights": str(moved)}
     try:
         if moved is None:
-            check_foreign(config.get("weights"), f"{role}.weights")
+            check_untrusted(config.get("weights"), f"{role}.weights")
         part = load_part(role, config)
         if weights_path(role, config) is None and any(True for _ in part.parameters()):
             raise UserError("the file does not say where its weights are")

@@ -204,7 +204,7 @@ class StepProgress(ProgressBar):
         self.since = self.seen_at = time.monotonic()
 
     def on_train_batch_end(self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, index: int) -> None:
-        self.images += len(batch["key"]) * trainer.world_size
+        self.images += len(batch) * trainer.world_size
         now = time.monotonic()
         if self.bar is None or (now - self.seen_at < self.REFRESH and trainer.global_step != trainer.max_steps):
             return

@@ -8,6 +8,7 @@ from ldm_lab import ema
 from ldm_lab.autoencoders.kl_f8 import split_moments
 from ldm_lab.checkpoints import ccld
 from ldm_lab.config import build
+from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import resize_and_crop, to_tensor
 from ldm_lab.training.diffusion import DiffusionTask
 from ldm_lab.training.infoloob import CLOOBLoss, retrieve
@@ -63,7 +64,8 @@ def test_training_step(case, tmp_path, monkeypatch):
     monkeypatch.setattr(task.objective, "loss", loss_watched)
 
     mean, logvar = split_moments(given["moments"])  # [B, C, h, w] each
-    batch = {"mean": mean, "logvar": logvar, "embed": given["embed"], "key": [""] * len(mean)}
+    names = [""] * len(mean)
+    batch = Batch(names, names, mean=mean, logvar=logvar, conditions={"embed": given["embed"]})
     loss = task.training_step(batch, 0)
     loss.backward()
     recorded.check("latents", seen["latents"])
