@@ -31,6 +31,8 @@ BELONGS_TO = {  # an option -> the one without which it means nothing
     "aesthetic_weight": "aesthetic",
     "aesthetic_embeddings": "aesthetic",
 }
+# Options that make no sense between prompts (`ldm_lab.sampling.interpolation`).
+NOT_INTERPOLATED = ("negative", "init_image", "mask", "strength", "clip_guidance", "rerank")
 # Where training draws pictures of its own: what differs from the defaults, unless the YAML says otherwise.
 DEMO: dict[str, OptionValue] = {"sampler": {"name": "plms", "steps": 50}}
 SUPER_RESOLUTION_DEMO: dict[str, OptionValue] = {"sampler": {"name": "ddim", "steps": 27}, "temperature": 1.0}
@@ -142,6 +144,7 @@ class SamplingOptions:
         return 0.7 if self.mask is None else 1.0
 
 
+@register("model_options")
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """How a trained model is loaded and where it runs.

@@ -10,13 +10,10 @@ from torch.nn import functional as F
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Conditions
 from ldm_lab.sampling.decode import Sample
-from ldm_lab.sampling.options import SamplingOptions
+from ldm_lab.sampling.options import NOT_INTERPOLATED, SamplingOptions
 from ldm_lab.sampling.pipeline import Draw, Pipeline, Progress
 from ldm_lab.sampling.prompts import PromptBatch, PromptMix
 from ldm_lab.sampling.request import Request
-
-# Options that make no sense between prompts.
-EXCLUDED = ("negative", "init_image", "mask", "strength", "clip_guidance", "rerank")
 
 
 def interpolate(
@@ -36,7 +33,7 @@ def interpolate(
         progress: as for `Pipeline.samples`.
 
     Raises:
-        UserError: too few keyframes or frames, an option that makes no sense here (`EXCLUDED`), a model whose
+        UserError: too few keyframes or frames, an option that makes no sense here (`NOT_INTERPOLATED`), a model whose
             conditioner has no embeddings, what `Pipeline.check` raises.
     """
     request = check(pipeline, keyframes, frames, options)
@@ -51,7 +48,7 @@ def check(
     """Return the request for the keyframes. Raises UserError as `interpolate` does, before any work."""
     options = options or SamplingOptions()
     given = options.given()
-    if unfit := [name for name in EXCLUDED if name in given]:
+    if unfit := [name for name in NOT_INTERPOLATED if name in given]:
         raise UserError(f"interpolation: does not go with {unfit[0]}")
     request = pipeline.check(keyframes, options)
     if len(request.mixes) < 2 or any(len(mix) != 1 for mix in request.mixes):
