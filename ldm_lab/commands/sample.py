@@ -96,7 +96,9 @@ def parser() -> Parser:
     whole = {"type": _whole, "metavar": "N"}
     add = p.add_argument
     add("texts", nargs="*", metavar="PROMPT", help="text or text:weight; several are mixed")
-    add("--checkpoint", required=True, metavar="FILE", help="a run's folder, ema.safetensors, or .ckpt; a released name")
+    add(
+        "--checkpoint", required=True, metavar="FILE", help="a run's folder, ema.safetensors, or .ckpt; a released name"
+    )
     add("--prompts", metavar="FILE", help="UTF-8 text, a picture for each line; only blank lines are dropped")
     add(
         "--images", nargs="+", default=[], metavar="IMAGE", help="image prompts: paths, http(s) addresses; also :weight"
@@ -265,7 +267,9 @@ def draw_pictures(
         folder.write_list()
     each = args.n or 1
     grid = folder.add_grid(each if args.prompts and each > 1 else None)  # a row for each line of the file
-    print(f"{len(folder.images)} pictures from {folder.name(0)} on and {grid.name} in {folder.path}{_seed(options, base)}")
+    print(
+        f"{len(folder.images)} pictures from {folder.name(0)} on and {grid.name} in {folder.path}{_seed(options, base)}"
+    )
     return 0
 
 

@@ -126,7 +126,9 @@ class Aesthetic:
             UserError: no such set, or none for this embedder.
         """
         if name is None and embedder is None:
-            raise UserError("aesthetic: whose embeddings these are is not known; aesthetic_embeddings says which to take")
+            raise UserError(
+                "aesthetic: whose embeddings these are is not known; aesthetic_embeddings says which to take"
+            )
         return cls(RatingEmbeddings.load(name or released_for(embedder), [rating]), rating, weight)
 
     def check(self, embed_dim: int, embedder: dict[str, str] | None) -> None:

@@ -10,9 +10,20 @@ FLAGS = {
     ),
     **dict.fromkeys(["negative-prompt", "neg-prompt", "neg", "uncond"], "--negative"),
     **dict.fromkeys(["cfg-rescale", "rescale-cfg"], "--guidance-rescale"),
-    **dict.fromkeys(["width", "height", "w", "image-size", "resolution", "res"], "--size, as in --size 384x256 (width x height)"),
     **dict.fromkeys(
-        ["num-images", "num-images-per-prompt", "n-samples", "n-iter", "num-samples", "samples", "batch-count", "count"],
+        ["width", "height", "w", "image-size", "resolution", "res"], "--size, as in --size 384x256 (width x height)"
+    ),
+    **dict.fromkeys(
+        [
+            "num-images",
+            "num-images-per-prompt",
+            "n-samples",
+            "n-iter",
+            "num-samples",
+            "samples",
+            "batch-count",
+            "count",
+        ],
         "-n",
     ),
     **dict.fromkeys(["denoising-strength", "denoise", "image-strength", "init-strength"], "--strength"),
@@ -55,9 +66,7 @@ SAMPLERS = {
     **dict.fromkeys(["eulera", "eulerancestral", "eulerancestraldiscrete", "dpm2a", "dpm2ancestral"], ANCESTRAL),
     **dict.fromkeys(["heun", "heundiscrete", "dpm2"], "--sampler heun"),
     **dict.fromkeys(["dpmpp2m", "dpmsolverpp", "dpmsolver", "dpmsolvermultistep", "dpmpp"], "--sampler dpmpp_2m"),
-    **dict.fromkeys(
-        ["dpmpp2msde", "dpmpp3msde", "dpmppsde", "dpmpp2sa", "dpmpp2sancestral"], "--sampler dpmpp_2m_sde"
-    ),
+    **dict.fromkeys(["dpmpp2msde", "dpmpp3msde", "dpmppsde", "dpmpp2sa", "dpmpp2sancestral"], "--sampler dpmpp_2m_sde"),
     **dict.fromkeys(["unipc", "unipcmultistep"], "--sampler unipc"),
     **dict.fromkeys(["lms", "lmsdiscrete"], "--sampler iplms"),
     **dict.fromkeys(["pndm", "plms"], "--sampler plms"),

@@ -134,7 +134,9 @@ class SamplingOptions:
             sampler={"name": sampler} if isinstance(sampler, str) else sampler,
             temperature=(0.997 if upsampler else 1.0) if self.temperature is None else self.temperature,
             strength=self._strength(),
-            aesthetic_weight=0.5 if self.aesthetic is not None and self.aesthetic_weight is None else self.aesthetic_weight,
+            aesthetic_weight=0.5
+            if self.aesthetic is not None and self.aesthetic_weight is None
+            else self.aesthetic_weight,
             seed=secrets.randbelow(2**32) if self.seed == -1 else self.seed,
         )
 

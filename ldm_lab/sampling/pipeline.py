@@ -10,11 +10,12 @@ from einops import repeat
 from PIL import Image
 from torch import Tensor
 
+from ldm_lab.guidance.base import Wrapper
 from ldm_lab.guidance.classifier_free import guided
-from ldm_lab.guidance.clip import ClipGuidance, climbing
-from ldm_lab.guidance.condition_score import shifted
-from ldm_lab.guidance.inpaint import keep_known
-from ldm_lab.guidance.thresholding import clamped
+from ldm_lab.guidance.clip import ClipGradient, ClipGuidance
+from ldm_lab.guidance.inpaint import Inpaint
+from ldm_lab.guidance.stack import stack
+from ldm_lab.guidance.thresholding import StaticThresholding
 from ldm_lab.interfaces import Callback, ConditionRequest, Conditions, Predict, Schedule
 from ldm_lab.sampling import rerank
 from ldm_lab.sampling.decode import Sample, decode
@@ -183,54 +184,47 @@ class Pipeline:
             given = source.from_request(ConditionRequest(x, low_res, known, mask))  # [B, ...] each
             null |= source.null(given)
             conditions |= {name: repeat(value, "b ... -> b k ...", k=weights.shape[1]) for name, value in given.items()}
-        predict = self._guided(options, schedule, conditions, null, weights)
-        if targets is not None:
-            predict = self._clip_guided(predict, request, schedule, targets[pictures])
+        wrappers = self._wrappers(options, None if targets is None else targets[pictures])
         if known is not None and mask is not None:
-            predict = keep_known(predict, known, mask, schedule)
+            wrappers.append(Inpaint(known, mask))
+        predict = self._classifier_free(options, schedule, conditions, null, weights)
+        predict = stack(predict, wrappers, schedule=schedule, uses_gradient=request.sampler.uses_gradient)
 
         # 5. The sampler.
         clip = model.noised_clip if targets is not None else None
         with model.on_device(model.denoiser, model.guide_model, clip), model.evaluating():
-            z = request.sampler(predict, x, schedule=schedule, noise=noise, callback=callback)  # [B, C, h, w]
+            z = request.sampler.sample(predict, x, schedule=schedule, noise=noise, callback=callback)  # [B, C, h, w]
 
         # 6. Pixels.
         return self._decoded(request, z, seeds)
 
-    def _guided(
+    def _classifier_free(
         self, options: SamplingOptions, schedule: Schedule, conditions: Conditions, null: Conditions, weights: Tensor
     ) -> Predict:
-        """Return predictions guided by weighted prompts, their clean estimates kept within the range of pixels."""
+        """Return the denoiser's predictions, guided by weighted prompts."""
         model = self.model
-        predict = guided(
+        return guided(
             model.predict(model.denoiser),
             conditions,
             null,
             weights,
             interval=options.guidance_interval,
             rescale=options.guidance_rescale,
-            weak=None if model.guide_model is None else model.predict(model.guide_model),
+            guide_model=None if model.guide_model is None else model.predict(model.guide_model),
             schedule=schedule,
         )
-        bound = self._clip_denoised(options)
-        return predict if bound is None else clamped(predict, schedule, bound)
 
-    def _clip_denoised(self, options: SamplingOptions) -> float | None:
-        """Return the largest magnitude that clean estimates may have; None is any."""
+    def _wrappers(self, options: SamplingOptions, targets: Tensor | None) -> list[Wrapper]:
+        """Return what else changes the predictions of a batch; CLIP guidance leads it to targets, [B, D]."""
         bound = self.model.pixel_bound
-        wanted = bound is not None if options.clip_denoised is None else options.clip_denoised
-        return (bound or 1 / float(self.model.autoencoder.latent_std)) if wanted else None
-
-    def _clip_guided(self, predict: Predict, request: Request, schedule: Schedule, targets: Tensor) -> Predict:
-        """Return predictions with the gradient of the pictures' likeness to their texts, [B, D], in a CLIP's eyes."""
-        guidance = ClipGuidance(self.model.clip(), request.options.clip_guidance)
-        predict = climbing(predict, guidance, targets.to(self.model.device), schedule)
-        if request.sampler.uses_gradient:
-            return predict
-        predict = shifted(predict, schedule)
-        # Once more, which the original's DDIM does not: at high noise the shift is divided by a tiny alpha.
-        bound = self._clip_denoised(request.options)
-        return predict if bound is None else clamped(predict, schedule, bound)
+        clip_denoised = bound is not None if options.clip_denoised is None else options.clip_denoised
+        wrappers: list[Wrapper] = []
+        if clip_denoised:
+            wrappers.append(StaticThresholding(bound or 1 / float(self.model.autoencoder.latent_std)))
+        if targets is not None and options.clip_guidance is not None:
+            guidance = ClipGuidance(self.model.clip(), options.clip_guidance)
+            wrappers.append(ClipGradient(guidance, targets.to(self.model.device)))
+        return wrappers
 
     def _decoded(self, request: Request, z: Tensor, seeds: Sequence[int]) -> list[Sample]:
         """Return the pictures of latents [B, C, h, w]."""

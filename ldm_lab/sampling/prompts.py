@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_lab.errors import UserError
-from ldm_lab.guidance.classifier_free import null_weight, plain_weights
+from ldm_lab.guidance.classifier_free import null_condition_weight, unguided_weights
 from ldm_lab.interfaces import Conditions
 from ldm_lab.prompts import Prompt, parse_prompt
 from ldm_lab.sampling.aesthetic import Aesthetic
@@ -64,7 +64,7 @@ def prompt_weights(mixes: Sequence[Sequence[Prompt]], guidance: float, negative:
     if not weights.isfinite().all():
         raise UserError("guidance and weights have to be finite numbers")
     if negative and rows:
-        return torch.cat([weights, null_weight(weights)[:, None]], dim=1)  # [N, k + 1]
+        return torch.cat([weights, null_condition_weight(weights)[:, None]], dim=1)  # [N, k + 1]
     return weights
 
 
@@ -167,7 +167,7 @@ def _text_shares(mix: Sequence[Prompt], guidance: float) -> Tensor:
     """Return how much each text of a picture counts, [k], 1 in sum."""
     texts = [prompt for prompt in mix if prompt.image is None]
     weights = torch.tensor([[guidance if prompt.weight is None else prompt.weight for prompt in texts]])  # [1, k]
-    shares = plain_weights(weights)[1:, 0]  # [k]
+    shares = unguided_weights(weights)[1:, 0]  # [k]
     if not shares.any():
         raise UserError("CLIP guidance: each image needs a text with a weight above 0")
     return shares

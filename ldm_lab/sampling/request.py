@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
-from ldm_lab.guidance.classifier_free import null_weight
+from ldm_lab.guidance.classifier_free import null_condition_weight
 from ldm_lab.interfaces import Sampler
 from ldm_lab.io.images import to_tensor
 from ldm_lab.prompts import Prompt
@@ -146,7 +146,7 @@ def _check_guidance(model: Model, mixes: list[list[Prompt]], options: SamplingOp
     assert options.guidance is not None, "resolved options have a weight for prompts without one"
     weights = prompt_weights(mixes, options.guidance)  # [N, k]
     unconditional_known = model.dropout or model.guide_model is not None or options.negative is not None
-    if not unconditional_known and len(mixes) and null_weight(weights).any():
+    if not unconditional_known and len(mixes) and null_condition_weight(weights).any():
         raise UserError(
             "guidance needs a model that was trained with dropped conditions (conditioner.dropout above 0); "
             "with this one the weights of an image have to add up to 1, as a single prompt's with --guidance 1 do"
