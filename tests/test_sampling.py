@@ -1,7 +1,6 @@
 """The pipeline: prompts to pictures with random tiny parts."""
 
 from dataclasses import replace
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from ldm_lab.checkpoints.models import save_model
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Sampler
 from ldm_lab.prompts import Prompt
-from ldm_lab.sampling import Model, ModelOptions, Pipeline, Sample, SamplingOptions
+from ldm_lab.sampling import Model, ModelOptions, Pipeline, SamplingOptions
 from ldm_lab.sampling.pipeline import Draw
 from ldm_lab.sampling.prompts import PromptBatch, parse_mix, parse_prompts
 
@@ -33,15 +32,10 @@ def pixels(images):
 
 def latents(pipeline, prompts, seeds=None, **choices):
     """The latents [N, C, h, w] behind images."""
-    found = []
-
-    def decode(model, z, seeds, tile=None):
-        found.append(z)
-        return [Sample(Image.new("RGB", (8, 8)), torch.zeros(3, 8, 8), seed) for seed in seeds]
-
-    with patch("ldm_lab.sampling.pipeline.decode", decode):
-        pipeline(prompts, SamplingOptions(**choices), seeds=seeds)
-    return torch.cat(found)
+    request = pipeline.check(prompts, SamplingOptions(**choices), seeds=seeds)
+    batch, size = pipeline.encode(request), request.options.batch_size
+    draws = [Draw(picture, seed) for picture, seed in enumerate(request.seeds)]
+    return torch.cat([pipeline.latents(request, batch, draws[i : i + size]) for i in range(0, len(draws), size)])
 
 
 def raw(pipeline, prompts, seeds, batch_size, name="ddpm", guidance=3.0):

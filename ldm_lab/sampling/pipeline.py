@@ -136,25 +136,22 @@ class Pipeline:
             draws: the pictures to be made.
             progress: as for `samples`.
         """
-        targets = None
-        if request.options.clip_guidance is not None:
-            targets = target_embeddings(self.model, request.mixes, request.options.guidance)  # [N, D]
         total, size = request.total_steps(len(draws)), request.options.batch_size
         for first in range(0, len(draws), size):
-            done = first // size * request.steps
+            group, done = draws[first : first + size], first // size * request.steps
             report = None if progress is None else partial(_report, progress, done, total)
-            yield self._draw_batch(request, prompts, draws[first : first + size], targets, report)
+            z = self.latents(request, prompts, group, report)  # [B, C, h, w]
+            # 6. Pixels.
+            samples = decode(self.model, z, [draw.seed for draw in group], request.tile)
+            if request.init_image is not None:
+                samples = [sample.restored(request.init_image) for sample in samples]
+            yield samples
 
     @torch.no_grad()
-    def _draw_batch(
-        self,
-        request: Request,
-        prompts: PromptBatch,
-        draws: Sequence[Draw],
-        targets: Tensor | None,
-        callback: Callback | None,
-    ) -> list[Sample]:
-        """Return the pictures of one batch."""
+    def latents(
+        self, request: Request, prompts: PromptBatch, draws: Sequence[Draw], callback: Callback | None = None
+    ) -> Tensor:
+        """Return the latents of one batch of draws, float32 [B, C, h, w]; arguments are those of `draw`."""
         model, options, schedule = self.model, request.options, self.model.objective.schedule
         pictures, seeds = [draw.picture for draw in draws], [draw.seed for draw in draws]
 
@@ -172,7 +169,7 @@ class Pipeline:
         if request.init_image is not None:
             known, mask = request.init_image.encode(model, request.latent_size)  # [1, C, h, w], [1, 1, h, w] or None
             if request.steps == 0:
-                return self._decoded(request, known.expand_as(x), seeds)
+                return known.expand_as(x)  # [B, C, h, w]
             if request.steps < request.sampler.steps:  # at full strength only the mask keeps something of it
                 schedule = TruncatedSchedule(schedule, request.sampler.steps - request.steps)
                 alpha, sigma = schedule.alpha_sigma(request.sampler.times(schedule)[0])  # [], []
@@ -184,7 +181,11 @@ class Pipeline:
             given = source.from_request(ConditionRequest(x, low_res, known, mask))  # [B, ...] each
             null |= source.null(given)
             conditions |= {name: repeat(value, "b ... -> b k ...", k=weights.shape[1]) for name, value in given.items()}
-        wrappers = self._wrappers(options, None if targets is None else targets[pictures])
+        targets = None
+        if options.clip_guidance is not None:
+            mixes = [request.mixes[picture] for picture in pictures]
+            targets = target_embeddings(model, mixes, options.guidance)  # [B, D]
+        wrappers = self._wrappers(options, targets)
         if known is not None and mask is not None:
             wrappers.append(Inpaint(known, mask))
         predict = self._classifier_free(options, schedule, conditions, null, weights)
@@ -193,10 +194,7 @@ class Pipeline:
         # 5. The sampler.
         clip = model.noised_clip if targets is not None else None
         with model.on_device(model.denoiser, model.guide_model, clip), model.evaluating():
-            z = request.sampler.sample(predict, x, schedule=schedule, noise=noise, callback=callback)  # [B, C, h, w]
-
-        # 6. Pixels.
-        return self._decoded(request, z, seeds)
+            return request.sampler.sample(predict, x, schedule=schedule, noise=noise, callback=callback)
 
     def _classifier_free(
         self, options: SamplingOptions, schedule: Schedule, conditions: Conditions, null: Conditions, weights: Tensor
@@ -225,11 +223,6 @@ class Pipeline:
             guidance = ClipGuidance(self.model.clip(), options.clip_guidance)
             wrappers.append(ClipGradient(guidance, targets.to(self.model.device)))
         return wrappers
-
-    def _decoded(self, request: Request, z: Tensor, seeds: Sequence[int]) -> list[Sample]:
-        """Return the pictures of latents [B, C, h, w]."""
-        samples = decode(self.model, z, seeds, request.tile)
-        return samples if request.init_image is None else [s.restored(request.init_image) for s in samples]
 
 
 class SeededNoise:
