@@ -91,8 +91,8 @@ class SamplingOptions:
         problems = check_section("sampling", given, "sampling") if given else []
         if problems:
             raise UserError("; ".join(problem.removeprefix("sampling.") for problem in problems))
-        if self.negative == "":
-            object.__setattr__(self, "negative", None)
+        object.__setattr__(self, "negative", self.negative or None)
+        object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
 
     @staticmethod
     def check(options: Mapping[str, OptionValue]) -> list[str]:
