@@ -9,7 +9,7 @@ import torch
 from stand_ins import FunctionDenoiser
 from tiny_glide import SIDE
 
-from ldm_lab.checkpoints import noised_clip
+from ldm_lab.checkpoints.formats import noised_clip
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.clip import ClipGradient, ClipGuidance
 from ldm_lab.guidance.noised_clip import NoisedCLIP

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm_lab.checkpoints import noised_clip
+from ldm_lab.checkpoints.formats import noised_clip
 from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.parts import load_part, load_strictly, weights_path, weights_sha256
 from ldm_lab.condition_sources import build_sources, given_conditions
