@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from tiny_glide import SIDE
 
-from ldm_lab.checkpoints import glide, noised_clip
-from ldm_lab.checkpoints.formats import recognise
+from ldm_lab.checkpoints.formats import glide, noised_clip
+from ldm_lab.checkpoints.importer import recognise
 from ldm_lab.checkpoints.models import read_model
 from ldm_lab.conditioners import glide_text
 from ldm_lab.denoisers.glide_unet import GlideUNet

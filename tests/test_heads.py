@@ -8,10 +8,11 @@ from safetensors.torch import save_file
 
 from ldm_lab.checkpoints import embedders
 from ldm_lab.checkpoints.embedders import OPENAI
-from ldm_lab.checkpoints.files import read_safetensors, sha256
+from ldm_lab.checkpoints.files import read_safetensors
 from ldm_lab.config import build
 from ldm_lab.curation.heads.head import load_head, save_head, unit
 from ldm_lab.errors import UserError
+from ldm_lab.io.atomic import sha256
 from ldm_lab.pretrained import resolve as pretrained
 from ldm_lab.pretrained.catalogue import catalogue
 

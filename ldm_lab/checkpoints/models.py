@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm_lab.checkpoints import ccld, glide
 from ldm_lab.checkpoints.files import write_safetensors
-from ldm_lab.checkpoints.foreign import part_of, read_state_dict
+from ldm_lab.checkpoints.formats import ccld, glide
 from ldm_lab.checkpoints.parts import FORMAT
+from ldm_lab.checkpoints.third_party import part_of, read_state_dict
 from ldm_lab.errors import UserError
 from ldm_lab.pretrained.resolve import resolve_weights
 

@@ -8,17 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm_lab.checkpoints import ccld, cloob_pickle, compvis, diffusers_vae, heads, open_clip_weights
-from ldm_lab.checkpoints.files import (
-    FORMAT,
-    is_safetensors,
-    read_safetensors,
-    sha256,
-    write_safetensors,
-)
-from ldm_lab.checkpoints.formats import KINDS, kind_of, part_config
+from ldm_lab.checkpoints.files import FORMAT, is_safetensors, read_safetensors, write_safetensors
+from ldm_lab.checkpoints.formats import ccld, cloob_pickle, compvis, diffusers_vae, heads, open_clip_weights
+from ldm_lab.checkpoints.importer import KINDS, kind_of, part_config
 from ldm_lab.config import USE_KEYS, build, check_section, part_class
 from ldm_lab.errors import UserError, unknown
+from ldm_lab.io.atomic import sha256
 from ldm_lab.pretrained import resolve as pretrained
 
 Reader = Callable[[Path], tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]]

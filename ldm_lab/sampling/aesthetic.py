@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ldm_lab.checkpoints import embedders
 from ldm_lab.checkpoints.embedders import OPENAI
-from ldm_lab.checkpoints.files import FORMAT, existing_file, is_safetensors, read_safetensors, sha256, write_safetensors
+from ldm_lab.checkpoints.files import FORMAT, is_safetensors, read_safetensors, write_safetensors
 from ldm_lab.errors import UserError, first_line, unknown
+from ldm_lab.io.atomic import existing_file, sha256
 from ldm_lab.pretrained.catalogue import catalogue
 from ldm_lab.pretrained.resolve import resolve_weights
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ldm_lab.checkpoints.foreign import part_of, read_state_dict
 from ldm_lab.checkpoints.parts import load_strictly
 from ldm_lab.checkpoints.released_zip import is_release, opened
+from ldm_lab.checkpoints.third_party import part_of, read_state_dict
 from ldm_lab.config import register
 from ldm_lab.errors import UserError
 from ldm_lab.pretrained.resolve import resolve_weights

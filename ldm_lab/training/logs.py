@@ -17,9 +17,9 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
 
-from ldm_lab.checkpoints.files import atomic_write
 from ldm_lab.config import register
 from ldm_lab.errors import UserError, first_line
+from ldm_lab.io.atomic import atomic_write
 
 
 @register("logging")

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_lab import schedules
-from ldm_lab.checkpoints import ccld
+from ldm_lab.checkpoints.formats import ccld
 from ldm_lab.conditioners.cloob import CLOOB
 from ldm_lab.config import build
 from ldm_lab.denoisers.ccld_unet import CCLDUNet

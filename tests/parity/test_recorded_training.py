@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ldm_lab import ema
 from ldm_lab.autoencoders.kl_f8 import split_moments
-from ldm_lab.checkpoints import ccld
+from ldm_lab.checkpoints.formats import ccld
 from ldm_lab.config import build
 from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import resize_and_crop, to_tensor

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ldm_lab.checkpoints import ccld, cloob_pickle, compvis, diffusers_vae, glide, heads, open_clip_weights
-from ldm_lab.checkpoints.files import FORMAT, existing_file, is_safetensors
-from ldm_lab.checkpoints.foreign import read_state_dict
+from ldm_lab.checkpoints.files import FORMAT, is_safetensors
+from ldm_lab.checkpoints.formats import ccld, cloob_pickle, compvis, diffusers_vae, glide, heads, open_clip_weights
 from ldm_lab.checkpoints.released_zip import is_release, opened
+from ldm_lab.checkpoints.third_party import read_state_dict
 from ldm_lab.config import USE_KEYS, check_section
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.noised_clip import IMAGE_ONLY, TEXT_ONLY
+from ldm_lab.io.atomic import existing_file
 from ldm_lab.pretrained.resolve import resolve_weights
 
 # What `Found.kind` may be -> what it is, in words.

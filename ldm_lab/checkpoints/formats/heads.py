@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm_lab.checkpoints.files import sha256
-from ldm_lab.checkpoints.foreign import read_state_dict
+from ldm_lab.checkpoints.third_party import read_state_dict
 from ldm_lab.errors import UserError
+from ldm_lab.io.atomic import sha256
 from ldm_lab.pretrained.catalogue import catalogue
 
 LAYER = re.compile(r"layers\.(\d+)\.(weight|bias)")

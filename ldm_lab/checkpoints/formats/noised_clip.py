@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm_lab.checkpoints.foreign import read_state_dict
 from ldm_lab.checkpoints.parts import load_strictly
+from ldm_lab.checkpoints.third_party import read_state_dict
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.noised_clip import IMAGE_ONLY, TEXT_ONLY, NoisedCLIP
 from ldm_lab.pretrained.resolve import resolve_weights
