@@ -6,6 +6,7 @@ import types
 from argparse import SUPPRESS
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Literal, NoReturn, Union, get_args, get_origin
 
 from ldm_lab.config import Plain
@@ -47,26 +48,30 @@ class Parser(argparse.ArgumentParser):
         return self.parse_intermixed_args(list(words))
 
 
-def add_flags(group: argparse._ArgumentGroup, options: Mapping[str, Option], prefix: str = "", of: str = "") -> None:
+def add_flags(group: argparse._ArgumentGroup, options: Mapping[str, Option], prefix: str = "") -> None:
     """Add a flag for each option; one that is not given stays out of the parsed namespace.
 
     Args:
         group: of the parser.
         options: by name.
-        prefix: of the flags and of the names in the namespace, such as "upsampler_".
-        of: what the options are of, for the help.
+        prefix: of the flags and of the names in the namespace, such as "upsampler_": those without it explain them.
     """
     for name, option in options.items():
         dest = prefix + name
         flag = "--" + dest.replace("_", "-")
-        meaning = (f"{of}: " if of else "") + option.meaning.rstrip(".").replace("%", "%%")
-        usual = f" (default: {_plain(option.default)})" if option.default not in (None, False) else ""
+        meaning = option.meaning.rstrip(".")
+        if option.default is not None and option.default is not False:
+            meaning += f" (default: {_plain(option.default)})"
+        if prefix:
+            meaning = f"as --{name.replace('_', '-')}"
+        meaning = meaning.replace("%", "%%")
         kinds = list(_kinds(option.annotation))
         if bool in kinds:
             on_off = argparse.BooleanOptionalAction if type(None) in kinds else "store_true"
             group.add_argument(flag, dest=dest, action=on_off, default=SUPPRESS, help=meaning)
             continue
-        items = next((get_args(kind) for kind in kinds if get_origin(kind) is tuple), ())
+        values = [kind for kind in kinds if kind is not type(None)]
+        items = get_args(values[0]) if len(values) == 1 and get_origin(values[0]) is tuple else ()
         group.add_argument(
             flag,
             dest=dest,
@@ -74,7 +79,7 @@ def add_flags(group: argparse._ArgumentGroup, options: Mapping[str, Option], pre
             type=partial(read_value, items[0] if items else option.annotation),
             metavar=_metavar(list(_kinds(items[0])) if items else kinds),
             default=SUPPRESS,
-            help=meaning + usual,
+            help=meaning,
         )
 
 
@@ -91,7 +96,7 @@ def read_value(annotation: TypeForm, written: str) -> Plain:
             value = written
     found = problem(value, annotation)
     if found:
-        raise argparse.ArgumentTypeError(found)
+        raise argparse.ArgumentTypeError(found.replace(" or null", ""))
     return value
 
 
@@ -120,6 +125,8 @@ def _metavar(kinds: Sequence[TypeForm]) -> str:
     choices = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
     if choices:
         return "|".join(map(str, choices)) if len(choices) < 6 else "NAME"
+    if Path in kinds:
+        return "FILE"
     return "N" if int in kinds and float not in kinds else "X" if float in kinds else "TEXT"
 
 

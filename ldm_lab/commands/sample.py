@@ -52,6 +52,8 @@ if TYPE_CHECKING:  # these import torch, which takes seconds
     from ldm_lab.sampling.request import Request
 
 UPSAMPLER = "upsampler_"  # prefix of what is said of upsamplers
+STEPS = """Of a model with timesteps, --steps also takes which of them are visited: fast27, ddim50, 10,10,3,2,2, ...
+`python train.py --parts` tells the defaults."""
 # What makes no sense for an upsampler, or is the base's for both.
 BASE_ONLY = (
     "negative", "size", "init_image", "strength", "mask", "aesthetic", "aesthetic_weight", "aesthetic_embeddings",
@@ -109,14 +111,14 @@ def parser() -> Parser:
     add("--imports", action="append", default=[], metavar="MODULE", help="a module with parts of your own")
     sampling = part_info("sampling", None).options
     add_flags(p.add_argument_group("how pictures are made"), sampling)
-    add_flags(p.add_argument_group("options of samplers"), sampler_options())
-    group = p.add_argument_group("models in a row")
+    add_flags(p.add_argument_group("options of samplers", f"{', '.join(infos('sampler'))}. {STEPS}"), sampler_options())
+    group = p.add_argument_group("models in a row", "A base model's pictures, enlarged by one or more upsamplers.")
     group.add_argument(
         "--upsampler", action="append", default=[], metavar="FILE",
         help="enlarge the pictures with this model; all sizes are kept; may be given again",
     )  # fmt: skip
     own = {name: option for name, option in sampling.items() if name not in BASE_ONLY}
-    add_flags(group, {**own, **sampler_options()}, UPSAMPLER, "of the upsampler")
+    add_flags(group, {**own, **sampler_options()}, UPSAMPLER)
     add_flags(p.add_argument_group("the model"), part_info("model_options", None).options)
     return p
 

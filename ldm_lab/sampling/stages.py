@@ -67,7 +67,7 @@ class Stages:
             UserError: the first one is an upsampler, or another one is none.
         """
         self.base, *self.upsamplers = stages
-        if self.base.pipeline.model.upscale_factor is not None:
+        if self.upsamplers and self.base.pipeline.model.upscale_factor is not None:
             raise UserError("base model: this is an upsampler, which enlarges pictures of a base model's")
         if any(stage.pipeline.model.upscale_factor is None for stage in self.upsamplers):
             raise UserError("upsampler: this is a base model, which takes no picture to be enlarged")
