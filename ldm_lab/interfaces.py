@@ -210,11 +210,12 @@ class Schedule:
     """A noise schedule: t -> (alpha, sigma).
 
     Attributes:
-        variance_preserving: whether alpha^2 + sigma^2 = 1; no sampler takes it for granted.
+        variance_preserving: whether alpha^2 + sigma^2 is exactly 1. No sampler takes it for granted: it only saves
+            divisions by what would be 1 but for rounding.
         timesteps: T of a table of betas; None for a continuous schedule.
     """
 
-    variance_preserving: bool = True
+    variance_preserving: bool = False
     timesteps: int | None = None
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -408,6 +409,10 @@ class Objective(Part):
 
     schedule: Schedule
     timestep_sampler: str
+
+    def check_denoiser(self, denoiser: Denoiser) -> None:
+        """Raise UserError if a denoiser reads timesteps and the schedule has none."""
+        self.schedule.time(torch.zeros(1), denoiser.time_input)
 
     def loss_terms(
         self, denoiser: Denoiser, x0: Tensor, conditions: Conditions, t: Tensor, noise: Tensor

@@ -15,7 +15,7 @@ from ldm_lab.interfaces import Batch
 from ldm_lab.training.logs import say
 from ldm_lab.training.low_res import LowRes
 from ldm_lab.training.task import Task
-from ldm_lab.training.timesteps import TIMESTEPS
+from ldm_lab.training.timesteps import TIMESTEP_SAMPLERS
 
 # Attributes of a denoiser that say which form it has -> such a one, and one without it, in words.
 FORMS = {"super_res": ("an upsampler", "a base model")}
@@ -48,7 +48,7 @@ class DiffusionTask(Task):
         x0, cond = self.encode(batch)  # [B, C, h, w], {"embed": [B, D]} or {"tokens": [B, L], "mask": [B, L]}
         t = self.timesteps(self.batches_seen, len(x0)).to(x0)  # [B]
         noise = torch.randn_like(x0)  # [B, C, h, w]
-        terms = self.objective.terms(self.model, x0, cond, t, noise)  # {"loss": [B], ...}
+        terms = self.objective.loss_terms(self.model, x0, cond, t, noise)  # {"loss": [B], ...}
         self.log_means({name: term.mean() for name, term in terms.items()}, len(x0))
         self.log_by_time(terms["loss"], t)
         return terms["loss"].mean()
@@ -91,8 +91,8 @@ class DiffusionTask(Task):
         for role, checksum in self.frozen_sha256.items():
             if made_with.get(role, checksum) != checksum:
                 raise UserError(f"data.path: this cache was made with another {role} than {role}.weights")
-        draw = TIMESTEPS[self.objective.draw]
-        self.timesteps = draw(self.seed, self.global_rank, self.trainer.world_size)
+        timestep_sampler = TIMESTEP_SAMPLERS[self.objective.timestep_sampler]
+        self.timesteps = timestep_sampler(self.seed, self.global_rank, self.trainer.world_size)
 
     def initial_weights(self, path: str) -> tuple[dict[str, Tensor], str]:
         config, state, extra = read_model(path)

@@ -55,13 +55,13 @@ def test_training_step(case, tmp_path, monkeypatch):
         seen.update(x=args[0], v=v, **kwargs)
 
     task.model.register_forward_hook(watch, with_kwargs=True)
-    loss_of = task.objective.loss
+    terms_of = task.objective.loss_terms
 
-    def loss_watched(denoiser: nn.Module, x0: Tensor, *rest: Tensor) -> Tensor:
+    def terms_watched(denoiser: nn.Module, x0: Tensor, *rest: Tensor) -> dict[str, Tensor]:
         seen.update(latents=x0)
-        return loss_of(denoiser, x0, *rest)
+        return terms_of(denoiser, x0, *rest)
 
-    monkeypatch.setattr(task.objective, "loss", loss_watched)
+    monkeypatch.setattr(task.objective, "loss_terms", terms_watched)
 
     mean, logvar = split_moments(given["moments"])  # [B, C, h, w] each
     names = [""] * len(mean)
