@@ -272,7 +272,10 @@ def test_the_command_keeps_both_sizes(program, files, tmp_path):
         (("--checkpoint", "{upsampler}", "--upsampler", "{upsampler}"), "error: base model: this is an upsampler"),
         (("--checkpoint", "{base}", "--upsampler", "{base}"), "error: upsampler: this is a base model"),
         (("--checkpoint", "{base}", "--upsampler", "none.pt"), "none.pt"),
-        (("--checkpoint", "{base}", "--upsampler-temperature", "1"), "--upsampler-temperature belongs to an --upsampler"),
+        (
+            ("--checkpoint", "{base}", "--upsampler-temperature", "1"),
+            "--upsampler-temperature belongs to an --upsampler",
+        ),
         (("--checkpoint", "{base}", "--noised-clip", "a", "b"), "--noised-clip belongs to --clip-guidance"),
         (("--checkpoint", "{base}", "--steps", "300", "--sampler", "ddim"), "steps 300: the model has 100 timesteps"),
         (("--checkpoint", "{base}", "--steps", "fast"), "such as fast27, ddim50 or 10,10,3,2,2 is needed, not 'fast'"),

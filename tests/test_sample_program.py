@@ -361,7 +361,10 @@ def test_reranking_and_the_options_of_guidance(call, tmp_path, checkpoint):
         (["a", "--tile", "12"], "tile: a multiple of 8 pixels from 32 on is needed, not 12"),
         (["a", "--rerank", "0"], "argument --rerank: at least 1 is needed, not 0"),
         (["a", "--sampler", "unipc", "--spacing", "cosine"], "spacing"),
-        (["a", "--sampler", "plms", "--spacing", "karras"], "sampler.spacing: no such key: 'spacing' of sampler.name=plms"),
+        (
+            ["a", "--sampler", "plms", "--spacing", "karras"],
+            "sampler.spacing: no such key: 'spacing' of sampler.name=plms",
+        ),
         (["a", "--precision", "fp8"], "--precision"),
         (["a", "--guide-model", "none.safetensors"], "none.safetensors: no such file"),
     ],

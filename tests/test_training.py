@@ -153,7 +153,9 @@ def test_a_run_that_is_at_its_end_says_so(here, program):
 
 
 def test_wandb_offline_keeps_the_grid_and_the_captions(here):
-    yaml = make_run(here, demo={"prompts": "prompts.txt", "every": 6, "sampling": {"sampler": {"name": "ddim", "steps": 2}}})
+    yaml = make_run(
+        here, demo={"prompts": "prompts.txt", "every": 6, "sampling": {"sampler": {"name": "ddim", "steps": 2}}}
+    )
     result = run_program(ROOT / "train.py", "--config", yaml, "logging.wandb=offline", cwd=here, WANDB_MODE="")
     assert result.returncode == 0, result.stderr
     media = list((here / "runs/tiny").rglob("wandb/**/media/images/**/*.png"))
@@ -248,7 +250,9 @@ run_program(lambda: runner.run(load(sys.argv[1], sys.argv[2:])))
 
 def test_two_processes_share_weights_and_demos_but_not_samples(here, program):
     yaml = make_run(
-        here, images=96, demo={"prompts": "prompts.txt", "every": 20, "sampling": {"sampler": {"name": "ddim", "steps": 2}}}
+        here,
+        images=96,
+        demo={"prompts": "prompts.txt", "every": 20, "sampling": {"sampler": {"name": "ddim", "steps": 2}}},
     )
     (here / "spy.py").write_text(SPY)
     two = ["trainer.devices=2", "trainer.strategy=ddp"]
