@@ -13,7 +13,7 @@ from ldm_lab.checkpoints.parts import load_part, load_strictly, weights_path, we
 from ldm_lab.condition_sources import build_sources, given_conditions
 from ldm_lab.config import build
 from ldm_lab.errors import UserError, first_line
-from ldm_lab.interfaces import ConditionSpec, Denoiser
+from ldm_lab.interfaces import ConditionSpec, Denoiser, check_conditions
 from ldm_lab.pretrained.resolve import check_untrusted, resolve_weights
 from ldm_lab.sampling.model import Model
 from ldm_lab.sampling.options import ModelOptions
@@ -45,7 +45,9 @@ def load_model(path: str | Path, options: ModelOptions) -> Model:
     conditioner, conditioner_config = _load_frozen(
         "conditioner", config["conditioner"], options.conditioner, path, extra
     )
-    sources = build_sources(config.get("condition_sources"))
+    if not isinstance(sections := config.get("condition_sources") or {}, dict):
+        raise UserError(f"{path}: its config has no readable section 'condition_sources'")
+    sources = build_sources(sections)
     given = given_conditions(conditioner, sources)
     denoiser = _load_denoiser(config, state, path, autoencoder.channels, given)
     guide_model = None
@@ -105,6 +107,7 @@ def _load_denoiser(
 ) -> Denoiser:
     """Return the denoiser of a model file, frozen, on the CPU."""
     denoiser: Denoiser = build("denoiser", config["denoiser"], channels, given)
+    check_conditions(denoiser, given)
     load_strictly(denoiser, state, path)
     return denoiser.eval().requires_grad_(False)
 

@@ -218,7 +218,7 @@ class Pipeline:
         clip_denoised = bound is not None if options.clip_denoised is None else options.clip_denoised
         wrappers: list[Wrapper] = []
         if clip_denoised:
-            wrappers.append(StaticThresholding(bound or 1 / float(self.model.autoencoder.latent_std)))
+            wrappers.append(StaticThresholding(bound or 1 / float(self.model.autoencoder.latent_std.min())))
         if targets is not None and options.clip_guidance is not None:
             guidance = ClipGuidance(self.model.clip(), options.clip_guidance)
             wrappers.append(ClipGradient(guidance, targets.to(self.model.device)))
