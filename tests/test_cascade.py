@@ -99,7 +99,7 @@ def test_three_stages(base, upsampler, monkeypatch):
     made = three(["a cat", "a dog"], seeds=[3, 9], progress=lambda *steps: reports.append(steps))
     assert [[image.size for image in row] for row in made] == [[(8, 8), (16, 16), (32, 32)]] * 2
     assert [[image.info["seed"] for image in row] for row in made] == [[3] * 3, [9] * 3]
-    two = Stages(list((three.base, three.upsamplers[0])))(["a cat", "a dog"], seeds=[3, 9])
+    two = Stages([three.base, three.upsamplers[0]])(["a cat", "a dog"], seeds=[3, 9])
     assert np.array_equal(levels(made[1][1]), levels(two[1][1])), "no stage depends on those after it"
     second, third = seen[0][0], seen[1][0]
     assert torch.allclose(third["low_res"][0], to_tensor(made[0][1]), atol=1e-6)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from test_sampling import BOUND, CPU, FAST, latents, options, raw
+from test_sampling import BOUND, CPU, latents, options, raw
 from tiny import DENOISER, embedding, make_parts
 
 from ldm_lab.checkpoints.models import save_model

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal, NoReturn, Union, get_args, get_origin
 
 from ldm_lab.config import Plain
-from ldm_lab.config.bounds import TypeForm, describe, problem
+from ldm_lab.config.bounds import TypeForm, problem
 from ldm_lab.config.reading import Option
 from ldm_lab.errors import UserError
 

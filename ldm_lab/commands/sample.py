@@ -165,8 +165,9 @@ def _options(chosen: dict, of_sampler: dict, default_sampler: str) -> SamplingOp
     try:
         return SamplingOptions(**chosen)
     except UserError as error:
-        key, colon, rest = str(error).partition(":")
-        raise UserError(f"--{key.replace('_', '-')}:{rest}" if key in chosen else str(error)) from None
+        key = str(error).partition(":")[0]
+        message = str(error).replace(key, "--" + key.replace("_", "-"), 1) if key in chosen else str(error)
+        raise UserError(message) from None
 
 
 def check_together(args: argparse.Namespace, options: SamplingOptions) -> None:

@@ -3,7 +3,7 @@
     from ldm_lab.sampling import Pipeline, SamplingOptions
 
     pipeline = Pipeline.from_checkpoint("runs/quickstart/ema.safetensors")
-    pictures = pipeline(["a red star on a blue background", ["watercolor", "blurry:-0.5"]], SamplingOptions(guidance=3.0))
+    pictures = pipeline(["a red star", ["watercolor", "blurry:-0.5"]], SamplingOptions(guidance=3.0))
 
 Three values come first, and everything else is a function of them:
 

@@ -82,7 +82,7 @@ def load_model(path: str | Path, options: ModelOptions) -> Model:
 
 
 def locate_model(path: str | Path) -> Path:
-    """Return the file of a trained model; of a run's folder its `ema.safetensors`. Raises UserError if it is missing."""
+    """Return the file of a trained model, of a run's folder its `ema.safetensors`. Raises UserError without one."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return resolve_weights(path, "checkpoint")

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm_lab.checkpoints.formats import noised_clip
 from ldm_lab.checkpoints.embedders import embedder_of
+from ldm_lab.checkpoints.formats import noised_clip
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.noised_clip import NoisedCLIP
 from ldm_lab.interfaces import (

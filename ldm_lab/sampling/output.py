@@ -12,7 +12,7 @@ from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import atomic_write
 from ldm_lab.io.images import grid, save_png
 
-Json: TypeAlias = "None | bool | int | float | str | list[Json] | dict[str, Json]"
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 GRID_LIMIT = 400  # pictures; of more the grid shows the first ones
 SOFTWARE = "ldm_lab"

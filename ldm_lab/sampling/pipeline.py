@@ -1,8 +1,8 @@
 """From prompts to pictures, in numbered steps."""
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch

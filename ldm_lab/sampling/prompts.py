@@ -24,8 +24,8 @@ def parse_prompts(prompts: Prompts) -> list[list[Prompt]]:
     """Return the prompts of each picture. Raises UserError for a picture without any, or a weight that is not finite.
 
     Args:
-        prompts: one entry for each picture: a text, a `Prompt`, an image, or a list of these that are mixed. One of them
-            by itself is the prompt of one picture.
+        prompts: one entry for each picture: a text, a `Prompt`, an image, or a list of these that are mixed. A text,
+            `Prompt` or image by itself is the prompt of one picture.
     """
     if isinstance(prompts, OnePrompt):
         return [parse_mix(prompts)]

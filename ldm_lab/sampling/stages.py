@@ -1,7 +1,7 @@
 """Models in a row: a base model makes small pictures, each of the others enlarges what the one before made."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import torch
@@ -17,8 +17,8 @@ from ldm_lab.sampling.pipeline import Pipeline, Progress
 from ldm_lab.sampling.prompts import Prompts, prompt_weights
 from ldm_lab.sampling.request import Request
 
-# Added to a picture's seed in each further stage, so that its noise is not that of the one before: 2**32 over the golden
-# ratio, which is far from all neighboring seeds. (Of a seed torch's generators take the lowest 32 bits alone.)
+# Added to a picture's seed in each further stage, so that its noise is not that of the one before: 2**32 over the
+# golden ratio, which is far from all neighboring seeds. (Of a seed torch's generators take the lowest 32 bits alone.)
 SEED_OFFSET = 2_654_435_769
 
 
@@ -34,7 +34,7 @@ class Stage:
     """
 
     pipeline: Pipeline
-    options: SamplingOptions = SamplingOptions()
+    options: SamplingOptions = field(default_factory=SamplingOptions)
 
 
 @dataclass(frozen=True)
