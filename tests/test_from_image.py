@@ -116,7 +116,7 @@ def test_files_stand_for_their_images(pipeline, photo, mask, tmp_path):
 
 @pytest.mark.parametrize("strength", [-0.1, 1.5, float("nan")])
 def test_strengths_that_make_no_sense(photo, strength):
-    with pytest.raises(UserError, match="strength: (a number|number)"):
+    with pytest.raises(UserError, match=r"strength: (a number|number)"):
         options(init_image=photo, strength=strength)
 
 

@@ -181,18 +181,12 @@ class Pipeline:
             given = source.from_request(ConditionRequest(x, low_res, known, mask))  # [B, ...] each
             null |= source.null(given)
             conditions |= {name: repeat(value, "b ... -> b k ...", k=weights.shape[1]) for name, value in given.items()}
-        targets = None
-        if options.clip_guidance is not None:
-            mixes = [request.mixes[picture] for picture in pictures]
-            targets = target_embeddings(model, mixes, options.guidance)  # [B, D]
-        wrappers = self._wrappers(options, targets)
-        if known is not None and mask is not None:
-            wrappers.append(Inpaint(known, mask))
         predict = self._classifier_free(options, schedule, conditions, null, weights)
+        wrappers = self._wrappers(request, pictures, known, mask)
         predict = stack(predict, wrappers, schedule=schedule, uses_gradient=request.sampler.uses_gradient)
 
         # 5. The sampler.
-        clip = model.noised_clip if targets is not None else None
+        clip = None if options.clip_guidance is None else model.clip()
         with model.on_device(model.denoiser, model.guide_model, clip), model.evaluating():
             return request.sampler.sample(predict, x, schedule=schedule, noise=noise, callback=callback)
 
@@ -212,16 +206,28 @@ class Pipeline:
             schedule=schedule,
         )
 
-    def _wrappers(self, options: SamplingOptions, targets: Tensor | None) -> list[Wrapper]:
-        """Return what else changes the predictions of a batch; CLIP guidance leads it to targets, [B, D]."""
-        bound = self.model.pixel_bound
+    def _wrappers(
+        self, request: Request, pictures: Sequence[int], known: Tensor | None, mask: Tensor | None
+    ) -> list[Wrapper]:
+        """Return what else changes the predictions of a batch.
+
+        Args:
+            request: the request.
+            pictures: which of the request's the batch is.
+            known: latents of an image of which a part is kept, [1, C, h, w].
+            mask: where it is painted anew, bool [1, 1, h, w]; None: everywhere.
+        """
+        model, options, bound = self.model, request.options, self.model.pixel_bound
         clip_denoised = bound is not None if options.clip_denoised is None else options.clip_denoised
         wrappers: list[Wrapper] = []
         if clip_denoised:
-            wrappers.append(StaticThresholding(bound or 1 / float(self.model.autoencoder.latent_std.min())))
-        if targets is not None and options.clip_guidance is not None:
-            guidance = ClipGuidance(self.model.clip(), options.clip_guidance)
-            wrappers.append(ClipGradient(guidance, targets.to(self.model.device)))
+            wrappers.append(StaticThresholding(bound or 1 / float(model.autoencoder.latent_std.min())))
+        if options.clip_guidance is not None:
+            targets = target_embeddings(model, [request.mixes[i] for i in pictures], options.guidance)  # [B, D]
+            guidance = ClipGuidance(model.clip(), options.clip_guidance)
+            wrappers.append(ClipGradient(guidance, targets.to(model.device)))
+        if known is not None and mask is not None:
+            wrappers.append(Inpaint(known, mask))
         return wrappers
 
 
