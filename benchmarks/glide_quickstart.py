@@ -60,7 +60,7 @@ def main() -> None:
         if args.grids and true is wanted:
             save_png(Path(args.grids) / f"{name.replace(' ', '_')}.png", grid(pictures, columns=8, captions=texts))
 
-    drawn = [draw(f"glide_quickstart/{i}", base.model.size[0], VARIETY) for i in range(1000)]
+    drawn = [draw(f"glide_quickstart/{i}", base.model.image_size[0], VARIETY) for i in range(1000)]
     row("drawn afresh", [image for image, _ in drawn], [attributes[:3] for _, attributes in drawn])
     ways = {f"ddpm {variance}": {"name": "ddpm", "variance": variance} for variance in ("learned", "posterior", "beta")}
     for name, way in {**ways, "ddim": {"name": "ddim"}}.items():

@@ -122,7 +122,7 @@ def main() -> None:
 
     pipeline = Pipeline.from_checkpoint(args.checkpoint)
     model = pipeline.model
-    images, _, captions = drawings(args.drawings, model.size[0], args.variety)
+    images, _, captions = drawings(args.drawings, model.image_size[0], args.variety)
     bound = bits(model, args.steps, images, captions)
     names = list(COLOURS)
     kinds = [(c, s, names[(i + 3) % len(names)]) for s in SHAPES for i, c in enumerate(names)]  # the 48 prompts

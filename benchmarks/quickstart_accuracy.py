@@ -109,7 +109,7 @@ def measure(
         show: called as `show(row, pictures, prompts)` for the two sets of pictures.
     """
     model = pipeline.model
-    drawn = [draw(f"{FRESH}/{i}", model.size[0], VARIETY) for i in range(drawings)]
+    drawn = [draw(f"{FRESH}/{i}", model.image_size[0], VARIETY) for i in range(drawings)]
     images, true = [image for image, _ in drawn], [attributes[:3] for _, attributes in drawn]
     rows = {
         "drawn afresh": shares(map(check, images), true),

@@ -62,4 +62,4 @@ def pipeline(parts):
     """A pipeline of 32-pixel pictures over these parts."""
     from ldm_lab.sampling import Model, Pipeline
 
-    return Pipeline(Model(**parts, dropout=0.2, size=(32, 32)))
+    return Pipeline(Model(**parts, dropout=0.2, image_size=(32, 32)))

@@ -118,7 +118,7 @@ def test_another_network_or_width_is_refused(pipeline, model, tmp_path):
 
 
 def test_a_model_of_parts_knows_the_width_alone(parts, model, tmp_path):
-    pipeline = Pipeline(Model(**parts, dropout=0.2, size=(16, 16)))
+    pipeline = Pipeline(Model(**parts, dropout=0.2, image_size=(16, 16)))
     options = SamplingOptions(**FAST, aesthetic=9, aesthetic_embeddings=model[0] / "ratings.safetensors")
     assert len(pipeline(["a fox"], options)) == 1
     RatingEmbeddings({9: torch.ones(8) / 8**0.5}, model[1].embedder).save(tmp_path / "narrow.safetensors")

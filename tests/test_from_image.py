@@ -17,7 +17,7 @@ SIZE = 64
 
 @pytest.fixture
 def pipeline(parts):
-    return Pipeline(Model(**parts, dropout=0.2, size=(SIZE, SIZE)))
+    return Pipeline(Model(**parts, dropout=0.2, image_size=(SIZE, SIZE)))
 
 
 @pytest.fixture(scope="module")

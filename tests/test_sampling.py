@@ -188,7 +188,7 @@ def test_a_seed_for_each_picture(pipeline):
 
 
 def test_guidance_needs_a_model_that_was_trained_for_it(parts):
-    plain = Pipeline(Model(**parts, dropout=0.0, size=(32, 32)))
+    plain = Pipeline(Model(**parts, dropout=0.0, image_size=(32, 32)))
     for mix in ("red", "red:2", ["red:1", "blue:1"], "red:0"):
         with pytest.raises(UserError, match="trained with dropped conditions"):
             plain.check([mix])
@@ -240,7 +240,7 @@ def checkpoint(tmp_path, parts):
 def test_a_checkpoint_is_all_that_is_needed(checkpoint, tmp_path, caplog):
     path = checkpoint()
     pipeline = Pipeline.from_checkpoint(path, CPU)
-    assert (pipeline.model.dropout, pipeline.model.size) == (0.1, (32, 32))
+    assert (pipeline.model.dropout, pipeline.model.image_size) == (0.1, (32, 32))
     images = pipeline(["red"], options())
     for role in ("autoencoder", "conditioner"):
         (tmp_path / f"{role}.safetensors").rename(tmp_path / f"moved_{role}.safetensors")

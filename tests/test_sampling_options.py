@@ -36,7 +36,7 @@ def test_a_negative_prompt_takes_the_place_of_no_prompt(pipeline):
 
 
 def test_a_model_without_dropped_conditions_takes_a_negative_prompt(parts):
-    plain = Pipeline(Model(**parts, dropout=0.0, size=(32, 32)))
+    plain = Pipeline(Model(**parts, dropout=0.0, image_size=(32, 32)))
     assert plain(["red"], options(negative="blue"))
 
 
@@ -206,9 +206,9 @@ def test_offloading_has_one_part_on_the_device_at_a_time(parts):
             return getattr(self.part, name)
 
     watched = {role: Watched(role) for role in where}
-    common = {"objective": parts["objective"], "dropout": 0.2, "size": (32, 32)}
+    common = {"objective": parts["objective"], "dropout": 0.2, "image_size": (32, 32)}
     cheap = Pipeline(Model(**watched, **common, run_device=torch.device("cpu:0"), offload=True))
-    plain = Pipeline(Model(**parts, dropout=0.2, size=(32, 32)))
+    plain = Pipeline(Model(**parts, dropout=0.2, image_size=(32, 32)))
     assert cheap(["red"], options())[0].tobytes() == plain(["red"], options())[0].tobytes()
     assert max(peak) == 1 and set(where.values()) == {"cpu"}
 

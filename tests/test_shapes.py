@@ -234,7 +234,7 @@ def test_benchmark_measures_a_model():
     objective = config.build("objective", {"name": "v_cosine"})
     shown = []
     rows = measure(
-        Pipeline(Model(denoiser, objective, autoencoder, conditioner, dropout=0.2, size=(64, 64))),
+        Pipeline(Model(denoiser, objective, autoencoder, conditioner, dropout=0.2, image_size=(64, 64))),
         SamplingOptions(sampler={"name": "ddim", "steps": 1}, batch_size=96),
         drawings=8,
         show=lambda row, pictures, prompts: shown.append((row, len(pictures), len(prompts))),

@@ -76,7 +76,7 @@ def pipeline(**form: bool) -> Pipeline:
         build("conditioner", TEXT),
         build_sources(whole["condition_sources"]),
         dropout=whole["conditioner"]["dropout"],
-        size=(side, side),
+        image_size=(side, side),
     )
     return Pipeline(model)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 import types
 from argparse import SUPPRESS
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,9 @@ from ldm_lab.config import Plain
 from ldm_lab.config.bounds import TypeForm, problem
 from ldm_lab.config.reading import Option
 from ldm_lab.errors import UserError
+
+
+NAME_OF_FLAG = re.compile("[^=]*")
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         for word in words:
             if word == "--":
                 break
-            flag = word.partition("=")[0]
+            flag = NAME_OF_FLAG.match(word)[0]
             if not flag.startswith("-") or flag in known or not flag.lstrip("-")[:1].isalpha():
                 continue
             if ours := self.hint(flag):

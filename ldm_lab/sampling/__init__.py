@@ -21,42 +21,33 @@ Three values come first, and everything else is a function of them:
 `decode`          from latents to pictures, at once or in tiles
 `output`          a folder of numbered pictures, their settings, grids, films
 
-Nothing is imported before it is asked for: `options` has to be readable without torch.
+What imports torch is not imported before it is asked for: `options` is readable without it.
 """
 
-import importlib
-import inspect
 from typing import TYPE_CHECKING
 
+from ldm_lab.sampling.options import ModelOptions, SamplingOptions
+
 if TYPE_CHECKING:
+    from ldm_lab.sampling._public import Public
     from ldm_lab.sampling.aesthetic import Aesthetic, RatingEmbeddings
     from ldm_lab.sampling.decode import Sample
     from ldm_lab.sampling.interpolation import interpolate
     from ldm_lab.sampling.model import Model
-    from ldm_lab.sampling.options import ModelOptions, SamplingOptions
     from ldm_lab.sampling.pipeline import Pipeline
     from ldm_lab.sampling.stages import Stage, Stages
 
-PLACES = {
-    "Aesthetic": "aesthetic",
-    "Model": "model",
-    "ModelOptions": "options",
-    "Pipeline": "pipeline",
-    "RatingEmbeddings": "aesthetic",
-    "Sample": "decode",
-    "SamplingOptions": "options",
-    "Stage": "stages",
-    "Stages": "stages",
-    "interpolate": "interpolation",
-}
 __all__ = [
     "Aesthetic", "Model", "ModelOptions", "Pipeline", "RatingEmbeddings", "Sample", "SamplingOptions", "Stage",
     "Stages", "interpolate",
 ]  # fmt: skip
 
 
-def __getattr__(name: str) -> object:
-    """Return a public name, importing its module (PEP 562)."""
-    if name not in PLACES:
+def __getattr__(name: str) -> "Public":
+    """Return a public name whose module imports torch (PEP 562)."""
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return dict(inspect.getmembers(importlib.import_module(f"{__name__}.{PLACES[name]}")))[name]
+
+    from ldm_lab.sampling._public import PUBLIC
+
+    return PUBLIC[name]

@@ -41,7 +41,7 @@ class Sample:
 
 
 @torch.no_grad()
-def decode(model: Model, latents: Tensor, seeds: Sequence[int], tile: int | None = None) -> list[Sample]:
+def decode(model: Model, latents: Tensor, seeds: Sequence[int], tile: int | None) -> list[Sample]:
     """Return the pictures of latents [B, C, h, w]; if they are larger than a tile of latent elements, in tiles."""
     autoencoder, samples = model.autoencoder, []
     rounded = model.pixel_bound is not None  # models of pixels were trained on whole levels

@@ -80,8 +80,8 @@ INNER_WEIGHT = re.compile(r"\([^()]+:\d+(\.\d+)?\)")
 
 def our_flag(flag: str) -> str | None:
     """Return what the flag of another program is called here, in words; None for one that is not known."""
-    ours = FLAGS.get(flag.lstrip("-").partition("=")[0].lower().replace("_", "-"))
-    return None if ours is None else f"{flag.partition('=')[0]}: here it is {ours}"
+    ours = FLAGS.get(flag.lstrip("-").lower().replace("_", "-"))
+    return None if ours is None else f"{flag}: here it is {ours}"
 
 
 def our_sampler(name: str) -> str | None:

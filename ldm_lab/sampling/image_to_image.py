@@ -37,7 +37,7 @@ class InitImage:
 
     image: Image.Image
     strength: float
-    mask: Image.Image | None = None
+    mask: Image.Image | None
 
     def __post_init__(self) -> None:
         if self.mask is None:

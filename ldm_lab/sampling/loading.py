@@ -71,7 +71,7 @@ def load_model(path: str | Path, options: ModelOptions) -> Model:
         conditioner=conditioner,
         condition_sources=sources,
         dropout=config["conditioner"].get("dropout") or 0.0,
-        size=(int(side), int(side)) if side.isdecimal() else None,
+        image_size=(int(side), int(side)) if side.isdecimal() else None,
         guide_model=guide_model,
         noised_clip=clip,
         run_device=device,

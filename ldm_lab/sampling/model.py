@@ -36,7 +36,7 @@ class Model:
         conditioner: encodes prompts.
         condition_sources: what the denoiser is told besides, by name.
         dropout: share of the conditions that were dropped in training; guidance needs more than 0.
-        size: default height and width in pixels; None if nobody says.
+        image_size: default height and width in pixels, those of training; None if nobody says.
         guide_model: a worse denoiser of the same kind, to guide away from (autoguidance); None without.
         noised_clip: of CLIP guidance; None loads GLIDE's, released, when it is first needed.
         run_device: where to run; None is where the denoiser is.
@@ -51,7 +51,7 @@ class Model:
     conditioner: Conditioner
     condition_sources: Mapping[str, ConditionSource] = field(default_factory=dict)
     dropout: float = 0.0
-    size: tuple[int, int] | None = None
+    image_size: tuple[int, int] | None = None
     guide_model: Denoiser | None = None
     noised_clip: NoisedCLIP | None = None
     run_device: torch.device | None = None
@@ -98,7 +98,7 @@ class Model:
         Raises:
             UserError: no size known, or one that autoencoder and denoiser do not divide.
         """
-        size = size or self.size
+        size = size or self.image_size
         if size is None:
             raise UserError("size: this checkpoint does not say what size it was trained at; give one (--size)")
         height, width = size

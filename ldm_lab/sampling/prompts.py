@@ -45,7 +45,7 @@ def parse_mix(entry: PromptMix) -> list[Prompt]:
     return [prompt for part in entry for prompt in parse_mix(part)]
 
 
-def prompt_weights(mixes: Sequence[Sequence[Prompt]], guidance: float, negative: bool = False) -> Tensor:
+def prompt_weights(mixes: Sequence[Sequence[Prompt]], guidance: float, with_negative: bool = False) -> Tensor:
     """Return the weights of N pictures' prompts, float64 [N, k], 0 where a picture has fewer than k.
 
     With a negative prompt there is one more column, at the end: what the others leave over.
@@ -53,7 +53,7 @@ def prompt_weights(mixes: Sequence[Sequence[Prompt]], guidance: float, negative:
     Args:
         mixes: the prompts of each picture.
         guidance: weight of those without one.
-        negative: whether there is a negative prompt.
+        with_negative: whether there is a negative prompt.
 
     Raises:
         UserError: a weight that is not finite.
@@ -63,7 +63,7 @@ def prompt_weights(mixes: Sequence[Sequence[Prompt]], guidance: float, negative:
     weights = torch.tensor([row + [0.0] * (longest - len(row)) for row in rows], dtype=torch.float64)  # [N, k]
     if not weights.isfinite().all():
         raise UserError("guidance and weights have to be finite numbers")
-    if negative and rows:
+    if with_negative and rows:
         return torch.cat([weights, null_condition_weight(weights)[:, None]], dim=1)  # [N, k + 1]
     return weights
 
@@ -89,8 +89,8 @@ class PromptBatch:
         model: Model,
         mixes: Sequence[Sequence[Prompt]],
         guidance: float,
-        negative: str | None = None,
-        aesthetic: Aesthetic | None = None,
+        negative: str | None,
+        aesthetic: Aesthetic | None,
     ) -> "PromptBatch":
         """Return the prompts of each picture, encoded.
 

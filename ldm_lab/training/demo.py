@@ -6,9 +6,11 @@ from typing import Annotated
 import torch
 from PIL import Image
 from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.utilities.types import STEP_OUTPUT
 
 from ldm_lab.config import PartSection, Plain, PositiveInt, register
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import grid, save_png
 from ldm_lab.prompts import read_prompts
 from ldm_lab.sampling import Model, Pipeline, SamplingOptions
@@ -54,7 +56,9 @@ class Demo(Callback):
         except UserError as error:
             raise UserError(f"demo: {error}") from None
 
-    def on_train_batch_end(self, trainer: Trainer, task: DiffusionTask, *_: object) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, task: DiffusionTask, outputs: STEP_OUTPUT, batch: Batch, index: int
+    ) -> None:
         step = trainer.global_step
         if step != self.done_at and (step == 1 or step % self.every == 0):
             self.done_at = step
@@ -92,5 +96,5 @@ def trained_model(task: DiffusionTask, size: tuple[int, int]) -> Model:
         conditioner=task.conditioner,
         condition_sources=task.sources,
         dropout=task.dropout,
-        size=size,
+        image_size=size,
     )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from ldm_lab.config import PositiveInt, register
@@ -36,7 +37,7 @@ class Reconstructions(Callback):
         self.levels = state_dict["levels"]
 
     def on_train_batch_end(
-        self, trainer: Trainer, task: LightningModule, outputs: object, batch: Batch, index: int
+        self, trainer: Trainer, task: LightningModule, outputs: STEP_OUTPUT, batch: Batch, index: int
     ) -> None:
         if not trainer.is_global_zero:
             return

@@ -58,7 +58,7 @@ def stage(recorded: Case, part: str, folder: Path) -> Pipeline:
         GlideText(text_size=config["model"]["text_ctx"]),
         build_sources({"low_res": {}} if "low_res" in net.spec else {}),
         dropout=0.1,
-        size=(config["side"], config["side"]),
+        image_size=(config["side"], config["side"]),
     )
     return Pipeline(model)
 
