@@ -57,7 +57,7 @@ def on_mixture(stds: list[float]) -> Callable[[dict[str, Any]], tuple[Tensor, in
     """Return a function of a sampler: what it makes of fixed noise, [1, 4, 16, 16], and the number of model calls."""
     deviations = torch.tensor(stds, dtype=torch.float64)  # [2]
 
-    def sample(section: dict[str, Any]) -> tuple[Tensor, int]:
+    def sample(config: dict[str, Any]) -> tuple[Tensor, int]:
         calls = []
 
         def counted(x: Tensor, t: Tensor) -> Prediction:
@@ -65,7 +65,7 @@ def on_mixture(stds: list[float]) -> Callable[[dict[str, Any]], tuple[Tensor, in
             return mixture(x, t, deviations)
 
         x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        return build("sampler", section).sample(counted, x, schedule=Cosine()), len(calls)
+        return build("sampler", config).sample(counted, x, schedule=Cosine()), len(calls)
 
     return sample
 
@@ -73,10 +73,10 @@ def on_mixture(stds: list[float]) -> Callable[[dict[str, Any]], tuple[Tensor, in
 def on_model(pipeline: Pipeline, prompts: list[str], guidance: float) -> Callable[[dict[str, Any]], tuple[Tensor, int]]:
     """Return the same for a trained model's latents [N, C, h, w], one per prompt, seeds 0, 1, 2, ..."""
 
-    def sample(section: dict[str, Any]) -> tuple[Tensor, int]:
+    def sample(config: dict[str, Any]) -> tuple[Tensor, int]:
         calls = []
         hook = pipeline.model.denoiser.register_forward_pre_hook(lambda *_: calls.append(None))
-        request = pipeline.check(prompts, SamplingOptions(guidance=guidance, sampler=section))
+        request = pipeline.check(prompts, SamplingOptions(guidance=guidance, sampler=config))
         draws = [Draw(i, i) for i in range(len(prompts))]
         latents = pipeline.latents(request, pipeline.encode(request), draws)  # [N, C, h, w]
         hook.remove()

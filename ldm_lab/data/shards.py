@@ -17,19 +17,19 @@ from contextlib import closing
 from importlib.util import find_spec
 from lzma import LZMAError
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import braceexpand
 from webdataset.gopen import gopen, gopen_schemes
 from webdataset.tariterators import base_plus_ext
 
-from ldm_lab.config import part_class, register
+from ldm_lab.config import NonNegativeInt, PartMapping, part_class, register
 from ldm_lab.data.order import Order, shuffled
 from ldm_lab.data.source import DUPLICATE, IMAGE_EXTENSIONS, ImageSource, LeftOut, Raw, Skip, caption_of
 from ldm_lab.errors import UserError, unknown
 from ldm_lab.io.atomic import atomic_write
 from ldm_lab.io.http import open_url
-from ldm_lab.rules.rule import build_rules, check_rules
+from ldm_lab.rules.rule import build_rules
 from ldm_lab.rules.sample import SampleRow, broken_rules
 
 RUN = 4  # a run of shards that are shuffled together ends once it has this many times the shuffle buffer
@@ -46,7 +46,7 @@ class ShardSource(ImageSource):
 
     unit = "shards"
 
-    def __init__(self, *, shuffle_buffer: int = 1000, **common: Any):
+    def __init__(self, *, shuffle_buffer: NonNegativeInt = 1000, **common: Any):
         super().__init__(**common)
         self.shuffle_buffer = shuffle_buffer
 
@@ -99,25 +99,27 @@ class WebDataset(ShardSource):
     """
 
     def __init__(
-        self, *, shards: str | list[str], rules: dict[str, Any] | None = None, scores: str | None = None, **common: Any
+        self,
+        *,
+        shards: str | list[str],
+        rules: Annotated[dict[str, Any] | None, PartMapping("rule")] = None,
+        scores: str | None = None,
+        **common: Any,
     ):
         super().__init__(**common)
         self.shards = [shards] if isinstance(shards, str) else shards
         self.rules, self.scores = build_rules(rules or {}), scores
 
     @staticmethod
-    def check(section: dict[str, Any]) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        problems = ImageSource.check(section)
-        rules = section.get("rules") or {}
-        wrong = check_rules(rules)
-        if not wrong:
-            used = [name for name, options in rules.items() if options is not None]
-            across = [name for name in used if part_class("rule", name).across_rows]
-            wrong = [f"rules.{name}: compares samples with each other, which a stream cannot" for name in across]
-        if section.get("scores") is not None and not rules:
-            wrong.append("scores: only rules ask for them, and there are none")
-        return problems + wrong
+    def check(options: dict[str, Any]) -> list[str]:
+        """Return what is wrong across the options."""
+        rules = options["rules"] or {}
+        used = [name for name, its in rules.items() if its is not None]
+        across = [name for name in used if part_class("rule", name).across_rows]
+        problems = [f"rules.{name}: compares samples with each other, which a stream cannot" for name in across]
+        if options["scores"] is not None and not rules:
+            problems.append("scores: only rules ask for them, and there are none")
+        return problems
 
     def list_shards(self) -> list[str]:
         addresses = expand(self.shards)
