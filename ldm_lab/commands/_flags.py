@@ -15,7 +15,6 @@ from ldm_lab.config.bounds import TypeForm, problem
 from ldm_lab.config.reading import Option
 from ldm_lab.errors import UserError
 
-
 NAME_OF_FLAG = re.compile("[^=]*")
 
 
