@@ -184,8 +184,8 @@ class ClassSource:
     def options(self) -> dict[str, Option]:
         """Return the keyword-only constructor arguments by name; of a dataclass its fields.
 
-        Another class without a constructor has those of its base class. A `**common` in a constructor stands for those of
-        the base class that it does not name itself. Raises Unreadable.
+        Another class without a constructor has those of its base class. A `**common` in a constructor stands for those
+        of the base class that it does not name itself. Raises Unreadable.
         """
         init = next((n for n in self.node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
         if init is None and any("dataclass" in ast.unparse(decorator) for decorator in self.node.decorator_list):
