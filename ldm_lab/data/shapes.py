@@ -20,7 +20,8 @@ from annotated_types import Ge, Interval
 from PIL import Image, ImageDraw
 
 from ldm_lab.config import PositiveInt, Share, register
-from ldm_lab.data.shards import ShardSource, write_shard
+from ldm_lab.data.shard_source import ShardSource
+from ldm_lab.data.tar import write_shard
 from ldm_lab.errors import UserError
 
 # Near the corners of the RGB cube, so that jitter, blur and compression leave them apart.

@@ -21,6 +21,6 @@ class Language(Rule):
     def __init__(self, *, keep: Annotated[list[str], MinLen(1)]):
         self.keep = [language.strip().lower() for language in keep]
 
-    def broken(self, row: Row[V]) -> dict[str, V]:
+    def violations(self, row: Row[V]) -> dict[str, V]:
         language = row.text("language").strip().lower()
         return {"language": ~language.isin(self.keep), "missing_tag": language.isnull()}
