@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from ldm_lab.checkpoints.embedders import describe, embedder_of
 from ldm_lab.checkpoints.importer import kind_of
 from ldm_lab.checkpoints.parts import find_weights, load_part, weights_path
+from ldm_lab.conditioners.embedding import EmbeddingConditioner
 from ldm_lab.config import check_section, part_class, parts
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import EmbeddingConditioner
 
 Prepare = Callable[[Image.Image], Tensor]
 

@@ -15,13 +15,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny import make_run, run_program
 
+from ldm_lab.batch import Batch
 from ldm_lab.checkpoints.files import read_safetensors
 from ldm_lab.checkpoints.formats import open_clip_weights
 from ldm_lab.checkpoints.parts import load_part, save_part, weights_sha256
 from ldm_lab.conditioners.clip import CLIP
 from ldm_lab.config import build, check_section, describe_parts
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Batch
 from ldm_lab.io.atomic import sha256
 from ldm_lab.io.images import to_tensor
 from ldm_lab.sampling import ModelOptions, Pipeline, SamplingOptions

@@ -6,8 +6,8 @@ import torch
 
 from ldm_lab.checkpoints.models import save_model
 from ldm_lab.condition_sources import build_sources, given_conditions
+from ldm_lab.conditions import ConditionSpec, Embedding, ImageCondition, TokenIds
 from ldm_lab.config import build
-from ldm_lab.interfaces import ConditionSpec, Embedding, ImageCondition, TokenIds
 from ldm_lab.sampling import Model, Pipeline
 
 SIDE, FACTOR = 16, 2

@@ -26,7 +26,7 @@ ShareBelowOne = Annotated[float, Interval(ge=0, lt=1)]
 
 WORDS: dict[TypeForm, str] = {
     int: "whole number", float: "number", str: "text", bool: "true or false", dict: "section", list: "list",
-    None: "null", types.NoneType: "null", Any: "anything",
+    None: "null", types.NoneType: "null", Any: "anything", Plain: "anything",
 }  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def constraints_of(annotation: TypeForm) -> Iterator[BaseMetadata | PartSection 
 def _is_of(value: Plain, annotation: TypeForm) -> bool:
     """Return whether a value is of a type; bounds count inside lists and mappings alone."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation is Any:
+    if annotation is Any or annotation is Plain:
         return True
     if annotation is None or annotation is types.NoneType:
         return value is None

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ldm_lab.conditions import Conditions
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Conditions
 from ldm_lab.sampling.decode import Sample
 from ldm_lab.sampling.options import NOT_INTERPOLATED, SamplingOptions
 from ldm_lab.sampling.pipeline import Draw, Pipeline, Progress

@@ -11,9 +11,10 @@ from ldm_lab.checkpoints.formats import noised_clip
 from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.parts import load_part, load_strictly, weights_path, weights_sha256
 from ldm_lab.condition_sources import build_sources, given_conditions
+from ldm_lab.conditions import ConditionSpec
 from ldm_lab.config import build
 from ldm_lab.errors import UserError, first_line
-from ldm_lab.interfaces import ConditionSpec, Denoiser, check_conditions
+from ldm_lab.interfaces import Denoiser, check_conditions
 from ldm_lab.pretrained.resolve import check_untrusted, resolve_weights
 from ldm_lab.sampling.model import Model
 from ldm_lab.sampling.options import ModelOptions

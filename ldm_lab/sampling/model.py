@@ -10,19 +10,10 @@ from torch import Tensor, nn
 
 from ldm_lab.checkpoints.embedders import embedder_of
 from ldm_lab.checkpoints.formats import noised_clip
+from ldm_lab.conditions import Conditions, Embedding, ImageCondition
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.noised_clip import NoisedCLIP
-from ldm_lab.interfaces import (
-    Autoencoder,
-    Conditioner,
-    Conditions,
-    ConditionSource,
-    Denoiser,
-    Embedding,
-    ImageCondition,
-    Objective,
-    Prediction,
-)
+from ldm_lab.interfaces import Autoencoder, Conditioner, ConditionSource, Denoiser, Objective, Prediction
 
 
 @dataclass

@@ -10,13 +10,14 @@ from einops import repeat
 from PIL import Image
 from torch import Tensor
 
+from ldm_lab.conditions import ConditionRequest, Conditions
 from ldm_lab.guidance.base import Wrapper
 from ldm_lab.guidance.classifier_free import guided
 from ldm_lab.guidance.clip import ClipGradient, ClipGuidance
 from ldm_lab.guidance.inpaint import Inpaint
 from ldm_lab.guidance.stack import stack
 from ldm_lab.guidance.thresholding import StaticThresholding
-from ldm_lab.interfaces import Callback, ConditionRequest, Conditions, Predict, Schedule
+from ldm_lab.interfaces import Callback, Predict, Schedule
 from ldm_lab.sampling import rerank
 from ldm_lab.sampling.decode import Sample, decode
 from ldm_lab.sampling.image_to_image import TruncatedSchedule

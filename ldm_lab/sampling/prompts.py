@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm_lab.conditions import Conditions
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.classifier_free import null_condition_weight, unguided_weights
-from ldm_lab.interfaces import Conditions
 from ldm_lab.prompts import Prompt, parse_prompt
 from ldm_lab.sampling.aesthetic import Aesthetic
 from ldm_lab.sampling.model import Model

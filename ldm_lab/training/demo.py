@@ -8,9 +8,9 @@ from PIL import Image
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.utilities.types import STEP_OUTPUT
 
+from ldm_lab.batch import Batch
 from ldm_lab.config import PartSection, Plain, PositiveInt, register
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import grid, save_png
 from ldm_lab.prompts import read_prompts
 from ldm_lab.sampling import Model, Pipeline, SamplingOptions

@@ -9,9 +9,9 @@ from pytorch_lightning import Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
+from ldm_lab.batch import Batch
 from ldm_lab.condition_sources.low_res import shrink
 from ldm_lab.config import PartSection, Plain, PositiveInt, register
-from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import grid, save_png, to_images
 from ldm_lab.sampling import Pipeline, SamplingOptions
 from ldm_lab.sampling.options import SUPER_RESOLUTION_DEMO

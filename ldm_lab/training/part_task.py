@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ldm_lab.batch import Batch
 from ldm_lab.checkpoints.files import is_safetensors, read_pickled
 from ldm_lab.checkpoints.parts import FORMAT, find_weights, read_part, save_part
 from ldm_lab.config import PartConfig, RunConfig, use_keys
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Batch
 from ldm_lab.training.task import Task
 
 

@@ -8,8 +8,8 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
+from ldm_lab.batch import Batch
 from ldm_lab.config import PositiveInt, register
-from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import grid, save_png, to_images
 from ldm_lab.training.logs import log_images
 

@@ -15,8 +15,8 @@ from ldm_lab.checkpoints.formats import diffusers_vae
 from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.parts import load_part, load_strictly
 from ldm_lab.condition_sources import build_sources, given_conditions
+from ldm_lab.conditions import Embedding
 from ldm_lab.config import build
-from ldm_lab.interfaces import Embedding
 from ldm_lab.schedules.discrete import beta_table
 
 NETWORK = 1e-5  # relative L2 that a float32 port may be away

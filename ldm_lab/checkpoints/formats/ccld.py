@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ldm_lab.checkpoints.formats import cloob_pickle
 from ldm_lab.checkpoints.third_party import part_of, read_state_dict
+from ldm_lab.conditions import Embedding
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Embedding
 
 MAPPING_FEATURES, PIXEL_FEATURES = 128, 16  # Fourier features of t beside the embedding, and beside the latent
 FIRST = "net.0.main.0.weight"

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from ldm_lab.checkpoints.third_party import read_state_dict
+from ldm_lab.conditions import ConditionKind, ConditionSpec, Embedding, ImageCondition, TokenIds
 from ldm_lab.errors import UserError, unknown
-from ldm_lab.interfaces import ConditionKind, ConditionSpec, Embedding, ImageCondition, TokenIds
 
 FIRST, LAST, TEXT = "input_blocks.0.0.weight", "out.2.weight", "transformer_proj.weight"
 PREFIXES = ("_orig_mod.", "module.")  # of torch.compile, of DistributedDataParallel
