@@ -8,7 +8,7 @@ import tiny_glide
 import torch
 from tiny import DENOISER, ROOT, embedding, make_parts, make_run
 
-from ldm_lab.checkpoints.models import save_model
+from ldm_lab.checkpoints.native import save_model
 from ldm_lab.config import build
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from tiny import DENOISER, ROOT, embedding, make_parts, run_program
 
-from ldm_lab.checkpoints.models import save_model
+from ldm_lab.checkpoints.native import save_model
 from ldm_lab.commands import sample
 from ldm_lab.config import build, parts, signature_options
 from ldm_lab.io.images import center_crop_to

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from ldm_lab.checkpoints.models import save_model
+from ldm_lab.checkpoints.native import save_model
 from ldm_lab.condition_sources import build_sources, given_conditions
 from ldm_lab.conditions import ConditionSpec, Embedding, ImageCondition, TokenIds
 from ldm_lab.config import build

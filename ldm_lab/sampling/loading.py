@@ -2,14 +2,14 @@
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm_lab.checkpoints.formats import noised_clip
+from ldm_lab.checkpoints.importer import Section
 from ldm_lab.checkpoints.models import read_model
-from ldm_lab.checkpoints.parts import load_part, load_strictly, weights_path, weights_sha256
+from ldm_lab.checkpoints.parts import has_weights, load_part, load_strictly, weights_sha256
 from ldm_lab.condition_sources import build_sources, given_conditions
 from ldm_lab.conditions import ConditionSpec
 from ldm_lab.config import build
@@ -104,7 +104,7 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def _load_denoiser(
-    config: dict[str, Any], state: dict[str, Tensor], path: str | Path, channels: int, given: ConditionSpec
+    config: Section, state: dict[str, Tensor], path: str | Path, channels: int, given: ConditionSpec
 ) -> Denoiser:
     """Return the denoiser of a model file, frozen, on the CPU."""
     denoiser: Denoiser = build("denoiser", config["denoiser"], channels, given)
@@ -114,8 +114,8 @@ def _load_denoiser(
 
 
 def _load_frozen(
-    role: str, config: dict[str, Any], moved: str | Path | None, model: Path, extra: dict[str, str]
-) -> tuple[nn.Module, dict[str, Any]]:
+    role: str, config: Section, moved: str | Path | None, model: Path, extra: dict[str, str]
+) -> tuple[nn.Module, Section]:
     """Return a frozen part of a checkpoint, and its config; warn if its weights are not those of training.
 
     Args:
@@ -132,7 +132,7 @@ def _load_frozen(
         if moved is None:
             check_untrusted(config.get("weights"), f"{role}.weights")
         part = load_part(role, config)
-        if weights_path(role, config) is None and any(True for _ in part.parameters()):
+        if any(True for _ in part.parameters()) and not has_weights(role, config):
             raise UserError("the file does not say where its weights are")
         checksum = weights_sha256(role, config) if extra.get(role) else None
     except UserError as error:
@@ -144,7 +144,7 @@ def _load_frozen(
     return part, config
 
 
-def _beside(model: Path, role: str, config: dict[str, Any]) -> Path | None:
+def _beside(model: Path, role: str, config: Section) -> Path | None:
     """Return the weights file beside a model's that stands for one that is not where its config says."""
     weights = config.get("weights")
     if not isinstance(weights, str) or "://" in weights or not Path(weights).suffix:
