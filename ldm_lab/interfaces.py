@@ -139,6 +139,25 @@ class Part:
         """
         return None
 
+    @staticmethod
+    def weights_identity(config: dict[str, Any]) -> str | None:
+        """Return what pins the weights that a part brings along itself, such as a sha256 or a repository's revision.
+
+        They are in no file that the config names: a part with this loads them by `load_pretrained`. Checkpoints and
+        caches keep it in place of a file's checksum. None for all other parts.
+
+        Raises:
+            UserError: the weights are not there.
+        """
+        return None
+
+    def load_pretrained(self) -> None:
+        """Load the weights that the part brings along itself (`weights_identity`), once it is built.
+
+        Raises:
+            UserError: they are not there, damaged, or other ones.
+        """
+
     def convert_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return weights under the names that they are published with as this part's state dict."""
         return state
@@ -148,8 +167,8 @@ class Part:
         return {}
 
     @staticmethod
-    def check(config: dict[str, Any]) -> list[str]:
-        """Return what is wrong across the keys of a config, each as "key: what". Bounds stand in the annotations."""
+    def check(options: dict[str, Any]) -> list[str]:
+        """Return what is wrong across the options, each as "key: what". Bounds stand in the annotations."""
         return []
 
 
@@ -230,7 +249,10 @@ class Conditioner(Part, nn.Module):
 
     Attributes:
         spec: what it gives.
+        is_unconditional: whether it says nothing, whatever it is asked.
     """
+
+    is_unconditional: ClassVar[bool] = False
 
     @property
     def spec(self) -> ConditionSpec:

@@ -10,7 +10,8 @@ from PIL import Image
 from tiny import CLOOB, ROOT, embedding, make_run, run_program
 
 from ldm_lab.checkpoints.files import read_pickled, read_safetensors
-from ldm_lab.checkpoints.parts import load_fitting, load_part, save_part
+from ldm_lab.checkpoints.native import save_part
+from ldm_lab.checkpoints.parts import load_fitting, load_part
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
 
@@ -124,7 +125,16 @@ def test_the_recipe_on_a_small_model(program, trained, layouts):
     recipe = ROOT / "configs/ccld_finetune.yaml"
     prompts = f"demo.prompts={ROOT / 'configs/demo_prompts.txt'}"
     code, out, err = program(
-        "train", "--config", recipe, "data.path=images", *small, *here, *released, *run, prompts, "demo.sampler.steps=2"
+        "train",
+        "--config",
+        recipe,
+        "data.path=images",
+        *small,
+        *here,
+        *released,
+        *run,
+        prompts,
+        "demo.sampling.sampler.steps=2",
     )
     assert code == 0, err
     assert "stays as initialised" not in out

@@ -17,14 +17,15 @@ from tiny import make_run, run_program
 
 from ldm_lab.batch import Batch
 from ldm_lab.checkpoints.files import read_safetensors
-from ldm_lab.checkpoints.formats import open_clip_weights
-from ldm_lab.checkpoints.parts import load_part, save_part, weights_sha256
+from ldm_lab.checkpoints.native import save_part
+from ldm_lab.checkpoints.parts import load_part, weights_sha256
+from ldm_lab.checkpoints.torchscript import read_torchscript
 from ldm_lab.conditioners.clip import CLIP
 from ldm_lab.config import build, check_section, describe_parts
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import sha256
 from ldm_lab.io.images import to_tensor
-from ldm_lab.sampling import Sampler
+from ldm_lab.sampling import ModelOptions, Pipeline, SamplingOptions
 
 ARCHITECTURE = {
     "embed_dim": 12,
@@ -212,7 +213,7 @@ def test_torchscript_archives_are_read_as_torch_reads_them(folder, clip, tmp_pat
     traced = torch.jit.trace_module(model, {"encode_text": torch.zeros(1, 10, dtype=torch.long)})
     for path, kind in ((tmp_path / "float.pt", torch.float32), (tmp_path / "half.pt", torch.float16)):
         traced.to(kind).save(path)
-        tensors, expected = open_clip_weights.read_torchscript(path), torch.jit.load(path).state_dict()
+        tensors, expected = read_torchscript(path), torch.jit.load(path).state_dict()
         assert tensors.keys() >= expected.keys()
         assert all(tensors[name].dtype == kind and tensors[name].equal(expected[name]) for name in expected)
         part = load_part("conditioner", {"name": "clip", "model": NAME, "weights": str(path)})
@@ -425,12 +426,12 @@ def test_published_weights_in_training_sampling_and_caches(published, program, t
         assert code == 0, err
         assert ("encoding" in out) == (run == "first")
     checkpoint = tmp_path / "runs" / "second" / "ema.safetensors"
-    ask = {"prompts": ["a", "b"], "sampler": {"name": "ddim", "steps": 2}, "seeds": [1, 2]}
-    images = Sampler.from_checkpoint(checkpoint)(**ask)
+    prompts, options = ["a", "b"], SamplingOptions(sampler={"name": "ddim", "steps": 2}, seed=1)
+    images = Pipeline.from_checkpoint(checkpoint)(prompts, options)
     other = open_clip.create_model(NAME).state_dict()
     torch.save(other, tmp_path / "other.pt")
     assert "trained with" not in caplog.text
-    moved = Sampler.from_checkpoint(checkpoint, conditioner=tmp_path / "other.pt")(**ask)
+    moved = Pipeline.from_checkpoint(checkpoint, ModelOptions(conditioner=tmp_path / "other.pt"))(prompts, options)
     assert "other.pt: not the conditioner file that the model was trained with" in caplog.text
     assert images[0].tobytes() != moved[0].tobytes()
     architecture = {**ARCHITECTURE, "quick_gelu": True}
@@ -441,7 +442,7 @@ def test_published_weights_in_training_sampling_and_caches(published, program, t
 
 
 def test_a_checkpoint_cannot_make_open_clip_read_folders(folder, program, tmp_path, monkeypatch):
-    from ldm_lab.checkpoints.models import save_model
+    from ldm_lab.checkpoints.native import save_model
 
     for i, section in enumerate([{"model": f"local-dir:{folder}"}, {"model": NAME, "pretrained": str(folder)}]):
         config = {

@@ -12,7 +12,8 @@ from tiny_glide import TEXT, UNET, conditions
 
 from ldm_lab import ema
 from ldm_lab.checkpoints.files import read_pickled, read_safetensors
-from ldm_lab.checkpoints.models import read_model, save_model
+from ldm_lab.checkpoints.models import read_model
+from ldm_lab.checkpoints.native import save_model
 from ldm_lab.condition_sources.low_res import LowRes, shrink
 from ldm_lab.config import RunConfig, build, check, load, to_yaml
 from ldm_lab.data.shapes import write_shards
@@ -65,7 +66,7 @@ def model_of(folder, run="tiny", name="model"):
 
 @pytest.mark.slow
 def test_a_base_model_is_trained_and_sampled_in_words(tmp_path):
-    demo = {"prompts": str(tmp_path / "prompts.txt"), "every": 3, "sampler": {"name": "ddpm", "steps": 2}}
+    demo = {"prompts": str(tmp_path / "prompts.txt"), "every": 3, "sampling": {"sampler": {"name": "ddpm", "steps": 2}}}
     done = train(tmp_path, demo=demo)
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / "runs/tiny/metrics.csv").open()))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ldm_lab.checkpoints.parts import save_part
+from ldm_lab.checkpoints.native import save_part
 from ldm_lab.conditions import ConditionSpec, Embedding
 from ldm_lab.config import build, to_yaml
 from ldm_lab.data.shapes import write_shards

@@ -31,7 +31,7 @@ def write_autoencoder(layout: str, recorded, folder: Path) -> Path:
         levels = len(config["ddconfig"]["ch_mult"])
         renamed = {}
         for name, value in weights.items():
-            theirs = diffusers_vae.their_name(name, levels)
+            theirs = diffusers_vae.diffusers_name(name, levels)
             is_matrix = ".attentions." in theirs and value.ndim == 4
             renamed[theirs] = value[:, :, 0, 0].contiguous() if is_matrix else value
         save_file(renamed, folder / "diffusion_pytorch_model.safetensors")
