@@ -206,8 +206,8 @@ def test_buffers_are_not_among_the_weights(cloob):
         ({"patch_size": 3}, "image_size: 8 is no multiple of patch_size"),
         ({"image_heads": 3}, "image_width: 16 is no multiple of image_heads"),
         ({"text_heads": None}, "text_heads: has to be given"),
-        ({"text_layers": 0}, "text_layers: 0 is below 1"),
-        ({"text_size": 1}, "text_size: 1 has no room"),
+        ({"text_layers": 0}, "text_layers: at least 1 is needed, not 0"),
+        ({"text_size": 1}, "text_size: at least 2 is needed, not 1"),
     ],
 )
 def test_sizes_that_do_not_fit(options, message):

@@ -89,7 +89,7 @@ def test_two_processes_see_each_other_s_pairs(here):
     from ldm_lab.data.datamodule import DataModule
 
     config = load(yaml)
-    torch.manual_seed(config["seed"])
+    torch.manual_seed(config.seed)
     fresh = task(config)
     shares = []
     for rank in (0, 1):

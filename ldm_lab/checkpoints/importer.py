@@ -17,7 +17,7 @@ from ldm_lab.checkpoints.files import FORMAT, is_safetensors
 from ldm_lab.checkpoints.formats import ccld, cloob_pickle, compvis, diffusers_vae, glide, heads, open_clip_weights
 from ldm_lab.checkpoints.released_zip import is_release, opened
 from ldm_lab.checkpoints.third_party import read_state_dict
-from ldm_lab.config import MAPPINGS, USE_KEYS, check_mapping, check_section
+from ldm_lab.config import FROZEN, MAPPINGS, check_mapping, check_section
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.noised_clip import IMAGE_ONLY, TEXT_ONLY
 from ldm_lab.io.atomic import existing_file
@@ -138,7 +138,7 @@ def part_config(path: Path, metadata: dict[str, str]) -> tuple[str, dict[str, An
     if not isinstance(config, dict):
         raise UserError(f"{path}: its config is not readable")
     role = metadata.get("role")
-    if role not in ("model", *USE_KEYS):
+    if role not in ("model", *FROZEN):
         raise UserError(f"{path}: holds a part of an unknown role, {str(role)[:100]!r}")
     return role, config
 

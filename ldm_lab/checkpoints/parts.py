@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ldm_lab.checkpoints.files import FORMAT, is_safetensors, read_safetensors, write_safetensors
 from ldm_lab.checkpoints.formats import ccld, cloob_pickle, compvis, diffusers_vae, heads, open_clip_weights
 from ldm_lab.checkpoints.importer import KINDS, kind_of, part_config
-from ldm_lab.config import USE_KEYS, build, check_section, part_class
+from ldm_lab.config import build, check_section, part_class, use_keys
 from ldm_lab.errors import UserError, unknown
 from ldm_lab.interfaces import Autoencoder
 from ldm_lab.io.atomic import sha256
@@ -52,7 +52,7 @@ def save_part(
         dtype: of the stored weights; float16 halves the file. Single numbers, such as the latent std, stay exact.
     """
     role, name = module.part_role, module.part_name
-    architecture = {key: value for key, value in section.items() if key not in ("name", *USE_KEYS.get(role, {}))}
+    architecture = {key: value for key, value in section.items() if key not in ("name", *use_keys(role))}
     metadata = {
         "format": FORMAT,
         "role": role,
@@ -75,7 +75,7 @@ def load_part(role: str, section: dict[str, Any], read_weights: bool = True) -> 
     Raises:
         UserError: missing, damaged or foreign file; weights of another architecture.
     """
-    given = {key: value for key, value in section.items() if key not in USE_KEYS[role]}
+    given = {key: value for key, value in section.items() if key not in use_keys(role)}
     path = weights_path(role, section) if read_weights else None
     if path is None:
         module = build(role, given)

@@ -25,7 +25,7 @@ from ldm_lab.checkpoints.formats import ccld, diffusers_vae, glide
 from ldm_lab.checkpoints.importer import KINDS, Found, config_problems, part_config, recognise
 from ldm_lab.checkpoints.models import read_model, save_model
 from ldm_lab.checkpoints.parts import check_strictly, load_strictly, read_module, save_part
-from ldm_lab.config import build, options, part_class
+from ldm_lab.config import build, part_class, signature_options
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Autoencoder
 
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     if args.format == "diffusers":
         if module.part_name != "kl_f8":
             raise UserError(f"--format diffusers: is for autoencoders of kl_f8's kind, this is a {module.part_role}")
-        defaults = {key: known.default for key, known in options(type(module)).items()}
+        defaults = {key: known.default for key, known in signature_options(type(module)).items()}
         diffusers_vae.write(out, _in(dtype, module.state_dict()), {**defaults, **section})
     else:
         save_part(out, module, section, facts, dtype)

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from ldm_lab.checkpoints.parts import load_strictly
 from ldm_lab.checkpoints.released_zip import is_release, opened
 from ldm_lab.checkpoints.third_party import part_of, read_state_dict
-from ldm_lab.config import register
+from ldm_lab.config import NonNegativeFloat, NonNegativeInt, PositiveInt, register
 from ldm_lab.errors import UserError
 from ldm_lab.pretrained.resolve import resolve_weights
 
@@ -27,10 +27,10 @@ class Discriminator(nn.Module):
     def __init__(
         self,
         *,
-        start: int = 50_001,
-        weight: float = 0.5,
-        layers: int = 3,
-        base_channels: int = 64,
+        start: NonNegativeInt = 50_001,
+        weight: NonNegativeFloat = 0.5,
+        layers: PositiveInt = 3,
+        base_channels: PositiveInt = 64,
         loss: Literal["hinge", "vanilla"] = "hinge",
         weights: str | None = None,
     ) -> None:
@@ -60,14 +60,6 @@ class Discriminator(nn.Module):
         self.apply(_initialise)
         if weights is not None:
             self.load_released(weights)
-
-    @staticmethod
-    def check(section: dict) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        least = {"start": 0, "weight": 0, "layers": 1, "base_channels": 1}
-        return [
-            f"{k}: at least {low} is needed, not {section[k]}" for k, low in least.items() if section.get(k, low) < low
-        ]
 
     @property
     def min_size(self) -> int:
