@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from ldm_lab.batch import Batch
 from ldm_lab.clip_tokens import Encoding, tokenize
 from ldm_lab.conditioners.cloob import CLOOB, SelfAttention
 from ldm_lab.conditioners.none import NoConditioner
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import center_crop_to
 
 TINY = {

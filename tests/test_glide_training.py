@@ -12,7 +12,8 @@ from tiny_glide import TEXT, UNET, conditions
 
 from ldm_lab import ema
 from ldm_lab.checkpoints.files import read_pickled, read_safetensors
-from ldm_lab.checkpoints.models import read_model, save_model
+from ldm_lab.checkpoints.models import read_model
+from ldm_lab.checkpoints.native import save_model
 from ldm_lab.condition_sources.low_res import LowRes, shrink
 from ldm_lab.config import RunConfig, build, check, load, to_yaml
 from ldm_lab.data.shapes import write_shards

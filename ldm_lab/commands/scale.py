@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm_lab.checkpoints.parts import find_weights, load_part, read_part, save_part
+from ldm_lab.checkpoints.native import save_part
+from ldm_lab.checkpoints.parts import load_part, read_part
 from ldm_lab.commands._arguments import safetensors_file, whole_number
 from ldm_lab.config import RunConfig, build, load
 from ldm_lab.data.datamodule import DataModule
@@ -59,7 +60,7 @@ def architecture(section: Mapping[str, Any]) -> dict[str, Any]:
     """Return an autoencoder's section with what its weights file says about its architecture."""
     if not section.get("weights"):
         return dict(section)
-    return {**read_part(find_weights(section["weights"]), "autoencoder", section["name"])[1], **section}
+    return {**read_part(section["weights"], "autoencoder", section["name"]).config, **section}
 
 
 def image_batches(config: RunConfig, batches: int, batch_size: int) -> Iterator[Tensor]:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from ldm_lab.clip_tokens import SHOWN
 from ldm_lab.conditioners.clip_preprocess import CLIPPreprocessing, normalize_pixels, transformed
 from ldm_lab.conditioners.clip_tokenizers import CLIPTokenizer, HubTokenizer, adapted
+from ldm_lab.conditioners.embedding import EmbeddingConditioner
 from ldm_lab.conditioners.open_clip_config import (
     FAILURES,
     HUB,
@@ -30,7 +31,6 @@ from ldm_lab.conditioners.open_clip_config import (
 )
 from ldm_lab.config import check_options, register
 from ldm_lab.errors import UserError, first_line
-from ldm_lab.interfaces import EmbeddingConditioner
 
 PREFIX = "clip."  # of open_clip's names in this module's state dict
 

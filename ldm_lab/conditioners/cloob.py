@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from ldm_lab import clip_tokens
 from ldm_lab.conditioners.clip_preprocess import PIXEL_MEAN, PIXEL_STD, cropped, normalize_pixels
+from ldm_lab.conditioners.embedding import EmbeddingConditioner
 from ldm_lab.config import PositiveInt, check_options, register
-from ldm_lab.interfaces import EmbeddingConditioner
 
 HEAD_WIDTH = 64  # of all released towers
 

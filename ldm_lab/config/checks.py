@@ -73,6 +73,9 @@ def check_mapping(role: str, sections: Any, path: str, across_keys: bool = False
         if not isinstance(options, Mapping):
             problems.append(f"{path}.{name}: options are needed, such as {{}}, not {options!r}")
             continue
+        if options.get("name", name) != name:
+            problems.append(f"{path}.{name}.name: the key says which part this is, {name!r}, not {options['name']!r}")
+            continue
         check = check_section if across_keys else check_keys
         problems += [found.replace(f"{path}.{name}.name:", f"{path}.{name}:", 1) for found in check(
             role, {"name": name, **options}, f"{path}.{name}"

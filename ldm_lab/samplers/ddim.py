@@ -46,8 +46,8 @@ class DDIM(GridSampler):
 class ExtrapolatedDDIM(DDIM):
     """DDIM whose noise, not its clean estimate, is extrapolated from the step before: "dpm++" of glide-finetune.
 
-    It is none of the DPM-Solver++ family (`dpmpp_2m` is), and with any number of steps it does not converge to what
-    the model says: samples come out too smooth. It is here for those who know its pictures.
+    It does not belong to the DPM-Solver++ family (`dpmpp_2m` does), and with any number of steps it does not converge
+    to what the model says: samples come out too smooth. It is here for those who know its pictures.
     """
 
     history = 1

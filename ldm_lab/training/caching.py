@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ldm_lab.checkpoints.parts import load_part, weights_path, weights_sha256
+from ldm_lab.checkpoints.parts import has_weights, load_part, weights_sha256
 from ldm_lab.config import PartConfig, RunConfig, register
 from ldm_lab.data.cache import META, CacheWriter, complete, read_meta
 from ldm_lab.data.datamodule import DataModule
@@ -71,7 +71,7 @@ def make_cache(config: RunConfig, folder: Path, device: str | None = None) -> st
         UserError: frozen parts without weights, data that are a cache already, a folder that holds something else.
     """
     for role in ENCODERS:
-        if weights_path(role, config.get(role, {})) is None:
+        if role not in config or not has_weights(role, config[role]):
             raise UserError(f"{role}.weights: has to be given; a cache is made with trained parts")
     if "image_size" not in config["data"]:
         raise UserError("data: images are needed to make a cache, and this is one already")

@@ -8,8 +8,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.plugins.io import CheckpointIO
 
-from ldm_lab.checkpoints.files import read_pickled
-from ldm_lab.checkpoints.parts import FORMAT
+from ldm_lab.checkpoints.files import FORMAT, read_pickled
 from ldm_lab.config import NonNegativeInt, PositiveFloat, PositiveInt, register
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import atomic_write, existing_file

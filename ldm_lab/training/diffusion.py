@@ -9,8 +9,10 @@ from pytorch_lightning import Callback
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm_lab.checkpoints.models import read_model, save_model
-from ldm_lab.checkpoints.parts import FORMAT, load_part
+from ldm_lab.checkpoints.files import FORMAT
+from ldm_lab.checkpoints.models import read_model
+from ldm_lab.checkpoints.native import save_model
+from ldm_lab.checkpoints.parts import load_part
 from ldm_lab.condition_sources import build_sources, given_conditions
 from ldm_lab.config import ConditionerUse, RunConfig, register, signature_options
 from ldm_lab.errors import UserError

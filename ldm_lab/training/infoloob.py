@@ -7,7 +7,9 @@ import math
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from ldm_lab.config import PositiveFloat, register
 
@@ -103,8 +105,25 @@ def gather_rows(rows: Tensor) -> Tensor:
     world_size copies of the loss have for it; DDP's mean over ranks takes that factor out again, so that parameters
     end with the gradients of a single process with the whole batch.
     """
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+    if not dist.is_available() or not dist.is_initialized():
         return rows
-    from torch.distributed.nn.functional import all_gather
+    return GatherRows.apply(rows)  # [world_size * B, D]
 
-    return torch.cat(all_gather(rows))  # [world_size * B, D]
+
+class GatherRows(torch.autograd.Function):
+    """The rows of all ranks; going back, each rank gets the sum over ranks of what they have for its rows."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: Tensor) -> Tensor:
+        """Return [world_size * B, D] for [B, D], in rank order."""
+        rows = rows.contiguous()  # [B, D]
+        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]  # [B, D] each
+        dist.all_gather(gathered, rows)
+        return torch.cat(gathered)  # [world_size * B, D]
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
+        """Return the gradient of this rank's rows, [B, D]."""
+        total = gradient.clone(memory_format=torch.contiguous_format)  # [world_size * B, D]
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]  # [B, D]

@@ -6,11 +6,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ldm_lab.checkpoints.files import is_safetensors, read_pickled
-from ldm_lab.checkpoints.parts import FORMAT, find_weights, read_part, save_part
+from ldm_lab.batch import Batch
+from ldm_lab.checkpoints.importer import Section, detect_format
+from ldm_lab.checkpoints.native import save_part
+from ldm_lab.checkpoints.parts import read_part
 from ldm_lab.config import PartConfig, RunConfig, use_keys
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Batch
 from ldm_lab.training.task import Task
 
 
@@ -63,13 +64,11 @@ class PartTask(Task):
             path: a part's file (our own or a released one), or the `.ckpt` of a run of this task, of which the averaged
                 weights are taken if there are any.
         """
-        file = find_weights(path)
-        content = {} if is_safetensors(file) else _ckpt(file)
-        if FORMAT not in content:
-            return read_part(file, self.PART, self.model.part_name)[0], f"weights of {path}"
-        prefix = "model_ema." if any(n.startswith("model_ema.") for n in content["state_dict"]) else "model."
-        state = {n.removeprefix(prefix): t for n, t in content["state_dict"].items() if n.startswith(prefix)}
-        return state, f"weights of {path} (step {content['global_step']})"
+        found = detect_format(path)
+        if found.kind != "run":
+            return read_part(found, self.PART, self.model.part_name).state, f"weights of {path}"
+        run = found.importer.read_model(found.file, ema=True, overrides=Section())
+        return run.state, f"weights of {path} (step {run.extra['step']})"
 
     def export(self, folder: Path, dtype: torch.dtype) -> None:
         """Write the averaged network (the trained one if there is no average) as a part's file."""
@@ -78,11 +77,3 @@ class PartTask(Task):
     def facts(self) -> dict[str, str]:
         """Return what is written beside the exported weights."""
         return {"step": str(self.trainer.global_step)}
-
-
-def _ckpt(file: Path) -> dict[str, Any]:
-    """Return the content of a `.ckpt`, lazily; nothing for a file that only an importer can read."""
-    try:
-        return read_pickled(file, mmap=True)
-    except UserError:
-        return {}

@@ -5,8 +5,7 @@ from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from ldm_lab.checkpoints.files import read_pickled
-from ldm_lab.checkpoints.parts import FORMAT
+from ldm_lab.checkpoints.files import FORMAT, read_pickled
 from ldm_lab.config import NonNegativeFloat, RunConfig, register
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import existing_file

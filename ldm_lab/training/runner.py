@@ -10,8 +10,8 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from ldm_lab.checkpoints.files import read_pickled
-from ldm_lab.checkpoints.parts import FORMAT, load_fitting
+from ldm_lab.checkpoints.files import FORMAT, read_pickled
+from ldm_lab.checkpoints.parts import load_fitting
 from ldm_lab.config import NonNegativeFloat, PositiveInt, RunConfig, register, to_yaml
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.interfaces import Batch

@@ -10,7 +10,8 @@ from pytorch_lightning.loggers import WandbLogger
 from torch import Tensor, nn
 
 from ldm_lab import ema
-from ldm_lab.checkpoints.parts import FORMAT, load_strictly, weights_sha256
+from ldm_lab.checkpoints.files import FORMAT
+from ldm_lab.checkpoints.parts import load_strictly, weights_sha256
 from ldm_lab.config import FROZEN, RunConfig
 from ldm_lab.training.optim import Optim
 
@@ -20,7 +21,8 @@ class Task(LightningModule):
 
     A subclass is registered as `@register("task", name)` and
     - lists in ROLES the config sections that are its own (each a role of `ldm_lab.config`), in REQUIRED those that
-      have to be there, in NETWORK those that make the trained network what it is;
+      have to be there, in NETWORK those that make the trained network what it is, and says in PART the role of the
+      part that it trains, if it is one;
     - builds its parts in `__init__(config)` and hands the trained network to `set_model(model)`;
     - puts frozen networks into `self.frozen[role]`: they are moved to the device, but are neither trained, nor
       wrapped by DDP, nor saved;
@@ -36,6 +38,7 @@ class Task(LightningModule):
     ROLES: ClassVar[tuple[str, ...]] = ()
     REQUIRED: ClassVar[tuple[str, ...]] = ("data",)
     NETWORK: ClassVar[tuple[str, ...]] = ()
+    PART: ClassVar[str | None] = None
     SECTIONS: ClassVar[tuple[str, ...]] = ("data", "optim", "ema", "trainer", "checkpoint", "logging", "resume")
 
     def __init__(self, config: RunConfig, read_weights: bool = True) -> None:

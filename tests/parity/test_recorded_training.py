@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from ldm_lab import ema
 from ldm_lab.autoencoders.kl_f8 import split_moments
 from ldm_lab.checkpoints.formats import ccld
+from ldm_lab.checkpoints.opened import open_weights
 from ldm_lab.config import RunConfig, build
 from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import resize_and_crop, to_tensor
@@ -19,14 +20,14 @@ def test_training_step(case, tmp_path, monkeypatch):
     recorded = case("ccld_train")
     given, optimizer_config = recorded.inputs, recorded.json["optimizer"]
     torch.save(recorded.weights(), tmp_path / "unet.pth")
-    state, sizes, extra = ccld.read(tmp_path / "unet.pth")
+    state, sizes, shape = ccld.unet(open_weights(tmp_path / "unet.pth").read(), "unet.pth")
     config = RunConfig.from_dict(
         {
             "task": "diffusion",
             "data": {},
             "autoencoder": {"name": "kl_f8", "ch": 32, "ch_mult": [1], "num_res_blocks": 1,
-                            "embed_dim": extra["channels"], "latent_std": recorded.config["autoencoder_scale"]},
-            "conditioner": {"name": "none", "embed_dim": extra["conditions"]["embed"].width},
+                            "embed_dim": shape.channels, "latent_std": recorded.config["autoencoder_scale"]},
+            "conditioner": {"name": "none", "embed_dim": shape.conditions["embed"].width},
             "denoiser": {"name": "ccld_unet", **sizes},
             "objective": {"name": "v_cosine"},
             "optim": {key: optimizer_config[key] for key in ("lr", "weight_decay", "betas", "eps")},
