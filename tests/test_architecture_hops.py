@@ -4,7 +4,7 @@ A flow is a numbered list of `file:symbol`. From each hop to the next there has 
 class's name for its constructor). Where the call goes by another name, the callee's line says `(as NAME)`:
 
 - `(as model)`: an instance is called, and the callee is its `forward` or `__call__`;
-- `(as build("denoiser"))`: a registered class, built by its role;
+- `(as build("denoiser"))`: a registered class, built by its role; `(as info.load())`: by an expression that gives it;
 - `(as trainer.fit)`: a hook that Lightning calls;
 - `(handed on)`: the caller passes the function to what calls it;
 - `(from 3)`: the caller is line 3 of the flow, not the line before.
@@ -106,6 +106,8 @@ def leads(caller: ast.AST, callee: Hop, target: ast.AST) -> bool:
                 return True
         elif called == callee.alias or called.rpartition(".")[2] == callee.alias:
             own = callee.symbol.rpartition(".")[2]
+            if called == callee.alias and roles(target):
+                return True
             if own in ("forward", "__call__") or own in HOOKS.get(called.rpartition(".")[2], ()):
                 return True
     return False
@@ -151,6 +153,7 @@ def one(model, trainer, objective):
     model(1)
     trainer.fit(model)
     build("denoiser", 3)
+    config.load()(3)
     Thread(target=objective.three)
     return objective.four(2)
 """
@@ -170,6 +173,8 @@ def one(model, trainer, objective):
         (Hop("m", "Task.two_step", alias="trainer.fit"), False),
         (Hop("m", "Net", alias='build("denoiser")'), True),
         (Hop("m", "Net", alias='build("objective")'), False),
+        (Hop("m", "Net", alias="config.load()"), True),
+        (Hop("m", "Net", alias="config.read()"), False),
     ],
 )
 def test_calls_are_found(callee, found):
