@@ -106,7 +106,7 @@ def leads(caller: ast.AST, callee: Hop, target: ast.AST) -> bool:
                 return True
         elif called == callee.alias or called.rpartition(".")[2] == callee.alias:
             own = callee.symbol.rpartition(".")[2]
-            if called == callee.alias and roles(target):
+            if called == callee.alias and roles(target) and "." not in callee.symbol:
                 return True
             if own in ("forward", "__call__") or own in HOOKS.get(called.rpartition(".")[2], ()):
                 return True
