@@ -11,7 +11,7 @@ import pytest
 from tiny import run_program
 
 from ldm_lab.checkpoints import importer
-from ldm_lab.config import reading, registry
+from ldm_lab.config import registry
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -35,18 +35,18 @@ def registries(folder, monkeypatch):
     """What the page's files register is forgotten after the test."""
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
-    kept = [
-        (known, known.copy()) for known in (registry._registry, registry._imports, registry._read, importer._registry)
-    ]
-    modules = set(sys.modules)
     yield
-    for known, before in kept:
-        known.clear()
-        known.extend(before) if isinstance(known, list) else known.update(before)
-    for name in set(sys.modules) - modules:
-        if str(folder) in str(sys.modules[name]):
-            del sys.modules[name]
-    reading.module_source.cache_clear()
+    own = {path.stem for path in folder.glob("*.py")}
+    for key, info in list(registry._registry.items()):
+        if info.source is not None and info.source.module.name in own:
+            del registry._registry[key]
+    for kind, known in list(importer._registry.items()):
+        if type(known).__module__ in own:
+            del importer._registry[kind]
+    registry._imports[:] = [name for name in registry._imports if name not in own]
+    registry._read.difference_update(own)
+    for name in own & sys.modules.keys():
+        del sys.modules[name]
 
 
 @pytest.mark.parametrize("heading", [heading for heading, body in SECTIONS.items() if COMMANDS.search(body)])
