@@ -95,9 +95,10 @@ def problem(value: Plain, annotation: TypeForm) -> str | None:
         reasons.append(outside)
     if reasons:
         choices = [describe(m).removeprefix("one of ") for m in _members(annotation) if typing.get_origin(m) is Literal]
-        return f"{' or '.join(dict.fromkeys(reasons + choices))} is needed, not {value!r}"
-    needed = describe(annotation)
-    return f"{needed} is needed, not {value!r}"
+        needed = " or ".join(dict.fromkeys(reasons + choices))
+    else:
+        needed = describe(annotation)
+    return f"{needed} {'are' if needed.endswith('entries') else 'is'} needed, not {value!r}"
 
 
 def converted(value: Plain, annotation: TypeForm) -> Plain:
