@@ -142,9 +142,9 @@ def load_fitting(module: nn.Module, state: dict[str, Tensor], path: str | Path) 
     if sum(value.numel() for value in fits.values()) < 0.5 * sum(value.numel() for value in own.values()):
         load_strictly(module, state, path)  # says what is different
     module.load_state_dict({**own, **fits})
-    missing = [f"{name} stays as initialised: the file does not have it" for name in own if name not in state]
+    missing = [f"{name} stays as initialized: the file does not have it" for name in own if name not in state]
     other = [
-        f"{name} stays as initialised: {list(state[name].shape)} in the file, {list(own[name].shape)} here"
+        f"{name} stays as initialized: {list(state[name].shape)} in the file, {list(own[name].shape)} here"
         for name in own
         if name in state and name not in fits
     ]
