@@ -9,7 +9,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from ldm_lab.checkpoints.files import FORMAT, read_pickled
-from ldm_lab.config import NonNegativeInt, PositiveFloat, PositiveInt, register
+from ldm_lab.config import NonNegativeInt, Options, PositiveFloat, PositiveInt, register
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import atomic_write, existing_file
 from ldm_lab.training.finite import FiniteGuard
@@ -69,7 +69,7 @@ class Checkpointing(Callback):
         self.saved_when = 0.0  # on the monotonic clock
 
     @staticmethod
-    def check(options: dict[str, Any]) -> list[str]:
+    def check(options: Options) -> list[str]:
         """Return what is wrong across keys."""
         every, seconds, keep_every = (options[key] for key in ("every", "seconds", "keep_every"))
         every = every or (DEFAULT_EVERY if seconds is None else 1)
