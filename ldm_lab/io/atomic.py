@@ -73,6 +73,27 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
                 shutil.rmtree(folder)
 
 
+@contextlib.contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Hand out a new folder that appears at `path` when all of it is written; of several processes one wins.
+
+    Raises:
+        OSError: it cannot be written. A folder with files in it that is there by now is no error, and stays.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp's folders are closed to others
+        os.rename(temporary, path)
+    except OSError:
+        if not (path.is_dir() and any(path.iterdir())):
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def move_into_place(source: Path, path: Path) -> None:
     """Rename a finished file of the same folder, already fsynced, to what it is to be called; one there is replaced."""
     os.replace(source, path)

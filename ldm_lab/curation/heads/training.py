@@ -10,17 +10,13 @@ from torch.nn import functional as F
 from torchmetrics.functional import mean_absolute_error, mean_squared_error, pearson_corrcoef, spearman_corrcoef
 from tqdm import tqdm
 
-from ldm_lab.config import build
+from ldm_lab.config import PartConfig, build
 from ldm_lab.curation.heads.head import Head, l2_normalize
 from ldm_lab.errors import UserError
-from ldm_lab.io.json_files import Json
 
 LEAST = 10  # rated images, below which nothing can be said
 RIDGES = torch.logspace(-8, 2, 41, dtype=torch.float64)  # tried, in units of the mean eigenvalue
 LOGISTIC_RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # tried for probabilities
-
-
-PartConfig = dict[str, Json]  # the config of a part
 
 
 class Split(NamedTuple):
