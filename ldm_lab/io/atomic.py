@@ -75,23 +75,24 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """Hand out a new folder that appears at `path` when all of it is written; of several processes one wins.
+    """Hand out a folder that appears at `path` when all of it is written, unless another process was quicker.
 
-    Raises:
-        OSError: it cannot be written. A folder with files in it that is there by now is no error, and stays.
+    Then the other one's stays. Raises UserError when it cannot be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
         yield temporary
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp's folders are closed to others
+        os.chmod(temporary, 0o777 & ~_umask())
         os.rename(temporary, path)
-    except OSError:
+    except OSError as error:
         if not (path.is_dir() and any(path.iterdir())):
-            raise
+            raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None and temporary.exists():
+            shutil.rmtree(temporary)
 
 
 def move_into_place(source: Path, path: Path) -> None:
