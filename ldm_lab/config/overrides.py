@@ -26,7 +26,7 @@ def parse(word: str, example: str = "optim.lr=3e-6") -> tuple[str, DictConfig]:
         raise UserError(f"{word!r}: is written key=value, such as {example}")
     try:
         return key, OmegaConf.from_dotlist([word])
-    except (OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError) as error:
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
         raise UserError(f"{word!r}: {yaml_error(error)}") from None
 
 
