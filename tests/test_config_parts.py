@@ -189,7 +189,7 @@ def own_modules(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(registry, "_registry", dict(registry._registry))
-    monkeypatch.setattr(registry, "_read", set(registry._read))
+    monkeypatch.setattr(registry, "_read", registry._read - {registry.ENTRY_POINTS})
     monkeypatch.setattr(registry, "_imports", [])
     monkeypatch.setattr(registry, "broken", {})
     yield tmp_path
