@@ -23,7 +23,7 @@ from ldm_lab.training.caching import training_data
 from ldm_lab.training.checkpointing import LAST, Checkpointing, SafeCheckpointIO
 from ldm_lab.training.finite import FiniteGuard
 from ldm_lab.training.interrupt import STOPPED, Interrupt, seconds
-from ldm_lab.training.lock import locked
+from ldm_lab.training.lock import RunLock
 from ldm_lab.training.logs import Logging, StepProgress, say
 from ldm_lab.training.resume import Resume
 from ldm_lab.training.task import Task, gather
@@ -114,11 +114,12 @@ class Bookkeeping(Callback):
 
     data_states: list[dict[str, Any]] | None = None
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, lock: RunLock) -> None:
+        self.folder, self.lock = folder, lock
 
     def on_fit_start(self, trainer: Trainer, task: Task) -> None:
         if trainer.is_global_zero:  # not before all is known to be right: a mistake leaves no folder
+            self.lock.acquire()
             with atomic_write(self.folder / "config.yaml") as file:
                 file.write(to_yaml(task.run_config.to_dict()).encode())
 
@@ -188,11 +189,12 @@ def run(config: RunConfig) -> int:
     """
     config.check_across_keys()
     quiet_lightning()
-    with locked(RUNS / config.run):
-        return _run(config, RUNS / config.run)
+    folder = RUNS / config.run
+    with RunLock(folder) as lock:
+        return _run(config, folder, lock)
 
 
-def _run(config: RunConfig, folder: Path) -> int:
+def _run(config: RunConfig, folder: Path, lock: RunLock) -> int:
     resume: Resume = config.part("resume").build(folder)
     logging: Logging = config.part("logging").build()
     changes = resume.differences(config, config.task_class().NETWORK) if resume.path else []
@@ -201,7 +203,7 @@ def _run(config: RunConfig, folder: Path) -> int:
     options: TrainerOptions = config.part("trainer").build()
     finite = FiniteGuard(folder, logging.every)
     callbacks = RunCallbacks(
-        Bookkeeping(folder),
+        Bookkeeping(folder, lock),
         resume,
         finite,
         task.callbacks(folder),
@@ -217,13 +219,8 @@ def _run(config: RunConfig, folder: Path) -> int:
     announce(config, folder, resume.path, changes, task)
     with fail_together(trainer):
         trainer.fit(task, datamodule=data, ckpt_path=resume.path, weights_only=True)
-    report(
-        trainer,
-        folder,
-        data.summary(callbacks.bookkeeping.data_states),
-        callbacks.interrupt,
-        before.get("global_step", 0),
-    )
+    summary = data.summary(callbacks.bookkeeping.data_states)
+    report(trainer, folder, summary, callbacks.interrupt, before.get("global_step", 0))
     leave_process_group()
     # Only the first rank tells: Lightning kills it, perhaps while it saves, when another one leaves with a code.
     return STOPPED if callbacks.interrupt.stopping and trainer.is_global_zero else 0
