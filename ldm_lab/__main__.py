@@ -10,9 +10,13 @@ from ldm_lab import commands
 from ldm_lab.commands._arguments import Parser
 from ldm_lab.errors import run_program
 
+PROGRAMS = ("sample",)  # commands with a parser of their own: prompts may stand between flags
+
 
 def main() -> int | None:
     """Parse the command line and run the command."""
+    if sys.argv[1:2] and sys.argv[1] in PROGRAMS:
+        return _module(sys.argv[1]).main(sys.argv[2:])
     parser = Parser(prog="python -m ldm_lab", description=__doc__)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for path in sorted(Path(commands.__path__[0]).glob("[!_]*.py")):

@@ -222,7 +222,7 @@ def test_sample_py(model, program, tmp_path, monkeypatch):
         (["--aesthetic-weight", "1"], "--aesthetic-weight: belongs to aesthetic"),
         (["--aesthetic", "4", "--aesthetic-embeddings", "ratings"], "no such rating: 4"),
         (["--aesthetic", "9", "--aesthetic-embeddings", "laion"], "belongs to the embeddings of clip ViT-B-32"),
-        (["--aesthetic", "nine"], "argument --aesthetic: "),
+        (["--aesthetic", "nine"], "--aesthetic: "),
     ],
 )
 def test_sample_py_in_one_line(model, program, tmp_path, monkeypatch, golden_heads, args, message):

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn, Union, get_args, get_origin
 
+from ldm_lab.commands._arguments import Parser
 from ldm_lab.config import Plain
 from ldm_lab.config.bounds import TypeForm, problem
 from ldm_lab.config.reading import Option
@@ -18,21 +19,27 @@ from ldm_lab.errors import UserError
 NAME_OF_FLAG = re.compile("[^=]*")
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser without abbreviations whose errors are one line, with the name that is meant if it is known."""
+class FlagParser(Parser):
+    """A parser without abbreviations that answers unknown flags with the name that is meant, if that is known."""
 
-    def __init__(self, *, hint: Callable[[str], str | None] = lambda flag: None, **common: Plain) -> None:
-        """Take ArgumentParser's own arguments.
+    def __init__(self, *, prog: str, description: str, hint: Callable[[str], str | None]) -> None:
+        """Make a parser without any flags yet.
 
         Args:
+            prog: name of the program.
+            description: for the help.
             hint: an unknown flag -> what it is called here, in words; None if that is not known.
         """
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **common)
+        super().__init__(
+            prog=prog,
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         self.hint = hint
 
     def error(self, message: str) -> NoReturn:
-        """Raise UserError."""
-        raise UserError(f"{message} (--help explains)")
+        super().error(f"{message} (--help explains)")
 
     def parse_words(self, words: Sequence[str]) -> argparse.Namespace:
         """Return the parsed words; positional ones may stand between flags. Raises UserError."""

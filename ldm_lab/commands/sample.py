@@ -28,11 +28,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from annotated_types import Ge, Lt
-
-from ldm_lab.commands._flags import Parser, add_flags, given, read_value
+from ldm_lab.commands._arguments import whole_number
+from ldm_lab.commands._flags import FlagParser, add_flags, given
 from ldm_lab.config import Plain
 from ldm_lab.config.reading import Option
 from ldm_lab.config.registry import add_imports, infos, part_info
@@ -92,10 +91,10 @@ def run(args: argparse.Namespace) -> int:
 # ------------------------------------------------------------------------------------------------- the command line
 
 
-def parser() -> Parser:
+def parser() -> FlagParser:
     """Return the command line's description."""
-    p = Parser(prog="sample.py", description=__doc__, hint=our_flag)
-    whole = {"type": _whole, "metavar": "N"}
+    p = FlagParser(prog="sample.py", description=__doc__, hint=our_flag)
+    whole = {"type": whole_number(1), "metavar": "N"}
     add = p.add_argument
     add("texts", nargs="*", metavar="PROMPT", help="text or text:weight; several are mixed")
     add(
@@ -188,10 +187,6 @@ def _imports(words: Sequence[str]) -> list[str]:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--imports", action="append", default=[])
     return early.parse_known_args(list(words))[0].imports
-
-
-def _whole(written: str) -> int:
-    return read_value(Annotated[int, Ge(1), Lt(2**31)], written)
 
 
 # --------------------------------------------------------------------------------------------------------- prompts
