@@ -124,7 +124,7 @@ def test_a_model_of_parts_knows_the_width_alone(parts, model, tmp_path):
     RatingEmbeddings({9: torch.ones(8) / 8**0.5}, model[1].embedder).save(tmp_path / "narrow.safetensors")
     with pytest.raises(UserError, match="width 8"):
         pipeline.check(["a fox"], SamplingOptions(aesthetic=9, aesthetic_embeddings=tmp_path / "narrow.safetensors"))
-    with pytest.raises(UserError, match="aesthetic_embeddings says which"):
+    with pytest.raises(UserError, match="aesthetic_embeddings has to"):
         pipeline.check(["a fox"], SamplingOptions(aesthetic=9))
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Annotated, Literal, NoReturn, Union, get_args, get_origin
 
 from ldm_lab.commands._arguments import Parser
-from ldm_lab.config import Plain
 from ldm_lab.config.bounds import TypeForm, problem
 from ldm_lab.config.reading import Option
 from ldm_lab.errors import UserError
+from ldm_lab.sampling.options import OptionValue, OptionValues
 
-NAME_OF_FLAG = re.compile("[^=]*")
+FlagValue = int | float | str
 
 
 class FlagParser(Parser):
@@ -47,7 +47,7 @@ class FlagParser(Parser):
         for word in words:
             if word == "--":
                 break
-            flag = NAME_OF_FLAG.match(word)[0]
+            flag = re.sub("=.*", "", word)
             if not flag.startswith("-") or flag in known or not flag.lstrip("-")[:1].isalpha():
                 continue
             if ours := self.hint(flag):
@@ -93,10 +93,10 @@ def add_flags(group: argparse._ArgumentGroup, options: Mapping[str, Option], pre
         )
 
 
-def read_value(annotation: TypeForm, written: str) -> Plain:
+def read_value(annotation: TypeForm, written: str) -> FlagValue:
     """Return the value that is written, of a type and within its bounds. Raises ArgumentTypeError."""
     kinds = list(_kinds(annotation))
-    value: Plain = written
+    value: FlagValue = written
     if int in kinds and written.lstrip("-").isascii() and written.lstrip("-").isdigit() and len(written) < 20:
         value = int(written)
     elif float in kinds:
@@ -110,13 +110,11 @@ def read_value(annotation: TypeForm, written: str) -> Plain:
     return value
 
 
-def given(args: argparse.Namespace, options: Mapping[str, Option], prefix: str = "") -> dict[str, Plain]:
+def given(args: argparse.Namespace, options: Mapping[str, Option], prefix: str = "") -> OptionValues:
     """Return the options that stand on the command line, by name."""
-    return {
-        name: tuple(value) if isinstance(value, list) else value
-        for name in options
-        if (value := dict(args._get_kwargs()).get(prefix + name)) is not None
-    }
+    words = dict(args._get_kwargs())
+    chosen = {name: words[prefix + name] for name in options if words.get(prefix + name) is not None}
+    return OptionValues({name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()})
 
 
 def _kinds(annotation: TypeForm) -> Iterator[TypeForm]:
@@ -140,5 +138,5 @@ def _metavar(kinds: Sequence[TypeForm]) -> str:
     return "N" if int in kinds and float not in kinds else "X" if float in kinds else "TEXT"
 
 
-def _plain(value: Plain) -> str:
+def _plain(value: OptionValue) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

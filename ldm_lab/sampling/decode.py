@@ -43,7 +43,8 @@ class Sample:
 @torch.no_grad()
 def decode(model: Model, latents: Tensor, seeds: Sequence[int], tile: int | None) -> list[Sample]:
     """Return the pictures of latents [B, C, h, w]; if they are larger than a tile of latent elements, in tiles."""
-    autoencoder, samples = model.autoencoder, []
+    autoencoder = model.autoencoder
+    samples: list[Sample] = []
     rounded = model.pixel_bound is not None  # models of pixels were trained on whole levels
     with model.on_device(autoencoder):
         for first in range(0, len(latents), DECODE_BATCH):
