@@ -118,9 +118,9 @@ class NativePart(_Native):
 
     def read(self, file: OpenedFile, role: str) -> LoadedPart:
         """Return the part, if it is of this role and its config makes sense."""
-        held, config = part_config(file.path, file.metadata)
-        if held != role:
-            raise UserError(f"{file.path}: holds the weights of the role {held}, not {role}")
+        stored_role, config = part_config(file.path, file.metadata)
+        if stored_role != role:
+            raise UserError(f"{file.path}: holds the weights of the role {stored_role}, not {role}")
         problems = check_section(role, config, f"{file.path}: config")
         if problems:
             raise UserError(problems[0])
@@ -203,11 +203,11 @@ class Run(Importer):
 
     def _whole_config(self, file: OpenedFile) -> Section:
         run = file.extra[FORMAT]
-        held = run.get("model", run.get("config")) if isinstance(run, dict) else None
-        if not isinstance(held, dict):
+        stored = run.get("model", run.get("config")) if isinstance(run, dict) else None
+        if not isinstance(stored, dict):
             raise UserError(f"{file.path}: not a checkpoint of ldm_lab's (it holds no config)")
         try:
-            return Section(json.loads(json.dumps(held)))
+            return Section(json.loads(json.dumps(stored)))
         except (TypeError, ValueError, RecursionError):
             raise UserError(f"{file.path}: its config is more than plain data") from None
 

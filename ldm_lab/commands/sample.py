@@ -30,7 +30,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm_lab.commands._arguments import whole_number
+from ldm_lab.commands._arguments import add_imports_argument, whole_number
 from ldm_lab.commands._flags import FlagParser, add_flags, given
 from ldm_lab.config.reading import Option
 from ldm_lab.config.registry import add_imports, infos, part_info
@@ -107,7 +107,7 @@ def parser() -> FlagParser:
     add("-n", **whole, help="pictures of the mix, or of each line of --prompts (default: 4, or 1)")
     add("--interpolate", **whole, help="N pictures on the way from each PROMPT to the next; strip.png, film.gif")
     add("--out", default="samples", metavar="DIR", help="where the pictures go (default: samples)")
-    add("--imports", action="append", default=[], metavar="MODULE", help="a module with parts of your own")
+    add_imports_argument(p)
     sampling = part_info("sampling", None).options
     add_flags(p.add_argument_group("how pictures are made"), sampling)
     add_flags(p.add_argument_group("options of samplers", f"{', '.join(infos('sampler'))}. {STEPS}"), sampler_options())

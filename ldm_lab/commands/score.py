@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from ldm_lab.curation.scoring.job import ScoreJob, ScoringOptions
     from ldm_lab.data.passes import run_pass
     from ldm_lab.data.work_items import file_batches, shard_items
-    from ldm_lab.embed import Encoder, clip_section
+    from ldm_lab.embed import Encoder, clip_config
 
     if bool(args.shards) == bool(args.images):
         raise UserError("what is to be scored? --shards or --images, one of them, has to be given")
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out).expanduser() if args.out else None
     items = shard_items(args.shards, out) if args.shards else file_batches(args.images, out)
     embedder = next((loaded.head.embedder for loaded in heads.values()), None)
-    encoder = Encoder(clip_section(args.clip, embedder))
+    encoder = Encoder(clip_config(args.clip, embedder))
     rewrite = Path(args.rewrite).expanduser() if args.rewrite else None
     options = ScoringOptions(not args.no_similarity, args.embeddings, rewrite)
     report = run_pass(ScoreJob(encoder, heads, options), items, pass_options(args))

@@ -119,10 +119,10 @@ def embedded_ratings(args: argparse.Namespace) -> "Rated":
     """Return the embeddings of files, rated by a table or row by row."""
     from ldm_lab.checkpoints.embedders import embedder_of
     from ldm_lab.curation.heads.ratings import Rated, read_rating_rows
-    from ldm_lab.embed import clip_section
+    from ldm_lab.embed import clip_config
 
     table = read_ratings(args)
-    rated = Rated(embedder_of(clip_section(args.clip, None)) if args.clip else None)
+    rated = Rated(embedder_of(clip_config(args.clip, None)) if args.clip else None)
     files = [Path(path) for pattern in args.embeddings for path in sorted(glob.glob(pattern)) or [pattern]]
     if table is None and len(files) != 1:
         raise UserError(f"--ratings {args.ratings}: rates the rows of one file, {len(files)} are given")
@@ -143,11 +143,11 @@ def image_ratings(args: argparse.Namespace) -> "Rated | None":
     from ldm_lab.curation.scoring.job import ScoreJob, ScoringOptions
     from ldm_lab.data.passes import run_pass
     from ldm_lab.data.work_items import shard_items
-    from ldm_lab.embed import Encoder, clip_section
+    from ldm_lab.embed import Encoder, clip_config
 
     table = read_ratings(args)
     items = shard_items(args.shards, Path(args.work or Path(args.out).with_suffix(".embeddings")).expanduser())
-    encoder = Encoder(clip_section(args.clip, CLIP))
+    encoder = Encoder(clip_config(args.clip, CLIP))
     job = ScoreJob(encoder, {}, ScoringOptions(similarity=False, embeddings=True))
     report = run_pass(job, items, pass_options(args))
     if report is None:

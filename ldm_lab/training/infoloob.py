@@ -4,14 +4,14 @@ Fürst et al. 2022, "CLOOB: Modern Hopfield Networks with InfoLOOB Outperform CL
 """
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from ldm_lab.config import PositiveFloat, register
+from ldm_lab.config import Options, PositiveFloat, register
 
 MAX_INV_TAU = 100.0
 
@@ -28,7 +28,7 @@ def retrieve(stored: Tensor, queries: Tensor, beta: float) -> Tensor:
     return retrieved / retrieved.norm(dim=1, keepdim=True)  # [N, D]
 
 
-def infoloob(anchors: Tensor, samples: Tensor, inv_tau: PositiveFloat | Tensor) -> Tensor:
+def infoloob(anchors: Tensor, samples: Tensor, inv_tau: float | Tensor) -> Tensor:
     """Return InfoLOOB, a scalar: row i of both belong together (arXiv 2110.11316, eq. 9).
 
     Unlike InfoNCE, the positive pair is left out of the denominator, so that it never saturates; the value can be
@@ -47,7 +47,7 @@ class CLOOBLoss(nn.Module):
     def __init__(
         self,
         *,
-        inv_tau: float = 30.0,
+        inv_tau: PositiveFloat = 30.0,
         scale_hopfield: PositiveFloat | None = 15.0,
         learn_inv_tau: bool = False,
         convention: Literal["cloob_training", "ml_jku"] = "cloob_training",
@@ -68,7 +68,7 @@ class CLOOBLoss(nn.Module):
         self.fixed_inv_tau = None if learn_inv_tau else inv_tau  # exp(log(30)) would be 29.999998
 
     @staticmethod
-    def check(options: dict[str, Any]) -> list[str]:
+    def check(options: Options) -> list[str]:
         """Return what is wrong across the options."""
         inv_tau = options["inv_tau"]
         if options["learn_inv_tau"] and not 1 <= inv_tau <= MAX_INV_TAU:

@@ -39,7 +39,7 @@ DROPOUT = 0.2  # share of empty captions in the fine-tuning; miniGLIDE had none,
 LATENT_STD = 1 / 0.18215  # of glide-finetune's latents: Stable Diffusion's
 
 
-def is_one(tensors: Shapes) -> bool:
+def is_glide(tensors: Shapes) -> bool:
     """Return whether a file's tensors are named as the original names them."""
     names = {_bare(name) for name in tensors}
     return {FIRST, LAST, TEXT} <= names
@@ -57,7 +57,7 @@ def unet(tensors: dict[str, Tensor], path: str | Path, overrides: Section | None
         UserError: not such a network; overrides that are none of those.
     """
     state = {_bare(name): value for name, value in tensors.items()}
-    if not is_one(state):
+    if not is_glide(state):
         raise UserError(f"{path}: not a GLIDE network: {FIRST!r}, {LAST!r} or {TEXT!r} is missing")
     try:
         sizes, conditions = infer_config(state), infer_conditions(state)
@@ -214,7 +214,7 @@ class Glide(Importer):
 
     def matches(self, file: OpenedFile) -> bool:
         """Return whether the tensors are named as the original names them."""
-        return is_one(file.tensors)
+        return is_glide(file.tensors)
 
     def config(self, file: OpenedFile) -> Section:
         """Return the config that rebuilds the model."""
