@@ -2,13 +2,14 @@
 
 import glob
 import gzip
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ldm_lab.curation.metadata.layouts import Layout, layouts_of, table_types, unique_names
 from ldm_lab.errors import UserError, first_line
 
 TEXTS = {".tsv": "\t", ".csv": ","}  # ending -> delimiter; also with .gz behind it
@@ -30,6 +31,8 @@ class Files:
         delimiter: of a text file, "" for Parquet.
         header: whether a text file begins with the columns' names.
         rows: how many there are, if that is known without reading them.
+        layouts: of Parquet files, by the columns that they have; () where they cannot be read from here.
+        types: column -> its type in the whole table.
     """
 
     paths: tuple[str, ...]
@@ -37,24 +40,29 @@ class Files:
     delimiter: str = ""
     header: bool = True
     rows: int | None = None
+    layouts: tuple[Layout, ...] = ()
+    types: Mapping[str, pa.DataType] = field(default_factory=dict)
 
     @property
     def unique_names(self) -> list[str]:
-        """The columns, made different in more than case: img2dataset's tables may hold `WIDTH` and `width`."""
-        seen: set[str] = set()
-        unique = []
-        for name in self.names:
-            candidate, number = name, 1
-            while candidate.lower() in seen:
-                candidate, number = f"{name}_{number}", number + 1
-            seen.add(candidate.lower())
-            unique.append(candidate)
-        return unique
+        """The columns, made different in more than case."""
+        return unique_names(self.names)
 
     @property
     def columns(self) -> dict[str, str]:
         """The column of an engine's table for each name in the files."""
         return dict(zip(self.names, self.unique_names))
+
+    def without(self, broken: "Sequence[Broken]") -> "Files":
+        """Return the table without some of its files."""
+        gone = {one.path for one in broken}
+        left = [replace(one, paths=tuple(path for path in one.paths if path not in gone)) for one in self.layouts]
+        return replace(
+            self,
+            paths=tuple(path for path in self.paths if path not in gone),
+            layouts=tuple(one for one in left if one.paths),
+            rows=None if self.rows is None else self.rows - sum(one.rows for one in broken),
+        )
 
 
 def find_files(patterns: str | Sequence[str], where: str) -> Files:
@@ -83,6 +91,8 @@ def find_files(patterns: str | Sequence[str], where: str) -> Files:
 
 
 def _expand(pattern: str, where: str) -> list[str]:
+    if pattern.startswith("file:///"):
+        pattern = pattern.removeprefix("file://")
     if "://" in pattern:
         return [pattern]
     path = Path(pattern).expanduser()
@@ -135,25 +145,23 @@ def _text_files(paths: list[str], delimiter: str, where: str) -> Files:
 
 
 def _parquet_files(paths: list[str], local: list[str], where: str) -> Files:
-    names: tuple[str, ...] = ()
-    rows = 0
+    schemas, rows = [], 0
     for path in local:
         try:
             metadata = pq.read_metadata(path)
+            schemas.append((path, metadata.schema.to_arrow_schema()))
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{where}: {path}: not a readable Parquet file: {first_line(error)}") from None
-        there = tuple(metadata.schema.to_arrow_schema().names)
-        names = names or there
-        if set(there) != set(names):
-            odd = sorted(set(there) ^ set(names))
-            raise UserError(
-                f"{where}: {path} has other columns than {local[0]}: {', '.join(odd)} only in one of them; select from "
-                "releases of different columns one by one"
-            )
         rows += metadata.num_rows
+    names, layouts = layouts_of(schemas)
     if not names:
         raise UserError(f"{where}: {local[0]} has no columns")
-    return Files(tuple(paths), names, rows=rows if len(local) == len(paths) else None)
+    kinds = table_types(names, layouts, where)
+    if len(local) < len(paths):  # what lies elsewhere is taken for files like the first
+        elsewhere = tuple(path for path in paths if "://" in path)
+        layouts[0] = replace(layouts[0], paths=layouts[0].paths + elsewhere)
+    known = rows if len(local) == len(paths) else None
+    return Files(tuple(paths), tuple(names), rows=known, layouts=tuple(layouts), types=kinds)
 
 
 @dataclass(frozen=True)

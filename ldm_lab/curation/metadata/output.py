@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import ibis
 import ibis.expr.types as ir
 
-from ldm_lab.curation.metadata.tables import TableRow
+from ldm_lab.curation.metadata.tables import TableRow, as_hash
 from ldm_lab.errors import UserError, unknown
 from ldm_lab.rules.quantities import find
 
@@ -30,7 +30,7 @@ def output_table(row: TableRow, kept: ir.Table, wanted: Sequence[str] | None, sh
     values = {name: kept[column] for name, column in chosen.items()}
     for name, value in values.items():
         if value.type().is_string() and find("hash", [name]):
-            values[name] = value.try_cast("int64")  # out of a text file
+            values[name] = as_hash(value)  # out of a text file
         elif value.type().is_string() and any(find(quantity, [name]) for quantity in NUMBERS):
             values[name] = value.try_cast("float64")
         elif value.type().is_string() and name in ("WIDTH", "HEIGHT"):

@@ -13,6 +13,7 @@ from ldm_lab.config import Options, PartMapping, PartSection, PositiveInt, build
 from ldm_lab.curation.metadata.engine import Engine
 from ldm_lab.curation.metadata.inputs import Broken, Files, broken_files, find_files
 from ldm_lab.curation.metadata.joined_scores import join_scores
+from ldm_lab.curation.metadata.layouts import missing_notes
 from ldm_lab.curation.metadata.output import KEY, output_table
 from ldm_lab.curation.metadata.report import Report, RuleCounts
 from ldm_lab.curation.metadata.tables import TableRow, bit_mask, kept_by, may_be_swapped, sizes_are_swapped
@@ -97,9 +98,7 @@ class Selection:
             if not damaged:
                 raise
             if self.skip_broken and broken == damaged and len(broken) < len(files.paths):
-                paths = tuple(path for path in files.paths if path not in {one.path for one in broken})
-                rows = None if files.rows is None else files.rows - sum(one.rows for one in broken)
-                return self._select(Files(paths, files.names, rows=rows), tags, broken)
+                return self._select(files.without(broken), tags, broken)
             whole = f"; {len(files.paths) - len(broken)} of {len(files.paths)} files are whole" if broken else ""
             remedy = ", skip_broken=true leaves out the damaged ones" if 0 < len(broken) < len(files.paths) else ""
             raise UserError(f"{damaged[0]}{whole}{remedy}. Nothing was written.") from None
@@ -139,7 +138,7 @@ class Selection:
                 broken_rows=sum(one.rows for one in broken),
                 output=[name for name in table.columns if name != KEY],
             )
-            report.notes += self._notes(row)
+            report.notes += [*self._notes(row), *missing_notes(files.names, files.layouts)]
             if counts.kept == 0:
                 raise UserError(f"the selection is empty, nothing was written:\n{report}")
             report.kept = engine.write(
@@ -160,7 +159,8 @@ class Selection:
     def _row(self, engine: Engine, files: Files, tags: dict[str, Files]) -> TableRow:
         """Return the table as rules see it, with the scores of the tags."""
         table, columns = join_scores(engine, files, tags, self.rules)
-        swapped = sizes_are_swapped(list(columns)) if self.swapped_sizes is None else self.swapped_sizes
+        row_names = list(files.names or columns)
+        swapped = _sizes_are_swapped(files, row_names) if self.swapped_sizes is None else self.swapped_sizes
         where = files.paths[0] if len(files.paths) == 1 else f"{files.paths[0]} (and {len(files.paths) - 1} more)"
         if self.language is not None and find("language", columns) is None:
             columns["LANGUAGE"] = "LANGUAGE"
@@ -216,3 +216,18 @@ def _first_of_each(table: ir.Table, column: str) -> ir.Table:
     place = ibis.row_number().over(ibis.window(group_by=table[column], order_by=rest))
     numbered = table.mutate(ldm_lab_place=place)
     return numbered.filter((numbered.ldm_lab_place == 0) | numbered[column].isnull()).drop("ldm_lab_place")
+
+
+def _sizes_are_swapped(files: Files, names: list[str]) -> bool:
+    """Return whether HEIGHT holds the width. Raises UserError if it does in some files only."""
+    swapped = {sizes_are_swapped(list(one.columns)): one for one in files.layouts}
+    if len(swapped) > 1:
+        first, other = swapped[False], swapped[True]
+        if first.paths[0] != files.paths[0]:
+            first, other = other, first
+        odd = sorted(set(first.columns) ^ set(other.columns))
+        raise UserError(
+            f"input: {other.paths[0]} has other columns than {first.paths[0]}: {', '.join(odd)} only in one of them, "
+            "and WIDTH and HEIGHT are swapped in one of them; select from such releases one by one, or say swapped_sizes"
+        )
+    return next(iter(swapped)) if swapped else sizes_are_swapped(names)

@@ -6,9 +6,9 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ibis
 import ibis.expr.types as ir
@@ -16,8 +16,12 @@ import ibis.expr.types as ir
 from ldm_lab.config import register
 from ldm_lab.curation.metadata.engine import Engine, ResultRow
 from ldm_lab.curation.metadata.inputs import DISK_FULL, Files
+from ldm_lab.curation.metadata.layouts import unique_names
 from ldm_lab.curation.sql import identifier
 from ldm_lab.errors import UserError
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
 
 LOG = """\
 rootLogger.level = error
@@ -86,21 +90,25 @@ class Spark(Engine):
         finally:
             self.session.stop()
 
-    def read(self, files: Files) -> ir.Table:
-        reader = self.session.read
-        if files.delimiter:
-            quote = "" if files.delimiter == "\t" else '"'  # a TSV has no quotes: a " is a character of the caption
-            options = {"sep": files.delimiter, "quote": quote, "header": files.header, "mode": "FAILFAST"}
-            schema = ", ".join(f"{identifier(name, '`')} string" for name in files.unique_names)
-            if not quote:
-                options["escape"] = ""
-            frame = reader.options(**options).schema(schema).csv(list(map(_address, files.paths)))
-        else:
-            frame = reader.parquet(*map(_address, files.paths))
-            if files.names:
-                # By name, as Spark's order of columns is that of whichever file it looked at.
-                chosen = [identifier(name, "`") for name in files.names]
-                frame = frame.selectExpr(*chosen).toDF(*files.unique_names)
+    def read_text(self, files: Files) -> ir.Table:
+        quote = "" if files.delimiter == "\t" else '"'  # a TSV has no quotes: a " is a character of the caption
+        options = {"sep": files.delimiter, "quote": quote, "header": files.header, "mode": "FAILFAST"}
+        schema = ", ".join(f"{identifier(name, '`')} string" for name in files.unique_names)
+        if not quote:
+            options["escape"] = ""
+        frame = self.session.read.options(**options).schema(schema).csv(list(map(_address, files.paths)))
+        return self._table(frame)
+
+    def read_parquet(self, paths: Sequence[str], names: Sequence[str]) -> ir.Table:
+        elsewhere = any("://" in path for path in paths)
+        frame = self.session.read.option("mergeSchema", elsewhere).parquet(*map(_address, paths))
+        if names:
+            # By name, as Spark's order of columns is that of whichever file it looked at.
+            frame = frame.selectExpr(*(identifier(name, "`") for name in names)).toDF(*unique_names(names))
+        return self._table(frame)
+
+    def _table(self, frame: "DataFrame") -> ir.Table:
+        """Return a frame as ibis knows it."""
         name = f"input_{len(self.session.catalog.listTables())}"
         frame.createOrReplaceTempView(name)
         return self.ibis.table(name)
