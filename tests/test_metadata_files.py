@@ -198,3 +198,120 @@ def test_signed_hashes_meet_unsigned_tags_and_texts_of_either(tmp_path, engine):
             tmp_path / table, engine, tmp_path / "out", rules, tags={"aesthetic": str(tmp_path / "tags")}
         )
         assert sorted((row["URL"], row["hash"]) for row in rows) == list(zip("abc", signed)), table
+
+
+# ------------------------------------------------------------------------------------------------ text files
+
+PLAIN = {"caption_length": {"at_least": 1}}
+DUCKDB = {"name": "duckdb", "threads": 1}
+
+
+@pytest.mark.parametrize(("name", "reason"), [("cr", "a stray carriage return"), ("many", "3 fields instead of 2")])
+def test_a_bad_line_is_counted_and_the_others_are_kept(program, tmp_path, name, reason):
+    table = CASES / "tsv" / f"{name}.tsv"
+    command = ["select", "--config", str(ROOT / "configs/select/cc12m.yaml"), f"input={table}", f"out={tmp_path}/out"]
+    code, out, err = program(*command)
+    assert code == 0, err
+    assert f"1 bad line left out: {reason} ({table}, line 6)" in out and "5 of 10 rows kept" in out
+    assert sorted(row["TEXT"] for row in pq.read_table(tmp_path / "out").to_pylist()) == [f"cap {n}" for n in range(5)]
+    report = json.loads((tmp_path / "out" / "_report.json").read_text())
+    assert report["bad_lines"] == {reason: 1} and report["rows"] == 10
+    code, _, err = program(*command, "bad_lines=error", "overwrite=true")
+    assert code == 2 and f"{table}, line 6: {reason}" in err and err.count("\n") == 1
+
+
+def test_every_kind_of_bad_line(tmp_path, engine):
+    good = [f"http://a/{number}\tcaption {number}" for number in range(3)]
+    bad = ["http://b/1", "http://b/2\tx\ty", "http://b/3\tx\ry", "http://b/4\t" + "x" * (2 * 2**20)]
+    lines = [good[0], bad[0], bad[1], "", good[1], bad[2], bad[3], good[2]]
+    raw = b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\r\nhttp://b/5\tcaf\xe9\r\n"
+    (tmp_path / "x.tsv").write_bytes(raw)
+    report, rows = selected(tmp_path / "x.tsv", engine, tmp_path / "out", PLAIN)
+    assert sorted(f"{row['URL']}\t{row['TEXT']}" for row in rows) == good
+    assert report.bad_lines == {
+        "1 field instead of 2": 1, "3 fields instead of 2": 1, "a stray carriage return": 1, "over 2 MB": 1,
+        "not UTF-8": 1,
+    }  # fmt: skip
+    assert any(f"not UTF-8 ({tmp_path / 'x.tsv'}, line 9)" in note for note in report.notes)
+
+
+def test_the_first_line_may_be_a_bad_one(tmp_path):
+    (tmp_path / "x.tsv").write_text("http://a/0\tx\ty\n" + "".join(f"http://a/{n}\tz\n" for n in range(1, 4)))
+    report, rows = selected(tmp_path / "x.tsv", DUCKDB, tmp_path / "out", PLAIN)
+    assert len(rows) == 3 and report.bad_lines == {"3 fields instead of 2": 1}
+
+
+def test_quoted_fields_of_a_csv(tmp_path, engine):
+    text = (
+        '"url","caption"\n'
+        'http://a/1,"over\n\ntwo lines, ""quoted"""\n'
+        'http://a/2,a 5" pipe\n'
+        'http://b/1,"never ends\n'
+        "http://a/3,after it\n"
+        'http://b/2,"x"y\n'
+        f'http://a/4,"{"long " * 40_000}"\n'
+        "http://b/3,a,b\n"
+    )
+    (tmp_path / "x.csv").write_text(text)
+    report, rows = selected(tmp_path / "x.csv", engine, tmp_path / "out", PLAIN)
+    assert {row["URL"][-1]: row["TEXT"][:30] for row in rows} == {
+        "1": 'over\n\ntwo lines, "quoted"', "2": 'a 5" pipe', "3": "after it", "4": ("long " * 6),
+    }  # fmt: skip
+    assert report.bad_lines == {"text beside a quoted field": 2, "3 fields instead of 2": 1}
+    (tmp_path / "y.csv").write_text('url,caption\nhttp://b/1,"never ends\nhttp://a/1,x\nhttp://a/2,y\n')
+    report, rows = selected(tmp_path / "y.csv", engine, tmp_path / "out", PLAIN)
+    assert len(rows) == 2 and report.bad_lines == {"a quotation mark without its end": 1}
+
+
+def test_lists_of_urls(tmp_path, engine):
+    (tmp_path / "urls.txt").write_text("http://a/1.jpg\n https://a/2.jpg \n\nno address\nhttp://a/1.jpg\n")
+    report, rows = selected(tmp_path / "urls.txt", engine, tmp_path / "out", {"duplicates": {"by": "url"}})
+    assert sorted(row["URL"] for row in rows) == ["http://a/1.jpg", "https://a/2.jpg"] and set(rows[0]) == {"URL"}
+    assert (report.rows, report.bad_lines) == (3, {"no url": 1})
+
+
+def test_json_lines(tmp_path, engine):
+    lines = [
+        {"url": "http://a/1", "caption": "x", "aesthetic": 8, "hash": 2**64 - 5, "more": [1, {"a": "é"}]},
+        {"url": "http://a/2", "caption": None, "aesthetic": 7.5, "hash": 7},
+        {"aesthetic": 3, "caption": "z", "url": "http://a/3"},
+    ]
+    text = "\n".join([*(json.dumps(line) for line in lines), "{broken", "[1]", '{"url": "\\ud800"}', ""])
+    (tmp_path / "x.jsonl").write_text(text)
+    report, rows = selected(tmp_path / "x.jsonl", engine, tmp_path / "out", {"aesthetic": {"above": 7}})
+    rows.sort(key=lambda row: row["URL"])
+    assert [(row["URL"], row["TEXT"], row["aesthetic"], row["hash"]) for row in rows] == [
+        ("http://a/1", "x", 8, -5), ("http://a/2", None, 7.5, 7),
+    ]  # fmt: skip
+    assert json.loads(rows[0]["more"]) == [1, {"a": "é"}]
+    assert report.bad_lines == {"not JSON": 2, "not a JSON object with fields": 1}
+
+
+def test_text_files_of_a_split_table(tmp_path):
+    """`split` leaves the names to the first part; other parts may have columns of their own."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.csv").write_text("url,caption,WIDTH\nhttp://a/1,x,5\n")
+    (tmp_path / "in" / "b.csv").write_text("http://a/2,y,6\n")
+    (tmp_path / "in" / "c.csv").write_text("WIDTH,url\n7,http://a/3\n")
+    (tmp_path / "in" / "README.txt").write_text("About these tables.\n")
+    _, rows = selected(tmp_path / "in", DUCKDB, tmp_path / "out", {})
+    assert [(row["URL"][-1], row["TEXT"], row["WIDTH"]) for row in rows] == [
+        ("1", "x", 5),
+        ("2", "y", 6),
+        ("3", None, 7),
+    ]
+
+
+def test_statistics_of_text_files(program, tmp_path):
+    (tmp_path / "x.tsv").write_text("url\taesthetic\nhttp://a/1\t5.5\nhttp://a/2\nhttp://a/3\t6.5\n")
+    code, out, err = program("statistics", str(tmp_path / "x.tsv"), "--out", str(tmp_path / "out"))
+    assert code == 0, err
+    assert "1 bad line left out: 1 field instead of 2" in out and "rows 2" in out
+
+
+def test_a_text_file_without_a_good_line(program, tmp_path):
+    (tmp_path / "x.jsonl").write_text("<html>\n")
+    config = str(ROOT / "configs" / "select" / "cc12m.yaml")
+    code, _, err = program("select", "--config", config, f"input={tmp_path}/x.jsonl", f"out={tmp_path}/out")
+    assert code == 2 and "x.jsonl: no row in it: 1 bad line left out: not JSON" in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,12 +14,11 @@ import pyarrow.parquet as pq
 from ldm_lab.config import PositiveInt, register
 from ldm_lab.curation import sql
 from ldm_lab.curation.metadata.engine import Engine, ResultRow
-from ldm_lab.curation.metadata.inputs import DISK_FULL, Files
+from ldm_lab.curation.metadata.inputs import DISK_FULL
 from ldm_lab.curation.metadata.layouts import unique_names
 from ldm_lab.errors import UserError, first_line
 
 BATCH = 50_000  # rows that are held while a file is cut into parts
-WRONG_LINE = re.compile(r"CSV Error on Line: (\d+)\nOriginal Line: .*\n(.+)")
 
 
 @register("engine", "duckdb")
@@ -63,18 +61,6 @@ class DuckDB(Engine):
             raise UserError(f"engine: {_first_line(error)}") from cause
         finally:
             self.ibis.disconnect()
-
-    def read_text(self, files: Files) -> ir.Table:
-        return self.ibis.read_csv(
-            list(files.paths),
-            delim=files.delimiter,
-            quote="" if files.delimiter == "\t" else '"',  # a TSV has no quotes: a " is a character of the caption
-            escape="" if files.delimiter == "\t" else '"',
-            header=files.header,
-            columns=dict.fromkeys(files.unique_names, "VARCHAR"),
-            auto_detect=False,  # it guesses by the first lines, and names no line that is wrong among them
-            strict_mode=True,
-        )
 
     def read_parquet(self, paths: Sequence[str], names: Sequence[str]) -> ir.Table:
         # Without can_have_nan the statistics in the file make `isnan(x)` false: they leave NaN out (duckdb #25521).
@@ -123,9 +109,6 @@ def cut(whole: Path, rows: int, parts: int) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    if line := WRONG_LINE.search(str(error)):
-        file = re.search(r"^  file = (.+)$", str(error), re.MULTILINE)
-        return f"{file[1] if file else 'a text file'}, line {line[1]}: {line[2]}"[:300]
     text = first_line(error, 3000)
     with contextlib.suppress(ValueError):
         text = json.loads(text)["exception_message"] if text.startswith("{") else text

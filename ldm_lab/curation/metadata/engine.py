@@ -28,13 +28,11 @@ class Engine:
         raise NotImplementedError
 
     def read(self, files: Files) -> ir.Table:
-        """Return the table in Parquet, TSV or CSV files; its columns are `files.unique_names`.
+        """Return the table in Parquet files; its columns are `files.unique_names`.
 
         Files of other columns or types than the first are brought to the types of the whole table one layout at a
         time: engines take the first file's types for all, and round, or refuse the others.
         """
-        if files.delimiter:
-            return self.read_text(files)
         if not files.layouts:
             return self.read_parquet(files.paths, ())
         tables = [_aligned(self.read_parquet(one.paths, one.names), one, files) for one in files.layouts]
@@ -42,10 +40,6 @@ class Engine:
 
     def read_parquet(self, paths: Sequence[str], names: Sequence[str]) -> ir.Table:
         """Return the table in Parquet files of equal columns `names`, made unique; () for columns not known yet."""
-        raise NotImplementedError
-
-    def read_text(self, files: Files) -> ir.Table:
-        """Return the table in text files, all columns as texts."""
         raise NotImplementedError
 
     def rows(self, expression: ir.Table) -> list[ResultRow]:

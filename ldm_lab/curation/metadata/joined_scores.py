@@ -38,7 +38,7 @@ def join_scores(
     for quantity, tag_files in tags.items():
         if own := find(quantity, columns):  # the tags take its place
             table = table.drop(columns.pop(own))
-        key = _hashes(table, columns, f"{files.paths[0]}: to be joined with tags.{quantity}")
+        key = _hashes(table, columns, f"{files.given[0]}: to be joined with tags.{quantity}")
         score = _scores(engine.read(tag_files), tag_files, quantity, rules)
         table = table.left_join(score, key == score[TAG_HASH]).drop(TAG_HASH)
         columns[quantity] = f"ldm_lab_{quantity}"
@@ -52,7 +52,7 @@ def _scores(tags: ir.Table, files: Files, quantity: str, rules: Sequence[Rule]) 
     outside the limits can be told from one without any.
     """
     columns = files.columns or {name: name for name in tags.columns}
-    where = f"tags.{quantity}: {files.paths[0]}"
+    where = f"tags.{quantity}: {files.given[0]}"
     name = find(quantity, columns) or find("prediction", columns) or require(quantity, columns, where)
     key, score = _hashes(tags, columns, where), tags[columns[name]]
     number = as_number(score)

@@ -3,7 +3,7 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import ibis
 import ibis.expr.types as ir
@@ -17,6 +17,7 @@ from ldm_lab.curation.metadata.layouts import missing_notes
 from ldm_lab.curation.metadata.output import KEY, output_table
 from ldm_lab.curation.metadata.report import Report, RuleCounts
 from ldm_lab.curation.metadata.tables import TableRow, bit_mask, kept_by, may_be_swapped, sizes_are_swapped
+from ldm_lab.curation.metadata.text_files import BadLines, as_parquet
 from ldm_lab.errors import UserError, unknown
 from ldm_lab.io.atomic import replaced_folder
 from ldm_lab.rules.duplicates import Duplicates
@@ -34,7 +35,8 @@ class Selection:
     """What `python -m ldm_lab select` does.
 
     Args:
-        input: Parquet, TSV or CSV: paths, folders, globs, or addresses that the engine knows.
+        input: Parquet, TSV, CSV, JSON lines, lists of urls (.txt): paths, folders, globs; or addresses
+            of Parquet that the engine knows.
         out: folder for the selected rows and _report.json.
         rules: {name: options}, in the order of the report. A name with null switches a rule of `defaults:` off.
         tags: {aesthetic: files, ...}: tables of `hash` and a score, which are joined by hash. Of several scores for one
@@ -45,6 +47,7 @@ class Selection:
         shuffle: order the rows by a hash of this seed, url and caption; null keeps their order.
         parts: files to write; null is one with DuckDB.
         skip_broken: leave out Parquet files with damaged row groups, and count them, instead of stopping.
+        bad_lines: of text files: "skip" leaves them out and counts them, "error" stops at the first.
         overwrite: replace an earlier selection in `out`.
         engine: where it runs.
     """
@@ -62,12 +65,13 @@ class Selection:
         shuffle: int | None = None,
         parts: PositiveInt | None = None,
         skip_broken: bool = False,
+        bad_lines: Literal["skip", "error"] = "skip",
         overwrite: bool = False,
         engine: Annotated[dict[str, Any] | None, PartSection("engine")] = None,
     ):
         self.input, self.out, self.columns, self.language = input, Path(out).expanduser(), columns, language
         self.swapped_sizes, self.shuffle, self.parts = swapped_sizes, shuffle, parts
-        self.skip_broken, self.overwrite = skip_broken, overwrite
+        self.skip_broken, self.bad_lines, self.overwrite = skip_broken, bad_lines, overwrite
         self.rules_section, self.engine_section = rules, engine or {"name": "duckdb"}
         self.rules = build_rules(rules)
         self.tags = {quantity: files for quantity, files in (tags or {}).items() if files is not None}
@@ -119,7 +123,13 @@ class Selection:
 
     def _select(self, files: Files, tags: dict[str, Files], broken: list[Broken]) -> Report:
         engine = build("engine", self.engine_section)
+        bad = BadLines(as_error=self.bad_lines == "error")
         with replaced_folder(self.out) as folder, engine.open(folder / SPILL):
+            files = as_parquet(files, folder / SPILL / "input", bad, "input")
+            tags = {
+                quantity: as_parquet(table, folder / SPILL / quantity, bad, f"tags.{quantity}")
+                for quantity, table in tags.items()
+            }
             row = self._row(engine, files, tags)
             rules = self._with_downloaded(row)
             counts = self._count(engine, row, rules)
@@ -130,7 +140,8 @@ class Selection:
                 kept=0,
                 counts=counts,
                 rules={rule.part_name: self.rules_section.get(rule.part_name) or {} for rule in rules},
-                input=list(files.paths),
+                input=list(files.given),
+                bad_lines=dict(bad.counts),
                 columns={quantity: row.name(quantity) for rule in rules for quantity in rule.needs},
                 swapped_sizes=row.swapped_sizes,
                 engine=self.engine_section,
@@ -138,7 +149,7 @@ class Selection:
                 broken_rows=sum(one.rows for one in broken),
                 output=[name for name in table.columns if name != KEY],
             )
-            report.notes += [*self._notes(row), *missing_notes(files.names, files.layouts)]
+            report.notes += [*bad.notes(), *self._notes(row), *missing_notes(files.names, files.layouts)]
             if counts.kept == 0:
                 raise UserError(f"the selection is empty, nothing was written:\n{report}")
             report.kept = engine.write(
@@ -161,7 +172,8 @@ class Selection:
         table, columns = join_scores(engine, files, tags, self.rules)
         row_names = list(files.names or columns)
         swapped = _sizes_are_swapped(files, row_names) if self.swapped_sizes is None else self.swapped_sizes
-        where = files.paths[0] if len(files.paths) == 1 else f"{files.paths[0]} (and {len(files.paths) - 1} more)"
+        first, *more = files.given
+        where = f"{first} (and {len(more)} more)" if more else first
         if self.language is not None and find("language", columns) is None:
             columns["LANGUAGE"] = "LANGUAGE"
             table = table.mutate(LANGUAGE=ibis.literal(self.language))
@@ -228,6 +240,6 @@ def _sizes_are_swapped(files: Files, names: list[str]) -> bool:
         odd = sorted(set(first.columns) ^ set(other.columns))
         raise UserError(
             f"input: {other.paths[0]} has other columns than {first.paths[0]}: {', '.join(odd)} only in one of them, "
-            "and WIDTH and HEIGHT are swapped in one of them; select from such releases one by one, or say swapped_sizes"
+            "and WIDTH and HEIGHT are swapped in one; select from such releases one by one, or give swapped_sizes"
         )
     return next(iter(swapped)) if swapped else sizes_are_swapped(names)

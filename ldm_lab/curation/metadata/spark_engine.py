@@ -15,7 +15,7 @@ import ibis.expr.types as ir
 
 from ldm_lab.config import register
 from ldm_lab.curation.metadata.engine import Engine, ResultRow
-from ldm_lab.curation.metadata.inputs import DISK_FULL, Files
+from ldm_lab.curation.metadata.inputs import DISK_FULL
 from ldm_lab.curation.metadata.layouts import unique_names
 from ldm_lab.curation.sql import identifier
 from ldm_lab.errors import UserError
@@ -89,15 +89,6 @@ class Spark(Engine):
             raise UserError(f"engine: {_message(error)}") from cause
         finally:
             self.session.stop()
-
-    def read_text(self, files: Files) -> ir.Table:
-        quote = "" if files.delimiter == "\t" else '"'  # a TSV has no quotes: a " is a character of the caption
-        options = {"sep": files.delimiter, "quote": quote, "header": files.header, "mode": "FAILFAST"}
-        schema = ", ".join(f"{identifier(name, '`')} string" for name in files.unique_names)
-        if not quote:
-            options["escape"] = ""
-        frame = self.session.read.options(**options).schema(schema).csv(list(map(_address, files.paths)))
-        return self._table(frame)
 
     def read_parquet(self, paths: Sequence[str], names: Sequence[str]) -> ir.Table:
         elsewhere = any("://" in path for path in paths)
