@@ -62,6 +62,7 @@ def describe(found: DetectedFile) -> tuple[Section, list[str]]:
         "dtypes": dict(Counter(info.dtype for info in (file.tensors or network).values())),
         "holds": dict(groups) if len(network) < len(file.tensors) else {},
         **importer.facts(file),
+        "notes": list(file.notes),
         "metadata": {key: text for key, text in file.metadata.items() if not (ours and key == "config")},
         "config": config,
     }
