@@ -13,7 +13,6 @@ from ldm_lab.checkpoints.importer import (
     LoadedModel,
     LoadedPart,
     Section,
-    config_problems,
     register_importer,
 )
 from ldm_lab.checkpoints.opened import OpenedFile, TensorInfo
@@ -147,10 +146,6 @@ class NativeModel(_Native):
         except (KeyError, ValueError, RecursionError):
             raise UserError(f"{file.path}: its config is not readable") from None
 
-    def problems(self, config: Section) -> list[str]:
-        """Return what is wrong with the config."""
-        return config_problems(config)
-
     def read_model(self, file: OpenedFile, ema: bool, overrides: Section) -> LoadedModel:
         """Return the model."""
         config = self.config(file)
@@ -181,10 +176,6 @@ class Run(Importer):
     def config(self, file: OpenedFile) -> Section:
         """Return the config that rebuilds the model."""
         return without_run_sections(self._whole_config(file))
-
-    def problems(self, config: Section) -> list[str]:
-        """Return what is wrong with the config."""
-        return config_problems(config)
 
     def facts(self, file: OpenedFile) -> Section:
         """Return the step and the checksums of the frozen parts."""

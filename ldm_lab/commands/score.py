@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm_lab.commands._arguments import add_clip_arguments, add_pass_arguments
+from ldm_lab.config.overrides import split_name
 from ldm_lab.errors import UserError
 
 if TYPE_CHECKING:
@@ -80,9 +81,9 @@ def load_heads(args: argparse.Namespace) -> "dict[str, LoadedHead]":
     is_default_clip = not args.clip or all(word.startswith("weights=") for word in args.clip)
     heads: dict[str, LoadedHead] = {}
     for name in args.head or ([DEFAULT] if is_default_clip else []):
-        column, equals, source = name.rpartition("=")
+        column, source = split_name(name)
         loaded = load_head(source)
-        column = column if equals else loaded.head.column
+        column = column or loaded.head.column
         if column in heads:
             raise UserError(f"--head {name}: there is a column {column} already; name it otherwise: NAME={source}")
         heads[column] = loaded

@@ -29,6 +29,7 @@ from ldm_lab.commands._arguments import (
     whole_number,
 )
 from ldm_lab.commands.score import AGAIN, pass_options, summary
+from ldm_lab.config import PartConfig
 from ldm_lab.errors import UserError
 
 if TYPE_CHECKING:
@@ -83,20 +84,15 @@ def run(args: argparse.Namespace) -> int:
         return 0
     embeds, ratings = rated.all()
     parts = training.split(embeds, ratings, args.held_out, args.seed)
-    section = {
-        "name": args.kind,
-        "embedder": rated.embedder,
-        "column": args.column or args.rating,
-        "output": args.output,
-    }
+    options = {"embedder": rated.embedder, "column": args.column or args.rating, "output": args.output}
     if args.kind == "linear":
-        section |= {"embed_dim": embeds.shape[1]}
+        section = PartConfig("head", "linear", {**options, "embed_dim": embeds.shape[1]})
         head, facts = training.fit_linear(section, *parts.train, args.ridge)
     else:
-        widths = [embeds.shape[1], *args.widths, 1]
-        section |= {"widths": widths, "activation": "relu", "dropout": args.dropout[: len(args.widths)]}
-        options = training.MLPOptions(args.epochs, args.step_size, args.lr, args.seed)
-        head, facts = training.fit_mlp(section, *parts.train, options)
+        widths, dropout = [embeds.shape[1], *args.widths, 1], args.dropout[: len(args.widths)]
+        section = PartConfig("head", "mlp", {**options, "widths": widths, "activation": "relu", "dropout": dropout})
+        how = training.MLPOptions(args.epochs, args.step_size, args.lr, args.seed)
+        head, facts = training.fit_mlp(section, *parts.train, how)
     evaluated = training.evaluate(head.eval(), *parts.held_out, float(parts.train[1].mean()))
     images, held_out = len(parts.train[1]), len(parts.held_out[1])
     counts = {"images": images, "held_out": held_out, "seed": args.seed}

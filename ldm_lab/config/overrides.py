@@ -42,6 +42,12 @@ def values(words: Iterable[str], example: str) -> dict[str, Plain]:
     return given
 
 
+def split_name(word: str) -> tuple[str, str]:
+    """Return the name and the rest of "NAME=rest"; "" and the word itself if it gives none."""
+    name, equals, rest = word.partition("=")
+    return (name, rest) if equals else ("", word)
+
+
 def check_once(words: Iterable[str]) -> None:
     """Raise UserError if a key is given twice."""
     words = list(words)

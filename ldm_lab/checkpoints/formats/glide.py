@@ -14,7 +14,6 @@ from ldm_lab.checkpoints.importer import (
     LoadedDenoiser,
     LoadedModel,
     Section,
-    config_problems,
     register_importer,
 )
 from ldm_lab.checkpoints.opened import OpenedFile, Shapes
@@ -215,14 +214,6 @@ class Glide(Importer):
     def matches(self, file: OpenedFile) -> bool:
         """Return whether the tensors are named as the original names them."""
         return is_glide(file.tensors)
-
-    def config(self, file: OpenedFile) -> Section:
-        """Return the config that rebuilds the model."""
-        return self.read_model(file, True, Section()).config
-
-    def problems(self, config: Section) -> list[str]:
-        """Return what is wrong with the config."""
-        return config_problems(config)
 
     def read_model(self, file: OpenedFile, ema: bool, overrides: Section) -> LoadedModel:
         """Return the model; a file holds one set of weights."""
