@@ -16,6 +16,7 @@ from ldm_lab.checkpoints.files import FORMAT, damaged_safetensors, is_safetensor
 from ldm_lab.checkpoints.lookalikes import check_is_weights
 from ldm_lab.checkpoints.released_zip import is_release, unpacked
 from ldm_lab.checkpoints.safe_pickle import load_arrays
+from ldm_lab.checkpoints.sharded import is_index, shards
 from ldm_lab.checkpoints.third_party import read_state_dict
 from ldm_lab.checkpoints.torchscript import is_torchscript, read_torchscript
 from ldm_lab.checkpoints.wrappers import Unwrapped, plain_names
@@ -63,6 +64,7 @@ class OpenedFile:
         handle: reads them otherwise.
         stored: of a safetensors file, the tensor's name -> the one in the file, where they differ.
         notes: what was chosen or assumed as it was opened, for people.
+        shards: of an index, the files that it names.
     """
 
     path: Path
@@ -75,9 +77,12 @@ class OpenedFile:
     handle: safe_open | None = None
     stored: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    shards: tuple["OpenedFile", ...] = ()
 
     def read(self) -> dict[str, Tensor]:
         """Return all tensors, on the CPU. Raises UserError for a damaged file."""
+        if self.shards:
+            return {name: value for shard in self.shards for name, value in shard.read().items()}
         if self.handle is None:
             return dict(self.loaded or {})
         try:
@@ -93,6 +98,8 @@ def open_weights(path: Path) -> OpenedFile:
         UserError: missing or damaged file, one that is no file of weights, one whose loading could run code.
     """
     path = existing_file(path, "weights")
+    if is_index(path):
+        return _open_shards(path)
     if is_release(path):
         with unpacked(path) as weights:
             try:
@@ -125,6 +132,20 @@ def _of_tensors(path: Path, found: Unwrapped, yaml: bytes | None) -> OpenedFile:
     tensors = {name: found.tensors[stored] for name, stored in names.items()}
     notes = (*found.notes, *notes)
     return OpenedFile(path, infos(tensors), extra=found.rest, yaml=yaml, loaded=tensors, notes=notes)
+
+
+def _open_shards(path: Path) -> OpenedFile:
+    """Open all files of an index. Raises UserError for a tensor that is not where the index says."""
+    opened, tensors = [], {}
+    for file, names in shards(path).items():
+        shard = _open(file)
+        lost = sorted({*names} - {*shard.stored.values(), *shard.tensors})
+        if lost:
+            raise UserError(f"{path}: {lost[0]} is not in {file.name}, where it should be")
+        opened.append(shard)
+        tensors |= shard.tensors
+    notes = tuple(dict.fromkeys(note for shard in opened for note in shard.notes))
+    return OpenedFile(path, tensors, notes=notes, shards=tuple(opened))
 
 
 def _open_safetensors(path: Path, yaml: bytes | None) -> OpenedFile:
