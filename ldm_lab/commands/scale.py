@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm_lab.checkpoints.native import listed, save_part
+from ldm_lab.checkpoints.native import save_part
 from ldm_lab.checkpoints.parts import load_part, read_part
 from ldm_lab.commands._arguments import add_imports_argument, safetensors_file, whole_number
 from ldm_lab.config import build, load
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     if not section.get("weights") and any(True for _ in autoencoder.parameters()):
         raise UserError("autoencoder.weights: has to be given; an untrained autoencoder's latents say nothing")
     autoencoder.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    before = listed(autoencoder.latent_std)
+    before = ", ".join(f"{value:.4f}" for value in autoencoder.latent_std.flatten().tolist())
     images = image_batches(config["data"], config.seed, args.batches, args.batch_size)
     std = measure_scale(autoencoder, tqdm(images, total=args.batches, unit="batch"))
     count = args.batches * args.batch_size
