@@ -185,9 +185,9 @@ def main() -> int:
     import torch
     from tqdm import tqdm
 
-    from ldm_lab.checkpoints.files import sha256
     from ldm_lab.config import build
-    from ldm_lab.pretrained.resolve import locate
+    from ldm_lab.io.atomic import sha256
+    from ldm_lab.pretrained.resolve import resolve_weights
     from ldm_lab.sampling import Cascade, Sampler, Start
 
     start = None
@@ -198,7 +198,7 @@ def main() -> int:
     given = {key: getattr(args, key) for key in SAMPLER_KEYS if getattr(args, key) is not None}
     section = {"name": args.sampler, **given}
     count = build("sampler", section).steps
-    checkpoint = locate(args.checkpoint, "checkpoint")
+    checkpoint = resolve_weights(args.checkpoint, "checkpoint")
     how = {
         "device": device,
         "dtype": getattr(torch, PRECISIONS[args.precision]),
@@ -211,7 +211,7 @@ def main() -> int:
     aesthetic = None if args.aesthetic is None else aesthetic_of(args, model)
     cascade = None
     if args.upsampler:
-        larger = locate(args.upsampler, "upsampler")
+        larger = resolve_weights(args.upsampler, "upsampler")
         cascade = Cascade(model, Sampler.from_checkpoint(larger, **how))
     settings = {
         "sampler": args.sampler,
@@ -307,7 +307,7 @@ def noised_clip(args: argparse.Namespace, device: Any) -> Any:
     """Return the CLIP guidance that is asked for, or None."""
     if args.clip_guidance is None:
         return None
-    from ldm_lab.checkpoints import noised_clip
+    from ldm_lab.checkpoints.formats import noised_clip
     from ldm_lab.sampling import ClipGuidance
 
     return ClipGuidance(noised_clip.load(*(args.noised_clip or noised_clip.RELEASED)).to(device), args.clip_guidance)
@@ -412,7 +412,7 @@ class Folder:
 
     def write_list(self) -> None:
         """Write samples.json."""
-        from ldm_lab.checkpoints.files import atomic_write
+        from ldm_lab.io.atomic import atomic_write
 
         with atomic_write(self.list_path) as file:
             file.write(json.dumps(self.entries, indent=2, ensure_ascii=False).encode())

@@ -51,7 +51,7 @@ def bits(model: Sampler, steps: int, images: list[Image.Image], captions: list[s
     """Return {variance: bound in bits per element} of the walk with so many steps, on pictures and their captions."""
     schedule = model.objective.schedule
     times = schedule.grid(steps)  # [S]
-    walk = Posterior.between(schedule, times)
+    walk = Posterior.from_times(schedule, times)
     totals = dict.fromkeys(FRACTIONS, 0.0)
     generator = torch.Generator().manual_seed(0)
     for first in tqdm(range(0, len(images), CHUNK), desc="bound", unit="batch"):

@@ -64,7 +64,7 @@ def on_mixture(stds: list[float]) -> Callable[[dict[str, Any]], tuple[Tensor, in
             return mixture(x, t, deviations)
 
         x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        return build("sampler", section)(counted, x, schedule=Cosine()), len(calls)
+        return build("sampler", section).sample(counted, x, schedule=Cosine()), len(calls)
 
     return sample
 
@@ -78,8 +78,8 @@ def on_model(model: Sampler, prompts: list[str], guidance: float) -> Callable[[d
     def sample(section: dict[str, Any]) -> tuple[Tensor, int]:
         calls = []
         hook = model.denoiser.register_forward_pre_hook(lambda *_: calls.append(None))
-        walk = build("sampler", section)
-        latents = model.latents(walk, model.latent_size(None), cond, weights, range(len(prompts)))  # [N, C, h, w]
+        sampler = build("sampler", section)
+        latents = model.latents(sampler, model.latent_size(None), cond, weights, range(len(prompts)))  # [N, C, h, w]
         hook.remove()
         return latents, len(calls)
 

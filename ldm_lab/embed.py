@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm_lab.checkpoints.embedders import describe, embedder_of
-from ldm_lab.checkpoints.formats import kind_of
+from ldm_lab.checkpoints.importer import kind_of
 from ldm_lab.checkpoints.parts import find_weights, load_part, weights_path
 from ldm_lab.config import check_section
 from ldm_lab.errors import UserError

@@ -128,6 +128,27 @@ def check_conditions(denoiser: "Denoiser", given: ConditionSpec) -> None:
 
 
 @dataclass
+class ReaderState:
+    """Where a reader of the data stands after a batch, and what it read since the one before. Plain values.
+
+    Attributes:
+        position: `ldm_lab.data.order.Position`: epoch, start, offset.
+        reader: which of the rank's readers, one in each loader process.
+        read: samples, the skipped and filtered ones included.
+        skipped: reason -> samples that could not be used.
+        filtered: rule -> samples that a rule of the user's leaves out.
+        examples: reason or rule -> the first few keys.
+    """
+
+    position: tuple[int, int, int]
+    reader: int = 0
+    read: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    filtered: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass
 class Batch:
     """Samples as training gets them. A cache gives `mean` and `logvar` in place of `image`, and the conditions.
 
@@ -137,7 +158,7 @@ class Batch:
         image: [B, 3, H, W] in [-1, 1] (uint8 until it leaves the loader), or None.
         mean, logvar: of the posterior of the autoencoder's raw latents, [B, C, h, w] each, or None.
         conditions: what the conditioner gave when the cache was made; empty without a cache.
-        state: the loader's position after this batch, for `DataModule.consumed`; None once that took it out.
+        state: where the reader stands after this batch, for `DataModule.consumed`.
     """
 
     key: list[str]
@@ -146,10 +167,16 @@ class Batch:
     mean: Tensor | None = None
     logvar: Tensor | None = None
     conditions: Conditions = field(default_factory=dict)
-    state: dict[str, Any] | None = None
+    state: ReaderState | None = None
 
     def __len__(self) -> int:
         return len(self.key)
+
+    def require_image(self, purpose: str) -> Tensor:
+        """Return the images, [B, 3, H, W]. Raises UserError "images are needed to {purpose}" for a cached batch."""
+        if self.image is None:
+            raise UserError(f"data: images are needed to {purpose}, and a cache holds none")
+        return self.image
 
 
 # ------------------------------------------------------------------------------------------------------ predictions
@@ -183,11 +210,12 @@ class Schedule:
     """A noise schedule: t -> (alpha, sigma).
 
     Attributes:
-        variance_preserving: whether alpha^2 + sigma^2 = 1; no sampler takes it for granted.
+        variance_preserving: whether alpha^2 + sigma^2 is exactly 1. No sampler takes it for granted: it only saves
+            divisions by what would be 1 but for rounding.
         timesteps: T of a table of betas; None for a continuous schedule.
     """
 
-    variance_preserving: bool = True
+    variance_preserving: bool = False
     timesteps: int | None = None
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -381,6 +409,10 @@ class Objective(Part):
 
     schedule: Schedule
     timestep_sampler: str
+
+    def check_denoiser(self, denoiser: Denoiser) -> None:
+        """Raise UserError if a denoiser reads timesteps and the schedule has none."""
+        self.schedule.time(torch.zeros(1), denoiser.time_input)
 
     def loss_terms(
         self, denoiser: Denoiser, x0: Tensor, conditions: Conditions, t: Tensor, noise: Tensor

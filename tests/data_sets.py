@@ -8,6 +8,7 @@ from PIL import Image
 from ldm_lab.config import build
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.data.shards import write_shard
+from ldm_lab.interfaces import Batch
 
 
 def encoded(number: int, size: tuple[int, int] = (28, 20), kind: str = "png") -> bytes:
@@ -52,7 +53,7 @@ def module(section: dict, rank: int = 0, world_size: int = 1, seed: int = 0, epo
     return data
 
 
-def take(data: DataModule, batches: int | None = None) -> list[dict]:
+def take(data: DataModule, batches: int | None = None) -> list[Batch]:
     """Return the next batches, all of them consumed."""
     taken = []
     if batches == 0:
@@ -65,5 +66,5 @@ def take(data: DataModule, batches: int | None = None) -> list[dict]:
     return taken
 
 
-def keys(batches: list[dict]) -> list[str]:
-    return [key for batch in batches for key in batch["key"]]
+def keys(batches: list[Batch]) -> list[str]:
+    return [key for batch in batches for key in batch.key]

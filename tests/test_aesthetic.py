@@ -9,8 +9,7 @@ from safetensors.torch import save_file
 from tiny import DENOISER, make_parts
 from torch.nn import functional as F
 
-from ldm_lab.checkpoints.embedders import embedder_of
-from ldm_lab.checkpoints.heads import OPENAI
+from ldm_lab.checkpoints.embedders import OPENAI, embedder_of
 from ldm_lab.checkpoints.models import save_model
 from ldm_lab.config import build
 from ldm_lab.errors import UserError

@@ -15,12 +15,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny import make_run, run_program
 
-from ldm_lab.checkpoints import open_clip_weights
-from ldm_lab.checkpoints.files import read_safetensors, sha256
+from ldm_lab.checkpoints.files import read_safetensors
+from ldm_lab.checkpoints.formats import open_clip_weights
 from ldm_lab.checkpoints.parts import load_part, save_part, weights_sha256
 from ldm_lab.conditioners.clip import CLIP
 from ldm_lab.config import build, check_section, describe_parts
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Batch
+from ldm_lab.io.atomic import sha256
 from ldm_lab.io.images import to_tensor
 from ldm_lab.sampling import Sampler
 
@@ -76,8 +78,9 @@ def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
     return Image.blend(image, Image.fromarray(noise.numpy()), 0.3)
 
 
-def batch(*images: Image.Image) -> dict:
-    return {"image": torch.stack([to_tensor(image) for image in images])}
+def batch(*images: Image.Image) -> Batch:
+    names = [""] * len(images)
+    return Batch(names, names, torch.stack([to_tensor(image) for image in images]))
 
 
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -155,7 +158,7 @@ def test_batches_are_prepared_as_open_clip_prepares_pillow_images(mode, interpol
     clip = CLIP(architecture={"model_cfg": {**ARCHITECTURE, "vision_cfg": vision}, "preprocess_cfg": cfg})
     expected = image_transform_v2(PreprocessCfg(size=side, **cfg), is_train=False)(picture(size))
     assert torch.equal(clip.transform(picture(size)), expected)
-    ours = clip.normalize(clip.resize((batch(picture(size))["image"] + 1) / 2))[0]
+    ours = clip.normalize(clip.resize((batch(picture(size)).image + 1) / 2))[0]
     levels = (ours - expected).abs() * torch.tensor(cfg["std"])[:, None, None] * 255  # [3, S, S]
     assert ours.shape == (3, side, side)
     assert levels.max() < DISTANCES[interpolation] + 0.01 and levels.mean() < 0.15

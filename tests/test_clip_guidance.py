@@ -5,11 +5,12 @@ import json
 import pytest
 import tiny_glide
 import torch
+from stand_ins import FunctionDenoiser
 from tiny_glide import SIDE
 
-from ldm_lab.checkpoints import noised_clip
+from ldm_lab.checkpoints.formats import noised_clip
 from ldm_lab.errors import UserError
-from ldm_lab.guidance.clip import climbing
+from ldm_lab.guidance.clip import ClipGradient
 from ldm_lab.guidance.noised_clip import NoisedCLIP
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling import ClipGuidance
@@ -46,10 +47,10 @@ def test_the_gradient_is_that_of_the_likeness_to_the_text(base):
     clip, texts = Bright(), torch.tensor([[1.0, 0.0], [-0.5, 0.0]])
 
     def predict(x, t):
-        return base.objective.predict(lambda x, t: torch.zeros(2, 6, SIDE, SIDE), x, t, {})
+        return base.objective.predict(FunctionDenoiser(lambda x, t: torch.zeros(2, 6, SIDE, SIDE)), x, t, {})
 
     with torch.no_grad():
-        led = climbing(predict, ClipGuidance(clip, 2.0), texts, base.objective.schedule)(x, t)
+        led = ClipGradient(ClipGuidance(clip, 2.0), texts).wrap(predict, base.objective.schedule)(x, t)
     per_pixel = 2 * 100 / (3 * SIDE * SIDE)
     assert torch.allclose(led.gradient[0], torch.tensor(per_pixel))
     assert torch.allclose(led.gradient[1], torch.tensor(-0.5 * per_pixel))
@@ -63,8 +64,11 @@ def test_the_clip_is_asked_at_the_noise_that_it_knows():
     upsampler = tiny_glide.sampler(super_res=True)  # linear betas
     schedule, clip = upsampler.objective.schedule, Bright()
     x, t = torch.zeros(1, 3, SIDE, SIDE), torch.tensor([0.3])
-    climbing(lambda x, t: tiny_glide.sampler().objective.predict(lambda x, t: torch.zeros(1, 6, SIDE, SIDE), x, t, {}),
-             ClipGuidance(clip), torch.zeros(1, 2), schedule)(x, t)  # fmt: skip
+    objective, zeros = upsampler.objective, FunctionDenoiser(lambda x, t: torch.zeros(1, 6, SIDE, SIDE))
+    guided = ClipGradient(ClipGuidance(clip), torch.zeros(1, 2)).wrap(
+        lambda x, t: objective.predict(zeros, x, t, {}), schedule
+    )
+    guided(x, t)
     alpha, sigma = schedule.alpha_sigma(t)
     own_alpha, own_sigma = tiny_glide.sampler().objective.schedule.alpha_sigma(clip.times[0])
     assert (sigma / alpha).item() == pytest.approx((own_sigma / own_alpha).item(), rel=0.05)

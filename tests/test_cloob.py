@@ -14,6 +14,7 @@ from ldm_lab.conditioners.cloob import CLOOB, SelfAttention
 from ldm_lab.conditioners.none import NoConditioner
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import center_crop_to
 
 TINY = {
@@ -138,7 +139,7 @@ def test_prompts_are_texts_then_images(cloob):
     embed = cloob.from_prompts(["a red circle", "a"], [picture])["embed"]
     assert embed.shape == (3, 12)
     torch.testing.assert_close(embed[:2], cloob.encode_text(["a red circle", "a"]))
-    batch = {"image": torch.tensor([1.0, 165 / 127.5 - 1, -1.0]).view(1, 3, 1, 1).expand(1, 3, 8, 8)}
+    batch = Batch(["a"], [""], torch.tensor([1.0, 165 / 127.5 - 1, -1.0]).view(1, 3, 1, 1).expand(1, 3, 8, 8))
     torch.testing.assert_close(embed[2:], cloob.from_batch(batch)["embed"], rtol=1e-4, atol=1e-5)
     assert cloob.from_prompts([], [picture])["embed"].shape == (1, 12)
     assert cloob.from_prompts([], [])["embed"].shape == (0, 12)
@@ -244,7 +245,7 @@ def test_the_middle_of_an_image_prompt_is_taken():
 
 def test_no_condition():
     none = NoConditioner(embed_dim=5)
-    batch = {"image": torch.zeros(3, 3, 8, 8), "key": ["a", "b", "c"]}
+    batch = Batch(["a", "b", "c"], [""] * 3, torch.zeros(3, 3, 8, 8))
     assert torch.equal(none.from_batch(batch)["embed"], torch.zeros(3, 5))
     cond = none.from_prompts(["a"], [Image.new("RGB", (2, 2))])
     assert torch.equal(cond["embed"], torch.zeros(2, 5))

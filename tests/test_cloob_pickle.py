@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_lab.checkpoints import cloob_pickle
+from ldm_lab.checkpoints.formats import cloob_pickle
 from ldm_lab.checkpoints.parts import load_part
 from ldm_lab.conditioners.cloob import CLOOB
 from ldm_lab.errors import UserError
@@ -242,7 +242,7 @@ NDARRAY, RECONSTRUCT = b"cnumpy\nndarray\n", b"cnumpy.core.multiarray\n_reconstr
         b"cbuiltins\ngetattr\n.",
         b"ccopyreg\n_reconstructor\n.",
         b"c__main__\nx\n.",
-        b"cldm_lab.checkpoints.cloob_pickle\nload\n.",
+        b"cldm_lab.checkpoints.formats.cloob_pickle\nload\n.",
         NDARRAY + b")R.",  # called, which it is not meant to be
         NDARRAY + b")\x81.",  # as a class to be instantiated
         NDARRAY + b"}X\x04\0\0\0makeNsb.",  # given attributes

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import AUTOENCODER, CLOOB, DENOISER
 
 from ldm_lab.checkpoints.files import FORMAT, read_safetensors
-from ldm_lab.checkpoints.formats import recognise
+from ldm_lab.checkpoints.importer import recognise
 from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.parts import load_part, save_part
 from ldm_lab.config import build

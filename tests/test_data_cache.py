@@ -8,13 +8,14 @@ from data_sets import keys, module, take, write_shards
 
 from ldm_lab.data.cache import CacheWriter, complete
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Batch
 
 MADE_WITH = {"autoencoder": "a" * 64, "conditioner": "b" * 64, "image_size": 8, "data": {"name": "webdataset"}}
 
 
-def moments(batch: dict) -> dict[str, torch.Tensor]:
+def moments(batch: Batch) -> dict[str, torch.Tensor]:
     """Return stand-ins for what the models would make of a batch; every sample's differ."""
-    number = torch.tensor([float(key) for key in batch["key"]])  # [B]
+    number = torch.tensor([float(key) for key in batch.key])  # [B]
     mean = number[:, None, None, None].expand(-1, 4, 2, 3) / 64  # [B, 4, 2, 3]
     embed = torch.stack([number, -number], 1)  # [B, 2]
     return {"mean": mean.half(), "logvar": (-mean).half(), "embed": embed}
@@ -30,7 +31,7 @@ def fill(folder, source: dict, stop_after: int | None = None) -> CacheWriter:
         if number == stop_after:
             return writer
         data.consumed(batch)
-        writer.add(moments(batch), batch["text"], batch["key"], data.rank_state())
+        writer.add(moments(batch), batch.text, batch.key, data.rank_state())
     writer.close()
     return writer
 
@@ -58,10 +59,12 @@ def test_an_interrupted_pass_goes_on_without_gap_or_repetition(tmp_path, source,
     assert data.source.description == MADE_WITH
     for batch in batches:
         wanted = moments(batch)
-        assert batch["text"] == [f"caption {int(key)}" for key in batch["key"]]
+        assert batch.text == [f"caption {int(key)}" for key in batch.key]
+        read = {"mean": batch.mean, "logvar": batch.logvar, **batch.conditions}
+        assert read.keys() == wanted.keys()
         for name, values in wanted.items():
-            assert batch[name].dtype == torch.float32
-            assert torch.equal(batch[name], values.float())
+            assert read[name].dtype == torch.float32
+            assert torch.equal(read[name], values.float())
 
 
 def test_ranks_write_their_own_shards(tmp_path, source):
@@ -70,7 +73,7 @@ def test_ranks_write_their_own_shards(tmp_path, source):
         writer = CacheWriter(tmp_path / "cache", MADE_WITH, rank=rank)
         for batch in data.train_dataloader():
             data.consumed(batch)
-            writer.add(moments(batch), batch["text"], batch["key"], data.rank_state())
+            writer.add(moments(batch), batch.text, batch.key, data.rank_state())
         writer.close()
     assert complete(tmp_path / "cache") == 54
     assert len(set(keys(take(module({"name": "cache", "path": str(tmp_path / "cache")}, epochs=1))))) == 54
@@ -129,5 +132,5 @@ def test_captions_in_any_language(tmp_path):
     writer.close()
     complete(tmp_path / "cache")
     (batch,) = take(module({"name": "cache", "path": str(tmp_path / "cache"), "batch_size": 5}, epochs=1))
-    assert dict(zip(batch["key"], batch["text"])) == dict(zip("abcde", texts))
-    assert [texts[int(n)] for n in batch["embed"][:, 0]] == batch["text"]
+    assert dict(zip(batch.key, batch.text)) == dict(zip("abcde", texts))
+    assert [texts[int(n)] for n in batch.conditions["embed"][:, 0]] == batch.text

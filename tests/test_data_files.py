@@ -12,7 +12,7 @@ from ldm_lab.errors import UserError
 
 def captions(section: dict) -> dict[str, str]:
     batches = take(module({"workers": 0, "batch_size": 1, **section}, epochs=1))
-    return {key: text for batch in batches for key, text in zip(batch["key"], batch["text"])}
+    return {key: text for batch in batches for key, text in zip(batch.key, batch.text)}
 
 
 def test_the_files_layout_of_img2dataset(tmp_path):

@@ -15,6 +15,7 @@ from ldm_lab.data.datamodule import DataModule
 from ldm_lab.data.files import Folder
 from ldm_lab.data.order import Order, shuffled
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Batch
 
 KINDS = ("webdataset", "image_list", "folder", "cache")
 COUNT = 48
@@ -43,12 +44,13 @@ def sections(tmp_path_factory) -> dict[str, dict]:
     }
 
 
-def assert_same(got: list[dict], wanted: list[dict]) -> None:
-    assert [b["key"] for b in got] == [b["key"] for b in wanted]
+def assert_same(got: list[Batch], wanted: list[Batch]) -> None:
+    assert [b.key for b in got] == [b.key for b in wanted]
     for a, b in zip(got, wanted):
-        assert a.keys() == b.keys() and a["text"] == b["text"]
-        for name in a.keys() - {"key", "text"}:
-            assert torch.equal(a[name], b[name])
+        assert a.text == b.text and a.conditions.keys() == b.conditions.keys()
+        tensors = [(a.image, b.image), (a.mean, b.mean), (a.logvar, b.logvar)]
+        for one, other in [*tensors, *((a.conditions[name], b.conditions[name]) for name in a.conditions)]:
+            assert (one is None and other is None) or torch.equal(one, other)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -188,7 +190,7 @@ def test_augmentation_changes_with_the_epoch(sections):
     batches = take(module(sections["folder"]), 2 * COUNT // 4)
     images = {}
     for batch in batches:
-        for key, image in zip(batch["key"], batch["image"]):
+        for key, image in zip(batch.key, batch.image):
             images.setdefault(key, []).append(image)
     differing = sum(not torch.equal(*pair) for pair in images.values())
     assert differing > COUNT / 2

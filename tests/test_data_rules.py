@@ -42,18 +42,18 @@ def section(shards, **more) -> dict:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("shuffle_buffer", [0, 1000])
-def test_samples_are_left_out_and_counted_by_rule(shards, workers, shuffle_buffer):
+def test_samples_are_filtered_and_counted_by_rule(shards, workers, shuffle_buffer):
     rules = {"punsafe": {"below": 0.5}, "aesthetic": {"above": 5}}
     data = module(section(shards, rules=rules, workers=workers, shuffle_buffer=shuffle_buffer), epochs=1)
     kept = [n for n in range(100) if n % 7 and n % 10 != 3 and n > 50]
     assert sorted(keys(take(data))) == [f"{n:05d}" for n in kept]
-    assert dict(data.left_out) == {
+    assert dict(data.filtered) == {
         "rule punsafe": 15 - 1,  # 42 has no json
         "rule punsafe: missing_tag": 2,
         "rule aesthetic: missing_tag": sum(n % 7 > 0 and (n % 10 == 3 or n == 17) for n in range(100) if n != 43),
         "rule aesthetic": sum(n % 7 > 0 and n % 10 != 3 and n != 17 and n <= 50 for n in range(100) if n != 42),
     }
-    assert not data.skipped and sum(data.left_out.values()) == 100 - len(kept)
+    assert not data.skipped and sum(data.filtered.values()) == 100 - len(kept)
     assert "100 samples read" in data.summary() and f"{100 - len(kept)} left out by rules" in data.summary()
     assert "rule punsafe 14 (e.g. " in data.summary() and "; none skipped" in data.summary()
 
@@ -65,7 +65,7 @@ def test_sizes_are_the_original_ones_and_captions_those_trained_on(shards, tmp_p
     (tmp_path / "words.txt").write_text("CAPTION 7\n")
     data = module(section(shards, rules={"slurs": {"file": str(tmp_path / "words.txt")}}), epochs=1)
     assert len(keys(take(data))) == 89, "7 and 70 to 79"
-    assert dict(data.left_out) == {"rule slurs: slur": 11}
+    assert dict(data.filtered) == {"rule slurs: slur": 11}
 
 
 def test_scores_beside_the_shards_go_before_the_json(shards):
@@ -106,16 +106,16 @@ def test_resuming_delivers_the_same_batches(shards):
     second = module(one, epochs=3)
     second.load_rank_states([first.rank_state()], 0)
     assert begun + keys(take(second)) == batches
-    assert second.rank_state() == whole.rank_state() and second.left_out == whole.left_out
+    assert second.rank_state() == whole.rank_state() and second.filtered == whole.filtered
 
 
-def test_left_out_samples_take_no_room_in_the_shuffle_buffer(shards):
+def test_filtered_samples_take_no_room_in_the_shuffle_buffer(shards):
     """With one sample in ten kept, a buffer of 10 mixes the whole data set, not a shard."""
     data = module(section(shards, rules={"aesthetic": {"above": 8.95}}, shuffle_buffer=10), epochs=1)
-    assert len(take(data)) and data.left_out["rule aesthetic"] > 70
+    assert len(take(data)) and data.filtered["rule aesthetic"] > 70
 
 
-def test_left_out_samples_are_no_reason_to_stop(shards, monkeypatch):
+def test_filtered_samples_are_no_reason_to_stop(shards, monkeypatch):
     """97 % are left out and none is bad, although only 10 % may be."""
     monkeypatch.setattr(loader, "CHECK_AFTER", 50)
     monkeypatch.setattr(loader, "BARREN", 20)

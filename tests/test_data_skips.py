@@ -55,7 +55,7 @@ def test_counts_by_reason(broken, workers, require_text):
 
 def test_captions_of_samples_without_one_are_empty(broken):
     data = module({"name": "webdataset", "shards": f"{broken}/2.tar", "shuffle_buffer": 0}, epochs=1)
-    texts = [text for batch in take(data) for text in batch["text"]]
+    texts = [text for batch in take(data) for text in batch.text]
     assert texts[:5] == ["caption 20", "", "", "", "caption 24"]
 
 
@@ -86,7 +86,7 @@ def test_of_samples_with_one_key_the_first_counts(tmp_path, monkeypatch):
     data = module(section, epochs=1)
     batches = take(data)
     assert keys(batches) == [f"{n:05d}" for n in range(20)]
-    assert batches[0]["text"][1] == "caption 1" and dict(data.skipped) == {"duplicate key": 21}
+    assert batches[0].text[1] == "caption 1" and dict(data.skipped) == {"duplicate key": 21}
 
 
 def test_a_shard_without_an_end_is_cut(tmp_path):

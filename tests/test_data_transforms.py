@@ -203,12 +203,12 @@ def test_decoded_values_and_flip():
     data = stored(Image.fromarray(ramp))
     order = Order(seed=3, epoch=0, reader=0, readers=1)
     decoded = [source.decode(Raw(f"{n}", data, b"\xef\xbb\xbf a cat \n"), order) for n in range(200)]
-    mirrored = [bool(s["image"][0, 0, 0] > s["image"][0, 0, -1]) for s in decoded]
+    mirrored = [bool(s.image[0, 0, 0] > s.image[0, 0, -1]) for s in decoded]
     assert 70 < sum(mirrored) < 130
-    assert decoded[0]["text"] == "a cat"
-    again = [source.decode(Raw(f"{n}", data), order)["image"] for n in range(200)]
-    assert all((a == b["image"]).all() for a, b in zip(again, decoded))
-    batch = source.finish(source.collate(decoded))
-    assert batch["image"].shape == (200, 3, 32, 32)
-    assert batch["image"].min() == -1 and batch["image"].max() == pytest.approx(248 / 127.5 - 1, abs=1e-6)
-    assert batch["key"][5] == "5"
+    assert decoded[0].text == "a cat"
+    again = [source.decode(Raw(f"{n}", data), order).image for n in range(200)]
+    assert all((a == b.image).all() for a, b in zip(again, decoded))
+    batch = source.to_device_format(source.collate(decoded))
+    assert batch.image.shape == (200, 3, 32, 32)
+    assert batch.image.min() == -1 and batch.image.max() == pytest.approx(248 / 127.5 - 1, abs=1e-6)
+    assert batch.key[5] == "5"

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm_lab.autoencoders.kl_f8 import KLAutoencoder
-from ldm_lab.checkpoints import diffusers_vae
+from ldm_lab.checkpoints.formats import diffusers_vae
 from ldm_lab.checkpoints.parts import load_part, load_strictly
 from ldm_lab.errors import UserError
 

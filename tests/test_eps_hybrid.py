@@ -5,6 +5,7 @@ import torch
 
 from ldm_lab.config import build, check_section
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Denoiser
 from ldm_lab.training.timesteps import SobolTimesteps
 
 B, C = 8, 4
@@ -21,14 +22,15 @@ def batch():
     return x0, torch.randn(B, C, 4, 4, generator=generator), torch.linspace(0, 1, B)
 
 
-class Fixed:
+class Fixed(Denoiser):
     """A network that puts out a parameter, whatever it is asked; it remembers what it was."""
 
     def __init__(self, output):
+        super().__init__()
         self.output = output.clone().requires_grad_()
 
-    def __call__(self, x, t, **cond):
-        self.x, self.t = x, t
+    def forward(self, x, time, **conditions):
+        self.x, self.t = x, time
         return self.output
 
 
@@ -37,7 +39,7 @@ def test_who_knows_the_noise_has_no_error_and_reads_the_clean_sample(batch):
     for T in (50, 1000):
         objective = made(timesteps=T)
         net = Fixed(torch.cat([noise, torch.zeros_like(noise)], dim=1))
-        terms = objective.terms(net, x0, {}, t, noise)
+        terms = objective.loss_terms(net, x0, {}, t, noise)
         assert terms["mse"].abs().max() < 1e-12
         assert torch.equal(terms["loss"], terms["mse"] + T / 1000 * terms["bound"])
         assert torch.equal(net.t, ((t * T).ceil().clamp(min=1) / T))  # the timestep above, and at 0 the first
@@ -53,7 +55,7 @@ def test_the_bound_trains_the_variance_and_nothing_else_does(batch):
     grads = {}
     for bound in (True, False):
         net = Fixed(output)
-        made(bound=bound).loss(net, x0, {}, t, noise).sum().backward()
+        made(bound=bound).loss_terms(net, x0, {}, t, noise)["loss"].sum().backward()
         grads[bound] = net.output.grad.chunk(2, dim=1)
     assert torch.allclose(grads[True][0], grads[False][0])  # eps: the same with the bound as without it
     assert (grads[False][1] == 0).all()
@@ -68,7 +70,7 @@ def test_the_bound_is_least_at_the_variance_that_errors_call_for(batch):
         bounds = []
         for v in (-1.0, 0.0, 1.0):
             net = Fixed(torch.cat([noise + off, torch.full_like(noise, v)], dim=1))
-            bounds.append(made().terms(net, x0, {}, t, noise)["bound"].mean().item())
+            bounds.append(made().loss_terms(net, x0, {}, t, noise)["bound"].mean().item())
         assert bounds == sorted(bounds, reverse=wanted == "high")
     assert min(bounds) >= 0
 
@@ -78,7 +80,7 @@ def test_training_brings_the_bound_down(batch):
     net = Fixed(torch.zeros(B, 2 * C, 4, 4))
     objective, bounds = made(timesteps=20), []
     for _ in range(60):
-        terms = objective.terms(net, x0, {}, t, noise)
+        terms = objective.loss_terms(net, x0, {}, t, noise)
         (gradient,) = torch.autograd.grad(terms["loss"].sum(), net.output)
         with torch.no_grad():
             net.output -= 0.05 * gradient.sign()
@@ -97,7 +99,9 @@ def test_every_timestep_is_drawn_the_last_one_too():
 def test_min_snr_weighs_low_noise_down(batch):
     x0, noise, t = batch
     net = Fixed(torch.zeros(B, C, 4, 4))
-    plain, weighted = (made(bound=False, min_snr=gamma).loss(net, x0, {}, t, noise) for gamma in (None, 5.0))
+    plain, weighted = (
+        made(bound=False, min_snr=gamma).loss_terms(net, x0, {}, t, noise)["loss"] for gamma in (None, 5.0)
+    )
     alpha, sigma = made().schedule.alpha_sigma(net.t)
     snr = (alpha / sigma) ** 2
     assert torch.allclose(weighted, plain * snr.clamp(max=5) / snr, rtol=1e-5)
@@ -108,10 +112,10 @@ def test_a_network_of_eps_alone(batch):
     x0, noise, t = batch
     net = Fixed(torch.zeros(B, C, 4, 4))
     objective = made(bound=False)
-    assert torch.allclose(objective.loss(net, x0, {}, t, noise), noise.square().flatten(1).mean(1))
+    assert torch.allclose(objective.loss_terms(net, x0, {}, t, noise)["loss"], noise.square().flatten(1).mean(1))
     assert objective.predict(net, x0, t, {}).variance_fraction is None
     with pytest.raises(UserError, match="no channels for a learned variance; set bound: false"):
-        made().loss(net, x0, {}, t, noise)
+        made().loss_terms(net, x0, {}, t, noise)
     with pytest.raises(UserError, match="puts out 5 channels; of 4 channels it should make 8, or 4 without"):
         made().predict(Fixed(torch.zeros(B, 5, 4, 4)), x0, t, {})
 
@@ -119,7 +123,7 @@ def test_a_network_of_eps_alone(batch):
 def test_half_precision_outputs_are_read_in_float32(batch):
     x0, noise, t = batch
     net = Fixed(torch.zeros(B, 2 * C, 4, 4, dtype=torch.bfloat16))
-    assert made().loss(net, x0, {}, t, noise).dtype == torch.float32
+    assert made().loss_terms(net, x0, {}, t, noise)["loss"].dtype == torch.float32
     assert all(value.dtype == torch.float32 for value in made().predict(net, x0, t, {})[:3])
 
 

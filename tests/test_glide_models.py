@@ -7,14 +7,14 @@ import torch
 from PIL import Image
 from tiny_glide import SIDE
 
-from ldm_lab.checkpoints import glide, noised_clip
-from ldm_lab.checkpoints.formats import recognise
+from ldm_lab.checkpoints.formats import glide, noised_clip
+from ldm_lab.checkpoints.importer import recognise
 from ldm_lab.checkpoints.models import read_model
 from ldm_lab.conditioners import glide_text
 from ldm_lab.denoisers.glide_unet import GlideUNet
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.noised_clip import NoisedCLIP
-from ldm_lab.pretrained import resolve as pretrained
+from ldm_lab.pretrained.catalogue import catalogue
 from ldm_lab.sampling import Sampler
 
 # Heads of 64 channels, 8 in the text, as in all of OpenAI's networks: the files do not say it.
@@ -186,13 +186,13 @@ def test_the_towers_of_the_noised_clip(tmp_path, program):
 
 
 def test_all_released_files_have_names():
-    names = {entry.file: name for name, entry in pretrained.RELEASED.items()}
+    names = {entry.file: name for name, entry in catalogue().items()}
     for file in ("base", "upsample", "base_inpaint", "upsample_inpaint", "clip_image_enc", "clip_text_enc"):
         assert names[f"{file}.pt"].startswith("glide/")
-        (mirror,) = pretrained.RELEASED[names[f"{file}.pt"]].mirrors
+        (mirror,) = catalogue()[names[f"{file}.pt"]].mirrors
         assert mirror == f"https://openaipublic.blob.core.windows.net/diffusion/dec-2021/{file}.pt"
     for file in ("v2-base", "v2-sr", "v3-base"):
-        (mirror,) = pretrained.RELEASED[f"laionide/{file}"].mirrors
+        (mirror,) = catalogue()[f"laionide/{file}"].mirrors
         assert mirror.endswith(f"/laionide/releases/download/Checkpoints/laionide-{file}.pt")
     assert {"miniGLIDE.pt", "miniGLIDEsimple.pt", "dogGLIDE.pt", "vocab.bpe"} <= set(names)
-    assert set(noised_clip.RELEASED) <= set(pretrained.RELEASED)
+    assert set(noised_clip.RELEASED) <= set(catalogue())

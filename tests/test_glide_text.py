@@ -10,7 +10,8 @@ from ldm_lab.conditioners import glide_text
 from ldm_lab.conditioners.glide_text import GlideText, gpt2_encoding, gpt2_ranks
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
-from ldm_lab.pretrained import resolve as pretrained
+from ldm_lab.interfaces import Batch
+from ldm_lab.pretrained.catalogue import catalogue
 
 MERGES = ["#version: 0.2", "Ġ a", "r e", "re d", "Ġ red", ""]  # as in vocab.bpe; Ġ is the letter of a space
 
@@ -51,7 +52,7 @@ def test_gpt2_tokens_of_a_small_vocabulary(merges):
 def test_the_clip_vocabulary_needs_no_download(monkeypatch):
     monkeypatch.setattr(glide_text, "fetch", lambda name: pytest.fail("a download"))
     conditioner = small()
-    made = conditioner.from_batch({"text": ["a red circle", ""]})
+    made = conditioner.from_batch(Batch(["a", "b"], ["a red circle", ""]))
     assert made["tokens"].shape == made["mask"].shape == (2, 12)
     assert 3 <= int(made["mask"][0].sum()) <= 12 and not made["mask"][1].any()
     assert (made["tokens"] < 600).all() and (made["tokens"][~made["mask"]] == 599).all()
@@ -82,7 +83,7 @@ def test_long_texts_are_cut_with_a_warning(caplog):
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            conditioner.from_batch({"text": ["a red circle on a blue background"]})
+            conditioner.from_batch(Batch(["a"], ["a red circle on a blue background"]))
     assert len(caplog.records) == 1, "captions are many: one line tells"
 
 
@@ -113,7 +114,7 @@ def test_without_the_merges_one_line_says_where_they_belong(tmp_path, monkeypatc
         UserError, match=r"put vocab.bpe \(from https://.*vocab.bpe or .*\) at .*/gpt2/vocab.bpe/vocab.bpe"
     ):
         GlideText().from_prompts(["a dog"], [])
-    assert pretrained.RELEASED["gpt2/vocab.bpe"].sha256.startswith("1ce1664773c50f3e")
+    assert catalogue()["gpt2/vocab.bpe"].sha256.startswith("1ce1664773c50f3e")
 
 
 def test_importing_loads_neither_tiktoken_nor_a_file(tmp_path):

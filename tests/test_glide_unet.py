@@ -6,6 +6,7 @@ import torch
 from ldm_lab.config import build
 from ldm_lab.denoisers.glide_unet import GlideUNet
 from ldm_lab.errors import UserError
+from ldm_lab.schedules import Discrete
 
 TINY = {
     "base_channels": 32, "multipliers": [1, 2], "blocks_per_level": 1, "attention": [2], "head_width": 16,
@@ -29,7 +30,7 @@ def inputs(*size: int, batch: int = 2) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return {
         "x": torch.randn(batch, 3, *size, generator=generator),
-        "t": torch.rand(batch, generator=generator),
+        "time": 99 * torch.rand(batch, generator=generator),
         "tokens": torch.randint(0, 49, (batch, 6), generator=generator),
         "mask": torch.tensor([[True] * 4 + [False] * 2, [False] * 6] * batch)[:batch],
     }
@@ -90,7 +91,7 @@ def test_time_text_and_conditions_matter():
     more["inpaint_mask"] = (torch.rand(2, 1, 8, 8) > 0.5).float()
     out = net(**given, **more)
     changes = [
-        {"t": given["t"] / 2},
+        {"time": given["time"] / 2},
         {"tokens": given["tokens"].flip(1)},
         {"low_res": more["low_res"] / 2},
         {"inpaint_image": more["inpaint_image"] / 2},
@@ -109,11 +110,11 @@ def test_times_of_the_grid_are_whole_timesteps():
         seen = []
         net.time_embed[0].register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
         index = torch.arange(steps)
-        net.time_embedding(((index + 1) / steps).float())
+        net.time_embedding(Discrete("squaredcos_cap_v2", steps).time(((index + 1) / steps).float(), "timestep"))
         angle = index.float()[:, None] * torch.exp(-torch.arange(16) * torch.tensor(10_000.0).log() / 16)
         torch.testing.assert_close(seen[0], torch.cat([angle.cos(), angle.sin()], dim=1), rtol=0, atol=2e-4)
         assert torch.equal(seen[0][:, 0], index.float().cos()), "a float32 t gives the timestep itself"
-        net.time_embedding(torch.tensor([(3.5 + 1) / steps]))
+        net.time_embedding(torch.tensor([3.5]))
         torch.testing.assert_close(seen[1][0, 0], torch.tensor(3.5).cos(), rtol=0, atol=3e-4)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldm_lab.guidance.classifier_free import guided, null_weight
+from ldm_lab.guidance.classifier_free import guided, null_condition_weight
 from ldm_lab.interfaces import Prediction
 from ldm_lab.schedules import Cosine
 
@@ -81,7 +81,7 @@ def test_a_condition_without_weight_is_not_evaluated(inputs):
 def test_rounding_does_not_cost_an_evaluation():
     weights = torch.full((2, 10), 0.1)
     weights[1, 0] = 0.2
-    assert null_weight(weights).tolist() == [0.0, pytest.approx(-0.1, abs=1e-6)]
+    assert null_condition_weight(weights).tolist() == [0.0, pytest.approx(-0.1, abs=1e-6)]
 
 
 def test_no_prompt_at_all_is_unconditional(inputs):
@@ -156,7 +156,7 @@ def test_autoguidance_puts_the_worse_model_in_place_of_the_null_condition(inputs
         return Prediction(good.x0 * 0.5 + 1, good.eps * 0.5 - 1)
 
     weights = torch.tensor([[3.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
-    out = guided(Stand(), cond, null, weights, weak=worse)(x, t)
+    out = guided(Stand(), cond, null, weights, guide_model=worse)(x, t)
     towards = [Stand()(x, t, {"embed": cond["embed"][:, k]}) for k in range(K)]
     away = [worse(x, t, {"embed": cond["embed"][:, k]}) for k in range(K)]
     assert close(out.x0[0], 3 * towards[0].x0[0] - 2 * away[0].x0[0])

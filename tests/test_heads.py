@@ -7,12 +7,14 @@ import torch
 from safetensors.torch import save_file
 
 from ldm_lab.checkpoints import embedders
-from ldm_lab.checkpoints.files import read_safetensors, sha256
-from ldm_lab.checkpoints.heads import KNOWN, OPENAI
+from ldm_lab.checkpoints.embedders import OPENAI
+from ldm_lab.checkpoints.files import read_safetensors
 from ldm_lab.config import build
 from ldm_lab.curation.heads.head import load_head, save_head, unit
 from ldm_lab.errors import UserError
+from ldm_lab.io.atomic import sha256
 from ldm_lab.pretrained import resolve as pretrained
+from ldm_lab.pretrained.catalogue import catalogue
 
 EMBEDDER = {"name": "clip", "model": "ViT-X", "pretrained": "mine"}
 LINEAR = {"name": "linear", "embed_dim": 6, "embedder": EMBEDDER, "column": "beauty"}
@@ -30,7 +32,7 @@ def linear(path, **changes):
 @pytest.mark.parametrize("size", ["vit_b_32", "vit_b_16", "vit_l_14"])
 def test_released_heads_are_known_by_their_content(tmp_path, size, golden_heads):
     released = golden_heads / f"sa_0_4_{size}_linear.pth"
-    entry = pretrained.RELEASED[f"aesthetic/{size}"]
+    entry = catalogue()[f"aesthetic/{size}"]
     assert (sha256(released), released.stat().st_size) == (entry.sha256, entry.size)
     renamed = tmp_path / "some.pth"
     renamed.write_bytes(released.read_bytes())
@@ -41,11 +43,14 @@ def test_released_heads_are_known_by_their_content(tmp_path, size, golden_heads)
 
 
 def test_released_rating_embeddings_have_the_checksums_of_their_entries(golden_heads):
-    for name, entry in pretrained.RELEASED.items():
+    for name, entry in catalogue().items():
         if entry.role == "rating":
             path = golden_heads / f"{name.split('/')[1]}_embeddings" / entry.file
             assert (sha256(path), path.stat().st_size) == (entry.sha256, entry.size)
-    assert all(pretrained.RELEASED[name].role == "head" for name in KNOWN)
+    assert [name for name, entry in catalogue().items() if entry.config] == [
+        *(f"aesthetic/{size}" for size in ("vit_b_16", "vit_b_32", "vit_l_14")),
+        "aesthetic/improved_vit_l_14",
+    ]
 
 
 def test_a_head_out_of_the_cache(tmp_path, monkeypatch, golden_heads):

@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 
 from ldm_lab.autoencoders.kl_f8 import KLAutoencoder
-from ldm_lab.checkpoints import ccld, compvis
+from ldm_lab.checkpoints.formats import ccld, compvis
 from ldm_lab.checkpoints.parts import load_part
 from ldm_lab.denoisers.ccld_unet import CCLDUNet
 from ldm_lab.errors import UserError

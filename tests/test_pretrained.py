@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from ldm_lab.errors import UserError
 from ldm_lab.io import download, http
 from ldm_lab.io.atomic import sha256 as file_sha256
 from ldm_lab.pretrained import resolve as pretrained
-from ldm_lab.pretrained.resolve import Released, check_foreign, fetch, locate
+from ldm_lab.pretrained.catalogue import Released, catalogue, parse
+from ldm_lab.pretrained.resolve import check_untrusted, fetch, resolve_weights
 
 CONTENT = bytes(range(256)) * 2000 + b"the end"
 NAME = "test/weights"
@@ -131,7 +133,7 @@ def release(cache, mirror, monkeypatch):
     def add(*mirrors, name=NAME, sha256=RIGHT, **fields) -> Path:
         mirrors = mirrors or (f"{mirror.url}/w.bin",)
         fields = {"role": "autoencoder", "what": "a test", "file": "w.bin", "page": "http://page.test", **fields}
-        monkeypatch.setitem(pretrained.RELEASED, name, Released(mirrors=mirrors, sha256=sha256, **fields))
+        monkeypatch.setitem(catalogue(), name, Released(mirrors=mirrors, sha256=sha256, **fields))
         return cache / name / fields["file"]
 
     return add
@@ -144,11 +146,11 @@ def left(path: Path) -> list[str]:
 
 def test_a_download_is_checked_recorded_and_made_once(release, mirror):
     path = release()
-    assert locate(NAME, "weights") == path and path.read_bytes() == CONTENT
+    assert resolve_weights(NAME, "weights") == path and path.read_bytes() == CONTENT
     assert left(path) == ["w.bin", "w.bin.json"]
     record = json.loads((path.parent / "w.bin.json").read_text())
     assert record["sha256"] == checksum(CONTENT) and record["source"] == f"{mirror.url}/w.bin"
-    locate(NAME, "weights")
+    resolve_weights(NAME, "weights")
     assert len(mirror.requests) == 1
 
 
@@ -181,11 +183,11 @@ SCRIPT = """
 import sys
 from ldm_lab.io import download, http
 from ldm_lab.io.atomic import sha256 as file_sha256
-from ldm_lab.pretrained import resolve as pretrained
+from ldm_lab.pretrained.catalogue import Released, catalogue
 from ldm_lab.__main__ import main
 from ldm_lab.errors import run_program
 http.CHUNK = 10_000
-pretrained.RELEASED["test/weights"] = pretrained.Released("autoencoder", "a test", "w.bin", (sys.argv[1],), sys.argv[2])
+catalogue()["test/weights"] = Released("autoencoder", "a test", "w.bin", (sys.argv[1],), sys.argv[2])
 sys.argv[1:3] = []
 run_program(main)
 """
@@ -397,7 +399,7 @@ def test_a_truncated_file_is_not_taken(release, mirror):
 @pytest.mark.parametrize("name", ["../../etc/x", "/etc/nothing-here", "kl-f9", "cloob/../kl-f8"])
 def test_what_is_no_name_is_a_path_and_never_fetched(cache, name):
     with pytest.raises(UserError, match="no such file"):
-        locate(name, "weights")
+        resolve_weights(name, "weights")
     with pytest.raises(UserError, match="no such released weights"):
         fetch(name)
     assert not cache.exists()
@@ -407,16 +409,16 @@ def test_what_is_no_name_is_a_path_and_never_fetched(cache, name):
                                   "hf://../b/c", "hf://a/b/../c", "hf://a/b//c"])  # fmt: skip
 def test_other_addresses_are_refused(text):
     with pytest.raises(UserError, match="weights: "):
-        locate(text, "weights")
+        resolve_weights(text, "weights")
 
 
 @pytest.mark.parametrize("text", ["hf://a/b/c", "http://x/y", "file:///etc/passwd", ["kl-f8"], 3])
 def test_a_checkpoints_config_names_no_addresses(text, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", "/nowhere")
     with pytest.raises(UserError, match="refused"):
-        check_foreign(text, "autoencoder.weights")
+        check_untrusted(text, "autoencoder.weights")
     for allowed in ("kl-f8", "folder/file.ckpt", None):
-        check_foreign(allowed, "autoencoder.weights")
+        check_untrusted(allowed, "autoencoder.weights")
 
 
 def test_a_checkpoint_that_names_an_address_is_refused_before_anything_is_fetched(sampler, tmp_path, monkeypatch):
@@ -483,24 +485,24 @@ def test_a_path_is_a_path(release, mirror, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = release(name="w.bin")
     Path("w.bin").write_bytes(b"mine")
-    assert locate(Path("w.bin"), "weights") == locate("./w.bin", "weights") == Path("w.bin")
+    assert resolve_weights(Path("w.bin"), "weights") == resolve_weights("./w.bin", "weights") == Path("w.bin")
     assert mirror.requests == []
-    assert locate("w.bin", "weights") == path
+    assert resolve_weights("w.bin", "weights") == path
     os.mkfifo("pipe")
     with pytest.raises(UserError, match=r"pipe: not a file \(weights\)"):
-        locate("pipe", "weights")
+        resolve_weights("pipe", "weights")
 
 
 HUB_SCRIPT = """
 import sys
 from ldm_lab.errors import UserError
-from ldm_lab.pretrained.resolve import check_foreign, locate
+from ldm_lab.pretrained.resolve import check_untrusted, resolve_weights
 try:
-    check_foreign(sys.argv[1], "autoencoder.weights")
+    check_untrusted(sys.argv[1], "autoencoder.weights")
 except UserError as error:
     print(error)
-print(locate(sys.argv[1], "weights"))
-check_foreign(sys.argv[1], "autoencoder.weights")
+print(resolve_weights(sys.argv[1], "weights"))
+check_untrusted(sys.argv[1], "autoencoder.weights")
 """
 
 
@@ -525,7 +527,7 @@ def test_a_folder_on_the_hub_takes_only_what_a_model_needs(monkeypatch, tmp_path
     (tmp_path / "vae/config.json").write_text("{}")
     calls = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: calls.append((a, k)) or str(tmp_path))
-    assert locate("hf://owner/repo/vae/@abc", "weights") == tmp_path / "vae"
+    assert resolve_weights("hf://owner/repo/vae/@abc", "weights") == tmp_path / "vae"
     (repository,), options = calls[0]
     assert repository == "owner/repo" and options["revision"] == "abc"
     assert options["allow_patterns"] == ["vae/*.json", "vae/*.safetensors"]
@@ -565,7 +567,34 @@ def test_the_command_as_a_program(release, mirror):
 
 
 def test_every_released_entry_is_sound():
-    for name, entry in pretrained.RELEASED.items():
+    for name, entry in catalogue().items():
         assert pretrained.cached_path(name).name == entry.file
         assert entry.sha256 is None or re.fullmatch("[0-9a-f]{64}", entry.sha256)
         assert all(url.startswith("https://") for url in entry.mirrors) and (entry.mirrors or entry.page)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"licence": "MIT"}, "a/b: licence: unknown"),
+        ({"sha256": "abc"}, "a/b: sha256: "),
+        ({"file": "../x"}, "a/b: file: "),
+        ({"mirrors": ["file:///x"]}, "a/b: mirrors: "),
+        ({"role": "autoencoders"}, "a/b: role: "),
+        ({"size": "5"}, "a/b: size: "),
+        ({"what": 3}, "a/b: what: "),
+    ],
+)
+def test_a_wrong_entry_of_a_catalogue_is_named(change, message):
+    entry = {"role": "head", "what": "a test", "file": "w.bin"}
+    assert parse(json.dumps({"a/b": entry})) == {"a/b": Released(**entry)}
+    with pytest.raises(ValueError, match=message):
+        parse(json.dumps({"a/b": {**entry, **change}}))
+    with pytest.raises(ValueError, match="file: "):
+        parse(json.dumps({"a/b": {"role": "head", "what": "a test"}}))
+
+
+def test_the_catalogue_is_installed_with_the_package():
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        data = tomllib.load(file)["tool"]["setuptools"]["package-data"]
+    assert "**/*.yaml" in data["ldm_lab"] and len(catalogue()) == 44

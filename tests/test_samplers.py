@@ -8,7 +8,8 @@ import torch
 
 from ldm_lab.config import build, parts
 from ldm_lab.errors import UserError
-from ldm_lab.guidance.condition_score import shifted
+from ldm_lab.guidance.base import Wrapper
+from ldm_lab.guidance.stack import stack
 from ldm_lab.interfaces import Prediction
 from ldm_lab.schedules import Cosine, Discrete, Posterior
 
@@ -38,8 +39,8 @@ def normal(*shape, seed=0):
 
 
 def sample(name, steps, x, predict=mixture, noise=None, callback=None, **options):
-    walk = build("sampler", {"name": name, "steps": steps, **options})
-    return walk(predict, x, schedule=SCHEDULE, noise=noise, callback=callback)
+    sampler = build("sampler", {"name": name, "steps": steps, **options})
+    return sampler.sample(predict, x, schedule=SCHEDULE, noise=noise, callback=callback)
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +233,7 @@ def test_wrong_sections_are_refused(section, message):
 
 def gaussian(schedule, std=0.5, learned=False, steps=None):
     """The exact denoiser of x0 ~ N(0, std^2), clamped nowhere; with the exact variance of its ancestral steps."""
-    chain = None if steps is None else Posterior.between(schedule, schedule.grid(steps))
+    chain = None if steps is None else Posterior.from_times(schedule, schedule.grid(steps))
     times = None if steps is None else schedule.grid(steps).tolist()
 
     def predict(x, t):
@@ -253,19 +254,19 @@ def gaussian(schedule, std=0.5, learned=False, steps=None):
 
 @pytest.mark.parametrize("betas", ["squaredcos_cap_v2", "linear", "linear_latent"])
 @pytest.mark.parametrize("name", CALLS)
-def test_every_sampler_walks_timesteps(name, betas):
+def test_every_sampler_visits_timesteps(name, betas):
     schedule = Discrete(betas)
     x = normal(1, 2, 24, 24)
     steps = 50 if name in ("ddim", "ddim_extrapolated", "euler", "ddpm", "dpmpp_2m_sde") else 25
     generator = torch.Generator().manual_seed(3)
-    walk = build("sampler", {"name": name, "steps": steps})
+    sampler = build("sampler", {"name": name, "steps": steps})
     seen = []
 
     def predict(x, t):
         seen.append(t[0].item())
         return gaussian(schedule)(x, t)
 
-    out = walk(
+    out = sampler.sample(
         predict, x, schedule=schedule,
         noise=lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype),
         callback=lambda *_: None,
@@ -281,13 +282,13 @@ def test_every_sampler_walks_timesteps(name, betas):
 @pytest.mark.parametrize("name", CALLS)
 def test_every_sampler_takes_a_respacing(name, steps):
     schedule = Discrete("linear")
-    walk, reported = build("sampler", {"name": name, "steps": steps}), []
-    out = walk(
+    sampler, reported = build("sampler", {"name": name, "steps": steps}), []
+    out = sampler.sample(
         gaussian(schedule), normal(1, 1, 4, 4), schedule=schedule, noise=torch.randn_like,
         callback=lambda i, x, x0: reported.append(i),
     )  # fmt: skip
-    assert reported == list(range(walk.steps)) and walk.steps == (25 if steps == "ddim25" else 27)
-    assert torch.equal(walk.times(schedule), schedule.grid(steps))
+    assert reported == list(range(sampler.steps)) and sampler.steps == (25 if steps == "ddim25" else 27)
+    assert torch.equal(sampler.times(schedule), schedule.grid(steps))
     assert out.isfinite().all()
 
 
@@ -297,8 +298,8 @@ def test_the_right_variance_of_few_ancestral_steps_gives_the_right_spread():
     spreads = {}
     for variance in ("posterior", "learned", "beta"):
         generator = torch.Generator().manual_seed(4)
-        walk = build("sampler", {"name": "ddpm", "steps": steps, "variance": variance})
-        out = walk(
+        sampler = build("sampler", {"name": "ddpm", "steps": steps, "variance": variance})
+        out = sampler.sample(
             gaussian(schedule, learned=True, steps=steps), normal(1, 1, 300, 300), schedule=schedule,
             noise=lambda x, g=generator: torch.randn(x.shape, generator=g, dtype=x.dtype),
         )  # fmt: skip
@@ -307,18 +308,26 @@ def test_the_right_variance_of_few_ancestral_steps_gives_the_right_spread():
     assert spreads["posterior"] < 0.97 * 0.5 and spreads["beta"] > 1.03 * 0.5
 
 
-def test_gradients_are_climbed_by_every_sampler():
+class Towards2(Wrapper):
+    """Adds the gradient of a likelihood."""
+
+    order = 20
+    adds_gradient = True
+
+    def wrap(self, predict, schedule):
+        return lambda x, t: predict(x, t)._replace(gradient=0.2 * (2 - x))
+
+
+def test_gradients_are_followed_by_every_sampler():
     """Data N(0, 1) and the likelihood of y = 2 under N(x_t, 1): samples move towards y, by shifted mean or score."""
     schedule = Discrete("linear")
     moved = {}
     for name in ("ddpm", "ddim", "unipc", "heun", "plms"):
-        walk = build("sampler", {"name": name, "steps": 50})
+        sampler = build("sampler", {"name": name, "steps": 50})
 
-        def predict(x, t):
-            return gaussian(schedule, std=1.0)(x, t)._replace(gradient=0.2 * (2 - x))
-
-        led = predict if walk.shifts_mean else shifted(predict, schedule)
-        out = walk(led, normal(1, 1, 40, 40), schedule=schedule, noise=lambda x: normal(*x.shape, seed=5))
+        predict = gaussian(schedule, std=1.0)
+        wrapped = stack(predict, [Towards2()], schedule=schedule, uses_gradient=sampler.uses_gradient)
+        out = sampler.sample(wrapped, normal(1, 1, 40, 40), schedule=schedule, noise=lambda x: normal(*x.shape, seed=5))
         moved[name] = out.mean().item()
     assert all(0.1 < mean < 2 for mean in moved.values()), moved
 
@@ -326,14 +335,14 @@ def test_gradients_are_climbed_by_every_sampler():
 def test_the_variant_of_glide_s_programs_leaves_out_both_ends():
     schedule = Discrete("squaredcos_cap_v2")
     for name, calls in (("plms", 27 - 2 + 9), ("prk", 4 * 25)):
-        walk, seen = build("sampler", {"name": name, "steps": "27", "variant": "glide"}), []
+        sampler, seen = build("sampler", {"name": name, "steps": "27", "variant": "glide"}), []
 
         def predict(x, t, seen=seen):
             seen.append(t[0].item())
             return gaussian(schedule)(x, t)
 
-        out = walk(predict, normal(1, 2, 24, 24), schedule=schedule)
-        assert (walk.steps, len(seen)) == (25, calls)
+        out = sampler.sample(predict, normal(1, 2, 24, 24), schedule=schedule)
+        assert (sampler.steps, len(seen)) == (25, calls)
         assert seen[0] == pytest.approx(0.962) and min(seen) >= 1 / 1000 - 1e-7
         assert out.std().item() == pytest.approx(0.5, rel=0.05)
     with pytest.raises(UserError, match="at least 3 are needed, not 2"):

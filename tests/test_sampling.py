@@ -9,6 +9,7 @@ from tiny import DENOISER, make_parts
 from ldm_lab.checkpoints.files import write_safetensors
 from ldm_lab.checkpoints.models import save_model
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Sampler as SamplerPart
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling import Picture, Sampler, as_mix
 
@@ -70,12 +71,15 @@ def test_seeds_make_images_and_repeat_them(sampler):
 def test_noise_is_fresh_in_every_step(parts, sampler):
     drawn = []
 
-    def walk(predict, x, *, schedule, noise, callback):
-        drawn.extend([x, noise(x), noise(x)])
-        return x
+    class Drawing(SamplerPart):
+        steps = 2
+
+        def sample(self, predict, x, *, schedule, noise, callback):
+            drawn.extend([x, noise(x), noise(x)])
+            return x
 
     cond = parts["conditioner"].from_prompts(["red"], [])
-    latents = sampler.latents(walk, (4, 4), {"embed": cond["embed"][None]}, torch.ones(1, 1), [5])
+    latents = sampler.latents(Drawing(), (4, 4), {"embed": cond["embed"][None]}, torch.ones(1, 1), [5])
     assert latents.shape == (1, 4, 4, 4)
     generator = torch.Generator().manual_seed(5)
     assert torch.equal(torch.cat(drawn), torch.stack([torch.randn(4, 4, 4, generator=generator) for _ in range(3)]))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldm_lab.errors import UserError
-from ldm_lab.schedules import Between, Cosine, Discrete, Posterior, count
+from ldm_lab.schedules import Cosine, Discrete, Posterior, RespacedSchedule, num_steps
 from ldm_lab.schedules.discrete import beta_table
 from ldm_lab.schedules.respacing import kept_timesteps
 
@@ -41,8 +41,8 @@ def test_between_timesteps_noise_rises_and_variance_is_kept(schedule):
     t = times()[1:].view(-1, 1)
     alpha, sigma = schedule.alpha_sigma(t)
     assert alpha.shape == t.shape
-    assert torch.allclose(schedule.time(sigma / alpha), t, atol=2e-3 / schedule.timesteps)
-    assert schedule.time(torch.tensor([0.0, 1e9])).tolist() == [0.0, 1.0]
+    assert torch.allclose(schedule.t_of_sigma_over_alpha(sigma / alpha), t, atol=2e-3 / schedule.timesteps)
+    assert schedule.t_of_sigma_over_alpha(torch.tensor([0.0, 1e9])).tolist() == [0.0, 1.0]
 
 
 def test_any_drawn_time_is_a_timestep_and_all_are_drawn_alike(schedule):
@@ -80,7 +80,7 @@ def test_respacing():
     assert kept_timesteps(10, "3,0,2") == [0, 2, 3, 7, 9]  # sections of 4, 3 and 3
     assert kept_timesteps(1000, 1000) == list(range(1000))
     assert kept_timesteps(1000, 1) == [999]  # from where there is something to sample
-    assert [count(steps) for steps in (5, "27", "fast27", "ddim50", "8,0,2")] == [5, 27, 27, 50, 10]
+    assert [num_steps(steps) for steps in (5, "27", "fast27", "ddim50", "8,0,2")] == [5, 27, 27, 50, 10]
     for timesteps in (10, 97, 1000):
         for steps in (2, 5, 10):
             kept = kept_timesteps(timesteps, steps)
@@ -120,7 +120,7 @@ def test_grids_of_the_other_kind_of_schedule_are_refused():
 def test_ancestral_steps_are_those_of_bayes(schedule):
     """q(x_next | x, x0) is proportional to q(x | x_next) q(x_next | x0), all of them normal."""
     grid = schedule.grid(6)
-    steps = Posterior.between(schedule, grid)
+    steps = Posterior.from_times(schedule, grid)
     alpha, sigma = schedule.alpha_sigma(grid.double())
     x0, x = torch.tensor(0.7, dtype=torch.float64), torch.tensor(-0.4, dtype=torch.float64)
     for i in range(5):
@@ -144,7 +144,7 @@ def test_ancestral_steps_are_those_of_bayes(schedule):
 def test_a_schedule_known_at_a_grid_alone():
     whole = Discrete("squaredcos_cap_v2")
     grid = whole.grid(5)
-    known = Between(whole, grid)
+    known = RespacedSchedule(whole, grid)
     for ours, theirs in zip(known.alpha_sigma(grid), whole.alpha_sigma(grid)):
         assert torch.allclose(ours, theirs, atol=1e-7)
     alpha, _ = whole.alpha_sigma(grid)

@@ -187,10 +187,10 @@ def test_source_gives_batches(tmp_path):
     data.prepare_data()
     data.setup()
     batches = list(data.train_dataloader())
-    assert [tuple(batch["image"].shape) for batch in batches] == [(4, 3, 32, 32)] * 3
-    assert len({key for batch in batches for key in batch["key"]}) == 12
+    assert [tuple(batch.image.shape) for batch in batches] == [(4, 3, 32, 32)] * 3
+    assert len({key for batch in batches for key in batch.key}) == 12
     for batch in batches:
-        for image, text in zip(batch["image"], batch["text"]):
+        for image, text in zip(batch.image, batch.text):
             pixels = (image.permute(1, 2, 0).numpy() + 1) * 127.5  # [32, 32, 3]
             assert set(check(pixels)) <= set(re.findall("[a-z]+", text))
 

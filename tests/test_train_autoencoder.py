@@ -21,6 +21,7 @@ from ldm_lab.checkpoints.parts import load_part, save_part
 from ldm_lab.config import build, load, part_class, to_yaml
 from ldm_lab.data.shapes import write_shards
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Batch
 from ldm_lab.training import perceptual
 from ldm_lab.training.autoencoder import ReconstructionLoss, psnr
 from ldm_lab.training.discriminator import Discriminator, adaptive_weight
@@ -105,7 +106,7 @@ def test_the_exported_scale_is_that_of_the_last_batches(here, program):
 
     module = DataModule(data, seed=1)
     module.setup()
-    batches = (batch["image"] for batch, _ in zip(module.train_dataloader(), range(4)))
+    batches = (batch.image for batch, _ in zip(module.train_dataloader(), range(4)))
     assert float(trained.scale) == pytest.approx(measure_scale(trained, batches), rel=1e-5)
 
 
@@ -181,7 +182,7 @@ def test_the_total_is_the_sum_that_the_recipe_says(here, monkeypatch):
     monkeypatch.setattr(task, "log_means", lambda values, size: logged.update(values))
     task._trainer = type("Trainer", (), {"global_step": 0, "precision_plugin": None})()
     image = torch.rand(2, 3, 16, 16) * 2 - 1
-    total = task.training_step({"image": image}, 0)
+    total = task.training_step(Batch([""] * len(image), [""] * len(image), image), 0)
     values = 3 * 16 * 16
     by_hand = logged["l1"] * values + 0.1 * logged["kl"] + logged["adaptive_weight"] * logged["verdict"]
     torch.testing.assert_close(total, by_hand / values + logged["discriminator"])

@@ -14,6 +14,7 @@ from ldm_lab.checkpoints.parts import load_part
 from ldm_lab.config import load, part_class, to_yaml
 from ldm_lab.data.shapes import write_shards
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Batch
 from ldm_lab.training.cloob import agreement, one_caption_each
 
 
@@ -66,7 +67,7 @@ def test_a_run_learns_and_leaves_a_usable_conditioner(here, program):
     trained = load_part("conditioner", {"name": "cloob", "weights": str(run / "cloob.safetensors")})
     saved = read_pickled(run / "last.ckpt")["state_dict"]
     assert torch.equal(trained.image_encoder.proj.weight, saved["model.image_encoder.proj.weight"])
-    assert trained.from_batch({"image": torch.zeros(2, 3, 32, 32)})["embed"].shape == (2, 16)
+    assert trained.from_batch(Batch(["a", "b"], ["", ""], torch.zeros(2, 3, 32, 32)))["embed"].shape == (2, 16)
 
 
 def test_a_learned_temperature_is_trained_logged_and_kept_in_range(here, program):
@@ -98,21 +99,21 @@ def test_two_processes_see_each_other_s_pairs(here):
         data.setup()
         shares.append(next(iter(data.train_dataloader())))
     model = fresh.model
-    image = torch.cat([model.encode_image(share["image"]) for share in shares])
-    tokens = torch.cat([model.tokenize(share["text"]) for share in shares])
+    image = torch.cat([model.encode_image(share.image) for share in shares])
+    tokens = torch.cat([model.tokenize(share.text) for share in shares])
     loss = fresh.loss(image, F.normalize(model.text_encoder(tokens), dim=-1))
     assert column(here / "runs" / "tiny", "train/loss") == [pytest.approx(float(loss.detach()), rel=1e-4)]
 
 
 def test_of_several_captions_one_is_taken_by_chance():
-    batch = {"key": ["a", "b"], "text": ["one\n\ntwo\n", "only"]}
+    batch = Batch(["a", "b"], ["one\n\ntwo\n", "only"])
     torch.manual_seed(0)
     drawn = [one_caption_each(batch) for _ in range(40)]
     assert {d[0] for d in drawn} == {"one", "two"} and {d[1] for d in drawn} == {"only"}
     torch.manual_seed(0)
     assert [one_caption_each(batch) for _ in range(40)] == drawn
     with pytest.raises(UserError, match=r"b has no caption; data\.require_text=true"):
-        one_caption_each({"key": ["a", "b"], "text": ["one", " \n"]})
+        one_caption_each(Batch(["a", "b"], ["one", " \n"]))
 
 
 def test_agreement_by_hand():

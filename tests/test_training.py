@@ -233,7 +233,7 @@ from ldm_lab.training import diffusion, runner
 class Spy(Callback):
     keys = []
     def on_train_batch_end(self, trainer, task, outputs, batch, index):
-        self.keys += batch["key"]
+        self.keys += batch.key
     def on_train_end(self, trainer, task):
         total = {n: p.detach().double().sum().item() for n, p in task.state_dict().items()}
         rates = [g["lr"] for g in trainer.optimizers[0].param_groups]

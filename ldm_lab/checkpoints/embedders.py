@@ -7,12 +7,17 @@ the checksum of the weights file.
 
 from typing import Any
 
-from ldm_lab.checkpoints.files import is_safetensors, sha256
-from ldm_lab.checkpoints.formats import part_config, recognise
+from ldm_lab.checkpoints.files import is_safetensors
+from ldm_lab.checkpoints.importer import part_config, recognise
 from ldm_lab.checkpoints.parts import weights_path
 from ldm_lab.errors import UserError
+from ldm_lab.io.atomic import sha256
 
 KEYS = ("name", "model", "pretrained", "sha256")
+OPENAI = {  # of OpenAI's CLIPs, by LAION's name of the size
+    size: {"name": "clip", "model": f"{model}-quickgelu", "pretrained": "openai"}
+    for size, model in (("vit_b_32", "ViT-B-32"), ("vit_b_16", "ViT-B-16"), ("vit_l_14", "ViT-L-14"))
+}
 HUB = "hf-hub:"  # such a model brings its own weights, so its name says which
 
 

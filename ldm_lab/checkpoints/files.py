@@ -12,11 +12,9 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from ldm_lab.errors import UserError, first_line
-from ldm_lab.io.atomic import atomic_write, existing_file, replaced_folder, sha256
+from ldm_lab.io.atomic import atomic_write
 
 FORMAT = "ldm_lab"  # key of our own entries in checkpoints, and value of `format` in a safetensors file of ours
-
-__all__ = ["atomic_write", "existing_file", "replaced_folder", "sha256"]  # beside what is defined here
 
 # What torch.load raises, apart from UnpicklingError, for files that are no checkpoints or only parts of one.
 UNREADABLE = (

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm_lab.checkpoints import ccld, glide
 from ldm_lab.checkpoints.files import write_safetensors
-from ldm_lab.checkpoints.foreign import part_of, read_state_dict
+from ldm_lab.checkpoints.formats import ccld, glide
 from ldm_lab.checkpoints.parts import FORMAT
+from ldm_lab.checkpoints.third_party import part_of, read_state_dict
 from ldm_lab.errors import UserError
-from ldm_lab.pretrained.resolve import locate
+from ldm_lab.pretrained.resolve import resolve_weights
 
 # What a config inside a model file must not bring along: a data section may hold shell commands (`pipe:`), and the
 # rest concerns the run alone.
@@ -34,7 +34,7 @@ def read_model(
     """Return `(config, state_dict, extra)` of a trained model.
 
     Args:
-        path: our `ema.safetensors`, a `.ckpt` of a run, or another program's file (`IMPORTERS`); `locate` finds it.
+        path: our `ema.safetensors`, a `.ckpt` of a run, or another program's file; `resolve_weights` finds it.
         ema: of a training checkpoint, take the averaged weights; else the raw ones.
         given: of another program's file, what it does not say of its architecture.
 
@@ -45,7 +45,7 @@ def read_model(
     Raises:
         UserError: missing, damaged or unknown file.
     """
-    path = locate(path, "checkpoint")
+    path = resolve_weights(path, "checkpoint")
     tensors, rest = read_state_dict(path, "checkpoint")
     if rest.get("format") == FORMAT:
         return _exported(path, tensors, rest)

@@ -8,17 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm_lab.checkpoints import ccld, cloob_pickle, compvis, diffusers_vae, heads, open_clip_weights
-from ldm_lab.checkpoints.files import (
-    FORMAT,
-    is_safetensors,
-    read_safetensors,
-    sha256,
-    write_safetensors,
-)
-from ldm_lab.checkpoints.formats import KINDS, kind_of, part_config
+from ldm_lab.checkpoints.files import FORMAT, is_safetensors, read_safetensors, write_safetensors
+from ldm_lab.checkpoints.formats import ccld, cloob_pickle, compvis, diffusers_vae, heads, open_clip_weights
+from ldm_lab.checkpoints.importer import KINDS, kind_of, part_config
 from ldm_lab.config import USE_KEYS, build, check_section, part_class
 from ldm_lab.errors import UserError, unknown
+from ldm_lab.io.atomic import sha256
 from ldm_lab.pretrained import resolve as pretrained
 
 Reader = Callable[[Path], tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]]
@@ -130,11 +125,11 @@ def weights_path(role: str, section: dict[str, Any]) -> Path | None:
 
 
 def find_weights(name: str | Path) -> Path:
-    """Return the path of weights: a file, a released name, or an hf:// address (`ldm_lab.pretrained.resolve.locate`).
+    """Return the path of weights: a file, a released name, or an hf:// address (`resolve_weights`).
 
     A folder of diffusers' stands for the file with the weights in it.
     """
-    path = pretrained.locate(name, "weights")
+    path = pretrained.resolve_weights(name, "weights")
     return diffusers_vae.find(path) if path.is_dir() else path
 
 

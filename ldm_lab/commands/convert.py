@@ -21,8 +21,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from ldm_lab.checkpoints import ccld, diffusers_vae, glide
-from ldm_lab.checkpoints.formats import KINDS, Found, config_problems, part_config, recognise
+from ldm_lab.checkpoints.formats import ccld, diffusers_vae, glide
+from ldm_lab.checkpoints.importer import KINDS, Found, config_problems, part_config, recognise
 from ldm_lab.checkpoints.models import read_model, save_model
 from ldm_lab.checkpoints.parts import check_strictly, load_strictly, read_module, save_part
 from ldm_lab.config import build, options, part_class

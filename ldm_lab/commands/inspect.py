@@ -18,13 +18,14 @@ from typing import Any
 
 import yaml
 
-from ldm_lab.checkpoints import cloob_pickle, compvis, diffusers_vae
-from ldm_lab.checkpoints.files import FORMAT, sha256
-from ldm_lab.checkpoints.foreign import part_of
-from ldm_lab.checkpoints.formats import KINDS, Found, TensorInfo, config_problems, part_config, recognise
+from ldm_lab.checkpoints.files import FORMAT
+from ldm_lab.checkpoints.formats import cloob_pickle, compvis, diffusers_vae
+from ldm_lab.checkpoints.importer import KINDS, Found, TensorInfo, config_problems, part_config, recognise
 from ldm_lab.checkpoints.models import read_model
+from ldm_lab.checkpoints.third_party import part_of
 from ldm_lab.config import check_section
 from ldm_lab.errors import UserError
+from ldm_lab.io.atomic import sha256
 
 NOT_PARAMETERS = ("scale", "autoencoder_scale")  # buffers with the latent scale
 TRAINING = {"run": ("model_ema.", "model."), "ccld_training": ("model_ema.", "model.")}  # prefixes, the first is used

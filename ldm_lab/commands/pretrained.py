@@ -12,7 +12,8 @@ downloads; `where` says where to put a file that was got in another way.
 import argparse
 
 from ldm_lab.errors import UserError
-from ldm_lab.pretrained import resolve as pretrained
+from ldm_lab.pretrained.catalogue import catalogue
+from ldm_lab.pretrained.resolve import cached_path, resolve_weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,21 +31,21 @@ def run(args: argparse.Namespace) -> None:
     elif not args.names:
         raise UserError(f"{args.action}: which weights? `python -m ldm_lab pretrained list` has their names")
     for name in args.names:
-        print(pretrained.locate(name, "get") if args.action == "get" else pretrained.cached_path(name))
+        print(resolve_weights(name, "get") if args.action == "get" else cached_path(name))
 
 
 def table() -> str:
-    """Return the released weights as a table: name, role, size, licence, whether cached, and what they are."""
-    rows = [("name", "role", "size", "licence", "cached", "sha256", "what")]
-    for name, entry in pretrained.RELEASED.items():
-        path = pretrained.cached_path(name)
+    """Return the released weights as a table: name, role, size, license, whether cached, and what they are."""
+    rows = [("name", "role", "size", "license", "cached", "sha256", "what")]
+    for name, entry in catalogue().items():
+        path = cached_path(name)
         size = path.stat().st_size if path.is_file() else entry.size
         rows.append(
             (
                 name,
                 entry.role,
                 "unknown" if size is None else f"{size / 2**20:,.1f} MiB",
-                entry.licence,
+                entry.license,
                 "yes" if path.is_file() else "no",
                 entry.sha256[:8] if entry.sha256 else "unknown",
                 entry.what,

@@ -76,10 +76,9 @@ def image_batches(config: dict[str, Any], batches: int, batch_size: int) -> Iter
     data.setup()
     held, found, given = torch.empty(0), 0, 0
     for batch in data.train_dataloader():
-        if "image" not in batch:
-            raise UserError("data: images are needed to measure the scale, and a cache holds none")
-        held = torch.cat([held, batch["image"]]) if len(held) else batch["image"]  # [n, 3, H, W]
-        found += len(batch["image"])
+        image = batch.require_image("measure the scale")  # [B, 3, H, W]
+        held = torch.cat([held, image]) if len(held) else image  # [n, 3, H, W]
+        found += len(batch)
         while len(held) >= batch_size and given < batches:
             yield held[:batch_size]
             held, given = held[batch_size:], given + 1

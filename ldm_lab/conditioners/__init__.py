@@ -11,7 +11,7 @@ A conditioner is an `nn.Module` with
 
 `cond` is a dict of tensors whose first axis is the batch, handed to the denoiser as keyword arguments:
 {"embed": [B, D]}, or of `glide_text` {"tokens": int64 [B, L], "mask": bool [B, L]}, ids that the denoiser reads itself.
-`batch["image"]` is [B, 3, H, W] in [-1, 1]; PIL images may have any mode and size. CLOOB, and what is to replace it
+`batch.image` is [B, 3, H, W] in [-1, 1]; PIL images may have any mode and size. CLOOB, and what is to replace it
 where texts and images are compared, also has
 
     encode_text(texts: list[str]) -> [n, D]                        unit rows

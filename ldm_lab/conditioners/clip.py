@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from ldm_lab.clip_tokens import CLIP_VOCAB_SIZE, SHOWN
 from ldm_lab.config import register
 from ldm_lab.errors import UserError, first_line
+from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import flatten_alpha
 
 HUB = "hf-hub:"
@@ -153,9 +154,9 @@ class CLIP(nn.Module):
 
     # ---------------------------------------------------------------------------------------------- embeddings
 
-    def from_batch(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def from_batch(self, batch: Batch) -> dict[str, Tensor]:
         """Return {"embed": [B, D]}, the embeddings of a batch's images, [B, 3, H, W] in [-1, 1]."""
-        return {"embed": self.encode_image(batch["image"])}  # [B, D]
+        return {"embed": self.encode_image(batch.image)}  # [B, D]
 
     def from_prompts(self, texts: list[str], images: list[Image.Image]) -> dict[str, Tensor]:
         """Return {"embed": [n, D]}, the embeddings of texts, then of images, which open_clip's transform prepares.

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ldm_lab import clip_tokens
 from ldm_lab.config import options, register
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import center_crop_to, to_tensor
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of images in [0, 1]; CLIP's
@@ -91,9 +92,9 @@ class CLOOB(nn.Module):
             return []
         return _problems({key: section.get(key, known.default) for key, known in options(CLOOB).items()})
 
-    def from_batch(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def from_batch(self, batch: Batch) -> dict[str, Tensor]:
         """Return {"embed": [B, D]}, the embeddings of a batch's images, [B, 3, H, W] in [-1, 1]."""
-        return {"embed": self.encode_image(batch["image"])}  # [B, D]
+        return {"embed": self.encode_image(batch.image)}  # [B, D]
 
     def from_prompts(self, texts: list[str], images: list[Image.Image]) -> dict[str, Tensor]:
         """Return {"embed": [n, D]}, the embeddings of texts, then of images (see `images.center_crop_to`)."""

@@ -18,6 +18,7 @@ from ldm_lab.clip_tokens import (
 from ldm_lab.clip_tokens import Encoding as CLIPEncoding
 from ldm_lab.config import register
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Batch
 from ldm_lab.pretrained.resolve import fetch
 
 GPT2_VOCAB_SIZE = 50257  # 256 bytes, 50,000 merges, one token for padding
@@ -80,9 +81,9 @@ class GlideText(nn.Module):
             problems.append(f"text_size: at least 1 is needed, not {section['text_size']}")
         return problems
 
-    def from_batch(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def from_batch(self, batch: Batch) -> dict[str, Tensor]:
         """Return the tokens and mask of the batch's captions; the first caption that is cut is told."""
-        return self.tokenize(batch["text"], warn="once")
+        return self.tokenize(batch.text, warn="once")
 
     def from_prompts(self, texts: list[str], images: list[Image.Image]) -> dict[str, Tensor]:
         """Return the tokens and mask of texts; one that is too long is cut with a warning.

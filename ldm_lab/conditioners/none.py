@@ -1,12 +1,11 @@
 """No condition: unconditional training and sampling."""
 
-from typing import Any
-
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from ldm_lab.config import register
+from ldm_lab.interfaces import Batch
 
 
 @register("conditioner", "none")
@@ -21,9 +20,9 @@ class NoConditioner(nn.Module):
         self.embed_dim = embed_dim
         self.register_buffer("zeros", torch.zeros(1, embed_dim), persistent=False)  # [1, D]
 
-    def from_batch(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def from_batch(self, batch: Batch) -> dict[str, Tensor]:
         """Return zeros, [B, D], for a batch of B samples."""
-        return {"embed": self.zeros.repeat(len(batch["key"]), 1)}  # [B, D]
+        return {"embed": self.zeros.repeat(len(batch), 1)}  # [B, D]
 
     def from_prompts(self, texts: list[str], images: list[Image.Image]) -> dict[str, Tensor]:
         """Return zeros, [n, D], for n prompts."""

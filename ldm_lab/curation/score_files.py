@@ -19,9 +19,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ldm_lab.checkpoints import embedders
-from ldm_lab.checkpoints.files import FORMAT, atomic_write, is_safetensors, read_safetensors
+from ldm_lab.checkpoints.files import FORMAT, is_safetensors, read_safetensors
 from ldm_lab.data.strings import Strings
 from ldm_lab.errors import UserError, first_line, unknown
+from ldm_lab.io.atomic import atomic_write
 
 SCORES = ".scores.parquet"
 EMBEDDINGS = ".embeddings.safetensors"

@@ -7,16 +7,16 @@ a subclass of `source.ImageSource` (samples are images, with or without a captio
     open()                                     list the units; UserError where there are none
     count, unit                                how many units are dealt out to the readers, and their name ("shards")
     items(order, start) -> (anchor, item) ...  one reader's share of one epoch, undecoded, from an anchor on
-    decode(item, order) -> sample              raises `source.Skip(reason)` for a sample that cannot be used
-    collate(samples) -> batch                  in the loader process
-    finish(batch) -> batch                     in the training process
+    decode(item, order) -> Sample              raises `source.Skip(reason)` for a sample that cannot be used
+    collate(samples) -> Batch                  in the loader process
+    to_device_format(batch) -> batch           in the training process
 
 and everything else is common: `order.py` decides who reads what and when, `loader.py` reads, counts and remembers the
 position, `datamodule.py` hands it to Lightning.
 
-A batch is {"image": float32 [B, 3, H, W] in [-1, 1], "text": list[str], "key": list[str]}; a cache gives "mean" and
-"logvar" [B, C, h, w] and "embed" [B, D] instead of "image". Beside them rides "state", the reader's position after
-this batch, which `DataModule.consumed(batch)` takes out again.
+A batch is an `interfaces.Batch`: `image` float32 [B, 3, H, W] in [-1, 1], `text` and `key`; of a cache `mean`, `logvar`
+[B, C, h, w] and `conditions` in the place of `image`. With them rides `state`, the reader's position after this batch,
+for `DataModule.consumed(batch)`.
 
 The order is a function of (seed, epoch, position) alone: no global random state is read, crops and flips included. The
 readers are all loader processes of all ranks (world size x workers); each one has its own share of every epoch and goes

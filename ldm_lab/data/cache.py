@@ -11,6 +11,7 @@ says what the cache was made with (sha256 of the weights, image size, data), and
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from torch import Tensor
 
 from ldm_lab.config import register
 from ldm_lab.data.order import Order
-from ldm_lab.data.source import Skip, Source
+from ldm_lab.data.source import Sample, Skip, Source
 from ldm_lab.data.strings import Strings
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Batch
 from ldm_lab.io.atomic import atomic_write
 from ldm_lab.io.json_files import write_json
 
@@ -38,8 +40,8 @@ STRINGS = ("text", "key")
 class Cache(Source):
     """Latents and embeddings that `python -m ldm_lab cache` wrote.
 
-    Batches are {"mean", "logvar": float32 [B, C, h, w], "embed": float32 [B, D], "text", "key": list[str]}, or whatever
-    tensors the cache holds. The order is a permutation of all its samples.
+    Batches have `mean` and `logvar`, float32 [B, C, h, w], and whatever else the cache holds as `conditions`, float32.
+    The order is a permutation of all its samples.
 
     Args:
         path: the cache's folder.
@@ -52,7 +54,7 @@ class Cache(Source):
     def __init__(self, *, path: str, **common: Any):
         super().__init__(**common)
         self.folder = Path(path).expanduser()
-        self._opened: dict[int, dict[str, Any]] = {}
+        self._opened: dict[int, CacheShard] = {}
 
     def open(self) -> None:
         meta = read_meta(self.folder)
@@ -68,27 +70,48 @@ class Cache(Source):
             missing = f"{self.count} samples are there, {meta['samples']} were written"
             raise UserError(f"data.path: files of the cache {self.folder} are missing: {missing}")
 
-    def decode(self, item: int, order: Order) -> dict[str, Any]:
-        """Return {"mean", "logvar" [C, h, w], "embed" [D] in the cache's own precision, "text", "key"}."""
+    def decode(self, item: int, order: Order) -> Sample:
+        """Return the sample, its tensors in the cache's own precision."""
         shard = int(np.searchsorted(self._ends, item, side="right"))
         row = item - (int(self._ends[shard - 1]) if shard else 0)
         if shard not in self._opened:
-            self._opened[shard] = self._map(self._paths[shard])
-        return {name: values[row] for name, values in self._opened[shard].items()}
+            self._opened[shard] = CacheShard(self._paths[shard])
+        return self._opened[shard].sample(row)
 
-    def _map(self, path: Path) -> dict[str, Any]:
-        """Return a shard's columns; they are mapped, so only the rows that are asked for come from the disk."""
+    def to_device_format(self, batch: Batch) -> Batch:
+        mean, logvar = (None if value is None else value.float() for value in (batch.mean, batch.logvar))
+        conditions = {name: value.float() for name, value in batch.conditions.items()}
+        return replace(batch, mean=mean, logvar=logvar, conditions=conditions)
+
+
+class CacheShard:
+    """A shard's columns; they are mapped, so only the rows that are asked for come from the disk.
+
+    Raises:
+        Skip: it is not readable.
+    """
+
+    def __init__(self, path: Path):
         try:
             with safe_open(path, "pt") as file:
                 columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # [N, ...] each
         except (SafetensorError, OSError):
             raise Skip("unreachable shard", str(path)) from None
-        for name in STRINGS:
-            columns[name] = Strings(columns[name].numpy(), columns.pop(f"{name}_ends").numpy())
-        return columns
+        self.text, self.key = (
+            Strings(columns.pop(name).numpy(), columns.pop(f"{name}_ends").numpy()) for name in STRINGS
+        )
+        self.mean, self.logvar = columns.pop("mean", None), columns.pop("logvar", None)  # [N, C, h, w] each
+        self.conditions = columns  # [N, ...] each
 
-    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {name: value.float() if isinstance(value, Tensor) else value for name, value in batch.items()}
+    def sample(self, row: int) -> Sample:
+        """Return the sample of a row."""
+        return Sample(
+            self.key[row],
+            self.text[row],
+            mean=None if self.mean is None else self.mean[row],  # [C, h, w]
+            logvar=None if self.logvar is None else self.logvar[row],  # [C, h, w]
+            conditions={name: values[row] for name, values in self.conditions.items()},  # [...] each
+        )
 
 
 class CacheWriter:
@@ -101,7 +124,7 @@ class CacheWriter:
             data.load_rank_states([writer.state], 0)
         for batch in data.train_dataloader():
             data.consumed(batch)
-            writer.add({"mean": ..., "logvar": ..., "embed": ...}, batch["text"], batch["key"], data.rank_state())
+            writer.add({"mean": ..., "logvar": ..., "embed": ...}, batch.text, batch.key, data.rank_state())
         writer.close()
         complete(folder)
 

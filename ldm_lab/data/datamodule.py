@@ -10,16 +10,16 @@ from ldm_lab.data.loader import Counts, Loader, Progress
 from ldm_lab.data.order import Position
 from ldm_lab.data.source import Source
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Batch
 
 
 class DataModule(LightningDataModule):
     """Batches of a source, distinct on every rank and loader process, in an order that resuming continues.
 
-    The training loop hands every batch to `consumed`, which takes the bookkeeping out of it; what the loader has
-    prepared ahead does not count. `rank_state` is then where this rank stands. Each rank has its own, so a checkpoint
-    holds the list of all ranks' states, and `load_rank_states` takes that list. The same world size and number of
-    loader processes then deliver exactly the batches that an uninterrupted run would have delivered; anything else
-    goes on at the beginning of the next epoch.
+    The training loop hands every batch to `consumed`; what the loader has prepared ahead does not count. `rank_state`
+    is then where this rank stands. Each rank has its own, so a checkpoint holds the list of all ranks' states, and
+    `load_rank_states` takes that list. The same world size and number of loader processes then deliver exactly the
+    batches that an uninterrupted run would have delivered; anything else goes on at the beginning of the next epoch.
 
     Args:
         source: a part of role "data".
@@ -65,9 +65,9 @@ class DataModule(LightningDataModule):
         return Counter(self._progress.counts.skipped)
 
     @property
-    def left_out(self) -> Counter:
-        """Samples of this rank that a rule left out so far, by rule."""
-        return Counter(self._progress.counts.left_out)
+    def filtered(self) -> Counter:
+        """Samples of this rank that a rule filtered out so far, by rule."""
+        return Counter(self._progress.counts.filtered)
 
     def summary(self, states: list[dict[str, Any]] | None = None) -> str:
         """Return one line: samples read so far, and those skipped by reason with examples.
@@ -109,9 +109,9 @@ class DataModule(LightningDataModule):
             epochs=self.epochs,
         )
 
-    def consumed(self, batch: dict[str, Any]) -> None:
-        """Note that a batch was trained on, and take its "state" out of it."""
-        self._progress.advance(batch.pop("state"))
+    def consumed(self, batch: Batch) -> None:
+        """Note that a batch was trained on."""
+        self._progress.advance(batch)
 
     def rank_state(self) -> dict[str, Any]:
         """Return where this rank stands, as plain numbers, texts, lists and dicts."""

@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from ldm_lab.data.order import Order, Position
 from ldm_lab.data.source import DUPLICATE, LeftOut, Skip, Source
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Batch, ReaderState
 
 CHECK_AFTER = 500  # samples that a rank reads before the share of skipped ones is judged
 # A reader that finds nothing usable has to end, too. It gives up after this many unusable samples in a row if it has
@@ -29,13 +31,13 @@ EXAMPLES = 3  # keys kept per reason
 
 
 class Counts:
-    """How many samples were read, how many of them skipped for which reason, and how many left out by which rule.
+    """How many samples were read, how many of them skipped for which reason, and how many filtered out by which rule.
 
     Attributes:
-        read: samples, the skipped and left out ones included; a broken shard counts as one.
+        read: samples, the skipped and filtered ones included; a broken shard counts as one.
         skipped: reason -> samples.
         examples: reason or rule -> the first few keys.
-        left_out: rule -> samples; a sample that breaks several counts for the first.
+        filtered: rule -> samples; a sample that breaks several counts for the first.
     """
 
     def __init__(
@@ -43,10 +45,10 @@ class Counts:
         read: int = 0,
         skipped: dict[str, int] | None = None,
         examples: dict | None = None,
-        left_out: dict[str, int] | None = None,
+        filtered: dict[str, int] | None = None,
     ):
         self.read, self.skipped, self.examples = read, dict(skipped or {}), dict(examples or {})
-        self.left_out = dict(left_out or {})
+        self.filtered = dict(filtered or {})
 
     def skip(self, problem: Skip) -> None:
         one = {problem.reason: 1}
@@ -55,16 +57,22 @@ class Counts:
 
     def add(self, other: "Counts") -> None:
         self.read += other.read
-        for mine, theirs in ((self.skipped, other.skipped), (self.left_out, other.left_out)):
-            for reason, count in theirs.items():
-                mine[reason] = mine.get(reason, 0) + count
+        for total, more in ((self.skipped, other.skipped), (self.filtered, other.filtered)):
+            for reason, count in more.items():
+                total[reason] = total.get(reason, 0) + count
                 keys = self.examples.get(reason, []) + other.examples[reason]
                 self.examples[reason] = list(dict.fromkeys(keys))[:EXAMPLES]  # each epoch meets them again
 
     def state(self) -> dict[str, Any]:
         """Return plain values: the constructor's arguments."""
-        rules = {"left_out": dict(self.left_out)} if self.left_out else {}
+        rules = {"filtered": dict(self.filtered)} if self.filtered else {}
         return {"read": self.read, "skipped": dict(self.skipped), "examples": dict(self.examples), **rules}
+
+    def reader_state(self, position: Position) -> ReaderState:
+        """Return these counts with the position of the reader that they are of."""
+        return ReaderState(
+            position, read=self.read, skipped=self.skipped, filtered=self.filtered, examples=self.examples
+        )
 
     @property
     def share(self) -> float:
@@ -74,14 +82,14 @@ class Counts:
     @property
     def wanted(self) -> int:
         """Samples that no rule left out."""
-        return self.read - sum(self.left_out.values())
+        return self.read - sum(self.filtered.values())
 
     def __str__(self) -> str:
-        skipped, left_out = sum(self.skipped.values()), sum(self.left_out.values())
+        skipped, filtered = sum(self.skipped.values()), sum(self.filtered.values())
         text = f"{self.read:,} samples read, "
-        if left_out:
-            share = left_out / max(self.read, 1)
-            text += f"{left_out:,} left out by rules ({share:.1%}): {self._reasons(self.left_out)}; "
+        if filtered:
+            share = filtered / max(self.read, 1)
+            text += f"{filtered:,} left out by rules ({share:.1%}): {self._reasons(self.filtered)}; "
         return text + (
             f"{skipped:,} skipped ({self.share:.1%}): {self._reasons(self.skipped)}" if skipped else "none skipped"
         )
@@ -95,12 +103,14 @@ class Counts:
 
 def read(
     source: Source, seed: int, reader: int, readers: int, position: Position, epochs: int | None = None
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Batch]:
     """Yield one reader's batches from a position on, without end or for `epochs` passes (counted from the very start).
 
-    Each batch has "state": {"position": after it, **counts since the one before}. Where nothing can be used, a last
-    {"error": message} comes instead. After the last pass, a {"state": ...} without samples counts what was skipped
-    since the last batch.
+    The state of each is the position after it, with counts since the one before. After the last pass, a batch that may
+    be without samples counts what was skipped since the last one.
+
+    Raises:
+        UserError: nothing could be used in a long time.
     """
     samples, counts = [], Counts()
     total, stretch, barren = Counts(), Counts(), 0  # ever; since the last usable sample; the same weighted
@@ -130,15 +140,14 @@ def read(
                 continue
             usable, stretch, barren = True, Counts(), 0
             if len(samples) == source.batch_size:
-                yield {**source.collate(samples), "state": {"position": list(after), **counts.state()}}
+                yield replace(source.collate(samples), state=counts.reader_state(after))
                 samples, counts = [], Counts()
         barren += 0 if usable else BARREN_PASS
         if hopeless():
-            yield {"error": f"no usable sample in a long time: {stretch}"}
-            return
+            raise UserError(f"no usable sample in a long time: {stretch}")
         position = Position(epoch + 1)
-    batch = source.collate(samples) if samples else {}
-    yield {**batch, "state": {"position": list(position), **counts.state()}}
+    batch = source.collate(samples) if samples else Batch(key=[], text=[])
+    yield replace(batch, state=counts.reader_state(position))
 
 
 def walk(source: Source, order: Order, position: Position) -> Iterator[tuple[Position, Any]]:
@@ -167,11 +176,14 @@ class Progress:
     def copy(self) -> "Progress":
         return Progress(list(self.positions), self.turn, Counts(**self.counts.state()))
 
-    def advance(self, state: dict[str, Any]) -> None:
-        """Go on to behind the batch that carries this state."""
-        self.positions[state["process"]] = Position(*state["position"])
-        self.turn = (state["process"] + 1) % len(self.positions)
-        self.counts.add(Counts(state["read"], state["skipped"], state["examples"], state.get("left_out")))
+    def advance(self, batch: Batch) -> None:
+        """Go on to behind a batch."""
+        state = batch.state
+        if state is None:
+            raise ValueError("this batch does not say where its reader stands")
+        self.positions[state.reader] = Position(*state.position)
+        self.turn = (state.reader + 1) % len(self.positions)
+        self.counts.add(Counts(state.read, state.skipped, state.examples, state.filtered))
 
 
 class Loader:
@@ -194,7 +206,7 @@ class Loader:
         self.source, self.seed, self.rank, self.world_size = source, seed, rank, world_size
         self.progress, self.epochs = progress, epochs
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Batch]:
         ahead = self.progress.copy()
         loader = DataLoader(
             _Readers(self, ahead.copy()),
@@ -205,16 +217,23 @@ class Loader:
             generator=torch.Generator(),  # else it draws from the global one, which belongs to the training
         )
         for batch in loader:
-            if "error" in batch:
-                raise UserError(batch["error"])
-            ahead.advance(batch["state"])
+            if isinstance(batch, _Failure):
+                raise UserError(batch.message)
+            ahead.advance(batch)
             if ahead.counts.wanted >= CHECK_AFTER and ahead.counts.share > self.source.max_skipped:
                 allowed = f"data.max_skipped allows {self.source.max_skipped:.1%}"
                 raise UserError(f"too many unusable samples: {ahead.counts}. {allowed}")
-            if "key" in batch:
-                yield self.source.finish(batch)
+            if len(batch):
+                yield self.source.to_device_format(batch)
             else:
-                self.progress.advance(batch["state"])
+                self.progress.advance(batch)
+
+
+@dataclass
+class _Failure:
+    """What a loader process delivers in place of a UserError: raised there, it would come with a traceback in it."""
+
+    message: str
 
 
 class _Readers(IterableDataset):
@@ -223,21 +242,24 @@ class _Readers(IterableDataset):
     def __init__(self, loader: Loader, progress: Progress):
         self.loader, self.progress = loader, progress
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Batch | _Failure]:
         loader, process = self.loader, get_worker_info()
         workers = len(self.progress.positions)
         # DataLoader always begins with its process 0, so that one takes over the reader whose turn it is.
         mine = ((process.id if process else 0) + self.progress.turn) % workers
         readers = workers * loader.world_size
         position = self.progress.positions[mine]
-        for batch in read(loader.source, loader.seed, loader.rank * workers + mine, readers, position, loader.epochs):
-            if "state" in batch:
-                batch["state"]["process"] = mine
-            yield batch
+        reader = loader.rank * workers + mine
+        try:
+            for batch in read(loader.source, loader.seed, reader, readers, position, loader.epochs):
+                batch.state.reader = mine
+                yield batch
+        except UserError as error:
+            yield _Failure(str(error))
 
 
-def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
-    return batch
+def _as_it_is(delivered: Batch | _Failure) -> Batch | _Failure:
+    return delivered
 
 
 def _mind_signals(process: int) -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm_lab.data.order import Order
+from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import BadImage, decode_image, resize_and_crop, to_rgb
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif")  # lower case
@@ -28,6 +30,26 @@ class Raw(NamedTuple):
     image: bytes | None
     text: bytes | None = None
     json: bytes | None = None
+
+
+@dataclass
+class Sample:
+    """A decoded sample: a row of a `Batch`, its image as bytes.
+
+    Attributes:
+        key: its name.
+        text: the caption; "" where there is none.
+        image: uint8 [3, S, S], or None.
+        mean, logvar: of the posterior of the autoencoder's raw latent, [C, h, w] each, or None.
+        conditions: name -> [...], of a cache.
+    """
+
+    key: str
+    text: str = ""
+    image: Tensor | None = None
+    mean: Tensor | None = None
+    logvar: Tensor | None = None
+    conditions: dict[str, Tensor] = field(default_factory=dict)
 
 
 def caption_of(item: Raw) -> str:
@@ -125,22 +147,33 @@ class Source:
         for place in range(start, len(share)):
             yield place, int(share[place])
 
-    def decode(self, item: Any, order: Order) -> dict[str, Any]:
+    def decode(self, item: Any, order: Order) -> Sample:
         """Return the sample of an item; every random choice comes from `order.random`. Raises Skip."""
         raise NotImplementedError
 
-    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return the batch of some samples: tensors are stacked, all else is listed."""
-        return {
-            key: torch.stack([s[key] for s in samples])  # [B, ...]
-            if isinstance(samples[0][key], Tensor)
-            else [s[key] for s in samples]
-            for key in samples[0]
-        }
+    def collate(self, samples: list[Sample]) -> Batch:
+        """Return the batch of some samples, its image uint8; runs in the loader process."""
+        return Batch(
+            key=[sample.key for sample in samples],
+            text=[sample.text for sample in samples],
+            image=_stacked([sample.image for sample in samples]),  # [B, 3, S, S]
+            mean=_stacked([sample.mean for sample in samples]),  # [B, C, h, w]
+            logvar=_stacked([sample.logvar for sample in samples]),  # [B, C, h, w]
+            conditions={
+                name: torch.stack([sample.conditions[name] for sample in samples])  # [B, ...]
+                for name in (samples[0].conditions if samples else {})
+            },
+        )
 
-    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def to_device_format(self, batch: Batch) -> Batch:
         """Return the batch as the model gets it; runs in the training process."""
         return batch
+
+
+def _stacked(rows: list[Tensor | None]) -> Tensor | None:
+    """Return [B, ...] of rows [...]; None unless all of them are there."""
+    there = [row for row in rows if row is not None]
+    return torch.stack(there) if there and len(there) == len(rows) else None
 
 
 class ImageSource(Source):
@@ -171,8 +204,8 @@ class ImageSource(Source):
         self.image_size, self.crop, self.flip = image_size, crop, flip
         self.min_size, self.max_pixels, self.require_text = min_size, max_pixels, require_text
 
-    def decode(self, item: Raw, order: Order) -> dict[str, Any]:
-        """Return {"image": uint8 [3, S, S], "text": str, "key": str}. Raises Skip."""
+    def decode(self, item: Raw, order: Order) -> Sample:
+        """Return the sample with its image, uint8 [3, S, S]. Raises Skip."""
         if item.image is None:
             raise Skip("no image", item.key)
         text = caption_of(item)
@@ -190,8 +223,9 @@ class ImageSource(Source):
         if self.flip and mirror < 0.5:
             pixels = pixels[:, ::-1]  # [S, S, 3]
         image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())  # [3, S, S]
-        return {"image": image, "text": text, "key": item.key}
+        return Sample(item.key, text, image)
 
-    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def to_device_format(self, batch: Batch) -> Batch:
         """Bring the image to float32 in [-1, 1]; as bytes it took a quarter of the room on its way here."""
-        return {**batch, "image": batch["image"].float().div_(127.5).sub_(1)}  # [B, 3, S, S]
+        image = batch.require_image("train").float().div_(127.5).sub_(1)  # [B, 3, S, S]
+        return replace(batch, image=image)

@@ -14,13 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm_lab.config import options, register
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Denoiser
 
 MAPPING_FEATURES = 128  # Fourier features of t that the mapping network sees beside the embedding
 PIXEL_FEATURES = 16  # Fourier features of t that are laid beside the channels of every pixel
 
 
 @register("denoiser", "ccld_unet")
-class CCLDUNet(nn.Module):
+class CCLDUNet(Denoiser):
     """The U-Net of cloob-latent-diffusion: any number of levels, attention on all but the first, no dropout.
 
     Attributes:

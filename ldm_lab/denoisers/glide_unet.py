@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm_lab.config import options, register
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Denoiser
 
 LOW_RES_CHANNELS = 3  # an upsampler's condition is an RGB image
 MAX_PERIOD = 10_000  # of the time's sinusoids
@@ -23,7 +24,7 @@ EXACT = 1e-3  # a timestep this near to a whole one is the whole one: what is mi
 
 
 @register("denoiser", "glide_unet")
-class GlideUNet(nn.Module):
+class GlideUNet(Denoiser):
     """The U-Net of GLIDE with its text transformer; base, upsampler (super_res), inpainting, both, or for latents.
 
     Attributes:
@@ -32,6 +33,7 @@ class GlideUNet(nn.Module):
         super_res, inpaint: which further conditions `forward` takes.
     """
 
+    time_input = "timestep"
     takes = ("tokens", "mask")
     # Options that a checkpoint to begin with has to share: with others its tensors are of other places.
     SIZES = ("base_channels", "multipliers", "blocks_per_level", "attention", "text_width", "text_layers")
@@ -84,7 +86,7 @@ class GlideUNet(nn.Module):
             clip_width: width of a CLIP vector that is taken beside the text (glide-finetune's latent form); null: none.
             clip_positions: places of the text sequence that the CLIP vector is turned into.
             learn_variance: 2C channels come out: eps, and where the variance lies between its two bounds.
-            timesteps: of the noise schedule that is trained with; t is embedded as t * timesteps - 1.
+            timesteps: of the noise schedule that is trained with.
             gradient_checkpointing: recompute each block in the backward pass; less memory, a third more time.
 
         Raises:
@@ -185,13 +187,13 @@ class GlideUNet(nn.Module):
 
     # ----------------------------------------------------------------------------------------------------- image
 
-    def time_embedding(self, t: Tensor) -> Tensor:
-        """Return the embedding of times t [B] in [0, 1], [B, 4 * base_channels]."""
-        index = t.float() * self.timesteps - 1  # [B]
+    def time_embedding(self, timestep: Tensor) -> Tensor:
+        """Return the embedding of timesteps [B], 0 .. T - 1, [B, 4 * base_channels]."""
+        index = timestep.float()  # [B]
         whole = index.round()  # [B]
         index = torch.where((index - whole).abs() < EXACT, whole, index)  # [B]
         half = self.base_channels // 2
-        place = torch.arange(half, dtype=torch.float32, device=t.device)  # [half]
+        place = torch.arange(half, dtype=torch.float32, device=timestep.device)  # [half]
         angle = index[:, None] * torch.exp(place * (-math.log(MAX_PERIOD) / half))  # [B, half]
         sinusoids = torch.cat([angle.cos(), angle.sin()], dim=1)  # [B, base_channels]
         if self.base_channels % 2:
@@ -201,7 +203,7 @@ class GlideUNet(nn.Module):
     def forward(
         self,
         x: Tensor,
-        t: Tensor,
+        time: Tensor,
         tokens: Tensor,
         mask: Tensor,
         low_res: Tensor | None = None,
@@ -213,7 +215,7 @@ class GlideUNet(nn.Module):
 
         Args:
             x: noised images, [B, C, h, w].
-            t: [B] in [0, 1]; (i + 1) / timesteps is the original's timestep i.
+            time: the timestep, 0 .. T - 1, [B]; fractions are taken as they are.
             tokens: ids, int64 [B, L].
             mask: bool [B, L], false where there is padding; all false is no condition.
             low_res: of an upsampler: RGB in [-1, 1] of any size, [B, 3, h', w'].
@@ -231,7 +233,7 @@ class GlideUNet(nn.Module):
                 f"{self.multiple_of.bit_length()} levels, not {height}x{width}"
             )
         pooled, text = self.encode_text(tokens, mask)  # [B, e], [B, w, L]
-        emb, text = self._encode_clip(clip_emb, self.time_embedding(t) + pooled, text)  # [B, e], [B, w, L + P]
+        emb, text = self._encode_clip(clip_emb, self.time_embedding(time) + pooled, text)  # [B, e], [B, w, L + P]
         h = torch.cat([x, *self._beside(x, low_res, inpaint_image, inpaint_mask)], dim=1)  # [B, C + extra, h, w]
         skips = []
         for block in self.input_blocks:

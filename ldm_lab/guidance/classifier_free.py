@@ -1,4 +1,4 @@
-"""Guidance: any number of weighted prompts, and where, how strongly and against what they guide.
+"""Classifier-free guidance: any number of weighted prompts, and where, how strongly and against what they guide.
 
 The guided prediction is sum_i w_i * prediction(x, t, cond_i), where cond_0 is the null condition and
 w_0 = 1 - (w_1 + ... + w_k): classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598). With one prompt of weight
@@ -9,24 +9,25 @@ nothing is left for the null condition then.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-Predict = Callable[[Tensor, Tensor, dict[str, Tensor]], Any]
+from ldm_lab.interfaces import Conditions, Predict, Prediction, Schedule
+
+ConditionalPredict = Callable[[Tensor, Tensor, Conditions], Prediction]  # x [M, C, h, w], t [M], conditions of [M, ...]
 
 
-def null_weight(weights: Tensor) -> Tensor:
+def null_condition_weight(weights: Tensor) -> Tensor:
     """Return w_0 = 1 - sum of the weights [B, k], float64 [B]; exactly 0 where only rounding keeps it from 0."""
     w0 = 1 - weights.double().sum(1)  # [B]
     return torch.where(w0.abs() < 1e-6, 0.0, w0)  # [B]
 
 
-def plain_weights(weights: Tensor) -> Tensor:
-    """Return the weights of the null condition and of the prompts without guidance, float64 [1 + k, B].
+def unguided_weights(weights: Tensor) -> Tensor:
+    """Return the weights without guidance of the null condition and the prompts, float64 [1 + k, B], of those with it.
 
-    The prompts that lead towards something, in proportion; the null condition where there is none.
+    The prompts of weights above 0, in proportion; the null condition where all are 0 or below.
     """
     towards = weights.double().clamp(min=0).T  # [k, B]
     total = towards.sum(0)  # [B]
@@ -35,16 +36,16 @@ def plain_weights(weights: Tensor) -> Tensor:
 
 
 def guided(
-    predict: Predict,
-    cond: dict[str, Tensor],
-    null_cond: dict[str, Tensor],
+    predict: ConditionalPredict,
+    conditions: Conditions,
+    null_conditions: Conditions,
     weights: Tensor,
     *,
     interval: tuple[float, float] = (0.0, 1.0),
     rescale: float = 0.0,
-    weak: Predict | None = None,
-    schedule: Any = None,
-) -> Callable[[Tensor, Tensor], Any]:
+    guide_model: ConditionalPredict | None = None,
+    schedule: Schedule | None = None,
+) -> Predict:
     """Return `predict(x [B, C, h, w], t [B]) -> Prediction`, guided by k weighted conditions per image.
 
     Every image has conditions and weights of its own; one with fewer than k prompts has weight 0 in the places left
@@ -53,39 +54,43 @@ def guided(
     first prompt that has a weight.
 
     Args:
-        predict: the denoiser's reading of M rows: x [M, C, h, w], t [M], cond of [M, ...] -> Prediction
-            (`ldm_lab.objectives`).
-        cond: the conditions, tensors of [B, k, ...].
-        null_cond: the null condition of every image, tensors of [B, ...].
+        predict: the denoiser's reading of M rows.
+        conditions: of the prompts, tensors of [B, k, ...].
+        null_conditions: the null condition of every image, tensors of [B, ...].
         weights: [B, k], on the CPU, finite. k = 0 samples without a condition.
         interval: first and last t, in [0, 1], between which there is guidance; outside the prompts count with
-            `plain_weights`, which also saves evaluations (Kynkäänniemi et al. 2024, arXiv 2404.07724). t is one for
+            `unguided_weights`, which also saves evaluations (Kynkäänniemi et al. 2024, arXiv 2404.07724). t is one for
             all images.
         rescale: 0 to 1, how far each image's guided v is brought back to the spread of the unguided one; against
-            burnt colours at large weights (Lin et al. 2023, arXiv 2305.08891, equations 15 and 16).
-        weak: autoguidance: a worse model's `predict`, such as an earlier checkpoint's, evaluated with the prompts,
-            takes the place of the null condition (Karras et al. 2024, arXiv 2406.02507).
-        schedule: of the objective; needed for `rescale`.
+            burnt colors at large weights (Lin et al. 2023, arXiv 2305.08891, equations 15 and 16).
+        guide_model: autoguidance: a worse model's `predict`, such as an earlier checkpoint's, evaluated with the
+            prompts, takes the place of the null condition (Karras et al. 2024, arXiv 2406.02507).
+        schedule: of the model; needed for `rescale`.
     """
-    full = torch.cat([null_weight(weights)[:, None], weights.double()], dim=1).T  # [1 + k, B]
-    plain = plain_weights(weights)  # [1 + k, B]
-    against = full[0]  # [B], what is left for the null condition or the weak model
-    if weak is not None:
+    if rescale and schedule is None:
+        raise ValueError("rescale needs the schedule")
+    full = torch.cat([null_condition_weight(weights)[:, None], weights.double()], dim=1).T  # [1 + k, B]
+    plain = unguided_weights(weights)  # [1 + k, B]
+    left_over = full[0]  # [B], weight of the null condition or the guide model
+    if guide_model is not None:
         full = torch.cat([torch.zeros_like(full[:1]), full[1:]])  # [1 + k, B]
-        worse = _Rows(cond, null_cond, plain)
-    unguided = _Rows(cond, null_cond, plain)
-    everything = _Rows(cond, null_cond, full, plain) if rescale else _Rows(cond, null_cond, full)
+    unguided = _Rows(conditions, null_conditions, plain)
+    everything = (
+        _Rows(conditions, null_conditions, full, plain) if rescale else _Rows(conditions, null_conditions, full)
+    )
 
-    def guided_predict(x: Tensor, t: Tensor) -> Any:
+    def guided_predict(x: Tensor, t: Tensor) -> Prediction:
         if interval != (0.0, 1.0) and not interval[0] <= t[0].item() <= interval[1]:
             return unguided(predict, x, t).mix(plain)
         tables = everything(predict, x, t)
         prediction = tables.mix(full)
-        if weak is not None:
-            other = worse(weak, x, t).mix(plain)
-            w0 = against.float().to(x)[:, None, None, None]  # [B, 1, 1, 1]
-            prediction = prediction._replace(x0=prediction.x0 + w0 * other.x0, eps=prediction.eps + w0 * other.eps)
-        return _rescaled(prediction, tables.mix(plain), x, t, schedule, rescale) if rescale else prediction
+        if guide_model is not None:
+            guide = unguided(guide_model, x, t).mix(plain)
+            w0 = left_over.float().to(x)[:, None, None, None]  # [B, 1, 1, 1]
+            prediction = prediction._replace(x0=prediction.x0 + w0 * guide.x0, eps=prediction.eps + w0 * guide.eps)
+        if rescale and schedule is not None:
+            return _rescaled(prediction, tables.mix(plain), x, t, schedule, rescale)
+        return prediction
 
     return guided_predict
 
@@ -93,22 +98,22 @@ def guided(
 class _Rows:
     """Which conditions are evaluated for which images: the M pairs that have a weight in one of some tables."""
 
-    def __init__(self, cond: dict[str, Tensor], null_cond: dict[str, Tensor], *tables: Tensor) -> None:
+    def __init__(self, conditions: Conditions, null_conditions: Conditions, *tables: Tensor) -> None:
         self.used = torch.stack([table != 0 for table in tables]).any(0)  # [1 + k, B]
         self.row = self.used.nonzero(as_tuple=True)  # [M] the condition and [M] the image of every row
-        self.cond = {
-            name: torch.cat([null[None], cond[name].transpose(0, 1)])[self.row]  # [M, ...]
-            for name, null in null_cond.items()
+        self.conditions = {
+            name: torch.cat([null[None], conditions[name].transpose(0, 1)])[self.row]  # [M, ...]
+            for name, null in null_conditions.items()
         }
 
-    def __call__(self, predict: Predict, x: Tensor, t: Tensor) -> "_Tables":
-        return _Tables(predict(x[self.row[1]], t[self.row[1]], self.cond), self.used.shape, self.row)
+    def __call__(self, predict: ConditionalPredict, x: Tensor, t: Tensor) -> "_Tables":
+        return _Tables(predict(x[self.row[1]], t[self.row[1]], self.conditions), self.used.shape, self.row)
 
 
 class _Tables:
     """The predictions of some rows, laid out by condition and image."""
 
-    def __init__(self, rows: Any, shape: torch.Size, row: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, rows: Prediction, shape: torch.Size, row: tuple[Tensor, ...]) -> None:
         self.rows, self.shape, self.row = rows, shape, row
 
     def table(self, values: Tensor) -> Tensor:
@@ -116,26 +121,39 @@ class _Tables:
         table[self.row] = values
         return table
 
-    def mix(self, weights: Tensor) -> Any:
+    def mix(self, weights: Tensor) -> Prediction:
         """Return the Prediction that is the sum with these weights, [1 + k, B]."""
 
         def mixed(values: Tensor) -> Tensor:
             weighted = self.table(values) * weights.float().to(values)[..., None, None, None]  # [1 + k, B, C, h, w]
-            # Python's sum adds in order; torch's may regroup with the shape, and an image would depend on its batch.
-            return sum(weighted.unbind())  # [B, C, h, w]
+            # Added in order: torch's sum may regroup with the shape, and an image would depend on its batch.
+            total, *others = weighted.unbind()  # [B, C, h, w] each
+            for value in others:
+                total = total + value  # [B, C, h, w]
+            return total
 
         fraction = self.rows.variance_fraction
         if fraction is not None:
-            # The first prompt that has a weight; the null condition, moved to the end here, only if there is none.
+            # The first prompt that has a weight; the null condition, moved to the end here, only where all are 0.
             leading = ((weights != 0).roll(-1, dims=0).int().argmax(0) + 1) % len(weights)  # [B]
             fraction = self.table(fraction)[leading, torch.arange(len(leading))]  # [B, C, h, w]
         return self.rows._replace(x0=mixed(self.rows.x0), eps=mixed(self.rows.eps), variance_fraction=fraction)
 
 
-def _rescaled(guided: Any, plain: Any, x: Tensor, t: Tensor, schedule: Any, share: float) -> Any:
-    """Return the guided Prediction with its v brought `share` of the way to the plain one's spread in each image."""
+def _rescaled(
+    guided: Prediction, plain: Prediction, x: Tensor, t: Tensor, schedule: Schedule, share: float
+) -> Prediction:
+    """Return the guided Prediction with its v brought `share` of the way to the plain one's spread in each image.
+
+    v = alpha * eps - sigma * x0 is what a prediction says beyond x = alpha * x0 + sigma * eps. The two equations are
+    solved for x0 and eps; alpha^2 + sigma^2 is their determinant, 1 where variance is preserved.
+    """
     alpha, sigma = (level[:, None, None, None] for level in schedule.alpha_sigma(t))  # [B, 1, 1, 1]
     v, v_plain = (alpha * p.eps - sigma * p.x0 for p in (guided, plain))  # [B, C, h, w] each
     spread, wanted = (value.flatten(1).std(1)[:, None, None, None] for value in (v, v_plain))  # [B, 1, 1, 1]
     v = v * (share * wanted / spread.clamp(min=1e-12) + 1 - share)  # [B, C, h, w]
-    return guided._replace(x0=alpha * x - sigma * v, eps=sigma * x + alpha * v)
+    x0, eps = alpha * x - sigma * v, sigma * x + alpha * v  # [B, C, h, w] each
+    if not schedule.variance_preserving:
+        determinant = alpha**2 + sigma**2  # [B, 1, 1, 1]
+        x0, eps = x0 / determinant, eps / determinant  # [B, C, h, w] each
+    return guided._replace(x0=x0, eps=eps)

@@ -1,25 +1,39 @@
-"""A gradient in the predictions turned into their x0 and eps, for samplers that do not follow it themselves."""
+"""The gradient of predictions worked into their x0 and eps, for samplers that do not follow it themselves."""
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from ldm_lab.guidance.base import Wrapper
+from ldm_lab.guidance.thresholding import StaticThresholding
+from ldm_lab.interfaces import Predict, Prediction, Schedule
 
-def shifted(predict: Callable[[Tensor, Tensor], Any], schedule: Any) -> Callable[[Tensor, Tensor], Any]:
-    """Return `predict` with the gradient of its predictions, if they have one, in their x0 and eps.
 
-    The score of the guided distribution is the model's plus the gradient: eps - sigma * gradient (Dhariwal & Nichol
-    2021, arXiv 2105.05233, algorithm 2). For samplers that do not follow the gradient themselves.
+@dataclass(frozen=True)
+class ConditionScore(Wrapper):
+    """The score of the guided distribution, the model's plus the gradient: eps - sigma * gradient.
+
+    Dhariwal & Nichol 2021 (arXiv 2105.05233), algorithm 2; guided-diffusion's `condition_score`.
+
+    Attributes:
+        thresholding: of x0 once more, which guided-diffusion's DDIM does without: at high noise the gradient's part of
+            x0 is divided by a tiny alpha.
     """
 
-    def predict_shifted(x: Tensor, t: Tensor) -> Any:
-        prediction = predict(x, t)
-        if prediction.gradient is None:
-            return prediction
-        alpha, sigma = (level[:, None, None, None] for level in schedule.alpha_sigma(t))  # [B, 1, 1, 1]
-        eps = prediction.eps - sigma * prediction.gradient  # [B, C, h, w]
-        x0 = prediction.x0 + sigma**2 / alpha * prediction.gradient  # [B, C, h, w]
-        return prediction._replace(x0=x0, eps=eps, gradient=None)
+    order = 30
 
-    return predict_shifted
+    thresholding: StaticThresholding | None = None
+
+    def wrap(self, predict: Predict, schedule: Schedule) -> Predict:
+        """Return `predict` with the gradient, if there is one, in its x0 and eps; see `Wrapper.wrap`."""
+
+        def with_condition_score(x: Tensor, t: Tensor) -> Prediction:
+            prediction = predict(x, t)
+            if prediction.gradient is None:
+                return prediction
+            alpha, sigma = (level[:, None, None, None] for level in schedule.alpha_sigma(t))  # [B, 1, 1, 1]
+            eps = prediction.eps - sigma * prediction.gradient  # [B, C, h, w]
+            x0 = prediction.x0 + sigma**2 / alpha * prediction.gradient  # [B, C, h, w]
+            return prediction._replace(x0=x0, eps=eps, gradient=None)
+
+        return self.thresholding.wrap(with_condition_score, schedule) if self.thresholding else with_condition_score

@@ -1,6 +1,5 @@
 """Prediction of the noise, with a learned variance, by a table of betas: the objective of guided-diffusion, GLIDE."""
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -8,10 +7,9 @@ from torch import Tensor
 
 from ldm_lab.config import register
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Prediction
-from ldm_lab.objectives import Objective
+from ldm_lab.interfaces import Conditions, Denoiser, Objective, Prediction
 from ldm_lab.objectives.variational_bound import variational_bound
-from ldm_lab.schedules import BETAS, Discrete, Posterior
+from ldm_lab.schedules import Betas, Discrete, Posterior
 
 BOUND = 1 / 1000  # weight of the whole bound, the sum over its T terms, beside the mean squared error
 
@@ -28,11 +26,11 @@ class EpsHybrid(Objective):
     def __init__(
         self,
         *,
-        betas: BETAS = "squaredcos_cap_v2",
+        betas: Betas = "squaredcos_cap_v2",
         timesteps: int = 1000,
         bound: bool = True,
         min_snr: float | None = None,
-        draw: Literal["sobol", "uniform"] = "sobol",
+        timestep_sampler: Literal["sobol", "uniform"] = "sobol",
     ) -> None:
         """Set what is trained.
 
@@ -43,18 +41,19 @@ class EpsHybrid(Objective):
             min_snr: gamma of Min-SNR weighting: the error counts by min(SNR, gamma) / SNR, so that timesteps with
                 hardly any noise weigh less (Hang et al. 2023, arXiv 2303.09556, section 3.4, where it is 5). null: all
                 count alike.
-            draw: how training draws timesteps (`training/timesteps.py`): evenly spread Sobol points, or independently.
+            timestep_sampler: how training draws them (`training/timesteps.py`): evenly spread Sobol points, or
+                independently.
         """
         self.schedule = Discrete(betas, timesteps)
-        self.bound, self.min_snr, self.draw = bound, min_snr, draw
-        self.posterior = Posterior.between(self.schedule, self.schedule.grid(timesteps))
+        self.bound, self.min_snr, self.timestep_sampler = bound, min_snr, timestep_sampler
+        self.posterior = Posterior.from_times(self.schedule, self.schedule.grid(timesteps))
         self._posteriors: dict[torch.device, Posterior] = {}  # the same on the devices that it was needed on
 
     @staticmethod
-    def check(section: dict[str, Any]) -> list[str]:
-        """Return the problems of a config section."""
-        timesteps, gamma = section.get("timesteps", 1000), section.get("min_snr")
-        linear = section.get("betas") == "linear"
+    def check(config: dict[str, Any]) -> list[str]:
+        """Return what is wrong across the keys of a config."""
+        timesteps, gamma = config.get("timesteps", 1000), config.get("min_snr")
+        linear = config.get("betas") == "linear"
         problems = []
         if timesteps < (21 if linear else 2):
             why = " for linear betas, which reach 1 with fewer" if linear else ""
@@ -63,19 +62,15 @@ class EpsHybrid(Objective):
             problems.append(f"min_snr: a number above 0, or null, is needed, not {gamma}")
         return problems
 
-    def loss(self, denoiser: Callable, x0: Tensor, cond: dict[str, Tensor], t: Tensor, noise: Tensor) -> Tensor:
-        """Return the loss per sample, [B]; arguments as for `terms`."""
-        return self.terms(denoiser, x0, cond, t, noise)["loss"]
-
-    def terms(
-        self, denoiser: Callable, x0: Tensor, cond: dict[str, Tensor], t: Tensor, noise: Tensor
+    def loss_terms(
+        self, denoiser: Denoiser, x0: Tensor, conditions: Conditions, t: Tensor, noise: Tensor
     ) -> dict[str, Tensor]:
         """Return the loss per sample, and with the bound its two terms, [B] each.
 
         Args:
-            denoiser: the network, x [B, C, h, w] and t [B] -> [B, 2C, h, w].
+            denoiser: the network; it makes [B, 2C, h, w], or [B, C, h, w] without the bound.
             x0: clean samples, [B, C, h, w].
-            cond: the condition.
+            conditions: of the rows.
             t: in [0, 1], [B]; each stands for the timestep that is next above it or at it.
             noise: standard normal, [B, C, h, w].
 
@@ -87,7 +82,8 @@ class EpsHybrid(Objective):
         t = self.schedule.at(index)  # [B]
         alpha, sigma = (level[:, None, None, None] for level in self.schedule.alpha_sigma(t))  # [B, 1, 1, 1]
         x = alpha * x0 + sigma * noise  # [B, C, h, w]
-        eps, fraction = self.read(denoiser(x, t, **cond), x.shape[1])  # [B, C, h, w] each
+        output = denoiser(x, self.schedule.time(t, denoiser.time_input), **conditions)  # [B, C or 2C, h, w]
+        eps, fraction = self.read(output, x.shape[1])  # [B, C, h, w] each
         mse = (eps - noise).square().flatten(1).mean(1)  # [B]
         if self.min_snr is not None:
             snr = (alpha / sigma).square().flatten()  # [B]
@@ -103,10 +99,11 @@ class EpsHybrid(Objective):
         bound = variational_bound(step, x0, x, predicted, fraction, index == 0)  # [B]
         return {"loss": mse + BOUND * self.schedule.timesteps * bound, "mse": mse, "bound": bound}
 
-    def predict(self, denoiser: Callable, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Prediction:
+    def predict(self, denoiser: Denoiser, x: Tensor, t: Tensor, conditions: Conditions) -> Prediction:
         """Return clean sample, noise and the learned variance, if there is one, [B, C, h, w] each, for x at t [B]."""
         alpha, sigma = (level[:, None, None, None] for level in self.schedule.alpha_sigma(t))  # [B, 1, 1, 1]
-        eps, fraction = self.read(denoiser(x, t, **cond), x.shape[1])  # [B, C, h, w] each
+        output = denoiser(x, self.schedule.time(t, denoiser.time_input), **conditions)  # [B, C or 2C, h, w]
+        eps, fraction = self.read(output, x.shape[1])  # [B, C, h, w] each
         return Prediction(x0=(x - sigma * eps) / alpha, eps=eps, variance_fraction=fraction)
 
     @staticmethod

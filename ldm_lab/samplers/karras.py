@@ -1,99 +1,95 @@
 """Euler and Heun as in EDM (Karras et al. 2022, arXiv 2206.00364): the probability-flow ODE in x / alpha.
 
-With y = x / alpha and s = sigma / alpha, every variance-preserving model obeys dy/ds = eps (Song et al. 2021, arXiv
-2010.02502, equation 14), whatever its schedule: a straight-line solver in s has no stiff part left to integrate.
+With y = x / alpha and s = sigma / alpha, every model obeys dy/ds = eps (Song et al. 2021, arXiv 2010.02502, equation
+14), whatever its schedule: a straight-line solver in s has no stiff part left to integrate. The model is shown
+x = alpha * y at the time whose noise level is s.
 """
 
-from collections.abc import Callable
-from itertools import pairwise
-from typing import Any
+import math
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ldm_lab.config import register
-from ldm_lab.interfaces import Callback, Predict
-from ldm_lab.samplers import Walk, check_steps
-from ldm_lab.schedules import SPACING, Steps
+from ldm_lab.interfaces import Prediction
+from ldm_lab.samplers.base import GridSampler, Run, Step
+from ldm_lab.schedules import Spacing, Steps
+
+MOST_CHURN = 2**0.5 - 1  # share by which the noise is lifted at churn 1: the most that the paper allows
 
 
-class _Straight(Walk):
-    """The loop that Euler and Heun share; the last step goes to s = 0, that is to the clean estimate."""
+class ProbabilityFlow(GridSampler):
+    """What Euler and Heun share: y in place of x, and churn. The last step goes to s = 0, to the clean estimate."""
 
-    ORDER: int
+    order: ClassVar[int]
 
-    def __init__(self, *, steps: Steps = 30, spacing: SPACING = "karras", churn: float = 0.0) -> None:
-        super().__init__(steps)
-        self.spacing, self.churn = spacing, churn
+    def __init__(self, *, steps: Steps = 30, spacing: Spacing = "karras", churn: float = 0.0) -> None:
+        """Set the grid and the fresh noise.
+
+        Args:
+            steps: of one model call each (euler), or two each but for the last one (heun).
+            spacing: how the steps are spread over the noise levels (`ldm_lab.schedules`).
+            churn: fresh noise that is mixed in at each step, 0 (deterministic) to 1 (the most that the paper allows).
+        """
+        super().__init__(steps, spacing)
+        self.churn = churn
 
     @staticmethod
-    def check(section: dict[str, Any]) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        churn = section.get("churn", 0.0)
-        return check_steps(section) + ([] if 0 <= churn <= 1 else [f"churn: a share from 0 to 1, not {churn}"])
+    def check(config: dict[str, Any]) -> list[str]:
+        """Return what is wrong across the keys of a config."""
+        churn = config.get("churn", 0.0)
+        return GridSampler.check(config) + ([] if 0 <= churn <= 1 else [f"churn: a share from 0 to 1, not {churn}"])
 
-    def __call__(
-        self,
-        predict: Predict,
-        x: Tensor,
-        *,
-        schedule: Any,
-        noise: Callable[[Tensor], Tensor] | None = None,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        """Return x0 [B, C, h, w]; `noise` is called in every step if churn is not 0. See the package's contract."""
-        assert self.churn == 0 or noise is not None, "churn > 0 needs a source of noise"
-        times = self.times(schedule)  # [steps]
-        alpha, sigma = schedule.alpha_sigma(times.double())  # [steps], [steps]
-        levels = torch.cat([sigma / alpha, torch.zeros(1)]).tolist()  # [steps + 1]
-        y = x / alpha[0].item()  # [B, C, h, w]
+    def step(self, run: Run, i: int, y: Tensor) -> Step:
+        """Return a step of Karras et al. 2022, algorithm 2, without its bounds on where there is churn."""
+        s, s_next = (run.sigma[j] / run.alpha[j] for j in (i, i + 1))
+        if self.churn and i:  # the first level is pure noise already
+            lifted = min(s * (1 + self.churn * MOST_CHURN), run.sigma[0] / run.alpha[0])
+            y = y + (lifted**2 - s**2) ** 0.5 * run.noise(y)  # [B, C, h, w]
+            s = lifted
+        prediction = model(run, y, s)
+        if s_next == 0:
+            return Step(prediction.x0, prediction.x0)
+        y_next = y + (s_next - s) * prediction.eps  # [B, C, h, w]
+        if self.order == 2:
+            slope = (prediction.eps + model(run, y_next, s_next).eps) / 2  # [B, C, h, w]
+            y_next = y + (s_next - s) * slope  # [B, C, h, w]
+        return Step(y_next, prediction.x0)
 
-        def model(y: Tensor, s: float) -> Any:
-            t = schedule.time(torch.tensor(s, dtype=torch.float64)).float()  # []
-            return predict(y / (1 + s**2) ** 0.5, t.to(x.device).expand(len(y)))
+    def to_state(self, run: Run, x: Tensor) -> Tensor:
+        """Return y [B, C, h, w] of x at the first time."""
+        return x / run.alpha[0]  # [B, C, h, w]
 
-        # Karras et al. 2022, algorithm 2: lift the noise by a share, then solve from there. At churn 1 it is lifted by
-        # sqrt(2) - 1 of itself, the most that the paper allows.
-        lift = self.churn * (2**0.5 - 1)
-        for i, (s, s_next) in enumerate(pairwise(levels)):
-            if lift and i:  # the first level is pure noise already
-                raised = min(s * (1 + lift), levels[0])
-                y = y + (raised**2 - s**2) ** 0.5 * noise(y)  # [B, C, h, w]
-                s = raised
-            prediction = model(y, s)
-            if callback:
-                callback(i, y / (1 + s**2) ** 0.5, prediction.x0)
-            if s_next == 0:
-                return prediction.x0
-            ahead = y + (s_next - s) * prediction.eps  # [B, C, h, w]
-            if self.ORDER == 2:
-                slope = (prediction.eps + model(ahead, s_next).eps) / 2  # [B, C, h, w]
-                ahead = y + (s_next - s) * slope  # [B, C, h, w]
-            y = ahead
-        raise AssertionError("a grid ends with 0")
+    def to_x(self, run: Run, i: int, y: Tensor) -> Tensor:
+        """Return x [B, C, h, w] at time i."""
+        return shown(y, run.sigma[i] / run.alpha[i], math.hypot(run.alpha[i], run.sigma[i]))
+
+
+def model(run: Run, y: Tensor, s: float) -> Prediction:
+    """Return the prediction for y [B, C, h, w] at the noise level s."""
+    t = run.schedule.t_of_sigma_over_alpha(torch.tensor(s, dtype=torch.float64))  # []
+    alpha, sigma = run.schedule.alpha_sigma(t)  # [], []
+    return run.model(shown(y, s, math.hypot(alpha.item(), sigma.item())), t.float())
+
+
+def shown(y: Tensor, s: float, scale: float) -> Tensor:
+    """Return x = alpha * y, [B, C, h, w], at the noise level s.
+
+    alpha is scale / sqrt(1 + s^2) with the scale sqrt(alpha^2 + sigma^2), which is 1 where variance is preserved.
+    """
+    return y / (1 + s**2) ** 0.5 * scale  # [B, C, h, w]
 
 
 @register("sampler", "euler")
-class Euler(_Straight):
-    """Euler's method on the probability-flow ODE, order 1: DDIM with a choice of steps (Karras et al. 2022).
+class Euler(ProbabilityFlow):
+    """Euler's method on the probability-flow ODE, order 1: DDIM with a choice of steps (Karras et al. 2022)."""
 
-    Args:
-        steps: model calls.
-        spacing: how the steps are spread over the noise levels (`ldm_lab.schedules`).
-        churn: fresh noise that is mixed in at each step, 0 (deterministic) to 1 (the most that the paper allows).
-    """
-
-    ORDER = 1
+    order = 1
 
 
 @register("sampler", "heun")
-class Heun(_Straight):
-    """Heun's method on the probability-flow ODE, order 2 (Karras et al. 2022, algorithms 1 and 2).
+class Heun(ProbabilityFlow):
+    """Heun's method on the probability-flow ODE, order 2 (Karras et al. 2022, algorithms 1 and 2)."""
 
-    Args:
-        steps: steps of two model calls each, but for the last one.
-        spacing: how the steps are spread over the noise levels (`ldm_lab.schedules`).
-        churn: fresh noise that is mixed in at each step, 0 (deterministic) to 1 (the most that the paper allows).
-    """
-
-    ORDER = 2
+    order = 2

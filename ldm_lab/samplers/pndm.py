@@ -6,20 +6,17 @@ of the classical method, the pseudo method converges with order 2 (`tests/test_s
 make the error smaller by a factor.
 
 Where sigma / alpha is very large, as at the first timestep of many tables of betas, no slope can be relied on: what
-they say of x0 is divided by alpha. A walk that begins there takes its first step as DDIM does.
+they say of x0 is divided by alpha. A run that begins there takes its first step as DDIM does.
 """
 
-from collections.abc import Callable
-from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ldm_lab.config import register
-from ldm_lab.interfaces import Callback, Predict, Prediction
-from ldm_lab.samplers import Walk, check_steps
-from ldm_lab.schedules import Between, Steps, count
+from ldm_lab.interfaces import Noise, Predict, Schedule
+from ldm_lab.samplers.base import GridSampler, Run, Step
+from ldm_lab.schedules import RespacedSchedule, Steps, num_steps
 
 # Adams-Bashforth weights of the present and the past slopes, newest first, by order.
 ADAMS_BASHFORTH = {
@@ -32,203 +29,168 @@ ADAMS_BASHFORTH = {
 STEEP = 150  # sigma / alpha above which the first step is DDIM's
 
 
-class _Run:
-    """One run of a pseudo numerical method: the model, the schedule and the slopes met so far."""
+class Slope(NamedTuple):
+    """What carries x through a step, [B, C, h, w] each.
 
-    def __init__(self, predict: Predict, schedule: Any) -> None:
-        self.predict, self.schedule = predict, schedule
-        self.slopes: list[Tensor] = []  # newest first
+    Attributes:
+        eps: the noise by which `transfer` moves x.
+        x0: the clean estimate.
+        own: the slope of the step by itself, which later steps extrapolate from.
+    """
 
-    def model(self, x: Tensor, t: Tensor) -> Prediction:
-        return self.predict(x, t.to(x.device).expand(len(x)))
-
-    def clean(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Return the x0 [B, C, h, w] for which eps is the noise in x at time t []."""
-        alpha, sigma = self.schedule.alpha_sigma(t)  # [], []
-        return (x - sigma * eps) / alpha  # [B, C, h, w]
-
-    def transfer(self, x: Tensor, eps: Tensor, t1: Tensor, t2: Tensor) -> Tensor:
-        """Return x [B, C, h, w] moved from time t1 to t2: the "transfer part" of Liu et al. 2022, a DDIM step."""
-        alpha, sigma = self.schedule.alpha_sigma(t2)  # [], []
-        return alpha * self.clean(x, eps, t1) + sigma * eps  # [B, C, h, w]
-
-    def runge_kutta(self, x: Tensor, t1: Tensor, t2: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the slope of the classical fourth-order method between t1 and t2, and its x0; four calls."""
-        mid = (t1 + t2) / 2  # []
-        eps1 = self.model(x, t1).eps  # [B, C, h, w], as are the next ones
-        eps2 = self.model(self.transfer(x, eps1, t1, mid), mid).eps
-        eps3 = self.model(self.transfer(x, eps2, t1, mid), mid).eps
-        eps4 = self.model(self.transfer(x, eps3, t1, t2), t2).eps
-        eps = (eps1 + 2 * eps2 + 2 * eps3 + eps4) / 6
-        return self._remember(eps), self.clean(x, eps, t1)
-
-    def improved_euler(self, x: Tensor, t1: Tensor, t2: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean of the slopes at t1 and t2, and its x0; two calls."""
-        eps1 = self.model(x, t1).eps  # [B, C, h, w], as are the next ones
-        eps2 = self.model(self.transfer(x, eps1, t1, t2), t2).eps
-        eps = (eps1 + eps2) / 2
-        return self._remember(eps), self.clean(x, eps, t1)
-
-    def multistep(self, x: Tensor, t1: Tensor, order: int) -> tuple[Tensor, Tensor]:
-        """Return the slope extrapolated from this call and up to order - 1 earlier slopes, and the x0 of this call."""
-        prediction = self.model(x, t1)
-        self._remember(prediction.eps)
-        weights = ADAMS_BASHFORTH[min(order, len(self.slopes))]
-        return sum(w * eps for w, eps in zip(weights, self.slopes, strict=False)), prediction.x0
-
-    def _remember(self, eps: Tensor) -> Tensor:
-        self.slopes = [eps, *self.slopes[:3]]
-        return eps
+    eps: Tensor
+    x0: Tensor
+    own: Tensor
 
 
-class _Pseudo(Walk):
-    """The loop that the methods share; each says in `slope` which eps carries x from t1 to t2."""
+class PseudoNumerical(GridSampler):
+    """What the methods share; each says in `slope` which eps carries x from t1 to t2."""
+
+    history = 3
 
     def __init__(self, *, steps: Steps = 50) -> None:
+        """Set the grid.
+
+        Args:
+            steps: how many; each costs one model call (iplms), two (pie), or one but for the first, two (plms2).
+        """
         super().__init__(steps)
 
-    check = staticmethod(check_steps)
+    def step(self, run: Run, i: int, x: Tensor) -> Step:
+        """Return a transfer by the method's slope; the last one leads to t = 0."""
+        t1, t2 = run.times[i], run.times[i + 1]  # [], []
+        steep = int(run.sigma[0] > STEEP * run.alpha[0])
+        if i < steep:
+            prediction = run.model(x, t1)
+            alpha, sigma = run.schedule.alpha_sigma(t2)  # [], []
+            return Step(alpha * prediction.x0 + sigma * prediction.eps, prediction.x0)
+        past = [step.eps for step in run.past[: i - steep] if step.eps is not None]  # [B, C, h, w] each
+        slope = self.slope(run, past, x, t1, t2)
+        return Step(transfer(run, x, slope.eps, t1, t2), slope.x0, slope.own)
 
-    def __call__(
-        self,
-        predict: Predict,
-        x: Tensor,
-        *,
-        schedule: Any,
-        noise: Callable[[Tensor], Tensor] | None = None,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        """Return x0 [B, C, h, w]; nothing is random, so `noise` is not called. See the package's contract."""
-        times = self.stations(schedule)  # [steps + 1]
-        run = self.run(predict, schedule)
-        alpha, sigma = schedule.alpha_sigma(times[0].double())  # [], []
-        steep = int(sigma > STEEP * alpha)
-        for i, (t1, t2) in enumerate(pairwise(times)):
-            if i < steep:
-                prediction = run.model(x, t1)  # x0 and eps [B, C, h, w]
-                x0 = prediction.x0  # [B, C, h, w]
-                alpha, sigma = schedule.alpha_sigma(t2)  # [], []
-                after = alpha * x0 + sigma * prediction.eps  # [B, C, h, w]
-            else:
-                eps, x0 = self.slope(run, i - steep, x, t1, t2)  # [B, C, h, w] each
-                after = run.transfer(x, eps, t1, t2)  # [B, C, h, w]
-            if callback:
-                callback(i, x, x0)
-            x = after
-        return x
-
-    def stations(self, schedule: Any) -> Tensor:
-        """Return the times between which the steps are, [steps + 1]."""
-        return torch.cat([self.times(schedule), torch.zeros(1)])  # [steps + 1]
-
-    def run(self, predict: Predict, schedule: Any) -> _Run:
-        """Return a new run, with the schedule that its transfers use."""
-        return _Run(predict, schedule)
-
-    def slope(self, run: _Run, i: int, x: Tensor, t1: Tensor, t2: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the eps that carries x through a step, and the step's clean estimate, [B, C, h, w] each.
-
-        i counts the steps from the first one that asks for a slope.
-        """
+    def slope(self, run: Run, past: list[Tensor], x: Tensor, t1: Tensor, t2: Tensor) -> Slope:
+        """Return what carries x [B, C, h, w] from t1 to t2; `past` are the slopes of up to 3 steps, newest first."""
         raise NotImplementedError
 
 
-class _Historic(_Pseudo):
+def clean(run: Run, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """Return the x0 [B, C, h, w] for which eps is the noise in x at time t []."""
+    alpha, sigma = run.schedule.alpha_sigma(t)  # [], []
+    return (x - sigma * eps) / alpha  # [B, C, h, w]
+
+
+def transfer(run: Run, x: Tensor, eps: Tensor, t1: Tensor, t2: Tensor) -> Tensor:
+    """Return x [B, C, h, w] moved from time t1 to t2: the "transfer part" of Liu et al. 2022, a DDIM step."""
+    alpha, sigma = run.schedule.alpha_sigma(t2)  # [], []
+    return alpha * clean(run, x, eps, t1) + sigma * eps  # [B, C, h, w]
+
+
+def runge_kutta(run: Run, x: Tensor, t1: Tensor, t2: Tensor) -> Slope:
+    """Return the slope of the classical fourth-order method between t1 and t2; four calls."""
+    mid = (t1 + t2) / 2  # []
+    eps1 = run.model(x, t1).eps  # [B, C, h, w], as are the next ones
+    eps2 = run.model(transfer(run, x, eps1, t1, mid), mid).eps
+    eps3 = run.model(transfer(run, x, eps2, t1, mid), mid).eps
+    eps4 = run.model(transfer(run, x, eps3, t1, t2), t2).eps
+    eps = (eps1 + 2 * eps2 + 2 * eps3 + eps4) / 6
+    return Slope(eps, clean(run, x, eps, t1), eps)
+
+
+def improved_euler(run: Run, x: Tensor, t1: Tensor, t2: Tensor) -> Slope:
+    """Return the mean of the slopes at t1 and t2; two calls."""
+    eps1 = run.model(x, t1).eps  # [B, C, h, w], as are the next ones
+    eps2 = run.model(transfer(run, x, eps1, t1, t2), t2).eps
+    eps = (eps1 + eps2) / 2
+    return Slope(eps, clean(run, x, eps, t1), eps)
+
+
+def multistep(run: Run, past: list[Tensor], x: Tensor, t1: Tensor, order: int) -> Slope:
+    """Return the slope extrapolated from this call and up to order - 1 earlier slopes, and the x0 of this call."""
+    prediction = run.model(x, t1)
+    slopes = [prediction.eps, *past][:order]  # [B, C, h, w] each
+    first, *others = (weight * slope for weight, slope in zip(ADAMS_BASHFORTH[len(slopes)], slopes, strict=True))
+    return Slope(sum(others, start=first), prediction.x0, prediction.eps)
+
+
+class Historic(PseudoNumerical):
     """What PRK and PLMS have in common: a variant that repeats what GLIDE's users had."""
 
     def __init__(self, *, steps: Steps = 50, variant: Literal["pndm", "glide"] = "pndm") -> None:
+        """Set the grid and the variant.
+
+        Args:
+            steps: how many; each costs four model calls (prk), or one but for the first three, four each (plms).
+            variant: "glide" goes as the programs around GLIDE do: neither the grid's first time nor the step to t = 0
+                is taken, so that a little noise stays, and between two times alpha^2 is interpolated.
+        """
         super().__init__(steps=steps)
         self.variant = variant
         if variant == "glide":
             self.steps -= 2
 
     @staticmethod
-    def check(section: dict[str, Any]) -> list[str]:
-        """Return the problems of a config section."""
-        problems = check_steps(section)
-        if not problems and section.get("variant") == "glide" and count(section.get("steps", 50)) < 3:
+    def check(config: dict[str, Any]) -> list[str]:
+        """Return what is wrong across the keys of a config."""
+        problems = PseudoNumerical.check(config)
+        if not problems and config.get("variant") == "glide" and num_steps(config.get("steps", 50)) < 3:
             problems.append(
-                f"steps: variant glide leaves out two of them, so at least 3 are needed, not {section['steps']}"
+                f"steps: variant glide leaves out two of them, so at least 3 are needed, not {config['steps']}"
             )
         return problems
 
-    def times(self, schedule: Any) -> Tensor:
+    def times(self, schedule: Schedule) -> Tensor:
         """Return the times at which the steps begin, falling, float32 [steps]."""
         times = super().times(schedule)  # [steps or steps + 2]
         return times[1:-1] if self.variant == "glide" else times
 
-    def stations(self, schedule: Any) -> Tensor:
-        """Return the times between which the steps are, [steps + 1]."""
-        return super().times(schedule)[1:] if self.variant == "glide" else super().stations(schedule)
-
-    def run(self, predict: Predict, schedule: Any) -> _Run:
-        """Return a new run, with the schedule that its transfers use."""
-        return _Run(predict, Between(schedule, super().times(schedule)) if self.variant == "glide" else schedule)
+    def begin(self, predict: Predict, schedule: Schedule, noise: Noise | None) -> Run:
+        """Return a new run; in the variant, between the grid's second and last time."""
+        if self.variant != "glide":
+            return super().begin(predict, schedule, noise)
+        times = super().times(schedule)  # [steps + 2]
+        return Run(predict, RespacedSchedule(schedule, times), times[1:], noise)
 
 
 @register("sampler", "prk")
-class PRK(_Historic):
-    """Pseudo Runge-Kutta with the classical four stages: four model calls a step.
+class PRK(Historic):
+    """Pseudo Runge-Kutta with the classical four stages: four model calls a step."""
 
-    Args:
-        steps: steps of four model calls each.
-        variant: "glide" walks as the programs around GLIDE do: neither the grid's first time nor the step to t = 0 is
-            taken, so that a little noise stays, and between two times alpha^2 is interpolated.
-    """
-
-    def slope(self, run: _Run, i: int, x: Tensor, t1: Tensor, t2: Tensor) -> tuple[Tensor, Tensor]:
+    def slope(self, run: Run, past: list[Tensor], x: Tensor, t1: Tensor, t2: Tensor) -> Slope:
         """Return the Runge-Kutta slope."""
-        return run.runge_kutta(x, t1, t2)
+        return runge_kutta(run, x, t1, t2)
 
 
 @register("sampler", "plms")
-class PLMS(_Historic):
-    """Pseudo linear multistep over four slopes: one model call a step after three Runge-Kutta steps (steps + 9 calls).
+class PLMS(Historic):
+    """Pseudo linear multistep over four slopes: a model call a step after three Runge-Kutta steps (steps + 9 calls)."""
 
-    Args:
-        steps: steps; the first three cost four model calls each.
-        variant: as for prk.
-    """
-
-    def slope(self, run: _Run, i: int, x: Tensor, t1: Tensor, t2: Tensor) -> tuple[Tensor, Tensor]:
+    def slope(self, run: Run, past: list[Tensor], x: Tensor, t1: Tensor, t2: Tensor) -> Slope:
         """Return the Runge-Kutta slope in the first three steps, then the extrapolated one."""
-        return run.runge_kutta(x, t1, t2) if i < 3 else run.multistep(x, t1, order=4)
+        return runge_kutta(run, x, t1, t2) if len(past) < 3 else multistep(run, past, x, t1, order=4)
 
 
 @register("sampler", "pie")
-class PIE(_Pseudo):
-    """Pseudo improved Euler: two model calls a step.
+class PIE(PseudoNumerical):
+    """Pseudo improved Euler: two model calls a step."""
 
-    Args:
-        steps: steps of two model calls each.
-    """
-
-    def slope(self, run: _Run, i: int, x: Tensor, t1: Tensor, t2: Tensor) -> tuple[Tensor, Tensor]:
+    def slope(self, run: Run, past: list[Tensor], x: Tensor, t1: Tensor, t2: Tensor) -> Slope:
         """Return the mean of the slopes at both ends."""
-        return run.improved_euler(x, t1, t2)
+        return improved_euler(run, x, t1, t2)
 
 
 @register("sampler", "plms2")
-class PLMS2(_Pseudo):
-    """Pseudo linear multistep over two slopes: one model call a step after one improved Euler step (steps + 1 calls).
+class PLMS2(PseudoNumerical):
+    """Pseudo linear multistep over two slopes: a model call a step after an improved Euler step (steps + 1 calls)."""
 
-    Args:
-        steps: steps; the first one costs two model calls.
-    """
-
-    def slope(self, run: _Run, i: int, x: Tensor, t1: Tensor, t2: Tensor) -> tuple[Tensor, Tensor]:
+    def slope(self, run: Run, past: list[Tensor], x: Tensor, t1: Tensor, t2: Tensor) -> Slope:
         """Return the improved Euler slope in the first step, then the extrapolated one."""
-        return run.improved_euler(x, t1, t2) if i < 1 else run.multistep(x, t1, order=2)
+        return multistep(run, past, x, t1, order=2) if past else improved_euler(run, x, t1, t2)
 
 
 @register("sampler", "iplms")
-class IPLMS(_Pseudo):
-    """Improved PLMS (iPNDM: Zhang & Chen 2022, arXiv 2204.13902): one model call a step from the first one on.
+class IPLMS(PseudoNumerical):
+    """Improved PLMS (iPNDM: Zhang & Chen 2022, arXiv 2204.13902): one model call a step from the first one on."""
 
-    Args:
-        steps: model calls.
-    """
-
-    def slope(self, run: _Run, i: int, x: Tensor, t1: Tensor, t2: Tensor) -> tuple[Tensor, Tensor]:
+    def slope(self, run: Run, past: list[Tensor], x: Tensor, t1: Tensor, t2: Tensor) -> Slope:
         """Return the slope extrapolated from as many calls as there are, four at most."""
-        return run.multistep(x, t1, order=4)
+        return multistep(run, past, x, t1, order=4)

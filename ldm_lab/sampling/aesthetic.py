@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from ldm_lab.checkpoints import embedders
-from ldm_lab.checkpoints.files import FORMAT, existing_file, is_safetensors, read_safetensors, sha256, write_safetensors
-from ldm_lab.checkpoints.heads import OPENAI
+from ldm_lab.checkpoints.embedders import OPENAI
+from ldm_lab.checkpoints.files import FORMAT, is_safetensors, read_safetensors, write_safetensors
 from ldm_lab.errors import UserError, first_line, unknown
-from ldm_lab.pretrained.resolve import RELEASED, locate
+from ldm_lab.io.atomic import existing_file, sha256
+from ldm_lab.pretrained.catalogue import catalogue
+from ldm_lab.pretrained.resolve import resolve_weights
 
 ROLE = "rating_embeddings"
 WEIGHT = 0.5  # clip-retrieval's default
@@ -53,12 +55,12 @@ class RatingEmbeddings:
         """
         text = str(name)
         size = text.removeprefix("aesthetic/")
-        if f"{text}/rating0" in RELEASED:
+        if f"{text}/rating0" in catalogue():
             wanted = range(10) if ratings is None else ratings
             for rating in wanted:
                 if not 0 <= rating < 10:
                     raise UserError(f"aesthetic: {unknown('rating', rating, map(str, range(10)))}")
-            files = {rating: locate(f"{text}/rating{rating}", "rating embeddings") for rating in wanted}
+            files = {rating: resolve_weights(f"{text}/rating{rating}", "rating embeddings") for rating in wanted}
             return cls({rating: _read_npy(path) for rating, path in files.items()}, OPENAI[size])
         path = Path(name).expanduser()
         if path.is_dir():
@@ -136,7 +138,7 @@ class Aesthetic:
 
 def released() -> list[str]:
     """Return the names of the released sets of rating embeddings."""
-    return [name.removesuffix("/rating0") for name in RELEASED if name.endswith("/rating0")]
+    return [name.removesuffix("/rating0") for name in catalogue() if name.endswith("/rating0")]
 
 
 def released_for(embedder: dict[str, str]) -> str:
@@ -158,7 +160,7 @@ def _read_folder(path: Path) -> RatingEmbeddings:
     first = sha256(min(files.values()))
     for name in released():
         size = name.removeprefix("aesthetic/")
-        sums = {RELEASED[f"{name}/rating{rating}"].sha256 for rating in range(10)}
+        sums = {catalogue()[f"{name}/rating{rating}"].sha256 for rating in range(10)}
         if first in sums or path.name == f"{size}_embeddings":
             return RatingEmbeddings({rating: _read_npy(file) for rating, file in sorted(files.items())}, OPENAI[size])
     raise UserError(f"{path}: does not say whose embeddings these are: they are none of LAION's")

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm_lab.checkpoints.files import atomic_write
+from ldm_lab.io.atomic import atomic_write
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:

@@ -17,14 +17,16 @@ from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.parts import load_part, load_strictly, weights_path, weights_sha256
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
-from ldm_lab.guidance.classifier_free import guided, null_weight, plain_weights
-from ldm_lab.guidance.clip import ClipGuidance, climbing
-from ldm_lab.guidance.condition_score import shifted
-from ldm_lab.guidance.inpaint import keep_known
-from ldm_lab.guidance.thresholding import clamped
+from ldm_lab.guidance.base import Wrapper
+from ldm_lab.guidance.classifier_free import guided, null_condition_weight, unguided_weights
+from ldm_lab.guidance.clip import ClipGradient, ClipGuidance
+from ldm_lab.guidance.inpaint import Inpaint
+from ldm_lab.guidance.stack import stack
+from ldm_lab.guidance.thresholding import StaticThresholding
 from ldm_lab.interfaces import Prediction
+from ldm_lab.interfaces import Sampler as SamplerPart
 from ldm_lab.io.images import to_images, to_tensor
-from ldm_lab.pretrained.resolve import check_foreign
+from ldm_lab.pretrained.resolve import check_untrusted
 from ldm_lab.prompts import Prompt, parse_prompt
 from ldm_lab.sampling.aesthetic import Aesthetic
 from ldm_lab.sampling.image_to_image import Later, Start, first_time
@@ -118,7 +120,7 @@ class Sampler:
         """Load a trained model with its averaged weights.
 
         Args:
-            path: `ema.safetensors`, a `.ckpt` of a run, or whatever else `ldm_lab.pretrained.resolve.locate` takes.
+            path: `ema.safetensors`, a `.ckpt` of a run, or whatever else `resolve_weights` takes.
             autoencoder: weights file of the autoencoder, if not where the checkpoint says.
             conditioner: weights file of the conditioner, if not where the checkpoint says.
             device: where to run.
@@ -420,7 +422,7 @@ class Sampler:
     @torch.no_grad()
     def latents(
         self,
-        walk: Callable[..., Tensor],
+        walk: SamplerPart,
         latent_size: tuple[int, int],
         cond: dict[str, Tensor],
         weights: Tensor,
@@ -478,21 +480,21 @@ class Sampler:
             null[name] = value  # [B, ...]
             cond[name] = value[:, None].expand(-1, weights.shape[1], *value.shape[1:])  # [B, k, ...]
         weak = None if self.weak is None else self._predict(self.weak)
-        predict = guided(self._predict(self.denoiser), cond, null, weights, weak=weak, schedule=schedule, **guide)
+        predict = guided(
+            self._predict(self.denoiser), cond, null, weights, guide_model=weak, schedule=schedule, **guide
+        )
+        wrappers: list[Wrapper] = []
         limit = self._limit(clamp)
         if limit is not None:
-            predict = clamped(predict, schedule, limit)
+            wrappers.append(StaticThresholding(limit))
         if climb is not None:
-            predict = climbing(predict, climb[0], climb[1].to(device), schedule)
-            if not walk.shifts_mean:
-                predict = shifted(predict, schedule)
-                # Once more, which the original's DDIM does not: at high noise the shift is divided by a tiny alpha.
-                predict = predict if limit is None else clamped(predict, schedule, limit)
+            wrappers.append(ClipGradient(climb[0], climb[1].to(device)))
         if mask is not None:
-            predict = keep_known(predict, known, mask, schedule)
+            wrappers.append(Inpaint(known, mask))
+        predict = stack(predict, wrappers, schedule=schedule, uses_gradient=walk.uses_gradient)
         guide = climb[0].clip if climb is not None else None
         with self._in_use(self.denoiser), self._in_use(self.weak), self._in_use(guide), _evaluating(self.denoiser):
-            return walk(predict, x, schedule=schedule, noise=noise, callback=callback)
+            return walk.sample(predict, x, schedule=schedule, noise=noise, callback=callback)
 
     def _limit(self, clamp: bool | None) -> float | None:
         """Return the largest magnitude that clean estimates may have; None is any."""
@@ -602,7 +604,7 @@ class Sampler:
         for mix in mixes:
             texts = [prompt for prompt in mix if prompt.image is None]
             weights = torch.tensor([[usual if prompt.weight is None else prompt.weight for prompt in texts]])  # [1, k]
-            shares = plain_weights(weights)[1:, 0]  # [k]
+            shares = unguided_weights(weights)[1:, 0]  # [k]
             if not shares.any():
                 raise UserError("CLIP guidance: each image needs a text with a weight above 0")
             with self._in_use(guidance.clip):
@@ -621,8 +623,8 @@ class Sampler:
         if not weights.isfinite().all():
             raise UserError("guidance and weights have to be finite numbers")
         if negative is not None and len(mixes):
-            return torch.cat([weights, null_weight(weights)[:, None]], dim=1)  # [N, k + 1]
-        if not self.dropout and self.weak is None and len(mixes) and null_weight(weights).any():
+            return torch.cat([weights, null_condition_weight(weights)[:, None]], dim=1)  # [N, k + 1]
+        if not self.dropout and self.weak is None and len(mixes) and null_condition_weight(weights).any():
             raise UserError(
                 "guidance needs a model that was trained with dropped conditions (conditioner.dropout above 0); "
                 "with this one the weights of an image have to add up to 1, as a single prompt's with --guidance 1 do"
@@ -726,7 +728,7 @@ def _load_frozen(role: str, section: dict[str, Any], moved: str | Path | None, t
         section = {**section, "weights": moved}
     try:
         if moved is None:
-            check_foreign(section.get("weights"), f"{role}.weights")
+            check_untrusted(section.get("weights"), f"{role}.weights")
         part = load_part(role, section)
         if weights_path(role, section) is None and any(True for _ in part.parameters()):
             raise UserError("the file does not say where its weights are")

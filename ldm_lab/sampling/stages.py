@@ -11,7 +11,7 @@ from PIL import Image
 
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
-from ldm_lab.guidance.classifier_free import plain_weights
+from ldm_lab.guidance.classifier_free import unguided_weights
 from ldm_lab.io.images import round_to_uint8
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling.image_to_image import Start
@@ -131,7 +131,7 @@ class Cascade:
     def _enlarged(self, mix: list[Prompt], usual: float, guidance: float | None) -> list[Prompt]:
         """Return the prompts that an image is enlarged with: those that the base is led towards, in proportion."""
         weights = torch.tensor([[usual if prompt.weight is None else prompt.weight for prompt in mix]])  # [1, k]
-        shares = plain_weights(weights)[1:, 0].tolist()  # k numbers
+        shares = unguided_weights(weights)[1:, 0].tolist()  # k numbers
         towards = [(prompt, share) for prompt, share in zip(mix, shares) if share > 0]
         wordless = getattr(self.upsampler.conditioner, "part_name", None) == "none"
         if guidance not in (None, 1.0) and (wordless or not any(prompt.text.strip() for prompt, _ in towards)):

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Schedule
 from ldm_lab.schedules.respacing import Steps
-from ldm_lab.schedules.spacing import LAST_LEVEL, SPACING, levels
+from ldm_lab.schedules.spacing import LAST_RATIO, ratios
 
 # Where the DDPM schedule's log-SNR curve is spliced onto the cosine schedule: both have the same slope there
 # (v-diffusion-pytorch, `get_spliced_ddpm_cosine_schedule`).
@@ -15,18 +16,20 @@ DDPM_CROSSOVER = 0.48536712
 COSINE_CROSSOVER = 0.80074257
 
 
-class Cosine:
+class Cosine(Schedule):
     """alpha = cos(pi t / 2), sigma = sin(pi t / 2) (Salimans & Ho 2022, arXiv 2202.00512, section 2)."""
+
+    variance_preserving = True
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha and sigma, each of t's shape, for t in [0, 1]."""
         return torch.cos(t * math.pi / 2), torch.sin(t * math.pi / 2)
 
-    def time(self, level: Tensor) -> Tensor:
-        """Return the t at which sigma / alpha is `level`, of any shape, 0 or above."""
-        return torch.atan(level) / (math.pi / 2)
+    def t_of_sigma_over_alpha(self, ratio: Tensor) -> Tensor:
+        """Return the t, of any shape, at which sigma / alpha is `ratio`, 0 or above."""
+        return torch.atan(ratio) / (math.pi / 2)
 
-    def grid(self, steps: Steps, spacing: SPACING | None = None) -> Tensor:
+    def grid(self, steps: Steps, spacing: str | None = None) -> Tensor:
         """Return the times to visit, float32 [steps], falling from 0.995711; the final 0 is not among them.
 
         By default the spliced DDPM/cosine grid of the original: equal steps of the cosine schedule at low noise, of the
@@ -50,7 +53,8 @@ class Cosine:
         if spacing == "uniform":
             return u * spliced[0]  # [steps]
         alpha, sigma = self.alpha_sigma(spliced[0].double())  # [], []
-        return self.time(levels((sigma / alpha).item(), LAST_LEVEL, steps, spacing)).float()  # [steps]
+        visited = ratios((sigma / alpha).item(), LAST_RATIO, steps, spacing)  # [steps]
+        return self.t_of_sigma_over_alpha(visited).float()  # [steps]
 
 
 def _ddpm_time(s: Tensor) -> Tensor:

@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Schedule
 from ldm_lab.schedules.respacing import Steps, kept_timesteps
-from ldm_lab.schedules.spacing import LAST_LEVEL, SPACING, levels
+from ldm_lab.schedules.spacing import LAST_RATIO, ratios
 
-BETAS = Literal["squaredcos_cap_v2", "linear", "linear_latent"]
-FIRST_LEVEL = 148.4  # sigma / alpha where the grids that divide by alpha begin; the cosine schedule's begin there, too
+Betas = Literal["squaredcos_cap_v2", "linear", "linear_latent"]
+FIRST_RATIO = 148.4  # sigma / alpha where the grids that divide by alpha begin; the cosine schedule's begin there, too
 WHOLE = 1e-3  # of a timestep: float32 rounds t by less
 
 
-class Discrete:
+class Discrete(Schedule):
     """alpha^2 = product of (1 - beta) over the timesteps so far; timestep i, 0 .. T - 1, is at t = (i + 1) / T.
 
     At t = 0 is the clean sample. Between two timesteps alpha^2 is interpolated linearly, as GLIDE's PLMS has it.
@@ -23,7 +24,10 @@ class Discrete:
         timesteps: T.
     """
 
-    def __init__(self, betas: BETAS = "squaredcos_cap_v2", timesteps: int = 1000) -> None:
+    variance_preserving = True
+    timesteps: int
+
+    def __init__(self, betas: Betas = "squaredcos_cap_v2", timesteps: int = 1000) -> None:
         """Make the tables, in float64.
 
         Args:
@@ -61,15 +65,15 @@ class Discrete:
         alpha2, sigma2 = torch.lerp(squares[:, below], squares[:, below + 1], place - below)  # t's shape each
         return alpha2.sqrt().to(t.dtype), sigma2.sqrt().to(t.dtype)
 
-    def time(self, level: Tensor) -> Tensor:
-        """Return the t at which sigma / alpha is `level`, of any shape, 0 or above; at most 1."""
+    def t_of_sigma_over_alpha(self, ratio: Tensor) -> Tensor:
+        """Return the t, of any shape, at which sigma / alpha is `ratio`, 0 or above; at most 1."""
         sigma2 = self._squares[1]  # [1 + T]
-        wanted = (level.double() ** 2 / (1 + level.double() ** 2)).clamp(max=sigma2[-1])  # level's shape
-        above = torch.searchsorted(sigma2, wanted).clamp(1, self.timesteps)  # level's shape
-        low, high = sigma2[above - 1], sigma2[above]  # level's shape each
-        return ((above - 1 + (wanted - low) / (high - low)) / self.timesteps).to(level.dtype)
+        wanted = (ratio.double() ** 2 / (1 + ratio.double() ** 2)).clamp(max=sigma2[-1])  # ratio's shape
+        above = torch.searchsorted(sigma2, wanted).clamp(1, self.timesteps)  # ratio's shape
+        low, high = sigma2[above - 1], sigma2[above]  # ratio's shape each
+        return ((above - 1 + (wanted - low) / (high - low)) / self.timesteps).to(ratio.dtype)
 
-    def grid(self, steps: Steps, spacing: SPACING | None = None) -> Tensor:
+    def grid(self, steps: Steps, spacing: str | None = None) -> Tensor:
         """Return the times to visit, float32 [steps], falling; the final 0 is not among them.
 
         By default whole timesteps, evenly spread from T - 1 to 0. A respacing (`ldm_lab.schedules.respacing`) says by
@@ -89,14 +93,14 @@ class Discrete:
         ends = torch.tensor([1.0, 1 / self.timesteps], dtype=torch.float64)  # [2]
         alpha, sigma = self.alpha_sigma(ends)  # [2], [2]
         first, last = (sigma / alpha).tolist()
-        first, last = min(first, FIRST_LEVEL), max(last, LAST_LEVEL)
+        first, last = min(first, FIRST_RATIO), max(last, LAST_RATIO)
         if spacing == "uniform":
-            start = self.time(torch.tensor(first, dtype=torch.float64))  # []
+            start = self.t_of_sigma_over_alpha(torch.tensor(first, dtype=torch.float64))  # []
             return torch.linspace(start.item(), 1 / self.timesteps, steps)  # [steps]
-        return self.time(levels(first, last, steps, spacing)).float()  # [steps]
+        return self.t_of_sigma_over_alpha(ratios(first, last, steps, spacing)).float()  # [steps]
 
 
-def beta_table(betas: BETAS, timesteps: int) -> Tensor:
+def beta_table(betas: Betas, timesteps: int) -> Tensor:
     """Return the variances of the forward steps, float64 [T]."""
     if betas == "squaredcos_cap_v2":
         u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps  # [T + 1]

@@ -1,16 +1,17 @@
 """The steps of ancestral sampling between the times of a grid: q(x at the next time | x, x0).
 
-Every pair of neighbouring times of a variance-preserving schedule makes a step of a diffusion process with the beta
-1 - (alpha / alpha_next)^2 (Nichol & Dhariwal 2021, arXiv 2102.09672, section 4), so that a table of betas is "respaced"
-to any grid, and a continuous schedule has ancestral steps, too.
+Every pair of neighbouring times of a schedule makes a step of a diffusion process x = kept * x_next + sqrt(beta) * eps
+with kept = alpha / alpha_next and beta = sigma^2 - kept^2 * sigma_next^2 (Kingma et al. 2021, arXiv 2107.00630, section
+3.1), so that a table of betas is "respaced" to any grid (Nichol & Dhariwal 2021, arXiv 2102.09672, section 4), and a
+continuous schedule has ancestral steps, too. Where variance is preserved, beta is 1 - kept^2.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ldm_lab.interfaces import Schedule
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,14 @@ class Posterior:
     x_weight: Tensor
 
     @classmethod
-    def between(cls, schedule: Any, times: Tensor) -> "Posterior":
+    def from_times(cls, schedule: Schedule, times: Tensor) -> "Posterior":
         """Return the steps between falling times [S] of a schedule."""
         alpha, sigma = schedule.alpha_sigma(times.double())  # [S] each
         next_alpha = torch.cat([alpha[1:], torch.ones_like(alpha[:1])])  # [S]
         next_sigma = torch.cat([sigma[1:], torch.zeros_like(sigma[:1])])  # [S]
-        kept = (alpha / next_alpha) ** 2  # [S], 1 - beta
-        beta, clean = 1 - kept, (next_sigma / sigma) ** 2  # [S] each
+        kept2 = (alpha / next_alpha) ** 2  # [S]
+        beta = 1 - kept2 if schedule.variance_preserving else sigma**2 - kept2 * next_sigma**2  # [S]
+        clean = (next_sigma / sigma) ** 2  # [S]
         variance = beta * clean  # [S]
         positive = torch.cat([variance[:-1], variance[-2:-1] if len(times) > 1 else beta])  # [S]
         return cls(
@@ -48,12 +50,12 @@ class Posterior:
             log_beta=beta.log(),
             log_variance=positive.log(),
             x0_weight=beta * next_alpha / sigma**2,
-            x_weight=kept.sqrt() * clean,
+            x_weight=kept2.sqrt() * clean,
         )
 
     def on(self, device: torch.device) -> "Posterior":
         """Return the same in float32 on a device, so that `at` with steps that are there waits for nothing."""
-        return self._each(lambda table: table.float().to(device))  # [S]
+        return Posterior(*(table.float().to(device) for table in self._tables()))  # [S] each
 
     def at(self, step: int | Tensor) -> "Posterior":
         """Return what belongs to one step, [], on the CPU; or to a step per row, [B, 1, 1, 1], where the tables are.
@@ -61,11 +63,11 @@ class Posterior:
         All in float32.
         """
         if isinstance(step, int):
-            return self._each(lambda table: table[step].float().cpu())  # []
-        return self._each(lambda table: table[step].float()[:, None, None, None])  # [B, 1, 1, 1]
+            return Posterior(*(table[step].float().cpu() for table in self._tables()))  # [] each
+        return Posterior(*(table[step].float()[:, None, None, None] for table in self._tables()))  # [B, 1, 1, 1] each
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Posterior":
-        return Posterior(*(change(getattr(self, field.name)) for field in fields(self)))
+    def _tables(self) -> tuple[Tensor, ...]:
+        return self.beta, self.variance, self.log_beta, self.log_variance, self.x0_weight, self.x_weight
 
     def mean(self, x0: Tensor, x: Tensor) -> Tensor:
         """Return the posterior's mean, [B, C, h, w], of x0 and x [B, C, h, w] (Ho et al. 2020, equation 7)."""

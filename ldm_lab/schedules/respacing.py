@@ -18,7 +18,7 @@ DDIM = re.compile(r"ddim(\d{1,9})")
 SECTIONS = re.compile(r"\d{1,9}(,\d{1,9})*")
 
 
-def count(steps: Steps) -> int:
+def num_steps(steps: Steps) -> int:
     """Return how many timesteps a respacing keeps. Raises UserError for one that is none."""
     if isinstance(steps, int):
         kept = steps
@@ -46,7 +46,7 @@ def kept_timesteps(timesteps: int, steps: Steps) -> list[int]:
     Raises:
         UserError: there are not that many timesteps in a section, or no whole stride leads to that many.
     """
-    if count(steps) == 1:
+    if num_steps(steps) == 1:
         return [timesteps - 1]
     if steps == "fast27":
         kept = set(kept_timesteps(timesteps, FAST27)) - {timesteps - 1}

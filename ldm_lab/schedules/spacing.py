@@ -5,20 +5,28 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ldm_lab.errors import UserError
+
 # How a sampler's steps are spread; None in place of a name is the schedule's own grid, that of the original programs.
 #   spliced   the cosine schedule's own grid
 #   respaced  the own grid of a table of betas: whole timesteps, evenly spread
 #   log_snr   evenly in log(alpha^2 / sigma^2) (Lu et al. 2022, arXiv 2206.00927, section 3.4)
 #   karras    evenly in (sigma / alpha)^(1/7) (Karras et al. 2022, arXiv 2206.00364, equation 5)
 #   uniform   evenly in t
-SPACING = Literal["spliced", "respaced", "log_snr", "karras", "uniform"]
+Spacing = Literal["spliced", "respaced", "log_snr", "karras", "uniform"]
 RHO = 7  # of the karras grid
-LAST_LEVEL = 0.02  # sigma / alpha of the last step of log_snr and karras; what is left is below an 8-bit level or so
+LAST_RATIO = 0.02  # sigma / alpha of the last step of log_snr and karras; what is left is below an 8-bit level or so
 
 
-def levels(first: float, last: float, steps: int, spacing: SPACING) -> Tensor:
-    """Return sigma / alpha of the steps of a grid between two levels, float64 [steps], falling from `first`."""
+def ratios(first: float, last: float, steps: int, spacing: str) -> Tensor:
+    """Return sigma / alpha of the steps of a grid, float64 [steps], falling from `first` to `last`.
+
+    Raises:
+        UserError: a spacing that the noise levels alone do not decide.
+    """
     share = torch.linspace(0, 1, steps, dtype=torch.float64)  # [steps]
     if spacing == "log_snr":
         return first * (last / first) ** share  # [steps]
-    return (first ** (1 / RHO) + share * (last ** (1 / RHO) - first ** (1 / RHO))) ** RHO  # [steps]
+    if spacing == "karras":
+        return (first ** (1 / RHO) + share * (last ** (1 / RHO) - first ** (1 / RHO))) ** RHO  # [steps]
+    raise UserError(f"spacing: log_snr, karras or uniform is needed here, not {spacing}")

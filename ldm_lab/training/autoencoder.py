@@ -19,6 +19,7 @@ from torchvision.models import vgg16
 from ldm_lab.autoencoders.kl_f8 import kl
 from ldm_lab.config import build, register
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Batch
 from ldm_lab.training.discriminator import adaptive_weight
 from ldm_lab.training.part_task import PartTask
 from ldm_lab.training.perceptual import pretrained_features
@@ -88,8 +89,8 @@ class AutoencoderTask(PartTask):
         self._check_size(config["data"].get("image_size"))
         self.recent: deque[Tensor] = deque(maxlen=BATCHES)  # images of this rank's last batches, uint8, on the CPU
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        image = batch["image"]  # [B, 3, H, W]
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        image = batch.image  # [B, 3, H, W]
         mean, logvar = self.model.moments(image)  # [B, C, h, w] each
         z = self.model.sample(mean, logvar, torch.randn_like(mean))  # [B, C, h, w]
         output = self.model.decode(z)  # [B, 3, H, W]
@@ -158,10 +159,10 @@ class AutoencoderTask(PartTask):
         for module in self.trained_modules() if gradient_clip_val else []:
             torch.nn.utils.clip_grad_norm_(module.parameters(), gradient_clip_val)
 
-    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         batch = super().on_before_batch_transfer(batch, dataloader_idx)
         if self.trainer.is_global_zero:
-            self.recent.append(((batch["image"] + 1) * 127.5).round().to(torch.uint8))  # [B, 3, H, W]
+            self.recent.append(((batch.image + 1) * 127.5).round().to(torch.uint8))  # [B, 3, H, W]
         return batch
 
     def callbacks(self, folder: Path) -> list[Callback]:

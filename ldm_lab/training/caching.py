@@ -82,12 +82,12 @@ def make_cache(config: dict[str, Any], folder: Path, device: str | None = None) 
     with tqdm(initial=writer.written, unit="image", desc="encode", dynamic_ncols=True) as bar:
         for batch in data.train_dataloader():
             data.consumed(batch)
-            batch["image"] = batch["image"].to(device)  # [B, 3, H, W]
-            mean, logvar = autoencoder.moments(batch["image"])  # [B, C, h, w] each
+            batch.image = batch.require_image("make a cache").to(device)  # [B, 3, H, W]
+            mean, logvar = autoencoder.moments(batch.image)  # [B, C, h, w] each
             tensors = {"mean": mean, "logvar": logvar, **conditioner.from_batch(batch)}
             half = {name: value.half() for name, value in tensors.items()}  # finer than the posterior's noise
-            writer.add(half, batch["text"], batch["key"], data.rank_state())
-            bar.update(len(batch["key"]))
+            writer.add(half, batch.text, batch.key, data.rank_state())
+            bar.update(len(batch))
     writer.close()
     return f"{folder}: {complete(folder):,} samples. {data.summary()}"
 

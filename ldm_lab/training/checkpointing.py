@@ -8,10 +8,11 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.plugins.io import CheckpointIO
 
-from ldm_lab.checkpoints.files import atomic_write, existing_file, read_pickled
+from ldm_lab.checkpoints.files import read_pickled
 from ldm_lab.checkpoints.parts import FORMAT
 from ldm_lab.config import register
 from ldm_lab.errors import UserError
+from ldm_lab.io.atomic import atomic_write, existing_file
 
 LAST = "last.ckpt"
 DEFAULT_EVERY = 1000  # optimizer steps

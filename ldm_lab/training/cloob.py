@@ -1,13 +1,12 @@
 """Training CLOOB's towers on pairs of images and captions."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ldm_lab.config import register
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Batch
 from ldm_lab.training.infoloob import CLOOBLoss, gather_rows
 from ldm_lab.training.part_task import PartTask
 
@@ -21,8 +20,8 @@ class CLOOBTask(PartTask):
     NETWORK = ("conditioner",)
     PART, FILE, LOSS = "conditioner", "cloob.safetensors", CLOOBLoss
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        image = self.model.encode_image(batch["image"]).float()  # [B, D]
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        image = self.model.encode_image(batch.image).float()  # [B, D]
         tokens = self.model.tokenize(one_caption_each(batch)).to(self.device)  # [B, text_size]
         text = F.normalize(self.model.text_encoder(tokens).float(), dim=-1)  # [B, D]
         image, text = gather_rows(image), gather_rows(text)  # [N, D] each, the rows of all ranks
@@ -42,14 +41,14 @@ class CLOOBTask(PartTask):
         self.loss.clamp()
 
 
-def one_caption_each(batch: dict[str, Any]) -> list[str]:
+def one_caption_each(batch: Batch) -> list[str]:
     """Return one caption per sample; of a text of several lines, one line by chance, from torch's global generator.
 
     Raises:
         UserError: a sample has no caption.
     """
     captions = []
-    for key, text in zip(batch["key"], batch["text"]):
+    for key, text in zip(batch.key, batch.text):
         lines = [line for line in text.splitlines() if line.strip()]
         if not lines:
             raise UserError(f"data: {key} has no caption; data.require_text=true leaves such samples out")

@@ -11,10 +11,11 @@ from ldm_lab.checkpoints.models import read_model, save_model
 from ldm_lab.checkpoints.parts import FORMAT, load_part
 from ldm_lab.config import build, options, register
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Batch
 from ldm_lab.training.logs import say
 from ldm_lab.training.low_res import LowRes
 from ldm_lab.training.task import Task
-from ldm_lab.training.timesteps import TIMESTEPS
+from ldm_lab.training.timesteps import TIMESTEP_SAMPLERS
 
 # Attributes of a denoiser that say which form it has -> such a one, and one without it, in words.
 FORMS = {"super_res": ("an upsampler", "a base model")}
@@ -43,36 +44,34 @@ class DiffusionTask(Task):
         if size is not None and size % unit:
             raise UserError(f"data.image_size: {size} is not a multiple of {unit}, which this model's levels need")
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         x0, cond = self.encode(batch)  # [B, C, h, w], {"embed": [B, D]} or {"tokens": [B, L], "mask": [B, L]}
         t = self.timesteps(self.batches_seen, len(x0)).to(x0)  # [B]
         noise = torch.randn_like(x0)  # [B, C, h, w]
-        terms = self.objective.terms(self.model, x0, cond, t, noise)  # {"loss": [B], ...}
+        terms = self.objective.loss_terms(self.model, x0, cond, t, noise)  # {"loss": [B], ...}
         self.log_means({name: term.mean() for name, term in terms.items()}, len(x0))
         self.log_by_time(terms["loss"], t)
         return terms["loss"].mean()
 
     @torch.no_grad()
-    def encode(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def encode(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return posterior samples of the latents, [B, C, h, w], and the condition, dropped for a share of the rows.
 
-        A cached batch brings "mean", "logvar" and "embed" instead of "image". An upsampler's condition has the image
-        made small besides, as "low_res", which is never dropped.
+        A cached batch brings `mean`, `logvar` and `conditions`, no `image`. An upsampler's condition has the image made
+        small besides, as "low_res", which is never dropped.
         """
         autoencoder, conditioner = self.frozen["autoencoder"], self.frozen["conditioner"]
         with torch.autocast(self.device.type, enabled=False):  # the frozen parts stay in fp32
-            if "mean" in batch:
-                mean, logvar = batch["mean"].float(), batch["logvar"].float()  # [B, C, h, w] each
+            if batch.mean is not None:
+                mean, logvar = batch.mean.float(), batch.logvar.float()  # [B, C, h, w] each
             else:
-                mean, logvar = autoencoder.moments(batch["image"])  # [B, C, h, w] each
+                mean, logvar = autoencoder.moments(batch.image)  # [B, C, h, w] each
             x0 = autoencoder.sample(mean, logvar, torch.randn_like(mean))  # [B, C, h, w]
-            cond = {"embed": batch["embed"].float()} if "embed" in batch else conditioner.from_batch(batch)
+            cond = dict(batch.conditions) or conditioner.from_batch(batch)
         keep = torch.rand(len(x0), device=self.device) > self.dropout  # [B]
         cond = drop(cond, conditioner.null(cond), keep)
         if self.low_res is not None:
-            if "image" not in batch:
-                raise UserError("data: an upsampler is trained on images, and a cache holds none")
-            cond["low_res"] = self.low_res(batch["image"])  # [B, 3, H / factor, W / factor]
+            cond["low_res"] = self.low_res(batch.require_image("train an upsampler"))  # [B, 3, H / factor, W / factor]
         return x0, cond
 
     def log_by_time(self, loss: Tensor, t: Tensor) -> None:
@@ -92,8 +91,8 @@ class DiffusionTask(Task):
         for role, checksum in self.frozen_sha256.items():
             if made_with.get(role, checksum) != checksum:
                 raise UserError(f"data.path: this cache was made with another {role} than {role}.weights")
-        draw = TIMESTEPS[self.objective.draw]
-        self.timesteps = draw(self.seed, self.global_rank, self.trainer.world_size)
+        timestep_sampler = TIMESTEP_SAMPLERS[self.objective.timestep_sampler]
+        self.timesteps = timestep_sampler(self.seed, self.global_rank, self.trainer.world_size)
 
     def initial_weights(self, path: str) -> tuple[dict[str, Tensor], str]:
         config, state, extra = read_model(path)

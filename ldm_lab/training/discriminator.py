@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ldm_lab.checkpoints.foreign import part_of, read_state_dict
 from ldm_lab.checkpoints.parts import load_strictly
 from ldm_lab.checkpoints.released_zip import is_release, opened
+from ldm_lab.checkpoints.third_party import part_of, read_state_dict
 from ldm_lab.config import register
 from ldm_lab.errors import UserError
-from ldm_lab.pretrained.resolve import locate
+from ldm_lab.pretrained.resolve import resolve_weights
 
 RELEASED_PREFIX = "loss.discriminator."  # in the checkpoints of latent-diffusion
 MAX_ADAPTIVE_WEIGHT = 1e4
@@ -84,7 +84,7 @@ class Discriminator(nn.Module):
 
     def load_released(self, path: str) -> None:
         """Load the discriminator in a checkpoint of latent-diffusion's. Raises UserError if there is none that fits."""
-        found = locate(path, "discriminator.weights")
+        found = resolve_weights(path, "discriminator.weights")
         with opened(found) if is_release(found) else contextlib.nullcontext(found) as file:
             state = part_of(read_state_dict(file, "discriminator.weights")[0], RELEASED_PREFIX)
             if not state:

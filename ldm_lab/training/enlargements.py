@@ -7,6 +7,7 @@ from pytorch_lightning import LightningModule, Trainer
 from torch.nn import functional as F
 
 from ldm_lab.config import check_section, register
+from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import grid, save_png, to_images
 from ldm_lab.sampling import Sampler
 from ldm_lab.training.logs import log_images
@@ -46,13 +47,13 @@ class Enlargements(Reconstructions):
         super().load_state_dict(state_dict)
         self.texts = state_dict["texts"]
 
-    def keep(self, batch: dict[str, Any]) -> None:
+    def keep(self, batch: Batch) -> None:
         """Keep images of a batch, and their captions, until there are enough."""
         missing = self.count - len(self.texts)
         if missing > 0:
-            levels = ((batch["image"][:missing] + 1) * 127.5).round().to("cpu", torch.uint8)  # [n, 3, H, W]
+            levels = ((batch.image[:missing] + 1) * 127.5).round().to("cpu", torch.uint8)  # [n, 3, H, W]
             self.levels = levels if self.levels is None else torch.cat([self.levels, levels])  # [n, 3, H, W]
-            self.texts += batch["text"][:missing]
+            self.texts += batch.text[:missing]
 
     @torch.no_grad()
     def draw(self, trainer: Trainer, task: LightningModule) -> None:

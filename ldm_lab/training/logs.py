@@ -17,9 +17,9 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
 
-from ldm_lab.checkpoints.files import atomic_write
 from ldm_lab.config import register
 from ldm_lab.errors import UserError, first_line
+from ldm_lab.io.atomic import atomic_write
 
 
 @register("logging")
@@ -204,7 +204,7 @@ class StepProgress(ProgressBar):
         self.since = self.seen_at = time.monotonic()
 
     def on_train_batch_end(self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, index: int) -> None:
-        self.images += len(batch["key"]) * trainer.world_size
+        self.images += len(batch) * trainer.world_size
         now = time.monotonic()
         if self.bar is None or (now - self.seen_at < self.REFRESH and trainer.global_step != trainer.max_steps):
             return

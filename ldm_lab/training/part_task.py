@@ -10,6 +10,7 @@ from ldm_lab.checkpoints.files import is_safetensors, read_pickled
 from ldm_lab.checkpoints.parts import FORMAT, find_weights, read_part, save_part
 from ldm_lab.config import USE_KEYS, build, part_class
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Batch
 from ldm_lab.training.task import Task
 
 
@@ -43,9 +44,8 @@ class PartTask(Task):
         self.loss = build("loss", section)
         self.adopt(build(self.PART, config[self.PART]))
 
-    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        if "image" not in batch:
-            raise UserError("data: images are needed to train this network, and a cache holds none")
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        batch.require_image("train this network")
         return batch
 
     def configure_optimizers(self) -> dict[str, Any]:

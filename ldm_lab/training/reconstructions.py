@@ -8,6 +8,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from ldm_lab.config import register
+from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import grid, save_png, to_images
 from ldm_lab.training.logs import log_images
 
@@ -48,10 +49,10 @@ class Reconstructions(Callback):
             self.done_at = step
             self.draw(trainer, task)
 
-    def keep(self, batch: dict[str, Any]) -> None:
+    def keep(self, batch: Batch) -> None:
         """Keep images of the first batch."""
         if self.levels is None:
-            self.levels = ((batch["image"][: self.count] + 1) * 127.5).round().to("cpu", torch.uint8)  # [n, 3, H, W]
+            self.levels = ((batch.image[: self.count] + 1) * 127.5).round().to("cpu", torch.uint8)  # [n, 3, H, W]
 
     @torch.no_grad()
     def draw(self, trainer: Trainer, task: LightningModule) -> None:

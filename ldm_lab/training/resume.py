@@ -5,10 +5,11 @@ from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from ldm_lab.checkpoints.files import existing_file, read_pickled
+from ldm_lab.checkpoints.files import read_pickled
 from ldm_lab.checkpoints.parts import FORMAT
 from ldm_lab.config import register
 from ldm_lab.errors import UserError
+from ldm_lab.io.atomic import existing_file
 from ldm_lab.training.checkpointing import LAST
 from ldm_lab.training.logs import say
 

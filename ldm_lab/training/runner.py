@@ -9,11 +9,12 @@ from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from ldm_lab.checkpoints.files import atomic_write, read_pickled
+from ldm_lab.checkpoints.files import read_pickled
 from ldm_lab.checkpoints.parts import FORMAT, load_fitting
 from ldm_lab.config import build, part_class, register, to_yaml
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.errors import UserError, first_line
+from ldm_lab.io.atomic import atomic_write
 from ldm_lab.training.caching import training_data
 from ldm_lab.training.checkpointing import LAST, SafeCheckpointIO
 from ldm_lab.training.interrupt import Interrupt

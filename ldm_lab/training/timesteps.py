@@ -45,4 +45,4 @@ class UniformTimesteps:
         return torch.rand(batch_size)  # [batch_size]
 
 
-TIMESTEPS = {"sobol": SobolTimesteps, "uniform": UniformTimesteps}
+TIMESTEP_SAMPLERS = {"sobol": SobolTimesteps, "uniform": UniformTimesteps}

@@ -5,6 +5,7 @@ from recorded import Case
 from torch import nn
 
 from ldm_lab.autoencoders.kl_f8 import kl, split_moments
+from ldm_lab.interfaces import Batch
 
 
 def check_unet(recorded: Case, net: nn.Module) -> None:
@@ -22,7 +23,7 @@ def check_glide(recorded: Case, net: nn.Module) -> None:
 
     def run(suffix: str, t: torch.Tensor, x: torch.Tensor, **cond: torch.Tensor) -> None:
         text = {name: given[name][: len(x)] for name in ("tokens", "mask")}
-        out = net(x, (t[: len(x)] + 1) / net.timesteps, **text, **cond)  # [B, 2C, h, w]
+        out = net(x, t[: len(x)], **text, **cond)  # [B, 2C, h, w]
         recorded.check(f"eps{suffix}", out[:, :channels])
         if f"var{suffix}" in recorded.names:
             recorded.check(f"var{suffix}", out[:, channels:])
@@ -42,7 +43,7 @@ def check_glide(recorded: Case, net: nn.Module) -> None:
         pooled, sequence = net.encode_text(given["tokens"], given["mask"])
         recorded.check("xf_proj", pooled)
         recorded.check("xf_out", sequence)
-        recorded.check("time_emb", net.time_embedding((given["t"] + 1) / net.timesteps))
+        recorded.check("time_emb", net.time_embedding(given["t"]))
 
 
 def check_autoencoder(recorded: Case, net: nn.Module) -> None:
@@ -72,7 +73,8 @@ def check_cloob(recorded: Case, cloob: nn.Module) -> None:
     recorded.check("resized", cloob.resize(pixels))
     recorded.check("normalized", cloob.normalize(recorded.recorded("resized")))
     recorded.check("image_prenorm", cloob.image_encoder(recorded.recorded("normalized")))
-    recorded.check("image_embed", cloob.from_batch({"image": pixels * 2 - 1})["embed"])
+    batch = Batch([""] * len(pixels), [""] * len(pixels), pixels * 2 - 1)
+    recorded.check("image_embed", cloob.from_batch(batch)["embed"])
     recorded.check("text_prenorm", cloob.text_encoder(tokens))
     cloob.tokenize = lambda texts, warn: tokens  # the case has no texts for its tiny vocabulary
     recorded.check("text_embed", cloob.encode_text(["a text"] * len(tokens)))

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm_lab.checkpoints import glide
+from ldm_lab.checkpoints.formats import glide
 from ldm_lab.checkpoints.parts import load_strictly
 from ldm_lab.denoisers.glide_unet import GlideUNet
 

@@ -10,11 +10,11 @@ import torch
 from fill import fill
 from torch import Tensor
 
-from ldm_lab.checkpoints.files import sha256
-from ldm_lab.checkpoints.heads import OPENAI
+from ldm_lab.checkpoints.embedders import OPENAI
 from ldm_lab.checkpoints.parts import read_module
 from ldm_lab.curation.buckets import BucketMeans, bucket_of
 from ldm_lab.curation.heads.head import load_head
+from ldm_lab.io.atomic import sha256
 from ldm_lab.sampling.aesthetic import Aesthetic, RatingEmbeddings
 
 

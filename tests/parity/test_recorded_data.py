@@ -160,10 +160,10 @@ def test_shards(golden):
                 skipped.append((shard, problem.key, problem.reason))
                 continue
             theirs = next(wanted)
-            assert sample["key"] == theirs["key"]
-            assert sample["text"] == theirs["caption"].strip()
-            if not sample["text"]:
-                empty.setdefault(shard, []).append(sample["key"])
+            assert sample.key == theirs["key"]
+            assert sample.text == theirs["caption"].strip()
+            if not sample.text:
+                empty.setdefault(shard, []).append(sample.key)
             image = decode_image(item.image)
             assert (image.format or "JPEG", list(image.size)) == (theirs["format"], theirs["size"])
             pixels = np.asarray(to_rgb(image)).astype(float)  # [H, W, 3]

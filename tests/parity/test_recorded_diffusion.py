@@ -5,17 +5,18 @@ from collections.abc import Callable
 
 import torch
 from recorded import Case
+from stand_ins import FunctionDenoiser
 from torch import Tensor
 
 from ldm_lab.config import build
 from ldm_lab.guidance.classifier_free import guided
-from ldm_lab.guidance.condition_score import shifted
-from ldm_lab.guidance.inpaint import keep_known
-from ldm_lab.guidance.thresholding import clamped
-from ldm_lab.interfaces import Prediction
+from ldm_lab.guidance.condition_score import ConditionScore
+from ldm_lab.guidance.inpaint import Inpaint
+from ldm_lab.guidance.thresholding import StaticThresholding
+from ldm_lab.interfaces import Denoiser, Predict, Prediction
 from ldm_lab.objectives.eps_hybrid import EpsHybrid
 from ldm_lab.sampling.image_to_image import Later
-from ldm_lab.schedules import Between, Posterior
+from ldm_lab.schedules import Posterior, RespacedSchedule
 
 SAMPLERS = {
     "ddpm": {"name": "ddpm"},
@@ -27,6 +28,7 @@ SAMPLERS = {
     "dpm++ 1": {"name": "ddim"},
     "dpm++ 2": {"name": "ddim_extrapolated"},
 }
+UNCLAMPED = ("plms", "prk")  # these clamp no clean estimates
 PASTING = ("euler", "dpm++")  # these lay the known pixels into every sample, too
 
 
@@ -46,14 +48,16 @@ def index_of(t: Tensor, config: dict) -> Tensor:
     return t.double() * config["steps"] - 1  # [B]
 
 
-class Analytic:
+class Analytic(Denoiser):
     """The closed-form network of the recordings; remembers the timesteps that it was called with."""
 
     def __init__(self, config: dict) -> None:
+        super().__init__()
         self.config, self.timesteps = config, []
 
-    def __call__(self, x: Tensor, t: Tensor, tokens: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        index = index_of(t, self.config).to(x)[:, None, None, None]  # [B, 1, 1, 1]
+    def forward(self, x: Tensor, time: Tensor, tokens: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Return [B, 2C, h, w] for x at times in [0, 1]."""
+        index = index_of(time, self.config).to(x)[:, None, None, None]  # [B, 1, 1, 1]
         self.timesteps.append(index.flatten()[0])
         c = 0.0 if tokens is None else ((tokens % 17) * mask).sum(1)[:, None, None, None] / 100  # [B, 1, 1, 1]
         p = math.pi * index / 2000
@@ -66,7 +70,7 @@ def gradient_of(x: Tensor, t: Tensor, config: dict) -> Tensor:
     return 0.6 * (0.4 - x) * (0.5 + index_of(t, config).to(x)[:, None, None, None] / 2000)  # [B, C, h, w]
 
 
-def walked(recorded: Case, loop: dict, predict, noise: Tensor, clamp: bool) -> tuple[Tensor, list[Tensor], Tensor]:
+def sampled(recorded: Case, loop: dict, predict, noise: Tensor, clamp: bool) -> tuple[Tensor, list[Tensor], Tensor]:
     """Return what a recorded loop ends in, x after each step, and the last clean estimate.
 
     Args:
@@ -80,22 +84,22 @@ def walked(recorded: Case, loop: dict, predict, noise: Tensor, clamp: bool) -> t
     schedule = objective.schedule
     name = f"{loop['sampler']} {loop['order']}" if "order" in loop else loop["sampler"]
     eta = {"eta": loop["eta"]} if loop.get("eta") else {}
-    walk = build("sampler", {**SAMPLERS[name], **eta, "steps": kept(loop)})
+    sampler = build("sampler", {**SAMPLERS[name], **eta, "steps": kept(loop)})
     if loop["sampler"] in ("plms", "prk"):  # the schedule that their transfers use is that of the shift, too
-        schedule = Between(schedule, schedule.grid(kept(loop)))
+        schedule = RespacedSchedule(schedule, schedule.grid(kept(loop)))
     if clamp:
-        predict = clamped(predict, schedule)
+        predict = StaticThresholding().wrap(predict, schedule)
     if loop.get("cond_fn"):
-        climbing = predict
-        predict = lambda x, t: climbing(x, t)._replace(gradient=gradient_of(x, t, loop))  # noqa: E731
-        predict = predict if walk.shifts_mean else shifted(predict, schedule)
+        unguided = predict
+        predict = lambda x, t: unguided(x, t)._replace(gradient=gradient_of(x, t, loop))  # noqa: E731
+        predict = predict if sampler.uses_gradient else ConditionScore().wrap(predict, schedule)
     if loop.get("denoised_fn"):
         known, mask = recorded.inputs["known_image"], recorded.inputs["known_mask"]  # [1, 3, h, w], [1, 1, h, w]
-        replaced = keep_known(predict, known, mask == 0, schedule)
+        replaced = Inpaint(known, mask == 0).wrap(predict, schedule)
         predict = replaced
         if loop["sampler"] in PASTING:
             predict = lambda x, t: replaced(torch.where((mask == 0) | (t[0] == times[0]), x, known), t)  # noqa: E731
-    times = walk.times(objective.schedule)
+    times = sampler.times(objective.schedule)
     draws, xs, clean = iter(noise[1:]), [], []
 
     def callback(step: int, x: Tensor, x0: Tensor) -> None:
@@ -103,7 +107,7 @@ def walked(recorded: Case, loop: dict, predict, noise: Tensor, clamp: bool) -> t
         clean.append(x0)
 
     x = noise[0] * loop.get("temperature", 1.0)
-    final = walk(predict, x, schedule=objective.schedule, noise=lambda x: next(draws), callback=callback)
+    final = sampler.sample(predict, x, schedule=objective.schedule, noise=lambda x: next(draws), callback=callback)
     return final, [*xs[1:], final], clean[-1]
 
 
@@ -121,7 +125,7 @@ def test_process(case):
         def predict(x, t, objective=objective, net=net):
             return objective.predict(net, x, t, {})
 
-        _, xs, x0 = walked(recorded, loop, predict, recorded.inputs["noise"], clamp=True)
+        _, xs, x0 = sampled(recorded, loop, predict, recorded.inputs["noise"], clamp=True)
         recorded.check(f"{name}.model_timesteps", torch.stack(net.timesteps))
         recorded.check(f"{name}.trajectory", torch.stack(xs))
         recorded.check(f"{name}.pred_xstart_last", x0)
@@ -132,7 +136,7 @@ def check_tables(recorded: Case, table: dict) -> None:
     """Compare a process's respaced timesteps and what follows from its betas; the originals count the other way."""
     name, schedule = table["name"], objective_of(table).schedule
     times = schedule.grid(kept(table))
-    process = Posterior.between(schedule, times)
+    process = Posterior.from_times(schedule, times)
     recorded.check(f"{name}.timestep_map", schedule.index(times).flip(0))
     recorded.check(f"{name}.betas", process.beta.flip(0))
     recorded.check(f"{name}.alphas_cumprod", schedule.alpha_sigma(times.double())[0].square().flip(0))
@@ -149,7 +153,7 @@ def check_steps(recorded: Case, config: dict) -> None:
     schedule, x0, x = objective.schedule, given["x0"], given["xt"]
     times = schedule.grid(kept(config))  # [S], falling
     place = len(times) - 1 - torch.tensor(config["t"])  # [B], steps done before
-    step, t = Posterior.between(schedule, times).at(place), times[place]
+    step, t = Posterior.from_times(schedule, times).at(place), times[place]
     alpha, sigma = (level[:, None, None, None] for level in schedule.alpha_sigma(t))  # [B, 1, 1, 1]
 
     def check(what: str, value: Tensor) -> None:
@@ -165,17 +169,17 @@ def check_steps(recorded: Case, config: dict) -> None:
     if recorded.recorded(f"{name}.posterior_variance").ndim == 4:
         check("posterior_variance", step.variance.expand_as(x))
 
-    def reading(rows: slice = slice(None)) -> Callable[[Tensor, Tensor], Prediction]:
-        return lambda x, t: objective.predict(lambda x, t: given["raw_model_output"][rows], x, t, {})
+    def reading(rows: slice = slice(None)) -> Predict:
+        return lambda x, t: objective.predict(FunctionDenoiser(lambda x, t: given["raw_model_output"][rows]), x, t, {})
 
-    def led(read: Callable[[Tensor, Tensor], Prediction]) -> Callable[[Tensor, Tensor], Prediction]:
-        return shifted(lambda x, t: read(x, t)._replace(gradient=gradient_of(x, t, config)), schedule)
+    def led(read: Predict) -> Predict:
+        return ConditionScore().wrap(lambda x, t: read(x, t)._replace(gradient=gradient_of(x, t, config)), schedule)
 
     known, mask = given["known_image"], given["known_mask"] == 0
     readings = {
         "noclip": reading(),
-        "clip": clamped(reading(), schedule),
-        "denoised_fn": keep_known(clamped(reading(), schedule), known, mask, schedule),
+        "clip": StaticThresholding().wrap(reading(), schedule),
+        "denoised_fn": Inpaint(known, mask).wrap(StaticThresholding().wrap(reading(), schedule), schedule),
     }
     for how, read in readings.items():
         prediction = read(x, t)
@@ -191,12 +195,12 @@ def check_steps(recorded: Case, config: dict) -> None:
     check("p_sample_cond", mean + log_variance.exp() * gradient_of(x, t, config) + fresh)
 
     def ddim(eta: float, change: Callable = lambda read: read) -> Tensor:
-        """Return x after one DDIM step, [B, C, h, w]: each row's is the first one of a walk of its own."""
+        """Return x after one DDIM step, [B, C, h, w]: each row's is the first one of a run of its own."""
         after = []
         for row, done in enumerate(place.tolist()):
             rows, xs = slice(row, row + 1), []
-            final = build("sampler", {"name": "ddim", "steps": kept(config), "eta": eta})(
-                change(clamped(reading(rows), schedule)),
+            final = build("sampler", {"name": "ddim", "steps": kept(config), "eta": eta}).sample(
+                change(StaticThresholding().wrap(reading(rows), schedule)),
                 x[rows],
                 schedule=Later(schedule, done),
                 noise=lambda x, rows=rows: given["step_noise"][rows],
@@ -228,8 +232,8 @@ def test_samplers_around_glide(case):
         def predict(x, t, objective=objective, net=net):
             return objective.predict(net, x, t, {})
 
-        clamp = loop["sampler"] not in ("plms", "prk")
-        final, _, _ = walked(recorded, loop, predict, recorded.inputs["noise"], clamp)
+        clamp = loop["sampler"] not in UNCLAMPED
+        final, _, _ = sampled(recorded, loop, predict, recorded.inputs["noise"], clamp)
         recorded.check(f"{name}.model_timesteps", torch.stack(net.timesteps))
         recorded.check(f"{name}.sample", final)
     recorded.finish()
@@ -252,7 +256,7 @@ def test_guidance(case):
 
         def predict(x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Prediction:
             seen.append(x)
-            return objective.predict(lambda x, t, row: raw[row], x, t, cond)
+            return objective.predict(FunctionDenoiser(lambda x, t, row: raw[row]), x, t, cond)
 
         guided_predict = guided(predict, cond, {"row": rows[0]}, torch.tensor([weights]).expand(len(x), -1))
         return guided_predict(x, t), seen[0]
@@ -285,7 +289,7 @@ def check_halves(recorded: Case, name: str, prediction: Prediction, parts: int) 
 
 
 def check_guided_loop(recorded: Case, loop: dict) -> None:
-    """Compare a whole guided walk; of the recorded batch only the first half is what anybody wanted."""
+    """Compare a whole guided run; of the recorded batch only the first half is what anybody wanted."""
     given, objective, net, name = recorded.inputs, objective_of(loop), Analytic(loop), loop["name"]
     half = len(given["tokens"]) // 2
     cond = {key: given[key][:half, None] for key in ("tokens", "mask")}  # [B, 1, L] each
@@ -295,8 +299,8 @@ def check_guided_loop(recorded: Case, loop: dict) -> None:
         return objective.predict(net, x, t, cond)
 
     weights = torch.full((half, 1), loop["guidance_scale"])
-    clamp = loop["sampler"] != "plms"
-    final, _, _ = walked(recorded, loop, guided(predict, cond, null, weights), given["noise"][:, :half], clamp)
+    clamp = loop["sampler"] not in UNCLAMPED
+    final, _, _ = sampled(recorded, loop, guided(predict, cond, null, weights), given["noise"][:, :half], clamp)
     recorded.check(f"{name}.sample", final)
     rest = recorded.recorded(f"{name}.full")[half:]  # the second half is thrown away by the original, too
     recorded.check(f"{name}.full", torch.cat([final, rest]))

@@ -11,7 +11,7 @@ import yaml
 from compared import check_autoencoder, check_cloob, check_glide, check_unet
 from safetensors.torch import save_file
 
-from ldm_lab.checkpoints import diffusers_vae
+from ldm_lab.checkpoints.formats import diffusers_vae
 from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.parts import load_part, load_strictly
 from ldm_lab.config import build

@@ -9,7 +9,7 @@ import torch
 from glide_networks import glide_network
 from PIL import Image
 from recorded import Case
-from test_recorded_diffusion import kept, objective_of
+from test_recorded_diffusion import SAMPLERS, UNCLAMPED, kept, objective_of
 from torch import Tensor
 
 from ldm_lab.autoencoders.identity import IdentityAutoencoder
@@ -74,18 +74,19 @@ def test_base_and_upsampler(case, merges, tmp_path):
     recorded.check("tokens", torch.cat([cond["tokens"] for cond in tokens]))
     recorded.check("mask", torch.cat([cond["mask"] for cond in tokens]).long())
 
-    def walk(part: str) -> dict:
-        return {"name": config[part]["sampler"], "steps": kept(config[part]["diffusion"])}
+    def sampling(part: str) -> dict:
+        name = config[part]["sampler"]
+        sampler = {**SAMPLERS[name], "steps": kept(config[part]["diffusion"])}
+        return {"sampler": sampler, "clamp": name not in UNCLAMPED}
 
-    options = {"sampler": walk("base"), "guidance": config["guidance_scale"]}
-    (pictures,) = base.pictures([prompt] * count, **options)
+    (pictures,) = base.pictures([prompt] * count, guidance=config["guidance_scale"], **sampling("base"))
     pixels = torch.stack([picture.pixels for picture in pictures])  # [B, 3, h, w]
     recorded.check("base_sample", pixels)
     recorded.check("low_res", round_to_uint8(pixels))
 
     upsampler = stage(recorded, "upsample", tmp_path, given["upsample_noise"])
     low_res = round_to_uint8(given["low_res_in"])
-    (pictures,) = upsampler.pictures([prompt] * count, low_res=low_res, guidance=1.0, sampler=walk("upsample"))
+    (pictures,) = upsampler.pictures([prompt] * count, low_res=low_res, guidance=1.0, **sampling("upsample"))
     recorded.check("upsampled", torch.stack([picture.pixels for picture in pictures]))
     recorded.finish()
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from glide_networks import glide_network
 from recorded import Case
+from stand_ins import FunctionDenoiser
 from test_recorded_diffusion import kept, objective_of
 from torch import Tensor
 
@@ -40,14 +41,14 @@ def check_loss(recorded: Case, diffusion: dict, kind: str) -> None:
         return output
 
     if kind == "RESCALED_MSE" and len(times) == objective.schedule.timesteps:
-        terms = objective.terms(denoiser, given["x0"], {}, t, given["noise"])
+        terms = objective.loss_terms(FunctionDenoiser(denoiser), given["x0"], {}, t, given["noise"])
         terms["bound"] = BOUND * len(times) * terms["bound"]
     else:
         alpha, sigma = (level[:, None, None, None] for level in objective.schedule.alpha_sigma(t))  # [B, 1, 1, 1]
         x = alpha * given["x0"] + sigma * given["noise"]  # [B, C, h, w]
         eps, fraction = EpsHybrid.read(denoiser(x, t), x.shape[1])  # [B, C, h, w] each
         seen = eps if kind.endswith("KL") else eps.detach()  # [B, C, h, w]
-        step = Posterior.between(objective.schedule, times).at(place)
+        step = Posterior.from_times(objective.schedule, times).at(place)
         bound = variational_bound(step, given["x0"], x, (x - sigma * seen) / alpha, fraction, last)  # [B]
         scale = {"MSE": 1, "RESCALED_MSE": len(times) * BOUND, "KL": 1, "RESCALED_KL": len(times)}[kind]
         mse = (eps - given["noise"]).square().flatten(1).mean(1)  # [B]
@@ -78,12 +79,12 @@ def test_miniglide_loss(case):
             return output
 
         objective.bound = False
-        loss = objective.loss(denoiser, given["x0"], {}, t, given["noise"]).mean()
+        loss = objective.loss_terms(FunctionDenoiser(denoiser), given["x0"], {}, t, given["noise"])["loss"].mean()
         x = seen[0]
         if kind == "hybrid":
             alpha, sigma = (level[:, None, None, None] for level in objective.schedule.alpha_sigma(t))  # [B, 1, 1, 1]
             eps, fraction = objective.read(output, x.shape[1])  # [B, C, h, w] each
-            step = Posterior.between(objective.schedule, times).at(place)
+            step = Posterior.from_times(objective.schedule, times).at(place)
             predicted = ((x - sigma * eps) / alpha).clamp(-1, 1)  # [B, C, h, w]
             theirs = (step.mean(given["x0"], x), step.log_variance)
             divergence = normal_kl(*theirs, step.mean(predicted, x), step.learned(fraction))  # [B, C, h, w]
@@ -109,7 +110,8 @@ def test_glide_finetune_loss(case, part, tmp_path):
     if part == "upsample":
         cond["low_res"] = given["upsample.low_res"]
     t = objective.schedule.at(given[f"{part}.t"])  # [B]
-    loss = objective.loss(net, given[f"{part}.images"], cond, t, given[f"{part}.noise"]).mean()
+    terms = objective.loss_terms(net, given[f"{part}.images"], cond, t, given[f"{part}.noise"])
+    loss = terms["loss"].mean()
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in net.named_parameters()}
     recorded.check(f"{part}.loss", loss[None])

@@ -11,7 +11,7 @@ from compared import check_autoencoder, check_cloob, check_glide, check_unet
 
 from ldm_lab import clip_tokens
 from ldm_lab.autoencoders.kl_f8 import KLAutoencoder
-from ldm_lab.checkpoints import ccld, cloob_pickle, compvis, glide, noised_clip
+from ldm_lab.checkpoints.formats import ccld, cloob_pickle, compvis, glide, noised_clip
 from ldm_lab.checkpoints.parts import load_strictly
 from ldm_lab.conditioners.cloob import CLOOB
 from ldm_lab.conditioners.glide_text import GlideText, gpt2_encoding

@@ -8,12 +8,12 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_lab import schedules
-from ldm_lab.checkpoints import ccld
+from ldm_lab.checkpoints.formats import ccld
 from ldm_lab.conditioners.cloob import CLOOB
 from ldm_lab.config import build
 from ldm_lab.denoisers.ccld_unet import CCLDUNet
 from ldm_lab.errors import UserError
-from ldm_lab.guidance.classifier_free import guided, null_weight
+from ldm_lab.guidance.classifier_free import guided, null_condition_weight
 from ldm_lab.interfaces import Prediction
 from ldm_lab.io.images import center_crop_to, to_images, to_tensor
 from ldm_lab.objectives.v_cosine import VCosine
@@ -85,8 +85,8 @@ def run_sampler(recorded, method: str, how: dict, steps: int) -> None:
         xs.append(x)
         preds.append(x0)
 
-    sample = build("sampler", options)
-    final = sample(
+    sampler = build("sampler", options)
+    final = sampler.sample(
         predict, recorded.inputs["x"], schedule=schedules.Cosine(), noise=lambda x: next(noise), callback=callback
     )
     if options["name"] not in ("ddim", "ddpm"):  # recorded after each step instead of before
@@ -127,7 +127,7 @@ def test_guidance(case, tmp_path):
     recorded.check("target_embeds", torch.cat([null["embed"], embeds["embed"]]))
 
     weights = torch.tensor([[DEFAULT_WEIGHT if p.weight is None else p.weight for p in prompts]]).double()  # [1, k]
-    recorded.check("weights", torch.cat([null_weight(weights)[:, None], weights], dim=1)[0])
+    recorded.check("weights", torch.cat([null_condition_weight(weights)[:, None], weights], dim=1)[0])
 
     def velocity(embed: Tensor, weights: Tensor) -> Tensor:
         """Return the guided v, [B, C, h, w], for embed [k, D] and weights [1, k]."""

@@ -6,8 +6,9 @@ from torch import Tensor, nn
 
 from ldm_lab import ema
 from ldm_lab.autoencoders.kl_f8 import split_moments
-from ldm_lab.checkpoints import ccld
+from ldm_lab.checkpoints.formats import ccld
 from ldm_lab.config import build
+from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import resize_and_crop, to_tensor
 from ldm_lab.training.diffusion import DiffusionTask
 from ldm_lab.training.infoloob import CLOOBLoss, retrieve
@@ -54,16 +55,17 @@ def test_training_step(case, tmp_path, monkeypatch):
         seen.update(x=args[0], v=v, **kwargs)
 
     task.model.register_forward_hook(watch, with_kwargs=True)
-    loss_of = task.objective.loss
+    terms_of = task.objective.loss_terms
 
-    def loss_watched(denoiser: nn.Module, x0: Tensor, *rest: Tensor) -> Tensor:
+    def terms_watched(denoiser: nn.Module, x0: Tensor, *rest: Tensor) -> dict[str, Tensor]:
         seen.update(latents=x0)
-        return loss_of(denoiser, x0, *rest)
+        return terms_of(denoiser, x0, *rest)
 
-    monkeypatch.setattr(task.objective, "loss", loss_watched)
+    monkeypatch.setattr(task.objective, "loss_terms", terms_watched)
 
     mean, logvar = split_moments(given["moments"])  # [B, C, h, w] each
-    batch = {"mean": mean, "logvar": logvar, "embed": given["embed"], "key": [""] * len(mean)}
+    names = [""] * len(mean)
+    batch = Batch(names, names, mean=mean, logvar=logvar, conditions={"embed": given["embed"]})
     loss = task.training_step(batch, 0)
     loss.backward()
     recorded.check("latents", seen["latents"])

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ldm_lab.checkpoints import embedders
-from ldm_lab.checkpoints.files import sha256
-from ldm_lab.checkpoints.formats import KINDS, part_config, recognise
+from ldm_lab.checkpoints.importer import KINDS, part_config, recognise
 from ldm_lab.checkpoints.parts import find_weights, read_module, save_part
 from ldm_lab.errors import UserError
+from ldm_lab.io.atomic import sha256
 
 Output = Literal["number", "probability"]
 UNSAID = {"embedder": "whose embeddings it takes", "activation": "what is between its layers"}

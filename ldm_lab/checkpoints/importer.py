@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ldm_lab.checkpoints import ccld, cloob_pickle, compvis, diffusers_vae, glide, heads, open_clip_weights
-from ldm_lab.checkpoints.files import FORMAT, existing_file, is_safetensors
-from ldm_lab.checkpoints.foreign import read_state_dict
+from ldm_lab.checkpoints.files import FORMAT, is_safetensors
+from ldm_lab.checkpoints.formats import ccld, cloob_pickle, compvis, diffusers_vae, glide, heads, open_clip_weights
 from ldm_lab.checkpoints.released_zip import is_release, opened
+from ldm_lab.checkpoints.third_party import read_state_dict
 from ldm_lab.config import USE_KEYS, check_section
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.noised_clip import IMAGE_ONLY, TEXT_ONLY
-from ldm_lab.pretrained.resolve import locate
+from ldm_lab.io.atomic import existing_file
+from ldm_lab.pretrained.resolve import resolve_weights
 
 # What `Found.kind` may be -> what it is, in words.
 KINDS = {
@@ -94,7 +95,7 @@ def recognise(path: str | Path) -> Found:
     Raises:
         UserError: missing or damaged file, one that is no file of weights, one whose loading could run code.
     """
-    path = locate(path, "weights")
+    path = resolve_weights(path, "weights")
     path = existing_file(diffusers_vae.find(path) if path.is_dir() else path, "weights")
     if is_safetensors(path):
         tensors, metadata = _header(path)

@@ -8,8 +8,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from ldm_lab.checkpoints.foreign import part_of, read_state_dict
 from ldm_lab.checkpoints.released_zip import is_release, opened
+from ldm_lab.checkpoints.third_party import part_of, read_state_dict
 from ldm_lab.errors import UserError, first_line
 
 OURS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")

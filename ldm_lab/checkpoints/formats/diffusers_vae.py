@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_lab.checkpoints.files import existing_file, replaced_folder, write_safetensors
-from ldm_lab.checkpoints.foreign import read_state_dict
+from ldm_lab.checkpoints.files import write_safetensors
+from ldm_lab.checkpoints.third_party import read_state_dict
 from ldm_lab.errors import UserError
+from ldm_lab.io.atomic import existing_file, replaced_folder
 
 CLASS = "AutoencoderKL"
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"

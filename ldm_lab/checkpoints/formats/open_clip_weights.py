@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_lab.checkpoints.files import existing_file
-from ldm_lab.checkpoints.foreign import read_state_dict
+from ldm_lab.checkpoints.third_party import read_state_dict
 from ldm_lab.errors import UserError, first_line
+from ldm_lab.io.atomic import existing_file
 
 PREFIXES = ("module.", "model.")  # of DistributedDataParallel, of wrappers around CLIP
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # constants in OpenAI's archives

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm_lab.checkpoints import cloob_pickle
-from ldm_lab.checkpoints.foreign import part_of, read_state_dict
+from ldm_lab.checkpoints.formats import cloob_pickle
+from ldm_lab.checkpoints.third_party import part_of, read_state_dict
 from ldm_lab.errors import UserError
 
 MAPPING_FEATURES, PIXEL_FEATURES = 128, 16  # Fourier features of t beside the embedding, and beside the latent

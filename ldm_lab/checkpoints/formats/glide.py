@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm_lab.checkpoints.foreign import read_state_dict
+from ldm_lab.checkpoints.third_party import read_state_dict
 from ldm_lab.denoisers.glide_unet import LOW_RES_CHANNELS
 from ldm_lab.errors import UserError, unknown
 

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm_lab.checkpoints.files import existing_file
 from ldm_lab.errors import UserError, first_line
+from ldm_lab.io.atomic import existing_file
 
 # ------------------------------------------------------------------------------------------- what a pickle may build
 

@@ -1,7 +1,7 @@
 """Importer of released heads on CLIP embeddings: LAION's aesthetic predictors, linear and improved (an MLP).
 
 Their files are state dicts of 3 kB (linear: `weight` [1, D], `bias` [1]) and 3.7 MB (`layers.N.weight`, `layers.N.bias`
-of an nn.Sequential). They do not say whose embeddings they take; for the released ones that is known here, by the
+of an nn.Sequential). They do not say whose embeddings they take; for the released ones the catalogue does, by the
 checksum of the file, or by its name.
 """
 
@@ -13,21 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm_lab.checkpoints.files import sha256
-from ldm_lab.checkpoints.foreign import read_state_dict
+from ldm_lab.checkpoints.third_party import read_state_dict
 from ldm_lab.errors import UserError
-from ldm_lab.pretrained.resolve import RELEASED
+from ldm_lab.io.atomic import sha256
+from ldm_lab.pretrained.catalogue import catalogue
 
 LAYER = re.compile(r"layers\.(\d+)\.(weight|bias)")
-OPENAI = {
-    size: {"name": "clip", "model": f"{model}-quickgelu", "pretrained": "openai"}
-    for size, model in (("vit_b_32", "ViT-B-32"), ("vit_b_16", "ViT-B-16"), ("vit_l_14", "ViT-L-14"))
-}
-# Released heads by name -> whose embeddings they take, and the column that LAION's tables have their scores in.
-KNOWN: dict[str, dict[str, Any]] = {
-    **{f"aesthetic/{size}": {"embedder": embedder, "column": "aesthetic"} for size, embedder in OPENAI.items()},
-    "aesthetic/improved_vit_l_14": {"embedder": OPENAI["vit_l_14"], "column": "AESTHETIC_SCORE"},
-}
 # The indices of the linear layers in the two published variants of the improved predictor: dropout alone between
 # them (linearMSE), or ReLU and dropout (reluMSE).
 ACTIVATIONS = {(0, 2, 4, 6, 7): "none", (0, 3, 6, 9, 11): "relu"}
@@ -87,7 +78,5 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str,
 def known(path: Path) -> dict[str, Any]:
     """Return what is known of a released head beside its file: `embedder` and `column`; nothing of another file."""
     checksum = sha256(path)
-    for name, facts in KNOWN.items():
-        if checksum == RELEASED[name].sha256 or path.name == RELEASED[name].file:
-            return facts
-    return {}
+    heads = [entry for entry in catalogue().values() if entry.role == "head"]
+    return dict(next((e.config for e in heads if checksum == e.sha256 or path.name == e.file), {}))

@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm_lab.checkpoints.foreign import read_state_dict
 from ldm_lab.checkpoints.parts import load_strictly
+from ldm_lab.checkpoints.third_party import read_state_dict
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.noised_clip import IMAGE_ONLY, TEXT_ONLY, NoisedCLIP
-from ldm_lab.pretrained.resolve import locate
+from ldm_lab.pretrained.resolve import resolve_weights
 
 RELEASED = ("glide/clip-image-enc", "glide/clip-text-enc")  # names of `ldm_lab.pretrained.resolve`
 
@@ -32,7 +32,7 @@ def load(image: str | Path = RELEASED[0], text: str | Path = RELEASED[1], head_w
     """
     states = {}
     for wanted, name in (("image", image), ("text", text)):
-        path = locate(str(name), f"noised CLIP, {wanted} tower")
+        path = resolve_weights(str(name), f"noised CLIP, {wanted} tower")
         states[wanted] = read_state_dict(path, "noised CLIP")[0]
         found = tower(states[wanted])
         if found != wanted:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_lab.checkpoints.files import existing_file, is_safetensors, read_pickled, read_safetensors
+from ldm_lab.checkpoints.files import is_safetensors, read_pickled, read_safetensors
 from ldm_lab.errors import UserError
+from ldm_lab.io.atomic import existing_file
 
 # Lightning saves objects of these packages beside the weights (callbacks, hyperparameters, best scores). They are not
 # needed, so a file may name them: what it names is never imported, a stand-in takes its place.

@@ -1,0 +1,1 @@
+"""Released formats, one file each."""
