@@ -6,12 +6,14 @@ The files in tests/data/cases are some that were met; the others are made here.
 import io
 import logging
 import struct
+import sys
 import tarfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from data_sets import keys, module, take
 from image_makers import (
     cmyk_profile,
     curve,
@@ -26,6 +28,9 @@ from image_makers import (
 )
 from PIL import Image, ImageCms
 
+from ldm_lab.config import build
+from ldm_lab.data.order import Order
+from ldm_lab.data.source import Raw
 from ldm_lab.io import color
 from ldm_lab.io.color import to_levels
 from ldm_lab.io.decoding import IMAGE_ENDINGS
@@ -268,6 +273,16 @@ def test_sixteen_bit_pngs():
     assert distance(png16(COLORS.astype(np.uint16) * 257), COLORS) == 0
     half = np.stack([RAMP, np.full_like(RAMP, 51)], -1).astype(np.uint16) * 257  # [16, 52, 2]
     assert distance(png16(half), grey(RAMP * 0.2 + 204)) <= 1
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14])
+def test_pngs_of_twelve_bits_in_sixteen(bits):
+    """Scaled to 16, as PNG demands it, or as they were; a dark picture without the chunk stays dark."""
+    chunk = png_chunk(b"sBIT", bytes([bits]))
+    raw = (RAMP.astype(int) * (2**bits - 1) // 255).astype(np.uint16)
+    assert distance(png16(RAMP.astype(np.uint16) * 257, chunk), grey(RAMP)) == 0
+    assert distance(png16(raw, chunk), grey(RAMP)) <= 1
+    assert pixels(png16(raw)).max() == 255 * (2**bits - 1) // 65535
 
 
 def test_a_transparent_value_of_sixteen_bits():
@@ -578,9 +593,9 @@ HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
 JXL = b"\xff\x0a" + bytes(100)
 
 
-@pytest.mark.parametrize(("data", "module", "name"), [(HEIC, "pillow_heif", "HEIC"), (JXL, "pillow_jxl", "JPEG XL")])
-def test_formats_that_take_another_package_are_refused_by_name(data, module, name, monkeypatch, tmp_path):
-    monkeypatch.setitem(__import__("sys").modules, module, None)
+@pytest.mark.parametrize(("data", "package", "name"), [(HEIC, "pillow_heif", "HEIC"), (JXL, "pillow_jxl", "JPEG XL")])
+def test_formats_that_take_another_package_are_refused_by_name(data, package, name, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(BadImage, match=rf"{name} image, which takes pip install 'ldm_lab\[images\]'"):
         decode_image(data)
     (tmp_path / "a").write_bytes(data)
@@ -664,3 +679,41 @@ def test_every_reader_sees_the_same_picture(name):
     for image in (open_image(str(path)), *([Image.open(path)] if with_pillow else [])):
         for seen in (to_rgb(image), flatten_alpha(image), center_crop_to(image, height, width)):
             assert np.array_equal(np.asarray(seen), truth)
+
+
+@pytest.mark.parametrize("name", ["jfif", "la"])
+def test_training_reads_all_images_of_a_shard_and_of_the_same_folder(name, tmp_path):
+    shard = CASES / f"shards/{name}.tar"
+    with tarfile.open(shard) as archive:
+        archive.extractall(tmp_path, filter="data")
+    expected = {"jfif": 40, "la": 3}[name]
+    from_shard = module({"name": "webdataset", "shards": str(shard), "shuffle_buffer": 0}, epochs=1)
+    from_folder = module({"name": "folder", "path": str(tmp_path)}, epochs=1)
+    read = {tuple(b.image.shape[1:]) for data in (from_shard, from_folder) for b in take(data)}
+    assert read == {(3, 8, 8)}
+    for data in (from_shard, from_folder):
+        assert "none skipped" in data.summary() and f"{expected} samples read" in data.summary()
+
+
+def test_a_folder_of_all_endings_and_one_of_images_that_take_another_package(tmp_path, monkeypatch):
+    endings = [ending for ending in IMAGE_ENDINGS if ending not in ("heic", "heif", "hif", "jxl")]
+    for i, ending in enumerate(endings):
+        (tmp_path / f"{i}.{ending.upper() if i % 2 else ending}").write_bytes(stored(Image.new("RGB", (32, 32))))
+    assert len(keys(take(module({"name": "folder", "path": str(tmp_path)}, epochs=1)))) == len(endings)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (tmp_path / "photo.HEIC").write_bytes(HEIC)
+    data = module({"name": "folder", "path": str(tmp_path), "max_skipped": 0.5}, epochs=1)
+    assert len(keys(take(data))) == len(endings)
+    assert "HEIC image, which takes pip install 'ldm_lab[images]' 1 (e.g. photo.HEIC)" in data.summary()
+
+
+def test_training_and_scores_see_what_prompts_see():
+    """A 16-bit, wide-gamut picture, cropped in training as it is for a prompt."""
+    side = 24
+    levels = np.random.RandomState(1).randint(0, 256, (side, side, 3))
+    data = tiff(levels.astype(np.uint16) * 257, extra={34675: ("B", profile("swapped"))})
+    source = build("data", {"name": "webdataset", "shards": "0.tar", "batch_size": 1, "image_size": side})
+    trained = source.decode(Raw("0", data), Order(0, 0, 0, 1)).image
+    truth = srgb_of(levels, "swapped")
+    assert np.abs(trained.permute(1, 2, 0).numpy() - truth).max() <= 1.5
+    assert np.array_equal(trained.permute(1, 2, 0).numpy(), np.asarray(flatten_alpha(decode_image(data))))

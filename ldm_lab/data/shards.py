@@ -25,9 +25,10 @@ from webdataset.tariterators import base_plus_ext
 
 from ldm_lab.config import part_class, register
 from ldm_lab.data.order import Order, shuffled
-from ldm_lab.data.source import DUPLICATE, IMAGE_EXTENSIONS, ImageSource, LeftOut, Raw, Skip, caption_of
+from ldm_lab.data.source import DUPLICATE, ImageSource, LeftOut, Raw, Skip, caption_of
 from ldm_lab.errors import UserError, unknown
 from ldm_lab.io.atomic import atomic_write
+from ldm_lab.io.decoding import IMAGE_ENDINGS
 from ldm_lab.io.http import open_url
 from ldm_lab.rules.rule import build_rules, check_rules
 from ldm_lab.rules.sample import SampleRow, broken_rules
@@ -255,7 +256,7 @@ def read_shard(address: str) -> Iterator[Raw | Skip]:
     break and then one Skip "broken shard"; the sample at the break counts as one of them when it has all the parts
     that the one before it had. Of samples with the same key the first one counts; the others give "duplicate key".
     """
-    for item in read_parts(address, (*IMAGE_EXTENSIONS, "txt", "json")):
+    for item in read_parts(address, (*IMAGE_ENDINGS, "txt", "json")):
         yield item if isinstance(item, Skip) else _raw(*item)
 
 
@@ -309,7 +310,7 @@ def read_parts(
 
 
 def _raw(key: str, parts: dict[str, bytes]) -> Raw:
-    image = next((parts[e] for e in IMAGE_EXTENSIONS if e in parts), None)
+    image = next((parts[e] for e in IMAGE_ENDINGS if e in parts), None)
     return Raw(key, image, parts.get("txt"), parts.get("json"))
 
 

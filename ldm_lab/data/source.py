@@ -13,8 +13,6 @@ from ldm_lab.data.order import Order
 from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import BadImage, decode_image, resize_and_crop, to_rgb
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif")  # lower case
-
 
 class Raw(NamedTuple):
     """An undecoded sample: the bytes of its parts, None for a part that is not there.

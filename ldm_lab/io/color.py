@@ -16,6 +16,7 @@ OVERSHOOT = 0.05  # share of the white level by which resampled floating-point v
 DARKEST = 16  # a floating-point picture whose brightest value is below that part of white has another range
 PHOTOMETRIC, BITS, MAXIMUM, SAMPLE_FORMAT = 262, 258, 281, 339  # TIFF tags
 WHITE_IS_ZERO = 0
+SIGNIFICANT_BITS = "significant_bits"  # key of `Image.info`: of a PNG's 16, according to its chunk sBIT
 
 
 class BadImage(Exception):
@@ -118,6 +119,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         bits = _used_bits(depth, image.tag_v2.get(MAXIMUM)) if image.mode.startswith("I;16") else None
     elif image.mode == "I" and image.format == "PPM":  # Pillow has scaled them to 16 bits
         values = values.astype(np.uint16)  # [H, W]
+    significant = image.info.get(SIGNIFICANT_BITS, 16)
+    if 8 < significant < 16 and values.max() < 2**significant:  # else they have been scaled, as they should be
+        bits = significant
     levels = to_levels(values, bits)  # [H, W]
     result = Image.fromarray(255 - levels if inverted else levels)
     transparent = image.info.get("transparency")

@@ -8,7 +8,7 @@ from importlib import import_module
 
 from PIL import Image, UnidentifiedImageError
 
-from ldm_lab.io.color import BadImage, to_srgb
+from ldm_lab.io.color import SIGNIFICANT_BITS, BadImage, to_srgb
 from ldm_lab.io.metadata import JXL_STARTS, PNG, jxl_size, orientation_of, png_chunk, upright, without_metadata
 from ldm_lab.io.profiles import stated_profile
 from ldm_lab.io.tiff import MAGIC as TIFF
@@ -18,7 +18,7 @@ from ldm_lab.io.tiff import UnsupportedTiff, open_tiff
 # sample of a shard, the first of these is its image.
 IMAGE_ENDINGS = (
     *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif", "jpe", "jfif", "apng", "dib"),
-    *("pbm", "pnm", "pfm", "mpo", "jp2", "j2k", "jpx", "tga", "qoi", "heic", "heif", "hif", "jxl"),
+    *("pbm", "pnm", "mpo", "jp2", "j2k", "jpx", "tga", "qoi", "heic", "heif", "hif", "jxl"),
 )
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 DEEP = 9  # bits of a sample
@@ -68,7 +68,7 @@ def _decode(data: bytes, info: dict[str, bytes], min_size: int, max_pixels: int 
     _check_pixels(image.size, min_size, max_pixels)
     image.load()
     image.info.update(info)
-    _mend_transparency(image, data)
+    _mend_png(image, data)
     stated = None if image.info.get("icc_profile") else stated_profile(image, png_chunk(data, b"cICP"))
     if stated is not None:
         image.info["icc_profile"] = stated
@@ -152,13 +152,18 @@ def _need_plugin(data: bytes, is_jxl: bool) -> None:
         raise BadImage(f"{'HEIC' if heif else 'JPEG XL'} image, which takes {EXTRA}") from None
 
 
-def _mend_transparency(image: Image.Image, data: bytes) -> None:
-    """Scale the transparent color of a PNG, which Pillow gives as it is stored, as the pixels are: to 8 bits."""
-    transparent = image.info.get("transparency")
+def _mend_png(image: Image.Image, data: bytes) -> None:
+    """Put right what Pillow says of a PNG's grey levels.
+
+    A transparent level stands in the file's own bits; those that matter may be fewer than the stored ones.
+    """
     if not data.startswith(PNG) or len(data) < 26:
         return
-    depth, grey = data[24], data[25] == 0
+    depth, grey, transparent = data[24], data[25] == 0, image.info.get("transparency")
     if grey and isinstance(transparent, int) and depth in (2, 4):
         image.info["transparency"] = transparent * 255 // (2**depth - 1)
     elif depth == 16 and isinstance(transparent, tuple):
         image.info["transparency"] = tuple(value >> 8 for value in transparent)
+    significant = png_chunk(data, b"sBIT")
+    if image.mode == "I;16" and significant:
+        image.info[SIGNIFICANT_BITS] = significant[0]
