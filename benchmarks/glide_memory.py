@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a checkout that is not installed
 
+from ldm_lab.condition_sources import build_sources, given_conditions
 from ldm_lab.config import build, load
 from ldm_lab.denoisers.glide_unet import AttentionBlock, GlideUNet, ResBlock, TextBlock
 from ldm_lab.errors import run_program
@@ -69,17 +70,19 @@ def main() -> None:
     missing = OmegaConf.missing_keys(OmegaConf.load(args.config))
     config = load(args.config, [f"{key}=somewhere" for key in missing])
     text = build("conditioner", {key: value for key, value in config["conditioner"].items() if key != "dropout"})
-    size = config["data"]["image_size"]
+    size, sources = config["data"]["image_size"], build_sources(config.get("condition_sources"))
     with torch.device("meta"):
-        net = build("denoiser", {**config["denoiser"], "gradient_checkpointing": False}, 3, text.embed_dim)
+        net = build(
+            "denoiser", {**config["denoiser"], "gradient_checkpointing": False}, 3, given_conditions(text, sources)
+        )
         batch = {
             "x": torch.zeros(args.batch_size, 3, size, size),
-            "t": torch.zeros(args.batch_size),
-            "tokens": torch.zeros(args.batch_size, text.text_size, dtype=torch.int64),
-            "mask": torch.zeros(args.batch_size, text.text_size, dtype=torch.bool),
+            "time": torch.zeros(args.batch_size),
+            "token_ids": torch.zeros(args.batch_size, text.text_size, dtype=torch.int64),
+            "token_ids_mask": torch.zeros(args.batch_size, text.text_size, dtype=torch.bool),
         }
-        if net.super_res:
-            side = size // (config.get("low_res") or {}).get("factor", 4)
+        if "low_res" in net.spec:
+            side = size // net.spec["low_res"].scale_factor
             batch["low_res"] = torch.zeros(args.batch_size, 3, side, side)
         whole = kept(net, tuple(batch.values()))
         inputs, largest = with_blocks_alone(net, batch)

@@ -6,7 +6,7 @@ hands over. So every option is written once, where it is used:
 
     @register("denoiser", "ccld_unet")
     class CCLDUNet(nn.Module):
-        def __init__(self, channels: int, embed_dim: int, *, base_channels: int, multipliers: list[int] = (4, 4, 8, 8)):
+        def __init__(self, channels: int, conditions: ConditionSpec, *, base_channels: int):
 
 A section with one possible class (`optim`, `ema`, ...) is a part whose name equals its role; its YAML has no `name:`.
 A part may have a `check(section) -> list[str]` static method for rules across keys.
@@ -36,11 +36,11 @@ PACKAGES = {
     "data": "ldm_lab.data",
     "autoencoder": "ldm_lab.autoencoders",
     "conditioner": "ldm_lab.conditioners",
+    "condition_source": "ldm_lab.condition_sources",
     "denoiser": "ldm_lab.denoisers",
     "objective": "ldm_lab.objectives",
     "sampler": "ldm_lab.samplers",
     "cache": "ldm_lab.training",
-    "low_res": "ldm_lab.training",
     "optim": "ldm_lab.training",
     "ema": "ldm_lab.training",
     "checkpoint": "ldm_lab.training",
@@ -59,17 +59,22 @@ PACKAGES = {
     "head": "ldm_lab.curation.heads",
 }
 TOOLS = ("selection", "engine")  # roles of commands, not of runs; they need their extra installed
+Statistic = float | list[float] | None  # of latents: one number, or one for each channel
 # Keys in the section of a frozen part that say how it is used, beside its constructor's keys, which say what it is.
 USE_KEYS: dict[str, dict[str, Any]] = {
-    "autoencoder": {"weights": str | None, "scale": float | None},
+    "autoencoder": {"weights": str | None, "latent_mean": Statistic, "latent_std": Statistic},
     "conditioner": {"weights": str | None, "dropout": float},
     "head": {"weights": str | None},
 }
 # What their values have to be, and how that is said.
 USE_LIMITS: dict[tuple[str, str], tuple[Callable[[float], bool], str]] = {
-    ("autoencoder", "scale"): (lambda scale: scale > 0, "a positive number"),
+    ("autoencoder", "latent_std"): (
+        lambda std: min(std if isinstance(std, list) else [std], default=0) > 0,
+        "a positive number",
+    ),
     ("conditioner", "dropout"): (lambda share: 0 <= share <= 1, "a share from 0 to 1"),
 }
+MAPPINGS = {"condition_sources": "condition_source"}  # sections that hold several parts of a role, by name
 PART_NAME = re.compile(r"\w+\.name=")  # an override that puts another part in the place of one
 LARGEST_SEED = 2**62  # leaves room to count on in 64 bits
 _registry: dict[tuple[str, str], type] = {}
@@ -227,6 +232,8 @@ def check(config: dict[str, Any]) -> None:
             problems += _mismatch(value, top[key], key)
         elif key in roles and value is None and key not in cls.REQUIRED:
             continue  # as if it were left out: how a config takes back a section of its `defaults`
+        elif key in MAPPINGS and key in roles:
+            problems += check_mapping(MAPPINGS[key], value, key)
         elif key in roles:
             problems += check_section(roles[key], value, key)
         else:
@@ -279,6 +286,24 @@ def check_section(role: str, section: Any, path: str) -> list[str]:
     return problems
 
 
+def check_mapping(role: str, section: Any, path: str) -> list[str]:
+    """Return the problems of a section that holds parts of a role, part name -> options, each with its key path."""
+    if not isinstance(section, dict):
+        return [f"{path}: a mapping of names to options is needed, not {section!r}"]
+    problems = []
+    for name, given in section.items():
+        where = f"{path}.{name}"
+        if name not in parts(role):
+            problems.append(f"{where}: {unknown(role.replace('_', ' '), str(name), parts(role))}")
+        elif given is not None and not isinstance(given, dict):
+            problems.append(f"{where}: a section of key: value lines is needed, not {given!r}")
+        elif given and "name" in given:
+            problems.append(f"{where}.name: the key {name!r} is the name already")
+        else:
+            problems += check_section(role, {**(given or {}), "name": name}, where)
+    return problems
+
+
 def describe(annotation: Any) -> str:
     """Return an annotation as words for people: "whole number", "one of 'a', 'b'", ..."""
     words = {int: "whole number", float: "number", str: "text", bool: "true or false", dict: "section", list: "list"}
@@ -323,7 +348,7 @@ def _mismatch(value: Any, annotation: Any, where: str) -> list[str]:
 
 def _beyond(role: str, key: str, value: Any, where: str) -> list[str]:
     fits, wanted = USE_LIMITS.get((role, key), (None, ""))
-    return [] if fits is None or value is None or fits(value) else [f"{where}: {wanted} is needed, not {value:g}"]
+    return [] if fits is None or value is None or fits(value) else [f"{where}: {wanted} is needed, not {value}"]
 
 
 def _convert(value: Any, annotation: Any) -> Any:

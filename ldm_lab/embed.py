@@ -1,7 +1,6 @@
 """A frozen CLIP (or CLOOB) that embeds images and captions: once for every score that is made of the embeddings."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import yaml
@@ -12,9 +11,9 @@ from torch.nn import functional as F
 from ldm_lab.checkpoints.embedders import describe, embedder_of
 from ldm_lab.checkpoints.importer import kind_of
 from ldm_lab.checkpoints.parts import find_weights, load_part, weights_path
-from ldm_lab.config import check_section
+from ldm_lab.config import check_section, part_class, parts
 from ldm_lab.errors import UserError
-from ldm_lab.io.images import center_crop_to, flatten_alpha, to_tensor
+from ldm_lab.interfaces import EmbeddingConditioner
 
 Prepare = Callable[[Image.Image], Tensor]
 
@@ -37,40 +36,22 @@ class Encoder(nn.Module):
         if weights_path("conditioner", section) is None:
             raise UserError("clip.weights: has to be given, a file with trained weights")
         self.embedder = embedder_of(section)
-        self.conditioner = load_part("conditioner", section)
+        self.conditioner: EmbeddingConditioner = load_part("conditioner", section)
         self.embed_dim = self.conditioner.embed_dim
 
     @property
     def prepare(self) -> Prepare:
         """The function from a Pillow image of any mode to what `images` takes; it can be sent to other processes."""
-        if self.conditioner.part_name == "clip":
-            return partial(_transformed, self.conditioner.transform)
-        return partial(_covered, self.conditioner.image_size)
+        return self.conditioner.image_transform
 
     def images(self, pixels: Tensor) -> Tensor:
         """Return the embeddings of prepared images [B, 3, S, S], float32 [B, D], unit rows."""
-        if self.conditioner.part_name == "clip":
-            embeds = self.conditioner.clip.encode_image(pixels)  # [B, D]
-        else:
-            embeds = self.conditioner.encode_image(pixels)  # [B, D]
-        return F.normalize(embeds.float(), dim=-1)  # [B, D]
+        return F.normalize(self.conditioner.encode_pixels(pixels).float(), dim=-1)  # [B, D]
 
     def texts(self, texts: list[str]) -> Tensor:
         """Return the embeddings of texts, float32 [n, D], unit rows; too long ones are cut, as in training."""
-        tokens = self.conditioner.tokenize(texts).to(self.conditioner.pixel_mean.device)  # [n, text_size]
-        if self.conditioner.part_name == "clip":
-            embeds = self.conditioner.clip.encode_text(tokens)  # [n, D]
-        else:
-            embeds = self.conditioner.text_encoder(tokens)  # [n, D]
-        return F.normalize(embeds.float(), dim=-1)  # [n, D]
-
-
-def _transformed(transform: Callable[[Image.Image], Tensor], image: Image.Image) -> Tensor:
-    return transform(flatten_alpha(image))  # [3, S, S], by open_clip's own transform
-
-
-def _covered(side: int, image: Image.Image) -> Tensor:
-    return to_tensor(center_crop_to(image, side, side))  # [3, S, S] in [-1, 1]
+        tokens = self.conditioner.tokenize(texts).to(self.conditioner.device)  # [n, L]
+        return F.normalize(self.conditioner.encode_tokens(tokens).float(), dim=-1)  # [n, D]
 
 
 def clip_section(given: list[str], embedder: dict[str, str] | None) -> dict[str, Any]:
@@ -104,6 +85,7 @@ def clip_section(given: list[str], embedder: dict[str, str] | None) -> dict[str,
     problems = check_section("conditioner", section, "clip")
     if problems:
         raise UserError(f"--clip: {problems[0]}")
-    if section["name"] not in ("clip", "cloob"):
-        raise UserError(f"--clip: clip.name: clip or cloob is needed, not {section['name']!r}")
+    if not issubclass(part_class("conditioner", section), EmbeddingConditioner):
+        known = [name for name, cls in sorted(parts("conditioner").items()) if issubclass(cls, EmbeddingConditioner)]
+        raise UserError(f"--clip: clip.name: {' or '.join(known)} is needed, not {section['name']!r}")
     return section

@@ -11,11 +11,13 @@ exactly what they give together (`check_conditions`).
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from PIL import Image as PillowImage
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ldm_lab.errors import UserError
 
@@ -118,6 +120,11 @@ def required_condition(spec: ConditionSpec, name: str, kind: type[Kind], denoise
     return given
 
 
+def is_upsampler(spec: ConditionSpec) -> bool:
+    """Return whether a denoiser that takes these conditions enlarges an image."""
+    return any(isinstance(kind, ImageCondition) and kind.scale_factor > 1 for kind in spec.values())
+
+
 def check_conditions(denoiser: "Denoiser", given: ConditionSpec) -> None:
     """Raise UserError unless a denoiser takes exactly what the conditioner and the condition sources give."""
     if dict(denoiser.spec) != dict(given):
@@ -210,8 +217,7 @@ class Schedule:
     """A noise schedule: t -> (alpha, sigma).
 
     Attributes:
-        variance_preserving: whether alpha^2 + sigma^2 is exactly 1. No sampler takes it for granted: it only saves
-            divisions by what would be 1 but for rounding.
+        variance_preserving: whether alpha^2 + sigma^2 is exactly 1, which no sampler takes for granted.
         timesteps: T of a table of betas; None for a continuous schedule.
     """
 
@@ -270,6 +276,24 @@ class Part:
 
     part_role: ClassVar[str] = ""
     part_name: ClassVar[str] = ""
+    trainable: ClassVar[bool] = True  # False: it is used as published alone
+
+    @staticmethod
+    def pretrained_path(config: dict[str, Any]) -> Path | None:
+        """Return the file with the weights that a config names otherwise than by `weights`; None if it names none.
+
+        Raises:
+            UserError: weights that have to be named and are not, or that cannot be downloaded.
+        """
+        return None
+
+    def convert_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return weights under the names that they are published with as this part's state dict."""
+        return state
+
+    def freeze_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Return the groups of parameters that training may leave as they are (`optim.freeze`), by name."""
+        return {}
 
     @staticmethod
     def check(config: dict[str, Any]) -> list[str]:
@@ -283,7 +307,8 @@ class Autoencoder(Part, nn.Module):
     Attributes:
         channels: C of a latent.
         downscale: pixels per side of one latent element.
-        latent_mean, latent_std: buffers, 0-dim or [C], of the raw latents on the user's images.
+        latent_mean, latent_std: buffers, 0-dim or [C], of the raw latents on the user's images; 0 and 1 until they are
+            measured, loaded or set.
         pixel_range: of a model of pixels, the smallest and the largest value that a pixel has in z; None for latents.
     """
 
@@ -292,9 +317,35 @@ class Autoencoder(Part, nn.Module):
     latent_mean: Tensor
     latent_std: Tensor
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("latent_mean", torch.tensor(0.0))  # []
+        self.register_buffer("latent_std", torch.tensor(1.0))  # []
+
     @property
     def pixel_range(self) -> tuple[float, float] | None:
         return None
+
+    def latent_statistics(self) -> dict[str, Tensor]:
+        """Return {"latent_mean", "latent_std"}, 0-dim or [C] each, by their names in a config."""
+        return {"latent_mean": self.latent_mean, "latent_std": self.latent_std}
+
+    def set_latent_statistics(
+        self, mean: float | Sequence[float] | None = None, std: float | Sequence[float] | None = None
+    ) -> None:
+        """Set mean and std of the raw latents, one number or one for each channel; None leaves what is there."""
+        if mean is not None:
+            self.latent_mean = torch.as_tensor(mean).to(self.latent_mean)  # [] or [C]
+        if std is not None:
+            self.latent_std = torch.as_tensor(std).to(self.latent_std)  # [] or [C]
+
+    def normalize(self, raw: Tensor) -> Tensor:
+        """Return z [B, C, h, w] of raw latents [B, C, h, w]."""
+        return (raw - _per_channel(self.latent_mean)) / _per_channel(self.latent_std)  # [B, C, h, w]
+
+    def denormalize(self, z: Tensor) -> Tensor:
+        """Return raw latents [B, C, h, w] of z [B, C, h, w]."""
+        return z * _per_channel(self.latent_std) + _per_channel(self.latent_mean)  # [B, C, h, w]
 
     def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log variance of the raw latent, [B, C, h, w] each, of images in [-1, 1].
@@ -306,7 +357,7 @@ class Autoencoder(Part, nn.Module):
 
     def sample(self, mean: Tensor, logvar: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return z [B, C, h, w] of a posterior's raw moments and standard normal noise; without noise of its mean."""
-        raise NotImplementedError
+        return self.normalize(mean if noise is None else mean + torch.exp(0.5 * logvar) * noise)  # [B, C, h, w]
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return z [B, C, h, w] of images [B, 3, H, W] in [-1, 1]."""
@@ -315,6 +366,11 @@ class Autoencoder(Part, nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Return images [B, 3, H, W], about [-1, 1] but not clamped."""
         raise NotImplementedError
+
+
+def _per_channel(statistic: Tensor) -> Tensor:
+    """Return a statistic as latents [B, C, h, w] are calculated with: a 0-dim one keeps their precision."""
+    return statistic[:, None, None] if statistic.ndim else statistic  # [C, 1, 1] or []
 
 
 class Conditioner(Part, nn.Module):
@@ -341,6 +397,85 @@ class Conditioner(Part, nn.Module):
         return {name: torch.zeros_like(value) for name, value in conditions.items()}
 
 
+class EmbeddingConditioner(Conditioner):
+    """A conditioner whose texts and images share one space: it compares them, too, and scores images.
+
+    Attributes:
+        embed_dim: D, the width of an embedding.
+        text_size: L, positions of a tokenized text.
+        image_transform: from a Pillow image of any mode and size to what `encode_pixels` takes, [3, S, S]; it can be
+            sent to other processes.
+    """
+
+    embed_dim: int
+    text_size: int
+
+    @property
+    def spec(self) -> ConditionSpec:
+        return {"embed": Embedding(self.embed_dim)}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.parameters()).device
+
+    @property
+    def image_transform(self) -> Callable[[PillowImage.Image], Tensor]:
+        raise NotImplementedError
+
+    def tokenize(self, texts: Sequence[str], warn: bool = False) -> Tensor:
+        """Return token ids, int64 [n, L]; too long texts are cut, if `warn` with a line in the log for each."""
+        raise NotImplementedError
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """Return the embeddings of token ids [n, L], [n, D], of any length."""
+        raise NotImplementedError
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Return the embeddings of images that `image_transform` prepared, [B, 3, S, S], [B, D], of any length."""
+        raise NotImplementedError
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Return the embeddings of images [B, 3, H, W] in [-1, 1], [B, D], unit rows; differentiable in the images."""
+        raise NotImplementedError
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Return the embeddings of texts, [n, D], unit rows; a text that is too long is cut with a warning."""
+        tokens = self.tokenize(texts, warn=True).to(self.device)  # [n, L]
+        return F.normalize(self.encode_tokens(tokens), dim=-1)  # [n, D]
+
+    def from_batch(self, batch: Batch) -> Conditions:
+        """Return {"embed": [B, D]}, the embeddings of a batch's images, [B, 3, H, W] in [-1, 1]."""
+        return {"embed": self.encode_image(batch.image)}  # [B, D]
+
+    def from_prompts(self, texts: Sequence[str], images: Sequence[PillowImage.Image]) -> Conditions:
+        """Return {"embed": [n, D]}, the embeddings of texts, then of images, unit rows."""
+        embeds = [torch.zeros(0, self.embed_dim, device=self.device)]  # [0, D]
+        if texts:
+            embeds.append(self.encode_text(texts))  # [n_texts, D]
+        if images:
+            pixels = torch.stack([self.image_transform(image) for image in images])  # [n_images, 3, S, S]
+            embeds.append(F.normalize(self.encode_pixels(pixels.to(self.device)), dim=-1))  # [n_images, D]
+        return {"embed": torch.cat(embeds)}  # [n, D]
+
+
+@dataclass(frozen=True)
+class ConditionRequest:
+    """What sampling knows of the images to be made, beside the prompts.
+
+    Attributes:
+        x: where sampling starts, [B, C, h, w].
+        low_res: what is to be enlarged, [B, 3, h', w'] in [-1, 1]; None without.
+        known: latents of an image of which a part is kept, [1 or B, C, h, w]; None without.
+        mask: where it is to be painted anew, bool [1 or B, 1, h, w]; None without.
+    """
+
+    x: Tensor
+    low_res: Tensor | None = None
+    known: Tensor | None = None
+    mask: Tensor | None = None
+
+
 class ConditionSource(Part, nn.Module):
     """A condition that is neither text nor embedding: a low-resolution image and its noise level, a mask.
 
@@ -361,8 +496,19 @@ class ConditionSource(Part, nn.Module):
             batch: its images, or what a cache has of them.
             x0: the batch's latents, [B, C, h, w].
             generator: of the random numbers, on the device of x0; None is torch's global one.
+
+        Raises:
+            UserError: the batch lacks what the condition is made of, such as the images, which no cache has.
         """
         raise NotImplementedError
+
+    def from_request(self, request: ConditionRequest) -> Conditions:
+        """Return the conditions of images to be made, [B, ...] each. Raises UserError for what is lacking."""
+        raise NotImplementedError
+
+    def null(self, conditions: Conditions) -> Conditions:
+        """Return what the unconditional prediction sees in their place; by default the same."""
+        return conditions
 
 
 class Denoiser(Part, nn.Module):
@@ -377,12 +523,14 @@ class Denoiser(Part, nn.Module):
         multiple_of: what latent height and width have to be multiples of.
         architecture_keys: options that a checkpoint to begin with has to share, because with others its tensors are of
             other places.
+        unordered_keys: those of them that are lists whose order has no meaning.
     """
 
     spec: ConditionSpec
     time_input: TimeInput = "t"
     multiple_of: int = 1
     architecture_keys: ClassVar[tuple[str, ...]] = ()
+    unordered_keys: ClassVar[tuple[str, ...]] = ()
 
     def forward(self, x: Tensor, time: Tensor, **conditions: Tensor) -> Tensor:
         """Return [B, C, h, w], or [B, 2C, h, w] with a learned variance, for x [B, C, h, w] and time [B].
@@ -391,10 +539,6 @@ class Denoiser(Part, nn.Module):
             UserError: a latent size that its levels do not divide.
         """
         raise NotImplementedError
-
-    def freeze_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Return the groups of parameters that training may leave as they are (`optim.freeze`), by name."""
-        return {}
 
 
 class Objective(Part):

@@ -50,7 +50,7 @@ def parts():
     autoencoder = build("autoencoder", AUTOENCODER).eval().requires_grad_(False)
     conditioner = build("conditioner", CLOOB).eval().requires_grad_(False)
     return {
-        "denoiser": build("denoiser", DENOISER, autoencoder.channels, conditioner.embed_dim),
+        "denoiser": build("denoiser", DENOISER, autoencoder.channels, conditioner.spec),
         "objective": build("objective", {"name": "v_cosine"}),
         "autoencoder": autoencoder,
         "conditioner": conditioner,

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+REFLECTION = ("getattr", "hasattr", "vars", "getattr_static", "getmembers", "attrgetter", "methodcaller")
 LONGEST_FUNCTION, LONGEST_CLASS, LONGEST_MODULE = 60, 250, 400  # lines, docstrings included
 WINDOW = 6  # lines that make a repeat
 
@@ -101,7 +102,7 @@ def asked(node: ast.AST) -> str:
     name = called(node)
     if name.endswith("suppress") and "AttributeError" in ast.unparse(node):
         return ast.unparse(node)
-    reflected = name in ("getattr", "hasattr", "vars", "inspect.getattr_static", "operator.attrgetter")
+    reflected = name.removeprefix("inspect.").removeprefix("operator.") in REFLECTION
     own_dict = isinstance(node, ast.Attribute) and node.attr == "__dict__"
     sides = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
     by_name = any(isinstance(side, ast.Attribute) and side.attr == "part_name" for side in sides)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import DENOISER, make_parts
+from tiny import DENOISER, embedding, make_parts
 from torch.nn import functional as F
 
 from ldm_lab.checkpoints.embedders import OPENAI, embedder_of
@@ -28,7 +28,10 @@ def model(tmp_path_factory):
     config["conditioner"]["dropout"] = 0.2
     torch.manual_seed(1)
     save_model(
-        folder / "ema.safetensors", build("denoiser", DENOISER, 4, 16).state_dict(), config, {"image_size": "16"}
+        folder / "ema.safetensors",
+        build("denoiser", DENOISER, 4, embedding(16)).state_dict(),
+        config,
+        {"image_size": "16"},
     )
     rows = F.normalize(torch.randn(3, 16), dim=1)
     ratings = RatingEmbeddings(dict(zip((0, 5, 9), rows)), embedder_of(parts["conditioner"]), {"counts": [1, 2, 3]})

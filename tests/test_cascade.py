@@ -25,7 +25,7 @@ def base():
 
 @pytest.fixture(scope="module")
 def upsampler():
-    return tiny_glide.sampler(super_res=True)
+    return tiny_glide.sampler(upsampler=True)
 
 
 def watch(monkeypatch, sampler):
@@ -54,7 +54,7 @@ def test_small_and_large_pictures_of_each_prompt(base, upsampler, monkeypatch):
         assert small.info["seed"] == large.info["seed"] == seed
     assert len(seen) == 3
     for call in seen:  # no guidance: each prompt once, on what the base made, in whole levels
-        assert len(call["x"]) == 2 and call["mask"].any(dim=1).all()
+        assert len(call["x"]) == 2 and call["token_ids_mask"].any(dim=1).all()
         given = torch.stack([to_tensor(small) for small, _ in pairs])
         assert torch.allclose(call["low_res"], given, atol=1e-6)
 
@@ -135,9 +135,9 @@ def test_clean_estimates_of_pixels_are_clamped_unless_told_otherwise(base):
 
 def test_mistakes(base, upsampler):
     cascade = Cascade(base, upsampler)
-    wordless = tiny_glide.sampler(super_res=True)
+    wordless = tiny_glide.sampler(upsampler=True)
     wordless.conditioner.part_name = "none"
-    blunt = tiny_glide.sampler(super_res=True)
+    blunt = tiny_glide.sampler(upsampler=True)
     blunt.dropout = 0.0
     low_res = [Image.new("RGB", (SIDE, SIDE))]
     for call, message in (
@@ -179,7 +179,7 @@ def start():
 @pytest.mark.parametrize("form", [{}, {"inpaint": True}])
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "plms", "unipc"])
 def test_inpainting_small_and_large_keeps_what_is_known(start, form, name, monkeypatch):
-    base, upsampler = tiny_glide.sampler(**form), tiny_glide.sampler(super_res=True, **form)
+    base, upsampler = tiny_glide.sampler(**form), tiny_glide.sampler(upsampler=True, **form)
     seen = {model: watch(monkeypatch, model) for model in (base, upsampler)}
     steps = {"name": name, "steps": 4}
     ((small, large),) = Cascade(base, upsampler)(["a cat"], sampler=steps, upsampling=Upsampling(steps), start=start)
@@ -208,7 +208,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("glide")
     return {
         "base": tiny_glide.write(folder / "base.safetensors"),
-        "upsampler": tiny_glide.write(folder / "upsampler.safetensors", super_res=True),
+        "upsampler": tiny_glide.write(folder / "upsampler.safetensors", upsampler=True),
     }
 
 

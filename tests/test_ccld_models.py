@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny import CLOOB, ROOT, make_run, run_program
+from tiny import CLOOB, ROOT, embedding, make_run, run_program
 
 from ldm_lab.checkpoints.files import read_pickled, read_safetensors
 from ldm_lab.checkpoints.parts import load_fitting, load_part, save_part
@@ -24,7 +24,7 @@ SCALE = 1.7
 def trained(tmp_path_factory):
     """A folder with a run of three steps, with parts of the originals' proportions."""
     folder = tmp_path_factory.mktemp("ccld")
-    sections = {"denoiser": {**UNET, "head_width": 64}, "autoencoder": {"scale": SCALE}}
+    sections = {"denoiser": {**UNET, "head_width": 64}, "autoencoder": {"latent_std": SCALE}}
     yaml = make_run(folder, trainer={"max_steps": 3}, checkpoint={"every": 3}, **sections)
     torch.manual_seed(1)
     save_part(folder / "conditioner.safetensors", build("conditioner", TOWERS), TOWERS)
@@ -44,7 +44,7 @@ def layouts(trained, tmp_path, monkeypatch):
     torch.save({**averaged, "autoencoder_scale": scale}, "slim.pth")
     autoencoder, _ = read_safetensors(trained / "autoencoder.safetensors")
     cloob, _ = read_safetensors(trained / "conditioner.safetensors")
-    autoencoder.pop("scale")
+    del autoencoder["latent_mean"], autoencoder["latent_std"]
     tensors = {"scale_factor": scale}
     tensors |= {f"ae_model.{name}": value for name, value in autoencoder.items()}
     tensors |= {"ae_model.loss.logvar": torch.zeros(())}
@@ -102,7 +102,9 @@ def test_finetuning_a_ccld_model(program, trained, layouts):
         now = read_pickled(f"runs/{layout}/last.ckpt")["state_dict"]
         before, _ = read_safetensors(trained / "runs/tiny/ema.safetensors")
         assert all(torch.equal(now[f"model.{name}"], value) for name, value in before.items())
-    code, out, _ = program("train", "--config", yaml, "run=b", "init_from=slim.pth", "autoencoder.scale=5.0", *still)
+    code, out, _ = program(
+        "train", "--config", yaml, "run=b", "init_from=slim.pth", "autoencoder.latent_std=5.0", *still
+    )
     assert code == 0 and "trained on latents divided by 1.7, this run divides by 5" in out
 
 
@@ -115,7 +117,7 @@ def test_the_recipe_on_a_small_model(program, trained, layouts):
     small = [f"denoiser.{key}={value}" for key, value in UNET.items() if key != "name"]
     here = ["data.image_size=64", "data.batch_size=2", "data.workers=0", "trainer.accelerator=cpu", "demo.every=2"]
     released = [
-        "init_from=slim.pth", f"autoencoder.scale={SCALE}", "autoencoder.weights=kl-f8.ckpt",
+        "init_from=slim.pth", f"autoencoder.latent_std={SCALE}", "autoencoder.weights=kl-f8.ckpt",
         f"conditioner.weights={trained / 'conditioner.safetensors'}",
     ]  # fmt: skip
     run = ["trainer.max_steps=2", "trainer.accumulate_grad_batches=2", "trainer.precision=32-true"]
@@ -148,7 +150,7 @@ def test_another_embedding_width_loads_what_fits(program, trained, layouts):
 
 
 def test_other_latent_channels_load_what_fits():
-    four, five = (build("denoiser", UNET, channels, 16) for channels in (4, 5))
+    four, five = (build("denoiser", UNET, channels, embedding(16)) for channels in (4, 5))
     left = load_fitting(five, four.state_dict(), "four.safetensors")
     ends = ("net.0.main.0.weight", "net.0.skip.weight", "net.2.main.4.weight", "net.2.main.4.bias", "net.2.skip.weight")
     assert sorted(line.split()[0] for line in left) == sorted(ends)
@@ -156,6 +158,6 @@ def test_other_latent_channels_load_what_fits():
 
 
 def test_too_little_in_common_is_another_architecture():
-    small, large = (build("denoiser", {**UNET, "base_channels": base}, 4, 16) for base in (64, 128))
+    small, large = (build("denoiser", {**UNET, "base_channels": base}, 4, embedding(16)) for base in (64, 128))
     with pytest.raises(UserError, match="weights of another architecture"):
         load_fitting(large, small.state_dict(), "small.safetensors")

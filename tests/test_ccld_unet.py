@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tiny import embedding
 
 from ldm_lab.config import build
 from ldm_lab.denoisers.ccld_unet import CCLDUNet, FourierFeatures, SelfAttention
@@ -14,7 +15,7 @@ TINY = {"base_channels": 16, "multipliers": [1, 2], "blocks_per_level": 2, "head
 
 def tiny(**options) -> CCLDUNet:
     torch.manual_seed(0)
-    return CCLDUNet(4, 12, **{**TINY, **options})
+    return CCLDUNet(4, embedding(12), **{**TINY, **options})
 
 
 def inputs(*size: int, batch: int = 2, channels: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -25,7 +26,7 @@ def inputs(*size: int, batch: int = 2, channels: int = 4) -> tuple[torch.Tensor,
 
 def on_meta(**options) -> CCLDUNet:
     with torch.device("meta"):
-        return CCLDUNet(4, 512, **options)
+        return CCLDUNet(4, embedding(512), **options)
 
 
 @pytest.mark.parametrize(("base", "parameters"), [(192, 1_174_321_228), (128, 557_350_988)])
@@ -51,7 +52,7 @@ def test_any_number_of_levels(levels):
 
 @torch.no_grad()
 def test_other_channels_and_one_block_per_level():
-    net = CCLDUNet(3, 12, **{**TINY, "blocks_per_level": 1})
+    net = CCLDUNet(3, embedding(12), **{**TINY, "blocks_per_level": 1})
     x, t, embed = inputs(4, 6, channels=3)
     assert net(x, t, embed).shape == x.shape
 
@@ -154,7 +155,7 @@ def test_options_that_contradict_each_other(options, message):
     with pytest.raises(UserError, match=message):
         tiny(**options)
     with pytest.raises(UserError, match=rf"^denoiser\..*{message}"):
-        build("denoiser", {"name": "ccld_unet", **TINY, **options}, 4, 12)
+        build("denoiser", {"name": "ccld_unet", **TINY, **options}, 4, embedding(12))
 
 
 @pytest.mark.parametrize("base", [18, 24, 36])

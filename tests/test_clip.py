@@ -157,8 +157,8 @@ def test_batches_are_prepared_as_open_clip_prepares_pillow_images(mode, interpol
     vision = {**ARCHITECTURE["vision_cfg"], "image_size": side}
     clip = CLIP(architecture={"model_cfg": {**ARCHITECTURE, "vision_cfg": vision}, "preprocess_cfg": cfg})
     expected = image_transform_v2(PreprocessCfg(size=side, **cfg), is_train=False)(picture(size))
-    assert torch.equal(clip.transform(picture(size)), expected)
-    ours = clip.normalize(clip.resize((batch(picture(size)).image + 1) / 2))[0]
+    assert torch.equal(clip.image_transform(picture(size)), expected)
+    ours = clip.normalize(clip.preprocessing.resize((batch(picture(size)).image + 1) / 2))[0]
     levels = (ours - expected).abs() * torch.tensor(cfg["std"])[:, None, None] * 255  # [3, S, S]
     assert ours.shape == (3, side, side)
     assert levels.max() < DISTANCES[interpolation] + 0.01 and levels.mean() < 0.15
@@ -167,10 +167,10 @@ def test_batches_are_prepared_as_open_clip_prepares_pillow_images(mode, interpol
 def test_what_pixels_look_like_comes_from_the_weights(published, folder):
     clip = load_part("conditioner", published)
     expected = image_transform_v2(PreprocessCfg(size=32, **TAG), is_train=False)
-    assert torch.equal(clip.transform(picture((50, 70))), expected(picture((50, 70))))
+    assert torch.equal(clip.image_transform(picture((50, 70))), expected(picture((50, 70))))
     torch.testing.assert_close(clip.pixel_mean.flatten(), torch.tensor(TAG["mean"]))
     local = load_part("conditioner", {**published, "weights": str(folder / "weights.pt")})
-    assert local.preprocess_cfg == clip.preprocess_cfg
+    assert local.preprocessing.config == clip.preprocessing.config
 
 
 # ------------------------------------------------------------------------------------------------------------ weights
@@ -375,7 +375,7 @@ def test_a_repository_brings_architecture_pixels_and_weights(hub, folder, clip):
     part = load_part("conditioner", section)
     assert_close(part.encode_text(TEXTS), clip.encode_text(TEXTS))
     torch.testing.assert_close(part.pixel_mean.flatten(), torch.tensor([0.1, 0.2, 0.3]))
-    assert weights_sha256("conditioner", section) == sha256(folder.parent / CLIP.published(section))
+    assert weights_sha256("conditioner", section) == sha256(folder.parent / CLIP.pretrained_path(section))
     with pytest.raises(UserError, match=r"conditioner.model: hf-hub:owner/other cannot be downloaded"):
         load_part("conditioner", {"name": "clip", "model": "hf-hub:owner/other"})
 

@@ -93,7 +93,7 @@ def test_weighted_texts_lead_in_proportion_and_prompts_without_weight_do_not(bas
     with pytest.raises(UserError, match="CLIP guidance: each image needs a text with a weight above 0"):
         base(["bright:0"], clip_guidance=ClipGuidance(Bright()))
     latent = tiny_glide.sampler()
-    latent.autoencoder.scale.fill_(2.0)
+    latent.autoencoder.latent_std.fill_(2.0)
     with pytest.raises(UserError, match="the noised CLIP sees pixels"):
         latent(["bright"], clip_guidance=ClipGuidance(Bright()))
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from tiny import embedding
 
 from ldm_lab import config
 from ldm_lab.errors import UserError
@@ -63,7 +64,7 @@ def test_all_problems_are_reported_at_once_with_the_nearest_match():
         (["data.shards=x", "resume.lr=-1"], "resume.lr: -1 is negative"),
         (["data.shards=x", "demo.batch_size=0"], "demo.batch_size: at least 1 is needed, not 0"),
         (["data.shards=x", "conditioner.dropout=2"], "conditioner.dropout: a share from 0 to 1 is needed, not 2"),
-        (["data.shards=x", "autoencoder.scale=0"], "autoencoder.scale: a positive number is needed, not 0"),
+        (["data.shards=x", "autoencoder.latent_std=0"], "autoencoder.latent_std: a positive number is needed, not 0"),
         (["data.shards"], "an override is written key.path=value"),
     ],
 )
@@ -112,7 +113,7 @@ def test_defaults_are_overlaid_and_may_not_go_in_circles(tmp_path):
 
 def test_a_config_names_only_registered_parts():
     with pytest.raises(UserError, match=r"no such denoiser: 'os\.system'"):
-        config.build("denoiser", {"name": "os.system"}, 4, 512)
+        config.build("denoiser", {"name": "os.system"}, 4, embedding(512))
     with pytest.raises(UserError, match="no such key: '_target_'"):
         config.build("objective", {"name": "v_cosine", "_target_": "os.system"})
 

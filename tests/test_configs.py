@@ -52,7 +52,7 @@ def test_yfcc_cfg_is_the_original_run():
     assert recipe["ema"] == {"from_step": [0, 20_000, 200_000], "decay": [0.99, 0.999, 0.9999]}
     assert recipe["denoiser"]["base_channels"] == 192 and recipe["denoiser"]["multipliers"] == [4, 4, 8, 8]
     assert recipe["conditioner"]["dropout"] == 0.2
-    assert recipe["autoencoder"]["scale"] == 2.55
+    assert recipe["autoencoder"]["latent_std"] == 2.55
     assert recipe["data"]["image_size"] == 256 and recipe["data"]["batch_size"] == 64
     assert recipe["trainer"]["max_steps"] == 250_000 and recipe["trainer"]["devices"] == 8
     demo = recipe["demo"]
@@ -105,11 +105,12 @@ def test_the_recipes_of_glide_are_laionide_s_and_miniglide_s():
     assert base["conditioner"]["dropout"] == 0.2 and upsampler["conditioner"]["dropout"] == 0.0
     assert (base["objective"]["betas"], upsampler["objective"]["betas"]) == ("squaredcos_cap_v2", "linear")
     assert base["data"]["require_text"] and base["objective"]["bound"] is False
-    assert upsampler["low_res"] == {"factor": 4, "noise": 0.0, "blur": 0.0} and upsampler["demo"] is None
+    low_res = {"scale_factor": 4, "noise": 0.0, "blur": 0.0}
+    assert upsampler["condition_sources"] == {"low_res": low_res} and upsampler["demo"] is None
     mini, dog = (load_filled(CONFIGS / f"{name}.yaml") for name in ("miniglide", "dogglide"))
     assert mini["checkpoint"] == {"seconds": 3600, "keep": 3} and mini["data"]["limit"] == 100_000
-    assert mini["denoiser"]["timesteps"] == 100 and dog["denoiser"]["timesteps"] == 1000
-    assert {key for key in mini["denoiser"] if mini["denoiser"][key] != dog["denoiser"][key]} == {"timesteps"}
+    assert mini["objective"]["timesteps"] == 100 and dog["objective"]["timesteps"] == 1000
+    assert mini["denoiser"] == dog["denoiser"]
 
 
 def test_ema_stages_are_the_original_s():

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import AUTOENCODER, CLOOB, DENOISER
+from tiny import AUTOENCODER, CLOOB, DENOISER, embedding
 
 from ldm_lab.checkpoints.files import FORMAT, read_safetensors
 from ldm_lab.checkpoints.importer import recognise
@@ -30,10 +30,10 @@ def folder(tmp_path, monkeypatch):
     """A working directory with a part of each role, a released autoencoder and a run's checkpoint in it."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    autoencoder, unet = build("autoencoder", AUTOENCODER), build("denoiser", DENOISER, 3, 0)
+    autoencoder, unet = build("autoencoder", AUTOENCODER), build("denoiser", DENOISER, 3, embedding(0))
     save_part("ae.safetensors", autoencoder, AUTOENCODER, {"step": "12"})
     save_part("cloob.safetensors", build("conditioner", CLOOB), CLOOB)
-    state = {name: value for name, value in autoencoder.state_dict().items() if name != "scale"}
+    state = {name: value for name, value in autoencoder.state_dict().items() if not name.startswith("latent_")}
     torch.save({"state_dict": {**state, "loss.logvar": torch.zeros(())}, "global_step": 5}, "kl.ckpt")
     state = {f"model.{name}": value + 1 for name, value in unet.state_dict().items()}
     state |= {f"model_ema.{name}": value for name, value in unet.state_dict().items()}
@@ -79,7 +79,7 @@ def test_what_is_said_of_files(folder, program):
         assert code == 0
         assert f"{report['parameters']:,}" in out
         assert report["sha256"] in out
-    assert inspect(program, "last.ckpt")["parameters"] == size(build("denoiser", DENOISER, 3, 0))
+    assert inspect(program, "last.ckpt")["parameters"] == size(build("denoiser", DENOISER, 3, embedding(0)))
     assert inspect(program, "kl.ckpt")["config"]["autoencoder"]["ch_mult"] == AUTOENCODER["ch_mult"]
     save_file({"a.b": torch.zeros(3, dtype=torch.bfloat16)}, "other.safetensors", {"x": "y"})
     report = inspect(program, "other.safetensors")
@@ -128,10 +128,10 @@ def test_half_size(folder, program):
     save_part("scaled.safetensors", build("autoencoder", AUTOENCODER), AUTOENCODER)
     assert program(COMMAND, "convert", "kl.ckpt", "half.safetensors", "--half", "--scale", "5.489981")[0] == 0
     state, _ = read_safetensors("half.safetensors")
-    assert {value.dtype for name, value in state.items() if name != "scale"} == {torch.float16}
-    assert state["scale"].item() == pytest.approx(5.489981, rel=1e-6), "a single number stays exact"
+    assert {value.dtype for name, value in state.items() if not name.startswith("latent_")} == {torch.float16}
+    assert state["latent_std"].item() == pytest.approx(5.489981, rel=1e-6), "a single number stays exact"
     assert os.path.getsize("half.safetensors") < 0.6 * os.path.getsize("scaled.safetensors")
-    assert load_part("autoencoder", {"name": "kl_f8", "weights": "half.safetensors"}).scale.dtype == torch.float32
+    assert load_part("autoencoder", {"name": "kl_f8", "weights": "half.safetensors"}).latent_std.dtype == torch.float32
 
 
 def test_nothing_is_overwritten_unasked(folder, program):
@@ -213,7 +213,7 @@ def test_the_other_autoencoders_of_compvis(tmp_path, program, ch_mult, embed_dim
     options = {"ch": 4, "ch_mult": ch_mult, "num_res_blocks": 2, "z_channels": embed_dim, "embed_dim": embed_dim}
     torch.manual_seed(0)
     net = build("autoencoder", {"name": "kl_f8", **options, "attn_resolutions": attended, "norm_groups": 4})
-    state = {name: value for name, value in net.state_dict().items() if name != "scale"}
+    state = {name: value for name, value in net.state_dict().items() if not name.startswith("latent_")}
     torch.save({"state_dict": state}, tmp_path / "model.ckpt")
     out = tmp_path / "out.safetensors"
     assert program(COMMAND, "convert", tmp_path / "model.ckpt", out, "norm_groups=4")[0] == 0

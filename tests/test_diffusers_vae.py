@@ -71,7 +71,7 @@ def assert_same_network(net: KLAutoencoder, vae: AutoencoderKL, size: int = 32) 
 def test_a_vae_of_diffusers(tmp_path, factor):
     vae = theirs(factor)
     net = ours(saved(vae, tmp_path / "vae"))
-    assert float(net.scale) == pytest.approx(1 / factor)
+    assert float(net.latent_std) == pytest.approx(1 / factor)
     assert net.downscale == 8
     assert_same_network(net, vae)
 
@@ -101,7 +101,7 @@ def test_the_files_that_diffusers_writes(tmp_path):
         state = ours(saved(vae, tmp_path / folder, **options)).state_dict()
         assert all(torch.equal(state[name], expected[name]) for name in expected), folder
     file = tmp_path / "fp16" / "diffusion_pytorch_model.fp16.safetensors"  # its config lies beside it
-    assert torch.equal(ours(file).state_dict()["scale"], expected["scale"])
+    assert torch.equal(ours(file).state_dict()["latent_std"], expected["latent_std"])
 
 
 def test_names_of_attention_before_diffusers_0_15(tmp_path):
@@ -121,9 +121,9 @@ def test_a_single_file_without_a_config(tmp_path):
     vae = theirs(norm_num_groups=8)
     shutil.copy(saved(vae, tmp_path / "vae") / "diffusion_pytorch_model.safetensors", tmp_path / "sd.safetensors")
     assert diffusers_vae.read(tmp_path / "sd.safetensors")[2] == {"scale_known": False}
-    net = ours(tmp_path / "sd.safetensors", scale=1 / 0.18215, norm_groups=8)
+    net = ours(tmp_path / "sd.safetensors", latent_std=1 / 0.18215, norm_groups=8)
     assert_same_network(net, vae)
-    assert float(ours(tmp_path / "sd.safetensors", norm_groups=8).scale) == 1
+    assert float(ours(tmp_path / "sd.safetensors", norm_groups=8).latent_std) == 1
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_incomplete_vaes(tmp_path):
 def test_diffusers_loads_what_is_exported(tmp_path, options):
     torch.manual_seed(0)
     net = KLAutoencoder(**{**TINY, **options}).eval()
-    net.scale.fill_(7.5)
+    net.latent_std.fill_(7.5)
     config = {"attn_resolutions": [], "resolution": 256, **TINY, **options}
     diffusers_vae.write(tmp_path / "vae", net.state_dict(), config)
     vae, info = AutoencoderKL.from_pretrained(tmp_path / "vae", output_loading_info=True)

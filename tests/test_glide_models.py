@@ -5,12 +5,14 @@ import json
 import pytest
 import torch
 from PIL import Image
-from tiny_glide import SIDE
+from tiny_glide import SIDE, conditions
 
 from ldm_lab.checkpoints.formats import glide, noised_clip
 from ldm_lab.checkpoints.importer import recognise
 from ldm_lab.checkpoints.models import read_model
+from ldm_lab.condition_sources import build_sources, given_conditions
 from ldm_lab.conditioners import glide_text
+from ldm_lab.config import build
 from ldm_lab.denoisers.glide_unet import GlideUNet
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.noised_clip import NoisedCLIP
@@ -19,14 +21,14 @@ from ldm_lab.sampling import Sampler
 
 # Heads of 64 channels, 8 in the text, as in all of OpenAI's networks: the files do not say it.
 SMALL = {"base_channels": 64, "multipliers": [1, 1], "blocks_per_level": 1, "attention": [2], "head_width": 64,
-         "text_size": 5, "text_width": 16, "text_layers": 1, "text_heads": 8}  # fmt: skip
+         "text_width": 16, "text_layers": 1, "text_heads": 8}  # fmt: skip
 TOWERS = {"image_size": 8, "patch_size": 4, "image_width": 64, "image_layers": 1, "text_width": 64, "text_layers": 1,
           "embed_dim": 6, "vocab_size": 49408, "timesteps": 10}  # fmt: skip
 
 
-def small(seed: int = 0, vocab: int = 261, **options) -> dict[str, torch.Tensor]:
+def small(seed: int = 0, vocab: int = 261, **forms) -> dict[str, torch.Tensor]:
     torch.manual_seed(seed)
-    return GlideUNet(3, vocab, **{**SMALL, **options}).state_dict()
+    return GlideUNet(3, conditions(vocab, 5, **forms), **SMALL).state_dict()
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def merges(tmp_path, monkeypatch):
 
 def test_a_base_model_is_sampled_from_its_file(program, merges, tmp_path):
     torch.save({"model": small(), "optimizer": {}, "epoch": 3}, tmp_path / "base.pt")
-    torch.save(small(super_res=True), tmp_path / "sr.pt")
+    torch.save(small(upsampler=True), tmp_path / "sr.pt")
     common = ("a red", "--steps", "2", "-n", "1", "--size", f"{SIDE}x{SIDE}", "--out", tmp_path / "out")
     code, _, err = program("sample", "--checkpoint", tmp_path / "base.pt", *common)
     assert code == 0, err
@@ -77,7 +79,7 @@ def test_inspect_and_convert(program, tmp_path):
     code, out, err = program("ldm_lab.__main__", "convert", tmp_path / "base.pt", converted, "preset=miniglide")
     assert code == 0, err
     config, state, extra = read_model(converted)
-    assert config["denoiser"]["head_width"] == 32 and config["denoiser"]["timesteps"] == 100
+    assert config["denoiser"]["head_width"] == 32 and "timesteps" not in config["denoiser"]
     assert config["objective"]["timesteps"] == 100 and extra["image_size"] == "16"
     assert config["conditioner"] == {"name": "glide_text", "vocab_size": 261, "text_size": 5, "dropout": 0.2}
     assert all(value.dtype == torch.float32 for value in state.values())
@@ -95,19 +97,24 @@ def test_inspect_and_convert(program, tmp_path):
 
 def test_what_the_shapes_tell(tmp_path):
     forms = [
-        {},
-        {"super_res": True, "multipliers": [1, 1, 2], "attention": [2, 4], "blocks_per_level": 2},
-        {"inpaint": True, "multipliers": [1], "attention": [1], "text_layers": 3},
-        {"super_res": True, "inpaint": True, "multipliers": [1, 2, 2, 3], "attention": [8], "text_size": 9},
-        {"clip_width": 7, "clip_positions": 2, "attention": []},
+        ({}, {}),
+        ({"upsampler": True}, {"multipliers": [1, 1, 2], "attention": [2, 4], "blocks_per_level": 2}),
+        ({"inpaint": True}, {"multipliers": [1], "attention": [1], "text_layers": 3}),
+        ({"upsampler": True, "inpaint": True, "length": 9}, {"multipliers": [1, 2, 2, 3], "attention": [8]}),
+        ({"clip_width": 7}, {"clip_positions": 2, "attention": []}),
     ]
-    for form in forms:
+    for form, sizes in forms:
+        spec = conditions(**{"vocabulary": 70, "length": 5, "scale_factor": 4, **form})
         with torch.device("meta"):
-            net = GlideUNet(3, 70, **{**SMALL, **form})
-        config = glide.infer_config(net.state_dict())
-        given = {**SMALL, "super_res": False, "inpaint": False, **form}
+            net = GlideUNet(3, spec, **{**SMALL, **sizes})
+        config, given = glide.infer_config(net.state_dict()), {**SMALL, **sizes}
         assert config == {key: given[key] for key in config}, form
         assert set(given) - set(config) == {"head_width", "text_heads"}
+        inferred = glide.infer_conditions(net.state_dict())
+        assert inferred == spec == net.spec
+        sources = build_sources(glide.infer_condition_sources(inferred, 3))
+        text = build("conditioner", {"name": "glide_text", "vocabulary": "clip", "vocab_size": 600, "text_size": 5})
+        assert {**given_conditions(text, sources), "token_ids": spec["token_ids"]} == spec
 
 
 def test_what_is_said_by_width_and_name():
@@ -123,7 +130,7 @@ def test_miniglide_s_pixels_are_from_0_to_1():
         config = glide.model(small(), "some.pt", given={"preset": preset})[0]
         assert config["autoencoder"] == {"name": "identity", **section}
     with torch.device("meta"):
-        mini = GlideUNet(3, 70, **{**SMALL, "base_channels": 96, "head_width": 32}).state_dict()
+        mini = GlideUNet(3, conditions(70, 5), **{**SMALL, "base_channels": 96, "head_width": 32}).state_dict()
     assert glide.model(mini, "model.pt")[0]["autoencoder"] == {"name": "identity", "zero_to_one": True}
 
 

@@ -10,7 +10,7 @@ from ldm_lab.conditioners import glide_text
 from ldm_lab.conditioners.glide_text import GlideText, gpt2_encoding, gpt2_ranks
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Batch
+from ldm_lab.interfaces import Batch, TokenIds
 from ldm_lab.pretrained.catalogue import catalogue
 
 MERGES = ["#version: 0.2", "Ġ a", "r e", "re d", "Ġ red", ""]  # as in vocab.bpe; Ġ is the letter of a space
@@ -41,11 +41,17 @@ def test_ranks_are_bytes_then_merges():
 def test_gpt2_tokens_of_a_small_vocabulary(merges):
     conditioner = GlideText(vocab_size=261, text_size=5)
     made = conditioner.from_prompts(["A RED", "", " "], [])
-    assert made["tokens"].tolist() == [[64, 259, 260, 260, 260], [260] * 5, [220, 260, 260, 260, 260]]
-    assert made["mask"].tolist() == [[True, True, False, False, False], [False] * 5, [True, False, False, False, False]]
-    assert conditioner.embed_dim == 261
+    assert made["token_ids"].tolist() == [[64, 259, 260, 260, 260], [260] * 5, [220, 260, 260, 260, 260]]
+    assert made["token_ids_mask"].tolist() == [
+        [True, True, False, False, False],
+        [False] * 5,
+        [True, False, False, False, False],
+    ]
+    assert conditioner.spec == {"token_ids": TokenIds(5, 261)}
     fewer = GlideText(vocab_size=258, text_size=5)
-    assert fewer.from_prompts(["a red"], [])["tokens"].tolist() == [[64, 220, 81, 68, 67]], "only ' a' is left of them"
+    assert fewer.from_prompts(["a red"], [])["token_ids"].tolist() == [[64, 220, 81, 68, 67]], (
+        "only ' a' is left of them"
+    )
     assert fewer.encode("a a") == [64, 256]
 
 
@@ -53,13 +59,13 @@ def test_the_clip_vocabulary_needs_no_download(monkeypatch):
     monkeypatch.setattr(glide_text, "fetch", lambda name: pytest.fail("a download"))
     conditioner = small()
     made = conditioner.from_batch(Batch(["a", "b"], ["a red circle", ""]))
-    assert made["tokens"].shape == made["mask"].shape == (2, 12)
-    assert 3 <= int(made["mask"][0].sum()) <= 12 and not made["mask"][1].any()
-    assert (made["tokens"] < 600).all() and (made["tokens"][~made["mask"]] == 599).all()
-    ids = made["tokens"][0][made["mask"][0]].tolist()
+    assert made["token_ids"].shape == made["token_ids_mask"].shape == (2, 12)
+    assert 3 <= int(made["token_ids_mask"][0].sum()) <= 12 and not made["token_ids_mask"][1].any()
+    assert (made["token_ids"] < 600).all() and (made["token_ids"][~made["token_ids_mask"]] == 599).all()
+    ids = made["token_ids"][0][made["token_ids_mask"][0]].tolist()
     assert glide_text.CLIPEncoding.of_size(600).decode(ids) == "a red circle"
-    assert GlideText(vocabulary="clip").embed_dim == 49408
-    written_out = small().from_prompts(["<|startoftext|><|endoftext|>"], [])["tokens"]
+    assert GlideText(vocabulary="clip").vocab_size == 49408
+    written_out = small().from_prompts(["<|startoftext|><|endoftext|>"], [])["token_ids"]
     assert (written_out < 600).all()
 
 
@@ -67,7 +73,9 @@ def test_null_is_the_empty_text_and_leaves_the_rest():
     conditioner = small()
     cond = {**conditioner.from_prompts(["a red circle", "a ring"], []), "low_res": torch.ones(2, 3, 4, 4)}
     null, empty = conditioner.null(cond), conditioner.from_prompts(["", ""], [])
-    assert torch.equal(null["tokens"], empty["tokens"]) and torch.equal(null["mask"], empty["mask"])
+    assert torch.equal(null["token_ids"], empty["token_ids"]) and torch.equal(
+        null["token_ids_mask"], empty["token_ids_mask"]
+    )
     assert null["low_res"] is cond["low_res"]
 
 
@@ -75,7 +83,7 @@ def test_long_texts_are_cut_with_a_warning(caplog):
     conditioner = small(text_size=4)
     with caplog.at_level(logging.WARNING):
         made = conditioner.from_prompts(["a red circle on a blue background", "one two three four five six"], [])
-    assert made["mask"].all()
+    assert made["token_ids_mask"].all()
     assert [record.getMessage().split(" is cut")[0] for record in caplog.records] == [
         "prompt 'a red circle on a blue background'", "prompt 'one two three four five six'",
     ]  # fmt: skip

@@ -8,20 +8,21 @@ import pytest
 import torch
 from PIL import Image
 from tiny import ROOT, run_program
-from tiny_glide import TEXT, UNET
+from tiny_glide import TEXT, UNET, conditions
 
 from ldm_lab import ema
 from ldm_lab.checkpoints.files import read_pickled, read_safetensors
 from ldm_lab.checkpoints.models import read_model, save_model
+from ldm_lab.condition_sources.low_res import LowRes, shrink
 from ldm_lab.config import build, check, load, to_yaml
 from ldm_lab.data.shapes import write_shards
 from ldm_lab.errors import UserError
 from ldm_lab.io.images import to_images, to_tensor
 from ldm_lab.training.diffusion import DiffusionTask
-from ldm_lab.training.low_res import LowRes, shrink
 from ldm_lab.training.runner import build_task
 
-UPSAMPLER = {"denoiser": {"super_res": True}, "low_res": {"factor": 2}, "objective": {"betas": "linear"}}
+UPSAMPLER = {"condition_sources": {"low_res": {"scale_factor": 2}}, "objective": {"betas": "linear"}}
+INPAINT = {"condition_sources": {"inpaint": {}}}
 
 
 def glide_config(folder, **sections) -> dict:
@@ -97,7 +98,7 @@ def test_an_upsampler_is_trained_and_draws_what_it_makes(tmp_path):
     grid = Image.open(tmp_path / "runs/tiny/enlargements/step=00000003.png")
     assert grid.width > grid.height, "six columns, three rows"
     config = read_model(tmp_path / "runs/tiny/ema.safetensors")[0]
-    assert config["low_res"] == {"factor": 2} and "enlargements" not in config
+    assert config["condition_sources"] == {"low_res": {"scale_factor": 2}} and "enlargements" not in config
     refused = run_program(ROOT / "sample.py", "--checkpoint", "runs/tiny/ema.safetensors", "a red circle", cwd=tmp_path)
     assert refused.returncode == 2 and "upsampler" in refused.stderr and refused.stderr.count("\n") == 1
 
@@ -140,7 +141,7 @@ def test_frozen_parts_are_bit_equal_before_and_after(tmp_path, part):
     start = model_of(tmp_path, "first", "model_ema")
     done = train(tmp_path, f"optim.freeze=[{part}]", "run=tuned", "init_from=runs/first/last.ckpt")
     assert done.returncode == 0, done.stderr
-    net = build("denoiser", UNET, 3, TEXT["vocab_size"])
+    net = build("denoiser", UNET, 3, conditions())
     ids = {id(p) for p in net.freeze_groups()[part]}
     kept = {name for name, p in net.named_parameters() if id(p) in ids}
     for name in ("model", "model_ema"):
@@ -195,11 +196,24 @@ def test_captionless_samples_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"conditioner": {"text_size": 7}}, "conditioner.text_size: 7, and denoiser.text_size: 6"),
-        ({"objective": {"timesteps": 1000}}, "objective.timesteps: 1000, and denoiser.timesteps: 100"),
-        ({"conditioner": {"name": "none"}}, "glide_unet reads tokens and mask, and the conditioner none gives embed"),
-        ({"low_res": {"factor": 2}}, "low_res: is for upsamplers"),
-        ({**UPSAMPLER, "low_res": {"factor": 3}}, "data.image_size: 16 is not a multiple of low_res.factor, 3"),
+        (
+            {"conditioner": {"name": "none"}},
+            "denoiser.name: glide_unet takes token_ids (TokenIds), and the conditioner and condition sources give "
+            "embed (embedding of 64)",
+        ),
+        ({"objective": {"name": "v_cosine"}}, "objective.name: this denoiser reads timesteps, and the objective's"),
+        (
+            {"condition_sources": {"low_res": {"scale_factor": 3}}},
+            "data.image_size: 16 is not a multiple of condition_sources.low_res.scale_factor, 3",
+        ),
+        ({"condition_sources": {"low_rse": {}}}, "condition_sources.low_rse: no such condition source: 'low_rse'"),
+        ({"condition_sources": {"low_res": {"factor": 3}}}, "condition_sources.low_res.factor: no such key: 'factor'"),
+        (
+            {"condition_sources": {"inpaint": {"channels": 4}}},
+            "glide_unet takes token_ids (6 token ids of a vocabulary of 600), and the conditioner and condition "
+            "sources give token_ids (6 token ids of a vocabulary of 600) and inpaint_image (image of 4 channels) and "
+            "inpaint_mask (image of 1 channels)",
+        ),
         ({"optim": {"freeze": ["text"]}}, "optim.freeze: no such part of this network"),
         ({"optim": {"freeze": ["unet", "text_transformer"]}, "denoiser": {"attention": []}}, None),
     ],
@@ -208,6 +222,8 @@ def test_what_does_not_fit_together(tmp_path, sections, message):
     config = glide_config(tmp_path, **sections)
     if sections.get("conditioner", {}).get("name") == "none":
         config["conditioner"] = {"name": "none"}
+    if sections.get("objective", {}).get("name") == "v_cosine":
+        config["objective"] = {"name": "v_cosine"}
     if message is None:  # the middle has attention in any case: what reads the text is left to be trained
         task = DiffusionTask(config)
         assert {n.split(".")[-2] for n, p in task.model.named_parameters() if p.requires_grad} == {"encoder_kv"}
@@ -224,20 +240,22 @@ def test_an_upsampler_as_base_is_refused_and_more_channels_are_named(tmp_path, m
     task = build_task({**glide_config(tmp_path), "init_from": "base.pt"})
     assert all(torch.equal(t, task.model.state_dict()[n]) for n, t in base.state_dict().items())
     with pytest.raises(
-        UserError, match=r"init_from: base\.pt is a base model, and denoiser\.super_res asks for an upsampler"
+        UserError, match=r"init_from: base\.pt is a base model, and condition_sources of this config make an upsampler"
     ):
         build_task({**glide_config(tmp_path, **UPSAMPLER), "init_from": "base.pt"})
     upsampler = DiffusionTask(glide_config(tmp_path, **UPSAMPLER)).model
     torch.save(upsampler.state_dict(), "sr.pt")
     with pytest.raises(
-        UserError, match=r"init_from: sr\.pt is an upsampler, and denoiser\.super_res asks for a base model"
+        UserError, match=r"init_from: sr\.pt is an upsampler, and condition_sources of this config make a base model"
     ):
         build_task({**glide_config(tmp_path), "init_from": "sr.pt"})
-    painter = DiffusionTask(glide_config(tmp_path, denoiser={"inpaint": True})).model
+    painter = DiffusionTask(glide_config(tmp_path, **INPAINT)).model
     torch.save(painter.state_dict(), "inpaint.pt")
-    with pytest.raises(UserError, match=r"init_from: inpaint\.pt is an inpainting model; denoiser\.inpaint=true goes"):
+    with pytest.raises(
+        UserError, match=r"init_from: inpaint\.pt takes inpaint_image and inpaint_mask, which no entry of"
+    ):
         build_task({**glide_config(tmp_path), "init_from": "inpaint.pt"})
-    build_task({**glide_config(tmp_path, denoiser={"inpaint": True}), "init_from": "base.pt"})
+    build_task({**glide_config(tmp_path, **INPAINT), "init_from": "base.pt"})
     assert "input_blocks.0.0.weight stays as initialised" in "".join(capsys.readouterr())
 
 
@@ -281,10 +299,13 @@ def test_small_images_are_made_in_levels():
     wanted = [to_tensor(picture.resize((2, 3), Image.Resampling.BICUBIC)) for picture in pictures]
     assert ((shrink(exact, 4) - torch.stack(wanted)) * 127.5).abs().max() < 1.01, "Pillow's, but for one level of 255"
     torch.manual_seed(0)
-    noised, blurred = LowRes(factor=4, noise=0.5)(image), LowRes(factor=2, blur=3.0)(torch.rand(4, 3, 24, 24))
+    noised, blurred = (
+        LowRes(scale_factor=4, noise=0.5).reduce(image),
+        LowRes(scale_factor=2, blur=3.0).reduce(torch.rand(4, 3, 24, 24)),
+    )
     assert (noised - low).abs().max() > 0.01
     assert blurred.std() < shrink(torch.rand(4, 3, 24, 24), 2).std()
-    assert torch.equal(LowRes(factor=4)(image), low)
+    assert torch.equal(LowRes(scale_factor=4).reduce(image), low)
 
 
 def test_sections_may_be_taken_back(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_glide import conditions
 
 from ldm_lab.config import build
 from ldm_lab.denoisers.glide_unet import GlideUNet
@@ -10,15 +11,15 @@ from ldm_lab.schedules import Discrete
 
 TINY = {
     "base_channels": 32, "multipliers": [1, 2], "blocks_per_level": 1, "attention": [2], "head_width": 16,
-    "text_size": 6, "text_width": 24, "text_layers": 2, "text_heads": 2,
+    "text_width": 24, "text_layers": 2, "text_heads": 2,
 }  # fmt: skip
-UPSAMPLER = {"multipliers": [1, 1, 2, 2, 4, 4], "blocks_per_level": 2, "attention": [8, 16, 32], "super_res": True}
+UPSAMPLER = {"multipliers": [1, 1, 2, 2, 4, 4], "blocks_per_level": 2, "attention": [8, 16, 32]}
 MINI = {"base_channels": 96, "head_width": 32}
 
 
-def tiny(**options) -> GlideUNet:
+def tiny(forms: dict | None = None, **options) -> GlideUNet:
     torch.manual_seed(0)
-    net = GlideUNet(3, 50, **{**TINY, **options})
+    net = GlideUNet(3, conditions(50, 6, **(forms or {})), **{**TINY, **options})
     with torch.no_grad():  # what begins as zero would hide what comes before it
         for parameter in net.parameters():
             if not parameter.any():
@@ -30,33 +31,35 @@ def inputs(*size: int, batch: int = 2) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return {
         "x": torch.randn(batch, 3, *size, generator=generator),
-        "time": 99 * torch.rand(batch, generator=generator),
-        "tokens": torch.randint(0, 49, (batch, 6), generator=generator),
-        "mask": torch.tensor([[True] * 4 + [False] * 2, [False] * 6] * batch)[:batch],
+        "time": torch.rand(batch, generator=generator) * 1000 - 1,
+        "token_ids": torch.randint(0, 49, (batch, 6), generator=generator),
+        "token_ids_mask": torch.tensor([[True] * 4 + [False] * 2, [False] * 6] * batch)[:batch],
     }
 
 
 @pytest.mark.parametrize(
-    ("options", "parameters", "tensors"),
+    ("form", "options", "parameters", "tensors"),
     [
-        ({}, 385_030_726, 783),
-        (UPSAMPLER, 398_361_286, 797),
-        ({"inpaint": True}, 385_037_638, 783),
-        ({**UPSAMPLER, "inpaint": True}, 398_368_198, 797),
-        (MINI, 156_947_494, 783),
+        ({}, {}, 385_030_726, 783),
+        ({"upsampler": True}, UPSAMPLER, 398_361_286, 797),
+        ({"inpaint": True}, {}, 385_037_638, 783),
+        ({"upsampler": True, "inpaint": True}, UPSAMPLER, 398_368_198, 797),
+        ({}, MINI, 156_947_494, 783),
     ],
 )
-def test_parameter_counts_of_the_released_models(options, parameters, tensors):
+def test_parameter_counts_of_the_released_models(form, options, parameters, tensors):
     with torch.device("meta"):
-        net = GlideUNet(3, 50257, **options)
+        net = GlideUNet(3, conditions(50257, 128, **form), **options)
     assert sum(p.numel() for p in net.parameters()) == parameters
     assert len(net.state_dict()) == tensors
-    assert net.multiple_of == (32 if options.get("super_res") else 8)
+    assert net.multiple_of == (32 if "upsampler" in form else 8)
+    assert net.spec == conditions(50257, 128, **form)
 
 
 def test_parameter_count_of_the_latent_form():
     with torch.device("meta"):
-        net = GlideUNet(4, 50257, multipliers=[1, 2, 4], attention=[1, 2, 4], clip_width=768)
+        spec = conditions(50257, 128, clip_width=768)
+        net = GlideUNet(4, spec, multipliers=[1, 2, 4], attention=[1, 2, 4])
     names = set(net.state_dict())
     assert {"clip_to_time.0.weight", "clip_to_time.2.weight", "clip_to_xf.weight"} <= names
     assert net.clip_to_xf.out_features == 4 * 512
@@ -86,13 +89,13 @@ def test_rows_do_not_depend_on_each_other():
 @torch.no_grad()
 def test_time_text_and_conditions_matter():
     given = inputs(8, 8)
-    net = tiny(super_res=True, inpaint=True).eval()
+    net = tiny({"upsampler": True, "inpaint": True}).eval()
     more = {"low_res": torch.randn(2, 3, 2, 2), "inpaint_image": torch.randn(2, 3, 8, 8)}
     more["inpaint_mask"] = (torch.rand(2, 1, 8, 8) > 0.5).float()
     out = net(**given, **more)
     changes = [
         {"time": given["time"] / 2},
-        {"tokens": given["tokens"].flip(1)},
+        {"token_ids": given["token_ids"].flip(1)},
         {"low_res": more["low_res"] / 2},
         {"inpaint_image": more["inpaint_image"] / 2},
         {"inpaint_mask": 1 - more["inpaint_mask"]},
@@ -100,21 +103,22 @@ def test_time_text_and_conditions_matter():
     for change in changes:
         assert (net(**{**given, **more, **change}) - out).abs()[0].max() > 1e-4, change.keys()
     # What an empty text has for tokens does not matter: its padding is what is read.
-    other = {**given, "tokens": torch.stack([given["tokens"][0], given["tokens"][1].flip(0)])}
+    other = {**given, "token_ids": torch.stack([given["token_ids"][0], given["token_ids"][1].flip(0)])}
     torch.testing.assert_close(net(**{**other, **more}), out)
 
 
 def test_times_of_the_grid_are_whole_timesteps():
+    net = tiny()
     for steps in (100, 1000, 4000):
-        net = tiny(timesteps=steps)
+        schedule = Discrete("squaredcos_cap_v2", steps)
         seen = []
         net.time_embed[0].register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
         index = torch.arange(steps)
-        net.time_embedding(Discrete("squaredcos_cap_v2", steps).time(((index + 1) / steps).float(), "timestep"))
+        net.time_embedding(schedule.time(((index + 1) / steps).float(), net.time_input))
         angle = index.float()[:, None] * torch.exp(-torch.arange(16) * torch.tensor(10_000.0).log() / 16)
         torch.testing.assert_close(seen[0], torch.cat([angle.cos(), angle.sin()], dim=1), rtol=0, atol=2e-4)
         assert torch.equal(seen[0][:, 0], index.float().cos()), "a float32 t gives the timestep itself"
-        net.time_embedding(torch.tensor([3.5]))
+        net.time_embedding(schedule.time(torch.tensor([(3.5 + 1) / steps]), net.time_input))
         torch.testing.assert_close(seen[1][0, 0], torch.tensor(3.5).cos(), rtol=0, atol=3e-4)
 
 
@@ -172,7 +176,7 @@ def test_half_precision_is_near_and_its_norms_are_in_float32(dtype):
 
 def test_initial_weights_are_all_set():
     torch.manual_seed(0)
-    net = GlideUNet(3, 50, **TINY)
+    net = GlideUNet(3, conditions(50, 6), **TINY)
     assert 0.005 < net.positional_embedding.std() < 0.02 and 0.01 < net.padding_embedding.std() < 0.03
     assert all(p.isfinite().all() for p in net.parameters())
     zero = {name for name, p in net.named_parameters() if name.endswith("weight") and not p.any()}
@@ -217,24 +221,24 @@ def test_groups_that_can_be_frozen_are_those_of_glide_finetune():
         ({"text_heads": 5}, "text_heads: 5 heads do not divide text_width 24"),
         ({"multipliers": []}, "multipliers: numbers from 1 on"),
         ({"dropout": 1.0}, r"dropout: a share in \[0, 1\)"),
-        ({"timesteps": 0}, "timesteps: at least 1"),
+        ({"text_layers": 0}, "text_layers: at least 1"),
     ],
 )
 def test_options_that_contradict_each_other(options, message):
     with pytest.raises(UserError, match=message):
-        build("denoiser", {"name": "glide_unet", **TINY, **options}, 3, 50)
+        build("denoiser", {"name": "glide_unet", **TINY, **options}, 3, conditions(50, 6))
 
 
 @pytest.mark.parametrize(
-    ("options", "change", "message"),
+    ("forms", "change", "message"),
     [
         ({}, {"x": torch.zeros(2, 3, 5, 4)}, "multiples of 2 for a U-Net of 2 levels, not 5x4"),
         ({}, {"low_res": torch.zeros(2, 3, 2, 2)}, "a base model"),
-        ({"super_res": True}, {}, "is an upsampler"),
+        ({"upsampler": True}, {}, "is an upsampler"),
         ({}, {"inpaint_image": torch.zeros(2, 3, 4, 4)}, "not trained for inpainting"),
-        ({}, {"tokens": torch.zeros(2, 7).long()}, "reads 6 tokens, and the conditioner gives 7"),
+        ({}, {"token_ids": torch.zeros(2, 7).long()}, "reads 6 tokens, and the conditioner gives 7"),
     ],
 )
-def test_conditions_that_a_form_does_not_have(options, change, message):
+def test_conditions_that_a_form_does_not_have(forms, change, message):
     with pytest.raises(UserError, match=message):
-        tiny(**options)(**{**inputs(4, 4), **change})
+        tiny(forms)(**{**inputs(4, 4), **change})

@@ -12,6 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
+from tiny import embedding
 
 from ldm_lab.autoencoders.kl_f8 import KLAutoencoder
 from ldm_lab.checkpoints.formats import ccld, compvis
@@ -26,7 +27,7 @@ TINY = {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "z_channels": 3, "embe
 def unet(**options) -> CCLDUNet:
     torch.manual_seed(0)
     defaults = {"base_channels": 16, "multipliers": [4, 8], "blocks_per_level": 1, "mapping_width": 8}
-    return CCLDUNet(3, 10, **{**defaults, **options})
+    return CCLDUNet(3, embedding(10), **{**defaults, **options})
 
 
 def autoencoder(**options) -> KLAutoencoder:
@@ -36,7 +37,7 @@ def autoencoder(**options) -> KLAutoencoder:
 
 def released(net: KLAutoencoder) -> dict[str, torch.Tensor]:
     """Return a state dict as CompVis has it: without our buffer, with the training loss."""
-    own = {name: value for name, value in net.state_dict().items() if name != "scale"}
+    own = {name: value for name, value in net.state_dict().items() if not name.startswith("latent_")}
     return {**own, "loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.zeros(2, 2)}
 
 
@@ -60,7 +61,7 @@ def test_a_flat_ccld_checkpoint(tmp_path):
         assert_same(state, expected)
         assert config == {"base_channels": 16, "multipliers": [4, 8], "blocks_per_level": 1, "mapping_width": 8}
         scale = pytest.approx(2.55) if "autoencoder_scale" in content else None
-        assert extra == {"autoencoder_scale": scale, "channels": 3, "embed_dim": 10}
+        assert extra == {"latent_std": scale, "channels": 3, "conditions": embedding(10)}
     save_file(expected, tmp_path / "unet.safetensors")
     assert_same(ccld.read(tmp_path / "unet.safetensors")[0], expected)
 
@@ -75,7 +76,7 @@ def test_a_ccld_training_checkpoint(tmp_path):
     for ema, expected in ((True, averaged), (False, raw)):
         read, _, extra = ccld.read(path, ema=ema)
         assert_same(read, expected)
-        assert extra["autoencoder_scale"] == 8.0
+        assert extra["latent_std"] == 8.0
     only_raw = {name: value for name, value in state.items() if name.startswith("model.")}
     with pytest.raises(UserError, match=r"neither 'net.0.main.0.weight' nor 'model_ema.net.0.main.0.weight'"):
         ccld.read(saved({"state_dict": only_raw}, tmp_path))
@@ -92,9 +93,9 @@ def test_a_ccld_training_checkpoint(tmp_path):
 )
 def test_architectures_of_ccld_from_shapes(options):
     with torch.device("meta"):
-        expected = CCLDUNet(4, 512, **options).state_dict()
+        expected = CCLDUNet(4, embedding(512), **options).state_dict()
         config = ccld.infer_config(expected)
-        rebuilt = CCLDUNet(4, 512, **config).state_dict()
+        rebuilt = CCLDUNet(4, embedding(512), **config).state_dict()
     widths = [options["base_channels"] * multiplier for multiplier in options["multipliers"]]
     assert [config["base_channels"] * multiplier for multiplier in config["multipliers"]] == widths
     if options["mapping_width"] == 1024:  # the released ones come out as they were written
@@ -135,17 +136,17 @@ def test_an_autoencoder_inside_a_diffusion_model(tmp_path, prefix, factor, scale
     state = {prefix + name: value for name, value in released(net).items()}
     path = saved({"state_dict": {**state, "model.x": torch.zeros(1), "scale_factor": torch.tensor(factor)}}, tmp_path)
     read, _, extra = compvis.read(path)
-    assert_same({**read, "scale": torch.tensor(1.0)}, net.state_dict())
-    assert read["scale"].item() == pytest.approx(scale)
+    assert_same({**read, "latent_std": torch.tensor(1.0)}, net.state_dict())
+    assert read["latent_std"].item() == pytest.approx(scale)
     assert extra == {"scale_known": True}
 
 
 def test_an_autoencoder_by_its_config_section(tmp_path):
     net = autoencoder()
     path = str(saved({"state_dict": released(net)}, tmp_path))
-    part = load_part("autoencoder", {"name": "kl_f8", "weights": path, "scale": 3.5})
-    assert part.scale == 3.5
-    assert_same({**part.state_dict(), "scale": torch.tensor(1.0)}, net.state_dict())
+    part = load_part("autoencoder", {"name": "kl_f8", "weights": path, "latent_std": 3.5})
+    assert part.latent_std == 3.5
+    assert_same({**part.state_dict(), "latent_std": torch.tensor(1.0)}, net.state_dict())
     with pytest.raises(UserError, match=r"autoencoder.ch: 64 is asked for"):
         load_part("autoencoder", {"name": "kl_f8", "weights": path, "ch": 64})
 

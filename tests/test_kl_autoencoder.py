@@ -52,16 +52,22 @@ def test_attention_goes_where_its_resolution_is():
 
 
 @torch.no_grad()
-def test_the_scale_divides_latents_and_changes_no_image():
+def test_mean_and_std_normalize_latents_and_change_no_image():
     net = tiny()
     image = noise_like((1, 3, 8, 8))
-    z = net.encode(image)
-    assert net.scale.shape == ()
-    pictured = net.decode(z)
-    net.scale.fill_(2.5)
-    torch.testing.assert_close(net.encode(image), z / 2.5)
-    torch.testing.assert_close(net.decode(z / 2.5), pictured)
-    assert net.state_dict()["scale"] == 2.5
+    raw = net.encode(image)
+    assert net.latent_mean.shape == net.latent_std.shape == ()
+    assert torch.equal(raw, net.moments(image)[0]), "nothing is taken off before they are set"
+    pictured = net.decode(raw)
+    net.set_latent_statistics(std=2.5)
+    assert torch.equal(net.encode(image), raw / 2.5)
+    torch.testing.assert_close(net.decode(raw / 2.5), pictured)
+    assert net.state_dict()["latent_std"] == 2.5 and net.state_dict()["latent_mean"] == 0
+    assert net.normalize(raw.half()).dtype == torch.float16
+    mean, std = torch.arange(net.channels) / 4, torch.arange(net.channels) + 0.5  # [C] each
+    net.set_latent_statistics(mean.tolist(), std.tolist())
+    torch.testing.assert_close(net.encode(image), (raw - mean[:, None, None]) / std[:, None, None])
+    torch.testing.assert_close(net.decode(net.encode(image)), pictured)
 
 
 @torch.no_grad()
@@ -140,6 +146,8 @@ def test_identity_is_the_image_itself():
     dark = IdentityAutoencoder(zero_to_one=True)
     assert torch.equal(dark.encode(torch.tensor([[[[-1.0, 0.0, 1.0]]]])), torch.tensor([[[[0.0, 0.5, 1.0]]]]))
     torch.testing.assert_close(dark.decode(dark.encode(image)), image)
-    net.scale.fill_(0.5)
+    assert net.pixel_range == (-1, 1) and dark.pixel_range == (0, 1) and tiny().pixel_range is None
+    net.latent_std.fill_(0.5)
+    assert net.pixel_range == (-2, 2)
     assert torch.equal(net.encode(image), image * 2)
     assert torch.equal(net.decode(net.encode(image)), image)

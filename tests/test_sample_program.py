@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 from PIL import Image
-from tiny import DENOISER, make_parts, run_program
+from tiny import DENOISER, embedding, make_parts, run_program
 
 import sample
 from ldm_lab.checkpoints.models import save_model
@@ -27,7 +27,7 @@ def checkpoint(tmp_path_factory):
 def make_checkpoint(folder, dropout):
     config = {"task": "diffusion", **make_parts(folder), "denoiser": DENOISER, "objective": {"name": "v_cosine"}}
     config["conditioner"]["dropout"] = dropout
-    denoiser = build("denoiser", DENOISER, 4, 16)
+    denoiser = build("denoiser", DENOISER, 4, embedding(16))
     save_model(folder / "ema.safetensors", denoiser.state_dict(), config, {"image_size": "16"})
     return folder / "ema.safetensors"
 

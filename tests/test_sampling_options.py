@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 from test_sampling import BLANK, BOUND, FAST, raw
-from tiny import DENOISER, make_parts
+from tiny import DENOISER, embedding, make_parts
 
 from ldm_lab.checkpoints.models import save_model
 from ldm_lab.config import build
@@ -208,7 +208,7 @@ def test_low_memory_has_one_part_on_the_device_at_a_time(parts):
 
 def test_autoguidance_leads_away_from_the_worse_model(sampler):
     torch.manual_seed(1)
-    weak = build("denoiser", DENOISER, 4, 16).eval()
+    weak = build("denoiser", DENOISER, 4, embedding(16)).eval()
     plain = raw(sampler, ["red"], [0], 1, "ddim", guidance=1.0)
     same = raw(again(sampler, weak=sampler.denoiser), ["red"], [0], 1, "ddim", guidance=4.0)
     assert torch.allclose(same, plain, atol=1e-3)  # w * D + (1 - w) * D

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from tiny import AUTOENCODER, ROOT
-from torch import nn
 
 from ldm_lab import __main__ as commands
 from ldm_lab.checkpoints.files import read_safetensors
@@ -15,22 +14,20 @@ from ldm_lab.commands.scale import image_batches
 from ldm_lab.config import build, to_yaml
 from ldm_lab.data.shapes import write_shards
 from ldm_lab.errors import run_program
+from ldm_lab.interfaces import Autoencoder
 from ldm_lab.training.scale import latent_scale, measure_scale
 
 
-class Known(nn.Module):
+class Known(Autoencoder):
     """An autoencoder whose posterior is N(3, 2^2), whatever the image."""
 
-    def __init__(self, scale: float) -> None:
+    def __init__(self, std: float) -> None:
         super().__init__()
-        self.register_buffer("scale", torch.tensor(scale))
+        self.latent_std.fill_(std)
 
     def moments(self, image):
         mean = torch.full((len(image), 4, 16, 16), 3.0)
         return mean, torch.full_like(mean, float(np.log(4.0)))
-
-    def sample(self, mean, logvar, noise=None):
-        return (mean + (logvar / 2).exp() * noise) / self.scale
 
 
 def test_the_statistic_is_the_recorded_one():
@@ -98,20 +95,20 @@ def test_the_command_measures_and_stores(scale, tmp_path):
     code, out, _ = scale("--batches", "3", "--batch-size", "8", "--out", "out/scaled.safetensors")
     assert code == 0
     tensors, metadata = read_safetensors(tmp_path / "out" / "scaled.safetensors")
-    assert f"latent scale {float(tensors['scale']):.4f} on 24 images (before: 1.0000)" in out
+    assert f"latent std {float(tensors['latent_std']):.4f} on 24 images (before: 1.0000)" in out
     assert metadata["scale_images"] == "24"
     scaled = load_part("autoencoder", {"name": "kl_f8", "weights": "out/scaled.safetensors"})
     original = load_part("autoencoder", {"name": "kl_f8", "weights": "ae.safetensors"})
-    assert float(original.scale) == 1.0, "the given file is left as it was"
+    assert float(original.latent_std) == 1.0, "the given file is left as it was"
     assert all(
         torch.equal(a, b)
         for (n, a), b in zip(scaled.state_dict().items(), original.state_dict().values())
-        if n != "scale"
+        if not n.startswith("latent_")
     )
     images = torch.rand(8, 3, 32, 32) * 2 - 1
-    torch.testing.assert_close(scaled.encode(images) * scaled.scale, original.encode(images))
+    torch.testing.assert_close(scaled.encode(images) * scaled.latent_std, original.encode(images))
     again = scale("--batches", "3", "--batch-size", "8", "autoencoder.weights=out/scaled.safetensors")[1]
-    assert f"latent scale {float(tensors['scale']):.4f}" in again
+    assert f"latent std {float(tensors['latent_std']):.4f}" in again
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,7 @@ def test_benchmark_measures_a_model():
     torch.manual_seed(0)
     autoencoder = config.build("autoencoder", AUTOENCODER).eval()
     conditioner = config.build("conditioner", CLOOB).eval()
-    denoiser = config.build("denoiser", DENOISER, autoencoder.channels, conditioner.embed_dim)
+    denoiser = config.build("denoiser", DENOISER, autoencoder.channels, conditioner.spec)
     objective = config.build("objective", {"name": "v_cosine"})
     shown = []
     rows = measure(

@@ -87,7 +87,7 @@ def test_a_run_learns_and_leaves_a_usable_autoencoder(here, program):
     trained = load_part("autoencoder", {"name": "kl_f8", "weights": str(run / "autoencoder.safetensors")})
     tensors, metadata = read_safetensors(run / "autoencoder.safetensors")
     assert (metadata["step"], metadata["scale_images"]) == ("30", "240")
-    assert "scale" in tensors and float(trained.scale) != 1.0
+    assert "latent_std" in tensors and float(trained.latent_std) != 1.0
     images = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1  # noise, not shapes
     assert trained.encode(images).shape == (16, 4, 16, 16)
 
@@ -99,7 +99,7 @@ def test_the_exported_scale_is_that_of_the_last_batches(here, program):
     trained = load_part("autoencoder", {"name": "kl_f8", "weights": str(run / "autoencoder.safetensors")})
     averaged = read_pickled(run / "last.ckpt")["state_dict"]
     assert torch.equal(trained.decoder.conv_out.weight, averaged["model_ema.decoder.conv_out.weight"])
-    assert averaged["model_ema.scale"] == averaged["model.scale"] == 1.0, "training itself goes on unscaled"
+    assert averaged["model_ema.latent_std"] == averaged["model.latent_std"] == 1.0, "training itself goes on unscaled"
 
     data = build("data", load(yaml)["data"])
     from ldm_lab.data.datamodule import DataModule
@@ -107,7 +107,7 @@ def test_the_exported_scale_is_that_of_the_last_batches(here, program):
     module = DataModule(data, seed=1)
     module.setup()
     batches = (batch.image for batch, _ in zip(module.train_dataloader(), range(4)))
-    assert float(trained.scale) == pytest.approx(measure_scale(trained, batches), rel=1e-5)
+    assert float(trained.latent_std) == pytest.approx(measure_scale(trained, batches), rel=1e-5)
 
 
 def test_the_discriminator_starts_when_it_is_told_to(here, program):
@@ -322,7 +322,7 @@ def test_initial_weights_come_from_a_part_or_a_run(here, program):
     ("sections", "message"),
     [
         ({"autoencoder": {"weights": "x.safetensors"}}, r"autoencoder\.weights: .* init_from"),
-        ({"autoencoder": {"scale": 2.0}}, r"autoencoder\.scale: .* this task trains it"),
+        ({"autoencoder": {"latent_std": 2.0}}, r"autoencoder\.latent_std: .* this task trains it"),
         ({"loss": {"name": "infoloob"}}, r"loss\.name: 'infoloob' is not this task's: 'reconstruction'"),
         ({"data": {"image_size": 17}}, r"data\.image_size: 17 is no multiple of .*2"),
         ({"discriminator": {"layers": 3}}, r"data\.image_size: 16 is too small .* needs 24"),

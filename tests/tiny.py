@@ -11,6 +11,7 @@ import torch
 from ldm_lab.checkpoints.parts import save_part
 from ldm_lab.config import build, to_yaml
 from ldm_lab.data.shapes import write_shards
+from ldm_lab.interfaces import ConditionSpec, Embedding
 
 ROOT = Path(__file__).resolve().parents[1]
 AUTOENCODER = {"name": "kl_f8", "ch": 32, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1}
@@ -19,6 +20,11 @@ CLOOB = {
     "text_width": 32, "text_layers": 1, "text_heads": 2, "text_size": 24, "vocab_size": 600, "embed_dim": 16,
 }  # fmt: skip
 DENOISER = {"name": "ccld_unet", "base_channels": 16, "multipliers": [1, 2], "mapping_width": 32, "head_width": 16}
+
+
+def embedding(width: int) -> ConditionSpec:
+    """Return the conditions of a denoiser that takes an embedding alone."""
+    return {"embed": Embedding(width)}
 
 
 def make_parts(folder: Path) -> dict[str, dict]:

@@ -5,33 +5,59 @@ from pathlib import Path
 import torch
 
 from ldm_lab.checkpoints.models import save_model
+from ldm_lab.condition_sources import build_sources, given_conditions
 from ldm_lab.config import build
+from ldm_lab.interfaces import ConditionSpec, Embedding, ImageCondition, TokenIds
 from ldm_lab.sampling import Sampler
 
 SIDE, FACTOR = 16, 2
 TEXT = {"name": "glide_text", "vocabulary": "clip", "vocab_size": 600, "text_size": 6}
 UNET = {
     "name": "glide_unet", "base_channels": 32, "multipliers": [1, 1], "blocks_per_level": 1, "attention": [2],
-    "head_width": 16, "text_size": 6, "text_width": 16, "text_layers": 1, "text_heads": 2, "timesteps": 100,
+    "head_width": 16, "text_width": 16, "text_layers": 1, "text_heads": 2,
 }  # fmt: skip
 
 
-def config(super_res: bool = False, inpaint: bool = False, dropout: float = 0.2) -> dict:
+def conditions(
+    vocabulary: int = TEXT["vocab_size"],
+    length: int = TEXT["text_size"],
+    *,
+    upsampler: bool = False,
+    inpaint: bool = False,
+    clip_width: int | None = None,
+    scale_factor: int = FACTOR,
+    channels: int = 3,
+) -> ConditionSpec:
+    """Return what one of the forms takes."""
+    taken = {"token_ids": TokenIds(length, vocabulary)}
+    if upsampler:
+        taken["low_res"] = ImageCondition(3, scale_factor)
+    if inpaint:
+        taken |= {"inpaint_image": ImageCondition(channels), "inpaint_mask": ImageCondition(1)}
+    return {**taken, **({"clip_embed": Embedding(clip_width)} if clip_width else {})}
+
+
+def config(upsampler: bool = False, inpaint: bool = False, dropout: float = 0.2) -> dict:
     """Return the config of one of the forms."""
-    betas = "linear" if super_res else "squaredcos_cap_v2"
+    betas = "linear" if upsampler else "squaredcos_cap_v2"
+    sources = {
+        **({"low_res": {"scale_factor": FACTOR}} if upsampler else {}),
+        **({"inpaint": {}} if inpaint else {}),
+    }
     return {
         "autoencoder": {"name": "identity"},
         "conditioner": {**TEXT, "dropout": dropout},
-        "denoiser": {**UNET, "super_res": super_res, "inpaint": inpaint},
+        "condition_sources": sources,
+        "denoiser": UNET,
         "objective": {"name": "eps_hybrid", "betas": betas, "timesteps": 100},
-        **({"low_res": {"factor": FACTOR}} if super_res else {}),
     }
 
 
 def network(form: dict, seed: int = 0) -> torch.nn.Module:
     """Return the denoiser of a config, with weights that let every input be seen in its output."""
     torch.manual_seed(seed)
-    net = build("denoiser", form["denoiser"], 3, TEXT["vocab_size"])
+    given = given_conditions(build("conditioner", TEXT), build_sources(form["condition_sources"]))
+    net = build("denoiser", form["denoiser"], 3, given)
     with torch.no_grad():
         for parameter in net.parameters():
             if not parameter.any():
@@ -42,21 +68,21 @@ def network(form: dict, seed: int = 0) -> torch.nn.Module:
 def sampler(**form: bool) -> Sampler:
     """Return one of the forms as a Sampler."""
     whole = config(**form)
-    side = SIDE * FACTOR if form.get("super_res") else SIDE
+    side = SIDE * FACTOR if form.get("upsampler") else SIDE
     return Sampler(
         network(whole),
         build("objective", whole["objective"]),
         build("autoencoder", whole["autoencoder"]),
         build("conditioner", TEXT),
+        sources=build_sources(whole["condition_sources"]),
         dropout=whole["conditioner"]["dropout"],
         size=(side, side),
-        factor=FACTOR,
     )
 
 
 def write(path: Path, **form: bool) -> Path:
     """Write one of the forms as a run's `ema.safetensors`."""
     whole = config(**form)
-    side = SIDE * FACTOR if form.get("super_res") else SIDE
+    side = SIDE * FACTOR if form.get("upsampler") else SIDE
     save_model(path, network(whole).state_dict(), whole, {"image_size": str(side)})
     return path

@@ -1,32 +1,31 @@
 """The KL-regularised autoencoder of latent diffusion (Rombach et al. 2022, arXiv 2112.10752; CompVis/latent-diffusion).
 
-Parameter names are CompVis's, so that its checkpoints load strictly; `scale` is a buffer beside them. The name `kl_f8`
-stands for the family: with other multipliers it is kl-f4, f16 or f32, as `downscale` follows from their number.
+Parameter names are CompVis's, so that its checkpoints load strictly; the buffers `latent_mean` and `latent_std` are
+beside them. The name `kl_f8` stands for the family: with other multipliers it is kl-f4, f16 or f32, as `downscale`
+follows from their number.
 """
 
 from typing import Any
 
-import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm_lab.config import options, register
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Autoencoder
 
 INITIAL_LOGVAR = -6.0  # of the posterior, before training
 
 
 @register("autoencoder", "kl_f8")
-class KLAutoencoder(nn.Module):
+class KLAutoencoder(Autoencoder):
     """KL autoencoder of CompVis: with the defaults kl-f8, 3x256x256 -> 4x32x32; other sizes by other options.
 
     Attributes:
         channels: C of a latent, embed_dim.
         downscale: pixels per side of one latent element, 2 ** (levels - 1).
-        scale: 0-dim buffer, what raw latents are divided by; 1 until it is measured or loaded.
     """
-
-    scale: Tensor
 
     def __init__(
         self,
@@ -70,7 +69,6 @@ class KLAutoencoder(nn.Module):
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
         # Start almost without noise: with PyTorch's default it is as loud as the mean that the decoder has to hear.
         nn.init.constant_(self.quant_conv.bias[embed_dim:], INITIAL_LOGVAR)
-        self.register_buffer("scale", torch.tensor(1.0))  # []
 
     @staticmethod
     def check(section: dict[str, Any]) -> list[str]:
@@ -97,18 +95,9 @@ class KLAutoencoder(nn.Module):
         """Return mean and log variance of the raw latent, [B, C, h, w] each, for an image [B, 3, H, W] in [-1, 1]."""
         return split_moments(self.raw_moments(image))
 
-    def sample(self, mean: Tensor, logvar: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Return z [B, C, h, w] from the posterior's moments, divided by `scale`; without noise the mean."""
-        raw = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise  # [B, C, h, w]
-        return raw / self.scale  # [B, C, h, w]
-
-    def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Return z [B, C, h, w] of an image [B, 3, H, W] in [-1, 1]; noise is standard normal, [B, C, h, w]."""
-        return self.sample(*self.moments(image), noise)
-
     def decode(self, z: Tensor) -> Tensor:
         """Return the image [B, 3, H, W], about [-1, 1] but not clamped, of z [B, C, h, w]."""
-        return self.decoder(self.post_quant_conv(z * self.scale))  # [B, 3, H, W]
+        return self.decoder(self.post_quant_conv(self.denormalize(z)))  # [B, 3, H, W]
 
 
 def split_moments(raw: Tensor) -> tuple[Tensor, Tensor]:
@@ -261,9 +250,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return [B, c, h, w] for x [B, c, h, w]."""
         h = self.norm(x)  # [B, c, h, w]
-        q, k, v = (proj(h).flatten(2).transpose(1, 2)[:, None] for proj in (self.q, self.k, self.v))  # [B, 1, hw, c]
+        q, k, v = (rearrange(proj(h), "b c h w -> b 1 (h w) c") for proj in (self.q, self.k, self.v))
         attended = F.scaled_dot_product_attention(q, k, v)  # [B, 1, hw, c]
-        return x + self.proj_out(attended[:, 0].transpose(1, 2).reshape(x.shape))  # [B, c, h, w]
+        attended = rearrange(attended, "b 1 (h w) c -> b c h w", h=x.shape[2])  # [B, c, h, w]
+        return x + self.proj_out(attended)  # [B, c, h, w]
 
 
 class Downsample(nn.Module):

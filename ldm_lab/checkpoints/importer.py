@@ -17,7 +17,7 @@ from ldm_lab.checkpoints.files import FORMAT, is_safetensors
 from ldm_lab.checkpoints.formats import ccld, cloob_pickle, compvis, diffusers_vae, glide, heads, open_clip_weights
 from ldm_lab.checkpoints.released_zip import is_release, opened
 from ldm_lab.checkpoints.third_party import read_state_dict
-from ldm_lab.config import USE_KEYS, check_section
+from ldm_lab.config import MAPPINGS, USE_KEYS, check_mapping, check_section
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.noised_clip import IMAGE_ONLY, TEXT_ONLY
 from ldm_lab.io.atomic import existing_file
@@ -150,12 +150,16 @@ def config_problems(config: Any) -> list[str]:
     task = config.get("task", "diffusion")
     if not isinstance(task, str):
         return [f"config.task: text is needed, not {str(task)[:100]!r}"]
-    return [
+    problems = [
         problem
         for role in MODEL_ROLES
         if role in config
         for problem in check_section(role, config[role], f"config.{role}")
     ]
+    for key, role in MAPPINGS.items():
+        if config.get(key) is not None:
+            problems += check_mapping(role, config[key], f"config.{key}")
+    return problems
 
 
 def _by_names(tensors: dict[str, Any]) -> str:

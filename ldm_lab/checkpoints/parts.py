@@ -13,6 +13,7 @@ from ldm_lab.checkpoints.formats import ccld, cloob_pickle, compvis, diffusers_v
 from ldm_lab.checkpoints.importer import KINDS, kind_of, part_config
 from ldm_lab.config import USE_KEYS, build, check_section, part_class
 from ldm_lab.errors import UserError, unknown
+from ldm_lab.interfaces import Autoencoder
 from ldm_lab.io.atomic import sha256
 from ldm_lab.pretrained import resolve as pretrained
 
@@ -48,7 +49,7 @@ def save_part(
         module: the part; its class is registered.
         section: its config section, of which the keys of its architecture are stored.
         extra: further text metadata, such as what was measured.
-        dtype: of the stored weights; float16 halves the file. Single numbers, such as the latent scale, stay exact.
+        dtype: of the stored weights; float16 halves the file. Single numbers, such as the latent std, stay exact.
     """
     role, name = module.part_role, module.part_name
     architecture = {key: value for key, value in section.items() if key not in ("name", *USE_KEYS.get(role, {}))}
@@ -68,7 +69,7 @@ def load_part(role: str, section: dict[str, Any], read_weights: bool = True) -> 
     Args:
         role: "autoencoder" or "conditioner".
         section: its config section. With `weights`, the file's own architecture is used, and keys given here must
-            agree with it. `scale` (autoencoder) replaces the stored latent scale.
+            agree with it. `latent_mean` and `latent_std` (autoencoder) replace the stored ones.
         read_weights: False builds the architecture alone (on the meta device, for counting).
 
     Raises:
@@ -80,8 +81,8 @@ def load_part(role: str, section: dict[str, Any], read_weights: bool = True) -> 
         module = build(role, given)
     else:
         module, _ = read_module(role, given, path)
-    if section.get("scale") is not None:
-        module.scale.fill_(section["scale"])
+    if isinstance(module, Autoencoder):
+        module.set_latent_statistics(section.get("latent_mean"), section.get("latent_std"))
     return module.eval().requires_grad_(False)
 
 
@@ -102,16 +103,14 @@ def read_module(role: str, given: dict[str, Any], path: Path) -> tuple[nn.Module
             raise UserError(f"{role}.{key}: {value!r} is asked for, but {path} holds {config[key]!r}")
     section = {**config, **given}
     module = build(role, section)
-    if hasattr(module, "renamed"):  # a part that knows under which names its weights are published
-        state = module.renamed(state)
-    load_strictly(module, state, path)
+    load_strictly(module, module.convert_state_dict(state), path)
     return module, section
 
 
 def weights_path(role: str, section: dict[str, Any]) -> Path | None:
     """Return the file with the weights of a config section, or None if there is none and its part is as initialised.
 
-    A class with `published(section) -> Path` knows where its weights are published; it downloads them if need be.
+    A class may know where the weights are published, and download them (`Part.pretrained_path`).
 
     Raises:
         UserError: no such file, no such part, or the download failed.
@@ -121,7 +120,7 @@ def weights_path(role: str, section: dict[str, Any]) -> Path | None:
     cls = part_class(role, section)
     if section.get("weights"):
         return find_weights(section["weights"])
-    return cls.published(section) if hasattr(cls, "published") else None
+    return cls.pretrained_path(section)
 
 
 def find_weights(name: str | Path) -> Path:

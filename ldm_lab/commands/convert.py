@@ -27,6 +27,7 @@ from ldm_lab.checkpoints.models import read_model, save_model
 from ldm_lab.checkpoints.parts import check_strictly, load_strictly, read_module, save_part
 from ldm_lab.config import build, options, part_class
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Autoencoder
 
 ROLES = ("autoencoder", "conditioner")
 # kind of file -> the part in it, its name
@@ -82,9 +83,9 @@ def run(args: argparse.Namespace) -> None:
         return
     module, section, facts = part
     if args.scale is not None:
-        if not hasattr(module, "scale"):
+        if not isinstance(module, Autoencoder):
             raise UserError(f"--scale: is for autoencoders, {args.source} has the {module.part_role} {section['name']}")
-        module.scale.fill_(args.scale)
+        module.latent_std.fill_(args.scale)
     if args.format == "diffusers":
         if module.part_name != "kl_f8":
             raise UserError(f"--format diffusers: is for autoencoders of kl_f8's kind, this is a {module.part_role}")
@@ -94,9 +95,9 @@ def run(args: argparse.Namespace) -> None:
         save_part(out, module, section, facts, dtype)
     count = sum(value.numel() for value in module.parameters())
     print(f"{out}: the {module.part_role} {section['name']} of {count:,} parameters, from {KINDS[found.kind]}")
-    if hasattr(module, "scale"):
-        hint = "" if float(module.scale) != 1 else "; `python -m ldm_lab scale` measures it, --scale X sets it"
-        print(f"latent scale {float(module.scale):g}{hint}")
+    if isinstance(module, Autoencoder):
+        hint = "" if float(module.latent_std) != 1 else "; `python -m ldm_lab scale` measures it, --scale X sets it"
+        print(f"latent std {float(module.latent_std):g}{hint}")
 
 
 def _check_out(args: argparse.Namespace, out: Path) -> None:
@@ -176,7 +177,7 @@ def _convert_model(found: Found, out: Path, dtype: torch.dtype, ema: bool, given
     if found.kind in ("ccld", "ccld_training", "glide"):
         facts = (glide.read(found.path, given) if found.kind == "glide" else ccld.read(found.path, ema=ema))[2]
         with torch.device("meta"):
-            network = build("denoiser", config["denoiser"], facts["channels"], facts["embed_dim"])
+            network = build("denoiser", config["denoiser"], facts["channels"], facts["conditions"])
         check_strictly(network.state_dict(), state, found.path)
     save_model(out, _in(dtype, state), config, extra)
     return sum(value.numel() for value in state.values())

@@ -27,7 +27,7 @@ from ldm_lab.config import check_section
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import sha256
 
-NOT_PARAMETERS = ("scale", "autoencoder_scale")  # buffers with the latent scale
+NOT_PARAMETERS = ("latent_mean", "latent_std", "autoencoder_scale")  # buffers with the statistics of latents
 TRAINING = {"run": ("model_ema.", "model."), "ccld_training": ("model_ema.", "model.")}  # prefixes, the first is used
 
 

@@ -1,10 +1,10 @@
-"""Measure the latent scale of an autoencoder on your images, and store it with the weights.
+"""Measure the standard deviation of an autoencoder's latents on your images, and store it with the weights.
 
     python -m ldm_lab scale --config configs/yfcc_cfg.yaml --out checkpoints/kl-f8-scaled.safetensors \\
         autoencoder.weights=kl-f8 data.shards='/data/yfcc/{00000..00009}.tar'
 
 Diffusion expects latents of unit variance; those of kl-f8 have a standard deviation of 2 to 10, depending on the
-images. The scale is what they are divided by. An autoencoder that was trained here brings its own.
+images. Latents are divided by it. An autoencoder that was trained here brings its own.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from ldm_lab.training.scale import BATCHES, measure_scale
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("--config", required=True, metavar="YAML", help="a config with sections data and autoencoder")
-    parser.add_argument("--out", metavar="FILE", help="write the weights with the scale stored (.safetensors)")
+    parser.add_argument("--out", metavar="FILE", help="write the weights with it stored (.safetensors)")
     parser.add_argument("--batches", type=int, default=BATCHES, metavar="N", help="batches to measure (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images in a batch (%(default)s)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda:0, ... (default: cuda if there is one)")
@@ -46,15 +46,15 @@ def run(args: argparse.Namespace) -> None:
     if not section.get("weights") and any(True for _ in autoencoder.parameters()):
         raise UserError("autoencoder.weights: has to be given; an untrained autoencoder's latents say nothing")
     autoencoder.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    before = float(autoencoder.scale)
+    before = float(autoencoder.latent_std)
     images = image_batches(config, args.batches, args.batch_size)
-    scale = measure_scale(autoencoder, tqdm(images, total=args.batches, unit="batch"))
+    std = measure_scale(autoencoder, tqdm(images, total=args.batches, unit="batch"))
     count = args.batches * args.batch_size
-    print(f"latent scale {scale:.4f} on {count:,} images (before: {before:.4f}); autoencoder.scale={scale:.4f} uses it")
+    print(f"latent std {std:.4f} on {count:,} images (before: {before:.4f}); autoencoder.latent_std={std:.4f} uses it")
     if args.out is not None:
-        autoencoder.scale.fill_(scale)
+        autoencoder.latent_std.fill_(std)
         save_part(args.out, autoencoder, architecture(section), {"scale_images": str(count)})
-        print(f"{args.out}: the weights with this scale")
+        print(f"{args.out}: the weights with this std")
 
 
 def architecture(section: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def image_batches(config: dict[str, Any], batches: int, batch_size: int) -> Iter
     data.setup()
     held, found, given = torch.empty(0), 0, 0
     for batch in data.train_dataloader():
-        image = batch.require_image("measure the scale")  # [B, 3, H, W]
+        image = batch.require_image("measure latents")  # [B, 3, H, W]
         held = torch.cat([held, image]) if len(held) else image  # [n, 3, H, W]
         found += len(batch)
         while len(held) >= batch_size and given < batches:

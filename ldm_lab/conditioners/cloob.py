@@ -4,26 +4,27 @@ The layout and the parameter names are those of its PyTorch port, `model_pt.py`@
 cloob-latent-diffusion runs; the defaults are the released ViT-B/16 models.
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm_lab import clip_tokens
+from ldm_lab.conditioners.clip_preprocess import PIXEL_MEAN, PIXEL_STD, cropped, normalize_pixels
 from ldm_lab.config import options, register
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Batch
-from ldm_lab.io.images import center_crop_to, to_tensor
+from ldm_lab.interfaces import EmbeddingConditioner
 
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of images in [0, 1]; CLIP's
-PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 HEAD_WIDTH = 64  # of all released towers
 
 
 @register("conditioner", "cloob")
-class CLOOB(nn.Module):
+class CLOOB(EmbeddingConditioner):
     """CLOOB: embeddings of images in training, of texts (or images) in sampling; the two lie close together.
 
     Attributes:
@@ -82,8 +83,8 @@ class CLOOB(nn.Module):
         self.text_size, self.vocab_size = text_size, vocab_size
         self.image_encoder = ImageEncoder(image_size, patch_size, image_width, image_layers, image_heads, embed_dim)
         self.text_encoder = TextEncoder(text_size, vocab_size, text_width, text_layers, text_heads, embed_dim)
-        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN)[:, None, None], persistent=False)  # [3, 1, 1]
-        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD)[:, None, None], persistent=False)  # [3, 1, 1]
+        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN), persistent=False)  # [3]
+        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD), persistent=False)  # [3]
 
     @staticmethod
     def check(section: dict[str, Any]) -> list[str]:
@@ -92,40 +93,26 @@ class CLOOB(nn.Module):
             return []
         return _problems({key: section.get(key, known.default) for key, known in options(CLOOB).items()})
 
-    def from_batch(self, batch: Batch) -> dict[str, Tensor]:
-        """Return {"embed": [B, D]}, the embeddings of a batch's images, [B, 3, H, W] in [-1, 1]."""
-        return {"embed": self.encode_image(batch.image)}  # [B, D]
+    @property
+    def image_transform(self) -> Callable[[Image.Image], Tensor]:
+        """To [3, S, S] in [-1, 1] (see `images.center_crop_to`)."""
+        return partial(cropped, self.image_size)
 
-    def from_prompts(self, texts: list[str], images: list[Image.Image]) -> dict[str, Tensor]:
-        """Return {"embed": [n, D]}, the embeddings of texts, then of images (see `images.center_crop_to`)."""
-        embeds = [self.pixel_mean.new_zeros(0, self.embed_dim)]  # [0, D]
-        if texts:
-            embeds.append(self.encode_text(texts))  # [n_texts, D]
-        if images:
-            side = self.image_size
-            pixels = torch.stack(
-                [to_tensor(center_crop_to(image, side, side)) for image in images]
-            )  # [n_images, 3, S, S]
-            embeds.append(self.encode_image(pixels.to(self.pixel_mean)))  # [n_images, D]
-        return {"embed": torch.cat(embeds)}  # [n, D]
-
-    def null(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return zeros, [B, D], the unconditional input, for a condition of B rows."""
-        return {name: torch.zeros_like(value) for name, value in cond.items()}  # [B, D]
-
-    def tokenize(self, texts: list[str], warn: bool = False) -> Tensor:
+    def tokenize(self, texts: Sequence[str], warn: bool = False) -> Tensor:
         """Return token ids, int64 [n, text_size]; too long texts are cut, if `warn` with a line in the log for each."""
-        return clip_tokens.tokenize(texts, self.text_size, self.vocab_size, warn)
+        return clip_tokens.tokenize(list(texts), self.text_size, self.vocab_size, warn)
 
-    def encode_text(self, texts: list[str]) -> Tensor:
-        """Return the embeddings of texts, [n, D], unit rows; a text that is too long is cut with a warning."""
-        tokens = self.tokenize(texts, warn=True).to(self.pixel_mean.device)  # [n, text_size]
-        return F.normalize(self.text_encoder(tokens), dim=-1)  # [n, D]
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """Return the embeddings of token ids, int64 [n, text_size], [n, D], of any length."""
+        return self.text_encoder(tokens)  # [n, D]
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Return the embeddings of images [B, 3, H, W] in [-1, 1], [B, D], of any length."""
+        return self.image_encoder(self.normalize(self.resize((pixels + 1) / 2)))  # [B, D]
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Return the embeddings of images [B, 3, H, W] in [-1, 1], [B, D], unit rows."""
-        pixels = self.normalize(self.resize((images + 1) / 2))  # [B, 3, S, S]
-        return F.normalize(self.image_encoder(pixels), dim=-1)  # [B, D]
+        return F.normalize(self.encode_pixels(images), dim=-1)  # [B, D]
 
     def resize(self, images: Tensor) -> Tensor:
         """Return images of any size and range, [B, 3, H, W], as the tower's [B, 3, S, S].
@@ -136,8 +123,8 @@ class CLOOB(nn.Module):
         return F.interpolate(images, size=size, mode="bicubic", align_corners=False)  # [B, 3, S, S]
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Return images in [0, 1], [B, 3, H, W], with CLIP's mean taken off and its deviation divided out."""
-        return (images - self.pixel_mean) / self.pixel_std  # [B, 3, H, W]
+        """Return images in [0, 1], [B, 3, H, W], as the tower takes them."""
+        return normalize_pixels(images, self.pixel_mean, self.pixel_std)  # [B, 3, H, W]
 
 
 def _problems(sizes: dict[str, int | None]) -> list[str]:
@@ -172,8 +159,8 @@ class ImageEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return embeddings before normalisation, [B, D], for normalised pixels [B, 3, S, S]."""
-        patches = self.embed(pixels).flatten(2).transpose(1, 2)  # [B, patches, width]
-        class_token = self.class_embed.expand(len(patches), 1, -1)  # [B, 1, width]
+        patches = rearrange(self.embed(pixels), "b w h_p w_p -> b (h_p w_p) w")  # [B, patches, width]
+        class_token = repeat(self.class_embed, "w -> b 1 w", b=len(patches))  # [B, 1, width]
         x = torch.cat([class_token, patches], dim=1) + self.pos_embed.weight  # [B, 1 + patches, width]
         for layer in self.layers:
             x = layer(x)  # [B, 1 + patches, width]
@@ -194,7 +181,7 @@ class TextEncoder(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Return embeddings before normalisation, [B, D], for token ids [B, text_size], padded to the full length."""
         is_end = (tokens == self.end_token).int()  # [B, L]
-        # Up to and including the first end token; everything if there is none.
+        # Up to and including the first end token; everything without one.
         valid = is_end.cumsum(1) - is_end == 0  # [B, L]
         x = self.embed(tokens) + self.pos_embed.weight  # [B, L, width]
         for layer in self.layers:
@@ -235,12 +222,12 @@ class SelfAttention(nn.Module):
         """
         x = self.norm(x)  # [B, L, width]
         q, k, v = (
-            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.query, self.key, self.value)
-        )  # [B, heads, L, d] each
+            rearrange(proj(x), "b l (n d) -> b n l d", n=self.heads) for proj in (self.query, self.key, self.value)
+        )
         if valid is not None:
-            q = q * valid[:, None, :, None]  # [B, heads, L, d]; a query of zeros has equal logits
+            q = q * rearrange(valid, "b l -> b 1 l 1")  # [B, heads, L, d]; a query of zeros has equal logits
         attended = F.scaled_dot_product_attention(q, k, v)  # [B, heads, L, d]
-        return self.out(attended.transpose(1, 2).flatten(2))  # [B, L, width]
+        return self.out(rearrange(attended, "b n l d -> b l (n d)"))  # [B, L, width]
 
 
 class FeedForward(nn.Module):

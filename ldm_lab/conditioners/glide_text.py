@@ -2,12 +2,12 @@
 
 import functools
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm_lab.clip_tokens import (
     CLIP_VOCAB_SIZE,
@@ -18,7 +18,7 @@ from ldm_lab.clip_tokens import (
 from ldm_lab.clip_tokens import Encoding as CLIPEncoding
 from ldm_lab.config import register
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Batch
+from ldm_lab.interfaces import Batch, Conditioner, Conditions, ConditionSpec, TokenIds
 from ldm_lab.pretrained.resolve import fetch
 
 GPT2_VOCAB_SIZE = 50257  # 256 bytes, 50,000 merges, one token for padding
@@ -31,17 +31,17 @@ log = logging.getLogger(__name__)
 
 
 @register("conditioner", "glide_text")
-class GlideText(nn.Module):
+class GlideText(Conditioner):
     """Captions as token ids, lower-cased, padded to a length; nothing is learned here, the denoiser reads them.
 
-    A condition is {"tokens": int64 [B, L], "mask": bool [B, L]}. The ids begin at the first place, without a start or
-    an end; the rest is the vocabulary's last id, its mask false. No id at all is the unconditional input.
+    A condition is {"token_ids": int64 [B, L], "token_ids_mask": bool [B, L]}. The ids begin at the first place, without
+    a start or an end; the rest is the vocabulary's last id, its mask false. No id at all is the unconditional input.
 
     Attributes:
-        embed_dim: number of different ids.
+        vocab_size: number of different ids.
+        text_size: L, ids per text.
     """
 
-    gives = ("tokens", "mask")
     pad: Tensor
 
     def __init__(
@@ -65,9 +65,9 @@ class GlideText(nn.Module):
         if problems:
             raise UserError(f"conditioner.{problems[0]}")
         whole = GPT2_VOCAB_SIZE if vocabulary == "gpt2" else CLIP_VOCAB_SIZE
-        self.vocabulary, self.embed_dim, self.text_size = vocabulary, vocab_size or whole, text_size
-        self.register_buffer("pad", torch.tensor(self.embed_dim - 1), persistent=False)  # []
-        self.told = False  # that a caption was cut
+        self.vocabulary, self.vocab_size, self.text_size = vocabulary, vocab_size or whole, text_size
+        self.register_buffer("pad", torch.tensor(self.vocab_size - 1), persistent=False)  # []
+        self.warned_truncated = False
 
     @staticmethod
     def check(section: dict[str, Any]) -> list[str]:
@@ -81,12 +81,16 @@ class GlideText(nn.Module):
             problems.append(f"text_size: at least 1 is needed, not {section['text_size']}")
         return problems
 
-    def from_batch(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the tokens and mask of the batch's captions; the first caption that is cut is told."""
+    @property
+    def spec(self) -> ConditionSpec:
+        return {"token_ids": TokenIds(self.text_size, self.vocab_size)}
+
+    def from_batch(self, batch: Batch) -> Conditions:
+        """Return the ids and mask of the batch's captions; the first caption that is cut gets a line in the log."""
         return self.tokenize(batch.text, warn="once")
 
-    def from_prompts(self, texts: list[str], images: list[Image.Image]) -> dict[str, Tensor]:
-        """Return the tokens and mask of texts; one that is too long is cut with a warning.
+    def from_prompts(self, texts: Sequence[str], images: Sequence[Image.Image]) -> Conditions:
+        """Return the ids and mask of texts; one that is too long is cut with a warning.
 
         Raises:
             UserError: image prompts, which this model does not understand.
@@ -95,43 +99,44 @@ class GlideText(nn.Module):
             raise UserError("this model is asked in words: it takes no image prompts")
         return self.tokenize(texts, warn="all")
 
-    def null(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
+    def null(self, conditions: Conditions) -> Conditions:
         """Return as many empty texts as a condition has rows; whatever else is in the condition stays."""
-        empty = torch.full_like(cond["tokens"], int(self.pad))  # [B, L]
-        return {**cond, "tokens": empty, "mask": torch.zeros_like(cond["mask"])}
+        empty = torch.full_like(conditions["token_ids"], int(self.pad))  # [B, L]
+        nowhere = torch.zeros_like(conditions["token_ids_mask"])  # [B, L]
+        return {**conditions, "token_ids": empty, "token_ids_mask": nowhere}
 
-    def tokenize(self, texts: list[str], warn: Literal["all", "once", "never"] = "never") -> dict[str, Tensor]:
-        """Return {"tokens": int64 [n, L], "mask": bool [n, L]} of n texts, on the module's device.
+    def tokenize(self, texts: Sequence[str], warn: Literal["all", "once", "never"] = "never") -> Conditions:
+        """Return {"token_ids": int64 [n, L], "token_ids_mask": bool [n, L]} of n texts, on the module's device.
 
         Args:
             texts: any; GPT-2's are lower-cased and otherwise left as they are, spaces included.
             warn: which of the texts that are cut get a line in the log: all, or only the first one ever.
         """
-        tokens = torch.full((len(texts), self.text_size), self.embed_dim - 1)  # [n, L]
+        token_ids = torch.full((len(texts), self.text_size), self.vocab_size - 1)  # [n, L]
         mask = torch.zeros(len(texts), self.text_size, dtype=torch.bool)  # [n, L]
-        for row, known, text in zip(tokens, mask, texts):
+        for row, known, text in zip(token_ids, mask, texts):
             ids = self.encode(text)
             if len(ids) > self.text_size:
-                self._tell(text, len(ids), warn)
+                self._warn_truncated(text, len(ids), warn)
                 ids = ids[: self.text_size]
             row[: len(ids)] = torch.tensor(ids, dtype=torch.int64)  # [len(ids)]
             known[: len(ids)] = True
-        return {"tokens": tokens.to(self.pad.device), "mask": mask.to(self.pad.device)}
+        return {"token_ids": token_ids.to(self.pad.device), "token_ids_mask": mask.to(self.pad.device)}
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, however many."""
         if self.vocabulary == "clip":
-            return CLIPEncoding.of_size(self.embed_dim).encode(text)  # its last id, the end of a text, is our padding
-        return gpt2_encoding(self.embed_dim).encode_ordinary(text.lower())
+            return CLIPEncoding.of_size(self.vocab_size).encode(text)  # its last id, the end of a text, is our padding
+        return gpt2_encoding(self.vocab_size).encode_ordinary(text.lower())
 
-    def _tell(self, text: str, count: int, warn: str) -> None:
-        if warn == "never" or (warn == "once" and self.told):
+    def _warn_truncated(self, text: str, count: int, warn: str) -> None:
+        if warn == "never" or (warn == "once" and self.warned_truncated):
             return
         quoted = text if len(text) <= SHOWN else text[:SHOWN] + "..."
         what = "prompt" if warn == "all" else "caption"
         more = "; further captions are cut without a word" if warn == "once" else ""
         log.warning("%s %r is cut: it has %d tokens, of which %d fit%s", what, quoted, count, self.text_size, more)
-        self.told = self.told or warn == "once"
+        self.warned_truncated = self.warned_truncated or warn == "once"
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,15 +1,17 @@
 """No condition: unconditional training and sampling."""
 
+from collections.abc import Sequence
+
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm_lab.config import register
-from ldm_lab.interfaces import Batch
+from ldm_lab.interfaces import Batch, Conditioner, Conditions, ConditionSpec, Embedding
 
 
 @register("conditioner", "none")
-class NoConditioner(nn.Module):
+class NoConditioner(Conditioner):
     """Zeros in place of an embedding, whatever is asked for."""
 
     zeros: Tensor
@@ -20,14 +22,14 @@ class NoConditioner(nn.Module):
         self.embed_dim = embed_dim
         self.register_buffer("zeros", torch.zeros(1, embed_dim), persistent=False)  # [1, D]
 
-    def from_batch(self, batch: Batch) -> dict[str, Tensor]:
+    @property
+    def spec(self) -> ConditionSpec:
+        return {"embed": Embedding(self.embed_dim)}
+
+    def from_batch(self, batch: Batch) -> Conditions:
         """Return zeros, [B, D], for a batch of B samples."""
         return {"embed": self.zeros.repeat(len(batch), 1)}  # [B, D]
 
-    def from_prompts(self, texts: list[str], images: list[Image.Image]) -> dict[str, Tensor]:
+    def from_prompts(self, texts: Sequence[str], images: Sequence[Image.Image]) -> Conditions:
         """Return zeros, [n, D], for n prompts."""
         return {"embed": self.zeros.repeat(len(texts) + len(images), 1)}  # [n, D]
-
-    def null(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return zeros, [B, D], for a condition of B rows."""
-        return {name: torch.zeros_like(value) for name, value in cond.items()}  # [B, D]

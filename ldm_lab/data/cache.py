@@ -80,7 +80,9 @@ class Cache(Source):
 
     def to_device_format(self, batch: Batch) -> Batch:
         mean, logvar = (None if value is None else value.float() for value in (batch.mean, batch.logvar))
-        conditions = {name: value.float() for name, value in batch.conditions.items()}
+        conditions = {
+            name: value.float() if value.is_floating_point() else value for name, value in batch.conditions.items()
+        }
         return replace(batch, mean=mean, logvar=logvar, conditions=conditions)
 
 

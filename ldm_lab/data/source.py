@@ -1,8 +1,9 @@
 """What all sources have in common: their options, and how an image sample is made of its raw parts."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -89,6 +90,7 @@ class Source:
 
     unit = "samples"
     count: int
+    description: Mapping[str, Any] = MappingProxyType({})  # of a cache: what it was made with
 
     def __init__(self, *, batch_size: int, workers: int = 4, max_skipped: float = 0.1):
         self.batch_size, self.workers, self.max_skipped = batch_size, workers, max_skipped

@@ -8,13 +8,14 @@ import math
 from typing import Any
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ldm_lab.config import options, register
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Denoiser
+from ldm_lab.interfaces import ConditionSpec, Denoiser, Embedding, required_condition
 
 MAPPING_FEATURES = 128  # Fourier features of t that the mapping network sees beside the embedding
 PIXEL_FEATURES = 16  # Fourier features of t that are laid beside the channels of every pixel
@@ -31,7 +32,7 @@ class CCLDUNet(Denoiser):
     def __init__(
         self,
         channels: int,
-        embed_dim: int,
+        conditions: ConditionSpec,
         *,
         base_channels: int,
         multipliers: list[int] = (4, 4, 8, 8),
@@ -44,7 +45,7 @@ class CCLDUNet(Denoiser):
 
         Args:
             channels: C of the latents.
-            embed_dim: D of the embeddings.
+            conditions: what is given; of it the embedding "embed" is taken.
             base_channels: the level at 1 / 2**i of the latent's size is base_channels * multipliers[i] wide.
             multipliers: one per level, at least two.
             blocks_per_level: convolution blocks on the way down, and again on the way up.
@@ -53,20 +54,21 @@ class CCLDUNet(Denoiser):
             gradient_checkpointing: recompute each block in the backward pass; less memory, a third more time.
 
         Raises:
-            UserError: options that contradict each other.
+            UserError: options that contradict each other, or no embedding.
         """
         super().__init__()
         sizes = {"base_channels": base_channels, "blocks_per_level": blocks_per_level, "head_width": head_width}
         problems = _problems({**sizes, "mapping_width": mapping_width, "multipliers": multipliers})
         if problems:
             raise UserError(f"denoiser.{problems[0]}")
-        self.embed_dim = embed_dim
+        embed = required_condition(conditions, "embed", Embedding, self.part_name)
+        self.spec = {"embed": embed}
         self.multiple_of = 2 ** (len(multipliers) - 1)
         widths = [base_channels * multiplier for multiplier in multipliers]
 
         self.mapping_timestep_embed = FourierFeatures(MAPPING_FEATURES)
         self.mapping = nn.Sequential(
-            ResidualMLP(embed_dim + MAPPING_FEATURES, mapping_width),
+            ResidualMLP(embed.width + MAPPING_FEATURES, mapping_width),
             ResidualMLP(mapping_width, mapping_width, is_last=True),
         )
         self.timestep_embed = FourierFeatures(PIXEL_FEATURES)
@@ -86,11 +88,11 @@ class CCLDUNet(Denoiser):
 
         The embedding's norm does not matter, except that zeros stay zeros: the unconditional input.
         """
-        direction = F.normalize(embed, dim=-1) * math.sqrt(self.embed_dim)  # [B, D]
+        direction = F.normalize(embed, dim=-1) * math.sqrt(embed.shape[1])  # [B, D]
         return self.mapping(torch.cat([direction, self.mapping_timestep_embed(t)], dim=1))  # [B, mapping_width]
 
-    def forward(self, x: Tensor, t: Tensor, embed: Tensor) -> Tensor:
-        """Return the prediction, [B, C, h, w], for x [B, C, h, w], t [B] in [0, 1] and embed [B, D] (0: no condition).
+    def forward(self, x: Tensor, time: Tensor, embed: Tensor) -> Tensor:
+        """Return [B, C, h, w] for x [B, C, h, w], the time t [B] in [0, 1], and embed [B, D] (0: no condition).
 
         Raises:
             UserError: h or w is not a multiple of `multiple_of`.
@@ -101,9 +103,9 @@ class CCLDUNet(Denoiser):
                 f"latent height and width have to be multiples of {self.multiple_of} for a U-Net of "
                 f"{self.multiple_of.bit_length()} levels, not {height}x{width}"
             )
-        cond = self.conditioning(t, embed)  # [B, mapping_width]
-        time = self.timestep_embed(t)[:, :, None, None].expand(-1, -1, height, width)  # [B, 16, h, w]
-        return self.net(torch.cat([x, time], dim=1), cond)  # [B, C, h, w]
+        cond = self.conditioning(time, embed)  # [B, mapping_width]
+        planes = repeat(self.timestep_embed(time), "b f -> b f h w", h=height, w=width)  # [B, 16, h, w]
+        return self.net(torch.cat([x, planes], dim=1), cond)  # [B, C, h, w]
 
 
 def _problems(sizes: dict[str, Any]) -> list[str]:
@@ -236,7 +238,7 @@ class Modulation(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """Return [B, c, h, w] for x [B, c, h, w] and cond [B, cond_width]."""
-        scale, shift = self.layer(cond)[:, :, None, None].chunk(2, dim=1)  # [B, c, 1, 1] each
+        scale, shift = rearrange(self.layer(cond), "b (two c) -> two b c 1 1", two=2)  # [B, c, 1, 1] each
         return torch.addcmul(shift, x, scale + 1)  # [B, c, h, w]
 
 
@@ -252,12 +254,11 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """Return [B, c, h, w] for x [B, c, h, w]; `cond` is not used."""
-        batch, channels, height, width = x.shape
         qkv = self.qkv_proj(self.norm(x))  # [B, 3c, h, w]
-        qkv = qkv.view(batch, 3 * self.heads, channels // self.heads, height * width).transpose(2, 3)  # [B, 3H, hw, d]
-        q, k, v = qkv.chunk(3, dim=1)  # [B, H, hw, d] each
-        attended = F.scaled_dot_product_attention(q, k, v)  # [B, H, hw, d]
-        return x + self.out_proj(attended.transpose(2, 3).reshape(x.shape))  # [B, c, h, w]
+        q, k, v = rearrange(qkv, "b (qkv n d) h w -> qkv b n (h w) d", qkv=3, n=self.heads)  # [B, heads, hw, d] each
+        attended = F.scaled_dot_product_attention(q, k, v)  # [B, heads, hw, d]
+        attended = rearrange(attended, "b n (h w) d -> b (n d) h w", h=x.shape[2])  # [B, c, h, w]
+        return x + self.out_proj(attended)  # [B, c, h, w]
 
 
 class ResidualMLP(nn.Module):

@@ -1,12 +1,11 @@
-"""The CLIP of GLIDE that compares texts with noised images, for CLIP guidance (Nichol et al. 2022, arXiv 2112.10741,
-section 2.4; openai/glide-text2im@69b5307), under its own parameter names.
-
-It is no conditioner: a sampler asks it, step by step, in which direction an image becomes more like a text.
+"""The CLIP of GLIDE that compares texts with noised images (Nichol et al. 2022, arXiv 2112.10741, section 2.4;
+openai/glide-text2im@69b5307), under its own parameter names: what `ldm_lab.guidance.clip` takes its gradient of.
 """
 
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,7 +15,7 @@ from ldm_lab.errors import UserError
 PIXEL_MEAN = (122.77093945, 116.74601272, 104.09373519)  # of 8-bit levels
 PIXEL_STD = (68.50053285, 66.63215831, 70.32316309)
 LOGIT_SCALE = 100.0
-IMAGE_ONLY, TEXT_ONLY = "blocks.input.w_t", "blocks.input.w_voc"  # tensors by which a tower's weights are told
+IMAGE_ONLY, TEXT_ONLY = "blocks.input.w_t", "blocks.input.w_voc"  # tensors by which a tower's weights are recognized
 
 
 class NoisedCLIP(nn.Module):
@@ -46,12 +45,8 @@ class NoisedCLIP(nn.Module):
     ) -> None:
         """Build the towers; the defaults are those of the released weights."""
         super().__init__()
-        self.image_size, self.timesteps, self.text_size, self.logit_scale = (
-            image_size,
-            timesteps,
-            text_size,
-            logit_scale,
-        )
+        self.image_size, self.timesteps = image_size, timesteps
+        self.text_size, self.logit_scale = text_size, logit_scale
         self.image_encoder = Tower(
             ImageInput(image_size, patch_size, image_width, timesteps), image_width, image_layers, head_width, embed_dim
         )
@@ -73,22 +68,25 @@ class NoisedCLIP(nn.Module):
             size = "x".join(map(str, x.shape[1:]))
             raise UserError(f"the noised CLIP sees 3x{self.image_size}x{self.image_size} pixels, not {size}")
         index = (t.float() * self.timesteps - 1).round().long().clamp(0, self.timesteps - 1)  # [B]
-        return self.image_encoder(x.float(), index)  # [B, D]
+        embedding: Tensor = self.image_encoder(x.float(), index)  # [B, D]
+        return embedding
 
     def text_embedding(self, texts: list[str]) -> Tensor:
         """Return the embeddings of texts, [n, D], unit rows; a text that is too long is cut with a warning."""
         tokens = tokenize(texts, self.text_size, warn=True)  # [n, L]
-        return self.token_embedding(tokens.to(self.image_encoder.blocks.output.f.w.device))  # [n, D]
+        device = next(self.text_encoder.parameters()).device
+        return self.token_embedding(tokens.to(device))  # [n, D]
 
     def token_embedding(self, tokens: Tensor) -> Tensor:
         """Return the embeddings of CLIP's token ids, int64 [n, L]: start, text, end, zeros; [n, D], unit rows."""
-        return self.text_encoder(tokens, last_end(tokens))  # [n, D]
+        embedding: Tensor = self.text_encoder(tokens, last_end(tokens))  # [n, D]
+        return embedding
 
 
 def last_end(tokens: Tensor) -> Tensor:
-    """Return the place of each text's end, [n]; an end in the midst of a text, written out by the user, is none."""
-    places = torch.arange(tokens.shape[1], device=tokens.device)  # [L]
-    return torch.where(tokens == CLIP_VOCAB_SIZE - 1, places, 0).amax(1)  # [n]
+    """Return the position of each text's last end token, [n]: a user may have written one out inside a text."""
+    positions = torch.arange(tokens.shape[1], device=tokens.device)  # [L]
+    return torch.where(tokens == CLIP_VOCAB_SIZE - 1, positions, 0).amax(1)  # [n]
 
 
 class Tower(nn.Module):
@@ -102,17 +100,18 @@ class Tower(nn.Module):
         self.blocks = nn.ModuleDict({"input": first, **blocks, "output": Output(width, embed_dim)})
 
     def forward(self, inputs: Tensor, index: Tensor) -> Tensor:
-        """Return unit rows, [B, D]; `index` [B] is the image's timestep, or the place of a text's end."""
+        """Return unit rows, [B, D]; `index` [B] is the image's timestep, or the position of a text's end."""
         *layers, output = self.blocks.values()
-        place = index if isinstance(layers[0], TextInput) else torch.zeros_like(index)  # [B]
+        position = index if isinstance(layers[0], TextInput) else torch.zeros_like(index)  # [B]
         x = layers[0](inputs, index)  # [B, L, w]
         for block in layers[1:]:
             x = block(x)  # [B, L, w]
-        return output(x[torch.arange(len(x), device=x.device), place])  # [B, D]
+        rows: Tensor = output(x[torch.arange(len(x), device=x.device), position])  # [B, D]
+        return rows
 
 
 class TextInput(nn.Module):
-    """Tokens and their places."""
+    """Embeddings of tokens and of their positions."""
 
     def __init__(self, vocab_size: int, text_size: int, width: int) -> None:
         super().__init__()
@@ -125,14 +124,17 @@ class TextInput(nn.Module):
 
 
 class ImageInput(nn.Module):
-    """A row for the timestep, then the patches, and their places."""
+    """A row for the timestep, then the patches, and embeddings of their positions."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, image_size: int, patch_size: int, width: int, timesteps: int) -> None:
         super().__init__()
-        places = (image_size // patch_size) ** 2 + 1
+        positions = (image_size // patch_size) ** 2 + 1
         self.patch_size = patch_size
         self.w_t = nn.Parameter(torch.randn(timesteps, width) * 0.02)  # [T, w]
-        self.w_pos = nn.Parameter(torch.randn(places, width) * 0.01)  # [L, w]
+        self.w_pos = nn.Parameter(torch.randn(positions, width) * 0.01)  # [L, w]
         self.patch_proj = nn.Parameter(torch.randn(width, 3, patch_size, patch_size) / (patch_size * math.sqrt(3)))
         self.ln = Norm(width)
         self.register_buffer("mean", torch.tensor(PIXEL_MEAN)[:, None, None], persistent=False)  # [3, 1, 1]
@@ -141,12 +143,14 @@ class ImageInput(nn.Module):
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
         """Return [B, L, w] for x [B, 3, S, S], about in [-1, 1], and timesteps [B]."""
         pixels = ((x + 1) * 127.5 - self.mean) / self.std  # [B, 3, S, S]
-        patches = F.conv2d(pixels, self.patch_proj, stride=self.patch_size).flatten(2).transpose(1, 2)  # [B, L - 1, w]
-        return self.ln(torch.cat([self.w_t[index][:, None], patches], dim=1) + self.w_pos)  # [B, L, w]
+        patches = F.conv2d(pixels, self.patch_proj, stride=self.patch_size)  # [B, w, S / p, S / p]
+        rows = torch.cat([self.w_t[index][:, None], rearrange(patches, "b w i j -> b (i j) w")], dim=1)  # [B, L, w]
+        normalized: Tensor = self.ln(rows + self.w_pos)  # [B, L, w]
+        return normalized
 
 
 class Block(nn.Module):
-    """Attention and MLP, each normalised before and added to its input."""
+    """Attention and MLP, each normalized before and added to its input."""
 
     def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()
@@ -156,11 +160,12 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return [B, L, w] for x [B, L, w]."""
         x = x + self.f_attn(x)  # [B, L, w]
-        return x + self.f_mlp(x)  # [B, L, w]
+        x = x + self.f_mlp(x)  # [B, L, w]
+        return x
 
 
 class Attention(nn.Module):
-    """Attention among all places, or of each to those before it; keys have no bias."""
+    """Attention among all positions, or of each to those before it; keys have no bias."""
 
     def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()
@@ -172,9 +177,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return [B, L, w] for x [B, L, w]."""
         x = self.ln(x)  # [B, L, w]
-        q, k, v = (f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.f_q, self.f_k, self.f_v))
+        q, k, v = (rearrange(f(x), "b l (h d) -> b h l d", h=self.heads) for f in (self.f_q, self.f_k, self.f_v))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # [B, H, L, d]
-        return self.f_c(attended.transpose(1, 2).flatten(2))  # [B, L, w]
+        x = self.f_c(rearrange(attended, "b h l d -> b l (h d)"))  # [B, L, w]
+        return x
 
 
 class MLP(nn.Module):
@@ -187,7 +193,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [B, L, w] for x [B, L, w]."""
-        return self.f_2(F.gelu(self.f_1(self.ln(x))))  # [B, L, w]
+        x = self.f_2(F.gelu(self.f_1(self.ln(x))))  # [B, L, w]
+        return x
 
 
 class Output(nn.Module):
@@ -201,11 +208,12 @@ class Output(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return unit rows, [B, D], for x [B, w]."""
         x = self.f(self.ln(x))  # [B, D]
-        return x / (x.norm(dim=-1, keepdim=True) + 1e-12)  # [B, D]
+        unit: Tensor = x / (x.norm(dim=-1, keepdim=True) + 1e-12)  # [B, D]
+        return unit
 
 
 class Norm(nn.Module):
-    """Layer normalisation with the original's names for gain and bias."""
+    """Layer normalization with the original's names for gain and bias."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -23,6 +23,8 @@ class EpsHybrid(Objective):
     (L_hybrid, section 3.1; "RESCALED_MSE" in guided-diffusion). Denoisers of eps alone are welcome without the bound.
     """
 
+    schedule: Discrete
+
     def __init__(
         self,
         *,

@@ -1,9 +1,7 @@
 """What img2dataset could not download has no image."""
 
-from typing import Any
-
 from ldm_lab.config import register
-from ldm_lab.rules.rule import Rule
+from ldm_lab.rules.rule import Row, Rule, V
 
 
 @register("rule", "downloaded")
@@ -16,6 +14,6 @@ class Downloaded(Rule):
     needs = ("status",)
     comes_first = True
 
-    def broken(self, row: Any) -> dict[str, Any]:
+    def broken(self, row: Row[V]) -> dict[str, V]:
         status = row.text("status")
         return {"not_downloaded": status.isnull() | (status != "success")}

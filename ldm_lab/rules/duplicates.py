@@ -1,9 +1,9 @@
 """One row of each kind."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from ldm_lab.config import register
-from ldm_lab.rules.rule import Rule
+from ldm_lab.rules.rule import Row, Rule, V
 
 
 @register("rule", "duplicates")
@@ -27,5 +27,5 @@ class Duplicates(Rule):
     def needs(self) -> tuple[str, ...]:
         return (self.by,)
 
-    def broken(self, row: Any) -> dict[str, Any]:
+    def broken(self, row: Row[V]) -> dict[str, V]:
         return {}

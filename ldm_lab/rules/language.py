@@ -3,7 +3,7 @@
 from typing import Any
 
 from ldm_lab.config import register
-from ldm_lab.rules.rule import Rule
+from ldm_lab.rules.rule import Row, Rule, V
 
 
 @register("rule", "language")
@@ -24,6 +24,6 @@ class Language(Rule):
         """Return what is wrong with the values of a section."""
         return [] if section["keep"] else ["keep: at least one language is needed"]
 
-    def broken(self, row: Any) -> dict[str, Any]:
+    def broken(self, row: Row[V]) -> dict[str, V]:
         language = row.text("language").strip().lower()
         return {"language": ~language.isin(self.keep), "missing_tag": language.isnull()}

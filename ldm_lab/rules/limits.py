@@ -3,7 +3,8 @@
 from typing import Any, Literal
 
 from ldm_lab.config import register
-from ldm_lab.rules.rule import Rule
+from ldm_lab.rules.cell import Cell
+from ldm_lab.rules.rule import Row, Rule, V
 
 
 class Limits(Rule):
@@ -38,11 +39,11 @@ class Limits(Rule):
     def needs(self) -> tuple[str, ...]:
         return (self.quantity,)
 
-    def value(self, row: Any) -> Any:
+    def value(self, row: Row[V]) -> V:
         """Return the number that the limits are for."""
         return row.number(self.quantity)
 
-    def outside(self, value: Any) -> Any:
+    def outside(self, value: V) -> V:
         """Return the condition that a number is outside the limits."""
         limits = [
             *([value <= self.above] if self.above is not None else []),
@@ -55,7 +56,7 @@ class Limits(Rule):
             outside = outside | limit
         return outside
 
-    def broken(self, row: Any) -> dict[str, Any]:
+    def broken(self, row: Row[V]) -> dict[str, V]:
         value = self.value(row)
         return {self.quantity: self.outside(value), "missing_tag": value.isnull()}
 
@@ -111,7 +112,7 @@ class CaptionLength(Limits):
 
     quantity = "caption"
 
-    def broken(self, row: Any) -> dict[str, Any]:
+    def broken(self, row: Row[V]) -> dict[str, V]:
         caption = row.text("caption")
         empty = self.outside_of_empty()
         condition = self.outside(caption.length())
@@ -119,4 +120,4 @@ class CaptionLength(Limits):
 
     def outside_of_empty(self) -> bool:
         """Return whether no caption at all is outside the limits."""
-        return bool(self.outside(0))
+        return self.outside(Cell(0)).truth

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ldm_lab.config import register
-from ldm_lab.rules.rule import Rule
+from ldm_lab.rules.rule import Row, Rule, V
 
 
 @register("rule", "size")
@@ -36,7 +36,7 @@ class Size(Rule):
             return ["min_side: this, max_side, min_width or min_height is needed"]
         return [f"{key}: pixels are needed, not {section[key]}" for key in keys if (section.get(key) or 0) < 0]
 
-    def broken(self, row: Any) -> dict[str, Any]:
+    def broken(self, row: Row[V]) -> dict[str, V]:
         width, height = row.number("width"), row.number("height")
         conditions = {"unknown_size": width.isnull() | height.isnull()}
         if self.min_width or self.min_height:
@@ -64,14 +64,14 @@ class AspectRatio(Rule):
     @staticmethod
     def check(section: dict[str, Any]) -> list[str]:
         """Return what is wrong with the values of a section."""
-        limits = section.get("at_least"), section.get("at_most")
-        if limits == (None, None):
+        least, most = section.get("at_least"), section.get("at_most")
+        if least is None and most is None:
             return ["at_least: this or at_most is needed"]
-        if None not in limits and limits[0] > limits[1]:
-            return [f"at_least: {limits[0]} is above at_most, {limits[1]}"]
+        if least is not None and most is not None and least > most:
+            return [f"at_least: {least:g} is above at_most, {most:g}"]
         return []
 
-    def broken(self, row: Any) -> dict[str, Any]:
+    def broken(self, row: Row[V]) -> dict[str, V]:
         width, height = row.number("width"), row.number("height")
         ratio = width / height.nullif(0)
         has_ratio = (width >= 1) & (height >= 1)

@@ -2,11 +2,10 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 from ldm_lab.config import register
 from ldm_lab.errors import UserError
-from ldm_lab.rules.rule import Rule
+from ldm_lab.rules.rule import Row, Rule, V
 
 
 @register("rule", "slurs")
@@ -28,14 +27,14 @@ class Slurs(Rule):
         try:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8 text"
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             raise UserError(f"rules.slurs.file: {path}: {reason}; a list with one word a line is needed") from None
         words = {word.strip().lower() for word in lines} - {""}
         if not words:
             raise UserError(f"rules.slurs.file: {path}: no word in it; one a line is needed")
         self.words = sorted(words)
 
-    def broken(self, row: Any) -> dict[str, Any]:
+    def broken(self, row: Row[V]) -> dict[str, V]:
         any_word = f"(?:{'|'.join(map(pattern_of, self.words))})"
         if self.whole_words:
             any_word = f"(?:^|[^{row.WORD}]){any_word}(?:[^{row.WORD}]|$)"

@@ -131,7 +131,7 @@ def _step(run: Run, i: int, x: Tensor, points: list[tuple[float, Tensor]], base:
     h = run.lambdas[i + 1] - run.lambdas[i]
     b = math.expm1(-h)  # Zhao et al. 2023, section 3.3: B2 for predictions of x0, in which h changes its sign
     _, x0 = points[base]
-    moved = run.sigma[i + 1] / run.sigma[i] * x - run.alpha[i + 1] * b * x0  # [B, C, h, w]
+    moved: Tensor = run.sigma[i + 1] / run.sigma[i] * x - run.alpha[i + 1] * b * x0  # [B, C, h, w]
     others = [point for place, point in enumerate(points) if place != base]
     if not others:
         return moved
@@ -139,7 +139,8 @@ def _step(run: Run, i: int, x: Tensor, points: list[tuple[float, Tensor]], base:
     slopes = torch.zeros_like(x0)  # [B, C, h, w]
     for weight, offset, (_, value) in zip(_weights(offsets, -h), offsets, others):
         slopes = slopes + weight * (value - x0) / offset  # [B, C, h, w]
-    return moved - run.alpha[i + 1] * b * slopes
+    moved = moved - run.alpha[i + 1] * b * slopes  # [B, C, h, w]
+    return moved
 
 
 def _weights(offsets: list[float], h: float) -> list[float]:
@@ -156,4 +157,5 @@ def _weights(offsets: list[float], h: float) -> list[float]:
         phi = (phi - 1 / factorial) / h
         right.append(phi * factorial * h / b)
     powers = torch.tensor([[r ** (k - 1) for r in offsets] for k in range(1, len(offsets) + 1)], dtype=torch.float64)
-    return torch.linalg.solve(powers, torch.tensor(right, dtype=torch.float64)).tolist()
+    weights: list[float] = torch.linalg.solve(powers, torch.tensor(right, dtype=torch.float64)).tolist()
+    return weights

@@ -59,7 +59,8 @@ class ProbabilityFlow(GridSampler):
 
     def to_state(self, run: Run, x: Tensor) -> Tensor:
         """Return y [B, C, h, w] of x at the first time."""
-        return x / run.alpha[0]  # [B, C, h, w]
+        y: Tensor = x / run.alpha[0]  # [B, C, h, w]
+        return y
 
     def to_x(self, run: Run, i: int, y: Tensor) -> Tensor:
         """Return x [B, C, h, w] at time i."""
@@ -78,12 +79,17 @@ def shown(y: Tensor, s: float, scale: float) -> Tensor:
 
     alpha is scale / sqrt(1 + s^2) with the scale sqrt(alpha^2 + sigma^2), which is 1 where variance is preserved.
     """
-    return y / (1 + s**2) ** 0.5 * scale  # [B, C, h, w]
+    x: Tensor = y / (1 + s**2) ** 0.5 * scale  # [B, C, h, w]
+    return x
 
 
 @register("sampler", "euler")
 class Euler(ProbabilityFlow):
-    """Euler's method on the probability-flow ODE, order 1: DDIM with a choice of steps (Karras et al. 2022)."""
+    """Euler's method on the probability-flow ODE, order 1: DDIM with a choice of steps (Karras et al. 2022).
+
+    What churn mixes in a step of order 1 takes out with an error of its own, however many steps there are: samples lose
+    some of their spread. heun, of order 2, keeps it.
+    """
 
     order = 1
 

@@ -121,7 +121,8 @@ class Historic(PseudoNumerical):
         Args:
             steps: how many; each costs four model calls (prk), or one but for the first three, four each (plms).
             variant: "glide" goes as the programs around GLIDE do: neither the grid's first time nor the step to t = 0
-                is taken, so that a little noise stays, and between two times alpha^2 is interpolated.
+                is taken, so that a little noise stays, and between two times the schedule is interpolated
+                (`ldm_lab.schedules.RespacedSchedule`).
         """
         super().__init__(steps=steps)
         self.variant = variant

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ldm_lab.checkpoints.embedders import embedder_of
 from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.parts import load_part, load_strictly, weights_path, weights_sha256
+from ldm_lab.condition_sources import ConditionSources, build_sources, given_conditions
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.base import Wrapper
@@ -23,7 +24,16 @@ from ldm_lab.guidance.clip import ClipGradient, ClipGuidance
 from ldm_lab.guidance.inpaint import Inpaint
 from ldm_lab.guidance.stack import stack
 from ldm_lab.guidance.thresholding import StaticThresholding
-from ldm_lab.interfaces import Prediction
+from ldm_lab.interfaces import (
+    ConditionRequest,
+    ConditionSpec,
+    Denoiser,
+    Embedding,
+    ImageCondition,
+    Prediction,
+    check_conditions,
+    is_upsampler,
+)
 from ldm_lab.interfaces import Sampler as SamplerPart
 from ldm_lab.io.images import to_images, to_tensor
 from ldm_lab.pretrained.resolve import check_untrusted
@@ -39,7 +49,6 @@ Mix = OnePrompt | Sequence[OnePrompt]
 
 log = logging.getLogger(__name__)
 
-FACTOR = 4  # of an upsampler whose config does not say how many times it enlarges: GLIDE's
 DECODE_BATCH = 8  # images; the autoencoder's full-size feature maps need far more memory than the denoiser's
 
 
@@ -72,9 +81,9 @@ class Sampler:
         autoencoder: nn.Module,
         conditioner: nn.Module,
         *,
+        sources: ConditionSources | None = None,
         dropout: float,
         size: tuple[int, int] | None = None,
-        factor: int | None = None,
         weak: nn.Module | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device | None = None,
@@ -88,9 +97,9 @@ class Sampler:
             objective: what its output means.
             autoencoder: decodes latents.
             conditioner: encodes prompts.
+            sources: what else the denoiser is told.
             dropout: share of the conditions that were dropped in training; guidance needs more than 0.
             size: default height and width in pixels.
-            factor: of an upsampler: how many times it enlarges, unless another size is asked for.
             weak: a worse denoiser of the same kind, to guide away from (autoguidance).
             dtype: of the denoiser's arithmetic (autocast); the samplers' own is float32.
             device: where to run; by default where the denoiser is.
@@ -100,7 +109,8 @@ class Sampler:
         """
         self.denoiser, self.objective, self.weak = denoiser, objective, weak
         self.autoencoder, self.conditioner = autoencoder, conditioner
-        self.dropout, self.size, self.factor, self.dtype, self.low_memory = dropout, size, factor, dtype, low_memory
+        self.sources = sources or {}
+        self.dropout, self.size, self.dtype, self.low_memory = dropout, size, dtype, low_memory
         self.conditioner_section = conditioner_section
         self._device = None if device is None else torch.device(device)
 
@@ -140,14 +150,17 @@ class Sampler:
             role: _load_frozen(role, config[role], moved, extra.get(role))
             for role, moved in (("autoencoder", autoencoder), ("conditioner", conditioner))
         }
-        channels, embed_dim = frozen["autoencoder"].channels, frozen["conditioner"].embed_dim
-        denoiser = _load_denoiser(config, state, path, channels, embed_dim)
+        if not isinstance(sections := config.get("condition_sources") or {}, dict):
+            raise UserError(f"{path}: its config has no readable section 'condition_sources'")
+        sources = build_sources(sections)
+        channels, given = frozen["autoencoder"].channels, given_conditions(frozen["conditioner"], sources)
+        denoiser = _load_denoiser(config, state, path, channels, given)
         worse = None
         if weak is not None:
             weak_config, weak_state, _ = read_model(weak)
             if weak_config.get("objective") != config["objective"]:
                 raise UserError(f"{weak}: its objective is another than that of {path}, which it cannot guide")
-            worse = _load_denoiser(weak_config, weak_state, weak, channels, embed_dim)
+            worse = _load_denoiser(weak_config, weak_state, weak, channels, given)
         if compiled:
             denoiser.compile()
         waiting = "cpu" if low_memory else device
@@ -159,7 +172,7 @@ class Sampler:
             frozen["conditioner"].to(waiting),
             dropout=config["conditioner"].get("dropout", 0.0),
             size=(int(side), int(side)) if side.isdecimal() else None,
-            factor=_factor(config),
+            sources=sources,
             weak=None if worse is None else worse.to(waiting),
             dtype=dtype,
             device=device,
@@ -394,7 +407,7 @@ class Sampler:
     @property
     def enlarges(self) -> bool:
         """Whether the model is an upsampler: it is told what to enlarge, beside the prompts."""
-        return getattr(self.denoiser, "super_res", False)
+        return is_upsampler(self.denoiser.spec)
 
     @property
     def device(self) -> torch.device:
@@ -476,9 +489,12 @@ class Sampler:
                 x = alpha * known + sigma * x  # [B, C, h, w]
         cond = {name: value.to(device) for name, value in cond.items()}  # [B, k, ...]
         null = self.conditioner.null({name: value[:, 0] for name, value in cond.items()})  # [B, ...]
-        for name, value in self._beside(x, low_res, known, mask).items():  # with prompts and without them alike
-            null[name] = value  # [B, ...]
-            cond[name] = value[:, None].expand(-1, weights.shape[1], *value.shape[1:])  # [B, k, ...]
+        request = ConditionRequest(x, low_res, known, mask)
+        for source in self.sources.values():
+            given = source.from_request(request)
+            null |= source.null(given)
+            for name, value in given.items():
+                cond[name] = value[:, None].expand(-1, weights.shape[1], *value.shape[1:])  # [B, k, ...]
         weak = None if self.weak is None else self._predict(self.weak)
         predict = guided(
             self._predict(self.denoiser), cond, null, weights, guide_model=weak, schedule=schedule, **guide
@@ -498,26 +514,8 @@ class Sampler:
 
     def _limit(self, clamp: bool | None) -> float | None:
         """Return the largest magnitude that clean estimates may have; None is any."""
-        limit = getattr(self.autoencoder, "limit", None)
-        wanted = limit is not None if clamp is None else clamp
-        return (limit or 1 / float(self.autoencoder.scale)) if wanted else None
-
-    def _beside(
-        self, x: Tensor, low_res: Tensor | None, known: Tensor | None, mask: Tensor | None
-    ) -> dict[str, Tensor]:
-        """Return what a denoiser of these forms is told beside the prompts, [B, ...] each, for x [B, C, h, w].
-
-        Args:
-            x: where sampling starts.
-            low_res: what an upsampler is to enlarge, [B, 3, h', w'].
-            known: the picture of an inpainting, [1, C, h, w].
-            mask: where it is to be painted, bool [1, 1, h, w].
-        """
-        beside = {} if low_res is None else {"low_res": low_res.to(x)}  # [B, 3, h', w']
-        if mask is not None and getattr(self.denoiser, "inpaint", False):
-            beside["inpaint_image"] = known.expand_as(x)  # [B, C, h, w]
-            beside["inpaint_mask"] = (~mask).to(x).expand(len(x), -1, -1, -1)  # [B, 1, h, w]
-        return beside
+        wanted = self.autoencoder.pixel_range is not None if clamp is None else clamp
+        return 1 / float(self.autoencoder.latent_std) if wanted else None
 
     def _predict(self, denoiser: nn.Module) -> Callable[[Tensor, Tensor, dict[str, Tensor]], Prediction]:
         """Return a denoiser's reading of rows, at the precision that was asked for."""
@@ -533,7 +531,7 @@ class Sampler:
     def decode(self, latents: Tensor, tile: int | None = None) -> list[Picture]:
         """Return the pictures of latents [B, C, h, w]; if they are larger than a tile of latent elements, in tiles."""
         pictures: list[Picture] = []
-        rounded = hasattr(self.autoencoder, "limit")  # models of pixels were trained on whole levels
+        rounded = self.autoencoder.pixel_range is not None  # models of pixels were trained on whole levels
         with self._in_use(self.autoencoder):
             for part in latents.split(DECODE_BATCH):
                 if tile is None:
@@ -587,9 +585,10 @@ class Sampler:
         self, size: int | tuple[int, int] | None, low_res: Tensor | None
     ) -> int | tuple[int, int] | None:
         """Return the size to be made: what is asked for, or what the picture's own becomes when it is enlarged."""
-        if size is not None or low_res is None or self.factor is None:
+        kind = self.denoiser.spec.get("low_res")
+        if size is not None or low_res is None or not isinstance(kind, ImageCondition):
             return size
-        return low_res.shape[2] * self.factor, low_res.shape[3] * self.factor
+        return low_res.shape[2] * kind.scale_factor, low_res.shape[3] * kind.scale_factor
 
     @torch.no_grad()
     def _likeness(self, guidance: ClipGuidance, mixes: list[list[Prompt]], usual: float) -> Tensor:
@@ -598,7 +597,7 @@ class Sampler:
         Raises:
             UserError: an image without a text, or a model of latents.
         """
-        if getattr(self.autoencoder, "limit", None) != 1:
+        if self.autoencoder.pixel_range not in ((-1.0, 1.0), (0.0, 1.0)):
             raise UserError("CLIP guidance: the noised CLIP sees pixels, this model makes latents")
         rows = []
         for mix in mixes:
@@ -672,8 +671,10 @@ class Sampler:
 
     def _check_aesthetic(self, aesthetic: Aesthetic) -> None:
         """Raise UserError if the conditioner's embeddings are not those that an aesthetic is made for."""
-        section = self.conditioner_section
-        aesthetic.check(self.conditioner.embed_dim, None if section is None else embedder_of(section))
+        section, embed = self.conditioner_section, self.conditioner.spec.get("embed")
+        if not isinstance(embed, Embedding):
+            raise UserError("aesthetic: this model's conditioner has no single embedding of a text")
+        aesthetic.check(embed.width, None if section is None else embedder_of(section))
 
 
 def as_mix(entry: Mix) -> list[Prompt]:
@@ -697,13 +698,6 @@ def _restored(picture: Picture, start: Start) -> Picture:
     return Picture(image, to_tensor(image))
 
 
-def _factor(config: dict[str, Any]) -> int:
-    """Return how many times the upsampler of a checkpoint's config enlarges."""
-    section = config.get("low_res")
-    factor = section.get("factor") if isinstance(section, dict) else None
-    return factor if isinstance(factor, int) and factor > 0 else FACTOR
-
-
 def _check_guide(interval: tuple[float, float], rescale: float) -> None:
     """Raise UserError for an interval or a rescaling that makes no sense."""
     low, high = interval
@@ -714,10 +708,11 @@ def _check_guide(interval: tuple[float, float], rescale: float) -> None:
 
 
 def _load_denoiser(
-    config: dict[str, Any], state: dict[str, Tensor], path: str | Path, channels: int, embed_dim: int
-) -> nn.Module:
+    config: dict[str, Any], state: dict[str, Tensor], path: str | Path, channels: int, given: ConditionSpec
+) -> Denoiser:
     """Return the denoiser of a model file, frozen, on the CPU."""
-    denoiser = build("denoiser", config["denoiser"], channels, embed_dim)
+    denoiser = build("denoiser", config["denoiser"], channels, given)
+    check_conditions(denoiser, given)
     load_strictly(denoiser, state, path)
     return denoiser.eval().requires_grad_(False)
 

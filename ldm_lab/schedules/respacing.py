@@ -49,13 +49,13 @@ def kept_timesteps(timesteps: int, steps: Steps) -> list[int]:
     if num_steps(steps) == 1:
         return [timesteps - 1]
     if steps == "fast27":
-        kept = set(kept_timesteps(timesteps, FAST27)) - {timesteps - 1}
-        return sorted(kept | {timesteps - 3})
+        return sorted({*kept_timesteps(timesteps, FAST27), timesteps - 3} - {timesteps - 1})
     if isinstance(steps, str) and (match := DDIM.fullmatch(steps)):
         return _strided(timesteps, int(match[1]))
     counts = [steps] if isinstance(steps, int) else [int(part) for part in steps.split(",")]
     size, more = divmod(timesteps, len(counts))
-    kept, start = [], 0
+    kept: list[int] = []
+    start = 0
     for i, wanted in enumerate(counts):
         section = size + (i < more)
         if wanted > section:

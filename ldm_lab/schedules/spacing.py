@@ -26,7 +26,9 @@ def ratios(first: float, last: float, steps: int, spacing: str) -> Tensor:
     """
     share = torch.linspace(0, 1, steps, dtype=torch.float64)  # [steps]
     if spacing == "log_snr":
-        return first * (last / first) ** share  # [steps]
-    if spacing == "karras":
-        return (first ** (1 / RHO) + share * (last ** (1 / RHO) - first ** (1 / RHO))) ** RHO  # [steps]
-    raise UserError(f"spacing: log_snr, karras or uniform is needed here, not {spacing}")
+        falling: Tensor = first * (last / first) ** share  # [steps]
+    elif spacing == "karras":
+        falling = (first ** (1 / RHO) + share * (last ** (1 / RHO) - first ** (1 / RHO))) ** RHO  # [steps]
+    else:
+        raise UserError(f"spacing: log_snr, karras or uniform is needed here, not {spacing}")
+    return falling

@@ -173,10 +173,11 @@ class AutoencoderTask(PartTask):
         """Write `autoencoder.safetensors`, its latent scale measured on the last batches that were trained on."""
         images = (levels.to(self.device).float() / 127.5 - 1 for levels in self.recent)  # [B, 3, H, W] each
         trained = self.best_model.training
-        scale, before = measure_scale(self.best_model.eval(), images), self.best_model.scale.clone()  # [], []
-        self.best_model.scale.fill_(scale)
+        std = measure_scale(self.best_model.eval(), images)
+        before = self.best_model.latent_std.clone()  # []
+        self.best_model.latent_std.fill_(std)
         super().export(folder, dtype)
-        self.best_model.train(trained).scale.copy_(before)
+        self.best_model.train(trained).latent_std.copy_(before)
 
     def facts(self) -> dict[str, str]:
         return {**super().facts(), "scale_images": str(sum(map(len, self.recent)))}

@@ -85,7 +85,8 @@ def make_cache(config: dict[str, Any], folder: Path, device: str | None = None) 
             batch.image = batch.require_image("make a cache").to(device)  # [B, 3, H, W]
             mean, logvar = autoencoder.moments(batch.image)  # [B, C, h, w] each
             tensors = {"mean": mean, "logvar": logvar, **conditioner.from_batch(batch)}
-            half = {name: value.half() for name, value in tensors.items()}  # finer than the posterior's noise
+            # Half precision is finer than the posterior's noise; token ids stay whole.
+            half = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
             writer.add(half, batch.text, batch.key, data.rank_state())
             bar.update(len(batch))
     writer.close()

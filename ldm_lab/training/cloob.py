@@ -23,7 +23,7 @@ class CLOOBTask(PartTask):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         image = self.model.encode_image(batch.image).float()  # [B, D]
         tokens = self.model.tokenize(one_caption_each(batch)).to(self.device)  # [B, text_size]
-        text = F.normalize(self.model.text_encoder(tokens).float(), dim=-1)  # [B, D]
+        text = F.normalize(self.model.encode_tokens(tokens).float(), dim=-1)  # [B, D]
         image, text = gather_rows(image), gather_rows(text)  # [N, D] each, the rows of all ranks
         if len(image) < 2:
             raise UserError("data.batch_size: InfoLOOB compares pairs with each other and needs at least 2")

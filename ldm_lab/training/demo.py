@@ -94,7 +94,14 @@ class Demo(Callback):
 
     def batches(self, trainer: Trainer, task: LightningModule) -> Iterator[list[Image.Image]]:
         """Return an iterator over this rank's images, which are not made before they are asked for."""
-        sampler = Sampler(task.best_model, task.objective, **task.frozen, dropout=task.dropout)
+        sampler = Sampler(
+            task.best_model,
+            task.objective,
+            task.autoencoder,
+            task.conditioner,
+            sources=task.sources,
+            dropout=task.dropout,
+        )
         mine = range(trainer.global_rank, len(self.prompts), trainer.world_size)
         return sampler.batches(
             [self.prompts[i] for i in mine],

@@ -1,4 +1,4 @@
-"""The main task: a denoiser in the latent space of a frozen autoencoder, conditioned by a frozen conditioner."""
+"""The main task: a denoiser in the latent space of a frozen autoencoder, told what conditioner and sources give."""
 
 from pathlib import Path
 from typing import Any
@@ -6,88 +6,135 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback
 from torch import Tensor
+from torch.nn import functional as F
 
 from ldm_lab.checkpoints.models import read_model, save_model
 from ldm_lab.checkpoints.parts import FORMAT, load_part
+from ldm_lab.condition_sources import build_sources, given_conditions
 from ldm_lab.config import build, options, register
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Batch
+from ldm_lab.interfaces import (
+    Autoencoder,
+    Batch,
+    Conditioner,
+    Conditions,
+    ConditionSpec,
+    Denoiser,
+    ImageCondition,
+    Objective,
+    check_conditions,
+    is_upsampler,
+)
 from ldm_lab.training.logs import say
-from ldm_lab.training.low_res import LowRes
 from ldm_lab.training.task import Task
 from ldm_lab.training.timesteps import TIMESTEP_SAMPLERS
 
-# Attributes of a denoiser that say which form it has -> such a one, and one without it, in words.
-FORMS = {"super_res": ("an upsampler", "a base model")}
 DROPOUT = 0.2  # share of conditions that are dropped unless the config says otherwise (cloob-latent-diffusion's)
+NEARLY = 0.01  # relative difference of two latent stds that is not worth a line
 
 
 @register("task", "diffusion")
 class DiffusionTask(Task):
-    """Train a denoiser on latents of images, conditioned on embeddings of the same images."""
+    """Train a denoiser on latents of images, conditioned on what a conditioner and condition sources say of them."""
 
-    ROLES = ("autoencoder", "conditioner", "denoiser", "objective", "low_res", "cache", "demo", "enlargements")
+    ROLES = (
+        *("autoencoder", "conditioner", "condition_sources", "denoiser", "objective"),
+        *("cache", "demo", "enlargements"),
+    )
     REQUIRED = ("data", "autoencoder", "conditioner", "denoiser", "objective")
     NETWORK = ("denoiser", "objective")
 
     def __init__(self, config: dict[str, Any], read_weights: bool = True) -> None:
         super().__init__(config, read_weights)
-        autoencoder = load_part("autoencoder", config["autoencoder"], read_weights)
-        conditioner = load_part("conditioner", config["conditioner"], read_weights)
-        self.frozen = {"autoencoder": autoencoder, "conditioner": conditioner}
-        self.objective = build("objective", config["objective"])
+        autoencoder: Autoencoder = load_part("autoencoder", config["autoencoder"], read_weights)
+        conditioner: Conditioner = load_part("conditioner", config["conditioner"], read_weights)
+        self.sources = build_sources(config.get("condition_sources"))
+        self.frozen = {"autoencoder": autoencoder, "conditioner": conditioner, **self.sources}
+        self.objective: Objective = build("objective", config["objective"])
         self.dropout = config["conditioner"].get("dropout", DROPOUT)
-        self.adopt(build("denoiser", config["denoiser"], autoencoder.channels, conditioner.embed_dim))
-        check_fit(conditioner, self.model, self.objective)
-        self.low_res = low_resolution(config, self.model)
-        size, unit = config["data"].get("image_size"), autoencoder.downscale * self.model.multiple_of
-        if size is not None and size % unit:
-            raise UserError(f"data.image_size: {size} is not a multiple of {unit}, which this model's levels need")
+        given = given_conditions(conditioner, self.sources)
+        denoiser: Denoiser = build("denoiser", config["denoiser"], autoencoder.channels, given)
+        check_conditions(denoiser, given)
+        self.objective.check_denoiser(denoiser)
+        self.check_image_size(config["data"].get("image_size"), autoencoder.downscale * denoiser.multiple_of)
+        self.adopt(denoiser)
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """The frozen autoencoder."""
+        return self.frozen["autoencoder"]
+
+    @property
+    def conditioner(self) -> Conditioner:
+        """The frozen conditioner."""
+        return self.frozen["conditioner"]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        x0, cond = self.encode(batch)  # [B, C, h, w], {"embed": [B, D]} or {"tokens": [B, L], "mask": [B, L]}
+        x0, conditions = self.encode(batch)  # [B, C, h, w], name -> [B, ...]
+        keep = torch.rand(len(x0), device=self.device) > self.dropout  # [B]
+        conditions = drop(conditions, self.conditioner.null(conditions), keep)
+        conditions |= self.from_sources(batch, x0)
         t = self.timesteps(self.batches_seen, len(x0)).to(x0)  # [B]
         noise = torch.randn_like(x0)  # [B, C, h, w]
-        terms = self.objective.loss_terms(self.model, x0, cond, t, noise)  # {"loss": [B], ...}
+        terms = self.objective.loss_terms(self.model, x0, conditions, t, noise)  # {"loss": [B], ...}
         self.log_means({name: term.mean() for name, term in terms.items()}, len(x0))
         self.log_by_time(terms["loss"], t)
         return terms["loss"].mean()
 
     @torch.no_grad()
-    def encode(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return posterior samples of the latents, [B, C, h, w], and the condition, dropped for a share of the rows.
+    def encode(self, batch: Batch) -> tuple[Tensor, Conditions]:
+        """Return posterior samples of the latents, [B, C, h, w], and what the conditioner gives, name -> [B, ...].
 
-        A cached batch brings `mean`, `logvar` and `conditions`, no `image`. An upsampler's condition has the image made
-        small besides, as "low_res", which is never dropped.
+        A cached batch brings moments of the latents, and conditions, instead of images.
         """
-        autoencoder, conditioner = self.frozen["autoencoder"], self.frozen["conditioner"]
         with torch.autocast(self.device.type, enabled=False):  # the frozen parts stay in fp32
             if batch.mean is not None:
                 mean, logvar = batch.mean.float(), batch.logvar.float()  # [B, C, h, w] each
             else:
-                mean, logvar = autoencoder.moments(batch.image)  # [B, C, h, w] each
-            x0 = autoencoder.sample(mean, logvar, torch.randn_like(mean))  # [B, C, h, w]
-            cond = dict(batch.conditions) or conditioner.from_batch(batch)
-        keep = torch.rand(len(x0), device=self.device) > self.dropout  # [B]
-        cond = drop(cond, conditioner.null(cond), keep)
-        if self.low_res is not None:
-            cond["low_res"] = self.low_res(batch.require_image("train an upsampler"))  # [B, 3, H / factor, W / factor]
-        return x0, cond
+                mean, logvar = self.autoencoder.moments(batch.image)  # [B, C, h, w] each
+            x0 = self.autoencoder.sample(mean, logvar, torch.randn_like(mean))  # [B, C, h, w]
+            return x0, dict(batch.conditions) or self.conditioner.from_batch(batch)
+
+    @torch.no_grad()
+    def from_sources(self, batch: Batch, x0: Tensor) -> Conditions:
+        """Return what the condition sources give, name -> [B, ...]; it is never dropped."""
+        given: Conditions = {}
+        for source in self.sources.values():
+            given |= source.from_batch(batch, x0, None)
+        return given
 
     def log_by_time(self, loss: Tensor, t: Tensor) -> None:
         """Log the mean loss of each quarter of [0, 1), at logging steps only."""
         if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:
             return
-        quarter = (t * 4).long()  # [B]
-        one_hot = torch.nn.functional.one_hot(quarter, 4)  # [B, 4]
+        one_hot = F.one_hot((t * 4).long(), 4)  # [B, 4]
         means = (loss.detach()[:, None] * one_hot).sum(0) / one_hot.sum(0)  # [4], nan where a quarter has no sample
         for i, mean in enumerate(means):
             if mean == mean:
                 self.log(f"train/loss_t{i / 4:.2f}", mean, batch_size=len(t))
 
+    # ------------------------------------------------------------------------------------------------- before it begins
+
+    def check_image_size(self, size: int | None, unit: int) -> None:
+        """Raise UserError for images that the levels of the network, or a condition source, do not divide.
+
+        Args:
+            size: height and width of the images, pixels; None is left to the loader.
+            unit: what the network needs a multiple of, pixels.
+        """
+        if size is None:
+            return
+        if size % unit:
+            raise UserError(f"data.image_size: {size} is not a multiple of {unit}, which this model's levels need")
+        for name, source in self.sources.items():
+            for kind in source.spec.values():
+                if isinstance(kind, ImageCondition) and size % kind.scale_factor:
+                    where = f"condition_sources.{name}.scale_factor"
+                    raise UserError(f"data.image_size: {size} is not a multiple of {where}, {kind.scale_factor}")
+
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        made_with = getattr(self.trainer.datamodule.source, "description", {})  # of a cache
+        made_with = self.trainer.datamodule.source.description  # of a cache
         for role, checksum in self.frozen_sha256.items():
             if made_with.get(role, checksum) != checksum:
                 raise UserError(f"data.path: this cache was made with another {role} than {role}.weights")
@@ -95,34 +142,32 @@ class DiffusionTask(Task):
         self.timesteps = timestep_sampler(self.seed, self.global_rank, self.trainer.world_size)
 
     def initial_weights(self, path: str) -> tuple[dict[str, Tensor], str]:
-        config, state, extra = read_model(path)
-        ours = self.run_config["denoiser"]["name"]
-        theirs, part = (s if isinstance(s := config.get(role), dict) else {} for role in ("denoiser", "autoencoder"))
-        if theirs.get("name") != ours:
-            raise UserError(f"init_from: {path} holds the denoiser {theirs.get('name')!r}, denoiser.name is {ours!r}")
-        for form, (name, other) in FORMS.items():
-            if bool(theirs.get(form)) != getattr(self.model, form, False):
-                holds, wanted = (name, other) if theirs.get(form) else (other, name)
-                raise UserError(f"init_from: {path} is {holds}, and denoiser.{form} asks for {wanted}")
-        if theirs.get("inpaint") and not getattr(self.model, "inpaint", False):
-            raise UserError(f"init_from: {path} is an inpainting model; denoiser.inpaint=true goes with it")
-        if other := other_sizes(type(self.model), theirs, self.run_config["denoiser"]):
-            raise UserError(f"init_from: {path} is of another size: {'; '.join(other)}")
-        scale, before = getattr(self.frozen["autoencoder"], "scale", None), part.get("scale")
-        if scale is not None and isinstance(before, float) and before > 0 and abs(float(scale) / before - 1) > 0.01:
+        loaded, state, extra = read_model(path)
+        theirs, ours = (section_of(config, "denoiser") for config in (loaded, self.run_config))
+        if theirs.get("name") != ours["name"]:
+            raise UserError(
+                f"init_from: {path} holds the denoiser {theirs.get('name')!r}, denoiser.name is {ours['name']!r}"
+            )
+        check_forms(path, source_conditions(loaded), self.model.spec)
+        if differing := differing_architecture(type(self.model), theirs, ours):
+            raise UserError(f"init_from: {path} is of another size: {'; '.join(differing)}")
+        before, std = section_of(loaded, "autoencoder").get("latent_std"), self.autoencoder.latent_std
+        if isinstance(before, float) and before > 0 and bool(((std / before - 1).abs() > NEARLY).any()):
             say(
                 f"init_from: these weights were trained on latents divided by {before:g}, this run divides by "
-                f"{float(scale):g} (autoencoder.scale={before:g} would be theirs)"
+                f"{described(std)} (autoencoder.latent_std={before:g} would be theirs)"
             )
         return state, f"weights of {path} (step {extra.get('step', 'unknown')})"
 
     def callbacks(self, folder: Path) -> list[Callback]:
         sections = {role: self.run_config.get(role) for role in ("demo", "enlargements")}
-        if sections["demo"] is not None and self.low_res is not None:
+        if sections["demo"] is not None and is_upsampler(self.model.spec):
             raise UserError("demo: an upsampler makes no picture of a prompt alone; `enlargements` draws what it makes")
-        if sections["enlargements"] is not None and self.low_res is None:
+        if sections["enlargements"] is not None and not is_upsampler(self.model.spec):
             raise UserError("enlargements: are an upsampler's; `demo` draws what a base model makes")
         return [build(role, section, folder) for role, section in sections.items() if section is not None]
+
+    # ------------------------------------------------------------------------------------------------ what it leaves
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -137,67 +182,74 @@ class DiffusionTask(Task):
 
     def model_config(self) -> dict[str, Any]:
         """Return the run's config with what the model was trained with written out, whatever the config left open."""
-        config = dict(self.run_config)
-        if hasattr(self.frozen["autoencoder"], "scale"):  # the scale that was trained with is authoritative
-            scale = float(self.frozen["autoencoder"].scale)
-            config["autoencoder"] = {**config["autoencoder"], "scale": scale}
-        config["conditioner"] = {**config["conditioner"], "dropout": self.dropout}
-        return config
+        statistics = {key: value.tolist() for key, value in self.autoencoder.latent_statistics().items()}
+        return {
+            **self.run_config,
+            "autoencoder": {**self.run_config["autoencoder"], **statistics},
+            "conditioner": {**self.run_config["conditioner"], "dropout": self.dropout},
+        }
 
 
-def check_fit(conditioner: Any, denoiser: Any, objective: Any) -> None:
-    """Raise UserError if the denoiser does not read what the conditioner gives, or counts timesteps otherwise."""
-    gives, takes = (getattr(part, name, ("embed",)) for part, name in ((conditioner, "gives"), (denoiser, "takes")))
-    if not set(takes) <= set(gives):
+def drop(conditions: Conditions, null: Conditions, keep: Tensor) -> Conditions:
+    """Return the conditions where `keep` [B] is true and the null conditions elsewhere, name -> [B, ...].
+
+    Classifier-free guidance, Ho & Salimans 2022 (arXiv 2207.12598), algorithm 1.
+    """
+    return {
+        name: torch.where(keep.view(-1, *[1] * (value.ndim - 1)), value, null[name])
+        for name, value in conditions.items()
+    }
+
+
+# ------------------------------------------------------------------------------------------ weights to begin with
+
+
+def section_of(config: dict[str, Any], role: str) -> dict[str, Any]:
+    """Return a section of a config that came out of a file; nothing where it is no section."""
+    section = config.get(role)
+    return section if isinstance(section, dict) else {}
+
+
+def source_conditions(config: dict[str, Any]) -> ConditionSpec:
+    """Return what the condition sources of a config give. Raises UserError for sources that are not known."""
+    sources = build_sources(config.get("condition_sources"))
+    return {name: kind for source in sources.values() for name, kind in source.spec.items()}
+
+
+def check_forms(path: str, theirs: ConditionSpec, ours: ConditionSpec) -> None:
+    """Raise UserError if a checkpoint is of another form of network than a run's.
+
+    More conditions than the checkpoint's are welcome: weights for them begin as initialized. Those of a base model are
+    none to begin an upsampler with.
+
+    Args:
+        path: of the checkpoint.
+        theirs: what the checkpoint's condition sources give.
+        ours: what the run's denoiser takes.
+    """
+    words = {True: "an upsampler", False: "a base model"}
+    if is_upsampler(theirs) != is_upsampler(ours):
+        holds, wanted = words[is_upsampler(theirs)], words[is_upsampler(ours)]
+        raise UserError(f"init_from: {path} is {holds}, and condition_sources of this config make {wanted}")
+    if missing := [name for name in theirs if name not in ours]:
         raise UserError(
-            f"conditioner.name: {denoiser.part_name} reads {' and '.join(takes)}, and the conditioner "
-            f"{conditioner.part_name} gives {' and '.join(gives)}"
+            f"init_from: {path} takes {' and '.join(missing)}, which no entry of condition_sources gives here"
         )
-    if "tokens" in takes and denoiser.text_size != conditioner.text_size:
-        raise UserError(
-            f"conditioner.text_size: {conditioner.text_size}, and denoiser.text_size: {denoiser.text_size}; "
-            "they have to be the same"
-        )
-    ours, theirs = getattr(denoiser, "timesteps", None), getattr(objective.schedule, "timesteps", None)
-    if None not in (ours, theirs) and ours != theirs:
-        raise UserError(f"objective.timesteps: {theirs}, and denoiser.timesteps: {ours}; they have to be the same")
 
 
-def other_sizes(denoiser: type, theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """Return the `SIZES` of a denoiser in which two of its config sections differ, each in words."""
+def differing_architecture(denoiser: type[Denoiser], theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """Return the `architecture_keys` of a denoiser in which two of its config sections differ, each in words."""
     known, differing = options(denoiser), []
-    for key in getattr(denoiser, "SIZES", ()):
+    for key in denoiser.architecture_keys:
         its, own = (section.get(key, known[key].default) for section in (theirs, ours))
         its, own = (list(size) if isinstance(size, tuple) else size for size in (its, own))
-        if key == "attention":  # in any order
+        if key in denoiser.unordered_keys:
             its, own = sorted(its), sorted(own)
         if its != own:
             differing.append(f"its {key} is {its}, denoiser.{key} is {own}")
     return differing
 
 
-def low_resolution(config: dict[str, Any], denoiser: Any) -> LowRes | None:
-    """Return what makes an upsampler's condition; None for a denoiser that is none.
-
-    Raises:
-        UserError: a section `low_res` for a denoiser that is no upsampler, an image size that it does not divide.
-    """
-    if not getattr(denoiser, "super_res", False):
-        if config.get("low_res") is not None:
-            raise UserError("low_res: is for upsamplers; denoiser.super_res=true makes one")
-        return None
-    low_res = build("low_res", config.get("low_res"))
-    size = config["data"].get("image_size")
-    if size is not None and size % low_res.factor:
-        raise UserError(f"data.image_size: {size} is not a multiple of low_res.factor, {low_res.factor}")
-    return low_res
-
-
-def drop(cond: dict[str, Tensor], null: dict[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
-    """Return the condition where `keep` [B] is true and the null condition elsewhere.
-
-    Classifier-free guidance, Ho & Salimans 2022 (arXiv 2207.12598), algorithm 1.
-    """
-    return {
-        name: torch.where(keep.view(-1, *[1] * (value.ndim - 1)), value, null[name]) for name, value in cond.items()
-    }
+def described(statistic: Tensor) -> str:
+    """Return a latent mean or std, 0-dim or [C], for people."""
+    return ", ".join(f"{value:g}" for value in statistic.flatten().tolist())

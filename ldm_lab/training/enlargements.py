@@ -6,12 +6,12 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch.nn import functional as F
 
+from ldm_lab.condition_sources.low_res import shrink
 from ldm_lab.config import check_section, register
 from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import grid, save_png, to_images
 from ldm_lab.sampling import Sampler
 from ldm_lab.training.logs import log_images
-from ldm_lab.training.low_res import shrink
 from ldm_lab.training.reconstructions import Reconstructions
 
 DEFAULT_SAMPLER = {"name": "ddim", "steps": 27}
@@ -59,12 +59,18 @@ class Enlargements(Reconstructions):
     def draw(self, trainer: Trainer, task: LightningModule) -> None:
         """Write and log the grid: small images above, what is made of them in the middle, the originals below."""
         image = self.levels.to(task.device) / 127.5 - 1  # [n, 3, H, W]
-        low = shrink(image, task.low_res.factor)  # [n, 3, h, w]
-        parts = {**task.frozen, "dropout": task.dropout, "size": tuple(image.shape[2:])}
+        low = shrink(image, task.model.spec["low_res"].scale_factor)  # [n, 3, h, w]
+        sampler = Sampler(
+            task.best_model,
+            task.objective,
+            task.autoencoder,
+            task.conditioner,
+            sources=task.sources,
+            dropout=task.dropout,
+            size=tuple(image.shape[2:]),
+        )
         with torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else []):
-            made = Sampler(task.best_model, task.objective, **parts)(
-                self.texts, low_res=low, guidance=1.0, sampler=self.sampler, batch_size=len(image)
-            )
+            made = sampler(self.texts, low_res=low, guidance=1.0, sampler=self.sampler, batch_size=len(image))
         small = to_images(F.interpolate(low, image.shape[2:], mode="nearest"))
         picture = grid([*small, *made, *to_images(image)], columns=len(image))
         caption = f"step {trainer.global_step}: made small above, enlarged in the middle, the images below"

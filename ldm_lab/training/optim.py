@@ -8,6 +8,7 @@ from torch import nn
 
 from ldm_lab.config import register
 from ldm_lab.errors import UserError, unknown
+from ldm_lab.interfaces import Part
 
 
 @register("optim")
@@ -102,11 +103,11 @@ class Optim:
             groups, self.lr, self.betas, self.eps, self.weight_decay, is_paged=self.state == "paged_8bit"
         )
 
-    def freeze_parts(self, model: nn.Module) -> None:
+    def freeze_parts(self, model: Part) -> None:
         """Take the gradients off what `freeze` names. Raises UserError for a part that the network does not have."""
         if not self.freeze:
             return
-        groups = model.freeze_groups() if hasattr(model, "freeze_groups") else {}
+        groups = model.freeze_groups()
         for name in self.freeze:
             if name not in groups:
                 raise UserError(f"optim.freeze: {unknown('part of this network', name, groups)}")

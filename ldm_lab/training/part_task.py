@@ -33,7 +33,7 @@ class PartTask(Task):
                 f"{self.PART}.{frozen_only[0]}: is for a frozen network, and this task trains it: "
                 "say its architecture, and init_from=FILE to begin with trained weights"
             )
-        if hasattr(part_class(self.PART, config[self.PART]), "published"):
+        if not part_class(self.PART, config[self.PART]).trainable:
             raise UserError(
                 f"{self.PART}.name: {config[self.PART]['name']!r} is used as published, it is not trained here"
             )

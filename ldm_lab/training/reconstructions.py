@@ -58,7 +58,7 @@ class Reconstructions(Callback):
     def draw(self, trainer: Trainer, task: LightningModule) -> None:
         """Write and log the grid: images above, reconstructions of the latents' means below."""
         model, training = task.best_model, task.best_model.training
-        image = self.levels.to(model.scale) / 127.5 - 1  # [n, 3, H, W]
+        image = self.levels.to(model.latent_std) / 127.5 - 1  # [n, 3, H, W]
         reconstruction = model.eval().decode(model.encode(image))  # [n, 3, H, W]
         model.train(training)
         picture = grid(to_images(image) + to_images(reconstruction), columns=len(image))

@@ -3,7 +3,9 @@
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from ldm_lab.interfaces import Autoencoder
 
 BATCHES = 32  # as in cloob-latent-diffusion, whose batches had 64 images
 
@@ -18,7 +20,7 @@ def latent_scale(latents: Iterable[Tensor]) -> float:
 
 
 @torch.no_grad()
-def measure_scale(autoencoder: nn.Module, batches: Iterable[Tensor], seed: int = 0) -> float:
+def measure_scale(autoencoder: Autoencoder, batches: Iterable[Tensor], seed: int = 0) -> float:
     """Return the scale of posterior samples of an autoencoder, whatever scale it has now.
 
     Args:
@@ -30,9 +32,9 @@ def measure_scale(autoencoder: nn.Module, batches: Iterable[Tensor], seed: int =
 
     def latents() -> Iterable[Tensor]:
         for image in batches:
-            with torch.autocast(autoencoder.scale.device.type, enabled=False):
-                mean, logvar = autoencoder.moments(image.to(autoencoder.scale))  # [B, C, h, w] each
+            with torch.autocast(autoencoder.latent_std.device.type, enabled=False):
+                mean, logvar = autoencoder.moments(image.to(autoencoder.latent_std))  # [B, C, h, w] each
                 noise = torch.randn(mean.shape, generator=generator).to(mean)  # [B, C, h, w]
-                yield autoencoder.sample(mean, logvar, noise) * autoencoder.scale  # [B, C, h, w]
+                yield autoencoder.denormalize(autoencoder.sample(mean, logvar, noise))  # [B, C, h, w]
 
     return latent_scale(latents())

@@ -26,10 +26,10 @@ class SobolTimesteps:
         per_block = self.PERIOD // share
         block, inside = divmod(batch, per_block)
         if self.engine is None or block != self.block or self.engine.num_generated > inside * share:
-            self.engine = SobolEngine(1, scramble=True, seed=self.seed + block)
+            self.engine = SobolEngine(1, scramble=True, seed=self.seed + block)  # type: ignore[no-untyped-call]
             self.block = block
         if self.engine.num_generated < inside * share:
-            self.engine.fast_forward(inside * share - self.engine.num_generated)
+            self.engine.fast_forward(inside * share - self.engine.num_generated)  # type: ignore[no-untyped-call]
         points = self.engine.draw(share)[:, 0]  # [share]
         return points.view(self.world_size, batch_size)[self.rank]  # [batch_size]
 

@@ -22,23 +22,25 @@ def check_glide(recorded: Case, net: nn.Module) -> None:
     given, channels = recorded.inputs, net.channels
 
     def run(suffix: str, t: torch.Tensor, x: torch.Tensor, **cond: torch.Tensor) -> None:
-        text = {name: given[name][: len(x)] for name in ("tokens", "mask")}
+        text = {"token_ids": given["tokens"][: len(x)], "token_ids_mask": given["mask"][: len(x)]}
         out = net(x, t[: len(x)], **text, **cond)  # [B, 2C, h, w]
         recorded.check(f"eps{suffix}", out[:, :channels])
         if f"var{suffix}" in recorded.names:
             recorded.check(f"var{suffix}", out[:, channels:])
 
-    cond = {name: given[name] for name in ("low_res", "inpaint_image", "inpaint_mask", "clip_emb") if name in given}
+    cond = {name: given[name] for name in ("low_res", "inpaint_image", "inpaint_mask") if name in given}
+    if "clip_emb" in given:
+        cond["clip_embed"] = given["clip_emb"]
     run("", given["t"], given["x"], **cond)
     if "t_fractional" in given:
         run("_fractional", given["t_fractional"], given["x"], **cond)
     if "x_wide" in given:
         run("_wide", given["t"], given["x_wide"], low_res=given["low_res_wide"])
-    if net.inpaint:
+    if "inpaint_image" in net.spec:
         run("_no_inpaint", given["t"], given["x"], **{name: cond[name] for name in cond if name == "low_res"})
     if "clip_emb" in given:
         run("_without_clip", given["t"], given["x"])
-        run("_zero_clip", given["t"], given["x"], clip_emb=torch.zeros_like(given["clip_emb"]))
+        run("_zero_clip", given["t"], given["x"], clip_embed=torch.zeros_like(given["clip_emb"]))
     if "xf_proj" in recorded.names:
         pooled, sequence = net.encode_text(given["tokens"], given["mask"])
         recorded.check("xf_proj", pooled)
@@ -47,18 +49,18 @@ def check_glide(recorded: Case, net: nn.Module) -> None:
 
 
 def check_autoencoder(recorded: Case, net: nn.Module) -> None:
-    """Compare a KL autoencoder; its scale is set to the case's."""
+    """Compare a KL autoencoder; its latent std is set to the case's."""
     for name in recorded.suffixes("image_"):
         image, latent, noise = (recorded.inputs[f"{what}_{name}"] for what in ("image", "latent", "noise"))
-        net.scale.fill_(1.0)
+        net.latent_std.fill_(1.0)
         recorded.check(f"moments_{name}", net.raw_moments(image))
         recorded.check(f"sample_{name}", net.encode(image, noise))
         recorded.check(f"decoded_{name}", net.decode(latent))
-        net.scale.fill_(recorded.config["autoencoder_scale"])
+        net.latent_std.fill_(recorded.config["autoencoder_scale"])
         recorded.check(f"scaled_{name}", net.encode(image, noise))
         if f"decoded_scaled_{name}" in recorded.names:
             recorded.check(f"decoded_scaled_{name}", net.decode(recorded.recorded(f"scaled_{name}")))
-    net.scale.fill_(1.0)
+    net.latent_std.fill_(1.0)
     for name in recorded.suffixes("moments_"):
         mean, logvar = split_moments(recorded.inputs[f"moments_{name}"])
         recorded.check(f"mean_{name}", mean)

@@ -15,6 +15,6 @@ def glide_network(weights: dict[str, Tensor], config: dict, folder: Path) -> Gli
     torch.save(weights, folder / "released.pt")
     unsaid = {"head_width": config["num_head_channels"], "text_heads": config["xf_heads"]}
     state, sizes, extra = glide.read(folder / "released.pt", unsaid)
-    net = GlideUNet(extra["channels"], extra["embed_dim"], **sizes).eval()
+    net = GlideUNet(extra["channels"], extra["conditions"], **sizes).eval()
     load_strictly(net, state, "released.pt")
     return net

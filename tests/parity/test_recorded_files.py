@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 from ldm_lab.checkpoints.formats import diffusers_vae
 from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.parts import load_part, load_strictly
+from ldm_lab.condition_sources import build_sources, given_conditions
 from ldm_lab.config import build
+from ldm_lab.interfaces import Embedding
 from ldm_lab.schedules.discrete import beta_table
 
 NETWORK = 1e-5  # relative L2 that a float32 port may be away
@@ -63,7 +65,7 @@ def test_autoencoders(case, program, tmp_path, layout):
     code, _, err = program("ldm_lab.__main__", "convert", source, out)
     assert code == 0, err
     kept, named = (load_part("autoencoder", {"name": "kl_f8", "weights": str(path)}) for path in (out, source))
-    assert float(kept.scale) == (2.0 if layout == "diffusers folder" else 1.0)
+    assert float(kept.latent_std) == (2.0 if layout == "diffusers folder" else 1.0)
     assert all(torch.equal(value, named.state_dict()[name]) for name, value in kept.state_dict().items())
     check_autoencoder(recorded, kept)
     recorded.finish()
@@ -83,7 +85,7 @@ def test_an_autoencoder_out_to_diffusers_and_back(case, program, tmp_path):
         code, _, err = program("ldm_lab.__main__", "convert", *args)
         assert code == 0, err
     net = load_part("autoencoder", {"name": "kl_f8", "weights": str(tmp_path / "b.safetensors")})
-    assert float(net.scale) == pytest.approx(scale, rel=1e-6)
+    assert float(net.latent_std) == pytest.approx(scale, rel=1e-6)
     check_autoencoder(recorded, net)
     recorded.finish()
 
@@ -138,12 +140,10 @@ def test_checkpoints_of_ccld(case, program, tmp_path, layout):
     code, _, err = program("ldm_lab.__main__", "convert", write_ccld(layout, case, tmp_path), out)
     assert code == 0, err
     config, state, _ = read_model(out)
-    assert config["autoencoder"]["scale"] == pytest.approx(recorded.config["autoencoder_scale"])
-    sizes = (
-        recorded.inputs[f"x_{recorded.suffixes('x_')[0]}"].shape[1],
-        recorded.inputs["embed_" + recorded.suffixes("x_")[0]].shape[1],
-    )
-    net = build("denoiser", config["denoiser"], *sizes)
+    assert config["autoencoder"]["latent_std"] == pytest.approx(recorded.config["autoencoder_scale"])
+    first = recorded.suffixes("x_")[0]
+    channels, width = (recorded.inputs[f"{name}_{first}"].shape[1] for name in ("x", "embed"))
+    net = build("denoiser", config["denoiser"], channels, {"embed": Embedding(width)})
     load_strictly(net, state, out)
     check_unet(recorded, net)
     recorded.finish()
@@ -176,7 +176,9 @@ def test_checkpoints_of_glide(case, program, tmp_path, name, layout):
     assert f"{sum(w.numel() for w in weights.values()):,} parameters" in printed
     config, state, _ = read_model(out)
     channels = build("autoencoder", config["autoencoder"]).channels if name != "latent" else 4
-    net = build("denoiser", config["denoiser"], channels, build("conditioner", config["conditioner"]).embed_dim).eval()
+    sources = build_sources(config.get("condition_sources"))
+    given = given_conditions(build("conditioner", config["conditioner"]), sources)
+    net = build("denoiser", config["denoiser"], channels, given).eval()
     load_strictly(net, state, out)
     assert config["objective"]["betas"] == {"upsampler": "linear", "inpaint_upsampler": "linear",
                                             "latent": "linear_latent"}.get(name, "squaredcos_cap_v2")  # fmt: skip
@@ -197,7 +199,7 @@ def test_the_parts_inside_a_training_checkpoint_of_ccld(case, program, tmp_path)
         )
         assert code == 0, err
     net = load_part("autoencoder", {"name": "kl_f8", "weights": str(tmp_path / "autoencoder.safetensors")})
-    assert float(net.scale) == pytest.approx(case("ccld_unet").config["autoencoder_scale"])
+    assert float(net.latent_std) == pytest.approx(case("ccld_unet").config["autoencoder_scale"])
     check_autoencoder(autoencoder, net)
     autoencoder.finish()
     check_cloob(

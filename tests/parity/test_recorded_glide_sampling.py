@@ -13,10 +13,11 @@ from test_recorded_diffusion import SAMPLERS, UNCLAMPED, kept, objective_of
 from torch import Tensor
 
 from ldm_lab.autoencoders.identity import IdentityAutoencoder
+from ldm_lab.condition_sources import build_sources
+from ldm_lab.condition_sources.low_res import shrink
 from ldm_lab.conditioners.glide_text import GlideText, gpt2_encoding
 from ldm_lab.io.images import round_to_uint8, to_images, to_tensor
 from ldm_lab.sampling import Sampler
-from ldm_lab.training.low_res import shrink
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "golden"  # where GPT-2's merges may lie
 
@@ -52,11 +53,13 @@ def stage(recorded: Case, part: str, folder: Path, noise: Tensor) -> Tape:
     """Return one of the pipeline's two models as a Sampler."""
     config = recorded.config[part]
     (folder / part).mkdir()
+    net = glide_network(recorded.part(f"{part}/"), config["model"], folder / part)
     sampler = Tape(
-        glide_network(recorded.part(f"{part}/"), config["model"], folder / part),
+        net,
         objective_of(config["diffusion"]),
         IdentityAutoencoder(),
         GlideText(text_size=config["model"]["text_ctx"]),
+        sources=build_sources({"low_res": {}} if "low_res" in net.spec else {}),
         dropout=0.1,
         size=(config["side"], config["side"]),
     )
@@ -71,8 +74,8 @@ def test_base_and_upsampler(case, merges, tmp_path):
     count = config["batch_size"]
     base = stage(recorded, "base", tmp_path, given["base_noise"][:, :count])  # the rest is the unguided half's
     tokens = [base.conditioner.from_prompts([text] * count, []) for text in (prompt, "")]
-    recorded.check("tokens", torch.cat([cond["tokens"] for cond in tokens]))
-    recorded.check("mask", torch.cat([cond["mask"] for cond in tokens]).long())
+    recorded.check("tokens", torch.cat([cond["token_ids"] for cond in tokens]))
+    recorded.check("mask", torch.cat([cond["token_ids_mask"] for cond in tokens]).long())
 
     def sampling(part: str) -> dict:
         name = config[part]["sampler"]

@@ -106,7 +106,7 @@ def test_glide_finetune_loss(case, part, tmp_path):
     net = glide_network(recorded.part(f"{part}/"), config["model"], tmp_path)
     objective = objective_of(config["diffusion"])
     objective.bound = False
-    cond = {"tokens": given["tokens"], "mask": given["mask"].bool()}
+    cond = {"token_ids": given["tokens"], "token_ids_mask": given["mask"].bool()}
     if part == "upsample":
         cond["low_res"] = given["upsample.low_res"]
     t = objective.schedule.at(given[f"{part}.t"])  # [B]

@@ -33,8 +33,8 @@ def test_ccld_unet(case, tmp_path):
     base, multipliers = recorded.config["base_channels"], recorded.config["channel_multipliers"]
     widths = [config["base_channels"] * multiplier for multiplier in config["multipliers"]]
     recorded.expect("widths", widths, [base * multiplier for multiplier in multipliers])
-    recorded.expect("autoencoder_scale", extra["autoencoder_scale"], float(scale))
-    net = CCLDUNet(extra["channels"], extra["embed_dim"], **config)
+    recorded.expect("autoencoder_scale", extra["latent_std"], float(scale))
+    net = CCLDUNet(extra["channels"], extra["conditions"], **config)
     load_strictly(net, state, "unet.pth")
     check_unet(recorded, net)
     recorded.finish()
@@ -53,15 +53,19 @@ def test_glide_networks(case, tmp_path, name):
         "multipliers": [int(multiplier) for multiplier in theirs["channel_mult"].split(",")],
         "blocks_per_level": theirs["num_res_blocks"],
         "attention": sorted(theirs["image_size"] // int(side) for side in theirs["attention_resolutions"].split(",")),
-        "text_size": theirs["text_ctx"],
         "text_width": theirs["xf_width"],
         "text_layers": theirs["xf_layers"],
-        "super_res": theirs["super_res"],
-        "inpaint": theirs["inpaint"],
         **unsaid,
     }
     recorded.expect("config", {key: config[key] for key in own}, own)
-    net = GlideUNet(extra["channels"], extra["embed_dim"], **config).eval()
+    given = extra["conditions"]
+    forms = {
+        "super_res": "low_res" in given,
+        "inpaint": "inpaint_image" in given,
+        "text_ctx": given["token_ids"].length,
+    }
+    recorded.expect("conditions", forms, {key: theirs[key] for key in forms})
+    net = GlideUNet(extra["channels"], extra["conditions"], **config).eval()
     load_strictly(net, state, "base.pt")
     check_glide(recorded, net)
     if name == "latent":
@@ -80,8 +84,8 @@ def test_glide_tokens(case, golden, tmp_path, monkeypatch):
     gpt2_encoding.cache_clear()
     conditioner, prompts = GlideText(text_size=recorded.config["text_ctx"]), recorded.config["prompts"]
     made = conditioner.from_prompts(prompts, [])
-    recorded.check("tokens", made["tokens"])
-    recorded.check("mask", made["mask"].long())
+    recorded.check("tokens", made["token_ids"])
+    recorded.check("mask", made["token_ids_mask"].long())
     recorded.check("lengths", torch.tensor([len(conditioner.encode(prompt)) for prompt in prompts]))
     tokens = clip_tokens.tokenize(prompts, text_size=recorded.config["clip_ctx"])
     recorded.check("clip_tokens", tokens)
@@ -137,7 +141,7 @@ def test_kl_autoencoder_keys(golden: Path, tmp_path):
     with torch.device("meta"):
         own = {name: list(value.shape) for name, value in KLAutoencoder(**config).state_dict().items()}
     assert {name: list(value.shape) for name, value in state.items()} == own
-    assert {name: shape for name, shape in own.items() if name != "scale"} == keys["model"]
+    assert {name: shape for name, shape in own.items() if not name.startswith("latent_")} == keys["model"]
 
 
 @torch.no_grad()

@@ -107,7 +107,7 @@ def test_guidance(case, tmp_path):
     recorded = case("ccld_cfg")
     torch.save(recorded.weights(), tmp_path / "unet.pth")
     state, config, extra = ccld.read(tmp_path / "unet.pth")
-    net = CCLDUNet(extra["channels"], extra["embed_dim"], **config)
+    net = CCLDUNet(extra["channels"], extra["conditions"], **config)
     net.load_state_dict(state)
     objective = VCosine()
     x, t = recorded.inputs["x"], recorded.inputs["t"]

@@ -10,6 +10,7 @@ from torch import Tensor
 from ldm_lab.checkpoints.formats import cloob_pickle
 from ldm_lab.checkpoints.third_party import part_of, read_state_dict
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Embedding
 
 MAPPING_FEATURES, PIXEL_FEATURES = 128, 16  # Fourier features of t beside the embedding, and beside the latent
 FIRST = "net.0.main.0.weight"
@@ -27,8 +28,8 @@ def read(path: str | Path, ema: bool = True) -> tuple[dict[str, Tensor], dict[st
 
     Returns:
         The tensors that `CCLDUNet` loads strictly. Its keyword arguments, read off the shapes, but for `head_width`,
-        of which nothing else than 64 was ever used. Extra: `autoencoder_scale`, the latent scale that the U-Net was
-        trained with, or None; `channels` and `embed_dim`, the positional arguments.
+        of which nothing else than 64 was ever used. Extra: `latent_std`, of the autoencoder with which the U-Net was
+        trained, or None; `channels` and `conditions`, the positional arguments.
 
     Raises:
         UserError: missing or damaged file, or not such a U-Net.
@@ -62,9 +63,9 @@ def unet(
     if scale is not None and scale.numel() != 1:
         raise UserError(f"{path}: its autoencoder_scale is no number but a tensor of {list(scale.shape)}")
     extra = {
-        "autoencoder_scale": None if scale is None else float(scale),
+        "latent_std": None if scale is None else float(scale),
         "channels": channels,
-        "embed_dim": embed_dim,
+        "conditions": {"embed": Embedding(embed_dim)},
     }
     return state, config, extra
 
@@ -80,10 +81,10 @@ def model(
     state, architecture, facts = unet(tensors, path, ema)
     within = {role: any(n.startswith(prefix) for n in tensors) for role, prefix in FROZEN.items()}
     weights = {role: {"weights": str(path)} if there else {} for role, there in within.items()}
-    scale = {} if facts["autoencoder_scale"] is None else {"scale": facts["autoencoder_scale"]}
+    latents = {} if facts["latent_std"] is None else {"latent_std": facts["latent_std"]}
     config = {
         "task": "diffusion",
-        "autoencoder": {"name": "kl_f8", **weights["autoencoder"], **scale},
+        "autoencoder": {"name": "kl_f8", **weights["autoencoder"], **latents},
         "conditioner": {"name": "cloob", **weights["conditioner"], "dropout": DROPOUT},
         "denoiser": {"name": "ccld_unet", **architecture},
         "objective": {"name": "v_cosine"},

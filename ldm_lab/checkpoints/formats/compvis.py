@@ -72,7 +72,8 @@ def _read(path: Path, shown: str) -> tuple[dict[str, Tensor], dict[str, Any], di
         raise UserError(f"{shown}: its scale_factor is no number but a tensor of {list(factor.shape)}")
     scale = 1.0 if factor is None else float(factor)
     # CompVis's latent diffusion multiplies by its scale_factor, CCLD divides.
-    state["scale"] = torch.tensor(1 / scale if prefix == "first_stage_model." else scale)  # []
+    state["latent_std"] = torch.tensor(1 / scale if prefix == "first_stage_model." else scale)  # []
+    state["latent_mean"] = torch.tensor(0.0)  # []
     return state, config, {"scale_known": factor is not None}
 
 

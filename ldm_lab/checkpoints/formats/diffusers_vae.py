@@ -97,7 +97,8 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str,
         if re.search(r"\.attn(_1|\.\d+)\.(q|k|v|proj_out)\.weight$", name) and value.ndim == 2:
             state[name] = value[:, :, None, None]  # [c, c, 1, 1]
     factor = theirs.get("scaling_factor")
-    state["scale"] = torch.tensor(1.0 if factor is None else 1.0 / factor)  # []
+    state["latent_std"] = torch.tensor(1.0 if factor is None else 1.0 / factor)  # []
+    state["latent_mean"] = torch.tensor(0.0)  # []
     return state, config, {"scale_known": factor is not None}
 
 
@@ -247,17 +248,19 @@ def write(path: str | Path, state: dict[str, Tensor], config: dict[str, Any]) ->
 
     Args:
         path: the folder; one that is there is replaced.
-        state: `KLAutoencoder`'s state dict, `scale` included; its dtype is kept.
+        state: `KLAutoencoder`'s state dict, `latent_mean` and `latent_std` included; its dtype is kept.
         config: all of its keyword arguments.
 
     Raises:
         UserError: an architecture that diffusers cannot express, or a folder that cannot be written.
     """
-    theirs = export_config(config, 1.0 / float(state["scale"]))
+    if float(state["latent_mean"]) != 0:
+        raise UserError("latent_mean: diffusers' config has no such number, and this autoencoder's is not 0")
+    theirs = export_config(config, 1.0 / float(state["latent_std"]))
     levels = len(config["ch_mult"])
     tensors = {}
     for name, value in state.items():
-        if name == "scale":
+        if name in ("latent_mean", "latent_std"):
             continue
         is_matrix = re.search(r"\.attn(_1|\.\d+)\.(q|k|v|proj_out)\.weight$", name)
         tensors[their_name(name, levels)] = value[:, :, 0, 0] if is_matrix else value  # [c, c] of [c, c, 1, 1]

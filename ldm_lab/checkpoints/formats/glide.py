@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from ldm_lab.checkpoints.third_party import read_state_dict
-from ldm_lab.denoisers.glide_unet import LOW_RES_CHANNELS
 from ldm_lab.errors import UserError, unknown
+from ldm_lab.interfaces import ConditionKind, ConditionSpec, Embedding, ImageCondition, TokenIds
 
 FIRST, LAST, TEXT = "input_blocks.0.0.weight", "out.2.weight", "transformer_proj.weight"
 PREFIXES = ("_orig_mod.", "module.")  # of torch.compile, of DistributedDataParallel
@@ -26,9 +26,10 @@ PRESETS = {
 }
 ZERO_TO_ONE = ("miniglide", "dogglide")  # trained on images in [0, 1]
 MINI_CHANNELS = 96  # base channels of miniGLIDE and dogGLIDE
-FACTOR = 4  # how many times an upsampler enlarges
+SCALE_FACTOR = 4  # how many times an upsampler enlarges
+RGB = 3  # channels of pixels, and of an upsampler's condition
 DROPOUT = 0.2  # share of empty captions in the fine-tuning; miniGLIDE had none, but it is sampled as if
-LATENT_SCALE = 1 / 0.18215  # of glide-finetune's latents: Stable Diffusion's
+LATENT_STD = 1 / 0.18215  # of glide-finetune's latents: Stable Diffusion's
 
 
 def is_one(tensors: dict[str, Any]) -> bool:
@@ -50,7 +51,7 @@ def read(
 
     Returns:
         The tensors that `GlideUNet` loads strictly, in float32. Its keyword arguments. Extra: `channels` and
-        `embed_dim`, the positional arguments.
+        `conditions`, the positional arguments, and `timesteps` of the noise schedule.
 
     Raises:
         UserError: missing or damaged file, or not such a network; a `given` that is none of those.
@@ -66,19 +67,15 @@ def unet(
     if not is_one(state):
         raise UserError(f"{path}: not a GLIDE network: {FIRST!r}, {LAST!r} or {TEXT!r} is missing")
     try:
-        sizes = infer_config(state)
-        channels, embed_dim = state[LAST].shape[0] // 2, state["token_embedding.weight"].shape[0]
+        sizes, conditions = infer_config(state), infer_conditions(state)
     except KeyError as error:
         raise UserError(f"{path}: not a complete GLIDE network ({error} is missing or misshapen)") from None
     except (IndexError, ValueError, ZeroDivisionError):
         raise UserError(f"{path}: not a complete GLIDE network (a tensor has too few or too many dimensions)") from None
-    config = {**sizes, **_knobs(given or {}, sizes["base_channels"], path)}
+    unsaid = _knobs(given or {}, sizes["base_channels"], path)
+    extra = {"channels": state[LAST].shape[0] // 2, "conditions": conditions, "timesteps": unsaid.pop("timesteps")}
     # Fine-tuning in half precision leaves files of mixed types; each tensor goes to float32 by itself.
-    return (
-        {name: value.float() for name, value in state.items()},
-        config,
-        {"channels": channels, "embed_dim": embed_dim},
-    )
+    return {name: value.float() for name, value in state.items()}, {**sizes, **unsaid}, extra
 
 
 def model(
@@ -90,40 +87,69 @@ def model(
     of latent diffusion, all others with the cosine's. `ema` has no meaning here: a file holds one set of weights.
     """
     state, architecture, facts = unet(tensors, path, given)
-    upsampler, latent = architecture["super_res"], facts["channels"] != LOW_RES_CHANNELS
+    conditions, latent = facts["conditions"], facts["channels"] != RGB
+    upsampler, text = "low_res" in conditions, conditions["token_ids"]
     mini = _preset(given or {}, architecture["base_channels"], path) in ZERO_TO_ONE
     pixels = {"name": "identity", **({"zero_to_one": True} if mini else {})}
-    vocabulary = {} if facts["embed_dim"] == 50257 else {"vocab_size": facts["embed_dim"]}
+    vocabulary = {} if text.vocabulary == 50257 else {"vocab_size": text.vocabulary}
     config = {
         "task": "diffusion",
-        "autoencoder": {"name": "kl_f8", "scale": LATENT_SCALE} if latent else pixels,
+        "autoencoder": {"name": "kl_f8", "latent_std": LATENT_STD} if latent else pixels,
         "conditioner": {
             "name": "glide_text",
             **vocabulary,
-            "text_size": architecture["text_size"],
+            "text_size": text.length,
             "dropout": 0.0 if upsampler else DROPOUT,
         },
         "denoiser": {"name": "glide_unet", **architecture},
         "objective": {
             "name": "eps_hybrid",
             "betas": "linear" if upsampler else "linear_latent" if latent else "squaredcos_cap_v2",
-            "timesteps": architecture["timesteps"],
+            "timesteps": facts["timesteps"],
         },
     }
-    if upsampler:
-        config["low_res"] = {"factor": FACTOR}
+    if sources := infer_condition_sources(conditions, facts["channels"]):
+        config["condition_sources"] = sources
     side = 2 ** (len(architecture["multipliers"]) + 2)  # the original's own rule: 64 for base, 256 for the upsampler
     return config, state, {"image_size": str(side * 8 if latent else side)}
 
 
-def infer_config(state: dict[str, Any]) -> dict[str, Any]:
-    """Return the keyword arguments of `GlideUNet` that follow from the shapes."""
+def infer_conditions(state: dict[str, Any]) -> ConditionSpec:
+    """Return the conditions that a network takes, from the shapes."""
     channels = state[LAST].shape[0] // 2  # eps, and as many for the variance
     extra = state[FIRST].shape[1] - channels
-    kinds = {super_res * LOW_RES_CHANNELS + inpaint * (channels + 1): (bool(super_res), bool(inpaint))
-             for super_res in (0, 1) for inpaint in (0, 1)}  # fmt: skip
-    if extra not in kinds:
+    forms = {
+        (channels + 1) * inpaint + RGB * upsampler: (inpaint, upsampler) for inpaint in (0, 1) for upsampler in (0, 1)
+    }
+    if extra not in forms:
         raise KeyError(f"{FIRST}: {extra} channels beside {channels}, which no form of GLIDE has")
+    inpaint, upsampler = forms[extra]
+    length, _ = state["positional_embedding"].shape
+    conditions: dict[str, ConditionKind] = {"token_ids": TokenIds(length, state["token_embedding.weight"].shape[0])}
+    if upsampler:
+        conditions["low_res"] = ImageCondition(RGB, SCALE_FACTOR)
+    if inpaint:
+        conditions |= {"inpaint_image": ImageCondition(channels), "inpaint_mask": ImageCondition(1)}
+    if "clip_to_xf.weight" in state:
+        conditions["clip_embed"] = Embedding(state["clip_to_xf.weight"].shape[1])
+    return conditions
+
+
+def infer_condition_sources(conditions: ConditionSpec, channels: int) -> dict[str, dict[str, Any]]:
+    """Return the config section `condition_sources` that goes with a network's conditions."""
+    sources: dict[str, dict[str, Any]] = {}
+    if "low_res" in conditions:
+        sources["low_res"] = {"scale_factor": SCALE_FACTOR}
+    if "inpaint_image" in conditions:
+        sources["inpaint"] = {} if channels == RGB else {"channels": channels}
+    clip = conditions.get("clip_embed")
+    if isinstance(clip, Embedding):
+        sources["clip_embed"] = {"width": clip.width}
+    return sources
+
+
+def infer_config(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments of `GlideUNet` that follow from the shapes."""
     base = state["time_embed.0.weight"].shape[1]
     outputs = _count(state, "output_blocks.{}.0.in_layers.0.weight")
     rising = [i for i in range(outputs) if _is_res(state, i, 1) or _is_res(state, i, 2)]
@@ -132,22 +158,17 @@ def infer_config(state: dict[str, Any]) -> dict[str, Any]:
     lasts = [level * per_level for level in reversed(range(levels))]  # an output block of each level, the finest first
     widths = [state[f"output_blocks.{i}.0.in_layers.2.weight"].shape[0] for i in lasts]
     attention = [2**level for level, i in enumerate(lasts) if f"output_blocks.{i}.1.qkv.weight" in state]
-    text_size, text_width = state["positional_embedding"].shape
+    _, text_width = state["positional_embedding"].shape
     clip = {}
     if "clip_to_xf.weight" in state:
-        rows, clip_width = state["clip_to_xf.weight"].shape
-        clip = {"clip_width": clip_width, "clip_positions": rows // text_width}
-    super_res, inpaint = kinds[extra]
+        clip = {"clip_positions": state["clip_to_xf.weight"].shape[0] // text_width}
     return {
         "base_channels": base,
         "multipliers": [width // base for width in widths],
         "blocks_per_level": per_level - 1,
         "attention": attention,
-        "text_size": text_size,
         "text_width": text_width,
         "text_layers": _count(state, "transformer.resblocks.{}.ln_1.weight"),
-        "super_res": super_res,
-        "inpaint": inpaint,
         **clip,
     }
 

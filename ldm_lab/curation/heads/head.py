@@ -11,6 +11,7 @@ from ldm_lab.checkpoints import embedders
 from ldm_lab.checkpoints.importer import KINDS, part_config, recognise
 from ldm_lab.checkpoints.parts import find_weights, read_module, save_part
 from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Part
 from ldm_lab.io.atomic import sha256
 
 Output = Literal["number", "probability"]
@@ -22,7 +23,7 @@ EXAMPLES = {
 NEARLY_UNIT = 1e-3  # a row's length may be off by this much after rounding to float16
 
 
-class Head(nn.Module):
+class Head(Part, nn.Module):
     """A predictor of one number.
 
     Attributes:
