@@ -247,8 +247,12 @@ def test_a_deep_tiff_keeps_to_the_limits():
             decode_image(data, **limits)
     with pytest.raises(BadImage, match="truncated image"):  # its only strip is said to go on behind the file's end
         decode_image(tiff(np.ones((20, 30, 3), np.float32), extra={279: ("I", 10**6)}))
+    with pytest.raises(BadImage, match="truncated image"):  # strips for half of the rows
+        decode_image(tiff(np.ones((20, 30), np.float32), rows=10, extra={257: ("I", 40)}))
     with pytest.raises(BadImage, match="too many pixels"):
         decode_image(tiff(np.zeros((4, 4), np.float64), extra={256: ("I", 10**6), 257: ("I", 10**6)}))
+    with pytest.raises(BadImage, match="too many pixels"):  # a row is as long as its tile
+        decode_image(tiff(np.zeros((4, 4), np.float64), tile=16, extra={322: ("I", 2**31)}))
 
 
 @pytest.mark.filterwarnings("ignore")

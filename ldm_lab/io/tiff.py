@@ -43,6 +43,8 @@ READ = {
     ICC_PROFILE,
 }
 MOST_TAGS = 4096
+ROWS_AT_ONCE = 64  # whose bits are counted out
+MOST_BYTES = 16  # per pixel, with its place in the last tile of a row
 MOST_SAMPLES = 16  # per pixel
 GREY_SAMPLES, COLOR_SAMPLES = 1, 3
 PREMULTIPLIED, STRAIGHT = 1, 2
@@ -103,7 +105,8 @@ def open_tiff(data: bytes, most_pixels: int, least_bits: int = 1) -> Image.Image
     if max(tags.get(BITS, ONE)) < least_bits:
         return None
     layout = _layout(tags, data)
-    if layout.width * layout.height > most_pixels:
+    size = layout.row * layout.height * layout.samples * layout.bits // 8  # bytes
+    if layout.width * layout.height > most_pixels or size > MOST_BYTES * most_pixels:
         raise BadImage("too many pixels")
     one_plane = replace(layout, samples=1) if layout.planar else layout
     planes = layout.samples if layout.planar else 1
@@ -177,10 +180,8 @@ def _plane(data: bytes, tags: Tags, layout: Layout, plane: int, planes: int) -> 
     """Return the samples of one plane of several, [H, W, n], in the machine's byte order."""
     raw = _bytes(data, tags, layout, plane, planes)  # [H, bytes of a row]
     if layout.bits % 8:
-        bits = np.unpackbits(raw, axis=1)[:, : layout.row * layout.samples * layout.bits]  # [H, bits of a row]
-        bits = rearrange(bits, "h (w n b) -> h w n b", n=layout.samples, b=layout.bits)  # [H, W, n, b]
-        places = 1 << np.arange(layout.bits - 1, -1, -1, dtype=np.uint16)  # [b]
-        return (bits * places).sum(-1, dtype=np.uint16)[:, : layout.width]  # [H, W, n]
+        parts = np.array_split(raw, -(-len(raw) // ROWS_AT_ONCE))  # [rows, bytes of a row] each
+        return np.concatenate([_unpacked(part, layout) for part in parts])[:, : layout.width]  # [H, W, n]
     size, step = layout.bits // 8, layout.tile or layout.row
     blocks = rearrange(raw, "h (t b) -> h t b", b=step * layout.samples * size)  # [H, tiles, bytes of a tile's row]
     if layout.predictor == FLOATING:  # differences of bytes, the most significant ones of all samples first
@@ -196,12 +197,23 @@ def _plane(data: bytes, tags: Tags, layout: Layout, plane: int, planes: int) -> 
     return rearrange(values, "h t w n -> h (t w) n")[:, : layout.width]  # [H, W, n]
 
 
+def _unpacked(raw: np.ndarray, layout: Layout) -> np.ndarray:
+    """Return samples of 9 to 15 bits, uint16 [H, W, n], of bytes [H, bytes of a row]."""
+    bits = np.unpackbits(raw, axis=1)[:, : layout.row * layout.samples * layout.bits]  # [H, bits of a row]
+    bits = rearrange(bits, "h (w n b) -> h w n b", n=layout.samples, b=layout.bits)  # [H, W, n, b]
+    places = 1 << np.arange(layout.bits - 1, -1, -1, dtype=np.uint16)  # [b]
+    return (bits * places).sum(-1, dtype=np.uint16)  # [H, W, n]
+
+
 def _bytes(data: bytes, tags: Tags, layout: Layout, plane: int, planes: int) -> np.ndarray:
     """Return a plane's unpacked bytes, uint8 [H, bytes of a row]."""
     tiled = layout.tile is not None
     offsets = tags[TILE_OFFSETS if tiled else STRIP_OFFSETS]
     lengths = tags[TILE_BYTES if tiled else STRIP_BYTES]
     share = len(offsets) // planes
+    rows = max(1, min(tags.get(TILE_HEIGHT if tiled else STRIP_ROWS, (layout.height,))[0], layout.height))
+    if share < -(-layout.height // rows) * (layout.row // (layout.tile or layout.row)):
+        raise BadImage("truncated image")
     blocks = []
     for offset, length in list(zip(offsets, lengths, strict=True))[plane * share : (plane + 1) * share]:
         if offset + length > len(data):
@@ -218,7 +230,7 @@ def _bytes(data: bytes, tags: Tags, layout: Layout, plane: int, planes: int) -> 
     if layout.tile is not None:
         plain |= {TILE_WIDTH: [layout.tile * per_pixel // 8], TILE_HEIGHT: [tags[TILE_HEIGHT][0]]}
     else:
-        plain[STRIP_ROWS] = [min(tags.get(STRIP_ROWS, (layout.height,))[0], layout.height)]
+        plain[STRIP_ROWS] = [rows]
     plain[TILE_OFFSETS if tiled else STRIP_OFFSETS] = starts.tolist()
     plain[TILE_BYTES if tiled else STRIP_BYTES] = [len(block) for block in blocks]
     return np.asarray(TiffImagePlugin.TiffImageFile(io.BytesIO(_file(b"".join(blocks), plain))))  # [H, bytes of a row]
