@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a ch
 from quickstart_accuracy import Names, kinds, say, shares
 
 from ldm_lab.data.shapes import WORDINGS, draw, random_caption
-from ldm_lab.data.shards import write_shard
+from ldm_lab.data.tar import write_shard
 from ldm_lab.errors import UserError, run_program
 from ldm_lab.evaluation.shapes_checker import check
 from ldm_lab.sampling import Sampler

@@ -56,7 +56,7 @@ def on_mixture(stds: list[float]) -> Callable[[dict[str, Any]], tuple[Tensor, in
     """Return a function of a sampler: what it makes of fixed noise, [1, 4, 16, 16], and the number of model calls."""
     deviations = torch.tensor(stds, dtype=torch.float64)  # [2]
 
-    def sample(section: dict[str, Any]) -> tuple[Tensor, int]:
+    def sample(config: dict[str, Any]) -> tuple[Tensor, int]:
         calls = []
 
         def counted(x: Tensor, t: Tensor) -> Prediction:
@@ -64,7 +64,7 @@ def on_mixture(stds: list[float]) -> Callable[[dict[str, Any]], tuple[Tensor, in
             return mixture(x, t, deviations)
 
         x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        return build("sampler", section).sample(counted, x, schedule=Cosine()), len(calls)
+        return build("sampler", config).sample(counted, x, schedule=Cosine()), len(calls)
 
     return sample
 
@@ -75,10 +75,10 @@ def on_model(model: Sampler, prompts: list[str], guidance: float) -> Callable[[d
     cond = {name: value[:, None] for name, value in embedded.items()}  # [N, 1, D]
     weights = torch.full((len(prompts), 1), guidance)  # [N, 1]
 
-    def sample(section: dict[str, Any]) -> tuple[Tensor, int]:
+    def sample(config: dict[str, Any]) -> tuple[Tensor, int]:
         calls = []
         hook = model.denoiser.register_forward_pre_hook(lambda *_: calls.append(None))
-        sampler = build("sampler", section)
+        sampler = build("sampler", config)
         latents = model.latents(sampler, model.latent_size(None), cond, weights, range(len(prompts)))  # [N, C, h, w]
         hook.remove()
         return latents, len(calls)

@@ -27,8 +27,8 @@ from pyarrow.parquet import ParquetFile, ParquetWriter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a checkout that is not installed
 
-from ldm_lab.curation.store import ScoreStore
-from ldm_lab.curation.store_build import build_store
+from ldm_lab.curation.store.build import build_store
+from ldm_lab.curation.store.format import ScoreStore
 from ldm_lab.errors import run_program
 
 ABSENT = 0.3  # share of the look-ups

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a checkout that is not installed
 
-from ldm_lab.curation.store import hashes_of
+from ldm_lab.curation.store.format import hashes_of
 from ldm_lab.data.shapes import Attributes, draw, random_caption
 from ldm_lab.errors import UserError, run_program
 from ldm_lab.io.atomic import atomic_write

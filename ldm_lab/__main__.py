@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 from ldm_lab import commands
+from ldm_lab.commands._arguments import Parser
 from ldm_lab.errors import run_program
 
 
 def main() -> int | None:
     """Parse the command line and run the command."""
-    parser = argparse.ArgumentParser(prog="python -m ldm_lab", description=__doc__)
+    parser = Parser(prog="python -m ldm_lab", description=__doc__)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for path in sorted(Path(commands.__path__[0]).glob("[!_]*.py")):
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))

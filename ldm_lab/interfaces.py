@@ -23,6 +23,7 @@ from ldm_lab.errors import UserError
 
 Conditions = dict[str, Tensor]  # name -> [B, ...]
 TimeInput = Literal["t", "timestep", "log_snr"]
+TimestepSampler = Literal["sobol", "uniform"]
 
 
 # ----------------------------------------------------------------------------------------------------- conditions
@@ -445,7 +446,9 @@ class EmbeddingConditioner(Conditioner):
         return F.normalize(self.encode_tokens(tokens), dim=-1)  # [n, D]
 
     def from_batch(self, batch: Batch) -> Conditions:
-        """Return {"embed": [B, D]}, the embeddings of a batch's images, [B, 3, H, W] in [-1, 1]."""
+        """Return {"embed": [B, D]}, the embeddings of a batch's images. Raises UserError if it has none."""
+        if batch.image is None:
+            raise UserError(f"conditioner.name: {self.part_name} embeds images, and the data has none")
         return {"embed": self.encode_image(batch.image)}  # [B, D]
 
     def from_prompts(self, texts: Sequence[str], images: Sequence[PillowImage.Image]) -> Conditions:
@@ -548,11 +551,11 @@ class Objective(Part):
 
     Attributes:
         schedule: the noise schedule.
-        timestep_sampler: how training draws t: "sobol" or "uniform".
+        timestep_sampler: how training draws t (`ldm_lab.training.timesteps`).
     """
 
     schedule: Schedule
-    timestep_sampler: str
+    timestep_sampler: TimestepSampler
 
     def check_denoiser(self, denoiser: Denoiser) -> None:
         """Raise UserError if a denoiser reads timesteps and the schedule has none."""

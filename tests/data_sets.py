@@ -7,7 +7,7 @@ from PIL import Image
 
 from ldm_lab.config import build
 from ldm_lab.data.datamodule import DataModule
-from ldm_lab.data.shards import write_shard
+from ldm_lab.data.tar import write_shard
 from ldm_lab.interfaces import Batch
 
 

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [  # a module may import from its own line only what is in its own package, and from any line above
     {"errors"},
-    {"interfaces", "io"},
+    {"interfaces", "io", "processes"},
     {"config"},
     {"schedules", "ema", "rules", "clip_tokens"},
     {"pretrained"},
@@ -68,8 +68,8 @@ def test_imports_go_one_way(path):
     ("library", "rooms"),
     [
         ("omegaconf", {"config"}),
-        ("pytorch_lightning", {"training", "data", "curation"}),
-        ("webdataset", {"data", "curation"}),
+        ("pytorch_lightning", {"training", "data", "processes"}),
+        ("webdataset", {"data"}),
         ("wandb", {"training"}),
         ("ibis", {"curation"}),
         ("duckdb", {"curation"}),
@@ -83,7 +83,7 @@ def test_a_library_is_used_where_it_belongs(library, rooms):
             assert own in rooms, f"{path.relative_to(ROOT)} imports {library}"
 
 
-def test_lightning_stays_in_the_datamodule_of_the_data_package():
+def test_lightning_stays_in_the_datamodule_and_the_passes_of_the_data_package():
     for path in (ROOT / "ldm_lab" / "data").glob("*.py"):
         if any(name.startswith("pytorch_lightning") for name in imports(path)):
-            assert path.name == "datamodule.py"
+            assert path.name in ("datamodule.py", "passes.py")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ldm_lab.checkpoints.files import write_safetensors
-from ldm_lab.data.shards import write_shard
+from ldm_lab.data.tar import write_shard
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import atomic_write, replaced_folder
 from ldm_lab.io.images import save_png

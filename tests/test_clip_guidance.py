@@ -12,8 +12,10 @@ from ldm_lab.checkpoints.formats import noised_clip
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.clip import ClipGradient
 from ldm_lab.guidance.noised_clip import NoisedCLIP
+from ldm_lab.interfaces import Prediction
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling import ClipGuidance
+from ldm_lab.schedules import Discrete, Linear
 
 FAST = {"name": "ddpm", "steps": 4}
 
@@ -24,10 +26,11 @@ class Bright:
     image_size, timesteps, logit_scale = SIDE, 1000, 100.0
 
     def __init__(self):
-        self.times = []
+        self.times, self.means = [], []
 
     def image_embedding(self, x, t):
         self.times.append(t)
+        self.means.append(x.detach().mean())
         return torch.stack([x.flatten(1).mean(1), torch.ones(len(x))], dim=1)
 
     def text_embedding(self, texts):
@@ -61,7 +64,7 @@ def test_the_gradient_is_that_of_the_likeness_to_the_text(base):
 
 def test_the_clip_is_asked_at_the_noise_that_it_knows():
     """A model with other betas has the same noise at another time."""
-    upsampler = tiny_glide.sampler(super_res=True)  # linear betas
+    upsampler = tiny_glide.sampler(upsampler=True)  # linear betas
     schedule, clip = upsampler.objective.schedule, Bright()
     x, t = torch.zeros(1, 3, SIDE, SIDE), torch.tensor([0.3])
     objective, zeros = upsampler.objective, FunctionDenoiser(lambda x, t: torch.zeros(1, 6, SIDE, SIDE))
@@ -73,6 +76,19 @@ def test_the_clip_is_asked_at_the_noise_that_it_knows():
     own_alpha, own_sigma = tiny_glide.sampler().objective.schedule.alpha_sigma(clip.times[0])
     assert (sigma / alpha).item() == pytest.approx((own_sigma / own_alpha).item(), rel=0.05)
     assert abs(clip.times[0].item() - 0.3) > 0.05
+
+
+def test_the_clip_sees_images_of_its_own_schedule():
+    """Of a model whose variance is not preserved x is scaled to the CLIP's, and the gradient is that by x."""
+    schedule, clip, t = Linear(), Bright(), torch.tensor([0.5])
+    x = torch.full((1, 3, SIDE, SIDE), 0.3)
+    clean = lambda x, t: Prediction(x, x)  # noqa: E731
+    guided = ClipGradient(ClipGuidance(clip, 2.0), torch.tensor([[1.0, 0.0]])).wrap(clean, schedule)(x, t)
+    scale = 0.5**0.5  # sqrt(alpha^2 + sigma^2)
+    assert clip.means[0].item() == pytest.approx(0.3 / scale, rel=1e-6)
+    assert torch.allclose(guided.gradient, torch.tensor(2 * 100 / (3 * SIDE * SIDE) / scale))
+    own_alpha, own_sigma = Discrete("squaredcos_cap_v2").alpha_sigma(clip.times[0])
+    assert (own_sigma / own_alpha).item() == pytest.approx(1.0, rel=1e-2)
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "plms", "heun", "unipc", "dpmpp_2m"])

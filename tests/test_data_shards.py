@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from data_sets import keys, module, samples, take, write_shards
 
-from ldm_lab.data.shards import expand, read_shard, write_shard
-from ldm_lab.data.source import Raw, Skip
+from ldm_lab.data.addresses import expand
+from ldm_lab.data.samples import RawSample, SkippedSample
+from ldm_lab.data.tar import read_shard, write_shard
 from ldm_lab.errors import UserError
 
 ALL = [f"{n:05d}" for n in range(16)]
@@ -161,7 +162,7 @@ def test_http_failures_are_counted_and_reading_goes_on(server):
 # ---------------------------------------------------------------------------------------------------- broken shards
 
 
-def broken_at(folder: Path, tmp_path: Path, cut) -> list[Raw | Skip]:
+def broken_at(folder: Path, tmp_path: Path, cut) -> list[RawSample | SkippedSample]:
     path = tmp_path / "cut.tar"
     path.write_bytes(cut((folder / "00000.tar").read_bytes()))
     return list(read_shard(str(path)))
@@ -188,7 +189,7 @@ def test_a_truncated_shard_gives_what_is_before_the_break(folder, tmp_path, name
     *whole, last = broken_at(folder, tmp_path, lambda data: data[:at])
     assert [item.key for item in whole] == ALL[:delivered]
     assert all(item.image and item.text and item.json for item in whole)
-    assert isinstance(last, Skip) and last.reason == "broken shard"
+    assert isinstance(last, SkippedSample) and last.reason == "broken shard"
 
 
 def test_a_damaged_header_is_no_silent_end(folder, tmp_path):
@@ -208,7 +209,7 @@ def test_compressed_shards(folder, tmp_path):
     path.write_bytes(gzip.compress((folder / "00000.tar").read_bytes()))
     assert [item.key for item in read_shard(str(path))] == ALL[:4]
     path.write_bytes(path.read_bytes()[:-400])
-    assert isinstance(list(read_shard(str(path)))[-1], Skip)
+    assert isinstance(list(read_shard(str(path)))[-1], SkippedSample)
 
 
 def test_reading_goes_on_with_the_next_shard(folder, tmp_path):
@@ -230,9 +231,9 @@ def test_samples_are_grouped_by_name(tmp_path):
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
     assert list(read_shard(str(path))) == [
-        Raw("a/1", b"a/1.JPG", b"a/1.txt"),
-        Raw("b/1", b"b/1.webp"),
-        Raw("c/2", None, b"c/2.txt"),
+        RawSample("a/1", b"a/1.JPG", b"a/1.txt"),
+        RawSample("b/1", b"b/1.webp"),
+        RawSample("c/2", None, b"c/2.txt"),
     ]
 
 

@@ -7,7 +7,7 @@ from data_sets import encoded, keys, module, samples, take, write_files
 
 from ldm_lab.config import build
 from ldm_lab.data import loader
-from ldm_lab.data.shards import write_shard
+from ldm_lab.data.tar import write_shard
 from ldm_lab.errors import UserError
 
 
@@ -79,7 +79,7 @@ def test_files(tmp_path, name):
 
 def test_of_samples_with_one_key_the_first_counts(tmp_path, monkeypatch):
     """Next to each other, or anywhere in the shard; a second copy of all samples is no reason to give up."""
-    monkeypatch.setattr(loader, "BARREN", 5)
+    monkeypatch.setattr(loader, "CONSECUTIVE_FAILURES", 5)
     pair = [("00001", {"png": encoded(n), "txt": f"caption {n}".encode()}) for n in (1, 2)]
     write_shard(tmp_path / "0.tar", [*samples(range(1)), *pair, *samples(range(2, 20)), *samples(range(20))])
     section = {"name": "webdataset", "shards": f"{tmp_path}/0.tar", "shuffle_buffer": 0, "max_skipped": 0.6}
@@ -146,7 +146,7 @@ def test_a_wholly_broken_data_set_stops(tmp_path, workers):
 
 
 def test_a_long_stretch_of_bad_samples_stops_before_the_epoch_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(loader, "BARREN", 50)
+    monkeypatch.setattr(loader, "CONSECUTIVE_FAILURES", 50)
     write_shard(tmp_path / "0.tar", [(f"{n}", {"jpg": b"x"}) for n in range(1000)])
     with pytest.raises(UserError, match="50 samples read, 50 skipped"):
         take(module({"name": "webdataset", "shards": f"{tmp_path}/0.tar"}), 1)
@@ -154,7 +154,7 @@ def test_a_long_stretch_of_bad_samples_stops_before_the_epoch_ends(tmp_path, mon
 
 def test_unreachable_shards_stop_a_run_that_went_well_so_far(tmp_path, monkeypatch):
     """A server that goes down: by then the share of skipped samples is tiny and would stay so for days."""
-    monkeypatch.setattr(loader, "BARREN", 100)
+    monkeypatch.setattr(loader, "CONSECUTIVE_FAILURES", 100)
     write_shard(tmp_path / "0.tar", samples(range(200)))
     data = module({"name": "webdataset", "shards": f"{tmp_path}/0.tar"})
     batches = iter(data.train_dataloader())

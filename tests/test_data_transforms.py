@@ -10,7 +10,7 @@ from PIL import Image
 
 from ldm_lab.config import build
 from ldm_lab.data.order import Order
-from ldm_lab.data.source import Raw
+from ldm_lab.data.samples import RawSample
 from ldm_lab.io.images import BadImage, decode_image, resize_and_crop, to_rgb
 
 
@@ -202,11 +202,11 @@ def test_decoded_values_and_flip():
     ramp = np.arange(32, dtype=np.uint8)[None, :, None].repeat(32, 0).repeat(3, 2) * 8  # [32, 32, 3]
     data = stored(Image.fromarray(ramp))
     order = Order(seed=3, epoch=0, reader=0, readers=1)
-    decoded = [source.decode(Raw(f"{n}", data, b"\xef\xbb\xbf a cat \n"), order) for n in range(200)]
+    decoded = [source.decode(RawSample(f"{n}", data, b"\xef\xbb\xbf a cat \n"), order) for n in range(200)]
     mirrored = [bool(s.image[0, 0, 0] > s.image[0, 0, -1]) for s in decoded]
     assert 70 < sum(mirrored) < 130
     assert decoded[0].text == "a cat"
-    again = [source.decode(Raw(f"{n}", data), order).image for n in range(200)]
+    again = [source.decode(RawSample(f"{n}", data), order).image for n in range(200)]
     assert all((a == b.image).all() for a, b in zip(again, decoded))
     batch = source.to_device_format(source.collate(decoded))
     assert batch.image.shape == (200, 3, 32, 32)

@@ -1,9 +1,15 @@
-"""Guidance by weighted prompts, with a linear stand-in for the denoiser."""
+"""Guidance by weighted prompts, with a linear stand-in for the denoiser, and the stack of wrappers around it."""
 
 import pytest
 import torch
 
+from ldm_lab.guidance.base import Wrapper
 from ldm_lab.guidance.classifier_free import guided, null_condition_weight
+from ldm_lab.guidance.clip import ClipGradient
+from ldm_lab.guidance.condition_score import ConditionScore
+from ldm_lab.guidance.inpaint import Inpaint
+from ldm_lab.guidance.stack import stack
+from ldm_lab.guidance.thresholding import StaticThresholding
 from ldm_lab.interfaces import Prediction
 from ldm_lab.schedules import Cosine
 
@@ -162,3 +168,60 @@ def test_autoguidance_puts_the_worse_model_in_place_of_the_null_condition(inputs
     assert close(out.x0[0], 3 * towards[0].x0[0] - 2 * away[0].x0[0])
     assert close(out.eps[1], (towards[0].eps + towards[1].eps - (away[0].eps + away[1].eps) / 2)[1])
     assert close(out.x0[2], towards[0].x0[2])  # weight 1: no guidance
+
+
+class Named(Wrapper):
+    """Writes its name down when it is asked, then asks the one inside."""
+
+    def __init__(self, name, order, log, adds_gradient=False):
+        self.name, self.order, self.log, self.adds_gradient = name, order, log, adds_gradient
+
+    def wrap(self, predict, schedule):
+        def named(x, t):
+            self.log.append(self.name)
+            return predict(x, t)
+
+        return named
+
+
+def plain(x, t):
+    return Prediction(x, 2 * x)
+
+
+def test_every_wrapper_has_its_place_in_the_stack_however_they_are_given():
+    orders = [wrapper.order for wrapper in (StaticThresholding, ClipGradient, ConditionScore, Inpaint)]
+    assert orders == sorted(set(orders))
+    x, t = torch.ones(1, 1, 2, 2), torch.tensor([0.5])
+    for names in ("abc", "cab", "bca"):
+        log = []
+        wrappers = [Named(name, {"a": 1, "b": 25, "c": 99}[name], log) for name in names]
+        stack(plain, wrappers, schedule=Cosine(), uses_gradient=False)(x, t)
+        assert log == ["c", "b", "a"]  # the outermost is asked first
+
+
+def test_a_gradient_is_worked_in_for_samplers_that_do_not_follow_it(inputs):
+    x, schedule = inputs[0], Cosine()
+    t = torch.full((B,), 0.5)
+    alpha, sigma = schedule.alpha_sigma(t[0])
+
+    class Push(Wrapper):
+        order, adds_gradient = 20, True
+
+        def wrap(self, predict, schedule):
+            return lambda x, t: predict(x, t)._replace(gradient=torch.ones_like(x))
+
+    followed = stack(plain, [Push()], schedule=schedule, uses_gradient=True)(x, t)
+    assert torch.equal(followed.gradient, torch.ones_like(x)) and torch.equal(followed.x0, x)
+    worked_in = stack(plain, [Push()], schedule=schedule, uses_gradient=False)(x, t)
+    assert worked_in.gradient is None
+    assert close(worked_in.eps, 2 * x - sigma) and close(worked_in.x0, x + sigma**2 / alpha)
+    clipped = stack(plain, [Push(), StaticThresholding(0.5)], schedule=schedule, uses_gradient=False)(x, t)
+    assert clipped.x0.abs().max() <= 0.5
+    assert close(clipped.x0, (x.clamp(-0.5, 0.5) + sigma**2 / alpha).clamp(-0.5, 0.5))
+    assert close(alpha * clipped.x0 + sigma * clipped.eps, x)
+
+
+def test_rescale_needs_the_schedule(inputs):
+    _, _, cond, null = inputs
+    with pytest.raises(ValueError, match="rescale needs the schedule"):
+        guided(Stand(), cond, null, torch.ones(B, K), rescale=0.5)

@@ -10,7 +10,7 @@ from ldm_lab.checkpoints import embedders
 from ldm_lab.checkpoints.embedders import OPENAI
 from ldm_lab.checkpoints.files import read_safetensors
 from ldm_lab.config import build
-from ldm_lab.curation.heads.head import load_head, save_head, unit
+from ldm_lab.curation.heads.head import l2_normalize, load_head, save_head
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import sha256
 from ldm_lab.pretrained import resolve as pretrained
@@ -71,9 +71,9 @@ def test_a_head_normalises_by_itself(tmp_path):
     embeds[2] = 0
     assert torch.allclose(head(embeds), head(embeds * 37), atol=1e-5)
     assert float(head(embeds)[2]) == float(head.bias)
-    half = unit(embeds[:2]).half()
-    assert torch.equal(unit(half), half.float()), "rounding to float16 is not undone"
-    assert torch.allclose(unit(half * 4).norm(dim=1), torch.ones(2))
+    half = l2_normalize(embeds[:2]).half()
+    assert torch.equal(l2_normalize(half), half.float()), "rounding to float16 is not undone"
+    assert torch.allclose(l2_normalize(half * 4).norm(dim=1), torch.ones(2))
 
 
 def test_a_head_takes_its_own_width_alone(tmp_path):
@@ -129,7 +129,7 @@ def test_converting_says_what_the_file_does_not(tmp_path, program):
     assert code == 0, err
     assert "the head mlp of 33 parameters" in text
     embeds = torch.randn(3, 6)
-    expected = layers(unit(embeds))[:, 0].sigmoid()
+    expected = layers(l2_normalize(embeds))[:, 0].sigmoid()
     assert torch.allclose(load_head(out).head(embeds), expected, atol=1e-6)
     code, text, _ = program("ldm_lab.__main__", "inspect", out)
     assert code == 0 and "head" in text and "punsafe" in text

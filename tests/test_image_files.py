@@ -30,7 +30,7 @@ from PIL import Image, ImageCms
 
 from ldm_lab.config import build
 from ldm_lab.data.order import Order
-from ldm_lab.data.source import Raw
+from ldm_lab.data.samples import RawSample
 from ldm_lab.io import color
 from ldm_lab.io.color import to_levels
 from ldm_lab.io.decoding import IMAGE_ENDINGS
@@ -717,7 +717,7 @@ def test_training_and_scores_see_what_prompts_see():
     levels = np.random.RandomState(1).randint(0, 256, (side, side, 3))
     data = tiff(levels.astype(np.uint16) * 257, extra={34675: ("B", profile("swapped"))})
     source = build("data", {"name": "webdataset", "shards": "0.tar", "batch_size": 1, "image_size": side})
-    trained = source.decode(Raw("0", data), Order(0, 0, 0, 1)).image
+    trained = source.decode(RawSample("0", data), Order(0, 0, 0, 1)).image
     truth = srgb_of(levels, "swapped")
     assert np.abs(trained.permute(1, 2, 0).numpy() - truth).max() <= 1.5
     assert np.array_equal(trained.permute(1, 2, 0).numpy(), np.asarray(flatten_alpha(decode_image(data))))

@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from ldm_lab.curation.scoring import _hash
-from ldm_lab.curation.store import ScoreStore, hash_of
-from ldm_lab.data.shards import read_shard
-from ldm_lab.data.source import Raw
+from ldm_lab.curation.scoring.job import sample_hash
+from ldm_lab.curation.store.format import ScoreStore, hash_of
+from ldm_lab.data.samples import RawSample
+from ldm_lab.data.tar import read_shard
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNT = 300  # pictures
@@ -90,11 +90,11 @@ def test_the_tsv_becomes_a_table_without_losses(served, tmp_path):
 
 def test_a_scored_sample_has_the_hash_of_its_url_and_caption():
     fields = {"url": "http://a/1", "caption": "star"}
-    assert _hash(fields) == hash_of("http://a/1", "star")
-    assert _hash({**fields, "caption": None}) == hash_of("http://a/1", None)
-    assert _hash({**fields, "hash": -5}) == -5
+    assert sample_hash(fields) == hash_of("http://a/1", "star")
+    assert sample_hash({**fields, "caption": None}) == hash_of("http://a/1", None)
+    assert sample_hash({**fields, "hash": -5}) == -5
     for unknown in ({"url": "http://a/1"}, {"caption": "star"}, {**fields, "caption": "\ud800"}, {**fields, "url": 1}):
-        assert _hash(unknown) is None
+        assert sample_hash(unknown) is None
 
 
 @pytest.mark.slow
@@ -118,7 +118,7 @@ def test_from_urls_to_a_training_run(served):
     assert sum(shard["successes"] for shard in stats) == COUNT - len(dead)
     samples = [item for path in sorted((folder / "data/cc12m/images").glob("*.tar")) for item in read_shard(str(path))]
     assert len(samples) == COUNT - len(dead)
-    assert all(isinstance(item, Raw) and item.image and item.text for item in samples)
+    assert all(isinstance(item, RawSample) and item.image and item.text for item in samples)
 
     scored = sorted(folder.glob("data/cc12m/images/*.scores.parquet"))
     scores = [row for path in scored for row in pq.read_table(path).to_pylist()]

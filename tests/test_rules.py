@@ -12,7 +12,7 @@ from ldm_lab.errors import UserError
 from ldm_lab.rules.cell import Cell
 from ldm_lab.rules.quantities import NAMES, RELEASES, find, require
 from ldm_lab.rules.rule import build_rules, check_rules
-from ldm_lab.rules.sample import SampleRow, broken_rules
+from ldm_lab.rules.sample import SampleRow, violated_rules
 from ldm_lab.rules.slurs import pattern_of
 
 WORDS = ["zorblat", "Grok Nik", "quux'ite", "ΦΟΡΟΣ", "İstanbul", "a+b", "naïve", "東京", "x_1", "$5 (five)"]
@@ -95,7 +95,7 @@ def test_tables_and_samples_agree(words, tmp_path, whole_words, swapped):
                 kept = kept & condition
             answers = engine.rows(row.table.select(mask=mask, kept=kept))
             for values, answer in zip(rows, answers):
-                broken = broken_rules(rules, SampleRow(values, swapped))
+                broken = violated_rules(rules, SampleRow(values, swapped))
                 theirs = [(rule.part_name, why) for i, (rule, why) in enumerate(bits) if answer["mask"] >> i & 1]
                 assert sorted(broken) == sorted(theirs), values
                 assert answer["kept"] == (not broken), values
@@ -180,7 +180,7 @@ def test_a_list_of_slurs_that_is_none(tmp_path, content, message):
 
 def test_keep_lists_and_unknown_values():
     def broken(section, **values):
-        return {reason for _, reason in broken_rules(build_rules(section), SampleRow(values))}
+        return {reason for _, reason in violated_rules(build_rules(section), SampleRow(values))}
 
     keep = {"nsfw": {"keep": ["UNLIKELY"]}}
     assert broken(keep, nsfw="unlikely ") == set() and broken(keep, NSFW="UNSURE") == {"nsfw"}

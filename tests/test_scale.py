@@ -115,8 +115,8 @@ def test_the_command_measures_and_stores(scale, tmp_path):
     ("args", "message"),
     [
         (["--batches", "4", "--batch-size", "8"], "data: 32 images are needed (4 batches of 8), there are only 24"),
-        (["--batches", "0"], "--batches 0"),
-        (["--out", "scaled.ckpt"], "--out scaled.ckpt: "),
+        (["--batches", "0"], "--batches: at least 1 is needed, not 0"),
+        (["--out", "scaled.ckpt"], "--out: the file is written as .safetensors, so its name"),
         (["autoencoder.weights=null", "autoencoder.ch=32"], "autoencoder.weights: has to be given"),
         (["autoencoder.weights=gone.safetensors"], "gone.safetensors: no such file"),
     ],

@@ -22,10 +22,10 @@ from ldm_lab.checkpoints.embedders import embedder_of
 from ldm_lab.checkpoints.files import read_safetensors
 from ldm_lab.checkpoints.parts import load_part, save_part
 from ldm_lab.config import build
-from ldm_lab.curation import score_files
 from ldm_lab.curation.heads.head import load_head, save_head
-from ldm_lab.curation.score_files import read_embeddings, read_facts
-from ldm_lab.data.shards import read_parts, read_shard, write_shard
+from ldm_lab.curation.scoring import files as score_files
+from ldm_lab.curation.scoring.files import read_embeddings, read_facts
+from ldm_lab.data.tar import read_files, read_shard, write_shard
 
 PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos"
 ARCHITECTURE = {
@@ -166,7 +166,7 @@ def test_rewritten_shards_have_the_scores_and_everything_else(score, shards, tmp
     code, out, err = score("--shards", tmp_path / "in.tar", "--out", tmp_path / "out", "--rewrite", tmp_path / "new")
     assert code == 0, err
     assert "undecodable image 1 (e.g. 00009)" in out
-    again = dict(read_parts(str(tmp_path / "new" / "in.tar")))
+    again = dict(read_files(str(tmp_path / "new" / "in.tar")))
     assert list(again) == ["00000", "00001", "00002", "00003"]
     scores = dict(zip(*(rows(tmp_path / "out")[name] for name in ("key", "aesthetic"))))
     for key, parts in made[:4]:
@@ -301,7 +301,7 @@ def test_photographs_by_vit_b_32(tmp_path):
     torch.manual_seed(0)
     torch.save(open_clip.create_model("ViT-B-32-quickgelu").state_dict(), tmp_path / "vit.pt")
     for shard in range(3):  # eight photographs of each: this architecture takes its time on a CPU
-        some = itertools.islice(read_parts(str(PHOTOS / f"{shard:05d}.tar")), 8)
+        some = itertools.islice(read_files(str(PHOTOS / f"{shard:05d}.tar")), 8)
         write_shard(tmp_path / f"{shard:05d}.tar", some)
     head = Path(__file__).parent / "data" / "golden" / "aesthetic_heads" / "sa_0_4_vit_b_32_linear.pth"
     common = ["-m", "ldm_lab", "score", "--shards", f"{tmp_path}/*.tar", "--head", head]

@@ -3,6 +3,7 @@
 import json
 import pickle
 import struct
+from dataclasses import asdict
 
 import duckdb
 import numpy as np
@@ -13,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from ldm_lab.curation import store as store_module
-from ldm_lab.curation.store import ScoreStore, StoreWriter, hash_of, hashes_of
-from ldm_lab.curation.store_build import build_store
-from ldm_lab.curation.store_tables import add_scores, store_stats
+from ldm_lab.curation.store import format as store_module
+from ldm_lab.curation.store.build import build_store
+from ldm_lab.curation.store.format import ScoreStore, StoreWriter, hash_of, hashes_of
+from ldm_lab.curation.store.lookup import add_scores
+from ldm_lab.curation.store.statistics import store_statistics
 from ldm_lab.errors import UserError
 
 KEYS = st.integers(-(2**63), 2**63 - 1)
@@ -157,7 +159,7 @@ def test_a_large_store_is_not_read_to_be_opened(tmp_path, monkeypatch):
     keys[1234], keys[1235] = keys[1235], keys[1234]  # between two probes
     store = ScoreStore(write(tmp_path / "kv", [(key, 1.0) for key in keys]))
     with pytest.raises(UserError, match=r"do not ascend \(entry 1,234 has 2470, entry 1,235 has 2468\)"):
-        store_stats(store)
+        store_statistics(store)
     write(tmp_path / "kv", [(key, 1.0) for key in reversed(keys)])
     with pytest.raises(UserError, match="do not ascend"):
         ScoreStore(tmp_path / "kv")
@@ -173,7 +175,7 @@ def test_an_empty_store_has_no_keys(tmp_path, program):
     assert 0 not in store
     assert not store.get([0, 1])[1].any()
     assert store.get([])[0].shape == (0,)
-    assert store_stats(store)["scores"][0]["mean"] is None
+    assert store_statistics(store).scores[0].mean is None
     code, out, _ = program("ldm_lab.__main__", "scores", "stats", tmp_path / "kv", "--quiet")
     assert code == 0
     assert "0 entries" in out
@@ -395,7 +397,7 @@ def test_options_that_do_not_go_together(small, program, given):
 def test_stats(tmp_path, program):
     scores = [-1.5, 0.0, 0.999, 1.0, 5.5, 5.75, 9.9, 10.0, 11.0, float("nan"), 5.0]
     path = write(tmp_path / "kv", [(max(n - 1, 0), score) for n, score in enumerate(scores)])
-    stats = store_stats(ScoreStore(path))
+    stats = asdict(store_statistics(ScoreStore(path)))
     score = stats["scores"][0]
     assert score["histogram"] == {f"{k}-{k + 1}": {0: 2, 1: 1, 5: 3, 9: 1}.get(k, 0) for k in range(10)}
     assert (score["below"], score["above"], score["nan"]) == (1, 2, 1)
@@ -412,5 +414,5 @@ def test_stats(tmp_path, program):
 
 def test_repeats_across_blocks_are_counted(tmp_path, monkeypatch):
     path = write(tmp_path / "kv", [(key // 3, 1.0) for key in range(12)])
-    monkeypatch.setattr("ldm_lab.curation.store_tables.BATCH", 2)
-    assert store_stats(ScoreStore(path))["repeated"] == 8
+    monkeypatch.setattr("ldm_lab.curation.store.statistics.BATCH", 2)
+    assert store_statistics(ScoreStore(path)).repeated == 8

@@ -219,7 +219,7 @@ def test_hashes_of_other_types_than_integers(tmp_path):
     tags, rules = {"aesthetic": str(tmp_path / "tags.parquet")}, {"aesthetic": {"above": 7}}
     report = selection(tmp_path, tmp_path / "joined.tsv", rules, tags=tags).run()
     assert pq.read_table(tmp_path / "out")["URL"].to_pylist() == [f"http://a/{hashes[0]}", f"http://a/{hashes[2]}"]
-    assert report.tally.reasons["aesthetic"] == {"aesthetic": 1, "missing_tag": 1}
+    assert report.counts.reasons["aesthetic"] == {"aesthetic": 1, "missing_tag": 1}
 
     rows = {"URL": ["a"], "TEXT": ["x"], "hash": [float(hashes[0])]}
     pq.write_table(pa.table(rows), tmp_path / "pandas.parquet")

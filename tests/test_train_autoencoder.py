@@ -114,7 +114,7 @@ def test_the_discriminator_starts_when_it_is_told_to(here, program):
     yaml = make_run(here, discriminator=GAN, checkpoint={"every": 1, "keep": 5})
     assert program("train", "--config", yaml)[0] == 0
     run = here / "runs" / "tiny"
-    for name in ("discriminator", "verdict", "adaptive_weight", "logits_real", "logits_fake"):
+    for name in ("discriminator", "generator", "adaptive_weight", "logits_real", "logits_fake"):
         assert [v is not None for v in column(run, f"train/{name}")] == [False, False, True, True], name
     states = [read_pickled(run / f"step={step:08d}.ckpt")["state_dict"] for step in (1, 2, 3)]
     names = [n for n in states[0] if n.startswith("discriminator.") and n.endswith(("weight", "bias"))]
@@ -184,7 +184,7 @@ def test_the_total_is_the_sum_that_the_recipe_says(here, monkeypatch):
     image = torch.rand(2, 3, 16, 16) * 2 - 1
     total = task.training_step(Batch([""] * len(image), [""] * len(image), image), 0)
     values = 3 * 16 * 16
-    by_hand = logged["l1"] * values + 0.1 * logged["kl"] + logged["adaptive_weight"] * logged["verdict"]
+    by_hand = logged["l1"] * values + 0.1 * logged["kl"] + logged["adaptive_weight"] * logged["generator"]
     torch.testing.assert_close(total, by_hand / values + logged["discriminator"])
     total.backward()
     assert all(p.grad is not None for module in (task.model, task.discriminator) for p in module.parameters())
@@ -193,7 +193,7 @@ def test_the_total_is_the_sum_that_the_recipe_says(here, monkeypatch):
 def test_each_network_is_taught_by_its_own_loss_alone():
     judge = Discriminator(layers=1, base_channels=4)
     image = torch.randn(2, 3, 16, 16, requires_grad=True)
-    judge.verdict(image).mean().backward()
+    judge.frozen_logits(image).mean().backward()
     assert image.grad.abs().sum() > 0
     assert all(p.grad is None for p in judge.parameters())
     loss = judge.loss(judge(torch.randn(2, 3, 16, 16)), judge(image.detach()))

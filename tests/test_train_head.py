@@ -16,10 +16,17 @@ from torch.nn import functional as F
 from ldm_lab.checkpoints.embedders import embedder_of
 from ldm_lab.checkpoints.parts import save_part
 from ldm_lab.config import build
-from ldm_lab.curation import head_training
+from ldm_lab.curation.heads import training as head_training
 from ldm_lab.curation.heads.head import load_head, save_head
-from ldm_lab.curation.score_files import EMBEDDINGS, SCORES, read_embeddings, write_embeddings, write_scores
-from ldm_lab.data.shards import write_shard
+from ldm_lab.curation.scoring.files import (
+    EMBEDDINGS,
+    SCORES,
+    ScoreRows,
+    read_embeddings,
+    write_embeddings,
+    write_scores,
+)
+from ldm_lab.data.tar import write_shard
 from ldm_lab.errors import UserError
 from ldm_lab.sampling.aesthetic import RatingEmbeddings
 
@@ -86,8 +93,8 @@ def test_the_figures_are_of_images_that_were_not_trained_on(rated, program):
     assert len(parts.train[1]) == 90 and len(parts.held_out[1]) == 30
     section = {"name": "linear", "embed_dim": 64, "embedder": EMBEDDER}
     head, _ = head_training.fit_linear(section, *parts.train, ridge=0.0)
-    assert head_training.judge(head, *parts.train, 0.0)["pearson"] > 0.7
-    assert abs(head_training.judge(head, *parts.held_out, 0.0)["pearson"]) < 0.5
+    assert head_training.evaluate(head, *parts.train, 0.0).pearson > 0.7
+    assert abs(head_training.evaluate(head, *parts.held_out, 0.0).pearson) < 0.5
     seen = {tuple(row.tolist()) for row in parts.train[0]}
     assert not any(tuple(row.tolist()) in seen for row in parts.held_out[0])
 
@@ -195,7 +202,7 @@ def test_embeddings_of_another_width(rated, program):
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet"])
 def test_tables(tmp_path, suffix):
-    from ldm_lab.curation.ratings import read_table
+    from ldm_lab.curation.heads.ratings import read_table
 
     table = pa.table({"name": ["00012", "00013", "00012", "00014", None], "stars": [1, 2, 4, None, 3]})
     path = tmp_path / f"r.{suffix}"
@@ -259,8 +266,9 @@ def test_from_rated_shards_to_a_head_that_scores(tmp_path, program):
 def test_rating_embeddings_of_scores_that_do_not_fit(tmp_path, program):
     embeds, clean, _ = planted(40)
     keys = [str(n) for n in range(40)]
-    rows = {"key": keys, "url": [None] * 40, "hash": [None] * 40}
-    write_scores(tmp_path / f"0{SCORES}", rows, {"aesthetic": clean.numpy()}, {})
+    scores = {"aesthetic": clean.numpy()}
+    rows = ScoreRows(keys, [None] * 40, [None] * 40, scores)
+    write_scores(tmp_path / f"0{SCORES}", rows, {})
 
     def average(column="aesthetic"):
         args = ("--scores", tmp_path / f"0{SCORES}", "--column", column, "--out", tmp_path / "r.safetensors")
@@ -277,7 +285,7 @@ def test_rating_embeddings_of_scores_that_do_not_fit(tmp_path, program):
     code, out, err = average()
     assert code == 0 and "(no embedding)" in out, err
     clean[:] = 99
-    write_scores(tmp_path / f"0{SCORES}", rows, {"aesthetic": clean.numpy()}, {})
+    write_scores(tmp_path / f"0{SCORES}", rows, {})
     code, _, err = average()
     assert code == 2 and "no image has a score from 0 to 10: 0 below, 40 above" in err
 

@@ -9,22 +9,21 @@ Reads the NNNNN_stats.json files beside the shards; a shard without one was not 
 import argparse
 import json
 
+from ldm_lab.commands._arguments import whole_number
 from ldm_lab.curation.metadata.downloads import read_stats
-from ldm_lab.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("folder", metavar="DIR", help="img2dataset's output")
-    parser.add_argument("--json", action="store_true", help="print JSON, with every shard, instead of text")
-    parser.add_argument("--worst", type=int, default=10, metavar="N", help="shards to list (default: 10)")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="also say how many whole batches there are")
+    add = parser.add_argument
+    add("folder", metavar="DIR", help="img2dataset's output")
+    add("--json", action="store_true", help="print JSON, with every shard, instead of text")
+    add("--worst", type=whole_number(0), default=10, metavar="N", help="shards to list (default: 10)")
+    add("--batch-size", type=whole_number(1), metavar="N", help="also say how many whole batches there are")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the report."""
-    if args.batch_size is not None and args.batch_size < 1:
-        raise UserError(f"--batch-size: at least 1 is needed, not {args.batch_size}")
     downloads = read_stats(args.folder)
     if args.json:
         print(json.dumps(downloads.as_dict(), indent=2, ensure_ascii=False))

@@ -12,6 +12,7 @@ import argparse
 import glob
 from pathlib import Path
 
+from ldm_lab.commands._arguments import safetensors_file
 from ldm_lab.errors import UserError
 
 
@@ -20,18 +21,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--scores", nargs="+", required=True, metavar="PARQUET", help="of `score --embeddings`; globs are possible")
     add("--column", default="aesthetic", metavar="NAME", help="the score (%(default)s)")
-    add("--out", required=True, metavar="FILE", help="the rating embeddings, a .safetensors file")
+    add("--out", type=safetensors_file, required=True, metavar="FILE", help="the rating embeddings (.safetensors)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Average, write, print how many images each rating has."""
     from ldm_lab.checkpoints import embedders
-    from ldm_lab.curation.buckets import BucketMeans
-    from ldm_lab.curation.score_files import EMBEDDINGS, SCORES, read_column, read_embeddings
+    from ldm_lab.curation.scoring.files import EMBEDDINGS, SCORES, read_column, read_embeddings
+    from ldm_lab.curation.scoring.rating_means import BucketMeans
     from ldm_lab.sampling.aesthetic import RatingEmbeddings
 
-    if not args.out.endswith(".safetensors"):
-        raise UserError(f"--out {args.out}: the file is written as .safetensors, so its name has to end like that")
     files = [Path(path) for pattern in args.scores for path in sorted(glob.glob(pattern)) or [pattern]]
     means, embedder = None, None
     for file in files:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm_lab.checkpoints.parts import find_weights, load_part, read_part, save_part
+from ldm_lab.commands._arguments import safetensors_file, whole_number
 from ldm_lab.config import build, load
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.errors import UserError
@@ -24,20 +25,17 @@ from ldm_lab.training.scale import BATCHES, measure_scale
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--config", required=True, metavar="YAML", help="a config with sections data and autoencoder")
-    parser.add_argument("--out", metavar="FILE", help="write the weights with it stored (.safetensors)")
-    parser.add_argument("--batches", type=int, default=BATCHES, metavar="N", help="batches to measure (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images in a batch (%(default)s)")
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda:0, ... (default: cuda if there is one)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the YAML's")
+    add = parser.add_argument
+    add("--config", required=True, metavar="YAML", help="a config with sections data and autoencoder")
+    add("--out", type=safetensors_file, metavar="FILE", help="write the weights with it stored (.safetensors)")
+    add("--batches", type=whole_number(1), default=BATCHES, metavar="N", help="batches to measure (%(default)s)")
+    add("--batch-size", type=whole_number(1), default=64, metavar="N", help="images in a batch (%(default)s)")
+    add("--device", metavar="NAME", help="cpu, cuda:0, ... (default: cuda if there is one)")
+    add("overrides", nargs="*", metavar="key=value", help="values that replace the YAML's")
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure, print, and write if asked to."""
-    if args.batches < 1 or args.batch_size < 1:
-        raise UserError(f"--batches {args.batches}, --batch-size {args.batch_size}: at least 1 of each is needed")
-    if args.out is not None and not args.out.endswith(".safetensors"):
-        raise UserError(f"--out {args.out}: the file is written as .safetensors, so its name has to end like that")
     config = load(args.config, args.overrides)
     section = config.get("autoencoder")
     if section is None:

@@ -13,8 +13,14 @@ millions of hashes a second from a warm disk cache.
 import argparse
 import json
 import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
+from ldm_lab.commands._arguments import whole_number
 from ldm_lab.errors import UserError
+
+if TYPE_CHECKING:
+    from ldm_lab.curation.store.statistics import ScoreStatistics
 
 BUILD = """Build a store from Parquet tables with a hash, or url and text, and a score.
 
@@ -54,7 +60,7 @@ def _build_arguments(parser: argparse.ArgumentParser) -> None:
     add("--score", nargs="+", metavar="COLUMN", help="one column per score of an entry (default: the aesthetic score)")
     add("--unique", action="store_true", help="of repeated hashes keep the first; else all stay, the first answers")
     add("--memory", default="512MB", metavar="SIZE", help="held while sorting (default: %(default)s)")
-    add("--threads", type=int, metavar="N", help="default: one per core")
+    add("--threads", type=whole_number(1), metavar="N", help="default: one per core")
     add("--temporary", metavar="DIR", help="spill there, about 30 bytes per row (default: beside --out)")
     _quiet_argument(parser)
 
@@ -91,7 +97,7 @@ def _column_arguments(parser: argparse.ArgumentParser) -> None:
 def _scores_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scores",
-        type=int,
+        type=whole_number(1),
         default=1,
         metavar="N",
         help="per entry: 2 in stores of pwatermark and punsafe (default: 1)",
@@ -103,7 +109,7 @@ def _quiet_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _build(args: argparse.Namespace) -> None:
-    from ldm_lab.curation.store_build import build_store
+    from ldm_lab.curation.store.build import build_store
 
     built = build_store(
         args.tables,
@@ -130,9 +136,6 @@ def _build(args: argparse.Namespace) -> None:
 
 
 def _get(args: argparse.Namespace) -> int | None:
-    from ldm_lab.curation.store import ScoreStore, hash_of
-    from ldm_lab.curation.store_tables import add_scores
-
     single = args.hash is not None or (args.table is None and args.url is not None)
     if single == (args.table is not None):
         raise UserError("scores get: give --hash, or --url and --text, or --table and --out; one of these")
@@ -142,21 +145,33 @@ def _get(args: argparse.Namespace) -> int | None:
         raise UserError("scores get: --out, --name and --key are for --table")
     if args.table is not None and args.out is None:
         raise UserError("scores get: --table needs --out, the Parquet file to write")
+    return _get_keys(args) if single else _get_table(args)
+
+
+def _get_keys(args: argparse.Namespace) -> int | None:
+    """Print the scores of some hashes. Returns 1 if one is absent."""
+    from ldm_lab.curation.store.format import ScoreStore, hash_of
+
     store = ScoreStore(args.store, args.scores)
-    if single:
-        keys = args.hash if args.hash is not None else [hash_of(args.url, args.text)]
-        absent = 0
-        for key in keys:
-            try:
-                scores = store[key]
-            except KeyError:
-                absent += 1
-                print(f"{key}\tabsent")
-            else:
-                print(key, *(scores if isinstance(scores, tuple) else (scores,)), sep="\t")
-        return 1 if absent else None
+    absent = 0
+    for key in args.hash if args.hash is not None else [hash_of(args.url, args.text)]:
+        try:
+            scores = store[key]
+        except KeyError:
+            absent += 1
+            print(f"{key}\tabsent")
+        else:
+            print(key, *(scores if isinstance(scores, tuple) else (scores,)), sep="\t")
+    return 1 if absent else None
+
+
+def _get_table(args: argparse.Namespace) -> None:
+    """Write a table with a column of scores."""
+    from ldm_lab.curation.store.format import ScoreStore
+    from ldm_lab.curation.store.lookup import add_scores
+
     rows, found = add_scores(
-        store,
+        ScoreStore(args.store, args.scores),
         args.table,
         args.out,
         names=args.name or (["aesthetic"] if args.scores == 1 else [f"score{n}" for n in range(args.scores)]),
@@ -166,30 +181,33 @@ def _get(args: argparse.Namespace) -> int | None:
         progress=not args.quiet,
     )
     print(f"{args.out}: {rows:,} rows, {found:,} with a score, {rows - found:,} absent from the store")
-    return None
 
 
 def _stats(args: argparse.Namespace) -> None:
-    from ldm_lab.curation.store import ScoreStore
-    from ldm_lab.curation.store_tables import store_stats
+    from ldm_lab.curation.store.format import ScoreStore
+    from ldm_lab.curation.store.statistics import store_statistics
 
-    stats = store_stats(ScoreStore(args.store, args.scores), progress=not args.quiet)
+    stats = store_statistics(ScoreStore(args.store, args.scores), progress=not args.quiet)
     if args.json:
-        json.dump(stats, sys.stdout, indent=2)
+        json.dump(asdict(stats), sys.stdout, indent=2)
         print()
         return
-    entries, width, repeated = (stats[name] for name in ("count", "entry_bytes", "repeated"))
-    print(f"{args.store}: {entries:,} entries of {width} bytes, {repeated:,} repeated hashes")
-    if entries:
-        print(f"hashes from {stats['first_key']} to {stats['last_key']}")
-    for number, score in enumerate(stats["scores"]):
+    print(f"{args.store}: {stats.count:,} entries of {stats.entry_bytes} bytes, {stats.repeated:,} repeated hashes")
+    if stats.count:
+        print(f"hashes from {stats.first_key} to {stats.last_key}")
+    for number, score in enumerate(stats.scores):
         if args.scores > 1:
             print(f"score {number}:")
-        if score["mean"] is not None:
-            print(f"{score['min']:g} ... {score['max']:g}, mean {score['mean']:.4f}")
-        rows = {"below 0": score["below"], **score["histogram"], "10 and above": score["above"], "NaN": score["nan"]}
-        widest = max([*rows.values(), 1])
-        for name, count in rows.items():
-            if count or name in score["histogram"]:
-                print(f"{name:>12} {count:14,} {100 * count / max(entries, 1):6.2f} %  "
-                      f"{'#' * round(40 * count / widest)}")  # fmt: skip
+        _print_histogram(score, stats.count)
+
+
+def _print_histogram(score: "ScoreStatistics", entries: int) -> None:
+    """Print a score's extremes and mean, and a bar for each bucket."""
+    if score.mean is not None:
+        print(f"{score.min:g} ... {score.max:g}, mean {score.mean:.4f}")
+    rows = {"below 0": score.below, **score.histogram, "10 and above": score.above, "NaN": score.nan}
+    widest = max([*rows.values(), 1])
+    for name, count in rows.items():
+        if count or name in score.histogram:
+            share, bar = 100 * count / max(entries, 1), "#" * round(40 * count / widest)
+            print(f"{name:>12} {count:14,} {share:6.2f} %  {bar}")

@@ -13,68 +13,49 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ldm_lab.commands._arguments import whole_number
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import atomic_write
 
+if TYPE_CHECKING:
+    from ldm_lab.curation.buckets import Buckets
+    from ldm_lab.curation.metadata.histogram import Histogram
+
+QUANTITIES = ("aesthetic", "punsafe", "pwatermark", "similarity")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument(
-        "tables", nargs="*", metavar="[NAME=]FILES", help="a collection: Parquet, TSV, a folder, a glob"
-    )
-    parser.add_argument("--shards", nargs="+", default=[], metavar="TAR", help="shards, scored in their json")
-    parser.add_argument("--scores", metavar="ENDING", help="of Parquet files beside the shards, in the place of .tar")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for what is written")
-    parser.add_argument("--quantity", default="aesthetic", metavar="NAME", help="or punsafe, pwatermark, similarity")
-    parser.add_argument("--low", type=float, default=0.0, help="lower end of the first bucket (default: 0)")
-    parser.add_argument("--high", type=float, default=10.0, help="upper end of the last bucket (default: 10)")
-    parser.add_argument("--width", type=float, default=1.0, help="of a bucket (default: 1)")
-    parser.add_argument("--samples", type=int, default=20, metavar="N", help="images per bucket (default: 20)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of images")
-    parser.add_argument("--memory-limit", default="2GB", metavar="SIZE", help="of DuckDB (default: 2GB)")
-    parser.add_argument("--spark", metavar="MASTER", help="count with Spark instead, such as local[*]")
+    add = parser.add_argument
+    add("tables", nargs="*", metavar="[NAME=]FILES", help="a collection: Parquet, TSV, a folder, a glob")
+    add("--shards", nargs="+", default=[], metavar="TAR", help="shards, scored in their json")
+    add("--scores", metavar="ENDING", help="of Parquet files beside the shards, in the place of .tar")
+    add("--out", required=True, metavar="DIR", help="folder for what is written")
+    add("--quantity", default=QUANTITIES[0], choices=QUANTITIES, help="what is counted (%(default)s)")
+    add("--low", type=float, default=0.0, help="lower end of the first bucket (default: 0)")
+    add("--high", type=float, default=10.0, help="upper end of the last bucket (default: 10)")
+    add("--width", type=float, default=1.0, help="of a bucket (default: 1)")
+    add("--samples", type=whole_number(0), default=20, metavar="N", help="images per bucket (default: 20)")
+    add("--seed", type=int, default=0, help="of the choice of images")
+    add("--memory-limit", default="2GB", metavar="SIZE", help="of DuckDB (default: 2GB)")
+    add("--spark", metavar="MASTER", help="count with Spark instead, such as local[*]")
 
 
 def run(args: argparse.Namespace) -> None:
     """Count, write, print."""
-    from ldm_lab.curation.metadata.histogram import Buckets, histogram_of, short, summed
-    from ldm_lab.curation.metadata.inputs import find_files
+    from ldm_lab.curation.buckets import Buckets
+    from ldm_lab.curation.metadata.histogram import short, summed
     from ldm_lab.curation.metadata.pages import page, plot
 
     buckets = Buckets(args.low, args.high, args.width)
     buckets.check()
-    quantities = ("aesthetic", "punsafe", "pwatermark", "similarity")
-    if args.quantity not in quantities:
-        raise UserError(f"--quantity: one of {', '.join(quantities)} is needed, not {args.quantity!r}")
-    if args.samples < 0:
-        raise UserError(f"--samples: at least 0 is needed, not {args.samples}")
     if not args.tables and not args.shards:
         raise UserError("nothing to count: tables or --shards are needed")
     out = Path(args.out).expanduser()
-    histograms = {}
-    if args.tables:
-        tables = {}
-        for given in args.tables:
-            name, equals, files = given.partition("=")
-            name, files = (name, files) if equals else (Path(given).stem, given)
-            if name in tables:
-                raise UserError(f"two collections are called {name!r}; write NAME=FILES")
-            tables[name] = find_files(files, name)
-        spark = {"name": "spark", "master": args.spark}
-        section = spark if args.spark else {"name": "duckdb", "memory_limit": args.memory_limit}
-        with tempfile.TemporaryDirectory() as spill, build("engine", section).open(spill) as engine:
-            for name, files in tables.items():
-                histograms[name] = histogram_of(engine, files, args.quantity, buckets, args.samples, args.seed)
-    if args.shards:
-        from ldm_lab.curation.shard_scores import histogram_of_shards
-
-        histograms["shards"], skipped = histogram_of_shards(
-            args.shards, args.quantity, buckets, args.samples, args.scores, args.seed
-        )
-        if skipped:
-            print("not usable: " + ", ".join(f"{reason} {count:,}" for reason, count in skipped.most_common()))
+    histograms = {**table_histograms(args, buckets), **shard_histograms(args, buckets)}
     total = summed(histograms.values())
     if total.rows == 0 or total.rows == total.missing:
         raise UserError(f"none of {total.rows:,} rows has a score '{args.quantity}'; nothing was written")
@@ -91,3 +72,38 @@ def run(args: argparse.Namespace) -> None:
         print(f"{name}: { {bucket: short(count) for bucket, count in one.buckets.items()} }")
         print(f"  below {one.below:,}, above {one.above:,}, without a score {one.missing:,}, rows {one.rows:,}")
     print(f"written: {', '.join(str(out / name) for name in written)}")
+
+
+def table_histograms(args: argparse.Namespace, buckets: "Buckets") -> "dict[str, Histogram]":
+    """Return the histograms of the collections of tables, by name."""
+    from ldm_lab.curation.metadata.histogram import histogram_of
+    from ldm_lab.curation.metadata.inputs import find_files
+
+    tables = {}
+    for given in args.tables:
+        name, equals, files = given.partition("=")
+        name, files = (name, files) if equals else (Path(given).stem, given)
+        if name in tables:
+            raise UserError(f"two collections are called {name!r}; write NAME=FILES")
+        tables[name] = find_files(files, name)
+    if not tables:
+        return {}
+    spark = {"name": "spark", "master": args.spark}
+    section = spark if args.spark else {"name": "duckdb", "memory_limit": args.memory_limit}
+    with tempfile.TemporaryDirectory() as spill, build("engine", section).open(spill) as engine:
+        return {
+            name: histogram_of(engine, files, args.quantity, buckets, args.samples, args.seed)
+            for name, files in tables.items()
+        }
+
+
+def shard_histograms(args: argparse.Namespace, buckets: "Buckets") -> "dict[str, Histogram]":
+    """Return the histogram of the shards, if there are any, under the name "shards"; say what is not usable."""
+    from ldm_lab.curation.shard_histogram import histogram_of_shards
+
+    if not args.shards:
+        return {}
+    histogram, skipped = histogram_of_shards(args.shards, args.quantity, buckets, args.samples, args.scores, args.seed)
+    if skipped:
+        print("not usable: " + ", ".join(f"{reason} {count:,}" for reason, count in skipped.most_common()))
+    return {"shards": histogram}

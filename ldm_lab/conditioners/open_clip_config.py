@@ -131,10 +131,10 @@ def _hub_problems(config: dict[str, Any], built_in: list[str] | None = None) -> 
         if not isinstance(vocab_size, int) or vocab_size < CLIP_VOCAB_SIZE:
             problems.append(f"text_cfg.vocab_size: CLIP's tokenizer needs {CLIP_VOCAB_SIZE}, not {vocab_size!r}")
         return problems
-    return problems + _foreignconfig_problems(model, built_in)
+    return problems + _third_party_problems(model, built_in)
 
 
-def _foreignconfig_problems(model: dict[str, Any], built_in: list[str]) -> list[str]:
+def _third_party_problems(model: dict[str, Any], built_in: list[str]) -> list[str]:
     """Return which names and options of other libraries must not be in a repository's `model_cfg`."""
     import open_clip
 

@@ -1,54 +1,54 @@
-"""Scores sorted into buckets of width 1, and the mean embedding of each: a direction from ugly to beautiful.
+"""Half-open buckets of scores: the only ones, for histograms of tables, stores and shards alike."""
 
-Bucket k holds k <= score < k + 1, for k from 0 to 9. Heads are not bounded: scores below 0, from 10 on, and missing
-ones are counted apart.
-"""
+import math
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import ArrayLike, NDArray
 
-from ldm_lab.curation.heads.head import unit
+from ldm_lab.errors import UserError
 
-BUCKETS = 10
-BELOW, ABOVE, MISSING = -1, BUCKETS, -2
+MOST = 1000  # buckets
 
 
-def bucket_of(scores: np.ndarray) -> np.ndarray:
-    """Return the bucket of each score, int64 [N]: 0 to 9, or BELOW, ABOVE, MISSING (NaN)."""
-    values = np.asarray(scores, dtype=np.float64)  # [N]
-    floors = np.floor(np.clip(np.where(np.isnan(values), 0.0, values), BELOW, ABOVE))  # [N]
-    return np.where(np.isnan(values), MISSING, floors).astype(np.int64)  # [N]
+@dataclass(frozen=True)
+class Buckets:
+    """Buckets [low, low + width), [low + width, low + 2 width), ... up to `high`.
 
-
-class BucketMeans:
-    """Sums the unit embeddings of each bucket.
-
-    Attributes:
-        counts: images in each bucket, int64 [10].
-        below, above, missing: images whose score is in none of them.
+    A *place* says where a score falls: 0 below all buckets, k in bucket k - 1, `len(edges)` above all of them.
     """
 
-    def __init__(self, embed_dim: int) -> None:
-        self.sums = torch.zeros(BUCKETS, embed_dim, dtype=torch.float64)  # [10, D]
-        self.counts = np.zeros(BUCKETS, dtype=np.int64)  # [10]
-        self.below = self.above = self.missing = 0
+    low: float = 0.0
+    high: float = 10.0
+    width: float = 1.0
 
-    def add(self, embeds: Tensor, scores: np.ndarray) -> None:
-        """Add images: embeddings [N, D] of any length, scores [N]."""
-        buckets = bucket_of(scores)  # [N]
-        self.below += int((buckets == BELOW).sum())
-        self.above += int((buckets == ABOVE).sum())
-        self.missing += int((buckets == MISSING).sum())
-        inside = (buckets >= 0) & (buckets < BUCKETS)  # [N]
-        index = torch.from_numpy(buckets[inside])  # [n]
-        self.sums.index_add_(0, index, unit(embeds)[torch.from_numpy(inside)].double())
-        self.counts += np.bincount(buckets[inside], minlength=BUCKETS)
+    @cached_property
+    def edges(self) -> list[float]:
+        """The lower ends of the buckets, and the upper end of the last."""
+        count = round((self.high - self.low) / self.width)
+        return [round(self.low + i * self.width, 9) for i in range(count + 1)]
 
-    def means(self) -> dict[int, Tensor]:
-        """Return bucket -> mean embedding divided by its length, float32 [D]; an empty bucket has none.
+    @property
+    def names(self) -> list[str]:
+        """Such as "0-1", in the order of the buckets."""
+        return [f"{low:g}-{high:g}" for low, high in zip(self.edges, self.edges[1:])]
 
-        The published ones are of length 1, too, so that their scores run from below 0 to above 10.
-        """
-        rows = ((k, self.sums[k]) for k in range(BUCKETS) if self.counts[k])
-        return {k: (row / row.norm()).float() for k, row in rows if row.norm() > 0}  # [D] each
+    def check(self) -> None:
+        """Raise UserError for what makes no sense."""
+        finite = all(map(math.isfinite, (self.low, self.high, self.width)))
+        whole = finite and self.width > 0 and abs((self.high - self.low) / self.width - len(self.edges) + 1) < 1e-6
+        if not whole or not 1 <= len(self.edges) - 1 <= MOST:
+            span = f"{self.low:g} to {self.high:g}"
+            raise UserError(f"buckets: {span} is not 1 to {MOST} times a width of {self.width:g}")
+
+    def places(self, scores: ArrayLike) -> NDArray[np.int64]:
+        """Return the places of scores [N] that are numbers, int64 [N]."""
+        return np.searchsorted(self.edges, np.asarray(scores, dtype=np.float64), side="right")  # [N]
+
+    def counts(self, scores: ArrayLike) -> NDArray[np.int64]:
+        """Return how many of some scores [N] are below all buckets, in each one, above all, and NaN, int64 [B + 3]."""
+        values = np.asarray(scores, dtype=np.float64)  # [N]
+        missing = np.isnan(values)  # [N]
+        places = np.bincount(self.places(values[~missing]), minlength=len(self.edges) + 1)  # [B + 2]
+        return np.append(places, missing.sum())  # [B + 3]

@@ -11,7 +11,7 @@ says what the cache was made with (sha256 of the weights, image size, data), and
 """
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,19 @@ from torch import Tensor
 
 from ldm_lab.config import register
 from ldm_lab.data.order import Order
-from ldm_lab.data.source import Sample, Skip, Source
+from ldm_lab.data.samples import UNREACHABLE, Sample, SkippedSample
+from ldm_lab.data.source import Source
 from ldm_lab.data.strings import Strings
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Batch
 from ldm_lab.io.atomic import atomic_write
-from ldm_lab.io.json_files import write_json
+from ldm_lab.io.json_files import Json, write_json
 
 FORMAT = "ldm_lab cache 1"
 META = "meta.json"
 PARTIAL = ".part"  # suffix of a file that is being written
 STRINGS = ("text", "key")
+ENCODERS = ("autoencoder", "conditioner")  # the roles whose checksums a description has
 
 
 @register("data", "cache")
@@ -58,16 +60,19 @@ class Cache(Source):
 
     def open(self) -> None:
         meta = read_meta(self.folder)
-        if not meta["complete"]:
+        if not meta.complete:
             raise UserError(f"data.path: the cache {self.folder} is not complete; the command that began it can end it")
-        self.description = meta["description"]
-        self.image_size = self.description.get("image_size")
+        self.description = meta.description
+        size = self.description.get("image_size")
+        self.image_size = size if isinstance(size, int) else None
+        checksums = {role: self.description.get(role) for role in ENCODERS}
+        self.encoded_by = {role: checksum for role, checksum in checksums.items() if isinstance(checksum, str)}
         self._paths = sorted(self.folder.glob("*.safetensors"))
         counts = [read_header(path)[0] for path in self._paths]
         self._ends = np.cumsum(counts, dtype=np.int64)  # [shards]
         self.count = int(sum(counts))
-        if self.count != meta["samples"]:
-            missing = f"{self.count} samples are there, {meta['samples']} were written"
+        if self.count != meta.samples:
+            missing = f"{self.count} samples are there, {meta.samples} were written"
             raise UserError(f"data.path: files of the cache {self.folder} are missing: {missing}")
 
     def decode(self, item: int, order: Order) -> Sample:
@@ -90,7 +95,7 @@ class CacheShard:
     """A shard's columns; they are mapped, so only the rows that are asked for come from the disk.
 
     Raises:
-        Skip: it is not readable.
+        SkippedSample: it is not readable.
     """
 
     def __init__(self, path: Path):
@@ -98,7 +103,7 @@ class CacheShard:
             with safe_open(path, "pt") as file:
                 columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # [N, ...] each
         except (SafetensorError, OSError):
-            raise Skip("unreachable shard", str(path)) from None
+            raise SkippedSample(UNREACHABLE, str(path)) from None
         self.text, self.key = (
             Strings(columns.pop(name).numpy(), columns.pop(f"{name}_ends").numpy()) for name in STRINGS
         )
@@ -145,24 +150,24 @@ class CacheWriter:
         UserError: the folder holds a cache of another description, a complete one, or something else.
     """
 
-    def __init__(self, folder: str | Path, description: dict[str, Any], *, rank: int = 0, shard_size: int = 4096):
+    def __init__(self, folder: str | Path, description: dict[str, Json], *, rank: int = 0, shard_size: int = 4096):
         self.folder, self.rank, self.shard_size = Path(folder).expanduser(), rank, shard_size
         description = json.loads(json.dumps(description))  # as it will be read back: tuples are lists
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / META).is_file():
             meta = read_meta(self.folder)
-            there = meta["description"]
+            there = meta.description
             differences = sorted(k for k in {**there, **description} if there.get(k) != description.get(k))
             if differences:
                 raise UserError(
                     f"{self.folder}: a cache made with another {', '.join(differences)}; take another folder"
                 )
-            if meta["complete"]:
-                raise UserError(f"{self.folder}: this cache is complete already ({meta['samples']:,} samples)")
+            if meta.complete:
+                raise UserError(f"{self.folder}: this cache is complete already ({meta.samples:,} samples)")
         elif any(path.suffix != PARTIAL for path in self.folder.iterdir()):
             raise UserError(f"{self.folder}: neither empty nor a cache; take another folder")
         else:
-            _write_meta(self.folder, description, complete=False, samples=0)
+            _write_meta(self.folder, CacheMeta(description))
         self.state: dict[str, Any] | None = None
         self.written = self._shards = self._held = 0
         self._tensors: list[dict[str, Tensor]] = []
@@ -218,21 +223,40 @@ def complete(folder: str | Path) -> int:
     """Mark a cache as complete, once every process has closed its writer. Returns the number of samples."""
     folder = Path(folder).expanduser()
     samples = sum(read_header(path)[0] for path in folder.glob("*.safetensors"))
-    _write_meta(folder, read_meta(folder)["description"], complete=True, samples=samples)
+    _write_meta(folder, CacheMeta(read_meta(folder).description, complete=True, samples=samples))
     return samples
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
-    """Return {"format", "description", "complete", "samples"} of a cache. Raises UserError if it is none."""
+@dataclass(frozen=True)
+class CacheMeta:
+    """What `meta.json` says.
+
+    Attributes:
+        description: what the cache is made with.
+        complete: whether all samples are there.
+        samples: how many there are, if it is complete.
+    """
+
+    description: dict[str, Json]
+    complete: bool = False
+    samples: int = 0
+
+
+def read_meta(folder: Path) -> CacheMeta:
+    """Return what a cache says of itself. Raises UserError if it is none."""
     try:
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        content = json.loads((folder / META).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder}: no cache here ({META} is missing)") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / META}: not readable: {error}") from None
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{folder / META}: not of the format {FORMAT!r}")
-    return meta
+    meta = {key: content.get(key) for key in ("description", "complete", "samples")}
+    kinds = {"description": dict, "complete": bool, "samples": int}
+    if strange := [key for key, kind in kinds.items() if not isinstance(meta[key], kind)]:
+        raise UserError(f"{folder / META}: {strange[0]} is missing or damaged")
+    return CacheMeta(**meta)
 
 
 def read_header(path: Path) -> tuple[int, dict[str, str]]:
@@ -244,6 +268,5 @@ def read_header(path: Path) -> tuple[int, dict[str, str]]:
         raise UserError(f"{path}: a damaged shard of a cache ({error}); delete the cache and make it anew") from None
 
 
-def _write_meta(folder: Path, description: dict[str, Any], *, complete: bool, samples: int) -> None:
-    meta = {"format": FORMAT, "description": description, "complete": complete, "samples": samples}
-    write_json(folder / META, meta)
+def _write_meta(folder: Path, meta: CacheMeta) -> None:
+    write_json(folder / META, {"format": FORMAT, **asdict(meta)})

@@ -6,7 +6,8 @@ from typing import Any
 from pytorch_lightning import LightningDataModule
 from pytorch_lightning.utilities import rank_zero_info
 
-from ldm_lab.data.loader import Counts, Loader, Progress
+from ldm_lab.data.counts import Counts
+from ldm_lab.data.loader import Loader, Progress
 from ldm_lab.data.order import Position
 from ldm_lab.data.source import Source
 from ldm_lab.errors import UserError
@@ -77,7 +78,7 @@ class DataModule(LightningDataModule):
         """
         counts = Counts()
         for state in states or [self.rank_state()]:
-            counts.add(Counts(**state["counts"]))
+            counts.add(Counts.of(state["counts"]))
         return f"data: {counts}"
 
     def prepare_data(self) -> None:
@@ -86,7 +87,7 @@ class DataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """List the data. Raises UserError if there is none, or too little for the number of readers."""
         self.source.open()
-        readers, count, unit = self.workers * self.world_size, self.source.count, self.source.unit
+        readers, count, unit = self.workers * self.world_size, self.source.count or 0, self.source.unit
         if count < readers:
             most = count // self.world_size
             remedy = f"set data.workers to at most {most}" if most else f"use at most {count} processes"
@@ -132,7 +133,7 @@ class DataModule(LightningDataModule):
             states: all ranks' `rank_state()`, in the order of the ranks.
             rank: this process among those of the run.
         """
-        if hasattr(self.source, "count"):
+        if self.source.count is not None:
             self._restore(states, rank)
         else:
             self._restored = states, rank
@@ -143,11 +144,11 @@ class DataModule(LightningDataModule):
         changes = [f"{key} {states[0].get(key)} -> {now[key]}" for key in keys if states[0].get(key) != now[key]]
         if not changes:
             positions = [Position(*p) for p in states[rank]["positions"]]
-            self._progress = Progress(positions, states[rank]["turn"], Counts(**states[rank]["counts"]))
+            self._progress = Progress(positions, states[rank]["turn"], Counts.of(states[rank]["counts"]))
             return
         epoch = 1 + max(position[0] for state in states for position in state["positions"])
         rank_zero_info(f"data: {', '.join(changes)}: another order, so this run goes on with epoch {epoch} of it")
         self._progress = Progress([Position(epoch)] * self.workers)
         if rank == 0:  # what all ranks have counted so far lives on in one of them
             for state in states:
-                self._progress.counts.add(Counts(**state["counts"]))
+                self._progress.counts.add(Counts.of(state["counts"]))

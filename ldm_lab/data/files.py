@@ -1,7 +1,6 @@
 """Images in files of their own: a list of paths, or all images below a folder. A caption lies beside its image, or is
 the name of its folder."""
 
-import json
 import os
 import re
 from pathlib import Path
@@ -9,10 +8,12 @@ from typing import Any
 
 from ldm_lab.config import register
 from ldm_lab.data.order import Order
-from ldm_lab.data.source import ImageSource, Raw, Skip
+from ldm_lab.data.samples import RawSample, Sample, SkippedSample
+from ldm_lab.data.source import ImageSource
 from ldm_lab.data.strings import Strings
 from ldm_lab.errors import UserError
 from ldm_lab.io.decoding import IMAGE_ENDINGS
+from ldm_lab.io.json_files import parse_json
 
 
 class FileSource(ImageSource):
@@ -53,16 +54,16 @@ class FileSource(ImageSource):
         path = self.root / name
         return path.with_suffix(".txt").is_file() or path.with_suffix(".json").is_file()
 
-    def read(self, index: int) -> Raw:
-        """Return the file of an index and its caption. Raises Skip."""
+    def read(self, index: int) -> RawSample:
+        """Return the file of an index and its caption. Raises SkippedSample."""
         name = self._names[index]
         path = self.root / name
         try:
-            return Raw(name, path.read_bytes(), self.text_of(path))
+            return RawSample(name, path.read_bytes(), self.text_of(path))
         except FileNotFoundError:
-            raise Skip("missing file", name) from None
+            raise SkippedSample("missing file", name) from None
         except OSError:
-            raise Skip("unreadable file", name) from None
+            raise SkippedSample("unreadable file", name) from None
 
     def text_of(self, path: Path) -> bytes | None:
         """Return the caption of an image, UTF-8: the text beside it or, where there is none, what the JSON says."""
@@ -71,17 +72,13 @@ class FileSource(ImageSource):
             return text.read_bytes()
         return _caption_in(metadata.read_bytes()) if metadata.is_file() else None
 
-    def decode(self, item: int, order: Order) -> dict[str, Any]:
+    def decode(self, item: int, order: Order) -> Sample:
         return super().decode(self.read(item), order)
 
 
 def _caption_in(metadata: bytes) -> bytes | None:
     """Return the `caption` of an image's JSON, UTF-8; None if it has none."""
-    try:
-        content = json.loads(metadata)
-    except ValueError:  # not JSON, not UTF-8
-        return None
-    caption = content.get("caption") if isinstance(content, dict) else None
+    caption = parse_json(metadata).get("caption")
     return caption.encode(errors="replace") if isinstance(caption, str) else None
 
 

@@ -7,6 +7,7 @@ rank's loader processes take turns. So a rank's next batch follows from its read
 import itertools
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,90 +16,61 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from ldm_lab.data.counts import Counts
 from ldm_lab.data.order import Order, Position
-from ldm_lab.data.source import DUPLICATE, LeftOut, Skip, Source
+from ldm_lab.data.samples import DUPLICATE, FilteredOut, Sample, SkippedSample
+from ldm_lab.data.source import Source
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Batch, ReaderState
 
 CHECK_AFTER = 500  # samples that a rank reads before the share of skipped ones is judged
 # A reader that finds nothing usable has to end, too. It gives up after this many unusable samples in a row if it has
 # skipped more than the allowed share so far, after ten times as many if it has not (a server that went down).
-BARREN = 1000
-BARREN_SHARD = 100  # what an unreadable shard counts as there
-BARREN_PASS = 200  # likewise a whole pass without a usable sample; more than one, as some readers have a single shard
-BARREN_RULE = 0.1  # likewise a sample that a rule leaves out
-EXAMPLES = 3  # keys kept per reason
+CONSECUTIVE_FAILURES = 1000
+SHARD_FAILURE = 100  # what an unreadable shard counts as there
+PASS_FAILURE = 200  # likewise a whole pass without a usable sample; more than one, as some readers have a single shard
+FILTERED_FAILURE = 0.1  # likewise a sample that a rule leaves out
 
 
-class Counts:
-    """How many samples were read, how many of them skipped for which reason, and how many filtered out by which rule.
+class FailureWatch:
+    """Tells when a reader should give up, because nothing it finds can be used.
+
+    Args:
+        max_skipped: the share of skipped samples that is allowed.
 
     Attributes:
-        read: samples, the skipped and filtered ones included; a broken shard counts as one.
-        skipped: reason -> samples.
-        examples: reason or rule -> the first few keys.
-        filtered: rule -> samples; a sample that breaks several counts for the first.
+        total: of the reader.
+        since_usable: of the samples behind the last usable one.
     """
 
-    def __init__(
-        self,
-        read: int = 0,
-        skipped: dict[str, int] | None = None,
-        examples: dict | None = None,
-        filtered: dict[str, int] | None = None,
-    ):
-        self.read, self.skipped, self.examples = read, dict(skipped or {}), dict(examples or {})
-        self.filtered = dict(filtered or {})
+    def __init__(self, max_skipped: float):
+        self.max_skipped = max_skipped
+        self.total, self.since_usable = Counts(), Counts()
+        self.consecutive_failures = 0.0  # behind the last usable sample, weighted
 
-    def skip(self, problem: Skip) -> None:
-        one = {problem.reason: 1}
-        examples = {problem.reason: [problem.key]}
-        self.add(Counts(0, {}, examples, one) if isinstance(problem, LeftOut) else Counts(0, one, examples))
+    def read(self) -> None:
+        """Note that a sample, or a shard that cannot be read, was met."""
+        self.total.read += 1
+        self.since_usable.read += 1
 
-    def add(self, other: "Counts") -> None:
-        self.read += other.read
-        for total, more in ((self.skipped, other.skipped), (self.filtered, other.filtered)):
-            for reason, count in more.items():
-                total[reason] = total.get(reason, 0) + count
-                keys = self.examples.get(reason, []) + other.examples[reason]
-                self.examples[reason] = list(dict.fromkeys(keys))[:EXAMPLES]  # each epoch meets them again
+    def usable(self) -> None:
+        """Note that it can be used."""
+        self.since_usable, self.consecutive_failures = Counts(), 0.0
 
-    def state(self) -> dict[str, Any]:
-        """Return plain values: the constructor's arguments."""
-        rules = {"filtered": dict(self.filtered)} if self.filtered else {}
-        return {"read": self.read, "skipped": dict(self.skipped), "examples": dict(self.examples), **rules}
-
-    def reader_state(self, position: Position) -> ReaderState:
-        """Return these counts with the position of the reader that they are of."""
-        return ReaderState(
-            position, read=self.read, skipped=self.skipped, filtered=self.filtered, examples=self.examples
-        )
+    def skip(self, problem: SkippedSample, is_undecoded: bool) -> None:
+        """Note that it cannot. Undecoded are what could not even be read: broken shards, but for repeated keys."""
+        self.total.skip(problem)
+        self.since_usable.skip(problem)
+        if isinstance(problem, FilteredOut):
+            self.consecutive_failures += FILTERED_FAILURE
+        else:
+            self.consecutive_failures += SHARD_FAILURE if is_undecoded and problem.reason != DUPLICATE else 1
 
     @property
-    def share(self) -> float:
-        """The share of skipped samples among the wanted ones, in [0, 1]."""
-        return sum(self.skipped.values()) / max(self.wanted, 1)
-
-    @property
-    def wanted(self) -> int:
-        """Samples that no rule left out."""
-        return self.read - sum(self.filtered.values())
-
-    def __str__(self) -> str:
-        skipped, filtered = sum(self.skipped.values()), sum(self.filtered.values())
-        text = f"{self.read:,} samples read, "
-        if filtered:
-            share = filtered / max(self.read, 1)
-            text += f"{filtered:,} left out by rules ({share:.1%}): {self._reasons(self.filtered)}; "
-        return text + (
-            f"{skipped:,} skipped ({self.share:.1%}): {self._reasons(self.skipped)}" if skipped else "none skipped"
-        )
-
-    def _reasons(self, counts: dict[str, int]) -> str:
-        return "; ".join(
-            f"{reason} {count:,} (e.g. {', '.join(self.examples[reason])})"
-            for reason, count in sorted(counts.items(), key=lambda pair: -pair[1])
-        )
+    def gives_up(self) -> bool:
+        """Whether it is enough."""
+        patience = 1 if self.total.share > self.max_skipped else 10
+        return self.consecutive_failures >= CONSECUTIVE_FAILURES * patience
 
 
 def read(
@@ -112,50 +84,51 @@ def read(
     Raises:
         UserError: nothing could be used in a long time.
     """
-    samples, counts = [], Counts()
-    total, stretch, barren = Counts(), Counts(), 0  # ever; since the last usable sample; the same weighted
-
-    def hopeless() -> bool:
-        return barren >= BARREN * (1 if total.share > source.max_skipped else 10)
-
+    samples: list[Sample] = []
+    counts, watch = Counts(), FailureWatch(source.max_skipped)
     for epoch in itertools.count(position.epoch) if epochs is None else range(position.epoch, epochs):
         order = Order(seed, epoch, reader, readers)
         usable = False
         for after, item in walk(source, order, position):
-            for tally in (counts, total, stretch):
-                tally.read += 1
+            counts.read += 1
+            watch.read()
             try:
-                if isinstance(item, Skip):
+                if isinstance(item, SkippedSample):
                     raise item
                 samples.append(source.decode(item, order))
-            except Skip as problem:
-                for tally in (counts, total, stretch):
-                    tally.skip(problem)
-                if isinstance(problem, LeftOut):
-                    barren += BARREN_RULE
-                else:
-                    barren += BARREN_SHARD if problem is item and problem.reason != DUPLICATE else 1
-                if hopeless():
+            except SkippedSample as problem:
+                counts.skip(problem)
+                watch.skip(problem, problem is item)
+                if watch.gives_up:
                     break
                 continue
-            usable, stretch, barren = True, Counts(), 0
+            usable = True
+            watch.usable()
             if len(samples) == source.batch_size:
-                yield replace(source.collate(samples), state=counts.reader_state(after))
+                yield replace(source.collate(samples), state=reader_state(after, counts))
                 samples, counts = [], Counts()
-        barren += 0 if usable else BARREN_PASS
-        if hopeless():
-            raise UserError(f"no usable sample in a long time: {stretch}")
+        if not usable:
+            watch.consecutive_failures += PASS_FAILURE
+        if watch.gives_up:
+            raise UserError(f"no usable sample in a long time: {watch.since_usable}")
         position = Position(epoch + 1)
     batch = source.collate(samples) if samples else Batch(key=[], text=[])
-    yield replace(batch, state=counts.reader_state(position))
+    yield replace(batch, state=reader_state(position, counts))
+
+
+def reader_state(position: Position, counts: Counts) -> ReaderState:
+    """Return where a reader stands, with what it read since its last batch."""
+    return ReaderState(
+        position, read=counts.read, skipped=counts.skipped, filtered=counts.filtered, examples=counts.examples
+    )
 
 
 def walk(source: Source, order: Order, position: Position) -> Iterator[tuple[Position, Any]]:
     """Yield (position after it, item) of what a reader still has to read of an epoch."""
     start, offset = position.start, 0
-    for anchor, item in source.items(order, position.start):
-        offset = offset + 1 if anchor == start else 1
-        start = anchor
+    for point, item in source.items(order, position.start):
+        offset = offset + 1 if point == start else 1
+        start = point
         after = Position(order.epoch, start, offset)
         if after > position:
             yield after, item
@@ -174,7 +147,7 @@ class Progress:
         self.positions, self.turn, self.counts = positions, turn, counts or Counts()
 
     def copy(self) -> "Progress":
-        return Progress(list(self.positions), self.turn, Counts(**self.counts.state()))
+        return Progress(list(self.positions), self.turn, Counts.of(self.counts.state()))
 
     def advance(self, batch: Batch) -> None:
         """Go on to behind a batch."""
@@ -183,7 +156,7 @@ class Progress:
             raise ValueError("this batch does not say where its reader stands")
         self.positions[state.reader] = Position(*state.position)
         self.turn = (state.reader + 1) % len(self.positions)
-        self.counts.add(Counts(state.read, state.skipped, state.examples, state.filtered))
+        self.counts.add(Counts.of(state))
 
 
 class Loader:
@@ -213,7 +186,7 @@ class Loader:
             batch_size=None,  # the readers make whole batches
             num_workers=self.source.workers,
             collate_fn=_as_it_is,
-            worker_init_fn=_mind_signals,
+            worker_init_fn=leave_signals_to_parent,
             generator=torch.Generator(),  # else it draws from the global one, which belongs to the training
         )
         for batch in loader:
@@ -262,13 +235,13 @@ def _as_it_is(delivered: Batch | _Failure) -> Batch | _Failure:
     return delivered
 
 
-def _mind_signals(process: int) -> None:
+def leave_signals_to_parent(process: int) -> None:
     """Leave it to the training process to act on Ctrl-C and SIGTERM, which may reach the whole process group.
 
     It saves a checkpoint then, for which its loader processes have to live on, and stops them itself.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # Linux
+    if sys.platform == "linux":  # macOS has no sigwaitinfo
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
 

@@ -14,9 +14,9 @@ class Position(NamedTuple):
 
     Attributes:
         epoch: passes over the reader's share that are complete.
-        start: the anchor of the last item read (a source can jump to an anchor: the first shard of a shuffled run of
-            shards, the place of an image in a list).
-        offset: items read since that anchor; they are read again on resume, but not decoded.
+        start: the restart point of the last item read (what a source can jump to: the first of the shards that are
+            shuffled together, the place of an image in a list).
+        offset: items read since that point; they are read again on resume, but not decoded.
     """
 
     epoch: int = 0

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageDraw
 
 from ldm_lab.config import register
-from ldm_lab.data.shards import ShardSource, write_shard
+from ldm_lab.data.shard_source import ShardSource
+from ldm_lab.data.tar import write_shard
 from ldm_lab.errors import UserError
 
 # Near the corners of the RGB cube, so that jitter, blur and compression leave them apart.

@@ -2,78 +2,18 @@
 
 import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ldm_lab.data.order import Order
+from ldm_lab.data.samples import RawSample, Sample, SkippedSample, caption_of
 from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import BadImage, decode_image, resize_and_crop, to_rgb
-
-
-class Raw(NamedTuple):
-    """An undecoded sample: the bytes of its parts, None for a part that is not there.
-
-    Attributes:
-        key: its name, unique in the data set as far as the user keeps it so.
-        image: an encoded image of any format that Pillow reads.
-        text: the caption, UTF-8.
-        json: metadata, as img2dataset writes them.
-    """
-
-    key: str
-    image: bytes | None
-    text: bytes | None = None
-    json: bytes | None = None
-
-
-@dataclass
-class Sample:
-    """A decoded sample: a row of a `Batch`, its image as bytes.
-
-    Attributes:
-        key: its name.
-        text: the caption; "" where there is none.
-        image: uint8 [3, S, S], or None.
-        mean, logvar: of the posterior of the autoencoder's raw latent, [C, h, w] each, or None.
-        conditions: name -> [...], of a cache.
-    """
-
-    key: str
-    text: str = ""
-    image: Tensor | None = None
-    mean: Tensor | None = None
-    logvar: Tensor | None = None
-    conditions: dict[str, Tensor] = field(default_factory=dict)
-
-
-def caption_of(item: Raw) -> str:
-    """Return a sample's caption, stripped; "" if it has none."""
-    return (item.text or b"").decode("utf-8-sig", errors="replace").strip()
-
-
-class Skip(Exception):
-    """A sample (or a whole shard) that cannot be used.
-
-    Args:
-        reason: a few words that the counts are kept by: "truncated image", "no caption", "broken shard", ...
-        key: which one, for the report.
-    """
-
-    def __init__(self, reason: str, key: str):
-        super().__init__(f"{reason}: {key}")
-        self.reason, self.key = reason, key
-
-
-DUPLICATE = "duplicate key"  # the reason of a single sample; all others come from decoding, or stand for a shard
-
-
-class LeftOut(Skip):
-    """A sample that a rule of the user's leaves out: counted by rule, and no sign that something is wrong."""
 
 
 class Source:
@@ -86,11 +26,18 @@ class Source:
         batch_size: samples per batch and device.
         workers: loader processes per device; 0 reads in the training process itself.
         max_skipped: share of the samples read that may be unusable, in [0, 1); beyond it the run stops.
+
+    Attributes:
+        unit: what is dealt out to the readers, in the plural.
+        count: units; None before `open`.
+        image_size: side of the square images that samples were made of, pixels; None if nobody has said it.
+        encoded_by: of a cache, role -> sha256 of the part that made its latents and conditions.
     """
 
     unit = "samples"
-    count: int
-    description: Mapping[str, Any] = MappingProxyType({})  # of a cache: what it was made with
+    count: int | None = None
+    image_size: int | None = None
+    encoded_by: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, *, batch_size: int, workers: int = 4, max_skipped: float = 0.1):
         self.batch_size, self.workers, self.max_skipped = batch_size, workers, max_skipped
@@ -135,20 +82,21 @@ class Source:
         raise NotImplementedError
 
     def items(self, order: Order, start: int = 0) -> Iterator[tuple[int, Any]]:
-        """Yield (anchor, item) of one reader's share of one epoch, from the anchor `start` on.
+        """Yield (restart point, item) of one reader's share of one epoch, from the restart point `start` on.
 
-        Anchors never fall; `items(order, a)` must give the very items that `items(order, 0)` gives from its first item
-        with anchor a on. An item is what `decode` takes, or a `Skip` for something that could not even be read.
-        Nothing is decoded here, so that resuming is quick.
+        Restart points never fall; `items(order, p)` must give the very items that `items(order, 0)` gives from its
+        first item with the restart point p on. An item
+        is what `decode` takes, or a `SkippedSample` for something that could not even be read. Nothing is decoded here,
+        so that resuming is quick.
 
-        As it stands: every unit is an item, known by its index; its anchor is its place in the share.
+        As it stands: every unit is an item, known by its index; its restart point is its place in the share.
         """
-        share = order.share(self.count)  # [about count / readers]
+        share = order.share(self.count or 0)  # [about count / readers]
         for place in range(start, len(share)):
             yield place, int(share[place])
 
     def decode(self, item: Any, order: Order) -> Sample:
-        """Return the sample of an item; every random choice comes from `order.random`. Raises Skip."""
+        """Return the sample of an item; every random choice comes from `order.random`. Raises SkippedSample."""
         raise NotImplementedError
 
     def collate(self, samples: list[Sample]) -> Batch:
@@ -177,7 +125,7 @@ def _stacked(rows: list[Tensor | None]) -> Tensor | None:
 
 
 class ImageSource(Source):
-    """Base class of the sources whose items are `Raw`: an encoded image with an optional caption.
+    """Base class of the sources whose items are `RawSample`: an encoded image with an optional caption.
 
     Args:
         image_size: side of the square that the model sees, pixels. The short side is resized to it (Lanczos).
@@ -204,13 +152,13 @@ class ImageSource(Source):
         self.image_size, self.crop, self.flip = image_size, crop, flip
         self.min_size, self.max_pixels, self.require_text = min_size, max_pixels, require_text
 
-    def decode(self, item: Raw, order: Order) -> Sample:
-        """Return the sample with its image, uint8 [3, S, S]. Raises Skip."""
+    def decode(self, item: RawSample, order: Order) -> Sample:
+        """Return the sample with its image, uint8 [3, S, S]. Raises SkippedSample."""
         if item.image is None:
-            raise Skip("no image", item.key)
+            raise SkippedSample("no image", item.key)
         text = caption_of(item)
         if self.require_text and not text and not (self.require_text == "file" and item.text is not None):
-            raise Skip("no caption", item.key)
+            raise SkippedSample("no caption", item.key)
         random = order.random("augment", item.key)
         across, down, mirror = random.random(), random.random(), random.random()
         if self.crop == "center":
@@ -219,7 +167,7 @@ class ImageSource(Source):
             image = decode_image(item.image, self.min_size, self.max_pixels)
             pixels = np.asarray(resize_and_crop(to_rgb(image), self.image_size, across, down))  # [S, S, 3]
         except BadImage as problem:
-            raise Skip(str(problem), item.key) from None
+            raise SkippedSample(str(problem), item.key) from None
         if self.flip and mirror < 0.5:
             pixels = pixels[:, ::-1]  # [S, S, 3]
         image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())  # [3, S, S]

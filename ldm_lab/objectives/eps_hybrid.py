@@ -1,13 +1,13 @@
 """Prediction of the noise, with a learned variance, by a table of betas: the objective of guided-diffusion, GLIDE."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm_lab.config import register
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Conditions, Denoiser, Objective, Prediction
+from ldm_lab.interfaces import Conditions, Denoiser, Objective, Prediction, TimestepSampler
 from ldm_lab.objectives.variational_bound import variational_bound
 from ldm_lab.schedules import Betas, Discrete, Posterior
 
@@ -32,7 +32,7 @@ class EpsHybrid(Objective):
         timesteps: int = 1000,
         bound: bool = True,
         min_snr: float | None = None,
-        timestep_sampler: Literal["sobol", "uniform"] = "sobol",
+        timestep_sampler: TimestepSampler = "sobol",
     ) -> None:
         """Set what is trained.
 

@@ -1,11 +1,9 @@
 """v-prediction on the cosine noise schedule: the objective of cloob-latent-diffusion."""
 
-from typing import Literal
-
 from torch import Tensor
 
 from ldm_lab.config import register
-from ldm_lab.interfaces import Conditions, Denoiser, Objective, Prediction
+from ldm_lab.interfaces import Conditions, Denoiser, Objective, Prediction, TimestepSampler
 from ldm_lab.schedules import Cosine
 
 
@@ -13,7 +11,7 @@ from ldm_lab.schedules import Cosine
 class VCosine(Objective):
     """Mean squared error of v = alpha * eps - sigma * x0 (Salimans & Ho 2022, arXiv 2202.00512, appendix D)."""
 
-    def __init__(self, *, timestep_sampler: Literal["sobol", "uniform"] = "sobol") -> None:
+    def __init__(self, *, timestep_sampler: TimestepSampler = "sobol") -> None:
         """Choose how t is drawn.
 
         Args:

@@ -3,7 +3,7 @@
 A *rule* is a part of role "rule". It is written once and works on tables of any size (DuckDB, Spark) and on the
 metadata of a single sample while training:
 
-    broken(row) -> {reason: condition}     the row goes where one of the conditions holds
+    violations(row) -> {reason: condition} the row goes where one of the conditions holds
 
 `row` gives the quantities that rules speak of, whatever the release calls them (`quantities.py`):
 

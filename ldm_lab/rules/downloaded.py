@@ -12,8 +12,8 @@ class Downloaded(Rule):
     """
 
     needs = ("status",)
-    comes_first = True
+    short_circuits = True
 
-    def broken(self, row: Row[V]) -> dict[str, V]:
+    def violations(self, row: Row[V]) -> dict[str, V]:
         status = row.text("status")
         return {"not_downloaded": status.isnull() | (status != "success")}

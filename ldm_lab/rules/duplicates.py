@@ -18,7 +18,7 @@ class Duplicates(Rule):
             and "md5" are img2dataset's, of the bytes.
     """
 
-    across_rows = True
+    compares_rows = True
 
     def __init__(self, *, by: Literal["hash", "url", "caption", "sha256", "md5"] = "hash"):
         self.by = by
@@ -27,5 +27,5 @@ class Duplicates(Rule):
     def needs(self) -> tuple[str, ...]:
         return (self.by,)
 
-    def broken(self, row: Row[V]) -> dict[str, V]:
+    def violations(self, row: Row[V]) -> dict[str, V]:
         return {}

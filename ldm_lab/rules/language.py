@@ -24,6 +24,6 @@ class Language(Rule):
         """Return what is wrong with the values of a section."""
         return [] if section["keep"] else ["keep: at least one language is needed"]
 
-    def broken(self, row: Row[V]) -> dict[str, V]:
+    def violations(self, row: Row[V]) -> dict[str, V]:
         language = row.text("language").strip().lower()
         return {"language": ~language.isin(self.keep), "missing_tag": language.isnull()}

@@ -56,7 +56,7 @@ class Limits(Rule):
             outside = outside | limit
         return outside
 
-    def broken(self, row: Row[V]) -> dict[str, V]:
+    def violations(self, row: Row[V]) -> dict[str, V]:
         value = self.value(row)
         return {self.quantity: self.outside(value), "missing_tag": value.isnull()}
 
@@ -112,7 +112,7 @@ class CaptionLength(Limits):
 
     quantity = "caption"
 
-    def broken(self, row: Row[V]) -> dict[str, V]:
+    def violations(self, row: Row[V]) -> dict[str, V]:
         caption = row.text("caption")
         empty = self.outside_of_empty()
         condition = self.outside(caption.length())

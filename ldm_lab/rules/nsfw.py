@@ -27,7 +27,7 @@ class NSFW(Rule):
         given = [key for key in ("drop", "keep") if section.get(key)]
         return [] if len(given) == 1 else ["drop: either this or keep is needed, a list such as [NSFW, LIKELY]"]
 
-    def broken(self, row: Row[V]) -> dict[str, V]:
+    def violations(self, row: Row[V]) -> dict[str, V]:
         tag = row.text("nsfw").strip().lower()
         if self.keep is None:
             return {"nsfw": tag.isin(self.drop)}

@@ -54,20 +54,20 @@ class Rule:
 
     Attributes:
         needs: the quantities that it cannot do without.
-        comes_first: a row that breaks it is not asked about the other rules.
-        across_rows: it compares rows with each other, after all others, and so works on tables only.
+        short_circuits: a row that breaks it is not asked about the other rules.
+        compares_rows: it compares rows with each other, after all others, and so works on tables only.
     """
 
     part_name: ClassVar[str] = ""
 
-    comes_first = False
-    across_rows = False
+    short_circuits = False
+    compares_rows = False
 
     @property
     def needs(self) -> tuple[str, ...]:
         return ()
 
-    def broken(self, row: Row[V]) -> dict[str, V]:
+    def violations(self, row: Row[V]) -> dict[str, V]:
         """Return {reason: condition} of a row."""
         raise NotImplementedError
 

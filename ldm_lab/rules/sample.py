@@ -46,16 +46,16 @@ class SampleRow:
         return Cell(None if value is None else str(value))
 
 
-def broken_rules(rules: Iterable[Rule], row: SampleRow) -> list[tuple[str, str]]:
+def violated_rules(rules: Iterable[Rule], row: SampleRow) -> list[tuple[str, str]]:
     """Return the (rule, reason) pairs for which a row goes, in the order of the rules; none if it is kept.
 
-    A row that breaks a rule with `comes_first` is not asked about the others.
+    A row that breaks a rule with `short_circuits` is not asked about the others.
     """
     found = []
-    for rule in sorted(rules, key=lambda rule: not rule.comes_first):
-        if rule.across_rows:
+    for rule in sorted(rules, key=lambda rule: not rule.short_circuits):
+        if rule.compares_rows:
             continue
-        found += [(rule.part_name, reason) for reason, condition in rule.broken(row).items() if condition.truth]
-        if found and rule.comes_first:
+        found += [(rule.part_name, reason) for reason, condition in rule.violations(row).items() if condition.truth]
+        if found and rule.short_circuits:
             break
     return found

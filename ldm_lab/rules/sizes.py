@@ -36,7 +36,7 @@ class Size(Rule):
             return ["min_side: this, max_side, min_width or min_height is needed"]
         return [f"{key}: pixels are needed, not {section[key]}" for key in keys if (section.get(key) or 0) < 0]
 
-    def broken(self, row: Row[V]) -> dict[str, V]:
+    def violations(self, row: Row[V]) -> dict[str, V]:
         width, height = row.number("width"), row.number("height")
         conditions = {"unknown_size": width.isnull() | height.isnull()}
         if self.min_width or self.min_height:
@@ -71,7 +71,7 @@ class AspectRatio(Rule):
             return [f"at_least: {least:g} is above at_most, {most:g}"]
         return []
 
-    def broken(self, row: Row[V]) -> dict[str, V]:
+    def violations(self, row: Row[V]) -> dict[str, V]:
         width, height = row.number("width"), row.number("height")
         ratio = width / height.nullif(0)
         has_ratio = (width >= 1) & (height >= 1)

@@ -34,7 +34,7 @@ class Slurs(Rule):
             raise UserError(f"rules.slurs.file: {path}: no word in it; one a line is needed")
         self.words = sorted(words)
 
-    def broken(self, row: Row[V]) -> dict[str, V]:
+    def violations(self, row: Row[V]) -> dict[str, V]:
         any_word = f"(?:{'|'.join(map(pattern_of, self.words))})"
         if self.whole_words:
             any_word = f"(?:^|[^{row.WORD}]){any_word}(?:[^{row.WORD}]|$)"

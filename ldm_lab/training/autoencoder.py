@@ -9,10 +9,11 @@ step), and the loss is divided by the number of values of an image, which Adam d
 
 from collections import deque
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pytorch_lightning import Callback
+from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torchvision.models import vgg16
 
@@ -65,9 +66,23 @@ class ReconstructionLoss(nn.Module):
         return (difference / self.logvar.exp() + self.logvar).flatten(1).sum(1)  # [B]
 
 
+class AdversarialLosses(NamedTuple):
+    """What the discriminator adds to the losses.
+
+    Attributes:
+        generator: the weighted loss of the autoencoder, [], on the scale of the negative log likelihood of an image.
+        discriminator: the discriminator's own loss, [].
+        logs: scalars for the log, by name.
+    """
+
+    generator: Tensor
+    discriminator: Tensor
+    logs: dict[str, Tensor]
+
+
 @register("task", "autoencoder")
 class AutoencoderTask(PartTask):
-    """Train a KL autoencoder on images; its latent scale is measured whenever it is exported."""
+    """Train a KL autoencoder on images; the standard deviation of its latents is measured whenever it is exported."""
 
     ROLES = ("autoencoder", "loss", "perceptual", "discriminator", "reconstructions")
     REQUIRED = ("data", "autoencoder")
@@ -99,14 +114,14 @@ class AutoencoderTask(PartTask):
             distance = self.perceptual_distance(target, reconstruction)  # [B]
             nll = self.loss(target, reconstruction, distance).mean()  # []
             divergence = kl(mean.float(), logvar.float()).mean()  # []
-        verdict, discrimination, competition = self.compete(image, output, nll)  # [], [], for the log
-        loss = (nll + self.loss.kl_weight * divergence + verdict) / image[0].numel()  # []
-        shown = {"loss": loss, "kl": divergence, "psnr": psnr(target, reconstruction).mean()}
-        shown["l1"] = (target - reconstruction).abs().mean()  # []
+        adversarial = self.adversarial_losses(image, output, nll)
+        loss = (nll + self.loss.kl_weight * divergence + adversarial.generator) / image[0].numel()  # []
+        logs = {"loss": loss, "kl": divergence, "psnr": psnr(target, reconstruction).mean()}
+        logs["l1"] = (target - reconstruction).abs().mean()  # []
         if "perceptual" in self.frozen:
-            shown["lpips"] = distance.mean()  # []
-        self.log_means({**shown, **competition}, len(image))
-        return loss + discrimination
+            logs["lpips"] = distance.mean()  # []
+        self.log_means({**logs, **adversarial.logs}, len(image))
+        return loss + adversarial.discriminator
 
     def perceptual_distance(self, image: Tensor, reconstruction: Tensor) -> Tensor:
         """Return the weighted LPIPS, [B], of images [B, 3, H, W] in [-1, 1]; zeros if the config has none."""
@@ -114,40 +129,39 @@ class AutoencoderTask(PartTask):
             return image.new_zeros(len(image))  # [B]
         return self.frozen["perceptual"].weight * self.frozen["perceptual"](image, reconstruction)  # [B]
 
-    def compete(self, image: Tensor, reconstruction: Tensor, nll: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return what the discriminator adds to the loss of each network.
+    def adversarial_losses(self, image: Tensor, reconstruction: Tensor, nll: Tensor) -> AdversarialLosses:
+        """Return what the discriminator adds to the losses.
 
         Args:
             image: [B, 3, H, W].
             reconstruction: [B, 3, H, W].
-            nll: scalar, what the weight of the verdict is adapted to.
-
-        Returns:
-            The weighted verdict for the autoencoder's loss (on the scale of `nll`), the discriminator's own loss, and
-            what to log.
+            nll: scalar, what the weight of the generator's loss is adapted to.
         """
+        zero = nll.new_zeros(())  # []
         if self.discriminator is None:
-            return nll.new_zeros(()), nll.new_zeros(()), {}  # [], []
+            return AdversarialLosses(zero, zero, {})
         if self.trainer.global_step < self.discriminator.start:
             # Gradients of zero: DDP waits for one of every parameter.
             idle = sum(0.0 * p.sum() for p in self.discriminator.parameters())  # []
-            return nll.new_zeros(()), idle, {}
-        verdict = -self.discriminator.verdict(reconstruction).float().mean()  # []
+            return AdversarialLosses(zero, idle, {})
+        generator_loss = -self.discriminator.frozen_logits(reconstruction).float().mean()  # []
         # Going back through fp16 needs the gradient scaler's factor, and the size of a loss per value.
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        precision = self.trainer.precision_plugin
+        scaler = precision.scaler if isinstance(precision, MixedPrecision) else None
         loss_scale = scaler.get_scale() / image[0].numel() if scaler else 1.0
         last = self.model.decoder.conv_out.weight
-        weight = self.discriminator.weight * adaptive_weight(nll, verdict, last, loss_scale)  # []
+        weight = self.discriminator.weight * adaptive_weight(nll, generator_loss, last, loss_scale)  # []
         on_real = self.discriminator(image).float()  # [B, 1, h, w]
         on_fake = self.discriminator(reconstruction.detach()).float()  # [B, 1, h, w]
-        discrimination = self.discriminator.loss(on_real, on_fake)  # []
-        return weight * verdict, discrimination, {
+        discriminator_loss = self.discriminator.loss(on_real, on_fake)  # []
+        logs = {
             "adaptive_weight": weight,
-            "verdict": verdict,
-            "discriminator": discrimination,
+            "generator": generator_loss,
+            "discriminator": discriminator_loss,
             "logits_real": on_real.mean(),
             "logits_fake": on_fake.mean(),
-        }  # fmt: skip
+        }
+        return AdversarialLosses(weight * generator_loss, discriminator_loss, logs)
 
     def trained_modules(self) -> list[nn.Module]:
         return [*super().trained_modules(), *([self.discriminator] if self.discriminator is not None else [])]
@@ -170,7 +184,7 @@ class AutoencoderTask(PartTask):
         return [build("reconstructions", section, folder)] if section is not None else []
 
     def export(self, folder: Path, dtype: torch.dtype) -> None:
-        """Write `autoencoder.safetensors`, its latent scale measured on the last batches that were trained on."""
+        """Write `autoencoder.safetensors`, its latent std measured on the last batches that were trained on."""
         images = (levels.to(self.device).float() / 127.5 - 1 for levels in self.recent)  # [B, 3, H, W] each
         trained = self.best_model.training
         std = measure_scale(self.best_model.eval(), images)

@@ -49,12 +49,12 @@ def is_complete(folder: Path, config: dict[str, Any]) -> bool:
     if not (folder / META).is_file():
         return False
     meta, wanted = read_meta(folder), description(config)
-    other = [key for key in wanted if key != "workers" and meta["description"].get(key) != wanted[key]]
-    if meta["complete"] and other:
+    other = [key for key in wanted if key != "workers" and meta.description.get(key) != wanted[key]]
+    if meta.complete and other:
         raise UserError(
             f"{folder}: this cache was made with another {', '.join(other)}; delete it, or take another folder"
         )
-    return meta["complete"]
+    return meta.complete
 
 
 @torch.no_grad()

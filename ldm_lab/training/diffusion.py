@@ -134,7 +134,7 @@ class DiffusionTask(Task):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        made_with = self.trainer.datamodule.source.description  # of a cache
+        made_with = self.trainer.datamodule.source.encoded_by
         for role, checksum in self.frozen_sha256.items():
             if made_with.get(role, checksum) != checksum:
                 raise UserError(f"data.path: this cache was made with another {role} than {role}.weights")

@@ -1,4 +1,4 @@
-"""The patch discriminator of the autoencoder's training, and the weight that its verdict gets."""
+"""The patch discriminator of the autoencoder's training, and the weight of the generator's loss."""
 
 import contextlib
 from collections.abc import Callable
@@ -38,7 +38,7 @@ class Discriminator(nn.Module):
 
         Args:
             start: optimizer steps of the autoencoder after which the discriminator takes part.
-            weight: factor on the adaptive weight of its verdict in the autoencoder's loss.
+            weight: factor on the adaptive weight of the generator's loss.
             layers: halvings of the side; 3 sees patches of 70x70 pixels.
             base_channels: channels after the first convolution; they double with each layer, up to eightfold.
             loss: "hinge" (Lim & Ye 2017, arXiv 1705.02894), or "vanilla", the cross-entropy.
@@ -78,7 +78,7 @@ class Discriminator(nn.Module):
         """Return logits, [B, 1, h, w], of images [B, 3, H, W] in [-1, 1]; large is real."""
         return self.main(image)
 
-    def verdict(self, image: Tensor) -> Tensor:
+    def frozen_logits(self, image: Tensor) -> Tensor:
         """Return the same logits with gradients for the image alone: how the autoencoder sees this network."""
         return functional_call(self, {name: p.detach() for name, p in self.named_parameters()}, (image,))
 
@@ -109,7 +109,9 @@ def vanilla_loss(real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
-def adaptive_weight(reconstruction_loss: Tensor, verdict_loss: Tensor, last: Tensor, loss_scale: float = 1.0) -> Tensor:
+def adaptive_weight(
+    reconstruction_loss: Tensor, generator_loss: Tensor, last: Tensor, loss_scale: float = 1.0
+) -> Tensor:
     """Return the weight, a scalar without gradient, at which both losses pull equally hard at the decoder's last layer.
 
     Esser et al. 2021, "Taming transformers" (arXiv 2012.09841), eq. 7, with their epsilon of 1e-4 and limit of 1e4.
@@ -117,12 +119,12 @@ def adaptive_weight(reconstruction_loss: Tensor, verdict_loss: Tensor, last: Ten
 
     Args:
         reconstruction_loss: scalar.
-        verdict_loss: scalar.
+        generator_loss: scalar.
         last: weight of the decoder's last layer.
         loss_scale: factor on both before going back, that of fp16's gradient scaler, so that no gradient vanishes.
     """
     pull, push = (
         torch.autograd.grad(loss_scale * loss, last, retain_graph=True)[0].float().norm() / loss_scale  # []
-        for loss in (reconstruction_loss, verdict_loss)
+        for loss in (reconstruction_loss, generator_loss)
     )
     return (pull / (push + 1e-4)).clamp(0, MAX_ADAPTIVE_WEIGHT).detach()

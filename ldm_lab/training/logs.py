@@ -2,9 +2,7 @@
 
 import csv
 import io
-import logging
 import time
-import warnings
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Literal
@@ -155,19 +153,6 @@ def _read_rows(path: Path, before: int | None) -> list[dict[str, str]]:
 def say(text: str) -> None:
     """Print a line, once for all ranks, without breaking a progress bar."""
     tqdm.write(text)
-
-
-def quiet_lightning() -> None:
-    """Silence what Lightning says about itself, and its warnings that do not apply here."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    for harmless in (
-        r".*`isinstance\(treespec, LeafSpec\)` is deprecated",
-        r".*module\(s\) in eval mode at the start of training",  # the average is meant to be
-        r".*does not have many workers which may be a bottleneck",  # data.workers is the user's choice
-        r".*You have overridden `on_before_batch_transfer` in `LightningModule`",  # the task checks its batches there
-        r".*The `srun` command is available on your system but is not used",
-    ):
-        warnings.filterwarnings("ignore", harmless)
 
 
 def log_images(trainer: Trainer, name: str, images: list[Image.Image], captions: list[str]) -> None:

@@ -35,8 +35,9 @@ class LPIPS(nn.Module):
         self.weight = weight
         self.groups = nn.ModuleList(features[a:b] for a, b in zip((0, *GROUP_ENDS), GROUP_ENDS))
         learned = read_pickled(LINEAR_WEIGHTS)
-        for i, width in enumerate(GROUP_WIDTHS):
-            self.register_buffer(f"weight{i}", learned[f"lin{i}.model.1.weight"].reshape(width))  # [width]
+        self.weights = nn.ParameterList(
+            nn.Parameter(learned[f"lin{i}.model.1.weight"].view(1, width, 1, 1)) for i, width in enumerate(GROUP_WIDTHS)
+        )  # [1, width, 1, 1] each
         self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1))  # [1, 3, 1, 1]
         self.register_buffer("divisor", torch.tensor(SCALE).view(1, 3, 1, 1))  # [1, 3, 1, 1]
         self.eval().requires_grad_(False)
@@ -45,12 +46,11 @@ class LPIPS(nn.Module):
         """Return the distance per pair, [B], of images [B, 3, H, W] in [-1, 1]; 0 is equal, 1 very different."""
         x = (torch.cat([a, b]) - self.shift) / self.divisor  # [2B, 3, H, W]
         distance = x.new_zeros(len(a))  # [B]
-        for i, group in enumerate(self.groups):
+        for group, weight in zip(self.groups, self.weights):
             x = group(x)  # [2B, width, h, w]
             # Not F.normalize: LPIPS has its epsilon below the root.
             unit = x * (x.square().sum(1, keepdim=True) + 1e-8).rsqrt()  # [2B, width, h, w]
             difference = (unit[: len(a)] - unit[len(a) :]).square()  # [B, width, h, w]
-            weight = getattr(self, f"weight{i}").view(1, -1, 1, 1)  # [1, width, 1, 1]
             distance = distance + F.conv2d(difference, weight).mean((1, 2, 3))  # [B]
         return distance
 

@@ -1,24 +1,22 @@
 """From a config to a run: the task, the data, Lightning's Trainer with its callbacks, the run's folder."""
 
-import signal
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pytorch_lightning import Callback, Trainer
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from ldm_lab.checkpoints.files import read_pickled
 from ldm_lab.checkpoints.parts import FORMAT, load_fitting
 from ldm_lab.config import build, part_class, register, to_yaml
 from ldm_lab.data.datamodule import DataModule
-from ldm_lab.errors import UserError, first_line
 from ldm_lab.io.atomic import atomic_write
+from ldm_lab.processes import fail_together, quiet_lightning, trainer_options
 from ldm_lab.training.caching import training_data
 from ldm_lab.training.checkpointing import LAST, SafeCheckpointIO
 from ldm_lab.training.interrupt import Interrupt
-from ldm_lab.training.logs import StepProgress, quiet_lightning, say
+from ldm_lab.training.logs import StepProgress, say
 from ldm_lab.training.task import Task, gather
 
 RUNS = Path("runs")
@@ -87,14 +85,12 @@ class TrainerOptions:
         if self.threads:
             torch.set_num_threads(self.threads)
         torch.set_float32_matmul_precision(self.matmul)
-        try:
+        with trainer_options("trainer"):
             return Trainer(
                 **self.options, max_epochs=-1, callbacks=callbacks, logger=loggers, plugins=[SafeCheckpointIO()],
                 log_every_n_steps=log_every, enable_checkpointing=False, enable_model_summary=False,
                 default_root_dir=folder, use_distributed_sampler=False, num_sanity_val_steps=0, limit_val_batches=0,
             )  # fmt: skip
-        except (MisconfigurationException, ValueError, RuntimeError, TypeError) as error:
-            raise UserError(f"trainer: {first_line(error)}") from None
 
 
 class Bookkeeping(Callback):
@@ -161,12 +157,8 @@ def run(config: dict[str, Any]) -> int:
     if options.channels_last:
         task.to(memory_format=torch.channels_last)
     announce(config, folder, resume.path, changes, task)
-    try:
+    with fail_together(trainer):
         trainer.fit(task, datamodule=data, ckpt_path=resume.path, weights_only=True)
-    except BaseException:
-        if hasattr(trainer.strategy.launcher, "kill"):  # the other ranks would wait for this one for half an hour
-            trainer.strategy.launcher.kill(signal.SIGKILL)
-        raise
     report(trainer, folder, data.summary(bookkeeping.data_states), interrupt)
     # Only the first rank tells: Lightning kills it, perhaps while it saves, when another one leaves with a code.
     return 128 + interrupt.received if interrupt.received and trainer.is_global_zero else 0

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
+from ldm_lab.interfaces import TimestepSampler
+
 
 class SobolTimesteps:
     """Scrambled one-dimensional Sobol points: over any stretch of samples t covers [0, 1) evenly.
@@ -45,4 +47,7 @@ class UniformTimesteps:
         return torch.rand(batch_size)  # [batch_size]
 
 
-TIMESTEP_SAMPLERS = {"sobol": SobolTimesteps, "uniform": UniformTimesteps}
+TIMESTEP_SAMPLERS: dict[TimestepSampler, type[SobolTimesteps] | type[UniformTimesteps]] = {
+    "sobol": SobolTimesteps,
+    "uniform": UniformTimesteps,
+}

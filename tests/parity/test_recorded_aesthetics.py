@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ldm_lab.checkpoints.embedders import OPENAI
 from ldm_lab.checkpoints.parts import read_module
-from ldm_lab.curation.buckets import BucketMeans, bucket_of
 from ldm_lab.curation.heads.head import load_head
+from ldm_lab.curation.scoring.rating_means import BUCKETS, BucketMeans
 from ldm_lab.io.atomic import sha256
 from ldm_lab.sampling.aesthetic import Aesthetic, RatingEmbeddings
 
@@ -111,7 +111,8 @@ def test_aesthetic_buckets(recorded):
 
 def test_where_a_bucket_ends():
     scores = np.array([-0.0, 0.0, np.nextafter(1, 0), 1, 9.99, 10, np.inf, -np.inf, -1e-9, np.nan])
-    assert bucket_of(scores).tolist() == [0, 0, 0, 1, 9, 10, 10, -1, -1, -2]
+    assert BUCKETS.places(scores[:-1]).tolist() == [1, 1, 1, 2, 10, 11, 11, 0, 0]
+    assert BUCKETS.counts(scores).tolist() == [2, 3, 1, 0, 0, 0, 0, 0, 0, 0, 1, 2, 1], "NaN is missing"
 
 
 @torch.no_grad()
@@ -127,9 +128,9 @@ def test_aesthetic_mlp(recorded, tmp_path):
     heads = [mlp]
     if case.json["layout"] == "linear":
         assert section["activation"] == "none"
-        heads.append(mlp.folded())
+        heads.append(mlp.fused())
     else:
-        assert section["activation"] == "relu" and mlp.folded() is None
+        assert section["activation"] == "relu" and mlp.fused() is mlp
     for head in heads:
         case.close(head(case.arrays["unit_embeddings"]), "fill_unit_scores", allowed["fill_atol"])
         case.close(head(case.arrays["raw_embeddings"]), "fill_raw_scores", allowed["fill_atol"])

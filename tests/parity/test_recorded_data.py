@@ -9,10 +9,10 @@ import pytest
 
 from ldm_lab.config import build, read
 from ldm_lab.data.order import Order
-from ldm_lab.data.shards import read_shard
-from ldm_lab.data.source import Skip
+from ldm_lab.data.samples import SkippedSample
+from ldm_lab.data.tar import read_shard
 from ldm_lab.io.images import decode_image, to_rgb
-from ldm_lab.rules.sample import SampleRow, broken_rules
+from ldm_lab.rules.sample import SampleRow, violated_rules
 
 pq = pytest.importorskip("pyarrow.parquet")
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "select"
@@ -116,7 +116,9 @@ def test_every_reason_of_every_row(golden, tmp_path):
             for tag in rows_of(folder / table["with"]):  # the highest that passes, else the highest
                 scores.setdefault(tag["hash"], []).append(tag)
             scores = {
-                key: min(tags, key=lambda tag: (bool(broken_rules([limits], SampleRow(tag))), -(tag["aesthetic"] or 0)))
+                key: min(
+                    tags, key=lambda tag: (bool(violated_rules([limits], SampleRow(tag))), -(tag["aesthetic"] or 0))
+                )
                 for key, tags in scores.items()
             }
         if {"status", "error_message"} <= set(rows[0]):
@@ -124,7 +126,7 @@ def test_every_reason_of_every_row(golden, tmp_path):
         kept = []
         for number, row in enumerate(rows):
             row = SampleRow(row | scores.get(row.get("hash"), {}), swapped_sizes=table["columns_swapped"])
-            broken = {reason for _, reason in broken_rules(rules, row)}
+            broken = {reason for _, reason in violated_rules(rules, row)}
             assert broken == set(table["dropped"].get(str(number), [])), f"{name}, row {number}"
             kept += [] if broken else [number]
         assert kept == table["kept"]
@@ -153,10 +155,10 @@ def test_shards(golden):
         wanted = iter(recorded["yields"][shard])
         for item in read_shard(address):
             try:
-                if isinstance(item, Skip):
+                if isinstance(item, SkippedSample):
                     raise item
                 sample = source.decode(item, Order(0, 0, 0, 1))
-            except Skip as problem:
+            except SkippedSample as problem:
                 skipped.append((shard, problem.key, problem.reason))
                 continue
             theirs = next(wanted)

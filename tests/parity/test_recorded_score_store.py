@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from ldm_lab.curation.store import ScoreStore, StoreWriter, hashes_of
-from ldm_lab.curation.store_build import build_store
+from ldm_lab.curation.store.build import build_store
+from ldm_lab.curation.store.format import ScoreStore, StoreWriter, hashes_of
 
 
 class Recorded:

@@ -34,7 +34,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str,
             left aside.
 
     Returns:
-        The tensors under CompVis's names, and `scale`: the latent scale if the file holds one, else 1. The keyword
+        The tensors under CompVis's names, `latent_mean`, and `latent_std` if the file holds one, else 1. The keyword
         arguments of `KLAutoencoder`, read off the shapes. Extra: `scale_known`, whether the file held the scale.
         A YAML of the same name beside the file, or with it in the zip, is compared with what the shapes say.
 

@@ -41,6 +41,10 @@ class Head(Part, nn.Module):
         """Return the head's number [N] for embeddings [N, D], taken as they are."""
         raise NotImplementedError
 
+    def fused(self) -> "Head":
+        """Return a head that gives the same numbers with less work; itself where there is none."""
+        return self
+
     def forward(self, embeds: Tensor) -> Tensor:
         """Return the predictions, float32 [N], of embeddings [N, D] of any length and precision.
 
@@ -48,7 +52,7 @@ class Head(Part, nn.Module):
             UserError: embeddings of another width.
         """
         self.check_width(embeds.shape[-1])
-        values = self.raw(unit(embeds))  # [N]
+        values = self.raw(l2_normalize(embeds))  # [N]
         return values.sigmoid() if self.output == "probability" else values
 
     def check_width(self, width: int) -> None:
@@ -60,7 +64,7 @@ class Head(Part, nn.Module):
             )
 
 
-def unit(embeds: Tensor) -> Tensor:
+def l2_normalize(embeds: Tensor) -> Tensor:
     """Return embeddings [N, D] as float32 rows of length 1; rows of zeros stay zeros.
 
     Rows in float16 that are of unit length but for rounding stay as they are: that is how LAION stored and scored its
@@ -82,7 +86,7 @@ def check_options(section: dict[str, Any]) -> list[str]:
     return problems
 
 
-class Loaded(NamedTuple):
+class LoadedHead(NamedTuple):
     """A head out of a file.
 
     Attributes:
@@ -98,7 +102,7 @@ class Loaded(NamedTuple):
     trained: dict[str, Any]
 
 
-def load_head(name: str | Path) -> Loaded:
+def load_head(name: str | Path) -> LoadedHead:
     """Return the head of a released name, or in a file: one of ours, or a released state dict.
 
     Raises:
@@ -130,11 +134,10 @@ def load_head(name: str | Path) -> Loaded:
     except ValueError:
         trained = {}
     module.eval().requires_grad_(False)
-    if hasattr(module, "folded") and (folded := module.folded()) is not None:
-        module = folded
+    module = module.fused()
     if not all(p.isfinite().all() for p in module.parameters()):
         raise UserError(f"{path}: its weights are not finite numbers")
-    return Loaded(module, str(name), sha256(path), trained if isinstance(trained, dict) else {})
+    return LoadedHead(module, str(name), sha256(path), trained if isinstance(trained, dict) else {})
 
 
 def save_head(path: str | Path, head: Head, section: dict[str, Any], trained: dict[str, Any]) -> None:

@@ -1,14 +1,10 @@
 """Tables of metadata, larger than memory: selection by rules, histograms, what img2dataset managed to download.
 
-An *engine* is a part of role "engine" (`duckdb_engine.py`, `spark_engine.py`). It runs expressions of ibis, so that
-everything above it is written once:
+An *engine* is a part of role "engine" (`engine.Engine`): DuckDB on one machine, or Spark. It runs expressions of ibis,
+so that everything above it is written once.
 
-    open(spill)                                a context; `spill` is a folder for what does not fit into memory
-    read(files) -> ibis table                  of Parquet, TSV or CSV files; its columns are unique in any case
-    rows(expression) -> list of dicts          small results
-    write(expression, folder, parts, key, ...) Parquet files part-00000.parquet, ... in the order of `key`
-
-`tables.py` shows rules a table's quantities, `selection.py` is `python -m ldm_lab select`.
+`tables.py` shows rules a table's quantities, `selection.py` is `python -m ldm_lab select`,
+`joined_scores.py` and `output.py` its two larger steps; `histogram.py` counts.
 """
 
 from importlib.util import find_spec

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import ibis
@@ -14,6 +13,8 @@ import ibis.expr.types as ir
 import pyarrow.parquet as pq
 
 from ldm_lab.config import register
+from ldm_lab.curation import sql
+from ldm_lab.curation.metadata.engine import Engine, ResultRow
 from ldm_lab.curation.metadata.inputs import DISK_FULL, Files
 from ldm_lab.errors import UserError, first_line
 
@@ -22,7 +23,7 @@ WRONG_LINE = re.compile(r"CSV Error on Line: (\d+)\nOriginal Line: .*\n(.+)")
 
 
 @register("engine", "duckdb")
-class DuckDB:
+class DuckDB(Engine):
     """DuckDB within this process.
 
     Args:
@@ -37,7 +38,6 @@ class DuckDB:
 
     @contextlib.contextmanager
     def open(self, spill: str | Path) -> Iterator["DuckDB"]:
-        """Hand out the engine, connected. Its own errors come out as UserError."""
         settings = {
             "memory_limit": self.memory_limit,
             "temp_directory": str(Path(self.temp_directory).expanduser() if self.temp_directory else spill),
@@ -62,7 +62,6 @@ class DuckDB:
             self.ibis.disconnect()
 
     def read(self, files: Files) -> ir.Table:
-        """Return the table in some files, with the columns `files.unique_names`."""
         if files.delimiter:
             return self.ibis.read_csv(
                 list(files.paths),
@@ -78,29 +77,22 @@ class DuckDB:
         table = self.ibis.read_parquet(list(files.paths), can_have_nan=True)
         return table.rename(dict(zip(files.unique_names or table.columns, table.columns)))
 
-    def rows(self, expression: ir.Table) -> list[dict[str, Any]]:
-        """Return a small result."""
+    def rows(self, expression: ir.Table) -> list[ResultRow]:
         return expression.to_pyarrow().to_pylist()
 
     def write(
         self, expression: ir.Table, folder: Path, *, parts: int | None, key: str | None, metadata: dict[str, str]
     ) -> int:
-        """Write a table as `part-00000.parquet`, ... and return its number of rows.
-
-        Args:
-            parts: how many files, of equal numbers of rows, at most one per row; None is one.
-            key: the column that the rows are ordered by, which is not written; None keeps the order of the input.
-            metadata: goes into each file.
-        """
-        sql = self.ibis.compile(expression)
+        """Write a table; see `Engine.write`. `parts` have equal numbers of rows; None is one."""
+        query = self.ibis.compile(expression)
         if key is not None:
             self.ibis.con.execute("set preserve_insertion_order = false")
-            name = key.replace('"', '""')
-            sql = f'select * exclude ("{name}") from ({sql}) order by "{name}"'
+            name = sql.identifier(key)
+            query = f"select * exclude ({name}) from ({query}) order by {name}"
         whole = folder / "part-00000.parquet"
-        entries = ", ".join(f"{name}: {_quoted(value)}" for name, value in metadata.items())
+        entries = ", ".join(f"{name}: {sql.literal(value)}" for name, value in metadata.items())
         options = f"format parquet, compression snappy, kv_metadata {{{entries}}}"
-        self.ibis.con.execute(f"copy ({sql}) to {_quoted(str(whole))} ({options})")
+        self.ibis.con.execute(f"copy ({query}) to {sql.literal(str(whole))} ({options})")
         rows = pq.read_metadata(whole).num_rows
         if parts is not None and min(parts, rows) > 1:
             cut(whole, rows, min(parts, rows))
@@ -123,11 +115,6 @@ def cut(whole: Path, rows: int, parts: int) -> None:
                     writer.close()
                     part, writer = part + 1, None
     os.unlink(source)
-
-
-def _quoted(text: str) -> str:
-    """Return an SQL string."""
-    return "'" + text.replace("'", "''") + "'"
 
 
 def _first_line(error: Exception) -> str:

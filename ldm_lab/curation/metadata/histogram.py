@@ -1,54 +1,19 @@
 """How many rows have which score, per bucket and collection, and which ones to show of each bucket."""
 
-import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ibis
+import ibis.expr.types as ir
 
+from ldm_lab.curation.buckets import Buckets
+from ldm_lab.curation.metadata.engine import Engine
 from ldm_lab.curation.metadata.inputs import Files
 from ldm_lab.curation.metadata.tables import TableRow
-from ldm_lab.errors import UserError
 
 CANDIDATES = 20  # rows looked at for one that is shown, as far as there are so many
-
-
-class Buckets(NamedTuple):
-    """Half-open buckets [low, low + width), ... up to `high`."""
-
-    low: float = 0.0
-    high: float = 10.0
-    width: float = 1.0
-
-    @property
-    def edges(self) -> list[float]:
-        """The lower ends of the buckets, and the upper end of the last."""
-        count = round((self.high - self.low) / self.width)
-        return [round(self.low + i * self.width, 9) for i in range(count + 1)]
-
-    @property
-    def names(self) -> list[str]:
-        """Such as "0-1", in the order of the buckets."""
-        return [f"{low:g}-{high:g}" for low, high in zip(self.edges, self.edges[1:])]
-
-    def check(self) -> None:
-        """Raise UserError for what makes no sense."""
-        finite = all(map(math.isfinite, self))
-        whole = finite and self.width > 0 and abs((self.high - self.low) / self.width - len(self.edges) + 1) < 1e-6
-        if not whole or not 1 <= len(self.edges) - 1 <= 1000:
-            raise UserError(f"buckets: {self.low:g} to {self.high:g} is not 1 to 1000 times a width of {self.width:g}")
-
-    def place(self, score: Any) -> Any:
-        """Return how many edges a score has reached: 0 is below all buckets, k is in bucket k - 1, the number of edges
-        above all of them. Takes a number or an expression."""
-        if isinstance(score, int | float):
-            return sum(score >= edge for edge in self.edges)
-        place = ibis.literal(0, "int64")
-        for edge in self.edges:
-            place = place + ibis.ifelse(score >= edge, ibis.literal(1, "int64"), ibis.literal(0, "int64"))
-        return place
 
 
 class Shown(NamedTuple):
@@ -91,13 +56,13 @@ class Histogram:
     def rows(self) -> int:
         return sum(self.buckets.values()) + self.below + self.above + self.missing
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, int | dict[str, int]]:
         """Return JSON values."""
         rest = {"below": self.below, "above": self.above, "missing": self.missing, "rows": self.rows}
         return {"buckets": self.buckets, **rest}
 
 
-def histogram_of(engine: Any, files: Files, quantity: str, buckets: Buckets, shown: int, seed: int = 0) -> Histogram:
+def histogram_of(engine: Engine, files: Files, quantity: str, buckets: Buckets, shown: int, seed: int = 0) -> Histogram:
     """Return the histogram of a table.
 
     Args:
@@ -107,7 +72,7 @@ def histogram_of(engine: Any, files: Files, quantity: str, buckets: Buckets, sho
     """
     row = TableRow(engine.read(files), files.columns, where=files.paths[0])
     score = row.number(quantity)
-    place = ibis.ifelse(score.isnull(), ibis.null("int64"), buckets.place(score))
+    place = ibis.ifelse(score.isnull(), ibis.null("int64"), place_of(score, buckets))
     counted = row.table.select(place=place).group_by("place").agg(count=ibis._.count())
     counts = {entry["place"]: int(entry["count"]) for entry in engine.rows(counted)}
     histogram = Histogram.of(buckets, {None if place is None else int(place): n for place, n in counts.items()})
@@ -133,6 +98,14 @@ def histogram_of(engine: Any, files: Files, quantity: str, buckets: Buckets, sho
                 one = Shown(float(entry["score"]), entry["image"], entry["caption"])
                 histogram.shown.setdefault(name, []).append(one)
     return histogram
+
+
+def place_of(score: ir.Value, buckets: Buckets) -> ir.Value:
+    """Return the place among some buckets of a score that is a number, as an expression; see `Buckets`."""
+    place = ibis.literal(0, "int64")
+    for edge in buckets.edges:
+        place = place + ibis.ifelse(score >= edge, ibis.literal(1, "int64"), ibis.literal(0, "int64"))
+    return place
 
 
 def summed(histograms: Iterable[Histogram]) -> Histogram:

@@ -7,8 +7,8 @@ from typing import Any
 from ldm_lab.rules.rule import Rule
 
 
-class Tally:
-    """How many rows broke which rules.
+class RuleCounts:
+    """How many rows violate which rules.
 
     Args:
         rules: in their order.
@@ -18,13 +18,13 @@ class Tally:
 
     def __init__(self, rules: list[Rule], bits: list[tuple[Rule, str]], masks: dict[int, int]):
         self.rows, self.kept = sum(masks.values()), masks.get(0, 0)
-        self.broken, self.alone, self.first = Counter[str](), Counter[str](), Counter[str]()
+        self.violated, self.alone, self.first = Counter[str](), Counter[str](), Counter[str]()
         self.reasons: dict[str, Counter[str]] = {rule.part_name: Counter() for rule in rules}
         for mask, count in masks.items():
             hit = [(rule, reason) for bit, (rule, reason) in enumerate(bits) if mask >> bit & 1]
             names = list(dict.fromkeys(rule.part_name for rule in rules if any(rule is one for one, _ in hit)))
             for name in names:
-                self.broken[name] += count
+                self.violated[name] += count
             if names:
                 self.first[names[0]] += count
             if len(names) == 1:
@@ -35,7 +35,7 @@ class Tally:
     def removed_after(self, rule: Rule, count: int) -> None:
         """Note what a rule removed from the rows that all others kept."""
         name = rule.part_name
-        self.broken[name] = self.alone[name] = self.first[name] = self.reasons[name]["duplicate"] = count
+        self.violated[name] = self.alone[name] = self.first[name] = self.reasons[name]["duplicate"] = count
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Report:
 
     rows: int
     kept: int
-    tally: Tally
+    counts: RuleCounts
     rules: dict[str, dict[str, Any]]
     input: list[str]
     columns: dict[str, str | None]
@@ -65,19 +65,19 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON values.
 
-        Of each rule: `broken`, rows that break it; `alone`, those that break no other; `first`, those that break none
-        before it; `left`, rows left behind it; `reasons`.
+        Of each rule: `violated`, rows that violate it; `alone`, those that violate no other; `first`, those that
+        violate none before it; `left`, rows left behind it; `reasons`.
         """
         left, rules = self.rows, {}
         for name, options in self.rules.items():
-            left -= self.tally.first[name]
+            left -= self.counts.first[name]
             rules[name] = {
                 "options": options,
-                "broken": self.tally.broken[name],
-                "alone": self.tally.alone[name],
-                "first": self.tally.first[name],
+                "violated": self.counts.violated[name],
+                "alone": self.counts.alone[name],
+                "first": self.counts.first[name],
                 "left": left,
-                "reasons": {reason: count for reason, count in self.tally.reasons[name].items() if count},
+                "reasons": {reason: count for reason, count in self.counts.reasons[name].items() if count},
             }
         return {
             "rows": self.rows,
@@ -106,7 +106,7 @@ class Report:
         ]
         for name, rule in report["rules"].items():
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in rule["reasons"].items())
-            numbers = " ".join(f"{rule[key]:14,}" for key in ("broken", "alone", "first", "left"))
+            numbers = " ".join(f"{rule[key]:14,}" for key in ("violated", "alone", "first", "left"))
             lines.append(f"{name:{width}}  {numbers}  {reasons}".rstrip())
         share = self.kept / self.rows if self.rows else 0
         return "\n".join([*lines, f"{self.kept:,} of {self.rows:,} rows kept ({share:.2%})"])

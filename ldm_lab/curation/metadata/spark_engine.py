@@ -14,7 +14,9 @@ import ibis
 import ibis.expr.types as ir
 
 from ldm_lab.config import register
+from ldm_lab.curation.metadata.engine import Engine, ResultRow
 from ldm_lab.curation.metadata.inputs import DISK_FULL, Files
+from ldm_lab.curation.sql import identifier
 from ldm_lab.errors import UserError
 
 LOG = """\
@@ -29,7 +31,7 @@ appender.console.layout.pattern = %d{HH:mm:ss} %p %c{1}: %m%n
 
 
 @register("engine", "spark")
-class Spark:
+class Spark(Engine):
     """Apache Spark, version 4; needs Java 17 and `pip install 'ldm_lab[spark]'`.
 
     Args:
@@ -42,7 +44,6 @@ class Spark:
 
     @contextlib.contextmanager
     def open(self, spill: str | Path) -> Iterator["Spark"]:
-        """Hand out the engine, with a session. Its own errors come out as UserError."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -86,12 +87,11 @@ class Spark:
             self.session.stop()
 
     def read(self, files: Files) -> ir.Table:
-        """Return the table in some files, with the columns `files.unique_names`."""
         reader = self.session.read
         if files.delimiter:
             quote = "" if files.delimiter == "\t" else '"'  # a TSV has no quotes: a " is a character of the caption
             options = {"sep": files.delimiter, "quote": quote, "header": files.header, "mode": "FAILFAST"}
-            schema = ", ".join(f"`{name.replace('`', '``')}` string" for name in files.unique_names)
+            schema = ", ".join(f"{identifier(name, '`')} string" for name in files.unique_names)
             if not quote:
                 options["escape"] = ""
             frame = reader.options(**options).schema(schema).csv(list(map(_address, files.paths)))
@@ -99,26 +99,19 @@ class Spark:
             frame = reader.parquet(*map(_address, files.paths))
             if files.names:
                 # By name, as Spark's order of columns is that of whichever file it looked at.
-                chosen = [f"`{name.replace('`', '``')}`" for name in files.names]
+                chosen = [identifier(name, "`") for name in files.names]
                 frame = frame.selectExpr(*chosen).toDF(*files.unique_names)
         name = f"input_{len(self.session.catalog.listTables())}"
         frame.createOrReplaceTempView(name)
         return self.ibis.table(name)
 
-    def rows(self, expression: ir.Table) -> list[dict[str, Any]]:
-        """Return a small result."""
+    def rows(self, expression: ir.Table) -> list[ResultRow]:
         return [row.asDict() for row in self.session.sql(self.ibis.compile(expression)).collect()]
 
     def write(
         self, expression: ir.Table, folder: Path, *, parts: int | None, key: str | None, metadata: dict[str, str]
     ) -> int:
-        """Write a table as `part-00000.parquet`, ... and return its number of rows.
-
-        Args:
-            parts: how many files; None leaves it to Spark.
-            key: the column that the rows are ordered by, which is not written.
-            metadata: not written: Spark has no way to.
-        """
+        """Write a table; see `Engine.write`. `metadata` is not written: Spark has no way to."""
         frame = self.session.sql(self.ibis.compile(expression))
         if key is not None:
             frame = (

@@ -63,11 +63,11 @@ class TableRow:
         column = self.column(quantity)
         return column if column.type().is_string() else column.cast("string")
 
-    def broken(self, rule: Rule) -> dict[str, ir.Value]:
+    def violations(self, rule: Rule) -> dict[str, ir.Value]:
         """Return {reason: condition} of a rule, conditions never null."""
         for quantity in rule.needs:
             require(quantity, self.columns, f"{self.where}: rule {rule.part_name}")
-        return {reason: condition.fill_null(False) for reason, condition in rule.broken(self).items()}
+        return {reason: condition.fill_null(False) for reason, condition in rule.violations(self).items()}
 
 
 def as_number(column: ir.Value) -> ir.Value:
@@ -86,16 +86,16 @@ def bit_mask(row: TableRow, rules: list[Rule]) -> tuple[ir.Value, list[tuple[Rul
     def mask_of(chosen: list[Rule]) -> Any:
         mask = ibis.literal(0, "int64")
         for rule in chosen:
-            for reason, condition in row.broken(rule).items():
+            for reason, condition in row.violations(rule).items():
                 mask = mask + ibis.ifelse(condition, ibis.literal(1 << len(bits), "int64"), ibis.literal(0, "int64"))
                 bits.append((rule, reason))
         return mask
 
-    first = mask_of([rule for rule in rules if rule.comes_first and not rule.across_rows])
-    rest = mask_of([rule for rule in rules if not rule.comes_first and not rule.across_rows])
+    first = mask_of([rule for rule in rules if rule.short_circuits and not rule.compares_rows])
+    rest = mask_of([rule for rule in rules if not rule.short_circuits and not rule.compares_rows])
     return ibis.ifelse(first > 0, first, rest), bits
 
 
 def kept_by(row: TableRow, rules: list[Rule]) -> list[ir.Value]:
     """Return the conditions of which all hold where no rule is broken."""
-    return [~condition for rule in rules if not rule.across_rows for condition in row.broken(rule).values()]
+    return [~condition for rule in rules if not rule.compares_rows for condition in row.violations(rule).values()]

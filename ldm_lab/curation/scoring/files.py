@@ -10,11 +10,12 @@ embedder in the metadata.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from ldm_lab.checkpoints.files import FORMAT, is_safetensors, read_safetensors
 from ldm_lab.data.strings import Strings
 from ldm_lab.errors import UserError, first_line, unknown
 from ldm_lab.io.atomic import atomic_write
+from ldm_lab.io.json_files import Json, parse_json
 
 SCORES = ".scores.parquet"
 EMBEDDINGS = ".embeddings.safetensors"
@@ -30,40 +32,52 @@ VERSION = "ldm_lab scores 1"
 ROLE = "embeddings"
 
 
-def write_scores(path: Path, rows: dict[str, list[Any]], scores: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
-    """Write a shard's scores, whole or not at all.
+Facts = dict[str, Json]  # what a Parquet says of itself: what made the scores, what was read and skipped
 
-    Args:
-        path: the Parquet.
-        rows: "key", "url", "hash": N each.
-        scores: column -> float32 [N]; NaN, where there is none, is written as null.
-        facts: plain values for the metadata.
+
+@dataclass(frozen=True)
+class ScoreRows:
+    """The scored images of a work item, N of them.
+
+    Attributes:
+        key: of each.
+        url, hash: of each, None where the sample's json has none.
+        scores: column -> float32 [N]; NaN where there is none.
     """
+
+    key: list[str]
+    url: list[str | None]
+    hash: list[int | None]
+    scores: dict[str, NDArray[np.float32]]
+
+
+def write_scores(path: Path, rows: ScoreRows, facts: Facts) -> None:
+    """Write a shard's scores, NaN as null, whole or not at all; `facts` go into the metadata."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     columns = {
-        "key": pa.array(rows["key"], pa.string()),
-        "url": pa.array(rows["url"], pa.string()),
-        "hash": pa.array(rows["hash"], pa.int64()),
-        **{name: pa.array(values, pa.float32(), from_pandas=True) for name, values in scores.items()},
+        "key": pa.array(rows.key, pa.string()),
+        "url": pa.array(rows.url, pa.string()),
+        "hash": pa.array(rows.hash, pa.int64()),
+        **{name: pa.array(values, pa.float32(), from_pandas=True) for name, values in rows.scores.items()},
     }
     table = pa.table(columns).replace_schema_metadata({FORMAT: json.dumps({"format": VERSION, **facts})})
     with atomic_write(path) as file:
         pq.write_table(table, file)
 
 
-def read_facts(path: Path) -> dict[str, Any] | None:
+def read_facts(path: Path) -> Facts | None:
     """Return what a Parquet of ours says of itself, None if it is damaged or of another program."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         metadata = pq.read_metadata(path).metadata or {}
-        facts = json.loads(metadata.get(FORMAT.encode(), b"null"))
-    except (OSError, ValueError, pa.ArrowException):
+    except (OSError, pa.ArrowException):
         return None
-    return facts if isinstance(facts, dict) and facts.get("format") == VERSION else None
+    facts = parse_json(metadata.get(FORMAT.encode()))
+    return facts if facts.get("format") == VERSION else None
 
 
 def write_embeddings(path: Path, embeds: Tensor, keys: list[str], embedder: dict[str, str]) -> None:

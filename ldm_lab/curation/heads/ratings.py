@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ldm_lab.checkpoints import embedders
-from ldm_lab.curation.score_files import read_embeddings
-from ldm_lab.curation.scoring import json_fields
-from ldm_lab.data.shards import read_parts
-from ldm_lab.data.source import Skip
+from ldm_lab.curation.scoring.files import read_embeddings
+from ldm_lab.data.samples import SkippedSample
+from ldm_lab.data.tar import read_files
 from ldm_lab.errors import UserError, first_line, unknown
+from ldm_lab.io.json_files import parse_json
 
 TABLES = (".parquet", ".csv", ".tsv")
 
@@ -61,10 +61,10 @@ def read_table(path: Path, key: str, column: str) -> dict[str, float]:
 def read_json_ratings(address: str, field: str) -> dict[str, float]:
     """Return key -> rating of the samples of a shard whose json has a number under `field`."""
     found: dict[str, float] = {}
-    for item in read_parts(address, ("json",)):
-        if isinstance(item, Skip):
+    for item in read_files(address, ("json",)):
+        if isinstance(item, SkippedSample):
             continue
-        value = json_fields(item[1].get("json")).get(field)
+        value = parse_json(item[1].get("json")).get(field)
         if isinstance(value, int | float) and not isinstance(value, bool):
             found.setdefault(item[0], float(value))
     return found
@@ -75,12 +75,12 @@ class Rated:
 
     Attributes:
         embedder: whose embeddings; None as long as no file has said it.
-        left_out: reason -> images that were not taken.
+        filtered: reason -> images that were not taken.
     """
 
     def __init__(self, embedder: dict[str, str] | None = None) -> None:
         self.embedder = embedder
-        self.left_out: Counter[str] = Counter()
+        self.filtered: Counter[str] = Counter()
         self._embeds: list[Tensor] = []
         self._ratings: list[np.ndarray] = []
 
@@ -109,8 +109,8 @@ class Rated:
             )
         sound = embeds.isfinite().all(dim=1).numpy()  # [N]
         rated = np.isfinite(ratings)  # [N]
-        self.left_out[unrated] += int((~rated).sum())
-        self.left_out["with a non-finite embedding"] += int((rated & ~sound).sum())
+        self.filtered[unrated] += int((~rated).sum())
+        self.filtered["with a non-finite embedding"] += int((rated & ~sound).sum())
         good = rated & sound
         self._embeds.append(embeds[torch.from_numpy(good)])
         self._ratings.append(ratings[good])
@@ -124,7 +124,7 @@ class Rated:
 
     def summary(self) -> str:
         """Return what was left out, in words; "" for nothing."""
-        return ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.items() if count)
+        return ", ".join(f"{count:,} {reason}" for reason, count in self.filtered.items() if count)
 
 
 def read_rating_rows(path: Path) -> np.ndarray:

@@ -8,18 +8,23 @@ rows after a stable sort.
 import contextlib
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import pyarrow
 from tqdm import tqdm
 
 from ldm_lab.curation.metadata.inputs import find_files
-from ldm_lab.curation.store import StoreWriter, hashes_of
-from ldm_lab.errors import UserError, first_line, unknown
-from ldm_lab.rules.quantities import find, require
+from ldm_lab.curation.sql import identifier, literal
+from ldm_lab.curation.store.columns import Columns, named, not_a_hash
+from ldm_lab.curation.store.format import StoreWriter, hashes_of
+from ldm_lab.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
 
 BATCH = 2**17  # rows
 INTEGERS = ("BIGINT", "INTEGER", "SMALLINT", "TINYINT")
@@ -35,47 +40,6 @@ class Built:
     entries: int
     repeated: int
     nan: int
-
-
-@dataclass
-class Columns:
-    """Where a table has the keys: a column of hashes, or those of url and text, which are hashed."""
-
-    hash: str | None = None
-    url: str | None = None
-    text: str | None = None
-
-    @classmethod
-    def of(cls, columns: Iterable[str], where: str, key: str | None, url: str | None, text: str | None) -> "Columns":
-        """Return them by the names given, or else by those of LAION's releases and img2dataset's tables.
-
-        The hash, unless there is none or `url` or `text` is given. Raises UserError if a column is not there.
-        """
-        columns = list(columns)
-        if key is not None and (url is not None or text is not None):
-            raise UserError("--key names the hash, --url and --text what to make one of: give one of these")
-        if url is None and text is None and (key is not None or find("hash", columns) is not None):
-            return cls(hash=named(key, "hash", columns, where))
-        return cls(url=named(url, "url", columns, where), text=named(text, "caption", columns, where))
-
-
-def named(given: str | None, quantity: str, columns: Sequence[str], where: str) -> str:
-    """Return the column of a given name, in whatever case, or else the one that holds a quantity. Raises UserError."""
-    if given is None:
-        return require(quantity, columns, where)
-    found = [name for name in columns if name == given] or [name for name in columns if name.lower() == given.lower()]
-    if not found:
-        raise UserError(unknown("column", given, columns).replace("no such", f"{where}: no such", 1))
-    return found[0]
-
-
-def not_a_hash(column: str, kind: str, is_float: bool) -> UserError:
-    """Return the error about a column of hashes of the wrong type."""
-    why = ", which cannot hold one exactly" if is_float else ""
-    return UserError(
-        f"column {column!r}: a hash is a signed integer of 64 bits, this column is {kind}{why}; "
-        "--url and --text hash these columns instead"
-    )
 
 
 def build_store(
@@ -125,31 +89,10 @@ def build_store(
     if threads is not None:
         config["threads"] = threads
     try:
-        with spill, _connected(config) as database:
+        with spill, _connected(config) as database, StoreWriter(out, len(scores), unique) as writer:
             rows = _select(database, paths, key, url, text, scores)
-            names = [f"score{n}" for n in range(len(scores))]
-            some = " AND ".join(f"{name} IS NOT NULL" for name in names)
-            total, keyed, whole = database.sql(
-                f"SELECT count(*), count(key), count(*) FILTER (WHERE key IS NOT NULL AND {some}) FROM ({rows})"
-            ).fetchall()[0]
-            if not whole:
-                raise UserError(
-                    f"{paths[0]}: no row to build from: of {total:,} rows {total - keyed:,} have no hash, "
-                    f"{keyed:,} have one and no score"
-                )
-            query = (
-                f"SELECT key, {', '.join(names)} FROM ({rows}) WHERE key IS NOT NULL AND {some} "
-                "ORDER BY key, file_index, file_row_number"
-            )
-            database.execute("SET enable_progress_bar = true; SET enable_progress_bar_print = false")
-            with StoreWriter(out, len(scores), unique) as writer:
-                with _sorting(database, progress):
-                    batches = database.sql(query).to_arrow_reader(BATCH)
-                with tqdm(desc="writing", total=whole, unit="row", unit_scale=True, disable=not progress) as bar:
-                    for batch in batches:
-                        keys, *values = (column.to_numpy(zero_copy_only=False) for column in batch.columns)
-                        writer.add(keys, np.stack(values, axis=1))  # [n], [n, V]
-                        bar.update(len(keys))
+            counts = _count(database, rows, len(scores), paths[0])
+            _write(database, rows, writer, counts, progress)
     except duckdb.OutOfMemoryException as error:
         if "offload" in str(error):  # so it says when the disk is full
             folder = Path(spill.name).parent
@@ -157,10 +100,56 @@ def build_store(
         raise UserError(f"--memory {memory}: too little to sort in ({first_line(error)})") from None
     except duckdb.Error as error:
         raise UserError(f"{paths[0]}{f' and {len(paths) - 1} more' * (len(paths) > 1)}: {first_line(error)}") from None
-    return Built(total, total - keyed, keyed - whole, writer.count, writer.repeated, writer.nan)
+    no_key, no_score = counts.total - counts.keyed, counts.keyed - counts.whole
+    return Built(counts.total, no_key, no_score, writer.count, writer.repeated, writer.nan)
 
 
-def _connected(config: dict[str, Any]) -> Any:
+class _Counts(NamedTuple):
+    """Rows, those with a key, those with a key and all scores."""
+
+    total: int
+    keyed: int
+    whole: int
+
+
+def _scored(scores: int) -> str:
+    """Return the condition that a row has so many scores."""
+    return " AND ".join(f"score{n} IS NOT NULL" for n in range(scores))
+
+
+def _count(database: "DuckDBPyConnection", rows: str, scores: int, where: str) -> _Counts:
+    """Return how many rows there are. Raises UserError if none can go into a store."""
+    counts = _Counts(
+        *database.sql(
+            f"SELECT count(*), count(key), count(*) FILTER (WHERE key IS NOT NULL AND {_scored(scores)}) FROM ({rows})"
+        ).fetchall()[0]
+    )
+    if not counts.whole:
+        raise UserError(
+            f"{where}: no row to build from: of {counts.total:,} rows {counts.total - counts.keyed:,} have no hash, "
+            f"{counts.keyed:,} have one and no score"
+        )
+    return counts
+
+
+def _write(database: "DuckDBPyConnection", rows: str, writer: StoreWriter, counts: _Counts, progress: bool) -> None:
+    """Write the rows that have a key and all scores, in the order of the keys, and of the tables."""
+    names = [f"score{n}" for n in range(writer.scores)]
+    query = (
+        f"SELECT key, {', '.join(names)} FROM ({rows}) WHERE key IS NOT NULL AND {_scored(writer.scores)} "
+        "ORDER BY key, file_index, file_row_number"
+    )
+    database.execute("SET enable_progress_bar = true; SET enable_progress_bar_print = false")
+    with _sorting(database, progress):
+        batches = database.sql(query).to_arrow_reader(BATCH)
+    with tqdm(desc="writing", total=counts.whole, unit="row", unit_scale=True, disable=not progress) as bar:
+        for batch in batches:
+            keys, *values = (column.to_numpy(zero_copy_only=False) for column in batch.columns)
+            writer.add(keys, np.stack(values, axis=1))  # [n], [n, V]
+            bar.update(len(keys))
+
+
+def _connected(config: dict[str, str | int | bool]) -> "DuckDBPyConnection":
     """Return DuckDB. Raises UserError about its settings."""
     import duckdb
 
@@ -172,7 +161,7 @@ def _connected(config: dict[str, Any]) -> Any:
 
 
 def _select(
-    database: Any,
+    database: "DuckDBPyConnection",
     paths: Sequence[str],
     key: str | None,
     url: str | None,
@@ -187,30 +176,28 @@ def _select(
     if keys.hash is None:
         options = {"type": "arrow", "null_handling": "special"}
         database.create_function("ldm_hash", _hash_columns, ["VARCHAR", "VARCHAR"], "BIGINT", **options)
-        keyed = f"ldm_hash({', '.join(f'CAST({_quoted(name)} AS VARCHAR)' for name in (keys.url, keys.text))})"
+        keyed = f"ldm_hash({', '.join(f'CAST({identifier(name)} AS VARCHAR)' for name in (keys.url, keys.text))})"
     else:
         kind = types[keys.hash]
         if kind not in INTEGERS:
             raise not_a_hash(keys.hash, kind, kind in ("DOUBLE", "FLOAT"))
-        keyed = _quoted(keys.hash)
+        keyed = identifier(keys.hash)
     picked = []
     for number, given in enumerate(scores):
         name = named(given, "aesthetic", list(types), paths[0])
         kind = types[name]
         if kind not in ("FLOAT", "DOUBLE", *INTEGERS) and not kind.startswith("DECIMAL"):
             raise UserError(f"column {name!r}: a score is a number, this column is {kind}")
-        picked.append(f"CAST({_quoted(name)} AS {'FLOAT' if kind == 'FLOAT' else 'DOUBLE'}) AS score{number}")
+        picked.append(f"CAST({identifier(name)} AS {'FLOAT' if kind == 'FLOAT' else 'DOUBLE'}) AS score{number}")
     return f"SELECT {keyed} AS key, {', '.join(picked)}, file_index, file_row_number FROM {table}"
 
 
-def _hash_columns(urls: Any, texts: Any) -> Any:
-    import pyarrow
-
+def _hash_columns(urls: pyarrow.ChunkedArray, texts: pyarrow.ChunkedArray) -> pyarrow.Array:
     return pyarrow.array(hashes_of(urls.to_pylist(), texts.to_pylist()))
 
 
 @contextlib.contextmanager
-def _sorting(database: Any, progress: bool) -> Iterator[None]:
+def _sorting(database: "DuckDBPyConnection", progress: bool) -> Iterator[None]:
     """Show how far DuckDB is with the query that runs inside; it says so in per cent, to whoever asks."""
     done = threading.Event()
 
@@ -229,12 +216,3 @@ def _sorting(database: Any, progress: bool) -> Iterator[None]:
         done.set()
         if watcher:
             watcher.join()
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
-def literal(text: str) -> str:
-    """Return a text as SQL writes it."""
-    return "'" + text.replace("'", "''") + "'"

@@ -1,4 +1,4 @@
-"""A score store against whole tables: a column of scores for each row; the histogram of all its scores."""
+"""A column of scores out of a store for each row of a table."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -9,14 +9,14 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ldm_lab.curation.metadata.inputs import Files, find_files
-from ldm_lab.curation.store import ScoreStore, hashes_of
-from ldm_lab.curation.store_build import Columns, literal, not_a_hash
+from ldm_lab.curation.sql import literal
+from ldm_lab.curation.store.columns import Columns, not_a_hash
+from ldm_lab.curation.store.format import ScoreStore, hashes_of
 from ldm_lab.errors import UserError, first_line
 from ldm_lab.io.atomic import atomic_write
 
 BATCH = 2**17  # rows
 Keys = Callable[[Any], tuple[NDArray[np.int64], NDArray[np.bool_]]]
-EDGES = np.arange(11)  # of the buckets 0-1, 1-2, ... 9-10, half-open
 
 
 def add_scores(
@@ -140,55 +140,3 @@ def _key_reader(schema: Any, columns: Columns) -> Keys:
         return keys.to_numpy(), column.is_valid().to_numpy(zero_copy_only=False)
 
     return read
-
-
-def store_stats(store: ScoreStore, progress: bool = False) -> dict[str, Any]:
-    """Return what is in a store, as plain data, having read it from end to end.
-
-    `count`, `entry_bytes`, `first_key`, `last_key`, `repeated` (entries with the key of the one before), and in
-    `scores`, for each score of an entry, `min`, `max`, `mean` (None without any), the `histogram` of half-open buckets
-    `{"0-1": ..., "9-10": ...}`, and apart from it `below` 0, `above` (10 and more) and `nan`.
-
-    Raises UserError where the keys do not ascend.
-    """
-    ends: list[int] = []
-    repeated = 0
-    counts = np.zeros((store.scores, len(EDGES) + 2), dtype=np.int64)  # [V, below, 0-1 ... 9-10, above, NaN]
-    low, high = np.full(store.scores, np.inf), np.full(store.scores, -np.inf)  # [V]
-    sums = np.zeros(store.scores)  # [V]
-    bar = tqdm(desc="reading", total=len(store), unit="entry", unit_scale=True, disable=not progress)
-    with bar:
-        for keys, scores in store.blocks(BATCH):
-            repeated += int((keys[1:] == keys[:-1]).sum()) + (ends[-1:] == [int(keys[0])])
-            ends = [*ends[:1], *([] if ends else [int(keys[0])]), int(keys[-1])]
-            for n, values in enumerate(scores.T):
-                missing = np.isnan(values)
-                values = values[~missing].astype(np.float64)  # [m]
-                bucket = np.searchsorted(EDGES, values, side="right")  # [m], 0 is below the first edge
-                counts[n] += np.append(np.bincount(bucket, minlength=len(EDGES) + 1), missing.sum())
-                if len(values):
-                    low[n], high[n] = min(low[n], values.min()), max(high[n], values.max())
-                    sums[n] += values.sum()
-            bar.update(len(keys))
-    described = []
-    for n, (below, *buckets, above, missing) in enumerate(counts.tolist()):
-        some = len(store) - missing
-        described.append(
-            {
-                "min": float(low[n]) if some else None,
-                "max": float(high[n]) if some else None,
-                "mean": float(sums[n] / some) if some else None,
-                "histogram": {f"{edge}-{edge + 1}": count for edge, count in zip(EDGES, buckets)},
-                "below": below,
-                "above": above,
-                "nan": missing,
-            }
-        )
-    return {
-        "count": len(store),
-        "entry_bytes": store.entry_bytes,
-        "first_key": ends[0] if ends else None,
-        "last_key": ends[-1] if ends else None,
-        "repeated": repeated,
-        "scores": described,
-    }

@@ -1,6 +1,8 @@
 """Heads learned from rated images: ridge regression in closed form, or a small MLP, judged on ratings held out."""
 
-from typing import Any, NamedTuple
+import math
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,12 +11,16 @@ from torchmetrics.functional import mean_absolute_error, mean_squared_error, pea
 from tqdm import tqdm
 
 from ldm_lab.config import build
-from ldm_lab.curation.heads.head import Head, unit
+from ldm_lab.curation.heads.head import Head, l2_normalize
 from ldm_lab.errors import UserError
+from ldm_lab.io.json_files import Json
 
 LEAST = 10  # rated images, below which nothing can be said
 RIDGES = torch.logspace(-8, 2, 41, dtype=torch.float64)  # tried, in units of the mean eigenvalue
 LOGISTIC_RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # tried for probabilities
+
+
+PartConfig = dict[str, Json]  # the config of a part
 
 
 class Split(NamedTuple):
@@ -40,7 +46,7 @@ def split(embeds: Tensor, ratings: Tensor, share: float, seed: int) -> Split:
         raise UserError(f"{count} rated images, {held} of them held out, are too few to learn from and to judge by")
     ratings = ratings.float()  # [N]
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))  # [N]
-    rows = unit(embeds)  # [N, D]
+    rows = l2_normalize(embeds)  # [N, D]
     train, held_out = order[held:], order[:held]
     if float(ratings[train].std()) == 0:
         those = f"all {count} ratings" if float(ratings.std()) == 0 else f"all {len(train)} ratings to learn from"
@@ -48,7 +54,7 @@ def split(embeds: Tensor, ratings: Tensor, share: float, seed: int) -> Split:
     return Split((rows[train], ratings[train]), (rows[held_out], ratings[held_out]))
 
 
-def fit_linear(section: dict[str, Any], x: Tensor, y: Tensor, ridge: float | None) -> tuple[Head, dict[str, Any]]:
+def fit_linear(section: PartConfig, x: Tensor, y: Tensor, ridge: float | None) -> tuple[Head, dict[str, float]]:
     """Return a linear head and facts about it.
 
     Args:
@@ -80,7 +86,7 @@ def fit_linear(section: dict[str, Any], x: Tensor, y: Tensor, ridge: float | Non
     return head, {"ridge": ridge}
 
 
-def _fit_probability(head: Head, x: Tensor, y: Tensor, ridge: float | None) -> tuple[Head, dict[str, Any]]:
+def _fit_probability(head: Head, x: Tensor, y: Tensor, ridge: float | None) -> tuple[Head, dict[str, float]]:
     """Return a linear head whose sigmoid is the probability of 1.
 
     Where no ridge is given, the one is taken that predicts a fifth of the images best from the others.
@@ -114,26 +120,34 @@ def _fit_logistic(head: Head, x: Tensor, y: Tensor, ridge: float) -> None:
     optimizer.step(closure)
 
 
-def fit_mlp(
-    section: dict[str, Any], x: Tensor, y: Tensor, *, epochs: int, batch_size: int, lr: float, seed: int
-) -> tuple[Head, dict[str, Any]]:
+@dataclass(frozen=True)
+class MLPOptions:
+    """How an MLP learns: passes over the images, images per step, learning rate of Adam, seed."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    seed: int
+
+
+def fit_mlp(section: PartConfig, x: Tensor, y: Tensor, options: MLPOptions) -> tuple[Head, dict[str, float]]:
     """Return an MLP head and facts about it: Adam on the squared error, or on the cross-entropy of a probability.
 
     Ratings are brought to mean 0 and deviation 1 while it learns; the last layer takes them back.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(options.seed)
     head = build("head", section).train()
     is_number = head.output == "number"
     if not is_number:
         _check_probabilities(y)
     mean, deviation = (y.mean(), y.std()) if is_number else (0.0, 1.0)  # [], []
     target = (y - mean) / deviation  # [n]
-    optimizer = torch.optim.Adam(head.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    optimizer = torch.optim.Adam(head.parameters(), lr=options.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs)
     loss_of = F.mse_loss if is_number else F.binary_cross_entropy_with_logits
-    with tqdm(range(epochs), desc="train", unit="epoch", dynamic_ncols=True) as bar:
+    with tqdm(range(options.epochs), desc="train", unit="epoch", dynamic_ncols=True) as bar:
         for _ in bar:
-            for rows in torch.randperm(len(x)).split(batch_size):
+            for rows in torch.randperm(len(x)).split(options.batch_size):
                 loss = loss_of(head.raw(x[rows]), target[rows])
                 optimizer.zero_grad()
                 loss.backward()
@@ -145,8 +159,8 @@ def fit_mlp(
         last.weight.mul_(deviation)
         last.bias.mul_(deviation).add_(mean)
     if not all(p.isfinite().all() for p in head.parameters()):
-        raise UserError(f"--lr {lr:g}: the head's weights did not stay finite numbers; a smaller one is needed")
-    return head.eval(), {"epochs": epochs, "batch_size": batch_size, "lr": lr}
+        raise UserError(f"--lr {options.lr:g}: the head's weights did not stay finite numbers; a smaller one is needed")
+    return head.eval(), {"epochs": options.epochs, "batch_size": options.batch_size, "lr": options.lr}
 
 
 def _check_probabilities(y: Tensor) -> None:
@@ -154,20 +168,46 @@ def _check_probabilities(y: Tensor) -> None:
         raise UserError(f"--output probability: ratings from 0 to 1 are needed, these are {y.min():g} to {y.max():g}")
 
 
-@torch.no_grad()
-def judge(head: Head, x: Tensor, y: Tensor, train_mean: float) -> dict[str, float]:
-    """Return how good a head is on ratings that it has not seen.
+@dataclass(frozen=True)
+class Evaluation:
+    """How good a head is on ratings that it has not seen.
 
-    Returns:
-        `pearson` and `spearman` correlation, `rmse` and `mae` in units of the rating, and `rmse_of_mean`: the error of
-        always saying the mean. Correlations are NaN where all predictions are the same.
+    Attributes:
+        pearson, spearman: correlations; NaN where all predictions, or all ratings, are the same.
+        rmse, mae: in units of the rating.
+        rmse_of_mean: the error of always saying the mean.
+    """
+
+    pearson: float
+    spearman: float
+    rmse: float
+    mae: float
+    rmse_of_mean: float
+
+    def finite(self) -> dict[str, float]:
+        """Return the numbers by name without NaN, which JSON does not know."""
+        return {name: value for name, value in asdict(self).items() if math.isfinite(value)}
+
+    def __str__(self) -> str:
+        return (
+            f"Pearson {self.pearson:.4f}, Spearman {self.spearman:.4f}, RMSE {self.rmse:.4g}, MAE {self.mae:.4g} "
+            f"(RMSE of the mean rating: {self.rmse_of_mean:.4g})"
+        )
+
+
+@torch.no_grad()
+def evaluate(head: Head, x: Tensor, y: Tensor, train_mean: float) -> Evaluation:
+    """Return how good a head is on unit embeddings [n, D] with ratings [n].
+
+    Args:
+        train_mean: mean of the ratings that it has learned from.
     """
     predicted = head(x)  # [n]
     spread = float(predicted.std()) > 0 and float(y.std()) > 0
-    return {
-        "pearson": float(pearson_corrcoef(predicted, y)) if spread else float("nan"),
-        "spearman": float(spearman_corrcoef(predicted, y)) if spread else float("nan"),
-        "rmse": float(mean_squared_error(predicted, y, squared=False)),
-        "mae": float(mean_absolute_error(predicted, y)),
-        "rmse_of_mean": float(mean_squared_error(torch.full_like(y, train_mean), y, squared=False)),
-    }
+    return Evaluation(
+        pearson=float(pearson_corrcoef(predicted, y)) if spread else float("nan"),
+        spearman=float(spearman_corrcoef(predicted, y)) if spread else float("nan"),
+        rmse=float(mean_squared_error(predicted, y, squared=False)),
+        mae=float(mean_absolute_error(predicted, y)),
+        rmse_of_mean=float(mean_squared_error(torch.full_like(y, train_mean), y, squared=False)),
+    )

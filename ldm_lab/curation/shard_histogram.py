@@ -7,9 +7,12 @@ from random import Random
 
 from tqdm import tqdm
 
-from ldm_lab.curation.metadata.histogram import Buckets, Histogram, Shown
-from ldm_lab.data.shards import expand, metadata_of, read_scores, read_shard, scores_of
-from ldm_lab.data.source import Raw, caption_of
+from ldm_lab.curation.buckets import Buckets
+from ldm_lab.curation.metadata.histogram import Histogram, Shown
+from ldm_lab.data.addresses import expand
+from ldm_lab.data.sample_metadata import metadata_of, read_scores, scores_path
+from ldm_lab.data.samples import RawSample, caption_of
+from ldm_lab.data.tar import read_shard
 from ldm_lab.errors import UserError
 from ldm_lab.io.images import BadImage, decode_image, to_rgb
 from ldm_lab.rules.sample import SampleRow
@@ -29,24 +32,24 @@ def histogram_of_shards(
     """
     random = Random(seed)
     counts: Counter[int | None] = Counter()
-    drawn: dict[int, list[tuple[float, Raw]]] = {}
+    drawn: dict[int, list[tuple[float, RawSample]]] = {}
     skipped = Counter[str]()
     for address in tqdm(expand(shards), "shards", unit="shard", disable=None):
         beside = {}
         if scores is not None:
             try:
-                beside = read_scores(scores_of(address, scores))
+                beside = read_scores(scores_path(address, scores))
             except OSError as error:
                 raise UserError(
-                    f"--scores: {scores_of(address, scores)}: not a readable Parquet file ({error})"
+                    f"--scores: {scores_path(address, scores)}: not a readable Parquet file ({error})"
                 ) from None
         for item in read_shard(address):
-            if not isinstance(item, Raw):
+            if not isinstance(item, RawSample):
                 skipped[item.reason] += 1
                 continue
             row = SampleRow(metadata_of(item), before=beside.get(item.key))
             score = row.number(quantity).value
-            place = None if score is None else buckets.place(score)
+            place = None if score is None else int(buckets.places([score])[0])
             counts[place] += 1
             if place is None or not 0 < place <= len(buckets.names):
                 continue

@@ -12,6 +12,7 @@ import mmap
 import operator
 import os
 import struct
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ class ScoreStore:
         if size:  # nothing cannot be mapped
             with open(self.path, "rb") as file:
                 self._buffer = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-            if hasattr(mmap, "MADV_RANDOM"):  # else the kernel reads a whole neighbourhood for every entry
+            if sys.platform != "win32":  # else the kernel reads a whole neighbourhood for every entry
                 self._buffer.madvise(mmap.MADV_RANDOM)
         self._entries = np.frombuffer(self._buffer, self._type)  # [N], a view
         self._keys = self._entries["key"]
@@ -238,7 +239,7 @@ class StoreWriter:
     """
 
     def __init__(self, path: str | Path, scores: int = 1, unique: bool = False):
-        self.path, self.unique, self._type = Path(path), unique, entry_type(scores)
+        self.path, self.scores, self.unique, self._type = Path(path), scores, unique, entry_type(scores)
         self.count = self.repeated = self.nan = 0
         self._last: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 

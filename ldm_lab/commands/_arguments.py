@@ -1,0 +1,89 @@
+"""The parser of command lines, types of arguments with bounds, and arguments that several commands have."""
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import NoReturn
+
+from ldm_lab.errors import UserError
+
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others are, without the usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """Return the type of an argument that is a whole number from `least` on."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"a whole number is needed, not {text!r}") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"at least {least} is needed, not {text}")
+        return value
+
+    return parse
+
+
+def number(text: str, fits: Callable[[float], bool], needed: str) -> float:
+    """Return the number in a text. Raises ArgumentTypeError "{needed} is needed" if it is none, or does not fit."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and fits(value)):
+        raise argparse.ArgumentTypeError(f"{needed} is needed, not {text}")
+    return value
+
+
+def positive(text: str) -> float:
+    """Return a number above 0."""
+    return number(text, lambda value: value > 0, "a number above 0")
+
+
+def not_negative(text: str) -> float:
+    """Return a number from 0 on."""
+    return number(text, lambda value: value >= 0, "a number from 0 on")
+
+
+def share(text: str) -> float:
+    """Return a number between 0 and 1, both excluded."""
+    return number(text, lambda value: 0 < value < 1, "a share between 0 and 1")
+
+
+def safetensors_file(text: str) -> str:
+    """Return the name of a file that is written as safetensors."""
+    if not text.endswith(".safetensors"):
+        raise argparse.ArgumentTypeError(
+            f"the file is written as .safetensors, so its name has to end like that, not {text}"
+        )
+    return text
+
+
+def add_clip_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments that say which CLIP embeds."""
+    parser.add_argument(
+        "--clip",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="keys of a conditioner: model, pretrained, weights; name=cloob for a CLOOB (default: as the heads say)",
+    )
+
+
+def add_pass_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of a pass over images: `ldm_lab.data.passes.PassOptions`."""
+    add = parser.add_argument
+    add("--batch-size", type=whole_number(1), default=64, metavar="N", help="images at once (%(default)s)")
+    add("--workers", type=whole_number(0), default=2, metavar="N", help="loader processes per device (%(default)s)")
+    add("--devices", default="1", metavar="N", help="devices per node, or auto (%(default)s)")
+    add("--num-nodes", type=whole_number(1), default=1, metavar="N", help="nodes (%(default)s)")
+    add("--accelerator", default="auto", metavar="NAME", help="auto, gpu, cpu, mps (%(default)s)")
+    add("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of the CLIP's arithmetic (%(default)s)")

@@ -1,0 +1,104 @@
+"""How many samples were read, and why some of them are not used."""
+
+from dataclasses import dataclass, field
+from typing import TypedDict
+
+from ldm_lab.data.samples import FilteredOut, SkippedSample
+from ldm_lab.interfaces import ReaderState
+
+EXAMPLES = 3  # keys kept per reason
+
+
+class CountsState(TypedDict, total=False):
+    """`Counts` as plain values, for files and checkpoints; `filtered` is only there when a rule filtered something."""
+
+    read: int
+    skipped: dict[str, int]
+    examples: dict[str, list[str]]
+    filtered: dict[str, int]
+
+
+@dataclass
+class Counts:
+    """How many samples were read, how many of them skipped for which reason, and how many filtered out by which rule.
+
+    Attributes:
+        read: samples, the skipped and filtered ones included; a broken shard counts as one.
+        skipped: reason -> samples.
+        examples: reason or rule -> the first few keys.
+        filtered: rule -> samples; a sample that violates several counts for the first.
+    """
+
+    read: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    filtered: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, state: CountsState | ReaderState) -> "Counts":
+        """Return the counts of a file or of a reader, as a copy."""
+        if isinstance(state, ReaderState):
+            state = CountsState(
+                read=state.read, skipped=state.skipped, examples=state.examples, filtered=state.filtered
+            )
+        return cls(
+            state.get("read", 0),
+            dict(state.get("skipped", {})),
+            dict(state.get("examples", {})),
+            dict(state.get("filtered", {})),
+        )
+
+    def skip(self, problem: SkippedSample) -> None:
+        """Count a sample that is not used; it has been counted as read."""
+        one, examples = {problem.reason: 1}, {problem.reason: [problem.key]}
+        if isinstance(problem, FilteredOut):
+            self.add(Counts(filtered=one, examples=examples))
+        else:
+            self.add(Counts(skipped=one, examples=examples))
+
+    def add(self, other: "Counts") -> None:
+        """Add what was counted elsewhere."""
+        self.read += other.read
+        for total, more in ((self.skipped, other.skipped), (self.filtered, other.filtered)):
+            for reason, count in more.items():
+                total[reason] = total.get(reason, 0) + count
+                keys = self.examples.get(reason, []) + other.examples[reason]
+                self.examples[reason] = list(dict.fromkeys(keys))[:EXAMPLES]  # each epoch meets them again
+
+    def state(self) -> CountsState:
+        """Return plain values, of which `of` makes the same counts."""
+        state = CountsState(read=self.read, skipped=dict(self.skipped), examples=dict(self.examples))
+        if self.filtered:
+            state["filtered"] = dict(self.filtered)
+        return state
+
+    @property
+    def share(self) -> float:
+        """The share of skipped samples among the wanted ones, in [0, 1]."""
+        return sum(self.skipped.values()) / max(self.wanted, 1)
+
+    @property
+    def wanted(self) -> int:
+        """Samples that no rule filtered out."""
+        return self.read - sum(self.filtered.values())
+
+    @property
+    def used(self) -> int:
+        """Samples that were neither skipped nor filtered out."""
+        return self.wanted - sum(self.skipped.values())
+
+    def __str__(self) -> str:
+        skipped, filtered = sum(self.skipped.values()), sum(self.filtered.values())
+        text = f"{self.read:,} samples read, "
+        if filtered:
+            share = filtered / max(self.read, 1)
+            text += f"{filtered:,} left out by rules ({share:.1%}): {self._reasons(self.filtered)}; "
+        return text + (
+            f"{skipped:,} skipped ({self.share:.1%}): {self._reasons(self.skipped)}" if skipped else "none skipped"
+        )
+
+    def _reasons(self, counts: dict[str, int]) -> str:
+        return "; ".join(
+            f"{reason} {count:,} (e.g. {', '.join(self.examples[reason])})"
+            for reason, count in sorted(counts.items(), key=lambda pair: -pair[1])
+        )

@@ -1,0 +1,82 @@
+"""WebDataset shards, filtered by rules on what is known of each sample."""
+
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
+from ldm_lab.config import part_class, register
+from ldm_lab.data.addresses import expand
+from ldm_lab.data.sample_metadata import metadata_of, read_scores, scores_path
+from ldm_lab.data.samples import FilteredOut, RawSample, SkippedSample
+from ldm_lab.data.shard_source import ShardSource
+from ldm_lab.data.source import ImageSource
+from ldm_lab.data.tar import read_shard
+from ldm_lab.errors import UserError
+from ldm_lab.rules.rule import build_rules, check_rules
+from ldm_lab.rules.sample import SampleRow, violated_rules
+
+
+@register("data", "webdataset")
+class WebDataset(ShardSource):
+    """WebDataset shards: jpg/png/webp + txt + json in tar files.
+
+    Args:
+        shards: addresses: paths, `{00000..00012}` braces, globs, http(s), cloud addresses that webdataset knows, or
+            `pipe:` and a shell command that writes a tar file to its standard output.
+        rules: {name: options}, as in `python -m ldm_lab select`: which samples are left out, by their json. They are
+            counted by rule, apart from the skipped ones.
+        scores: the ending of a Parquet file beside each shard, in the place of `.tar`, with columns such as `key` and
+            `aesthetic`: what it says of a sample goes before what its json says.
+    """
+
+    def __init__(
+        self, *, shards: str | list[str], rules: dict[str, Any] | None = None, scores: str | None = None, **common: Any
+    ):
+        super().__init__(**common)
+        self.shards = [shards] if isinstance(shards, str) else shards
+        self.rules, self.scores = build_rules(rules or {}), scores
+
+    @staticmethod
+    def check(section: dict[str, Any]) -> list[str]:
+        """Return what is wrong with the values of a section."""
+        problems = ImageSource.check(section)
+        rules = section.get("rules") or {}
+        wrong = check_rules(rules)
+        if not wrong:
+            used = [name for name, options in rules.items() if options is not None]
+            across = [name for name in used if part_class("rule", name).compares_rows]
+            wrong = [f"rules.{name}: compares samples with each other, which a stream cannot" for name in across]
+        if section.get("scores") is not None and not rules:
+            wrong.append("scores: only rules ask for them, and there are none")
+        return problems + wrong
+
+    def list_shards(self) -> list[str]:
+        addresses = expand(self.shards)
+        if self.scores is not None:
+            if find_spec("pyarrow") is None:
+                raise UserError("data.scores: pyarrow has to be installed for it: pip install 'ldm_lab[curation]'")
+            missing = [path for path in (scores_path(a, self.scores) for a in addresses) if not os.path.isfile(path)]
+            if missing:
+                raise UserError(
+                    f"data.scores: no such file: {missing[0]}; {len(missing)} of {len(addresses)} are missing"
+                )
+        return addresses
+
+    def samples(self, address: str) -> Iterator[RawSample | SkippedSample]:
+        """Yield the samples of a shard, with FilteredOut in the place of those that violate a rule."""
+        if not self.rules:
+            yield from read_shard(address)
+            return
+        try:
+            scores = read_scores(scores_path(address, self.scores)) if self.scores is not None else {}
+        except OSError:
+            yield SkippedSample("unreadable scores", address)
+            return
+        for item in read_shard(address):
+            if isinstance(item, RawSample):
+                violated = violated_rules(self.rules, SampleRow(metadata_of(item), before=scores.get(item.key)))
+                if violated:
+                    rule, reason = violated[0]
+                    item = FilteredOut(f"rule {rule}" if reason == rule else f"rule {rule}: {reason}", item.key)
+            yield item

@@ -1,0 +1,146 @@
+"""What a pass goes through, one after the other: shards, or batches of image files. Each is done or it is not."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from ldm_lab.data.addresses import expand, is_remote, without_ending
+from ldm_lab.data.files import Folder
+from ldm_lab.data.samples import RawSample, SkippedSample
+from ldm_lab.data.tar import read_shard
+from ldm_lab.errors import UserError
+
+FILES = 1000  # image files in a work item
+
+Content = str | int | None  # plain, as it is written into files
+
+
+@dataclass(frozen=True)
+class WorkItem:
+    """Base class: samples that are done as a whole or not at all.
+
+    Attributes:
+        target: where the results go, without the ending.
+    """
+
+    target: Path
+
+    @property
+    def address(self) -> str:
+        """What it is, in words."""
+        raise NotImplementedError
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it may be reached at another time though it cannot be now."""
+        return False
+
+    def content(self) -> Content:
+        """Return what tells whether these are still the same samples; None if nothing can."""
+        raise NotImplementedError
+
+    def samples(self) -> Iterator[RawSample | SkippedSample]:
+        """Yield the samples, undecoded, in a fixed order."""
+        raise NotImplementedError
+
+    def file(self, ending: str) -> Path:
+        """Return the path of a result."""
+        return self.target.with_name(self.target.name + ending)
+
+
+@dataclass(frozen=True)
+class Shard(WorkItem):
+    """A tar file of samples.
+
+    Attributes:
+        location: a path, or an http(s) or cloud address.
+        name: path, without the ending, relative to the folder that all shards are in.
+    """
+
+    location: str
+    name: Path
+
+    @property
+    def address(self) -> str:
+        return self.location
+
+    @property
+    def is_remote(self) -> bool:
+        return is_remote(self.location)
+
+    def content(self) -> Content:
+        return None if self.is_remote else os.path.getsize(self.location)
+
+    def samples(self) -> Iterator[RawSample | SkippedSample]:
+        return read_shard(self.location)
+
+
+@dataclass(frozen=True)
+class FileBatch(WorkItem):
+    """Image files of a folder that follow on one another in its sorted list.
+
+    Attributes:
+        folder: opened.
+        first: place of the first of them.
+        names: of them.
+    """
+
+    folder: Folder
+    first: int
+    names: tuple[str, ...]
+
+    @property
+    def address(self) -> str:
+        return f"{self.folder.root}: {self.names[0]} ... {self.names[-1]}"
+
+    def content(self) -> Content:
+        return hashlib.sha256("\n".join(self.names).encode(errors="surrogateescape")).hexdigest()
+
+    def samples(self) -> Iterator[RawSample | SkippedSample]:
+        for index in range(self.first, self.first + len(self.names)):
+            try:
+                yield self.folder.read(index)
+            except SkippedSample as problem:
+                yield problem
+
+
+def shard_items(patterns: list[str], out: Path | None) -> list[Shard]:
+    """Return the shards of some addresses and patterns; results lie beside each, or in `out` in the same order.
+
+    Raises:
+        UserError: no such shard; an address that results cannot lie beside; two shards with the same target.
+    """
+    addresses = expand(patterns)
+    local = [Path(address) for address in addresses if not is_remote(address)]
+    for address in addresses:
+        if address.startswith("pipe:"):
+            raise UserError(f"--shards {address}: a command has no name that its scores could have; give files")
+        if out is None and is_remote(address):
+            raise UserError(f"--shards {address}: --out has to say where its scores go")
+    common = Path(os.path.commonpath([path.absolute().parent for path in local])) if local else Path()
+    found, names = [], {}
+    for address in addresses:
+        path = Path(urlsplit(address).path if is_remote(address) else address)
+        stem = without_ending(path.name)
+        name = Path(stem) if is_remote(address) else path.absolute().parent.relative_to(common) / stem
+        if name in names:
+            raise UserError(f"--shards: the scores of {names[name]} and {address} would have the same name, {name}")
+        names[name] = address
+        found.append(Shard(path.with_name(stem) if out is None else out / name, address, name))
+    return found
+
+
+def file_batches(path: str, out: Path | None) -> list[FileBatch]:
+    """Return the images below a folder in batches. Raises UserError if there is none, or if `out` is not given."""
+    if out is None:
+        raise UserError("--images: --out has to say where the scores go")
+    folder = Folder(path=path, image_size=1, batch_size=1)
+    folder.open()
+    names = folder.names()
+    return [
+        FileBatch(out / f"{number:05d}", folder, first, tuple(names[first : first + FILES]))
+        for number, first in enumerate(range(0, len(names), FILES))
+    ]
