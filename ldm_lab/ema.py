@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ldm_lab.config import register
+from ldm_lab.config import NonNegativeInt, ShareBelowOne, register
 
 
 @register("ema")
@@ -14,9 +14,18 @@ class EMASchedule:
     """Decay of the moving average by optimizer steps done: decay[i] holds from step from_step[i] on."""
 
     def __init__(
-        self, *, from_step: list[int] = (0, 20_000, 200_000), decay: list[float] = (0.99, 0.999, 0.9999)
+        self,
+        *,
+        from_step: list[NonNegativeInt] = (0, 20_000, 200_000),
+        decay: list[ShareBelowOne] = (0.99, 0.999, 0.9999),
     ) -> None:
-        """The defaults are cloob-latent-diffusion's. Finetunes of n steps want stages scaled to n."""
+        """Set the stages; the defaults are cloob-latent-diffusion's.
+
+        Args:
+            from_step: optimizer steps at which the stages begin, the first one at 0; finetunes of n steps want them
+                scaled to n.
+            decay: of each stage: the share of the average that stays in a step.
+        """
         self.from_step, self.decay = list(from_step), list(decay)
 
     @staticmethod
@@ -27,8 +36,7 @@ class EMASchedule:
             return [f"decay: {len(schedule.decay)} values for {len(schedule.from_step)} values of from_step"]
         if schedule.from_step != sorted(schedule.from_step) or schedule.from_step[:1] != [0]:
             return [f"from_step: rising step counts that begin with 0 are needed, not {schedule.from_step}"]
-        wrong = [d for d in schedule.decay if not 0 <= d < 1]
-        return [f"decay: {wrong[0]} is outside 0..1"] if wrong else []
+        return []
 
     def at(self, step: int) -> float:
         """Return the decay after `step` completed optimizer steps."""

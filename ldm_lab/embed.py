@@ -3,17 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
-import yaml
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm_lab.checkpoints.embedders import describe, embedder_of
-from ldm_lab.checkpoints.importer import kind_of
-from ldm_lab.checkpoints.parts import find_weights, load_part, weights_path
-from ldm_lab.config import check_section, part_class, parts
+from ldm_lab.checkpoints.importer import detect_format
+from ldm_lab.checkpoints.parts import has_weights, load_part
+from ldm_lab.conditioners.embedding import EmbeddingConditioner
+from ldm_lab.config import Plain, check_section, part_class, parts
+from ldm_lab.config.overrides import values
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import EmbeddingConditioner
 
 Prepare = Callable[[Image.Image], Tensor]
 
@@ -33,7 +33,7 @@ class Encoder(nn.Module):
             UserError: no weights, or what `load_part` raises.
         """
         super().__init__()
-        if weights_path("conditioner", section) is None:
+        if not has_weights("conditioner", section):
             raise UserError("clip.weights: has to be given, a file with trained weights")
         self.embedder = embedder_of(section)
         self.conditioner: EmbeddingConditioner = load_part("conditioner", section)
@@ -64,19 +64,11 @@ def clip_section(given: list[str], embedder: dict[str, str] | None) -> dict[str,
     Raises:
         UserError: a word that is none, nothing at all to go by, or what is wrong with the section.
     """
-    written: dict[str, Any] = {}
-    for entry in given:
-        key, equals, value = entry.partition("=")
-        try:
-            written[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            equals = ""
-        if not equals or not key:
-            raise UserError(f"--clip {entry!r}: is written key=value, such as model=ViT-L-14-quickgelu")
+    written = _words(given)
     named = {key: text for key, text in (embedder or {}).items() if key != "sha256"}
     whole = any(key in written for key in ("name", "model", "architecture"))  # then another one is meant altogether
     if not whole and isinstance(written.get("weights"), str):
-        whole = kind_of(find_weights(written["weights"])) == "part"  # a file of ours says itself what it is
+        whole = detect_format(written["weights"]).kind == "part"  # a file of ours says itself what it is
     section = written if whole else {**named, **written}
     if not section.get("model") and not whole:
         whose = f"the head belongs to {describe(embedder)}" if embedder else "no head says which"
@@ -89,3 +81,10 @@ def clip_section(given: list[str], embedder: dict[str, str] | None) -> dict[str,
         known = [name for name, cls in sorted(parts("conditioner").items()) if issubclass(cls, EmbeddingConditioner)]
         raise UserError(f"--clip: clip.name: {' or '.join(known)} is needed, not {section['name']!r}")
     return section
+
+
+def _words(given: list[str]) -> dict[str, Plain]:
+    try:
+        return values(given, "model=ViT-L-14-quickgelu")
+    except UserError as error:
+        raise UserError(f"--clip: {error}") from None

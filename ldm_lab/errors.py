@@ -14,12 +14,12 @@ class UserError(ValueError):
     """
 
 
-def unknown(what: str, given: object, known: Iterable[str]) -> str:
-    """Return "no such ...", with the nearest match and all choices, for an unknown name."""
+def unknown(what: str, given: object, known: Iterable[str], of: str = "") -> str:
+    """Return "no such ...", with the nearest match and all choices, for an unknown name, perhaps one `of` something."""
     known = sorted(known)
     near = difflib.get_close_matches(str(given), known, n=1, cutoff=0.6)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"no such {what}: {given!r}.{hint} Known: {', '.join(known) or 'none'}."
+    return f"no such {what}: {given!r}{of and f' of {of}'}.{hint} Known: {', '.join(known) or 'none'}."
 
 
 def first_line(error: Exception, limit: int = 200) -> str:

@@ -3,188 +3,39 @@
 t runs from 1 (noise) to 0 (data). x = alpha(t) * x0 + sigma(t) * eps; v = alpha * eps - sigma * x0. Images are RGB in
 [-1, 1], [B, 3, H, W]; latents are [B, C, h, w] with about unit variance.
 
-A denoiser is told things beside x and the time: its *conditions*, a dict of tensors whose first axis is the batch. What
-they are is described by a `ConditionSpec`, name -> kind. A conditioner gives some of them (made of images or texts), a
-condition source one or two more (a low-resolution image and its noise level, an inpainting mask); a denoiser takes
-exactly what they give together (`check_conditions`).
+A denoiser is told things beside x and the time, its *conditions* (`ldm_lab.conditions`). A conditioner gives some of
+them (made of images or texts), a condition source one or two more (a low-resolution image and its noise level, an
+inpainting mask); a denoiser takes exactly what they give together (`check_conditions`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from PIL import Image as PillowImage
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ldm_lab.batch import Batch, ReaderState  # noqa: F401
+from ldm_lab.conditions import (  # noqa: F401  # whoever writes a part finds all that it needs here
+    ConditionKind,
+    ConditionRequest,
+    Conditions,
+    ConditionSpec,
+    Embedding,
+    ImageCondition,
+    Level,
+    TokenIds,
+    TokenStates,
+    condition_tensors,
+    describe_conditions,
+    is_upsampler,
+    required_condition,
+)
 from ldm_lab.errors import UserError
 
-Conditions = dict[str, Tensor]  # name -> [B, ...]
 TimeInput = Literal["t", "timestep", "log_snr"]
 TimestepSampler = Literal["sobol", "uniform"]
-
-
-# ----------------------------------------------------------------------------------------------------- conditions
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """One vector for each row, float [B, width]; zeros mean no condition."""
-
-    width: int
-
-    def __str__(self) -> str:
-        return f"embedding of {self.width}"
-
-
-@dataclass(frozen=True)
-class TokenIds:
-    """Ids that the denoiser reads itself, int64 [B, length]; beside NAME travels NAME_mask, bool [B, length]."""
-
-    length: int
-    vocabulary: int
-
-    def __str__(self) -> str:
-        return f"{self.length} token ids of a vocabulary of {self.vocabulary}"
-
-
-@dataclass(frozen=True)
-class TokenStates:
-    """States of a language model, float [B, length, width]; beside NAME travels NAME_mask, bool [B, length]."""
-
-    width: int
-    length: int
-
-    def __str__(self) -> str:
-        return f"token states, up to {self.length} of {self.width}"
-
-
-@dataclass(frozen=True)
-class ImageCondition:
-    """An image beside the noised one, float [B, channels, h / scale_factor, w / scale_factor]."""
-
-    channels: int
-    scale_factor: int = 1
-
-    def __str__(self) -> str:
-        size = "" if self.scale_factor == 1 else f", 1/{self.scale_factor} of the size"
-        return f"image of {self.channels} channels{size}"
-
-
-@dataclass(frozen=True)
-class Level:
-    """One number for each row, float [B], in [0, 1]: how noised another condition is."""
-
-    def __str__(self) -> str:
-        return "noise level"
-
-
-ConditionKind = Embedding | TokenIds | TokenStates | ImageCondition | Level
-ConditionSpec = Mapping[str, ConditionKind]
-Kind = TypeVar("Kind", Embedding, TokenIds, TokenStates, ImageCondition, Level)
-MASK = "_mask"  # beside the name of token ids or states: where a text goes on
-
-
-def condition_tensors(spec: ConditionSpec) -> list[str]:
-    """Return the names of the tensors that conditions of a spec consist of: its own, and masks of token sequences."""
-    names = []
-    for name, kind in spec.items():
-        names += [name, name + MASK] if isinstance(kind, TokenIds | TokenStates) else [name]
-    return names
-
-
-def describe_conditions(spec: ConditionSpec) -> str:
-    """Return a spec in words: "embed (embedding of 512) and low_res (image of 3 channels)"."""
-    return " and ".join(f"{name} ({kind})" for name, kind in spec.items()) or "nothing"
-
-
-def required_condition(spec: ConditionSpec, name: str, kind: type[Kind], denoiser: str) -> Kind:
-    """Return the condition that a denoiser cannot do without, of all that it is given.
-
-    Args:
-        spec: what conditioner and condition sources give.
-        name: of the condition.
-        kind: what it has to be.
-        denoiser: registered name, for the message.
-
-    Raises:
-        UserError: there is none of that name, or it is of another kind.
-    """
-    given = spec.get(name)
-    if not isinstance(given, kind):
-        raise UserError(
-            f"denoiser.name: {denoiser} takes {name} ({kind.__name__}), and the conditioner and condition sources give "
-            f"{describe_conditions(spec)}"
-        )
-    return given
-
-
-def is_upsampler(spec: ConditionSpec) -> bool:
-    """Return whether a denoiser that takes these conditions enlarges an image."""
-    return any(isinstance(kind, ImageCondition) and kind.scale_factor > 1 for kind in spec.values())
-
-
-def check_conditions(denoiser: "Denoiser", given: ConditionSpec) -> None:
-    """Raise UserError unless a denoiser takes exactly what the conditioner and the condition sources give."""
-    if dict(denoiser.spec) != dict(given):
-        raise UserError(
-            f"denoiser.name: {denoiser.part_name} takes {describe_conditions(denoiser.spec)}, and the conditioner and "
-            f"condition sources give {describe_conditions(given)}"
-        )
-
-
-@dataclass
-class ReaderState:
-    """Where a reader of the data stands after a batch, and what it read since the one before. Plain values.
-
-    Attributes:
-        position: `ldm_lab.data.order.Position`: epoch, start, offset.
-        reader: which of the rank's readers, one in each loader process.
-        read: samples, the skipped and filtered ones included.
-        skipped: reason -> samples that could not be used.
-        filtered: rule -> samples that a rule of the user's leaves out.
-        examples: reason or rule -> the first few keys.
-    """
-
-    position: tuple[int, int, int]
-    reader: int = 0
-    read: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
-    filtered: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-
-
-@dataclass
-class Batch:
-    """Samples as training gets them. A cache gives `mean` and `logvar` in place of `image`, and the conditions.
-
-    Attributes:
-        key: of each sample.
-        text: captions; "" where there is none.
-        image: [B, 3, H, W] in [-1, 1] (uint8 until it leaves the loader), or None.
-        mean, logvar: of the posterior of the autoencoder's raw latents, [B, C, h, w] each, or None.
-        conditions: what the conditioner gave when the cache was made; empty without a cache.
-        state: where the reader stands after this batch, for `DataModule.consumed`.
-    """
-
-    key: list[str]
-    text: list[str]
-    image: Tensor | None = None
-    mean: Tensor | None = None
-    logvar: Tensor | None = None
-    conditions: Conditions = field(default_factory=dict)
-    state: ReaderState | None = None
-
-    def __len__(self) -> int:
-        return len(self.key)
-
-    def require_image(self, purpose: str) -> Tensor:
-        """Return the images, [B, 3, H, W]. Raises UserError "images are needed to {purpose}" for a cached batch."""
-        if self.image is None:
-            raise UserError(f"data: images are needed to {purpose}, and a cache holds none")
-        return self.image
 
 
 # ------------------------------------------------------------------------------------------------------ predictions
@@ -288,6 +139,25 @@ class Part:
         """
         return None
 
+    @staticmethod
+    def weights_identity(config: dict[str, Any]) -> str | None:
+        """Return what pins the weights that a part brings along itself, such as a sha256 or a repository's revision.
+
+        They are in no file that the config names: a part with this loads them by `load_pretrained`. Checkpoints and
+        caches keep it in place of a file's checksum. None for all other parts.
+
+        Raises:
+            UserError: the weights are not there.
+        """
+        return None
+
+    def load_pretrained(self) -> None:
+        """Load the weights that the part brings along itself (`weights_identity`), once it is built.
+
+        Raises:
+            UserError: they are not there, damaged, or other ones.
+        """
+
     def convert_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return weights under the names that they are published with as this part's state dict."""
         return state
@@ -297,8 +167,8 @@ class Part:
         return {}
 
     @staticmethod
-    def check(config: dict[str, Any]) -> list[str]:
-        """Return what is wrong across the keys of a config, each as "key: what". Bounds stand in the annotations."""
+    def check(options: dict[str, Any]) -> list[str]:
+        """Return what is wrong across the options, each as "key: what". Bounds stand in the annotations."""
         return []
 
 
@@ -396,87 +266,6 @@ class Conditioner(Part, nn.Module):
     def null(self, conditions: Conditions) -> Conditions:
         """Return as many rows that mean "no condition"; by default zeros."""
         return {name: torch.zeros_like(value) for name, value in conditions.items()}
-
-
-class EmbeddingConditioner(Conditioner):
-    """A conditioner whose texts and images share one space: it compares them, too, and scores images.
-
-    Attributes:
-        embed_dim: D, the width of an embedding.
-        text_size: L, positions of a tokenized text.
-        image_transform: from a Pillow image of any mode and size to what `encode_pixels` takes, [3, S, S]; it can be
-            sent to other processes.
-    """
-
-    embed_dim: int
-    text_size: int
-
-    @property
-    def spec(self) -> ConditionSpec:
-        return {"embed": Embedding(self.embed_dim)}
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        return next(self.parameters()).device
-
-    @property
-    def image_transform(self) -> Callable[[PillowImage.Image], Tensor]:
-        raise NotImplementedError
-
-    def tokenize(self, texts: Sequence[str], warn: bool = False) -> Tensor:
-        """Return token ids, int64 [n, L]; too long texts are cut, if `warn` with a line in the log for each."""
-        raise NotImplementedError
-
-    def encode_tokens(self, tokens: Tensor) -> Tensor:
-        """Return the embeddings of token ids [n, L], [n, D], of any length."""
-        raise NotImplementedError
-
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Return the embeddings of images that `image_transform` prepared, [B, 3, S, S], [B, D], of any length."""
-        raise NotImplementedError
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Return the embeddings of images [B, 3, H, W] in [-1, 1], [B, D], unit rows; differentiable in the images."""
-        raise NotImplementedError
-
-    def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Return the embeddings of texts, [n, D], unit rows; a text that is too long is cut with a warning."""
-        tokens = self.tokenize(texts, warn=True).to(self.device)  # [n, L]
-        return F.normalize(self.encode_tokens(tokens), dim=-1)  # [n, D]
-
-    def from_batch(self, batch: Batch) -> Conditions:
-        """Return {"embed": [B, D]}, the embeddings of a batch's images. Raises UserError if it has none."""
-        if batch.image is None:
-            raise UserError(f"conditioner.name: {self.part_name} embeds images, and the data has none")
-        return {"embed": self.encode_image(batch.image)}  # [B, D]
-
-    def from_prompts(self, texts: Sequence[str], images: Sequence[PillowImage.Image]) -> Conditions:
-        """Return {"embed": [n, D]}, the embeddings of texts, then of images, unit rows."""
-        embeds = [torch.zeros(0, self.embed_dim, device=self.device)]  # [0, D]
-        if texts:
-            embeds.append(self.encode_text(texts))  # [n_texts, D]
-        if images:
-            pixels = torch.stack([self.image_transform(image) for image in images])  # [n_images, 3, S, S]
-            embeds.append(F.normalize(self.encode_pixels(pixels.to(self.device)), dim=-1))  # [n_images, D]
-        return {"embed": torch.cat(embeds)}  # [n, D]
-
-
-@dataclass(frozen=True)
-class ConditionRequest:
-    """What sampling knows of the images to be made, beside the prompts.
-
-    Attributes:
-        x: where sampling starts, [B, C, h, w].
-        low_res: what is to be enlarged, [B, 3, h', w'] in [-1, 1]; None without.
-        known: latents of an image of which a part is kept, [1 or B, C, h, w]; None without.
-        mask: where it is to be painted anew, bool [1 or B, 1, h, w]; None without.
-    """
-
-    x: Tensor
-    low_res: Tensor | None = None
-    known: Tensor | None = None
-    mask: Tensor | None = None
 
 
 class ConditionSource(Part, nn.Module):
@@ -615,3 +404,12 @@ class Sampler(Part):
             callback: called once in every step, with x before it and the clean estimate in it, [B, C, h, w] each.
         """
         raise NotImplementedError
+
+
+def check_conditions(denoiser: Denoiser, given: ConditionSpec) -> None:
+    """Raise UserError unless a denoiser takes exactly what the conditioner and the condition sources give."""
+    if dict(denoiser.spec) != dict(given):
+        raise UserError(
+            f"denoiser.name: {denoiser.part_name} takes {describe_conditions(denoiser.spec)}, and the conditioner and "
+            f"condition sources give {describe_conditions(given)}"
+        )

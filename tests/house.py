@@ -264,7 +264,8 @@ def declares(node: ast.AST) -> Iterator[str]:
         yield from (argument.arg for argument in with_default)
         yield from (a.arg for a, default in zip(node.args.kwonlyargs, node.args.kw_defaults) if default is not None)
     elif isinstance(node, ast.ClassDef):
-        yield from (f.target.id for f in node.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name))
+        fields = [f for f in node.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)]
+        yield from (f.target.id for f in fields if f.value is not None)
     elif called(node).endswith("add_argument"):
         flags = [a.value for a in node.args if isinstance(a, ast.Constant) and str(a.value).startswith("--")]
         yield from (flag.lstrip("-").replace("-", "_") for flag in flags)

@@ -45,6 +45,8 @@ def main(rank: int, meeting: str, out: str) -> None:
     if rank == 0:
         gradients = {name: p.grad for name, p in model.module.named_parameters()}
         torch.save({"loss": loss.detach(), "gradients": gradients}, out)
+    del model, loss  # what DDP holds of the group goes before the group
+    dist.barrier()  # nobody leaves while another one still sends
     dist.destroy_process_group()
 
 

@@ -10,7 +10,7 @@ from tiny import DENOISER, embedding, make_parts
 from torch.nn import functional as F
 
 from ldm_lab.checkpoints.embedders import OPENAI, embedder_of
-from ldm_lab.checkpoints.models import save_model
+from ldm_lab.checkpoints.native import save_model
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
 from ldm_lab.sampling import Aesthetic, RatingEmbeddings, Sampler

@@ -8,6 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [  # a module may import from its own line only what is in its own package, and from any line above
     {"errors"},
+    {"conditions"},
+    {"batch"},
     {"interfaces", "io", "processes"},
     {"config"},
     {"schedules", "ema", "rules", "clip_tokens"},

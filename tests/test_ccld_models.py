@@ -10,7 +10,8 @@ from PIL import Image
 from tiny import CLOOB, ROOT, embedding, make_run, run_program
 
 from ldm_lab.checkpoints.files import read_pickled, read_safetensors
-from ldm_lab.checkpoints.parts import load_fitting, load_part, save_part
+from ldm_lab.checkpoints.native import save_part
+from ldm_lab.checkpoints.parts import load_fitting, load_part
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
 

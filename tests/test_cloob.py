@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from ldm_lab.batch import Batch
 from ldm_lab.clip_tokens import Encoding, tokenize
 from ldm_lab.conditioners.cloob import CLOOB, SelfAttention
 from ldm_lab.conditioners.none import NoConditioner
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import center_crop_to
 
 TINY = {
@@ -206,8 +206,8 @@ def test_buffers_are_not_among_the_weights(cloob):
         ({"patch_size": 3}, "image_size: 8 is no multiple of patch_size"),
         ({"image_heads": 3}, "image_width: 16 is no multiple of image_heads"),
         ({"text_heads": None}, "text_heads: has to be given"),
-        ({"text_layers": 0}, "text_layers: 0 is below 1"),
-        ({"text_size": 1}, "text_size: 1 has no room"),
+        ({"text_layers": 0}, "text_layers: at least 1 is needed, not 0"),
+        ({"text_size": 1}, "text_size: at least 2 is needed, not 1"),
     ],
 )
 def test_sizes_that_do_not_fit(options, message):

@@ -4,30 +4,29 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ldm_lab.batch import Batch
 from ldm_lab.condition_sources import build_sources, given_conditions
 from ldm_lab.condition_sources.inpaint import Inpaint
 from ldm_lab.condition_sources.low_res import LowRes, shrink
 from ldm_lab.conditioners.glide_text import GlideText
 from ldm_lab.conditioners.none import NoConditioner
-from ldm_lab.denoisers.ccld_unet import CCLDUNet
-from ldm_lab.denoisers.glide_unet import GlideUNet
-from ldm_lab.errors import UserError
-from ldm_lab.interfaces import (
-    Batch,
+from ldm_lab.conditions import (
     ConditionRequest,
     ConditionSpec,
-    Denoiser,
     Embedding,
     ImageCondition,
     Level,
     TokenIds,
     TokenStates,
-    check_conditions,
     condition_tensors,
     describe_conditions,
     is_upsampler,
     required_condition,
 )
+from ldm_lab.denoisers.ccld_unet import CCLDUNet
+from ldm_lab.denoisers.glide_unet import GlideUNet
+from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Denoiser, check_conditions
 
 TINY_GLIDE = {"base_channels": 32, "multipliers": [1, 1], "blocks_per_level": 1, "attention": [2], "head_width": 16,
               "text_width": 16, "text_layers": 1, "text_heads": 2}  # fmt: skip
@@ -104,7 +103,7 @@ def test_what_is_given_and_taken_has_to_be_the_same():
 
 def test_conditioner_and_sources_give_their_union():
     text = GlideText(vocabulary="clip", vocab_size=600, text_size=6)
-    sources = build_sources({"low_res": {"scale_factor": 2}, "inpaint": None})
+    sources = build_sources({"low_res": {"scale_factor": 2}, "inpaint": {}, "clip_embed": None})
     given = given_conditions(text, sources)
     assert given == {
         "token_ids": TokenIds(6, 600),

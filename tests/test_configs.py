@@ -4,18 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from ldm_lab import config
-from ldm_lab.config import build, load, part_class
+from ldm_lab.config import PartConfig, RunConfig, build, load
 from ldm_lab.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
 
 
-def load_filled(path: Path) -> dict:
+def load_filled(path: Path) -> RunConfig:
     """Load a recipe with something in the places that its users have to fill."""
-    missing = config.OmegaConf.missing_keys(config.OmegaConf.load(path))
+    missing = OmegaConf.missing_keys(OmegaConf.load(path))
     return load(path, [f"{key}=somewhere" for key in missing])
 
 
@@ -23,9 +24,9 @@ def load_filled(path: Path) -> dict:
 def test_a_recipe_loads_and_builds(path):
     loaded = load_filled(path)
     with torch.device("meta"):
-        task = part_class("task", {"name": loaded["task"]})(loaded, read_weights=False)
+        task = loaded.task_class()(loaded, read_weights=False)
     assert sum(p.numel() for p in task.model.parameters()) > 1000
-    assert loaded["run"] == path.stem, "a recipe's runs go where its name says"
+    assert loaded.run == path.stem, "a recipe's runs go where its name says"
     for section in ("optim", "ema", "checkpoint", "logging"):
         if section in loaded:
             assert not config.check_section(section, loaded[section], section)
@@ -42,7 +43,7 @@ def test_a_recipe_explains_itself(path):
 def test_yfcc_cfg_is_the_original_run():
     recipe = load_filled(CONFIGS / "yfcc_cfg.yaml")
     with torch.device("meta"):
-        task = part_class("task", {"name": "diffusion"})(recipe, read_weights=False)
+        task = recipe.task_class()(recipe, read_weights=False)
     assert sum(p.numel() for p in task.model.parameters()) == 1_174_321_228
     cloob = task.frozen["conditioner"]
     assert sum(p.numel() for p in cloob.image_encoder.parameters()) == 86_190_080
@@ -62,13 +63,14 @@ def test_yfcc_cfg_is_the_original_run():
 
 def test_yfcc_clip_differs_from_yfcc_cfg_in_nothing_but_the_conditioner():
     clip, cloob = load_filled(CONFIGS / "yfcc_clip.yaml"), load_filled(CONFIGS / "yfcc_cfg.yaml")
-    assert {key for key in {*clip, *cloob} if clip.get(key) != cloob.get(key)} == {"run", "conditioner"}
+    assert {key for key in {*clip, *cloob} if clip.get(key) != cloob.get(key)} == {"conditioner"}
     assert clip["conditioner"] == {
-        "name": "clip", "model": "ViT-B-16", "pretrained": "laion2b_s34b_b88k", "weights": None, "dropout": 0.2,
+        "name": "clip", "model": "ViT-B-16", "pretrained": "laion2b_s34b_b88k", "dropout": 0.2,
     }  # fmt: skip
-    clip["conditioner"] = {"name": "clip", "model": "ViT-L-14-quickgelu", "pretrained": "openai"}
+    other = PartConfig("conditioner", "clip", {"model": "ViT-L-14-quickgelu", "pretrained": "openai"})
+    clip = clip.with_part("conditioner", other)
     with torch.device("meta"):
-        task = part_class("task", {"name": "diffusion"})(clip, read_weights=False)
+        task = clip.task_class()(clip, read_weights=False)
     assert task.frozen["conditioner"].embed_dim == 768, "the denoiser takes any width"
     assert task.model.mapping[0].main[0].in_features == 768 + 128
 
@@ -94,7 +96,8 @@ def test_ccld_finetune_goes_on_with_the_released_model():
 )
 def test_parameter_counts_of_the_recipes_of_glide(recipe, parameters):
     with torch.device("meta"):
-        task = part_class("task", {"name": "diffusion"})(load_filled(CONFIGS / f"{recipe}.yaml"), read_weights=False)
+        loaded = load_filled(CONFIGS / f"{recipe}.yaml")
+        task = loaded.task_class()(loaded, read_weights=False)
     assert sum(p.numel() for p in task.model.parameters()) == parameters
     assert f"{parameters:,} parameters" in (CONFIGS / f"{recipe}.yaml").read_text()
 
@@ -106,7 +109,7 @@ def test_the_recipes_of_glide_are_laionide_s_and_miniglide_s():
     assert (base["objective"]["betas"], upsampler["objective"]["betas"]) == ("squaredcos_cap_v2", "linear")
     assert base["data"]["require_text"] and base["objective"]["bound"] is False
     low_res = {"scale_factor": 4, "noise": 0.0, "blur": 0.0}
-    assert upsampler["condition_sources"] == {"low_res": low_res} and upsampler["demo"] is None
+    assert upsampler.condition_sources == {"low_res": {"name": "low_res", **low_res}} and "demo" not in upsampler
     mini, dog = (load_filled(CONFIGS / f"{name}.yaml") for name in ("miniglide", "dogglide"))
     assert mini["checkpoint"] == {"seconds": 3600, "keep": 3} and mini["data"]["limit"] == 100_000
     assert mini["objective"]["timesteps"] == 100 and dog["objective"]["timesteps"] == 1000

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from tiny import AUTOENCODER, CLOOB, DENOISER, embedding
 
 from ldm_lab.checkpoints.files import FORMAT, read_safetensors
-from ldm_lab.checkpoints.importer import recognise
+from ldm_lab.checkpoints.importer import detect_format
 from ldm_lab.checkpoints.models import read_model
-from ldm_lab.checkpoints.parts import load_part, save_part
+from ldm_lab.checkpoints.native import save_part
+from ldm_lab.checkpoints.parts import load_part
 from ldm_lab.config import build
 
 COMMAND = "ldm_lab.__main__"
@@ -111,7 +112,7 @@ def test_what_is_not_understood(folder, program):
 
 
 def test_a_run_becomes_a_model(folder, program):
-    unet = recognise("last.ckpt")
+    unet = detect_format("last.ckpt")
     for out, options, shift in (("ema.safetensors", [], 0), ("raw.safetensors", ["--raw"], 1)):
         code, _, err = program(COMMAND, "convert", "last.ckpt", out, *options)
         assert code == 0, err
@@ -119,7 +120,7 @@ def test_a_run_becomes_a_model(folder, program):
         assert config == MODEL, "without the data section, which may hold a shell command"
         assert extra["step"] == "7"
         assert extra["autoencoder"] == "ab" * 32
-        assert 2 * len(state) == len(unet.tensors)
+        assert 2 * len(state) == len(unet.file.tensors)
         stored = torch.load("last.ckpt", weights_only=True)["state_dict"]
         assert all(torch.equal(value, stored[f"model_ema.{name}"] + shift) for name, value in state.items())
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from data_sets import keys, module, take, write_shards
 
+from ldm_lab.batch import Batch
 from ldm_lab.data.cache import CacheWriter, complete
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Batch
 
 MADE_WITH = {"autoencoder": "a" * 64, "conditioner": "b" * 64, "image_size": 8, "data": {"name": "webdataset"}}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from data_sets import keys, module, take, write_files, write_shards
 
-from ldm_lab.config import build, options
+from ldm_lab.config import build, signature_options
 from ldm_lab.data.cache import CacheWriter, complete
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.data.files import Folder
@@ -237,7 +237,7 @@ def test_the_permutation_is_pinned():
 
 
 def test_options_of_the_base_classes_are_keys():
-    known = options(Folder)
+    known = signature_options(Folder)
     assert next(iter(known)) == "path"
     assert {"image_size", "crop", "flip", "min_size", "require_text", "batch_size", "workers"} < set(known)
     assert "common" not in known

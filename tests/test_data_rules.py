@@ -134,7 +134,7 @@ def test_rules_that_leave_nothing_stop_the_run(shards):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"rules": {"punsave": {"below": 0.5}}}, "data.rules.punsave.name: no such rule: 'punsave'"),
+        ({"rules": {"punsave": {"below": 0.5}}}, "data.rules.punsave: no such rule: 'punsave'"),
         ({"rules": {"punsafe": {"below": "low"}}}, "data.rules.punsafe.below: number or null is needed"),
         ({"rules": {"duplicates": {}}}, "data.rules.duplicates: compares samples with each other"),
         ({"rules": [1]}, "data.rules: "),

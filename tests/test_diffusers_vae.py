@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm_lab.autoencoders.kl_f8 import KLAutoencoder
 from ldm_lab.checkpoints.formats import diffusers_vae
-from ldm_lab.checkpoints.parts import load_part, load_strictly
+from ldm_lab.checkpoints.parts import load_part, load_strictly, read_part
 from ldm_lab.errors import UserError
 
 AutoencoderKL = pytest.importorskip("diffusers", reason="a dependency of development").AutoencoderKL
@@ -120,7 +120,7 @@ def test_names_of_attention_before_diffusers_0_15(tmp_path):
 def test_a_single_file_without_a_config(tmp_path):
     vae = theirs(norm_num_groups=8)
     shutil.copy(saved(vae, tmp_path / "vae") / "diffusion_pytorch_model.safetensors", tmp_path / "sd.safetensors")
-    assert diffusers_vae.read(tmp_path / "sd.safetensors")[2] == {"scale_known": False}
+    assert read_part(tmp_path / "sd.safetensors", "autoencoder", "kl_f8").state["latent_std"] == 1, "it does not say it"
     net = ours(tmp_path / "sd.safetensors", latent_std=1 / 0.18215, norm_groups=8)
     assert_same_network(net, vae)
     assert float(ours(tmp_path / "sd.safetensors", norm_groups=8).latent_std) == 1
@@ -202,9 +202,9 @@ def test_diffusers_loads_what_is_exported(tmp_path, options):
     assert not any(info.values()), "all tensors are taken, none is missing"
     assert vae.config.scaling_factor == pytest.approx(1 / 7.5)
     assert_same_network(net, vae.eval())
-    state, read, _ = diffusers_vae.read(tmp_path / "vae")
-    again = KLAutoencoder(**read)
-    load_strictly(again, state, "vae")
+    part = read_part(tmp_path / "vae", "autoencoder", "kl_f8")
+    again = KLAutoencoder(**part.options)
+    load_strictly(again, part.state, "vae")
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in again.state_dict().items())
 
 

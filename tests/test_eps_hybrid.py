@@ -130,9 +130,9 @@ def test_half_precision_outputs_are_read_in_float32(batch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"timesteps": 1}, "timesteps: at least 2 are needed, not 1"),
+        ({"timesteps": 1}, "timesteps: at least 2 is needed, not 1"),
         ({"timesteps": 20, "betas": "linear"}, "timesteps: at least 21 are needed for linear betas"),
-        ({"min_snr": 0.0}, "min_snr: a number above 0, or null, is needed, not 0.0"),
+        ({"min_snr": 0.0}, "min_snr: a number above 0 is needed, not 0.0"),
         ({"betas": "cosine"}, "betas: one of 'squaredcos_cap_v2', 'linear', 'linear_latent' is needed, not 'cosine'"),
         ({"steps": 10}, "no such key: 'steps'"),
     ],

@@ -8,8 +8,9 @@ from PIL import Image
 from tiny_glide import SIDE, conditions
 
 from ldm_lab.checkpoints.formats import glide, noised_clip
-from ldm_lab.checkpoints.importer import recognise
+from ldm_lab.checkpoints.importer import Section, detect_format
 from ldm_lab.checkpoints.models import read_model
+from ldm_lab.checkpoints.opened import open_weights
 from ldm_lab.condition_sources import build_sources, given_conditions
 from ldm_lab.conditioners import glide_text
 from ldm_lab.config import build
@@ -118,20 +119,21 @@ def test_what_the_shapes_tell(tmp_path):
 
 
 def test_what_is_said_by_width_and_name():
-    knobs = {name: glide._knobs({}, channels, name) for name, channels in
+    knobs = {name: glide.unsaid(Section(), channels, name) for name, channels in
              (("base.pt", 192), ("miniGLIDE.pt", 96), ("models/dogGLIDE.pt", 96), ("dog_model_1.pt", 96))}  # fmt: skip
-    assert knobs["base.pt"] == {"head_width": 64, "text_heads": 8, "timesteps": 1000}
-    assert knobs["miniGLIDE.pt"] == {"head_width": 32, "text_heads": 8, "timesteps": 100}
-    assert knobs["models/dogGLIDE.pt"] == knobs["dog_model_1.pt"] == {**knobs["miniGLIDE.pt"], "timesteps": 1000}
+    assert knobs["base.pt"] == {"preset": "openai", "head_width": 64, "text_heads": 8, "timesteps": 1000}
+    assert knobs["miniGLIDE.pt"] == {"preset": "miniglide", "head_width": 32, "text_heads": 8, "timesteps": 100}
+    dog = {"preset": "dogglide", "head_width": 32, "text_heads": 8, "timesteps": 1000}
+    assert knobs["models/dogGLIDE.pt"] == knobs["dog_model_1.pt"] == dog
 
 
 def test_miniglide_s_pixels_are_from_0_to_1():
     for preset, section in (("miniglide", {"zero_to_one": True}), ("dogglide", {"zero_to_one": True}), ("openai", {})):
-        config = glide.model(small(), "some.pt", given={"preset": preset})[0]
+        config = glide.model(small(), "some.pt", overrides=Section(preset=preset)).config
         assert config["autoencoder"] == {"name": "identity", **section}
     with torch.device("meta"):
         mini = GlideUNet(3, conditions(70, 5), **{**SMALL, "base_channels": 96, "head_width": 32}).state_dict()
-    assert glide.model(mini, "model.pt")[0]["autoencoder"] == {"name": "identity", "zero_to_one": True}
+    assert glide.model(mini, "model.pt").config["autoencoder"] == {"name": "identity", "zero_to_one": True}
 
 
 @pytest.mark.parametrize(
@@ -158,10 +160,10 @@ def test_a_network_of_another_kind_is_one_line(tmp_path):
     state["input_blocks.0.0.weight"] = torch.zeros(64, 5, 3, 3)
     torch.save(state, tmp_path / "odd.pt")
     with pytest.raises(UserError, match="2 channels beside 3, which no form of GLIDE has"):
-        glide.read(tmp_path / "odd.pt")
+        glide.unet(open_weights(tmp_path / "odd.pt").read(), tmp_path / "odd.pt")
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pt")
     with pytest.raises(UserError, match="not a GLIDE network"):
-        glide.read(tmp_path / "other.pt")
+        glide.unet(open_weights(tmp_path / "other.pt").read(), tmp_path / "other.pt")
 
 
 def test_the_towers_of_the_noised_clip(tmp_path, program):
@@ -169,7 +171,7 @@ def test_the_towers_of_the_noised_clip(tmp_path, program):
     net = NoisedCLIP(**TOWERS, head_width=64)
     torch.save(net.image_encoder.state_dict(), tmp_path / "image.pt")
     torch.save(net.text_encoder.state_dict(), tmp_path / "text.pt")
-    assert recognise(tmp_path / "image.pt").kind == recognise(tmp_path / "text.pt").kind == "noised_clip"
+    assert detect_format(tmp_path / "image.pt").kind == detect_format(tmp_path / "text.pt").kind == "noised_clip"
     loaded = noised_clip.load(tmp_path / "image.pt", tmp_path / "text.pt")
     x = torch.randn(2, 3, 8, 8, requires_grad=True)
     t = torch.tensor([0.1, 0.55])

@@ -6,11 +6,12 @@ import pytest
 import torch
 from tiny import run_program
 
+from ldm_lab.batch import Batch
 from ldm_lab.conditioners import glide_text
 from ldm_lab.conditioners.glide_text import GlideText, gpt2_encoding, gpt2_ranks
+from ldm_lab.conditions import TokenIds
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Batch, TokenIds
 from ldm_lab.pretrained.catalogue import catalogue
 
 MERGES = ["#version: 0.2", "Ġ a", "r e", "re d", "Ġ red", ""]  # as in vocab.bpe; Ġ is the letter of a space

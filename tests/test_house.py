@@ -13,10 +13,7 @@ OPEN: set[str] = {
     "lines with Any, object, dicts of mixed values, unannotated parameters",
     "places that declare a sampling option, beside SamplingOptions",
     "modules that put a finished file in its place",
-    "modules that speak HTTP",
-    "modules that compute a file's SHA-256",
     "modules that read key=value",
-    "repeats of six lines",
 }
 
 

@@ -16,11 +16,22 @@ from tiny import embedding
 
 from ldm_lab.autoencoders.kl_f8 import KLAutoencoder
 from ldm_lab.checkpoints.formats import ccld, compvis
+from ldm_lab.checkpoints.models import read_model
+from ldm_lab.checkpoints.opened import open_weights
 from ldm_lab.checkpoints.parts import load_part
 from ldm_lab.denoisers.ccld_unet import CCLDUNet
 from ldm_lab.errors import UserError
 
-READERS = (ccld.read, compvis.read)
+
+def read_ccld(path: Path, ema: bool = True):
+    return ccld.unet(open_weights(path).read(), path, ema)
+
+
+def read_compvis(path: Path):
+    return compvis.autoencoder(open_weights(path))
+
+
+READERS = (read_ccld, read_compvis)
 TINY = {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "z_channels": 3, "embed_dim": 5}
 
 
@@ -57,13 +68,15 @@ def saved(content: object, folder: Path) -> Path:
 def test_a_flat_ccld_checkpoint(tmp_path):
     expected = unet().state_dict()
     for content in (expected, {**expected, "autoencoder_scale": torch.tensor(2.55)}):
-        state, config, extra = ccld.read(saved(content, tmp_path))
+        path = saved(content, tmp_path)
+        state, config, shape = read_ccld(path)
         assert_same(state, expected)
         assert config == {"base_channels": 16, "multipliers": [4, 8], "blocks_per_level": 1, "mapping_width": 8}
-        scale = pytest.approx(2.55) if "autoencoder_scale" in content else None
-        assert extra == {"latent_std": scale, "channels": 3, "conditions": embedding(10)}
+        assert shape == (3, embedding(10))
+        std = pytest.approx(2.55) if "autoencoder_scale" in content else None
+        assert ccld.latent_std(open_weights(path).read(), path) == std
     save_file(expected, tmp_path / "unet.safetensors")
-    assert_same(ccld.read(tmp_path / "unet.safetensors")[0], expected)
+    assert_same(read_ccld(tmp_path / "unet.safetensors")[0], expected)
 
 
 def test_a_ccld_training_checkpoint(tmp_path):
@@ -74,12 +87,12 @@ def test_a_ccld_training_checkpoint(tmp_path):
     state |= {"scale_factor": torch.tensor(8.0), "ae_model.loss.logvar": torch.zeros(()), "cloob.x": torch.zeros(1)}
     path = saved({"state_dict": state, "epoch": 3, "global_step": 9, "optimizer_states": [{"state": {}}]}, tmp_path)
     for ema, expected in ((True, averaged), (False, raw)):
-        read, _, extra = ccld.read(path, ema=ema)
+        read, *_ = read_ccld(path, ema=ema)
         assert_same(read, expected)
-        assert extra["latent_std"] == 8.0
+        assert read_model(path, ema).config["autoencoder"]["latent_std"] == 8.0
     only_raw = {name: value for name, value in state.items() if name.startswith("model.")}
     with pytest.raises(UserError, match=r"neither 'net.0.main.0.weight' nor 'model_ema.net.0.main.0.weight'"):
-        ccld.read(saved({"state_dict": only_raw}, tmp_path))
+        read_ccld(saved({"state_dict": only_raw}, tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -108,11 +121,11 @@ def test_incomplete_ccld_checkpoints(tmp_path):
     for name in ("mapping.0.main.0.weight", "net.0.main.4.weight"):
         damaged = {key: value for key, value in state.items() if key != name}
         with pytest.raises(UserError, match=rf"not a complete CCLD U-Net \('{name}' is missing"):
-            ccld.read(saved(damaged, tmp_path))
+            read_ccld(saved(damaged, tmp_path))
     with pytest.raises(UserError, match="not a CCLD U-Net"):
-        ccld.read(saved(released(autoencoder()), tmp_path))
+        read_ccld(saved(released(autoencoder()), tmp_path))
     with pytest.raises(UserError, match=r"autoencoder_scale is no number but a tensor of \[2\]"):
-        ccld.read(saved({**state, "autoencoder_scale": torch.zeros(2)}, tmp_path))
+        read_model(saved({**state, "autoencoder_scale": torch.zeros(2)}, tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------------- autoencoders
@@ -124,10 +137,9 @@ def test_incomplete_ccld_checkpoints(tmp_path):
 )
 def test_architectures_of_autoencoders_from_shapes(tmp_path, options):
     net = autoencoder(**options)
-    state, config, extra = compvis.read(saved({"state_dict": released(net)}, tmp_path))
+    state, config = read_compvis(saved({"state_dict": released(net)}, tmp_path))
     assert_same(state, net.state_dict())
-    assert config == {"attn_resolutions": [], "resolution": 256, **TINY, **options}
-    assert extra == {"scale_known": False}
+    assert config == {"name": "kl_f8", "attn_resolutions": [], "resolution": 256, **TINY, **options}
 
 
 @pytest.mark.parametrize(("prefix", "factor", "scale"), [("first_stage_model.", 0.2, 5.0), ("ae_model.", 8.0, 8.0)])
@@ -135,10 +147,9 @@ def test_an_autoencoder_inside_a_diffusion_model(tmp_path, prefix, factor, scale
     net = autoencoder()
     state = {prefix + name: value for name, value in released(net).items()}
     path = saved({"state_dict": {**state, "model.x": torch.zeros(1), "scale_factor": torch.tensor(factor)}}, tmp_path)
-    read, _, extra = compvis.read(path)
+    read, _ = read_compvis(path)
     assert_same({**read, "latent_std": torch.tensor(1.0)}, net.state_dict())
     assert read["latent_std"].item() == pytest.approx(scale)
-    assert extra == {"scale_known": True}
 
 
 def test_an_autoencoder_by_its_config_section(tmp_path):
@@ -170,9 +181,9 @@ def test_incomplete_autoencoders(tmp_path):
     state = released(autoencoder())
     del state["quant_conv.weight"]
     with pytest.raises(UserError, match=r"not a complete KL autoencoder of CompVis's \('quant_conv.weight' is missing"):
-        compvis.read(saved(state, tmp_path))
+        read_compvis(saved(state, tmp_path))
     with pytest.raises(UserError, match="not a CompVis autoencoder"):
-        compvis.read(saved(unet().state_dict(), tmp_path))
+        read_compvis(saved(unet().state_dict(), tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------- containers, damage
@@ -187,14 +198,14 @@ def test_bookkeeping_of_lightning_is_passed_over(tmp_path):
         "hyper_parameters": {"config": OmegaConf.create({"a": [1], "b": {"c": None}}), "args": argparse.Namespace(b=2)},
         "best": np.arange(3),
     }
-    state, _, _ = compvis.read(saved(content, tmp_path))
+    state, _ = read_compvis(saved(content, tmp_path))
     assert_same(state, net.state_dict())
 
 
 def test_old_checkpoints_that_are_no_zip_files(tmp_path):
     net = autoencoder()
     torch.save({"state_dict": released(net)}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
-    assert_same(compvis.read(tmp_path / "old.ckpt")[0], net.state_dict())
+    assert_same(read_compvis(tmp_path / "old.ckpt")[0], net.state_dict())
 
 
 class Evil:
@@ -234,7 +245,7 @@ def test_what_stands_in_for_bookkeeping_is_inert(tmp_path):
             return np.save, (str(marker), 1)
 
     content = {"state_dict": released(autoencoder()), "callbacks": [Saves()]}
-    compvis.read(saved(content, tmp_path))
+    read_compvis(saved(content, tmp_path))
     assert not marker.with_suffix(".npy").exists()
     torch.load(tmp_path / "model.ckpt", weights_only=False)
     assert marker.with_suffix(".npy").exists()

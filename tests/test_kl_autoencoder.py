@@ -122,12 +122,12 @@ def test_images_that_the_levels_do_not_divide(size):
     ("options", "message"),
     [
         ({"ch": 6}, "ch: 6 makes a level 6 wide, which is no multiple of norm_groups"),
-        ({"ch": 0}, "ch: 0"),
-        ({"norm_groups": 0}, "norm_groups: 0"),
-        ({"ch_mult": []}, "ch_mult: one or more"),
-        ({"ch_mult": [1, 0]}, "ch_mult: one or more"),
-        ({"z_channels": 0}, "z_channels: 0"),
-        ({"num_res_blocks": 0}, "num_res_blocks: 0"),
+        ({"ch": 0}, "ch: at least 1 is needed, not 0"),
+        ({"norm_groups": 0}, "norm_groups: at least 1"),
+        ({"ch_mult": []}, "ch_mult: 1 or more entries"),
+        ({"ch_mult": [1, 0]}, r"ch_mult: list of whole numbers \(at least 1\)"),
+        ({"z_channels": 0}, "z_channels: at least 1"),
+        ({"num_res_blocks": 0}, "num_res_blocks: at least 1"),
     ],
 )
 def test_options_that_contradict_each_other(options, message):

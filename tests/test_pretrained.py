@@ -422,7 +422,7 @@ def test_a_checkpoints_config_names_no_addresses(text, monkeypatch):
 
 
 def test_a_checkpoint_that_names_an_address_is_refused_before_anything_is_fetched(sampler, tmp_path, monkeypatch):
-    from ldm_lab.checkpoints.models import save_model
+    from ldm_lab.checkpoints.native import save_model
     from ldm_lab.sampling import Sampler
 
     config = {

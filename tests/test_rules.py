@@ -7,11 +7,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ldm_lab.config import check_section, parts
+from ldm_lab.config import check_mapping, check_section, parts
 from ldm_lab.errors import UserError
 from ldm_lab.rules.cell import Cell
 from ldm_lab.rules.quantities import NAMES, RELEASES, find, require
-from ldm_lab.rules.rule import build_rules, check_rules
+from ldm_lab.rules.rule import build_rules
 from ldm_lab.rules.sample import SampleRow, violated_rules
 from ldm_lab.rules.slurs import pattern_of
 
@@ -145,24 +145,24 @@ def test_columns_of_all_releases():
     ("section", "message"),
     [
         ({"punsave": {"below": 0.5}}, "no such rule: 'punsave'. Did you mean 'punsafe'?"),
-        ({"punsafe": {"beneath": 0.5}}, "rules.punsafe.beneath: no such key: 'beneath'"),
+        ({"punsafe": {"beneath": 0.5}}, "rules.punsafe.beneath: no such key: 'beneath' of rule.name=punsafe"),
         ({"punsafe": {"below": "half"}}, "rules.punsafe.below: number or null is needed, not 'half'"),
         ({"punsafe": {}}, "rules.punsafe.above: this, at_least, below or at_most is needed"),
-        ({"punsafe": 0.5}, "rules.punsafe: options are needed, such as {below: 0.5}, not 0.5"),
+        ({"punsafe": 0.5}, "rules.punsafe: options are needed, such as {}, not 0.5"),
         ({"aspect_ratio": {"at_least": 2, "at_most": 1}}, "rules.aspect_ratio.at_least: 2 is above at_most, 1"),
         ({"nsfw": {"drop": ["NSFW"], "keep": ["UNLIKELY"]}}, "rules.nsfw.drop: either this or keep is needed"),
-        ({"size": {"min_side": -1}}, "rules.size.min_side: pixels are needed, not -1"),
+        ({"size": {"min_side": -1}}, "rules.size.min_side: at least 0 is needed, not -1"),
         ({"slurs": {}}, "rules.slurs.file: has to be given"),
         ({"duplicates": {"by": "looks"}}, "rules.duplicates.by: one of 'hash'"),
-        (["punsafe"], "a section of rules is needed"),
+        (["punsafe"], "rules: a mapping of rule names to their options is needed"),
     ],
 )
 def test_mistakes(section, message):
-    assert any(message in problem for problem in check_rules(section)), check_rules(section)
+    assert any(message in problem for problem in check_mapping("rule", section, "rules", True))
 
 
 def test_a_rule_is_switched_off_by_null(words):
-    assert build_rules({"punsafe": None}) == [] and check_rules({"punsafe": None}) == []
+    assert build_rules({"punsafe": None}) == [] and check_mapping("rule", {"punsafe": None}, "rules", True) == []
     assert check_section("rule", {"name": "slurs", "file": str(words)}, "rule") == []
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny import DENOISER, embedding, make_parts, run_program
 
 import sample
-from ldm_lab.checkpoints.models import save_model
+from ldm_lab.checkpoints.native import save_model
 from ldm_lab.config import build, parts
 from ldm_lab.io.images import center_crop_to
 

@@ -217,7 +217,7 @@ def test_the_callback_sees_x_before_each_step_and_the_clean_estimate():
         ({"name": "plms", "steps": 0}, "steps: at least 1 is needed, not 0"),
         ({"name": "ddim", "steps": 0}, "steps: at least 1 is needed, not 0"),
         ({"name": "ddim", "eta": 1.5}, "eta: a number from 0 to 1 is needed, not 1.5"),
-        ({"name": "ddim", "eta": math.nan}, "eta: number is needed, not nan"),
+        ({"name": "ddim", "eta": math.nan}, "eta: number (from 0 to 1) is needed, not nan"),
         ({"name": "plms", "eta": 0.5}, "no such key: 'eta'"),
         ({"name": "ddpm", "eta": 0.5}, "no such key: 'eta'"),
     ],

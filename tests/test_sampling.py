@@ -7,7 +7,7 @@ from PIL import Image
 from tiny import DENOISER, make_parts
 
 from ldm_lab.checkpoints.files import write_safetensors
-from ldm_lab.checkpoints.models import save_model
+from ldm_lab.checkpoints.native import save_model
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Sampler as SamplerPart
 from ldm_lab.prompts import Prompt

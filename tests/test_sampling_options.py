@@ -6,7 +6,7 @@ from PIL import Image
 from test_sampling import BLANK, BOUND, FAST, raw
 from tiny import DENOISER, embedding, make_parts
 
-from ldm_lab.checkpoints.models import save_model
+from ldm_lab.checkpoints.native import save_model
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
 from ldm_lab.sampling import Sampler

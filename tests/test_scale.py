@@ -9,7 +9,8 @@ from tiny import AUTOENCODER, ROOT
 
 from ldm_lab import __main__ as commands
 from ldm_lab.checkpoints.files import read_safetensors
-from ldm_lab.checkpoints.parts import load_part, save_part
+from ldm_lab.checkpoints.native import save_part
+from ldm_lab.checkpoints.parts import load_part
 from ldm_lab.commands.scale import image_batches
 from ldm_lab.config import build, to_yaml
 from ldm_lab.data.shapes import write_shards

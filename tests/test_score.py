@@ -20,7 +20,8 @@ from tiny import run_program
 
 from ldm_lab.checkpoints.embedders import embedder_of
 from ldm_lab.checkpoints.files import read_safetensors
-from ldm_lab.checkpoints.parts import load_part, save_part
+from ldm_lab.checkpoints.native import save_part
+from ldm_lab.checkpoints.parts import load_part
 from ldm_lab.config import build
 from ldm_lab.curation.heads.head import load_head, save_head
 from ldm_lab.curation.scoring import files as score_files

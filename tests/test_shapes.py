@@ -16,6 +16,7 @@ from PIL import Image, ImageFilter
 from tiny import AUTOENCODER, CLOOB, DENOISER
 
 from ldm_lab import config
+from ldm_lab.config import check_section
 from ldm_lab.data import shapes
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.errors import UserError
@@ -196,9 +197,15 @@ def test_source_gives_batches(tmp_path):
 
 
 def test_source_refuses_what_cannot_be():
-    problems = shapes.Shapes.check({"count": 3, "shards": 4, "image_size": 8, "variety": 2.0})
-    assert len(problems) == 3 and "3 images" in problems[0] and "at least 16" in problems[1]
-    assert problems[2] == "variety: a number from 0 to 1 is needed, not 2.0"
+    section = {"name": "shapes", "folder": "x", "batch_size": 1, "image_size": 16, "count": 3, "shards": 4}
+    (problem,) = check_section("data", section, "data")
+    assert problem == "data.count: 3 images do not fill 4 shards; at least one in each is needed"
+    problems = check_section("data", {**section, "image_size": 8, "variety": 2.0, "wordings": 21}, "data")
+    assert problems == [
+        "data.image_size: at least 16 is needed, not 8",
+        "data.variety: a number from 0 to 1 is needed, not 2.0",
+        "data.wordings: a number from 1 to 20 is needed, not 21",
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------- benchmark

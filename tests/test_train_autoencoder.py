@@ -16,12 +16,13 @@ from torch import nn
 from torchmetrics.functional.image import lpips as reference
 from torchvision.models import VGG16_Weights
 
+from ldm_lab.batch import Batch
 from ldm_lab.checkpoints.files import read_pickled, read_safetensors
-from ldm_lab.checkpoints.parts import load_part, save_part
+from ldm_lab.checkpoints.native import save_part
+from ldm_lab.checkpoints.parts import load_part
 from ldm_lab.config import build, load, part_class, to_yaml
 from ldm_lab.data.shapes import write_shards
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Batch
 from ldm_lab.training import perceptual
 from ldm_lab.training.autoencoder import ReconstructionLoss, psnr
 from ldm_lab.training.discriminator import Discriminator, adaptive_weight

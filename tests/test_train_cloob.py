@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from tiny import CLOOB, ROOT, run_program
 
+from ldm_lab.batch import Batch
 from ldm_lab.checkpoints.files import read_pickled
 from ldm_lab.checkpoints.parts import load_part
 from ldm_lab.config import load, part_class, to_yaml
 from ldm_lab.data.shapes import write_shards
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Batch
 from ldm_lab.training.cloob import agreement, one_caption_each
 
 
@@ -89,7 +89,7 @@ def test_two_processes_see_each_other_s_pairs(here):
     from ldm_lab.data.datamodule import DataModule
 
     config = load(yaml)
-    torch.manual_seed(config["seed"])
+    torch.manual_seed(config.seed)
     fresh = task(config)
     shares = []
     for rank in (0, 1):

@@ -14,7 +14,7 @@ from test_score import ARCHITECTURE
 from torch.nn import functional as F
 
 from ldm_lab.checkpoints.embedders import embedder_of
-from ldm_lab.checkpoints.parts import save_part
+from ldm_lab.checkpoints.native import save_part
 from ldm_lab.config import build
 from ldm_lab.curation.heads import training as head_training
 from ldm_lab.curation.heads.head import load_head, save_head

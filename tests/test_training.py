@@ -220,7 +220,7 @@ def test_checkpoints_by_the_clock(here, program):
     assert program("train", "--config", yaml, *both)[0] == 0
     assert [path.name for path in sorted((here / "runs/both").glob("*.ckpt"))] == ["last.ckpt", "step=00000004.ckpt"]
     code, _, err = program("train", "--config", yaml, "run=never", "checkpoint={seconds: 0}")
-    assert code == 2 and "checkpoint.seconds: 0" in err
+    assert code == 2 and "checkpoint.seconds: a number above 0 is needed, not 0" in err
 
 
 SPY = """
@@ -237,7 +237,7 @@ class Spy(Callback):
     def on_train_end(self, trainer, task):
         total = {n: p.detach().double().sum().item() for n, p in task.state_dict().items()}
         rates = [g["lr"] for g in trainer.optimizers[0].param_groups]
-        with open(f"{task.run_config['run']}_{trainer.global_rank}.json", "w") as file:
+        with open(f"{task.run_config.run}_{trainer.global_rank}.json", "w") as file:
             json.dump({"keys": self.keys, "total": total, "rates": rates, "world": trainer.world_size}, file)
 
 own = diffusion.DiffusionTask.callbacks

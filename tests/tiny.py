@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from ldm_lab.checkpoints.parts import save_part
+from ldm_lab.checkpoints.native import save_part
+from ldm_lab.conditions import ConditionSpec, Embedding
 from ldm_lab.config import build, to_yaml
 from ldm_lab.data.shapes import write_shards
-from ldm_lab.interfaces import ConditionSpec, Embedding
 
 ROOT = Path(__file__).resolve().parents[1]
 AUTOENCODER = {"name": "kl_f8", "ch": 32, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1}

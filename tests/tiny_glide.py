@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
-from ldm_lab.checkpoints.models import save_model
+from ldm_lab.checkpoints.native import save_model
 from ldm_lab.condition_sources import build_sources, given_conditions
+from ldm_lab.conditions import ConditionSpec, Embedding, ImageCondition, TokenIds
 from ldm_lab.config import build
-from ldm_lab.interfaces import ConditionSpec, Embedding, ImageCondition, TokenIds
 from ldm_lab.sampling import Sampler
 
 SIDE, FACTOR = 16, 2

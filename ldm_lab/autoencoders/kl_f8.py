@@ -5,13 +5,14 @@ beside them. The name `kl_f8` stands for the family: with other multipliers it i
 follows from their number.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import MinLen
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm_lab.config import options, register
+from ldm_lab.config import PositiveInt, check_options, register
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Autoencoder
 
@@ -30,14 +31,14 @@ class KLAutoencoder(Autoencoder):
     def __init__(
         self,
         *,
-        ch: int = 128,
-        ch_mult: list[int] = (1, 2, 4, 4),
-        num_res_blocks: int = 2,
-        z_channels: int = 4,
-        embed_dim: int = 4,
-        attn_resolutions: list[int] = (),
-        resolution: int = 256,
-        norm_groups: int = 32,
+        ch: PositiveInt = 128,
+        ch_mult: Annotated[list[PositiveInt], MinLen(1)] = (1, 2, 4, 4),
+        num_res_blocks: PositiveInt = 2,
+        z_channels: PositiveInt = 4,
+        embed_dim: PositiveInt = 4,
+        attn_resolutions: list[PositiveInt] = (),
+        resolution: PositiveInt = 256,
+        norm_groups: PositiveInt = 32,
     ) -> None:
         """Build the network with PyTorch's default initial weights, but a posterior that starts almost without noise.
 
@@ -56,9 +57,7 @@ class KLAutoencoder(Autoencoder):
         """
         super().__init__()
         sizes = {"ch": ch, "num_res_blocks": num_res_blocks, "z_channels": z_channels, "embed_dim": embed_dim}
-        problems = _problems({**sizes, "ch_mult": ch_mult, "norm_groups": norm_groups})
-        if problems:
-            raise UserError(f"autoencoder.{problems[0]}")
+        check_options(KLAutoencoder, **sizes, ch_mult=ch_mult, norm_groups=norm_groups)
         self.channels = embed_dim
         self.downscale = 2 ** (len(ch_mult) - 1)
         widths = [ch * multiplier for multiplier in ch_mult]
@@ -71,11 +70,9 @@ class KLAutoencoder(Autoencoder):
         nn.init.constant_(self.quant_conv.bias[embed_dim:], INITIAL_LOGVAR)
 
     @staticmethod
-    def check(section: dict[str, Any]) -> list[str]:
-        """Return what is wrong across the keys of a config section."""
-        if section.get("weights"):  # the file has the sizes that are not given here
-            return []
-        return _problems({key: section.get(key, known.default) for key, known in options(KLAutoencoder).items()})
+    def check(options: dict[str, Any]) -> list[str]:
+        """Return what is wrong across the options."""
+        return _problems(options)
 
     def raw_moments(self, image: Tensor) -> Tensor:
         """Return mean and unclamped log variance in one tensor, [B, 2C, h, w], for an image [B, 3, H, W] in [-1, 1].
@@ -114,11 +111,6 @@ def kl(mean: Tensor, logvar: Tensor) -> Tensor:
 def _problems(sizes: dict[str, Any]) -> list[str]:
     """Return what is wrong with a network's options, each as "key: what"."""
     ch, ch_mult, norm_groups = sizes["ch"], sizes["ch_mult"], sizes["norm_groups"]
-    for key in ("ch", "num_res_blocks", "z_channels", "embed_dim", "norm_groups"):
-        if sizes[key] < 1:
-            return [f"{key}: {sizes[key]} is below 1"]
-    if not ch_mult or min(ch_mult) < 1:
-        return [f"ch_mult: one or more numbers from 1 on are needed, not {list(ch_mult)}"]
     for width in (ch, *(ch * multiplier for multiplier in ch_mult)):
         if width % norm_groups:
             return [f"ch: {ch} makes a level {width} wide, which is no multiple of norm_groups ({norm_groups})"]

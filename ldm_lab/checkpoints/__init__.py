@@ -1,11 +1,13 @@
-"""Weights in and out: safe reading, our own safetensors format, importers of released checkpoints.
+"""Weights in and out: safe reading, our own files, importers of other programs' checkpoints.
 
-`files`      atomic writing, checksums, reading tensor files without executing anything
-`parts`      a frozen part (autoencoder, conditioner) from its config section, whoever wrote its weights
-`models`     a trained diffusion model: `ema.safetensors` (weights and config) and `last.ckpt` (everything to go on)
-`formats`    what a file is, by its container and its tensors' names
-`compvis`, `diffusers_vae`, `cloob_pickle`, `ccld`, `open_clip_weights`  importers, each
-           `read(path) -> (state_dict, config, extra)`, keyed by the originals' names
+`opened`       a file of weights, opened once, whatever its container
+`importer`     the contract and the registry of importers; `detect_format`
+`formats`      one importer a file: the formats of other programs
+`native`       our own files: parts, models, checkpoints of runs
+`parts`        a frozen part from its config, whoever wrote its weights
+`models`       a trained diffusion model out of a file of any format
+`embedders`    whose embeddings these are
+`files`, `safe_pickle`, `torchscript`, `released_zip`, `third_party`   the containers
 
 Every file that is read is treated as hostile: safetensors, `weights_only=True`, a restricted unpickler.
 """

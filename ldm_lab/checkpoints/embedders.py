@@ -8,8 +8,10 @@ the checksum of the weights file.
 from typing import Any
 
 from ldm_lab.checkpoints.files import is_safetensors
-from ldm_lab.checkpoints.importer import part_config, recognise
+from ldm_lab.checkpoints.importer import detect_format
+from ldm_lab.checkpoints.native import part_config
 from ldm_lab.checkpoints.parts import weights_path
+from ldm_lab.config import part_class
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import sha256
 
@@ -21,22 +23,25 @@ OPENAI = {  # of OpenAI's CLIPs, by LAION's name of the size
 HUB = "hf-hub:"  # such a model brings its own weights, so its name says which
 
 
-def embedder_of(section: dict[str, Any]) -> dict[str, str]:
+def embedder_of(config: dict[str, Any]) -> dict[str, str]:
     """Return the embedder of a conditioner's config section.
 
     Raises:
         UserError: neither named nor in a file: nobody could make such embeddings again.
     """
-    section = {key: section.get(key) for key in ("name", "model", "pretrained", "weights")}
+    section = {key: config.get(key) for key in ("name", "model", "pretrained", "weights")}
     path = weights_path("conditioner", section) if section["weights"] else None
-    if path is not None and is_safetensors(path) and (found := recognise(path)).kind == "part":
-        section |= {key: text for key, text in part_config(path, found.metadata)[1].items() if key in section}
+    if path is not None and is_safetensors(path) and (found := detect_format(path)).kind == "part":
+        section |= {key: text for key, text in part_config(path, found.file.metadata)[1].items() if key in section}
     named = {key: section[key] for key in ("name", "model", "pretrained") if section[key]}
     if "pretrained" in named or named.get("model", "").startswith(HUB):
         return named
-    if path is None:
+    if path is not None:
+        return {**named, "sha256": sha256(path)}
+    identity = part_class("conditioner", config).weights_identity(config)
+    if identity is None:
         raise UserError("conditioner: its weights are neither named nor in a file, so its embeddings belong to nothing")
-    return {**named, "sha256": sha256(path)}
+    return {**named, "sha256": identity}
 
 
 def same(one: dict[str, str], other: dict[str, str]) -> bool:

@@ -42,7 +42,12 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, ValueError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file, truncated or damaged ({error})") from None
+        raise damaged_safetensors(path, error) from None
+
+
+def damaged_safetensors(path: str | Path, error: Exception) -> UserError:
+    """Return what is said of a safetensors file that the library does not read."""
+    return UserError(f"{path}: not a readable safetensors file, truncated or damaged ({first_line(error)})")
 
 
 def read_pickled(path: str | Path, mmap: bool = False) -> dict[str, Any]:

@@ -1,149 +1,279 @@
-"""What a file of weights is: the one recogniser behind `weights:`, `inspect` and `convert`.
+"""The importers: one for each format in which weights are stored, registered in the format's own file.
 
-A file is told by its container (safetensors, a zip, a pickle, a folder) and by the names of its tensors. Nothing of it
-is executed, and of a safetensors file or a zip no more is read than the names and shapes.
+    @register_importer
+    class CompVisAutoencoder(Importer):
+        kind, title, parts = "compvis", "an autoencoder of CompVis's latent-diffusion", {"autoencoder": "kl_f8"}
+
+        def matches(self, file: OpenedFile) -> bool: ...
+        def infer_config(self, tensors: Shapes) -> Section: ...
+        def read(self, file: OpenedFile, role: str) -> LoadedPart: ...
+
+That is all that `weights:`, `init_from`, `--checkpoint`, `inspect` and `convert` need: `detect_format` opens a file
+once, asks the importers whose it is, and hands on what it has opened. Those of this package are in `formats` and
+`native`; a module of the user's own (`imports:`) may register others.
 """
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar, NamedTuple, TypeVar
 
-import torch
-from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from ldm_lab.checkpoints.files import FORMAT, is_safetensors
-from ldm_lab.checkpoints.formats import ccld, cloob_pickle, compvis, diffusers_vae, glide, heads, open_clip_weights
-from ldm_lab.checkpoints.released_zip import is_release, opened
-from ldm_lab.checkpoints.third_party import read_state_dict
-from ldm_lab.config import MAPPINGS, USE_KEYS, check_mapping, check_section
+from ldm_lab.checkpoints.opened import OpenedFile, Shapes, TensorInfo, open_weights
+from ldm_lab.conditions import ConditionSpec
+from ldm_lab.config import MAPPINGS, check_mapping, check_section
+from ldm_lab.config.registry import imports
 from ldm_lab.errors import UserError
-from ldm_lab.guidance.noised_clip import IMAGE_ONLY, TEXT_ONLY
-from ldm_lab.io.atomic import existing_file
+from ldm_lab.io.json_files import Json
 from ldm_lab.pretrained.resolve import resolve_weights
 
-# What `Found.kind` may be -> what it is, in words.
-KINDS = {
-    "part": "a part of ldm_lab's",
-    "model": "a trained model of ldm_lab's",
-    "run": "a checkpoint of a run of ldm_lab's",
-    "ccld_training": "a training checkpoint of cloob-latent-diffusion",
-    "ccld": "a U-Net of cloob-latent-diffusion",
-    "compvis": "an autoencoder of CompVis's latent-diffusion",
-    "diffusers": "a VAE of diffusers'",
-    "glide": "a network of GLIDE's",
-    "noised_clip": "a tower of GLIDE's noised CLIP",
-    "cloob_pickle": "a CLOOB of cloob-training's",
-    "clip": "a CLIP of open_clip's or OpenAI's",
-    "linear": "a linear head on embeddings",
-    "mlp": "an MLP head on embeddings",
-    "unknown": "tensors of an unknown model",
-}
-DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64},
-    **{"I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool},
-}  # safetensors' names
-MODEL_ROLES = ("autoencoder", "conditioner", "denoiser", "objective")
-LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before its zips: the pickle of a magic number
+MODEL_ROLES = ("autoencoder", "conditioner", "denoiser", "objective")  # sections of a config that sampling builds
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """Shape and type of a tensor that has not been read."""
-
-    shape: tuple[int, ...]
-    dtype: str
+class Section(dict[str, Json]):
+    """A section of a config, or a whole one, as plain data: a part's name and its options."""
 
 
-@dataclass(frozen=True)
-class Found:
-    """What a file is.
+class LoadedPart(NamedTuple):
+    """A part out of a file.
 
     Attributes:
-        kind: a key of KINDS.
-        path: the file; of a folder the file in it with the weights.
-        tensors: of all that it holds.
-        metadata: text beside the tensors of a safetensors file.
-        rest: what else a pickled checkpoint holds.
+        state: its weights, on the CPU.
+        config: the part's name, and those of its options that the file tells.
     """
 
-    kind: str
-    path: Path
-    tensors: dict[str, TensorInfo]
-    metadata: dict[str, str] = field(default_factory=dict)
-    rest: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Tensor]
+    config: Section
+
+    @property
+    def options(self) -> Section:
+        """The options alone: keyword arguments of the part's constructor."""
+        return Section({key: value for key, value in self.config.items() if key != "name"})
 
 
-# In this order: a training checkpoint of CCLD has an autoencoder of CompVis's in it.
-BY_NAMES: list[tuple[str, Callable[[dict[str, Any]], bool]]] = [
-    ("ccld_training", lambda names: f"model_ema.{ccld.FIRST}" in names or f"model.{ccld.FIRST}" in names),
-    ("ccld", lambda names: ccld.FIRST in names),
-    ("glide", glide.is_one),
-    ("noised_clip", lambda names: IMAGE_ONLY in names or TEXT_ONLY in names),
-    ("compvis", compvis.is_one),
-    ("diffusers", diffusers_vae.is_one),
-    ("clip", open_clip_weights.is_one),
-    ("linear", heads.is_linear),
-    ("mlp", heads.is_mlp),
-]
+class LoadedModel(NamedTuple):
+    """A trained model out of a file.
+
+    Attributes:
+        config: sections that rebuild it.
+        state: the denoiser's weights under its own names, on the CPU.
+        extra: text such as the step, the size of the images and the checksums of the frozen parts.
+    """
+
+    config: Section
+    state: dict[str, Tensor]
+    extra: dict[str, str]
 
 
-def recognise(path: str | Path) -> Found:
-    """Return what a file, a folder of diffusers', or a released file by its name, is.
+class DenoiserShape(NamedTuple):
+    """What a denoiser is constructed with, beside its options.
+
+    Attributes:
+        channels: C of the latents.
+        conditions: what it is told beside x and the time.
+    """
+
+    channels: int
+    conditions: ConditionSpec
+
+
+class LoadedDenoiser(NamedTuple):
+    """A denoiser out of another program's file.
+
+    Attributes:
+        state: its weights, on the CPU.
+        options: those that the shapes tell.
+        shape: what it was constructed with beside them.
+    """
+
+    state: dict[str, Tensor]
+    options: Section
+    shape: DenoiserShape
+
+
+class Importer:
+    """How one format is recognized and read. Nothing of a file is executed.
+
+    Attributes:
+        kind: the format's name.
+        title: what such a file is, for people: "a VAE of diffusers'".
+        parts: the frozen parts in it, role -> name; several in a training checkpoint.
+        folder_files: names of the file with the weights in a folder of this format, in order of preference.
+        precedence: of several that match, the highest counts: a whole model has parts of other formats in it.
+        holds_model: whether `read_model` gives a trained denoiser.
+        has_average: whether there are averaged weights beside those as trained.
+        takes_overrides: whether `read_model` can be told what no shape tells.
+        unsaid: what the user has to say of such a file's part, and how.
+        used_by: who reads such a file in place of `weights:` and `--checkpoint`.
+    """
+
+    kind: ClassVar[str]
+    title: ClassVar[str]
+    parts: ClassVar[Mapping[str, str]] = {}
+    folder_files: ClassVar[tuple[str, ...]] = ()
+    precedence: ClassVar[int] = 0
+    holds_model: ClassVar[bool] = False
+    has_average: ClassVar[bool] = False
+    takes_overrides: ClassVar[bool] = False
+    unsaid: ClassVar[str] = ""
+    used_by: ClassVar[str] = ""
+
+    def matches(self, file: OpenedFile) -> bool:
+        """Return whether a file is of this format, by the names and shapes of its tensors."""
+        raise NotImplementedError
+
+    def network(self, file: OpenedFile) -> Mapping[str, TensorInfo]:
+        """Return the tensors of the network that the file is about, without what is stored beside it."""
+        return file.tensors
+
+    def infer_config(self, tensors: Shapes) -> Section:
+        """Return the options of the part that follow from the shapes.
+
+        Raises:
+            KeyError, IndexError, ValueError, ZeroDivisionError: tensors that are missing or misshapen.
+        """
+        return Section()
+
+    def config(self, file: OpenedFile) -> Section:
+        """Return what the file tells of its network, by role. Raises UserError for an incomplete one."""
+        try:
+            options = self.infer_config(self.network(file))
+        except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+            raise UserError(f"{file.path}: not complete ({error} is missing or misshapen)") from None
+        return Section({role: {"name": name, **options} for role, name in self.parts.items() if options})
+
+    def problems(self, config: Section) -> list[str]:
+        """Return what is wrong with a config that the file itself has, each with its key path."""
+        return []
+
+    def facts(self, file: OpenedFile) -> Section:
+        """Return what else is known: "step" of the training, "frozen" (checksums of the parts it was trained with)."""
+        return Section(step=file.extra.get("global_step"))
+
+    def read(self, file: OpenedFile, role: str) -> LoadedPart:
+        """Return the part of a role. Raises UserError if there is none, or not a whole one."""
+        raise UserError(f"{file.path}: is {self.title}: no {role} can be read from it")
+
+    def read_model(self, file: OpenedFile, ema: bool, overrides: Section) -> LoadedModel:
+        """Return the trained model.
+
+        Args:
+            file: the opened file.
+            ema: of a training checkpoint, take the averaged weights; else those as trained.
+            overrides: what the file does not say of its architecture.
+
+        Raises:
+            UserError: not a trained model, or not a whole one.
+        """
+        raise UserError(f"{file.path}: not a trained model: it is {self.title}")
+
+    def denoiser_shape(self, file: OpenedFile, ema: bool) -> DenoiserShape | None:
+        """Return what another program's denoiser was constructed with; None where the file's config tells it."""
+        return None
+
+
+class Unknown(Importer):
+    """Tensors of nobody's."""
+
+    kind = "unknown"
+    title = "tensors of an unknown model"
+
+    def matches(self, file: OpenedFile) -> bool:
+        """Return true: what no other format is."""
+        return True
+
+
+# ----------------------------------------------------------------------------------------------------- the registry
+
+ImporterClass = TypeVar("ImporterClass", bound=type[Importer])
+_registry: dict[str, Importer] = {}
+
+
+def register_importer(cls: ImporterClass) -> ImporterClass:
+    """Class decorator: make a format known."""
+    before = _registry.get(cls.kind)
+    assert before is None or type(before).__qualname__ == cls.__qualname__, f"{cls.kind} is registered twice"
+    _registry[cls.kind] = cls()
+    return cls
+
+
+def importers() -> list[Importer]:
+    """Return all importers, those of whole models first."""
+    package = importlib.import_module("ldm_lab.checkpoints.formats")
+    for name in imports():
+        importlib.import_module(name)
+    for name in (
+        "ldm_lab.checkpoints.native",
+        *(f"{package.__name__}.{m.name}" for m in pkgutil.iter_modules(package.__path__)),
+    ):
+        importlib.import_module(name)
+    return sorted(_registry.values(), key=lambda importer: -importer.precedence)
+
+
+def importers_of(role: str, name: str) -> list[Importer]:
+    """Return those that read a part of a role and name."""
+    return [importer for importer in importers() if importer.parts.get(role) == name]
+
+
+# ---------------------------------------------------------------------------------------------------- what a file is
+
+
+@dataclass(frozen=True)
+class DetectedFile:
+    """A file of weights, opened, and the importer that reads it."""
+
+    file: OpenedFile
+    importer: Importer
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    @property
+    def kind(self) -> str:
+        return self.importer.kind
+
+    @property
+    def title(self) -> str:
+        return self.importer.title
+
+
+def detect_format(path: str | Path, what: str = "weights") -> DetectedFile:
+    """Return what a file, a folder with one in it, or a released file by its name, is; it is opened once.
 
     Raises:
         UserError: missing or damaged file, one that is no file of weights, one whose loading could run code.
     """
-    path = resolve_weights(path, "weights")
-    path = existing_file(diffusers_vae.find(path) if path.is_dir() else path, "weights")
-    if is_safetensors(path):
-        tensors, metadata = _header(path)
-        if metadata.get("format") == FORMAT:
-            return Found("model" if metadata.get("role") == "model" else "part", path, tensors, metadata)
-        return Found(_by_names(tensors), path, tensors, metadata)
-    if is_release(path):
-        with opened(path) as weights:
-            try:
-                found = recognise(weights)
-            except UserError as error:
-                raise UserError(str(error).replace(str(weights), str(path))) from None
-        return Found(found.kind, path, found.tensors, found.metadata, found.rest)
-    if open_clip_weights.is_torchscript(path):
-        tensors = _infos(open_clip_weights.read_torchscript(path))
-        return Found(_by_names(tensors), path, tensors)
-    if _is_plain_pickle(path):
-        return Found("cloob_pickle", path, _infos(cloob_pickle.read(path)[0]))
-    tensors, rest = read_state_dict(path, "weights")
-    kind = "run" if FORMAT in rest else _by_names(tensors)
-    return Found(kind, path, _infos(tensors), rest=rest)
+    file = open_weights(find_weights(path, what))
+    return DetectedFile(file, next((i for i in importers() if i.matches(file)), Unknown()))
 
 
-def kind_of(path: Path) -> str:
-    """Return `recognise(path).kind`, without reading a pickle that can be of one kind only."""
-    if path.is_file() and not is_release(path) and _is_plain_pickle(path):
-        return "cloob_pickle"
-    return recognise(path).kind
+def find_weights(name: str | Path, what: str = "weights") -> Path:
+    """Return the path of weights: a file, a released name, or an hf:// address (`resolve_weights`).
 
-
-def part_config(path: Path, metadata: dict[str, str]) -> tuple[str, dict[str, Any]]:
-    """Return `(role, config)` from the metadata of a safetensors file of ours. Raises UserError if they make no sense.
-
-    The role of a whole model is "model".
+    A folder stands for the file with the weights in it.
     """
-    try:
-        config = json.loads(metadata.get("config", ""))
-    except (ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: its config is not readable")
-    role = metadata.get("role")
-    if role not in ("model", *USE_KEYS):
-        raise UserError(f"{path}: holds a part of an unknown role, {str(role)[:100]!r}")
-    return role, config
+    path = resolve_weights(name, what)
+    return _file_in(path) if path.is_dir() else path
 
 
-def config_problems(config: Any) -> list[str]:
+def _file_in(folder: Path) -> Path:
+    """Return the file with the weights in a folder. Raises UserError if there is none."""
+    formats = [importer.folder_files for importer in importers() if importer.folder_files]
+    known = [name for names in formats for name in names]
+    for name in known:
+        if (folder / name).is_file():
+            return folder / name
+    near = [sub for sub in sorted(folder.iterdir()) if sub.is_dir() and any((sub / name).is_file() for name in known)]
+    hint = f"; did you mean {near[0]}?" if near else ""
+    usual = " or ".join(names[0] for names in formats)
+    raise UserError(f"{folder}: a folder of weights has a {usual} in it, this one has none{hint}")
+
+
+def config_problems(config: Json) -> list[str]:
     """Return what is wrong with the sections of a model's config that sampling builds, each with its key path."""
     if not isinstance(config, dict):
         return [f"config: a mapping of sections is needed, not {str(config)[:100]!r}"]
@@ -160,35 +290,3 @@ def config_problems(config: Any) -> list[str]:
         if config.get(key) is not None:
             problems += check_mapping(role, config[key], f"config.{key}")
     return problems
-
-
-def _by_names(tensors: dict[str, Any]) -> str:
-    return next((kind for kind, is_one in BY_NAMES if is_one(tensors)), "unknown")
-
-
-def _infos(tensors: dict[str, torch.Tensor]) -> dict[str, TensorInfo]:
-    return {
-        name: TensorInfo(tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in tensors.items()
-    }
-
-
-def _header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Return what a safetensors file's header says, which the library compares with the file's size."""
-    tensors = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                entry = file.get_slice(name)
-                dtype = DTYPES.get(entry.get_dtype())
-                kind = str(dtype).removeprefix("torch.") if dtype else entry.get_dtype()
-                tensors[name] = TensorInfo(tuple(entry.get_shape()), kind)
-            return tensors, file.metadata() or {}
-    except (SafetensorError, ValueError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file, truncated or damaged ({error})") from None
-
-
-def _is_plain_pickle(path: Path) -> bool:
-    """Return whether a file begins as a pickle does that is not torch's: the opcode of a protocol from 2 on."""
-    with open(path, "rb") as file:
-        head = file.read(len(LEGACY))
-    return head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5") and head != LEGACY

@@ -1,113 +1,65 @@
-"""Frozen parts from their config section: `{name, weights, ...}` -> a module with its weights in place."""
+"""Frozen parts from their config: `{name, weights, ...}` -> a module with its weights in place."""
 
-import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ldm_lab.checkpoints.files import FORMAT, is_safetensors, read_safetensors, write_safetensors
-from ldm_lab.checkpoints.formats import ccld, cloob_pickle, compvis, diffusers_vae, heads, open_clip_weights
-from ldm_lab.checkpoints.importer import KINDS, kind_of, part_config
-from ldm_lab.config import USE_KEYS, build, check_section, part_class
-from ldm_lab.errors import UserError, unknown
+from ldm_lab.checkpoints.importer import DetectedFile, LoadedPart, Section, detect_format, find_weights, importers_of
+from ldm_lab.config import build, part_class, use_keys
+from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Autoencoder
 from ldm_lab.io.atomic import sha256
-from ldm_lab.pretrained import resolve as pretrained
-
-Reader = Callable[[Path], tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]]
-# (role, name) of a part -> kind of file (`formats.KINDS`) -> reader of those released files with its weights in them.
-IMPORTERS: dict[tuple[str, str], dict[str, Reader]] = {
-    ("autoencoder", "kl_f8"): {
-        "compvis": compvis.read,
-        "ccld_training": compvis.read,
-        "diffusers": diffusers_vae.read,
-    },
-    ("conditioner", "cloob"): {
-        "cloob_pickle": cloob_pickle.read,
-        "ccld_training": ccld.read_cloob,
-    },
-    ("conditioner", "clip"): {"clip": open_clip_weights.read},
-    ("head", "linear"): {"linear": heads.read},
-    ("head", "mlp"): {"mlp": heads.read},
-}
 
 
-def save_part(
-    path: str | Path,
-    module: nn.Module,
-    section: dict[str, Any],
-    extra: dict[str, str] | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> None:
-    """Write a part's weights with the config that rebuilds it.
-
-    Args:
-        path: a `.safetensors` file.
-        module: the part; its class is registered.
-        section: its config section, of which the keys of its architecture are stored.
-        extra: further text metadata, such as what was measured.
-        dtype: of the stored weights; float16 halves the file. Single numbers, such as the latent std, stay exact.
-    """
-    role, name = module.part_role, module.part_name
-    architecture = {key: value for key, value in section.items() if key not in ("name", *USE_KEYS.get(role, {}))}
-    metadata = {
-        "format": FORMAT,
-        "role": role,
-        "config": json.dumps({"name": name, **architecture}),
-        **(extra or {}),
-    }
-    state = {name: value.to(dtype) if value.ndim else value for name, value in module.state_dict().items()}
-    write_safetensors(path, state, metadata)
-
-
-def load_part(role: str, section: dict[str, Any], read_weights: bool = True) -> nn.Module:
+def load_part(role: str, section: Mapping, read_weights: bool = True) -> nn.Module:
     """Build a frozen part and load its weights: evaluation mode, no gradients.
 
     Args:
         role: "autoencoder" or "conditioner".
         section: its config section. With `weights`, the file's own architecture is used, and keys given here must
-            agree with it. `latent_mean` and `latent_std` (autoencoder) replace the stored ones.
+            agree with it. Without, a part may find its weights itself (`Part.pretrained_path`) or bring them along
+            (`Part.load_pretrained`). `latent_mean` and `latent_std` (autoencoder) replace the stored ones.
         read_weights: False builds the architecture alone (on the meta device, for counting).
 
     Raises:
         UserError: missing, damaged or foreign file; weights of another architecture.
     """
-    given = {key: value for key, value in section.items() if key not in USE_KEYS[role]}
+    options = {key: value for key, value in section.items() if key not in use_keys(role)}
     path = weights_path(role, section) if read_weights else None
-    if path is None:
-        module = build(role, given)
+    if path is not None:
+        module, _ = load_module(role, options, detect_format(path))
     else:
-        module, _ = read_module(role, given, path)
+        module = build(role, options)
+        if read_weights:
+            module.load_pretrained()
     if isinstance(module, Autoencoder):
         module.set_latent_statistics(section.get("latent_mean"), section.get("latent_std"))
     return module.eval().requires_grad_(False)
 
 
-def read_module(role: str, given: dict[str, Any], path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Return a part with the weights in a file, and the section with all that the file says of its architecture.
+def load_module(role: str, overrides: Mapping, found: DetectedFile) -> tuple[nn.Module, Section]:
+    """Return a part with its weights in place, and its config: that of its file and what is said besides.
 
     Args:
-        role: "autoencoder" or "conditioner".
-        given: its name, and constructor keys that the file does not say, or that have to agree with it.
-        path: our own file, or a released one.
+        role: of the part.
+        overrides: its name, and options: those that the file does not tell, others have to agree with it.
+        found: the file.
 
     Raises:
-        UserError: missing, damaged or foreign file; weights of another architecture.
+        UserError: damaged or another program's file; weights of another architecture.
     """
-    state, config = read_part(path, role, given["name"])
-    for key, value in given.items():
+    state, config = read_part(found, role, overrides["name"])
+    for key, value in overrides.items():
         if key in config and config[key] != value:
-            raise UserError(f"{role}.{key}: {value!r} is asked for, but {path} holds {config[key]!r}")
-    section = {**config, **given}
+            raise UserError(f"{role}.{key}: {value!r} is asked for, but {found.path} holds {config[key]!r}")
+    section = Section({**config, **overrides})
     module = build(role, section)
-    load_strictly(module, module.convert_state_dict(state), path)
+    load_strictly(module, module.convert_state_dict(state), found.path)
     return module, section
 
 
-def weights_path(role: str, section: dict[str, Any]) -> Path | None:
+def weights_path(role: str, section: Mapping) -> Path | None:
     """Return the file with the weights of a config section, or None if there is none and its part is as initialised.
 
     A class may know where the weights are published, and download them (`Part.pretrained_path`).
@@ -123,39 +75,28 @@ def weights_path(role: str, section: dict[str, Any]) -> Path | None:
     return cls.pretrained_path(section)
 
 
-def find_weights(name: str | Path) -> Path:
-    """Return the path of weights: a file, a released name, or an hf:// address (`resolve_weights`).
+def read_part(found: DetectedFile | str | Path, role: str, name: str) -> LoadedPart:
+    """Return weights and config of a part from a file: our own, or another program's that an importer reads.
 
-    A folder of diffusers' stands for the file with the weights in it.
+    Args:
+        found: the file, opened or not.
+        role, name: of the part that is wanted.
+
+    Raises:
+        UserError: missing or damaged file, one that holds something else.
     """
-    path = pretrained.resolve_weights(name, "weights")
-    return diffusers_vae.find(path) if path.is_dir() else path
-
-
-def read_part(path: Path, role: str, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return `(state_dict, config)` of a part from our own file or, by the importer of its name, a released one."""
-    if is_safetensors(path):
-        state, metadata = read_safetensors(path)
-        if metadata.get("format") == FORMAT:
-            held, config = part_config(path, metadata)
-            if held != role:
-                raise UserError(f"{path}: holds the weights of the role {held}, not {role}")
-            if config.get("name") != name:
-                raise UserError(f"{path}: holds the {role} {config.get('name')!r}, but {role}.name is {name!r}")
-            problems = check_section(role, config, f"{path}: config")
-            if problems:
-                raise UserError(problems[0])
-            return state, config
-    if (role, name) not in IMPORTERS:
-        known = [n for r, n in IMPORTERS if r == role]
-        raise UserError(f"{path}: not a file of ldm_lab's, and {unknown(f'importer for a {role}', name, known)}")
-    readers = IMPORTERS[role, name]
-    kind = kind_of(path)
-    if kind not in readers:
-        readable = " or ".join(KINDS[known] for known in readers)
-        raise UserError(f"{path}: not {readable}: it holds {KINDS[kind]}")
-    state, config, _ = readers[kind](path)
-    return state, {"name": name, **config}
+    if not isinstance(found, DetectedFile):
+        found = detect_format(found)
+    importer = found.importer
+    if found.kind != "part" and importer.parts.get(role) != name:
+        readable = [other.title for other in importers_of(role, name)]
+        if not readable:
+            raise UserError(f"{found.path}: not a file of ldm_lab's, and no importer reads the {role} {name!r}")
+        raise UserError(f"{found.path}: not {' or '.join(readable)}: it holds {found.title}")
+    part = importer.read(found.file, role)
+    if part.config.get("name") != name:
+        raise UserError(f"{found.path}: holds the {role} {part.config.get('name')!r}, but {role}.name is {name!r}")
+    return part
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
@@ -207,7 +148,19 @@ def load_fitting(module: nn.Module, state: dict[str, Tensor], path: str | Path) 
     return missing + other + [f"{name} of the file is not of this architecture" for name in state if name not in own]
 
 
-def weights_sha256(role: str, section: dict[str, Any]) -> str | None:
-    """Return the checksum of the file with the weights of a config section (see `weights_path`), None without one."""
+def has_weights(role: str, section: Mapping) -> bool:
+    """Return whether a part has trained weights: in a file that its config names, or brought along."""
+    return weights_path(role, section) is not None or (
+        bool(section) and part_class(role, section).weights_identity(dict(section)) is not None
+    )
+
+
+def weights_sha256(role: str, section: Mapping) -> str | None:
+    """Return the checksum of the file with a part's weights (see `weights_path`).
+
+    Of a part that brings its own along it is what pins them (`Part.weights_identity`); None if it is as initialized.
+    """
     path = weights_path(role, section)
-    return None if path is None else sha256(path)
+    if path is not None:
+        return sha256(path)
+    return part_class(role, section).weights_identity(dict(section)) if section else None

@@ -31,7 +31,7 @@ def is_release(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[Path]:
+def unpacked(path: Path) -> Iterator[Path]:
     """Unpack the checkpoint of a release into a temporary folder that goes away again, and hand out its path.
 
     A YAML lies beside it under the same name. What the members are called has no influence on where they are written.

@@ -2,8 +2,9 @@
 
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ PLAIN_TYPES = (
 )
 
 
+T = TypeVar("T")
 WRAPPERS = ("state_dict", "model", "weights")  # under which training programs keep a state dict beside other things
 
 
@@ -72,6 +74,6 @@ def _unsafe_globals(path: Path) -> list[str]:
         return []  # `read_pickled` says what is wrong with the file
 
 
-def part_of(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def strip_prefix(tensors: Mapping[str, T], prefix: str) -> dict[str, T]:
     """Return the tensors whose names begin with a prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -27,6 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Encode, with a progress bar; say what was skipped."""
     config = load(args.config, args.overrides)
-    if config.get("task", "diffusion") != "diffusion":
+    if config.task != "diffusion":
         raise UserError(f"{args.config}: a cache is made from a diffusion config, with its autoencoder and conditioner")
     print(make_cache(config, Path(args.out), args.device))

@@ -14,32 +14,37 @@ checkpoint the averaged weights are taken.
 
 import argparse
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
-from ldm_lab.checkpoints.formats import ccld, diffusers_vae, glide
-from ldm_lab.checkpoints.importer import KINDS, Found, config_problems, part_config, recognise
-from ldm_lab.checkpoints.models import read_model, save_model
-from ldm_lab.checkpoints.parts import check_strictly, load_strictly, read_module, save_part
-from ldm_lab.config import build, options, part_class
+from ldm_lab.checkpoints.formats import diffusers_vae
+from ldm_lab.checkpoints.importer import DetectedFile, Section, config_problems, detect_format
+from ldm_lab.checkpoints.native import NOT_FACTS, part_config, save_model, save_part
+from ldm_lab.checkpoints.parts import check_strictly, load_module, load_strictly
+from ldm_lab.config import build, part_class, signature_options
+from ldm_lab.config.overrides import values
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Autoencoder
 
 ROLES = ("autoencoder", "conditioner")
-# kind of file -> the part in it, its name
-RELEASED = {
-    "compvis": ("autoencoder", "kl_f8"),
-    "diffusers": ("autoencoder", "kl_f8"),
-    "cloob_pickle": ("conditioner", "cloob"),
-    "clip": ("conditioner", "clip"),
-    "linear": ("head", "linear"),
-    "mlp": ("head", "mlp"),
-}
-INSIDE = {"autoencoder": "kl_f8", "conditioner": "cloob"}  # of a training checkpoint of cloob-latent-diffusion
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part out of a file.
+
+    Attributes:
+        module: with its weights in place.
+        config: its name and options.
+        facts: text that is stored beside it.
+    """
+
+    module: nn.Module
+    config: Section
+    facts: dict[str, str] = field(default_factory=dict)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,41 +65,52 @@ def run(args: argparse.Namespace) -> None:
     """Convert, and say what was written."""
     out = Path(args.out).expanduser()
     _check_out(args, out)
-    found = recognise(args.source)
-    if found.kind == "unknown":
-        raise UserError(f"{args.source}: holds {KINDS['unknown']}: nothing that could be converted")
-    if args.raw and found.kind not in ("run", "ccld_training"):
-        raise UserError(f"--raw: is for training checkpoints, {args.source} is {KINDS[found.kind]}")
-    if args.part is not None and found.kind != "ccld_training":
-        raise UserError(f"--part: is for training checkpoints of cloob-latent-diffusion, not {KINDS[found.kind]}")
-    if found.kind == "noised_clip":
-        raise UserError(f"{args.source}: is {KINDS['noised_clip']}, which CLIP guidance takes as it is")
-    if args.given and found.kind not in ("part", "glide", *RELEASED) and args.part is None:
-        where = "files with a part or a network of GLIDE's in them"
-        raise UserError(f"{args.given[0]}: is for {where}, {args.source} is {KINDS[found.kind]}")
+    found = detect_format(args.source)
+    _check_source(args, found)
     dtype = torch.float16 if args.half else torch.float32
     part = _part(args, found)
-    if part is None:
-        if args.format == "diffusers" or args.scale is not None:
-            option = "--scale" if args.scale is not None else "--format diffusers"
-            raise UserError(f"{option}: is for autoencoders, {args.source} is {KINDS[found.kind]}")
-        count = _convert_model(found, out, dtype, ema=not args.raw, given=_given(args.given))
-        print(f"{out}: a model of {count:,} parameters, from {KINDS[found.kind]}")
+    if part is not None:
+        _write_part(args, found, part, out, dtype)
         return
-    module, section, facts = part
+    if args.format == "diffusers" or args.scale is not None:
+        option = "--scale" if args.scale is not None else "--format diffusers"
+        raise UserError(f"{option}: is for autoencoders, {args.source} is {found.title}")
+    count = _write_model(args, found, out, dtype)
+    print(f"{out}: a model of {count:,} parameters, from {found.title}")
+
+
+def _check_source(args: argparse.Namespace, found: DetectedFile) -> None:
+    """Raise UserError if nothing in the file can be converted, or options do not go with it."""
+    importer = found.importer
+    if importer.used_by:
+        raise UserError(f"{args.source}: is {found.title}, which {importer.used_by} takes as it is")
+    if not (importer.holds_model or importer.parts or found.kind == "part"):
+        raise UserError(f"{args.source}: holds {found.title}: nothing that could be converted")
+    if args.raw and not importer.has_average:
+        raise UserError(f"--raw: is for training checkpoints, {args.source} is {found.title}")
+    if args.part is not None and not (importer.holds_model and args.part in importer.parts):
+        raise UserError(f"--part: is for training checkpoints of cloob-latent-diffusion, not {found.title}")
+    if args.given and importer.holds_model and not importer.takes_overrides and args.part is None:
+        where = "files with a part or a network of GLIDE's in them"
+        raise UserError(f"{args.given[0]}: is for {where}, {args.source} is {found.title}")
+
+
+def _write_part(args: argparse.Namespace, found: DetectedFile, part: Part, out: Path, dtype: torch.dtype) -> None:
+    """Write a part, and say so."""
+    module, role, name = part.module, part.module.part_role, part.config["name"]
     if args.scale is not None:
         if not isinstance(module, Autoencoder):
-            raise UserError(f"--scale: is for autoencoders, {args.source} has the {module.part_role} {section['name']}")
+            raise UserError(f"--scale: is for autoencoders, {args.source} has the {role} {name}")
         module.latent_std.fill_(args.scale)
     if args.format == "diffusers":
-        if module.part_name != "kl_f8":
-            raise UserError(f"--format diffusers: is for autoencoders of kl_f8's kind, this is a {module.part_role}")
-        defaults = {key: known.default for key, known in options(type(module)).items()}
-        diffusers_vae.write(out, _in(dtype, module.state_dict()), {**defaults, **section})
+        if name != "kl_f8":
+            raise UserError(f"--format diffusers: is for autoencoders of kl_f8's kind, this is a {role}")
+        defaults = {key: known.default for key, known in signature_options(type(module)).items()}
+        diffusers_vae.write(out, _in(dtype, module.state_dict()), Section({**defaults, **part.config}))
     else:
-        save_part(out, module, section, facts, dtype)
+        save_part(out, module, part.config, part.facts, dtype)
     count = sum(value.numel() for value in module.parameters())
-    print(f"{out}: the {module.part_role} {section['name']} of {count:,} parameters, from {KINDS[found.kind]}")
+    print(f"{out}: the {role} {name} of {count:,} parameters, from {found.title}")
     if isinstance(module, Autoencoder):
         hint = "" if float(module.latent_std) != 1 else "; `python -m ldm_lab scale` measures it, --scale X sets it"
         print(f"latent std {float(module.latent_std):g}{hint}")
@@ -125,59 +141,47 @@ def _check_out(args: argparse.Namespace, out: Path) -> None:
             raise UserError(f"{out}: is there already; --force replaces it")
 
 
-def _part(args: argparse.Namespace, found: Found) -> tuple[nn.Module, dict[str, Any], dict[str, str]] | None:
-    """Return the part in a file, its section and facts to be stored beside it; None if the file holds a model."""
-    given = _given(args.given)
+def _part(args: argparse.Namespace, found: DetectedFile) -> Part | None:
+    """Return the part in a file; None if the file holds a model."""
+    given, importer = Section(values(args.given, "image_heads=12")), found.importer
     if found.kind == "part":
-        role, config = part_config(found.path, found.metadata)
-        module, section = read_module(role, {**given, "name": config.get("name")}, found.path)
-        facts = {k: text for k, text in found.metadata.items() if k not in ("format", "role", "config")}
+        role, config = part_config(found.path, found.file.metadata)
+        facts = {key: text for key, text in found.file.metadata.items() if key not in NOT_FACTS}
         if args.scale is not None:
             facts.pop("scale_images", None)
-        return module, section, facts
+        return Part(*load_module(role, {**given, "name": config.get("name")}, found), facts)
     if found.kind == "run":
-        config, state, extra = read_model(found.path, ema=not args.raw)
-        role = getattr(part_class("task", {"name": config.get("task", "diffusion")}), "PART", None)
-        if role is None:
-            return None
-        section = config.get(role)
-        module = build(role, section)
-        load_strictly(module, state, found.path)
-        return module, section, {"step": extra["step"]}
-    if found.kind == "ccld_training" and args.part is not None:
-        return *read_module(args.part, {**given, "name": INSIDE[args.part]}, found.path), {}
-    if found.kind not in RELEASED:
+        return _trained_part(args, found)
+    role = args.part if importer.holds_model else next(iter(importer.parts))
+    if role is None:
         return None
-    role, name = RELEASED[found.kind]
-    if name == "clip" and not given:
-        raise UserError(f"{args.source}: does not say its architecture; add model=NAME, such as model=ViT-B-32")
-    return *read_module(role, {**given, "name": name}, found.path), {}
+    if importer.unsaid and not given:
+        raise UserError(f"{args.source}: does not say {importer.unsaid}")
+    return Part(*load_module(role, {**given, "name": importer.parts[role]}, found))
 
 
-def _given(written: list[str]) -> dict[str, Any]:
-    """Return the `key=value` of the command line, values read as YAML does."""
-    given = {}
-    for entry in written:
-        key, equals, value = entry.partition("=")
-        try:
-            given[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            equals = ""
-        if not equals or not key:
-            raise UserError(f"{entry!r}: what the file does not say is written key=value, such as image_heads=12")
-    return given
+def _trained_part(args: argparse.Namespace, found: DetectedFile) -> Part | None:
+    """Return the part that a run trained; None if it trained a diffusion model."""
+    config, state, extra = found.importer.read_model(found.file, not args.raw, Section())
+    role = part_class("task", {"name": config.get("task", "diffusion")}).PART
+    if role is None:
+        return None
+    module = build(role, config.get(role))
+    load_strictly(module, state, found.path)
+    return Part(module, Section(config.get(role)), {"step": extra["step"]})
 
 
-def _convert_model(found: Found, out: Path, dtype: torch.dtype, ema: bool, given: dict[str, Any]) -> int:
+def _write_model(args: argparse.Namespace, found: DetectedFile, out: Path, dtype: torch.dtype) -> int:
     """Write a diffusion model; return its number of parameters."""
-    config, state, extra = read_model(found.path, ema, given)
+    overrides = Section(values(args.given, "image_heads=12"))
+    config, state, extra = found.importer.read_model(found.file, not args.raw, overrides)
     problems = config_problems(config)
     if problems:
         raise UserError(f"{found.path}: {problems[0]}")
-    if found.kind in ("ccld", "ccld_training", "glide"):
-        facts = (glide.read(found.path, given) if found.kind == "glide" else ccld.read(found.path, ema=ema))[2]
+    shape = found.importer.denoiser_shape(found.file, not args.raw)
+    if shape is not None:
         with torch.device("meta"):
-            network = build("denoiser", config["denoiser"], facts["channels"], facts["conditions"])
+            network = build("denoiser", config["denoiser"], *shape)
         check_strictly(network.state_dict(), state, found.path)
     save_model(out, _in(dtype, state), config, extra)
     return sum(value.numel() for value in state.values())

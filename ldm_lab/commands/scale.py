@@ -8,16 +8,17 @@ images. Latents are divided by it. An autoencoder that was trained here brings i
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm_lab.checkpoints.parts import find_weights, load_part, read_part, save_part
+from ldm_lab.checkpoints.native import save_part
+from ldm_lab.checkpoints.parts import load_part, read_part
 from ldm_lab.commands._arguments import safetensors_file, whole_number
-from ldm_lab.config import build, load
+from ldm_lab.config import RunConfig, build, load
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.errors import UserError
 from ldm_lab.training.scale import BATCHES, measure_scale
@@ -55,21 +56,21 @@ def run(args: argparse.Namespace) -> None:
         print(f"{args.out}: the weights with this std")
 
 
-def architecture(section: dict[str, Any]) -> dict[str, Any]:
+def architecture(section: Mapping[str, Any]) -> dict[str, Any]:
     """Return an autoencoder's section with what its weights file says about its architecture."""
     if not section.get("weights"):
-        return section
-    return {**read_part(find_weights(section["weights"]), "autoencoder", section["name"])[1], **section}
+        return dict(section)
+    return {**read_part(section["weights"], "autoencoder", section["name"]).config, **section}
 
 
-def image_batches(config: dict[str, Any], batches: int, batch_size: int) -> Iterator[Tensor]:
+def image_batches(config: RunConfig, batches: int, batch_size: int) -> Iterator[Tensor]:
     """Yield `batches` batches of different images, [batch_size, 3, H, W] in [-1, 1], in the order of training.
 
     Raises:
         UserError: there are fewer images than that.
     """
     source = build("data", {**config["data"], "batch_size": batch_size})
-    data = DataModule(source, seed=config.get("seed", 0), epochs=1)
+    data = DataModule(source, seed=config.seed, epochs=1)
     data.prepare_data()
     data.setup()
     held, found, given = torch.empty(0), 0, 0

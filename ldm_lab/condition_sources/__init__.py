@@ -15,24 +15,25 @@ A new condition source is one file in this folder with one `@register("condition
 from collections.abc import Mapping
 from typing import Any
 
+from ldm_lab.conditions import ConditionKind, ConditionSpec
 from ldm_lab.config import build, check_mapping
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Conditioner, ConditionKind, ConditionSource, ConditionSpec
+from ldm_lab.interfaces import Conditioner, ConditionSource
 
 ConditionSources = dict[str, ConditionSource]  # part name -> source
 
 
 def build_sources(config: Mapping[str, Any] | None) -> ConditionSources:
-    """Return the condition sources of a config's section `condition_sources`, by name; none of no section.
+    """Return the condition sources of a config's section `condition_sources`, by name; null takes one back.
 
     Raises:
         UserError: no such source, or options that it does not have.
     """
-    if problems := check_mapping("condition_source", config or {}, "condition_sources"):
+    config = config or {}
+    if problems := check_mapping("condition_source", config, "condition_sources"):
         raise UserError(problems[0])
-    return {
-        name: build("condition_source", {**(options or {}), "name": name}) for name, options in (config or {}).items()
-    }
+    wanted = {name: options for name, options in config.items() if options is not None}
+    return {name: build("condition_source", {**options, "name": name}) for name, options in wanted.items()}
 
 
 def given_conditions(conditioner: Conditioner, sources: ConditionSources) -> ConditionSpec:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ldm_lab.config import register
+from ldm_lab.config import PositiveInt, register
 from ldm_lab.interfaces import Batch, ConditionRequest, Conditions, ConditionSource, ConditionSpec, Embedding
 
 
@@ -11,8 +11,12 @@ from ldm_lab.interfaces import Batch, ConditionRequest, Conditions, ConditionSou
 class ClipEmbed(ConditionSource):
     """A network with layers for a CLIP vector, which is left out: the text alone says what is to be made."""
 
-    def __init__(self, *, width: int = 768) -> None:
-        """`width`: of the vector that the network has layers for."""
+    def __init__(self, *, width: PositiveInt = 768) -> None:
+        """Set how wide the vector is.
+
+        Args:
+            width: of the vector that the network has layers for.
+        """
         super().__init__()
         self.width = width
 

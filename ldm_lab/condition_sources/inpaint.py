@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ldm_lab.config import register
+from ldm_lab.config import PositiveInt, Share, register
 from ldm_lab.interfaces import Batch, ConditionRequest, Conditions, ConditionSource, ConditionSpec, ImageCondition
 
 
@@ -11,7 +11,7 @@ from ldm_lab.interfaces import Batch, ConditionRequest, Conditions, ConditionSou
 class Inpaint(ConditionSource):
     """The known part of an image in z, [B, C, h, w], and 1 where it is known, 0 elsewhere, [B, 1, h, w]."""
 
-    def __init__(self, *, channels: int = 3, known_share: float = 0.0) -> None:
+    def __init__(self, *, channels: PositiveInt = 3, known_share: Share = 0.0) -> None:
         """Set what training shows of an image.
 
         Args:
@@ -21,16 +21,6 @@ class Inpaint(ConditionSource):
         """
         super().__init__()
         self.channels, self.known_share = channels, known_share
-
-    @staticmethod
-    def check(config: dict) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        share, problems = config.get("known_share", 0.0), []
-        if not 0 <= share <= 1:
-            problems.append(f"known_share: a share from 0 to 1 is needed, not {share:g}")
-        if config.get("channels", 1) < 1:
-            problems.append(f"channels: at least 1 is needed, not {config['channels']}")
-        return problems
 
     @property
     def spec(self) -> ConditionSpec:

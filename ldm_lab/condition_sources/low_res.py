@@ -1,10 +1,13 @@
 """What an upsampler is told: the image itself, made small."""
 
+from typing import Annotated
+
 import torch
+from annotated_types import Ge
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm_lab.config import register
+from ldm_lab.config import NonNegativeFloat, register
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Batch, ConditionRequest, Conditions, ConditionSource, ConditionSpec, ImageCondition
 
@@ -15,7 +18,9 @@ RGB = 3
 class LowRes(ConditionSource):
     """The low-resolution condition of an upsampler: RGB in [-1, 1] at 1 / scale_factor of the image's size."""
 
-    def __init__(self, *, scale_factor: int = 4, noise: float = 0.0, blur: float = 0.0) -> None:
+    def __init__(
+        self, *, scale_factor: Annotated[int, Ge(2)] = 4, noise: NonNegativeFloat = 0.0, blur: NonNegativeFloat = 0.0
+    ) -> None:
         """Set how it is made of training images.
 
         Args:
@@ -26,14 +31,6 @@ class LowRes(ConditionSource):
         """
         super().__init__()
         self.scale_factor, self.noise, self.blur = scale_factor, noise, blur
-
-    @staticmethod
-    def check(config: dict) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        problems = [f"{key}: {config[key]} is negative" for key in ("noise", "blur") if config.get(key, 0) < 0]
-        if config.get("scale_factor", 2) < 2:
-            problems.append(f"scale_factor: at least 2 is needed, not {config['scale_factor']}")
-        return problems
 
     @property
     def spec(self) -> ConditionSpec:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from ldm_lab.clip_tokens import SHOWN
 from ldm_lab.conditioners.clip_preprocess import CLIPPreprocessing, normalize_pixels, transformed
 from ldm_lab.conditioners.clip_tokenizers import CLIPTokenizer, HubTokenizer, adapted
+from ldm_lab.conditioners.embedding import EmbeddingConditioner
 from ldm_lab.conditioners.open_clip_config import (
     FAILURES,
     HUB,
@@ -28,9 +29,8 @@ from ldm_lab.conditioners.open_clip_config import (
     quiet,
     resolve_config,
 )
-from ldm_lab.config import register
+from ldm_lab.config import check_options, register
 from ldm_lab.errors import UserError, first_line
-from ldm_lab.interfaces import EmbeddingConditioner
 
 PREFIX = "clip."  # of open_clip's names in this module's state dict
 
@@ -68,9 +68,7 @@ class CLIP(EmbeddingConditioner):
             UserError: unknown names, an architecture that cannot be built, a repository that cannot be reached.
         """
         super().__init__()
-        problems = config_problems(model, pretrained, architecture)
-        if problems:
-            raise UserError(f"conditioner.{problems[0]}")
+        check_options(CLIP, model=model, pretrained=pretrained, architecture=architecture)
         import open_clip
 
         config = resolve_config(model, pretrained, architecture)
@@ -84,12 +82,9 @@ class CLIP(EmbeddingConditioner):
         self.register_buffer("pixel_std", self.preprocessing.std, persistent=False)  # [3]
 
     @staticmethod
-    def check(config: dict[str, Any]) -> list[str]:
-        """Return what is wrong across the keys of a config section."""
-        keys = [config.get(key) for key in ("model", "pretrained", "architecture")]
-        if config.get("weights") and keys == [None] * 3:  # a file of ours has them inside
-            return []
-        return config_problems(*keys)
+    def check(options: dict[str, Any]) -> list[str]:
+        """Return what is wrong across the options."""
+        return config_problems(options["model"], options["pretrained"], options["architecture"])
 
     @staticmethod
     def pretrained_path(config: dict[str, Any]) -> Path:
@@ -98,12 +93,11 @@ class CLIP(EmbeddingConditioner):
         Raises:
             UserError: the config names no published weights, or they cannot be downloaded.
         """
-        problems = CLIP.check(config)
-        if problems:
-            raise UserError(f"conditioner.{problems[0]}")
-        if config.get("model") is None:
+        model, pretrained = config.get("model"), config.get("pretrained")
+        check_options(CLIP, model=model, pretrained=pretrained, architecture=config.get("architecture"))
+        if model is None:
             raise UserError("conditioner.weights: has to be given, a file with the weights of this architecture")
-        return download_pretrained(config["model"], config.get("pretrained"))
+        return download_pretrained(model, pretrained)
 
     def convert_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return weights under the names of open_clip's models, old and new ones, as this module's state dict."""

@@ -6,9 +6,10 @@ cloob-latent-diffusion runs; the defaults are the released ViT-B/16 models.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor, nn
@@ -16,9 +17,8 @@ from torch.nn import functional as F
 
 from ldm_lab import clip_tokens
 from ldm_lab.conditioners.clip_preprocess import PIXEL_MEAN, PIXEL_STD, cropped, normalize_pixels
-from ldm_lab.config import options, register
-from ldm_lab.errors import UserError
-from ldm_lab.interfaces import EmbeddingConditioner
+from ldm_lab.conditioners.embedding import EmbeddingConditioner
+from ldm_lab.config import PositiveInt, check_options, register
 
 HEAD_WIDTH = 64  # of all released towers
 
@@ -38,17 +38,17 @@ class CLOOB(EmbeddingConditioner):
     def __init__(
         self,
         *,
-        embed_dim: int = 512,
-        image_size: int = 224,
-        patch_size: int = 16,
-        image_width: int = 768,
-        image_layers: int = 12,
-        image_heads: int | None = None,
-        text_size: int = 77,
-        vocab_size: int = clip_tokens.CLIP_VOCAB_SIZE,
-        text_width: int = 512,
-        text_layers: int = 12,
-        text_heads: int | None = None,
+        embed_dim: PositiveInt = 512,
+        image_size: PositiveInt = 224,
+        patch_size: PositiveInt = 16,
+        image_width: PositiveInt = 768,
+        image_layers: PositiveInt = 12,
+        image_heads: PositiveInt | None = None,
+        text_size: Annotated[int, Ge(2)] = 77,
+        vocab_size: PositiveInt = clip_tokens.CLIP_VOCAB_SIZE,
+        text_width: PositiveInt = 512,
+        text_layers: PositiveInt = 12,
+        text_heads: PositiveInt | None = None,
     ) -> None:
         """Build the towers with initial weights as CLIP's.
 
@@ -75,9 +75,7 @@ class CLOOB(EmbeddingConditioner):
             **{"text_size": text_size, "vocab_size": vocab_size},
             **{"text_width": text_width, "text_layers": text_layers, "text_heads": text_heads},
         }
-        problems = _problems(sizes)
-        if problems:
-            raise UserError(f"conditioner.{problems[0]}")
+        check_options(CLOOB, **sizes)
         image_heads, text_heads = image_heads or image_width // HEAD_WIDTH, text_heads or text_width // HEAD_WIDTH
         self.embed_dim, self.image_size = embed_dim, image_size
         self.text_size, self.vocab_size = text_size, vocab_size
@@ -87,11 +85,9 @@ class CLOOB(EmbeddingConditioner):
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD), persistent=False)  # [3]
 
     @staticmethod
-    def check(section: dict[str, Any]) -> list[str]:
-        """Return what is wrong across the keys of a config section."""
-        if section.get("weights"):  # the file has the sizes that are not given here
-            return []
-        return _problems({key: section.get(key, known.default) for key, known in options(CLOOB).items()})
+    def check(options: dict[str, Any]) -> list[str]:
+        """Return what is wrong across the options."""
+        return _problems(options)
 
     @property
     def image_transform(self) -> Callable[[Image.Image], Tensor]:
@@ -129,9 +125,7 @@ class CLOOB(EmbeddingConditioner):
 
 def _problems(sizes: dict[str, int | None]) -> list[str]:
     """Return what is wrong with the towers' sizes, all of the constructor's arguments, each as "key: what"."""
-    problems = [f"{key}: {size} is below 1" for key, size in sizes.items() if size is not None and size < 1]
-    if problems:
-        return problems
+    problems = []
     if sizes["image_size"] % sizes["patch_size"]:
         problems.append(f"image_size: {sizes['image_size']} is no multiple of patch_size ({sizes['patch_size']})")
     for tower in ("image", "text"):
@@ -141,8 +135,6 @@ def _problems(sizes: dict[str, int | None]) -> list[str]:
             problems.append(f"{tower}_heads: has to be given, as {where}")
         elif heads is not None and width % heads:
             problems.append(f"{tower}_width: {width} is no multiple of {tower}_heads ({heads})")
-    if sizes["text_size"] < 2:
-        problems.append(f"text_size: {sizes['text_size']} has no room for start and end")
     return problems
 
 

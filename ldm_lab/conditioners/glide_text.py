@@ -16,7 +16,7 @@ from ldm_lab.clip_tokens import (
     byte_letters,
 )
 from ldm_lab.clip_tokens import Encoding as CLIPEncoding
-from ldm_lab.config import register
+from ldm_lab.config import PositiveInt, check_options, register
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Batch, Conditioner, Conditions, ConditionSpec, TokenIds
 from ldm_lab.pretrained.resolve import fetch
@@ -49,7 +49,7 @@ class GlideText(Conditioner):
         *,
         vocabulary: Literal["gpt2", "clip"] = "gpt2",
         vocab_size: int | None = None,
-        text_size: int = 128,
+        text_size: PositiveInt = 128,
     ) -> None:
         """Choose the tokens.
 
@@ -61,9 +61,7 @@ class GlideText(Conditioner):
             text_size: L, tokens per text; a longer text is cut.
         """
         super().__init__()
-        problems = self.check({"vocabulary": vocabulary, "vocab_size": vocab_size, "text_size": text_size})
-        if problems:
-            raise UserError(f"conditioner.{problems[0]}")
+        check_options(GlideText, vocabulary=vocabulary, vocab_size=vocab_size, text_size=text_size)
         whole = GPT2_VOCAB_SIZE if vocabulary == "gpt2" else CLIP_VOCAB_SIZE
         self.vocabulary, self.vocab_size, self.text_size = vocabulary, vocab_size or whole, text_size
         self.register_buffer("pad", torch.tensor(self.vocab_size - 1), persistent=False)  # []
@@ -77,8 +75,6 @@ class GlideText(Conditioner):
         size, problems = section.get("vocab_size"), []
         if size is not None and not least <= size <= most:
             problems.append(f"vocab_size: this vocabulary has {least} to {most} ids, not {size}")
-        if section.get("text_size", 1) < 1:
-            problems.append(f"text_size: at least 1 is needed, not {section['text_size']}")
         return problems
 
     @property

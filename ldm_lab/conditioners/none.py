@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm_lab.config import register
+from ldm_lab.config import PositiveInt, register
 from ldm_lab.interfaces import Batch, Conditioner, Conditions, ConditionSpec, Embedding
 
 
@@ -16,8 +16,12 @@ class NoConditioner(Conditioner):
 
     zeros: Tensor
 
-    def __init__(self, *, embed_dim: int = 64) -> None:
-        """`embed_dim`: D, the width of the zeros; the denoiser's input is as wide."""
+    def __init__(self, *, embed_dim: PositiveInt = 64) -> None:
+        """Build the zeros.
+
+        Args:
+            embed_dim: D, the width of the zeros; the denoiser's input is as wide.
+        """
         super().__init__()
         self.embed_dim = embed_dim
         self.register_buffer("zeros", torch.zeros(1, embed_dim), persistent=False)  # [1, D]

@@ -21,13 +21,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ldm_lab.batch import Batch
 from ldm_lab.config import register
 from ldm_lab.data.order import Order
 from ldm_lab.data.samples import UNREACHABLE, Sample, SkippedSample
 from ldm_lab.data.source import Source
 from ldm_lab.data.strings import Strings
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Batch
 from ldm_lab.io.atomic import atomic_write
 from ldm_lab.io.json_files import Json, write_json
 

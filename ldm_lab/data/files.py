@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ldm_lab.config import register
+from ldm_lab.config import PositiveInt, register
 from ldm_lab.data.order import Order
 from ldm_lab.data.samples import RawSample, Sample, SkippedSample
 from ldm_lab.data.source import ImageSource
@@ -29,7 +29,7 @@ class FileSource(ImageSource):
     unit = "images"
     root: Path
 
-    def __init__(self, *, limit: int | None = None, **common: Any):
+    def __init__(self, *, limit: PositiveInt | None = None, **common: Any):
         super().__init__(**common)
         self.limit = limit
 
@@ -154,12 +154,11 @@ class ClassFolders(Folder):
         self.caption = caption
 
     @staticmethod
-    def check(section: dict[str, Any]) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        problems = ImageSource.check(section)
-        if section.get("caption", "{}").count("{}") != 1:
-            problems.append(f"caption: one {{}} is needed, where the class goes, not {section['caption']!r}")
-        return problems
+    def check(options: dict[str, Any]) -> list[str]:
+        """Return what is wrong across the options."""
+        if options["caption"].count("{}") != 1:
+            return [f"caption: one {{}} is needed, where the class goes, not {options['caption']!r}"]
+        return []
 
     def names(self) -> list[str]:
         names = [name for name in super().names() if os.sep in name]

@@ -14,11 +14,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+from annotated_types import Ge, Interval
 from PIL import Image, ImageDraw
 
-from ldm_lab.config import register
+from ldm_lab.config import PositiveInt, Share, register
 from ldm_lab.data.shard_source import ShardSource
 from ldm_lab.data.tar import write_shard
 from ldm_lab.errors import UserError
@@ -231,6 +232,7 @@ class Shapes(ShardSource):
     Args:
         folder: where the shards lie; made at first use.
         count: images.
+        image_size: side of the images, pixels; on fewer than 16 the shapes cannot be told apart.
         shards: tar files that they are spread over; at least as many as loader processes of all devices.
         drawing_seed: another number, other images.
         variety: how much images of a kind differ in size, place, angle and shade, from 0 (not at all) to 1.
@@ -241,32 +243,25 @@ class Shapes(ShardSource):
         self,
         *,
         folder: str,
-        count: int,
-        shards: int = 16,
+        count: PositiveInt,
+        image_size: Annotated[int, Ge(16)],
+        shards: PositiveInt = 16,
         drawing_seed: int = 0,
-        variety: float = 1.0,
-        wordings: int | None = None,
+        variety: Share = 1.0,
+        wordings: Annotated[int, Interval(ge=1, le=len(WORDINGS))] | None = None,
         **common: Any,
     ):
-        super().__init__(**common)
+        super().__init__(image_size=image_size, **common)
         self.folder, self.images, self.shards = Path(folder).expanduser(), count, shards
         self.drawing_seed, self.variety, self.wordings = drawing_seed, variety, wordings
 
     @staticmethod
-    def check(section: dict[str, Any]) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        problems = ShardSource.check(section)
-        count, shards = section.get("count", 1), section.get("shards", 16)
-        if shards < 1 or count < shards:
-            problems.append(f"count: {count} images do not fill {shards} shards; at least one in each is needed")
-        if section.get("image_size", 16) < 16:
-            problems.append(f"image_size: at least 16 is needed to tell the shapes apart, not {section['image_size']}")
-        if not 0 <= section.get("variety", 1.0) <= 1:
-            problems.append(f"variety: a number from 0 to 1 is needed, not {section['variety']}")
-        wordings = section.get("wordings")
-        if wordings is not None and not 1 <= wordings <= len(WORDINGS):
-            problems.append(f"wordings: 1 to {len(WORDINGS)}, or null for all, not {wordings}")
-        return problems
+    def check(options: dict[str, Any]) -> list[str]:
+        """Return what is wrong across the options."""
+        count, shards = options["count"], options["shards"]
+        if count < shards:
+            return [f"count: {count} images do not fill {shards} shards; at least one in each is needed"]
+        return []
 
     def prepare(self) -> None:
         self.list_shards()

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ldm_lab.config import NonNegativeInt
 from ldm_lab.data.order import Order, shuffled
 from ldm_lab.data.samples import FilteredOut, RawSample, SkippedSample
 from ldm_lab.data.source import ImageSource
@@ -23,7 +24,7 @@ class ShardSource(ImageSource):
 
     unit = "shards"
 
-    def __init__(self, *, shuffle_buffer: int = 1000, **common: Any):
+    def __init__(self, *, shuffle_buffer: NonNegativeInt = 1000, **common: Any):
         super().__init__(**common)
         self.shuffle_buffer = shuffle_buffer
 

@@ -1,6 +1,5 @@
 """What all sources have in common: their options, and how an image sample is made of its raw parts."""
 
-import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm_lab.config import NonNegativeInt, PositiveInt, ShareBelowOne
 from ldm_lab.data.order import Order
 from ldm_lab.data.samples import RawSample, Sample, SkippedSample, caption_of
 from ldm_lab.interfaces import Batch
@@ -19,8 +19,7 @@ from ldm_lab.io.images import BadImage, decode_image, resize_and_crop, to_rgb
 class Source:
     """Base class of all sources. The contract is the docstring of `ldm_lab.data`.
 
-    A `**common` in a subclass's constructor stands for the options of its base class: it is replaced by them in the
-    class's signature, which is where the config's checks look the allowed keys up. So each option is written once.
+    A `**common` in a subclass's constructor stands for the options of its base class, so that each is written once.
 
     Args:
         batch_size: samples per batch and device.
@@ -39,40 +38,8 @@ class Source:
     image_size: int | None = None
     encoded_by: Mapping[str, str] = MappingProxyType({})
 
-    def __init__(self, *, batch_size: int, workers: int = 4, max_skipped: float = 0.1):
+    def __init__(self, *, batch_size: PositiveInt, workers: NonNegativeInt = 4, max_skipped: ShareBelowOne = 0.1):
         self.batch_size, self.workers, self.max_skipped = batch_size, workers, max_skipped
-
-    def __init_subclass__(cls, **kwargs: Any):
-        super().__init_subclass__(**kwargs)
-        owner = next(c for c in cls.__mro__ if "__init__" in vars(c))
-        if owner is not cls:
-            cls.__signature__ = inspect.signature(owner)
-            return
-        own = list(inspect.signature(cls.__init__).parameters.values())[1:]  # without self
-        if any(p.kind is p.VAR_KEYWORD for p in own):
-            own = [p for p in own if p.kind is not p.VAR_KEYWORD]
-            names = {p.name for p in own}
-            own += [p for p in inspect.signature(cls.__mro__[1]).parameters.values() if p.name not in names]
-        cls.__signature__ = inspect.Signature(own)
-
-    @staticmethod
-    def check(section: dict[str, Any]) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        problems = []
-        for key, least in (
-            ("batch_size", 1),
-            ("workers", 0),
-            ("image_size", 1),
-            ("min_size", 0),
-            ("max_pixels", 1),
-            ("shuffle_buffer", 0),
-            ("limit", 1),
-        ):
-            if section.get(key) is not None and section[key] < least:
-                problems.append(f"{key}: at least {least} is needed, not {section[key]}")
-        if not 0 <= section.get("max_skipped", 0) < 1:
-            problems.append(f"max_skipped: a share in [0, 1) is needed, not {section['max_skipped']}")
-        return problems
 
     def prepare(self) -> None:
         """Make what has to be on disk before reading. Called in one process per node, before `open`."""
@@ -140,11 +107,11 @@ class ImageSource(Source):
     def __init__(
         self,
         *,
-        image_size: int,
+        image_size: PositiveInt,
         crop: Literal["center", "random"] = "center",
         flip: bool = False,
-        min_size: int = 16,
-        max_pixels: int | None = None,
+        min_size: NonNegativeInt = 16,
+        max_pixels: PositiveInt | None = None,
         require_text: bool | Literal["file"] = False,
         **common: Any,
     ):

@@ -3,17 +3,16 @@
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Any
+from typing import Annotated, Any
 
-from ldm_lab.config import part_class, register
+from ldm_lab.config import PartMapping, part_class, register
 from ldm_lab.data.addresses import expand
 from ldm_lab.data.sample_metadata import metadata_of, read_scores, scores_path
 from ldm_lab.data.samples import FilteredOut, RawSample, SkippedSample
 from ldm_lab.data.shard_source import ShardSource
-from ldm_lab.data.source import ImageSource
 from ldm_lab.data.tar import read_shard
 from ldm_lab.errors import UserError
-from ldm_lab.rules.rule import build_rules, check_rules
+from ldm_lab.rules.rule import build_rules
 from ldm_lab.rules.sample import SampleRow, violated_rules
 
 
@@ -31,25 +30,27 @@ class WebDataset(ShardSource):
     """
 
     def __init__(
-        self, *, shards: str | list[str], rules: dict[str, Any] | None = None, scores: str | None = None, **common: Any
+        self,
+        *,
+        shards: str | list[str],
+        rules: Annotated[dict[str, Any] | None, PartMapping("rule")] = None,
+        scores: str | None = None,
+        **common: Any,
     ):
         super().__init__(**common)
         self.shards = [shards] if isinstance(shards, str) else shards
         self.rules, self.scores = build_rules(rules or {}), scores
 
     @staticmethod
-    def check(section: dict[str, Any]) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        problems = ImageSource.check(section)
-        rules = section.get("rules") or {}
-        wrong = check_rules(rules)
-        if not wrong:
-            used = [name for name, options in rules.items() if options is not None]
-            across = [name for name in used if part_class("rule", name).compares_rows]
-            wrong = [f"rules.{name}: compares samples with each other, which a stream cannot" for name in across]
-        if section.get("scores") is not None and not rules:
-            wrong.append("scores: only rules ask for them, and there are none")
-        return problems + wrong
+    def check(options: dict[str, Any]) -> list[str]:
+        """Return what is wrong across the options."""
+        rules = options["rules"] or {}
+        used = [name for name, its in rules.items() if its is not None]
+        across = [name for name in used if part_class("rule", name).compares_rows]
+        problems = [f"rules.{name}: compares samples with each other, which a stream cannot" for name in across]
+        if options["scores"] is not None and not rules:
+            problems.append("scores: only rules ask for them, and there are none")
+        return problems
 
     def list_shards(self) -> list[str]:
         addresses = expand(self.shards)

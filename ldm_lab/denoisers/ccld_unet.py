@@ -5,15 +5,16 @@ vector, made from the embedding and the time by a small mapping network, scales 
 """
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import MinLen
 from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ldm_lab.config import options, register
+from ldm_lab.config import PositiveInt, check_options, register
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import ConditionSpec, Denoiser, Embedding, required_condition
 
@@ -34,11 +35,11 @@ class CCLDUNet(Denoiser):
         channels: int,
         conditions: ConditionSpec,
         *,
-        base_channels: int,
-        multipliers: list[int] = (4, 4, 8, 8),
-        blocks_per_level: int = 4,
-        head_width: int = 64,
-        mapping_width: int = 1024,
+        base_channels: PositiveInt,
+        multipliers: Annotated[list[PositiveInt], MinLen(2)] = (4, 4, 8, 8),
+        blocks_per_level: PositiveInt = 4,
+        head_width: PositiveInt = 64,
+        mapping_width: PositiveInt = 1024,
         gradient_checkpointing: bool = False,
     ) -> None:
         """Build the network with the original's initial weights.
@@ -58,9 +59,7 @@ class CCLDUNet(Denoiser):
         """
         super().__init__()
         sizes = {"base_channels": base_channels, "blocks_per_level": blocks_per_level, "head_width": head_width}
-        problems = _problems({**sizes, "mapping_width": mapping_width, "multipliers": multipliers})
-        if problems:
-            raise UserError(f"denoiser.{problems[0]}")
+        check_options(CCLDUNet, **sizes, mapping_width=mapping_width, multipliers=multipliers)
         embed = required_condition(conditions, "embed", Embedding, self.part_name)
         self.spec = {"embed": embed}
         self.multiple_of = 2 ** (len(multipliers) - 1)
@@ -79,9 +78,9 @@ class CCLDUNet(Denoiser):
                 parameter.mul_(math.sqrt(0.5))
 
     @staticmethod
-    def check(section: dict[str, Any]) -> list[str]:
-        """Return what is wrong across the keys of a config section."""
-        return _problems({key: section.get(key, known.default) for key, known in options(CCLDUNet).items()})
+    def check(options: dict[str, Any]) -> list[str]:
+        """Return what is wrong across the options."""
+        return _problems(options)
 
     def conditioning(self, t: Tensor, embed: Tensor) -> Tensor:
         """Return the vector that modulates every block, [B, mapping_width], for t [B] and embed [B, D].
@@ -111,12 +110,6 @@ class CCLDUNet(Denoiser):
 def _problems(sizes: dict[str, Any]) -> list[str]:
     """Return what is wrong with a network's options, each as "key: what"."""
     base, multipliers, head_width = sizes["base_channels"], sizes["multipliers"], sizes["head_width"]
-    keys = ("base_channels", "blocks_per_level", "head_width", "mapping_width")
-    problems = [f"{key}: at least 1 is needed, not {sizes[key]}" for key in keys if sizes[key] < 1]
-    if len(multipliers) < 2 or min(multipliers) < 1:
-        problems.append(f"multipliers: two or more numbers from 1 on are needed, not {list(multipliers)}")
-    if problems:
-        return problems
     for width in sorted({base * multiplier for multiplier in multipliers}):
         heads = width // head_width
         if heads == 0 or width % heads:

@@ -7,15 +7,16 @@ shifts every residual block; its whole sequence stands beside the pixels in ever
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import MinLen
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ldm_lab.config import options, register
+from ldm_lab.config import PositiveInt, ShareBelowOne, check_options, register, signature_options
 from ldm_lab.denoisers.glide_layers import AttentionBlock, Builder, GroupNorm, LayerNorm, ResBlock, Transformer, zeroed
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import (
@@ -53,17 +54,17 @@ class GlideUNet(Denoiser):
         channels: int,
         conditions: ConditionSpec,
         *,
-        base_channels: int = 192,
-        multipliers: list[int] = (1, 2, 3, 4),
-        blocks_per_level: int = 3,
-        attention: list[int] = (2, 4, 8),
-        head_width: int = 64,
-        norm_groups: int = 32,
-        dropout: float = 0.1,
-        text_width: int = 512,
-        text_layers: int = 16,
-        text_heads: int = 8,
-        clip_positions: int = 4,
+        base_channels: PositiveInt = 192,
+        multipliers: Annotated[list[PositiveInt], MinLen(1)] = (1, 2, 3, 4),
+        blocks_per_level: PositiveInt = 3,
+        attention: list[PositiveInt] = (2, 4, 8),
+        head_width: PositiveInt = 64,
+        norm_groups: PositiveInt = 32,
+        dropout: ShareBelowOne = 0.1,
+        text_width: PositiveInt = 512,
+        text_layers: PositiveInt = 16,
+        text_heads: PositiveInt = 8,
+        clip_positions: PositiveInt = 4,
         learn_variance: bool = True,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -93,10 +94,8 @@ class GlideUNet(Denoiser):
             UserError: options that contradict each other, or no token ids.
         """
         super().__init__()
-        given = {key: value for key, value in locals().items() if key in options(GlideUNet)}
-        problems = _problems(given)
-        if problems:
-            raise UserError(f"denoiser.{problems[0]}")
+        given = {key: value for key, value in locals().items() if key in signature_options(GlideUNet)}
+        check_options(GlideUNet, **given)
         self.spec = _taken(conditions, channels, self.part_name)
         extra = sum(kind.channels for kind in self.spec.values() if isinstance(kind, ImageCondition))
         text = required_condition(self.spec, "token_ids", TokenIds, self.part_name)
@@ -138,9 +137,9 @@ class GlideUNet(Denoiser):
             nn.init.normal_(embedding, std=deviation)
 
     @staticmethod
-    def check(section: dict[str, Any]) -> list[str]:
-        """Return what is wrong across the keys of a config section."""
-        return _problems({key: section.get(key, known.default) for key, known in options(GlideUNet).items()})
+    def check(options: dict[str, Any]) -> list[str]:
+        """Return what is wrong across the options."""
+        return _problems(options)
 
     @property
     def text_modules(self) -> list[nn.Module | nn.Parameter]:
@@ -300,23 +299,8 @@ def _taken(conditions: ConditionSpec, channels: int, name: str) -> ConditionSpec
 
 def _problems(sizes: dict[str, Any]) -> list[str]:
     """Return what is wrong with a network's options, each as "key: what"."""
-    positive = (
-        "base_channels",
-        "blocks_per_level",
-        "head_width",
-        "norm_groups",
-        "text_width",
-        "text_layers",
-    )
-    positive += ("text_heads", "clip_positions")
-    problems = [f"{key}: at least 1 is needed, not {sizes[key]}" for key in positive if sizes[key] < 1]
+    problems = []
     multipliers, attention = sizes["multipliers"], sizes["attention"]
-    if not multipliers or min(multipliers) < 1:
-        problems.append(f"multipliers: numbers from 1 on are needed, one per level, not {list(multipliers)}")
-    if not 0 <= sizes["dropout"] < 1:
-        problems.append(f"dropout: a share in [0, 1) is needed, not {sizes['dropout']}")
-    if problems:
-        return problems
     if sizes["text_width"] % sizes["text_heads"]:
         problems.append(f"text_heads: {sizes['text_heads']} heads do not divide text_width {sizes['text_width']}")
     scales = [2**level for level in range(len(multipliers))]

@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ldm_lab.interfaces import Conditions, Predict, Prediction, Schedule
+from ldm_lab.conditions import Conditions
+from ldm_lab.interfaces import Predict, Prediction, Schedule
 
 ConditionalPredict = Callable[[Tensor, Tensor, Conditions], Prediction]  # x [M, C, h, w], t [M], conditions of [M, ...]
 

@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
+from ldm_lab.conditions import Conditions
 from ldm_lab.config import register
-from ldm_lab.interfaces import Conditions, Denoiser, Objective, Prediction, TimestepSampler
+from ldm_lab.interfaces import Denoiser, Objective, Prediction, TimestepSampler
 from ldm_lab.schedules import Cosine
 
 

@@ -1,6 +1,8 @@
 """The language of the caption, as LAION's tables tell it."""
 
-from typing import Any
+from typing import Annotated
+
+from annotated_types import MinLen
 
 from ldm_lab.config import register
 from ldm_lab.rules.rule import Row, Rule, V
@@ -16,13 +18,8 @@ class Language(Rule):
 
     needs = ("language",)
 
-    def __init__(self, *, keep: list[str]):
+    def __init__(self, *, keep: Annotated[list[str], MinLen(1)]):
         self.keep = [language.strip().lower() for language in keep]
-
-    @staticmethod
-    def check(section: dict[str, Any]) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        return [] if section["keep"] else ["keep: at least one language is needed"]
 
     def violations(self, row: Row[V]) -> dict[str, V]:
         language = row.text("language").strip().lower()

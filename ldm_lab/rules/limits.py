@@ -75,13 +75,10 @@ class Aesthetic(Limits):
     def __init__(
         self,
         *,
-        above: float | None = None,
-        at_least: float | None = None,
-        below: float | None = None,
-        at_most: float | None = None,
         predictor: Literal["v1", "v2"] | None = None,
+        **common: float | None,
     ):
-        super().__init__(above=above, at_least=at_least, below=below, at_most=at_most)
+        super().__init__(**common)
         self.predictor = predictor
 
 

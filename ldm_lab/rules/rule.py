@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
-from ldm_lab.config import build, check_section
+from ldm_lab.config import build
 
 
 class Value(Protocol):
@@ -76,18 +76,3 @@ def build_rules(section: dict[str, dict[str, Any] | None]) -> list[Rule]:
     """Return the rules of a section `{name: options}`; a name with null stands for no rule, so that it can be switched
     off. Raises UserError."""
     return [build("rule", {"name": name, **options}) for name, options in section.items() if options is not None]
-
-
-def check_rules(section: Any, where: str = "rules") -> list[str]:
-    """Return what is wrong with a section of rules, each with its key path."""
-    if not isinstance(section, dict):
-        return [f"{where}: a section of rules is needed, `{where}: {{punsafe: {{below: 0.5}}}}`, not {section!r}"]
-    problems = []
-    for name, options in section.items():
-        if options is None:
-            continue
-        if not isinstance(options, dict):
-            problems.append(f"{where}.{name}: options are needed, such as {{below: 0.5}}, not {options!r}")
-            continue
-        problems += check_section("rule", {"name": name, **options}, f"{where}.{name}")
-    return problems

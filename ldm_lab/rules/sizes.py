@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ldm_lab.config import register
+from ldm_lab.config import NonNegativeInt, register
 from ldm_lab.rules.rule import Row, Rule, V
 
 
@@ -20,10 +20,10 @@ class Size(Rule):
     def __init__(
         self,
         *,
-        min_side: int | None = None,
-        max_side: int | None = None,
-        min_width: int | None = None,
-        min_height: int | None = None,
+        min_side: NonNegativeInt | None = None,
+        max_side: NonNegativeInt | None = None,
+        min_width: NonNegativeInt | None = None,
+        min_height: NonNegativeInt | None = None,
     ):
         self.min_width, self.min_height = (max(min_side or 0, least or 0) for least in (min_width, min_height))
         self.max_side = max_side
@@ -34,7 +34,7 @@ class Size(Rule):
         keys = ("min_side", "max_side", "min_width", "min_height")
         if all(section.get(key) is None for key in keys):
             return ["min_side: this, max_side, min_width or min_height is needed"]
-        return [f"{key}: pixels are needed, not {section[key]}" for key in keys if (section.get(key) or 0) < 0]
+        return []
 
     def violations(self, row: Row[V]) -> dict[str, V]:
         width, height = row.number("width"), row.number("height")

@@ -85,10 +85,10 @@ class GridSampler(Sampler):
         self.respacing, self.steps, self.spacing = steps, num_steps(steps), spacing
 
     @staticmethod
-    def check(config: dict[str, Any]) -> list[str]:
-        """Return what is wrong across the keys of a config."""
+    def check(options: dict[str, Any]) -> list[str]:
+        """Return what is wrong across the options: `steps` may be a text that is no respacing."""
         try:
-            num_steps(config.get("steps", 1))
+            num_steps(options.get("steps", 1))
         except UserError as error:
             return [str(error)]
         return []

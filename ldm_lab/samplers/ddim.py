@@ -1,10 +1,8 @@
 """DDIM and its kin: first-order steps, deterministic or with fresh noise in each of them."""
 
-from typing import Any
-
 from torch import Tensor
 
-from ldm_lab.config import register
+from ldm_lab.config import Share, register
 from ldm_lab.samplers.base import GridSampler, Run, Step
 from ldm_lab.schedules import Steps
 
@@ -16,7 +14,7 @@ class DDIM(GridSampler):
     The result is the clean estimate at the last time of the grid; there is no step to t = 0.
     """
 
-    def __init__(self, *, steps: Steps = 50, eta: float = 0.0) -> None:
+    def __init__(self, *, steps: Steps = 50, eta: Share = 0.0) -> None:
         """Set the grid and the fresh noise.
 
         Args:
@@ -25,14 +23,6 @@ class DDIM(GridSampler):
         """
         super().__init__(steps)
         self.eta = eta
-
-    @staticmethod
-    def check(config: dict[str, Any]) -> list[str]:
-        """Return what is wrong across the keys of a config."""
-        eta = config.get("eta", 0.0)
-        # Above 1 the root of equation 12 gets a negative argument; nan fails the comparison, too.
-        problems = [] if 0 <= eta <= 1 else [f"eta: a number from 0 to 1 is needed, not {eta}"]
-        return GridSampler.check(config) + problems
 
     def step(self, run: Run, i: int, x: Tensor) -> Step:
         """Return a step by equation 12 of Song et al. 2021, the root of their alpha_t being alpha here."""
@@ -56,8 +46,8 @@ class DDIM(GridSampler):
 class ExtrapolatedDDIM(DDIM):
     """DDIM whose noise, not its clean estimate, is extrapolated from the step before: "dpm++" of glide-finetune.
 
-    It is none of the DPM-Solver++ family (`dpmpp_2m` is), and with any number of steps it does not converge to what
-    the model says: samples come out too smooth. It is here for those who know its pictures.
+    It does not belong to the DPM-Solver++ family (`dpmpp_2m` does), and with any number of steps it does not converge
+    to what the model says: samples come out too smooth. It is here for those who know its pictures.
     """
 
     history = 1

@@ -10,12 +10,13 @@ alpha and sigma enters, so every objective is served alike. The last step goes t
 """
 
 import math
-from typing import Any
+from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
-from ldm_lab.config import register
+from ldm_lab.config import Share, register
 from ldm_lab.samplers.base import GridSampler, Run, Step
 from ldm_lab.schedules import Spacing, Steps
 
@@ -26,7 +27,7 @@ class DPMSolverSDE(GridSampler):
 
     history = 1
 
-    def __init__(self, *, steps: Steps = 25, eta: float = 1.0, spacing: Spacing = "log_snr") -> None:
+    def __init__(self, *, steps: Steps = 25, eta: Share = 1.0, spacing: Spacing = "log_snr") -> None:
         """Set the grid and the fresh noise.
 
         Args:
@@ -36,14 +37,6 @@ class DPMSolverSDE(GridSampler):
         """
         super().__init__(steps, spacing)
         self.eta = eta
-
-    @staticmethod
-    def check(config: dict[str, Any]) -> list[str]:
-        """Return what is wrong across the keys of a config."""
-        eta = config.get("eta", 1.0)
-        return GridSampler.check(config) + (
-            [] if 0 <= eta <= 1 else [f"eta: a number from 0 to 1 is needed, not {eta}"]
-        )
 
     def step(self, run: Run, i: int, x: Tensor) -> Step:
         """Return a step by x0 extrapolated to its middle; the last step is the clean estimate."""
@@ -87,7 +80,9 @@ class UniPC(GridSampler):
     Zhao et al. 2023 (arXiv 2302.04867), UniPC-p with B(h) = exp(h) - 1 on the clean estimate.
     """
 
-    def __init__(self, *, steps: Steps = 20, order: int = 2, spacing: Spacing = "log_snr") -> None:
+    def __init__(
+        self, *, steps: Steps = 20, order: Annotated[int, Interval(ge=1, le=4)] = 2, spacing: Spacing = "log_snr"
+    ) -> None:
         """Set the grid and the order.
 
         Args:
@@ -97,12 +92,6 @@ class UniPC(GridSampler):
         """
         super().__init__(steps, spacing)
         self.order = self.history = order
-
-    @staticmethod
-    def check(config: dict[str, Any]) -> list[str]:
-        """Return what is wrong across the keys of a config."""
-        order = config.get("order", 2)
-        return GridSampler.check(config) + ([] if 1 <= order <= 4 else [f"order: 1 to 4, not {order}"])
 
     def step(self, run: Run, i: int, x: Tensor) -> Step:
         """Return the step before once more (UniC), and the predictor's step from there (UniP)."""

@@ -6,12 +6,12 @@ x = alpha * y at the time whose noise level is s.
 """
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ldm_lab.config import register
+from ldm_lab.config import Share, register
 from ldm_lab.interfaces import Prediction
 from ldm_lab.samplers.base import GridSampler, Run, Step
 from ldm_lab.schedules import Spacing, Steps
@@ -24,7 +24,7 @@ class ProbabilityFlow(GridSampler):
 
     order: ClassVar[int]
 
-    def __init__(self, *, steps: Steps = 30, spacing: Spacing = "karras", churn: float = 0.0) -> None:
+    def __init__(self, *, steps: Steps = 30, spacing: Spacing = "karras", churn: Share = 0.0) -> None:
         """Set the grid and the fresh noise.
 
         Args:
@@ -34,12 +34,6 @@ class ProbabilityFlow(GridSampler):
         """
         super().__init__(steps, spacing)
         self.churn = churn
-
-    @staticmethod
-    def check(config: dict[str, Any]) -> list[str]:
-        """Return what is wrong across the keys of a config."""
-        churn = config.get("churn", 0.0)
-        return GridSampler.check(config) + ([] if 0 <= churn <= 1 else [f"churn: a share from 0 to 1, not {churn}"])
 
     def step(self, run: Run, i: int, y: Tensor) -> Step:
         """Return a step of Karras et al. 2022, algorithm 2, without its bounds on where there is churn."""

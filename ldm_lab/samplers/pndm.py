@@ -130,12 +130,12 @@ class Historic(PseudoNumerical):
             self.steps -= 2
 
     @staticmethod
-    def check(config: dict[str, Any]) -> list[str]:
-        """Return what is wrong across the keys of a config."""
-        problems = PseudoNumerical.check(config)
-        if not problems and config.get("variant") == "glide" and num_steps(config.get("steps", 50)) < 3:
+    def check(options: dict[str, Any]) -> list[str]:
+        """Return what is wrong across the options."""
+        problems = PseudoNumerical.check(options)
+        if not problems and options.get("variant") == "glide" and num_steps(options.get("steps", 50)) < 3:
             problems.append(
-                f"steps: variant glide leaves out two of them, so at least 3 are needed, not {config['steps']}"
+                f"steps: variant glide leaves out two of them, so at least 3 are needed, not {options['steps']}"
             )
         return problems
 

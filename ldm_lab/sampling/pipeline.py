@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ldm_lab.checkpoints.embedders import embedder_of
 from ldm_lab.checkpoints.models import read_model
-from ldm_lab.checkpoints.parts import load_part, load_strictly, weights_path, weights_sha256
+from ldm_lab.checkpoints.parts import has_weights, load_part, load_strictly, weights_sha256
 from ldm_lab.condition_sources import ConditionSources, build_sources, given_conditions
+from ldm_lab.conditions import ConditionRequest, ConditionSpec, Embedding, ImageCondition, is_upsampler
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.base import Wrapper
@@ -24,16 +25,7 @@ from ldm_lab.guidance.clip import ClipGradient, ClipGuidance
 from ldm_lab.guidance.inpaint import Inpaint
 from ldm_lab.guidance.stack import stack
 from ldm_lab.guidance.thresholding import StaticThresholding
-from ldm_lab.interfaces import (
-    ConditionRequest,
-    ConditionSpec,
-    Denoiser,
-    Embedding,
-    ImageCondition,
-    Prediction,
-    check_conditions,
-    is_upsampler,
-)
+from ldm_lab.interfaces import Denoiser, Prediction, check_conditions
 from ldm_lab.interfaces import Sampler as SamplerPart
 from ldm_lab.io.images import to_images, to_tensor
 from ldm_lab.pretrained.resolve import check_untrusted
@@ -725,7 +717,7 @@ def _load_frozen(role: str, section: dict[str, Any], moved: str | Path | None, t
         if moved is None:
             check_untrusted(section.get("weights"), f"{role}.weights")
         part = load_part(role, section)
-        if weights_path(role, section) is None and any(True for _ in part.parameters()):
+        if any(True for _ in part.parameters()) and not has_weights(role, section):
             raise UserError("the file does not say where its weights are")
         given = weights_sha256(role, section) if trained_with else None
     except UserError as error:

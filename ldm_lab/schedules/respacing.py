@@ -19,7 +19,7 @@ SECTIONS = re.compile(r"\d{1,9}(,\d{1,9})*")
 
 
 def num_steps(steps: Steps) -> int:
-    """Return how many timesteps a respacing keeps. Raises UserError for one that is none."""
+    """Return how many timesteps a respacing keeps. Raises UserError for what is no respacing."""
     if isinstance(steps, int):
         kept = steps
     elif steps == "fast27":

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.models import vgg16
 
 from ldm_lab.autoencoders.kl_f8 import kl
-from ldm_lab.config import build, register
+from ldm_lab.config import NonNegativeFloat, PartConfig, RunConfig, register
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Batch
 from ldm_lab.training.discriminator import adaptive_weight
@@ -32,7 +32,7 @@ class ReconstructionLoss(nn.Module):
     """How far a reconstruction is from its image, and the latent from a standard normal one."""
 
     def __init__(
-        self, *, pixels: Literal["l1", "l2"] = "l1", kl_weight: float = 1e-6, learn_logvar: bool = False
+        self, *, pixels: Literal["l1", "l2"] = "l1", kl_weight: NonNegativeFloat = 1e-6, learn_logvar: bool = False
     ) -> None:
         """Set the weights of the terms.
 
@@ -45,12 +45,6 @@ class ReconstructionLoss(nn.Module):
         super().__init__()
         self.pixels, self.kl_weight = pixels, kl_weight
         self.logvar = nn.Parameter(torch.tensor(0.0), requires_grad=learn_logvar)  # []
-
-    @staticmethod
-    def check(section: dict) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        kl_weight = section.get("kl_weight", 0)
-        return [] if kl_weight >= 0 else [f"kl_weight: {kl_weight} is negative"]
 
     def forward(self, image: Tensor, reconstruction: Tensor, distance: Tensor) -> Tensor:
         """Return the negative log likelihood per image, [B], a sum over its values (up to a constant).
@@ -89,18 +83,17 @@ class AutoencoderTask(PartTask):
     NETWORK = ("autoencoder",)
     PART, FILE, LOSS = "autoencoder", "autoencoder.safetensors", ReconstructionLoss
 
-    def __init__(self, config: dict[str, Any], read_weights: bool = True) -> None:
+    def __init__(self, config: RunConfig, read_weights: bool = True) -> None:
         """Build the task; `read_weights=False` leaves out the weights of LPIPS and of the discriminator."""
         super().__init__(config, read_weights)
-        if config.get("perceptual") is not None:
+        if "perceptual" in config:
             features = pretrained_features() if read_weights else vgg16().features
-            self.frozen["perceptual"] = build("perceptual", config["perceptual"], features)
+            self.frozen["perceptual"] = config["perceptual"].build(features)
         self.discriminator = None
-        if config.get("discriminator") is not None:
-            section = dict(config["discriminator"])
-            if not read_weights:
-                section.pop("weights", None)
-            self.discriminator = build("discriminator", section)
+        if "discriminator" in config:
+            options = config["discriminator"].options
+            given = options if read_weights else {key: value for key, value in options.items() if key != "weights"}
+            self.discriminator = PartConfig("discriminator", "discriminator", given).build()
         self._check_size(config["data"].get("image_size"))
         self.recent: deque[Tensor] = deque(maxlen=BATCHES)  # images of this rank's last batches, uint8, on the CPU
 
@@ -180,8 +173,7 @@ class AutoencoderTask(PartTask):
         return batch
 
     def callbacks(self, folder: Path) -> list[Callback]:
-        section = self.run_config.get("reconstructions")
-        return [build("reconstructions", section, folder)] if section is not None else []
+        return [self.run_config["reconstructions"].build(folder)] if "reconstructions" in self.run_config else []
 
     def export(self, folder: Path, dtype: torch.dtype) -> None:
         """Write `autoencoder.safetensors`, its latent std measured on the last batches that were trained on."""

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ldm_lab.checkpoints.parts import load_part, weights_path, weights_sha256
-from ldm_lab.config import USE_KEYS, build, register
+from ldm_lab.checkpoints.parts import has_weights, load_part, weights_sha256
+from ldm_lab.config import PartConfig, RunConfig, register
 from ldm_lab.data.cache import META, CacheWriter, complete, read_meta
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.errors import UserError
@@ -21,19 +21,23 @@ class CacheOptions:
     """Encode the data once, at the first start, and train on what was encoded."""
 
     def __init__(self, *, folder: str) -> None:
-        """`folder` is where the cache lies; made at first use, and read from then on."""
+        """Set where it lies.
+
+        Args:
+            folder: made at first use, and read from then on.
+        """
         self.folder = Path(folder).expanduser()
 
 
-def training_data(config: dict[str, Any]) -> dict[str, Any]:
+def training_data(config: RunConfig) -> PartConfig:
     """Return the data section to train with: the config's own, or that of its cache, which is made if need be.
 
     Raises:
         UserError: the folder holds a cache of other data or other weights, or several processes would write one.
     """
-    if config.get("cache") is None:
-        return config["data"]
-    folder = build("cache", config["cache"]).folder
+    if "cache" not in config:
+        return config.part("data")
+    folder = config["cache"].build().folder
     if not is_complete(folder, config):
         if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UserError(f"cache.folder: {folder} is not complete; one process makes it: python -m ldm_lab cache")
@@ -41,10 +45,10 @@ def training_data(config: dict[str, Any]) -> dict[str, Any]:
         print(make_cache(config, folder))
     data = config["data"]
     loading = {key: data[key] for key in ("batch_size", "workers") if key in data}
-    return {"name": "cache", "path": str(folder), **loading}
+    return PartConfig("data", "cache", {"path": str(folder), **loading})
 
 
-def is_complete(folder: Path, config: dict[str, Any]) -> bool:
+def is_complete(folder: Path, config: RunConfig) -> bool:
     """Return whether a folder holds the whole cache of this config. Raises UserError if it is that of another one."""
     if not (folder / META).is_file():
         return False
@@ -58,7 +62,7 @@ def is_complete(folder: Path, config: dict[str, Any]) -> bool:
 
 
 @torch.no_grad()
-def make_cache(config: dict[str, Any], folder: Path, device: str | None = None) -> str:
+def make_cache(config: RunConfig, folder: Path, device: str | None = None) -> str:
     """Encode the data of a diffusion config, with a progress bar; return a line that says what was done.
 
     An interrupted one goes on behind its last whole shard.
@@ -67,13 +71,13 @@ def make_cache(config: dict[str, Any], folder: Path, device: str | None = None) 
         UserError: frozen parts without weights, data that are a cache already, a folder that holds something else.
     """
     for role in ENCODERS:
-        if weights_path(role, config.get(role) or {}) is None:
+        if role not in config or not has_weights(role, config[role]):
             raise UserError(f"{role}.weights: has to be given; a cache is made with trained parts")
     if "image_size" not in config["data"]:
         raise UserError("data: images are needed to make a cache, and this is one already")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     autoencoder, conditioner = (load_part(role, config[role]).to(device) for role in ENCODERS)
-    data = DataModule(build("data", config["data"]), seed=config.get("seed", 0), epochs=1)
+    data = DataModule(config["data"].build(), seed=config.seed, epochs=1)
     data.prepare_data()
     data.setup()
     writer = CacheWriter(folder, description(config))
@@ -93,19 +97,16 @@ def make_cache(config: dict[str, Any], folder: Path, device: str | None = None) 
     return f"{folder}: {complete(folder):,} samples. {data.summary()}"
 
 
-def description(config: dict[str, Any]) -> dict[str, Any]:
+def description(config: RunConfig) -> dict[str, Any]:
     """Return what a cache is made with: the images, the parts that encode them, and the checksums of their weights."""
     loading = ("batch_size", "workers", "max_skipped")
     architecture = {  # a file need not say it all: the same CLIP with another activation gives other embeddings
-        f"{role}.{key}": value
-        for role in ENCODERS
-        for key, value in config[role].items()
-        if key != "name" and key not in USE_KEYS[role]
+        f"{role}.{key}": value for role in ENCODERS for key, value in config[role].options.items()
     }
     return {
         "image_size": config["data"]["image_size"],
         "data": {key: value for key, value in config["data"].items() if key not in loading},
-        "seed": config.get("seed", 0),
+        "seed": config.seed,
         "workers": config["data"].get("workers"),  # the order, and so the place to go on from, depends on it
         **architecture,
         **{role: weights_sha256(role, config[role]) for role in ENCODERS},

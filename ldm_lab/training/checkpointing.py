@@ -8,9 +8,8 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.plugins.io import CheckpointIO
 
-from ldm_lab.checkpoints.files import read_pickled
-from ldm_lab.checkpoints.parts import FORMAT
-from ldm_lab.config import register
+from ldm_lab.checkpoints.files import FORMAT, read_pickled
+from ldm_lab.config import NonNegativeInt, PositiveFloat, PositiveInt, register
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import atomic_write, existing_file
 
@@ -44,10 +43,10 @@ class Checkpointing(Callback):
         self,
         folder: Path,
         *,
-        every: int | None = None,
-        seconds: float | None = None,
-        keep: int = 3,
-        keep_every: int | None = None,
+        every: PositiveInt | None = None,
+        seconds: PositiveFloat | None = None,
+        keep: NonNegativeInt = 3,
+        keep_every: PositiveInt | None = None,
         half_export: bool = False,
     ) -> None:
         """Set when to save.
@@ -67,18 +66,13 @@ class Checkpointing(Callback):
         self.saved_when = 0.0  # on the monotonic clock
 
     @staticmethod
-    def check(section: dict) -> list[str]:
+    def check(options: dict[str, Any]) -> list[str]:
         """Return what is wrong across keys."""
-        every, seconds, keep_every = (section.get(key) for key in ("every", "seconds", "keep_every"))
-        problems = [] if every is None or every >= 1 else [f"every: {every} is not a positive number of steps"]
-        if seconds is not None and seconds <= 0:
-            problems.append(f"seconds: {seconds} is not a positive time")
-        if section.get("keep", 0) < 0:
-            problems.append(f"keep: at least 0 is needed, not {section['keep']}")
+        every, seconds, keep_every = (options[key] for key in ("every", "seconds", "keep_every"))
         every = every or (DEFAULT_EVERY if seconds is None else 1)
-        if keep_every is not None and every > 0 and (keep_every < 1 or keep_every % every):
-            problems.append(f"keep_every: {keep_every} is not a multiple of every ({every})")
-        return problems
+        if keep_every is not None and keep_every % every:
+            return [f"keep_every: {keep_every} is not a multiple of every ({every})"]
+        return []
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         self.saved_at = trainer.global_step  # nothing new yet

@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm_lab.batch import Batch
 from ldm_lab.config import register
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Batch
 from ldm_lab.training.infoloob import CLOOBLoss, gather_rows
 from ldm_lab.training.part_task import PartTask
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from PIL import Image
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from ldm_lab.config import check_section, register
+from ldm_lab.config import PartSection, PositiveInt, register
 from ldm_lab.errors import UserError
 from ldm_lab.io.images import grid, save_png
 from ldm_lab.prompts import read_prompts
@@ -28,13 +28,13 @@ class Demo(Callback):
         folder: Path,
         *,
         prompts: str,
-        every: int = 2000,
+        every: PositiveInt = 2000,
         guidance: float = 3.0,
-        sampler: dict | None = None,
+        sampler: Annotated[dict[str, Any] | None, PartSection("sampler", "plms")] = None,
         seed: int = 0,
-        batch_size: int = 16,
-        columns: int | None = None,
-        image_size: int | None = None,
+        batch_size: PositiveInt = 16,
+        columns: PositiveInt | None = None,
+        image_size: PositiveInt | None = None,
     ) -> None:
         """Set what is sampled.
 
@@ -54,16 +54,6 @@ class Demo(Callback):
         self.sampler = {**DEFAULT_SAMPLER, **(sampler or {})}
         self.prompts = read_prompts(prompts)
         self.done_at = -1
-
-    @staticmethod
-    def check(section: dict) -> list[str]:
-        """Return what is wrong across keys."""
-        problems = [
-            f"{key}: at least 1 is needed, not {section[key]}"
-            for key in ("every", "batch_size", "columns", "image_size")
-            if section.get(key) is not None and section[key] < 1
-        ]
-        return problems + check_section("sampler", {**DEFAULT_SAMPLER, **(section.get("sampler") or {})}, "sampler")
 
     def setup(self, trainer: Trainer, task: LightningModule, stage: str) -> None:
         """Find out before training whether this model can draw them. Raises UserError."""

@@ -1,5 +1,6 @@
 """The main task: a denoiser in the latent space of a frozen autoencoder, told what conditioner and sources give."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,12 @@ from pytorch_lightning import Callback
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm_lab.checkpoints.models import read_model, save_model
-from ldm_lab.checkpoints.parts import FORMAT, load_part
+from ldm_lab.checkpoints.files import FORMAT
+from ldm_lab.checkpoints.models import read_model
+from ldm_lab.checkpoints.native import save_model
+from ldm_lab.checkpoints.parts import load_part
 from ldm_lab.condition_sources import build_sources, given_conditions
-from ldm_lab.config import build, options, register
+from ldm_lab.config import ConditionerUse, RunConfig, register, signature_options
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import (
     Autoencoder,
@@ -44,20 +47,21 @@ class DiffusionTask(Task):
     REQUIRED = ("data", "autoencoder", "conditioner", "denoiser", "objective")
     NETWORK = ("denoiser", "objective")
 
-    def __init__(self, config: dict[str, Any], read_weights: bool = True) -> None:
+    def __init__(self, config: RunConfig, read_weights: bool = True) -> None:
         super().__init__(config, read_weights)
         autoencoder: Autoencoder = load_part("autoencoder", config["autoencoder"], read_weights)
         conditioner: Conditioner = load_part("conditioner", config["conditioner"], read_weights)
-        self.sources = build_sources(config.get("condition_sources"))
+        self.sources = build_sources(config.condition_sources)
         self.frozen = {"autoencoder": autoencoder, "conditioner": conditioner, **self.sources}
-        self.objective: Objective = build("objective", config["objective"])
-        self.dropout = config["conditioner"].get("dropout", DROPOUT)
+        self.objective: Objective = config["objective"].build()
+        dropout = config["conditioner"].use_as(ConditionerUse).dropout
+        self.dropout = DROPOUT if dropout is None else dropout
         given = given_conditions(conditioner, self.sources)
-        denoiser: Denoiser = build("denoiser", config["denoiser"], autoencoder.channels, given)
+        denoiser: Denoiser = config["denoiser"].build(autoencoder.channels, given)
         check_conditions(denoiser, given)
         self.objective.check_denoiser(denoiser)
         self.check_image_size(config["data"].get("image_size"), autoencoder.downscale * denoiser.multiple_of)
-        self.adopt(denoiser)
+        self.set_model(denoiser)
 
     @property
     def autoencoder(self) -> Autoencoder:
@@ -143,7 +147,7 @@ class DiffusionTask(Task):
 
     def initial_weights(self, path: str) -> tuple[dict[str, Tensor], str]:
         loaded, state, extra = read_model(path)
-        theirs, ours = (section_of(config, "denoiser") for config in (loaded, self.run_config))
+        theirs, ours = section_of(loaded, "denoiser"), self.run_config["denoiser"]
         if theirs.get("name") != ours["name"]:
             raise UserError(
                 f"init_from: {path} holds the denoiser {theirs.get('name')!r}, denoiser.name is {ours['name']!r}"
@@ -165,29 +169,27 @@ class DiffusionTask(Task):
             raise UserError("demo: an upsampler makes no picture of a prompt alone; `enlargements` draws what it makes")
         if sections["enlargements"] is not None and not is_upsampler(self.model.spec):
             raise UserError("enlargements: are an upsampler's; `demo` draws what a base model makes")
-        return [build(role, section, folder) for role, section in sections.items() if section is not None]
+        return [section.build(folder) for section in sections.values() if section is not None]
 
     # ------------------------------------------------------------------------------------------------ what it leaves
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint[FORMAT]["model"] = self.model_config()
+        checkpoint[FORMAT]["model"] = self.model_config().to_dict()
 
     def export(self, folder: Path, dtype: torch.dtype) -> None:
         """Write `ema.safetensors`: the averaged denoiser with the config that rebuilds it."""
         size = self.trainer.datamodule.source.image_size
         extra = {"step": str(self.trainer.global_step), "image_size": str(size), **self.frozen_sha256}
         state = {name: value.to(dtype) for name, value in self.best_model.state_dict().items()}
-        save_model(folder / "ema.safetensors", state, self.model_config(), extra)
+        save_model(folder / "ema.safetensors", state, self.model_config().to_dict(), extra)
 
-    def model_config(self) -> dict[str, Any]:
+    def model_config(self) -> RunConfig:
         """Return the run's config with what the model was trained with written out, whatever the config left open."""
         statistics = {key: value.tolist() for key, value in self.autoencoder.latent_statistics().items()}
-        return {
-            **self.run_config,
-            "autoencoder": {**self.run_config["autoencoder"], **statistics},
-            "conditioner": {**self.run_config["conditioner"], "dropout": self.dropout},
-        }
+        config = self.run_config
+        config = config.with_part("autoencoder", config["autoencoder"].with_use(**statistics))
+        return config.with_part("conditioner", config["conditioner"].with_use(dropout=self.dropout))
 
 
 def drop(conditions: Conditions, null: Conditions, keep: Tensor) -> Conditions:
@@ -237,9 +239,9 @@ def check_forms(path: str, theirs: ConditionSpec, ours: ConditionSpec) -> None:
         )
 
 
-def differing_architecture(denoiser: type[Denoiser], theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+def differing_architecture(denoiser: type[Denoiser], theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     """Return the `architecture_keys` of a denoiser in which two of its config sections differ, each in words."""
-    known, differing = options(denoiser), []
+    known, differing = signature_options(denoiser), []
     for key in denoiser.architecture_keys:
         its, own = (section.get(key, known[key].default) for section in (theirs, ours))
         its, own = (list(size) if isinstance(size, tuple) else size for size in (its, own))

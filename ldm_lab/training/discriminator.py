@@ -1,6 +1,5 @@
 """The patch discriminator of the autoencoder's training, and the weight of the generator's loss."""
 
-import contextlib
 from collections.abc import Callable
 from typing import Literal
 
@@ -9,12 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ldm_lab.checkpoints.importer import detect_format
 from ldm_lab.checkpoints.parts import load_strictly
-from ldm_lab.checkpoints.released_zip import is_release, opened
-from ldm_lab.checkpoints.third_party import part_of, read_state_dict
-from ldm_lab.config import register
+from ldm_lab.checkpoints.third_party import strip_prefix
+from ldm_lab.config import NonNegativeFloat, NonNegativeInt, PositiveInt, register
 from ldm_lab.errors import UserError
-from ldm_lab.pretrained.resolve import resolve_weights
 
 RELEASED_PREFIX = "loss.discriminator."  # in the checkpoints of latent-diffusion
 MAX_ADAPTIVE_WEIGHT = 1e4
@@ -27,10 +25,10 @@ class Discriminator(nn.Module):
     def __init__(
         self,
         *,
-        start: int = 50_001,
-        weight: float = 0.5,
-        layers: int = 3,
-        base_channels: int = 64,
+        start: NonNegativeInt = 50_001,
+        weight: NonNegativeFloat = 0.5,
+        layers: PositiveInt = 3,
+        base_channels: PositiveInt = 64,
         loss: Literal["hinge", "vanilla"] = "hinge",
         weights: str | None = None,
     ) -> None:
@@ -61,14 +59,6 @@ class Discriminator(nn.Module):
         if weights is not None:
             self.load_released(weights)
 
-    @staticmethod
-    def check(section: dict) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        least = {"start": 0, "weight": 0, "layers": 1, "base_channels": 1}
-        return [
-            f"{k}: at least {low} is needed, not {section[k]}" for k, low in least.items() if section.get(k, low) < low
-        ]
-
     @property
     def min_size(self) -> int:
         """Least side of an image, pixels: the last two convolutions take one pixel each from what is left."""
@@ -84,12 +74,11 @@ class Discriminator(nn.Module):
 
     def load_released(self, path: str) -> None:
         """Load the discriminator in a checkpoint of latent-diffusion's. Raises UserError if there is none that fits."""
-        found = resolve_weights(path, "discriminator.weights")
-        with opened(found) if is_release(found) else contextlib.nullcontext(found) as file:
-            state = part_of(read_state_dict(file, "discriminator.weights")[0], RELEASED_PREFIX)
-            if not state:
-                raise UserError(f"{path}: holds no discriminator (no names begin with {RELEASED_PREFIX!r})")
-            load_strictly(self, state, path)
+        file = detect_format(path, "discriminator.weights").file
+        state = strip_prefix(file.read(), RELEASED_PREFIX)
+        if not state:
+            raise UserError(f"{path}: holds no discriminator (no names begin with {RELEASED_PREFIX!r})")
+        load_strictly(self, state, path)
 
 
 def _initialise(module: nn.Module) -> None:

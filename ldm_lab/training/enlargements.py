@@ -1,13 +1,13 @@
 """Grids of small images and what an upsampler makes of them during its training."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch.nn import functional as F
 
 from ldm_lab.condition_sources.low_res import shrink
-from ldm_lab.config import check_section, register
+from ldm_lab.config import PartSection, PositiveInt, register
 from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import grid, save_png, to_images
 from ldm_lab.sampling import Sampler
@@ -21,7 +21,14 @@ DEFAULT_SAMPLER = {"name": "ddim", "steps": 27}
 class Enlargements(Reconstructions):
     """Draw the same images made small, enlarged again by the (averaged) upsampler, and as they were, every N steps."""
 
-    def __init__(self, folder: Any, *, every: int = 1000, images: int = 8, sampler: dict | None = None) -> None:
+    def __init__(
+        self,
+        folder: Any,
+        *,
+        every: PositiveInt = 1000,
+        images: PositiveInt = 8,
+        sampler: Annotated[dict[str, Any] | None, PartSection("sampler", "ddim")] = None,
+    ) -> None:
         """Set what is drawn.
 
         Args:
@@ -33,12 +40,6 @@ class Enlargements(Reconstructions):
         super().__init__(folder, every=every, images=images)
         self.sampler = {**DEFAULT_SAMPLER, **(sampler or {})}
         self.texts: list[str] = []
-
-    @staticmethod
-    def check(section: dict) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        sampler = {**DEFAULT_SAMPLER, **(section.get("sampler") or {})}
-        return Reconstructions.check(section) + check_section("sampler", sampler, "sampler")
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "texts": self.texts}

@@ -4,12 +4,14 @@ Fürst et al. 2022, "CLOOB: Modern Hopfield Networks with InfoLOOB Outperform CL
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
-from ldm_lab.config import register
+from ldm_lab.config import PositiveFloat, register
 
 MAX_INV_TAU = 100.0
 
@@ -26,7 +28,7 @@ def retrieve(stored: Tensor, queries: Tensor, beta: float) -> Tensor:
     return retrieved / retrieved.norm(dim=1, keepdim=True)  # [N, D]
 
 
-def infoloob(anchors: Tensor, samples: Tensor, inv_tau: float | Tensor) -> Tensor:
+def infoloob(anchors: Tensor, samples: Tensor, inv_tau: PositiveFloat | Tensor) -> Tensor:
     """Return InfoLOOB, a scalar: row i of both belong together (arXiv 2110.11316, eq. 9).
 
     Unlike InfoNCE, the positive pair is left out of the denominator, so that it never saturates; the value can be
@@ -46,7 +48,7 @@ class CLOOBLoss(nn.Module):
         self,
         *,
         inv_tau: float = 30.0,
-        scale_hopfield: float | None = 15.0,
+        scale_hopfield: PositiveFloat | None = 15.0,
         learn_inv_tau: bool = False,
         convention: Literal["cloob_training", "ml_jku"] = "cloob_training",
     ) -> None:
@@ -66,15 +68,12 @@ class CLOOBLoss(nn.Module):
         self.fixed_inv_tau = None if learn_inv_tau else inv_tau  # exp(log(30)) would be 29.999998
 
     @staticmethod
-    def check(section: dict) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        inv_tau, scale_hopfield = section.get("inv_tau", 30.0), section.get("scale_hopfield", 15.0)
-        problems = [] if inv_tau > 0 else [f"inv_tau: {inv_tau} is not above 0"]
-        if section.get("learn_inv_tau") and not 1 <= inv_tau <= MAX_INV_TAU:
-            problems.append(f"inv_tau: {inv_tau} is outside 1..{MAX_INV_TAU:g}, where a learned one is kept")
-        if scale_hopfield is not None and not scale_hopfield > 0:
-            problems.append(f"scale_hopfield: {scale_hopfield} is not above 0")
-        return problems
+    def check(options: dict[str, Any]) -> list[str]:
+        """Return what is wrong across the options."""
+        inv_tau = options["inv_tau"]
+        if options["learn_inv_tau"] and not 1 <= inv_tau <= MAX_INV_TAU:
+            return [f"inv_tau: {inv_tau} is outside 1..{MAX_INV_TAU:g}, where a learned one is kept"]
+        return []
 
     @property
     def inv_tau(self) -> float | Tensor:
@@ -106,8 +105,25 @@ def gather_rows(rows: Tensor) -> Tensor:
     world_size copies of the loss have for it; DDP's mean over ranks takes that factor out again, so that parameters
     end with the gradients of a single process with the whole batch.
     """
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+    if not dist.is_available() or not dist.is_initialized():
         return rows
-    from torch.distributed.nn.functional import all_gather
+    return GatherRows.apply(rows)  # [world_size * B, D]
 
-    return torch.cat(all_gather(rows))  # [world_size * B, D]
+
+class GatherRows(torch.autograd.Function):
+    """The rows of all ranks; going back, each rank gets the sum over ranks of what they have for its rows."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: Tensor) -> Tensor:
+        """Return [world_size * B, D] for [B, D], in rank order."""
+        rows = rows.contiguous()  # [B, D]
+        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]  # [B, D] each
+        dist.all_gather(gathered, rows)
+        return torch.cat(gathered)  # [world_size * B, D]
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
+        """Return the gradient of this rank's rows, [B, D]."""
+        total = gradient.clone(memory_format=torch.contiguous_format)  # [world_size * B, D]
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]  # [B, D]

@@ -15,7 +15,7 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
 
-from ldm_lab.config import register
+from ldm_lab.config import PositiveInt, register
 from ldm_lab.errors import UserError, first_line
 from ldm_lab.io.atomic import atomic_write
 
@@ -27,7 +27,7 @@ class Logging:
     def __init__(
         self,
         *,
-        every: int = 50,
+        every: PositiveInt = 50,
         wandb: Literal["none", "offline", "online"] = "none",
         project: str = "ldm_lab",
         entity: str | None = None,
@@ -41,12 +41,6 @@ class Logging:
             entity: wandb team or user; null is the account's default.
         """
         self.every, self.wandb, self.project, self.entity = every, wandb, project, entity
-
-    @staticmethod
-    def check(section: dict[str, Any]) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        every = section.get("every", 1)
-        return [] if every >= 1 else [f"every: {every} is not a positive number of steps"]
 
     def loggers(self, folder: Path, run: str, resumed_step: int | None, wandb_id: str | None) -> list[Logger]:
         """Return the loggers of a run that starts at step 0 or goes on from `resumed_step`."""

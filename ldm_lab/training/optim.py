@@ -1,12 +1,13 @@
 """The optimizer and the learning rate over time."""
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Len
 from torch import nn
 
-from ldm_lab.config import register
+from ldm_lab.config import NonNegativeFloat, NonNegativeInt, PositiveInt, ShareBelowOne, register
 from ldm_lab.errors import UserError, unknown
 from ldm_lab.interfaces import Part
 
@@ -18,16 +19,16 @@ class Optim:
     def __init__(
         self,
         *,
-        lr: float = 3e-5,
-        weight_decay: float = 0.01,
-        betas: list[float] = (0.9, 0.999),
-        eps: float = 1e-8,
+        lr: NonNegativeFloat = 3e-5,
+        weight_decay: NonNegativeFloat = 0.01,
+        betas: Annotated[list[ShareBelowOne], Len(2, 2)] = (0.9, 0.999),
+        eps: NonNegativeFloat = 1e-8,
         decay_on: Literal["all", "matrices"] = "all",
         warmup: Literal["linear", "exponential"] = "linear",
-        warmup_steps: int = 0,
+        warmup_steps: NonNegativeInt = 0,
         schedule: Literal["constant", "linear", "cosine"] = "constant",
-        schedule_steps: int | None = None,
-        final_lr: float = 0.0,
+        schedule_steps: PositiveInt | None = None,
+        final_lr: NonNegativeFloat = 0.0,
         state: Literal["32bit", "8bit", "paged_8bit"] = "32bit",
         freeze: list[str] = (),
     ) -> None:
@@ -54,20 +55,6 @@ class Optim:
         self.lr, self.weight_decay, self.betas, self.eps, self.decay_on = lr, weight_decay, tuple(betas), eps, decay_on
         self.warmup, self.warmup_steps = warmup, warmup_steps
         self.schedule, self.schedule_steps, self.final_lr = schedule, schedule_steps, final_lr
-
-    @staticmethod
-    def check(section: dict) -> list[str]:
-        """Return what is wrong across keys."""
-        least = {"lr": 0, "weight_decay": 0, "eps": 0, "final_lr": 0, "warmup_steps": 0, "schedule_steps": 1}
-        problems = [
-            f"{key}: at least {low} is needed, not {section[key]}"
-            for key, low in least.items()
-            if section.get(key) is not None and section[key] < low
-        ]
-        betas = section.get("betas", (0, 0))
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            problems.append(f"betas: two numbers from 0 to less than 1 are needed, not {betas}")
-        return problems
 
     def factor(self, step: int, max_steps: int) -> float:
         """Return the multiplier of `lr` for the optimizer step after `step` completed ones."""

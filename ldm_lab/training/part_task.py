@@ -1,4 +1,4 @@
-"""What the tasks "autoencoder" and "cloob" share: they train a part that diffusion then uses frozen."""
+"""The base class of the tasks "autoencoder" and "cloob", which train a part that diffusion then uses frozen."""
 
 from pathlib import Path
 from typing import Any, ClassVar
@@ -6,11 +6,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ldm_lab.checkpoints.files import is_safetensors, read_pickled
-from ldm_lab.checkpoints.parts import FORMAT, find_weights, read_part, save_part
-from ldm_lab.config import USE_KEYS, build, part_class
+from ldm_lab.batch import Batch
+from ldm_lab.checkpoints.importer import Section, detect_format
+from ldm_lab.checkpoints.native import save_part
+from ldm_lab.checkpoints.parts import read_part
+from ldm_lab.config import PartConfig, RunConfig, use_keys
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Batch
 from ldm_lab.training.task import Task
 
 
@@ -25,24 +26,23 @@ class PartTask(Task):
     FILE: ClassVar[str]
     LOSS: ClassVar[type[nn.Module]]
 
-    def __init__(self, config: dict[str, Any], read_weights: bool = True) -> None:
+    def __init__(self, config: RunConfig, read_weights: bool = True) -> None:
         """Build the network and the loss. Raises UserError for keys that only make sense for a frozen part."""
-        frozen_only = [key for key in USE_KEYS[self.PART] if config[self.PART].get(key) is not None]
+        part = config[self.PART]
+        frozen_only = [key for key in part if key in use_keys(self.PART)]
         if frozen_only:
             raise UserError(
                 f"{self.PART}.{frozen_only[0]}: is for a frozen network, and this task trains it: "
                 "say its architecture, and init_from=FILE to begin with trained weights"
             )
-        if not part_class(self.PART, config[self.PART]).trainable:
-            raise UserError(
-                f"{self.PART}.name: {config[self.PART]['name']!r} is used as published, it is not trained here"
-            )
+        if not part.load().trainable:
+            raise UserError(f"{self.PART}.name: {part.name!r} is used as published, it is not trained here")
         super().__init__(config, read_weights)
-        section = config.get("loss") or {"name": self.LOSS.part_name}
-        if section.get("name") != self.LOSS.part_name:
-            raise UserError(f"loss.name: {section.get('name')!r} is not this task's: {self.LOSS.part_name!r}")
-        self.loss = build("loss", section)
-        self.adopt(build(self.PART, config[self.PART]))
+        loss = config.get("loss", PartConfig("loss", self.LOSS.part_name))
+        if loss.name != self.LOSS.part_name:
+            raise UserError(f"loss.name: {loss.name!r} is not this task's: {self.LOSS.part_name!r}")
+        self.loss = loss.build()
+        self.set_model(part.build())
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         batch.require_image("train this network")
@@ -64,13 +64,11 @@ class PartTask(Task):
             path: a part's file (our own or a released one), or the `.ckpt` of a run of this task, of which the averaged
                 weights are taken if there are any.
         """
-        file = find_weights(path)
-        content = {} if is_safetensors(file) else _ckpt(file)
-        if FORMAT not in content:
-            return read_part(file, self.PART, self.model.part_name)[0], f"weights of {path}"
-        prefix = "model_ema." if any(n.startswith("model_ema.") for n in content["state_dict"]) else "model."
-        state = {n.removeprefix(prefix): t for n, t in content["state_dict"].items() if n.startswith(prefix)}
-        return state, f"weights of {path} (step {content['global_step']})"
+        found = detect_format(path)
+        if found.kind != "run":
+            return read_part(found, self.PART, self.model.part_name).state, f"weights of {path}"
+        run = found.importer.read_model(found.file, ema=True, overrides=Section())
+        return run.state, f"weights of {path} (step {run.extra['step']})"
 
     def export(self, folder: Path, dtype: torch.dtype) -> None:
         """Write the averaged network (the trained one if there is no average) as a part's file."""
@@ -79,11 +77,3 @@ class PartTask(Task):
     def facts(self) -> dict[str, str]:
         """Return what is written beside the exported weights."""
         return {"step": str(self.trainer.global_step)}
-
-
-def _ckpt(file: Path) -> dict[str, Any]:
-    """Return the content of a `.ckpt`, lazily; nothing for a file that only an importer can read."""
-    try:
-        return read_pickled(file, mmap=True)
-    except UserError:
-        return {}

@@ -7,7 +7,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from ldm_lab.config import register
+from ldm_lab.config import PositiveInt, register
 from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import grid, save_png, to_images
 from ldm_lab.training.logs import log_images
@@ -17,7 +17,7 @@ from ldm_lab.training.logs import log_images
 class Reconstructions(Callback):
     """Draw the same images and what the (averaged) autoencoder makes of them, every N steps."""
 
-    def __init__(self, folder: Path, *, every: int = 1000, images: int = 8) -> None:
+    def __init__(self, folder: Path, *, every: PositiveInt = 1000, images: PositiveInt = 8) -> None:
         """Set what is drawn.
 
         Args:
@@ -28,11 +28,6 @@ class Reconstructions(Callback):
         self.folder, self.every, self.count = folder, every, images
         self.levels: Tensor | None = None  # [count, 3, H, W], uint8
         self.done_at = -1
-
-    @staticmethod
-    def check(section: dict) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        return [f"{k}: {section[k]} is not a positive number" for k in ("every", "images") if section.get(k, 1) < 1]
 
     def state_dict(self) -> dict[str, Any]:
         return {"levels": self.levels}

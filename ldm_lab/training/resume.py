@@ -5,16 +5,15 @@ from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from ldm_lab.checkpoints.files import read_pickled
-from ldm_lab.checkpoints.parts import FORMAT
-from ldm_lab.config import register
+from ldm_lab.checkpoints.files import FORMAT, read_pickled
+from ldm_lab.config import NonNegativeFloat, RunConfig, register
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import existing_file
 from ldm_lab.training.checkpointing import LAST
 from ldm_lab.training.logs import say
 
 # Sections whose keys may differ from those of the checkpoint without a word: where and how the run reports.
-QUIET = ("run", "logging", "resume", "defaults")
+QUIET = ("run", "logging", "resume", "init_from", "imports")
 # Keys outside the network's sections that have to stay: what the optimizer has a state for, and of which kind.
 FIXED = ("optim.freeze", "optim.state")
 
@@ -23,7 +22,7 @@ FIXED = ("optim.freeze", "optim.state")
 class Resume(Callback):
     """Go on with a run: weights, EMA, optimizer, scaler, step, data position come from its checkpoint."""
 
-    def __init__(self, folder: Path, *, checkpoint: str | None = None, lr: float | None = None) -> None:
+    def __init__(self, folder: Path, *, checkpoint: str | None = None, lr: NonNegativeFloat | None = None) -> None:
         """Set what to go on with.
 
         Args:
@@ -46,13 +45,7 @@ class Resume(Callback):
         if lr is not None and self.path is None and checkpoint != "last":
             raise UserError("resume.lr: needs resume.checkpoint; a fresh run takes optim.lr")
 
-    @staticmethod
-    def check(section: dict[str, Any]) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        lr = section.get("lr")
-        return [f"lr: {lr} is negative"] if lr is not None and lr < 0 else []
-
-    def differences(self, config: dict[str, Any], network: tuple[str, ...]) -> list[str]:
+    def differences(self, config: RunConfig, network: tuple[str, ...]) -> list[str]:
         """Return the lines "key: checkpoint's value -> new value" between the checkpoint's config and this one.
 
         Args:
@@ -65,7 +58,8 @@ class Resume(Callback):
         content = read_pickled(self.path, mmap=True)
         if FORMAT not in content:
             raise UserError(f"{self.path}: not a checkpoint of a run of ldm_lab; for other weights use init_from")
-        old, new = (_flat({k: v for k, v in c.items() if k not in QUIET}) for c in (content[FORMAT]["config"], config))
+        stored = RunConfig.from_checkpoint(content[FORMAT]["config"])
+        old, new = (_flat({k: v for k, v in c.to_dict().items() if k not in QUIET}) for c in (stored, config))
         changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
         fixed = [key for key in changed if key.split(".")[0] in ("task", *network) or key in FIXED]
         if fixed:

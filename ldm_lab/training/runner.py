@@ -1,26 +1,32 @@
 """From a config to a run: the task, the data, Lightning's Trainer with its callbacks, the run's folder."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from torch import Tensor
 
-from ldm_lab.checkpoints.files import read_pickled
-from ldm_lab.checkpoints.parts import FORMAT, load_fitting
-from ldm_lab.config import build, part_class, register, to_yaml
+from ldm_lab.checkpoints.files import FORMAT, read_pickled
+from ldm_lab.checkpoints.parts import load_fitting
+from ldm_lab.config import NonNegativeFloat, PositiveInt, RunConfig, register, to_yaml
 from ldm_lab.data.datamodule import DataModule
+from ldm_lab.interfaces import Batch
 from ldm_lab.io.atomic import atomic_write
 from ldm_lab.processes import fail_together, quiet_lightning, trainer_options
 from ldm_lab.training.caching import training_data
-from ldm_lab.training.checkpointing import LAST, SafeCheckpointIO
+from ldm_lab.training.checkpointing import LAST, Checkpointing, SafeCheckpointIO
 from ldm_lab.training.interrupt import Interrupt
-from ldm_lab.training.logs import StepProgress, say
+from ldm_lab.training.logs import Logging, StepProgress, say
+from ldm_lab.training.resume import Resume
 from ldm_lab.training.task import Task, gather
 
 RUNS = Path("runs")
-PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "64-true")  # none whose weights, and so whose average, are halved
+# None whose weights, and so whose average, are halved.
+Precision = Literal["32-true", "16-mixed", "bf16-mixed", "64-true", "32", "16", "64", "bf16", 32, 16, 64]
 
 
 @register("trainer")
@@ -30,16 +36,16 @@ class TrainerOptions:
     def __init__(
         self,
         *,
-        max_steps: int = -1,
+        max_steps: PositiveInt | Literal[-1] = -1,
         max_time: str | None = None,
         accelerator: str = "auto",
         devices: int | str = 1,
-        num_nodes: int = 1,
+        num_nodes: PositiveInt = 1,
         strategy: str = "auto",
-        precision: str | int = "32-true",
-        accumulate_grad_batches: int = 1,
-        gradient_clip_val: float | None = None,
-        threads: int | None = None,
+        precision: Precision = "32-true",
+        accumulate_grad_batches: PositiveInt = 1,
+        gradient_clip_val: NonNegativeFloat | None = None,
+        threads: PositiveInt | None = None,
         matmul: Literal["highest", "high", "medium"] = "high",
         channels_last: bool = False,
     ) -> None:
@@ -66,21 +72,7 @@ class TrainerOptions:
             "accumulate_grad_batches": accumulate_grad_batches, "gradient_clip_val": gradient_clip_val,
         }  # fmt: skip
 
-    @staticmethod
-    def check(section: dict) -> list[str]:
-        """Return what is wrong across keys."""
-        precision = str(section.get("precision", "32-true"))
-        known = [*PRECISIONS, "32", "16", "64", "bf16"]
-        problems = [] if precision in known else [f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}"]
-        for key, least in (("accumulate_grad_batches", 1), ("threads", 1), ("gradient_clip_val", 0)):
-            if section.get(key) is not None and section[key] < least:
-                problems.append(f"{key}: at least {least} is needed, not {section[key]}")
-        steps = section.get("max_steps", -1)
-        if steps < 1 and steps != -1:
-            problems.append(f"max_steps: a number from 1 on is needed, or -1 for a run without end, not {steps}")
-        return problems
-
-    def trainer(self, callbacks: list[Callback], loggers: list[Any], log_every: int, folder: Path) -> Trainer:
+    def trainer(self, callbacks: list[Callback], loggers: list[Logger], log_every: int, folder: Path) -> Trainer:
         """Return the Trainer."""
         if self.threads:
             torch.set_num_threads(self.threads)
@@ -94,8 +86,7 @@ class TrainerOptions:
 
 
 class Bookkeeping(Callback):
-    """Writes the config into the run's folder, counts batches and tells the data which of them were consumed; first of
-    the callbacks, so that what a checkpoint saves after a batch includes that batch.
+    """Writes the config into the run's folder, counts batches and tells the data which of them were consumed.
 
     Attributes:
         data_states: at the end of training, where each rank stands in the data and what it skipped.
@@ -109,23 +100,48 @@ class Bookkeeping(Callback):
     def on_fit_start(self, trainer: Trainer, task: Task) -> None:
         if trainer.is_global_zero:  # not before all is known to be right: a mistake leaves no folder
             with atomic_write(self.folder / "config.yaml") as file:
-                file.write(to_yaml(task.run_config).encode())
+                file.write(to_yaml(task.run_config.to_dict()).encode())
 
     def on_train_end(self, trainer: Trainer, task: Task) -> None:
         self.data_states = gather(trainer.datamodule.rank_state())
 
-    def on_train_batch_end(self, trainer: Trainer, task: Task, outputs: Any, batch: Any, index: int) -> None:
+    def on_train_batch_end(self, trainer: Trainer, task: Task, outputs: Tensor, batch: Batch, index: int) -> None:
         task.batches_seen += 1
         trainer.datamodule.consumed(batch)
 
 
-def build_task(config: dict[str, Any]) -> Task:
+@dataclass(frozen=True)
+class RunCallbacks:
+    """The callbacks of a run in the order in which Lightning calls them.
+
+    Attributes:
+        bookkeeping: counts a batch before any other callback sees that it is done.
+        resume: sets the learning rate before anything reports it.
+        of_task: draw and measure with the network as it is after the batch.
+        checkpoint: saves all that the ones before have counted and drawn.
+        interrupt: stops after the batch; Lightning then asks `checkpoint` to save.
+        progress: shows what the batch has come to.
+    """
+
+    bookkeeping: Bookkeeping
+    resume: Resume
+    of_task: list[Callback]
+    checkpoint: Checkpointing
+    interrupt: Interrupt
+    progress: StepProgress
+
+    def in_order(self) -> list[Callback]:
+        """Return all of them."""
+        return [self.bookkeeping, self.resume, *self.of_task, self.checkpoint, self.interrupt, self.progress]
+
+
+def build_task(config: RunConfig) -> Task:
     """Return the task that a checked config describes, with the weights of `init_from` if it names any."""
-    torch.manual_seed(config.get("seed", 0))  # the initial weights
-    task = part_class("task", {"name": config.get("task", "diffusion")})(config)
-    if config.get("init_from"):
-        state, what = task.initial_weights(config["init_from"])
-        left = load_fitting(task.model, state, config["init_from"])
+    torch.manual_seed(config.seed)  # the initial weights
+    task = config.task_class()(config)
+    if config.init_from:
+        state, what = task.initial_weights(config.init_from)
+        left = load_fitting(task.model, state, config.init_from)
         if task.model_ema is not None:
             task.model_ema.load_state_dict(task.model.state_dict())
         say(f"init_from: {what}, fresh optimizer")
@@ -134,40 +150,53 @@ def build_task(config: dict[str, Any]) -> Task:
     return task
 
 
-def run(config: dict[str, Any]) -> int:
-    """Train as a checked config says. Returns the exit code: 0, or 128 + the signal that stopped the run early."""
-    quiet_lightning()
-    folder = RUNS / config["run"]
-    resume = build("resume", config.get("resume"), folder)
-    logging = build("logging", config.get("logging"))
-    data = DataModule(build("data", training_data(config)), seed=config.get("seed", 0))
-    interrupt = Interrupt()
-    bookkeeping = Bookkeeping(folder)
-    callbacks: list[Callback] = [bookkeeping, resume]
-    kind = part_class("task", {"name": config.get("task", "diffusion")})
-    changes = resume.differences(config, kind.NETWORK) if resume.path else []
-    task = build_task(config)
-    callbacks += task.callbacks(folder)
-    callbacks += [build("checkpoint", config.get("checkpoint"), folder), interrupt, StepProgress()]
+def run(config: RunConfig) -> int:
+    """Train as a checked config says. Returns the exit code: 0, or 128 + the signal that stopped the run early.
 
+    Raises:
+        UserError: rules across keys that the config breaks, before data or weights are read; what the parts raise.
+    """
+    config.check_across_keys()
+    quiet_lightning()
+    folder = RUNS / config.run
+    resume: Resume = config.part("resume").build(folder)
+    logging: Logging = config.part("logging").build()
+    changes = resume.differences(config, config.task_class().NETWORK) if resume.path else []
+    data = DataModule(training_data(config).build(), seed=config.seed)
+    task = build_task(config)
+    callbacks = RunCallbacks(
+        Bookkeeping(folder),
+        resume,
+        task.callbacks(folder),
+        config.part("checkpoint").build(folder),
+        Interrupt(),
+        StepProgress(),
+    )
     before = read_pickled(resume.path, mmap=True) if resume.path else {}
-    loggers = logging.loggers(folder, config["run"], before.get("global_step"), before.get(FORMAT, {}).get("wandb_id"))
-    options = build("trainer", config.get("trainer"))
-    trainer = options.trainer(callbacks, loggers, logging.every, folder)
+    loggers = logging.loggers(folder, config.run, before.get("global_step"), before.get(FORMAT, {}).get("wandb_id"))
+    options: TrainerOptions = config.part("trainer").build()
+    trainer = options.trainer(callbacks.in_order(), loggers, logging.every, folder)
     if options.channels_last:
         task.to(memory_format=torch.channels_last)
     announce(config, folder, resume.path, changes, task)
     with fail_together(trainer):
         trainer.fit(task, datamodule=data, ckpt_path=resume.path, weights_only=True)
-    report(trainer, folder, data.summary(bookkeeping.data_states), interrupt)
+    report(trainer, folder, data.summary(callbacks.bookkeeping.data_states), callbacks.interrupt)
+    leave_process_group()
     # Only the first rank tells: Lightning kills it, perhaps while it saves, when another one leaves with a code.
-    return 128 + interrupt.received if interrupt.received and trainer.is_global_zero else 0
+    return 128 + callbacks.interrupt.received if callbacks.interrupt.received and trainer.is_global_zero else 0
+
+
+def leave_process_group() -> None:
+    """Leave the process group, if there is one; a process that ends inside it may abort."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @rank_zero_only
-def announce(config: dict[str, Any], folder: Path, resumed: Path | None, changes: list[str], task: Task) -> None:
+def announce(config: RunConfig, folder: Path, resumed: Path | None, changes: list[str], task: Task) -> None:
     """Print the config and what was overridden on resume."""
-    print(to_yaml(config))
+    print(to_yaml(config.to_dict()))
     trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
     print(f"{trained:,} trained parameters; everything this run writes goes under {folder}/")
     if resumed:

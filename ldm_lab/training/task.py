@@ -1,4 +1,4 @@
-"""What all tasks share: optimizer, EMA, random numbers that a resumed run repeats, what a checkpoint holds."""
+"""The base class of tasks: optimizer, EMA, random numbers that a resumed run repeats, checkpoint contents."""
 
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,8 +10,10 @@ from pytorch_lightning.loggers import WandbLogger
 from torch import Tensor, nn
 
 from ldm_lab import ema
-from ldm_lab.checkpoints.parts import FORMAT, load_strictly, weights_sha256
-from ldm_lab.config import USE_KEYS, build
+from ldm_lab.checkpoints.files import FORMAT
+from ldm_lab.checkpoints.parts import load_strictly, weights_sha256
+from ldm_lab.config import FROZEN, RunConfig
+from ldm_lab.training.optim import Optim
 
 
 class Task(LightningModule):
@@ -19,8 +21,9 @@ class Task(LightningModule):
 
     A subclass is registered as `@register("task", name)` and
     - lists in ROLES the config sections that are its own (each a role of `ldm_lab.config`), in REQUIRED those that
-      have to be there, in NETWORK those that make the trained network what it is;
-    - builds its parts in `__init__(config)` and hands the trained network to `adopt(model)`;
+      have to be there, in NETWORK those that make the trained network what it is, and says in PART the role of the
+      part that it trains, if it is one;
+    - builds its parts in `__init__(config)` and hands the trained network to `set_model(model)`;
     - puts frozen networks into `self.frozen[role]`: they are moved to the device, but are neither trained, nor
       wrapped by DDP, nor saved;
     - writes `training_step(batch, batch_idx) -> loss`, and `export(folder, dtype)`, which is called on rank 0 whenever
@@ -35,9 +38,10 @@ class Task(LightningModule):
     ROLES: ClassVar[tuple[str, ...]] = ()
     REQUIRED: ClassVar[tuple[str, ...]] = ("data",)
     NETWORK: ClassVar[tuple[str, ...]] = ()
+    PART: ClassVar[str | None] = None
     SECTIONS: ClassVar[tuple[str, ...]] = ("data", "optim", "ema", "trainer", "checkpoint", "logging", "resume")
 
-    def __init__(self, config: dict[str, Any], read_weights: bool = True) -> None:
+    def __init__(self, config: RunConfig, read_weights: bool = True) -> None:
         """Build what all tasks have.
 
         Args:
@@ -46,16 +50,16 @@ class Task(LightningModule):
         """
         super().__init__()
         self.run_config = config
-        self.seed = config.get("seed", 0)
-        self.optim = build("optim", config.get("optim"))
-        self.ema_schedule = build("ema", config["ema"]) if config.get("ema") is not None else None
+        self.seed = config.seed
+        self.optim: Optim = config.part("optim").build()
+        self.ema_schedule: ema.EMASchedule | None = config["ema"].build() if "ema" in config else None
         self.frozen: dict[str, nn.Module] = {}
-        sections = {role: config.get(role) or {} for role in USE_KEYS} if read_weights else {}
+        sections = {role: config[role] for role in FROZEN if role in config} if read_weights else {}
         checksums = {role: weights_sha256(role, section) for role, section in sections.items()}
         self.frozen_sha256 = {role: checksum for role, checksum in checksums.items() if checksum is not None}
         self.batches_seen = 0  # on this rank, since the run's very first batch
 
-    def adopt(self, model: nn.Module) -> None:
+    def set_model(self, model: nn.Module) -> None:
         """Take a network as the one to be trained, and start its average if the config has a section `ema`."""
         self.optim.freeze_parts(model)
         self.model = model
@@ -107,7 +111,7 @@ class Task(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[FORMAT] = {
-            "config": self.run_config,
+            "config": self.run_config.to_dict(),
             "frozen": self.frozen_sha256,
             "batches_seen": self.batches_seen,
             "data": gather(self.trainer.datamodule.rank_state()),

@@ -5,7 +5,7 @@ from recorded import Case
 from torch import nn
 
 from ldm_lab.autoencoders.kl_f8 import kl, split_moments
-from ldm_lab.interfaces import Batch
+from ldm_lab.batch import Batch
 
 
 def check_unet(recorded: Case, net: nn.Module) -> None:

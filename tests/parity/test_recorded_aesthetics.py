@@ -11,7 +11,8 @@ from fill import fill
 from torch import Tensor
 
 from ldm_lab.checkpoints.embedders import OPENAI
-from ldm_lab.checkpoints.parts import read_module
+from ldm_lab.checkpoints.importer import detect_format
+from ldm_lab.checkpoints.parts import load_module
 from ldm_lab.curation.heads.head import load_head
 from ldm_lab.curation.scoring.rating_means import BUCKETS, BucketMeans
 from ldm_lab.io.atomic import sha256
@@ -121,7 +122,7 @@ def test_aesthetic_mlp(recorded, tmp_path):
     weights = {name: fill(name, shape, case.json["weights_seed"]) for name, shape in case.json["weights"].items()}
     torch.save(weights, tmp_path / "mlp.pth")
     given = {"name": "mlp", "embedder": OPENAI["vit_l_14"]}
-    mlp, section = read_module("head", given, tmp_path / "mlp.pth")
+    mlp, section = load_module("head", given, detect_format(tmp_path / "mlp.pth"))
     mlp.eval()
     layers, allowed = case.json["layers"], case.json["tolerance"]
     assert section["widths"] == layers["widths"] and section["dropout"] == layers["dropout_after_first_three"]

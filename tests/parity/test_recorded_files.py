@@ -15,8 +15,8 @@ from ldm_lab.checkpoints.formats import diffusers_vae
 from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.parts import load_part, load_strictly
 from ldm_lab.condition_sources import build_sources, given_conditions
+from ldm_lab.conditions import Embedding
 from ldm_lab.config import build
-from ldm_lab.interfaces import Embedding
 from ldm_lab.schedules.discrete import beta_table
 
 NETWORK = 1e-5  # relative L2 that a float32 port may be away
@@ -31,7 +31,7 @@ def write_autoencoder(layout: str, recorded, folder: Path) -> Path:
         levels = len(config["ddconfig"]["ch_mult"])
         renamed = {}
         for name, value in weights.items():
-            theirs = diffusers_vae.their_name(name, levels)
+            theirs = diffusers_vae.diffusers_name(name, levels)
             is_matrix = ".attentions." in theirs and value.ndim == 4
             renamed[theirs] = value[:, :, 0, 0].contiguous() if is_matrix else value
         save_file(renamed, folder / "diffusion_pytorch_model.safetensors")

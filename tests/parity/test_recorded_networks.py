@@ -11,8 +11,9 @@ from compared import check_autoencoder, check_cloob, check_glide, check_unet
 
 from ldm_lab import clip_tokens
 from ldm_lab.autoencoders.kl_f8 import KLAutoencoder
-from ldm_lab.checkpoints.formats import ccld, cloob_pickle, compvis, glide, noised_clip
-from ldm_lab.checkpoints.parts import load_strictly
+from ldm_lab.checkpoints.formats import ccld, compvis, glide, noised_clip
+from ldm_lab.checkpoints.opened import open_weights
+from ldm_lab.checkpoints.parts import load_strictly, read_part
 from ldm_lab.conditioners.cloob import CLOOB
 from ldm_lab.conditioners.glide_text import GlideText, gpt2_encoding
 from ldm_lab.denoisers.ccld_unet import CCLDUNet
@@ -29,12 +30,13 @@ def test_ccld_unet(case, tmp_path):
     recorded = case("ccld_unet", at_most=NETWORK)
     scale = torch.tensor(recorded.config["autoencoder_scale"])
     torch.save({**recorded.weights(), "autoencoder_scale": scale}, tmp_path / "unet.pth")
-    state, config, extra = ccld.read(tmp_path / "unet.pth")
+    tensors = open_weights(tmp_path / "unet.pth").read()
+    state, config, shape = ccld.unet(tensors, "unet.pth")
     base, multipliers = recorded.config["base_channels"], recorded.config["channel_multipliers"]
     widths = [config["base_channels"] * multiplier for multiplier in config["multipliers"]]
     recorded.expect("widths", widths, [base * multiplier for multiplier in multipliers])
-    recorded.expect("autoencoder_scale", extra["latent_std"], float(scale))
-    net = CCLDUNet(extra["channels"], extra["conditions"], **config)
+    recorded.expect("autoencoder_scale", ccld.latent_std(tensors, "unet.pth"), float(scale))
+    net = CCLDUNet(*shape, **config)
     load_strictly(net, state, "unet.pth")
     check_unet(recorded, net)
     recorded.finish()
@@ -47,7 +49,7 @@ def test_glide_networks(case, tmp_path, name):
     theirs = recorded.config
     torch.save(recorded.weights(), tmp_path / "base.pt")
     unsaid = {"head_width": theirs["num_head_channels"], "text_heads": theirs["xf_heads"]}
-    state, config, extra = glide.read(tmp_path / "base.pt", unsaid)
+    state, config, shape = glide.unet(open_weights(tmp_path / "base.pt").read(), "base.pt", unsaid)
     own = {
         "base_channels": theirs["num_channels"],
         "multipliers": [int(multiplier) for multiplier in theirs["channel_mult"].split(",")],
@@ -58,14 +60,14 @@ def test_glide_networks(case, tmp_path, name):
         **unsaid,
     }
     recorded.expect("config", {key: config[key] for key in own}, own)
-    given = extra["conditions"]
+    given = shape.conditions
     forms = {
         "super_res": "low_res" in given,
         "inpaint": "inpaint_image" in given,
         "text_ctx": given["token_ids"].length,
     }
     recorded.expect("conditions", forms, {key: theirs[key] for key in forms})
-    net = GlideUNet(extra["channels"], extra["conditions"], **config).eval()
+    net = GlideUNet(*shape, **config).eval()
     load_strictly(net, state, "base.pt")
     check_glide(recorded, net)
     if name == "latent":
@@ -119,7 +121,8 @@ def test_glide_noised_clip(case, tmp_path):
 def test_kl_autoencoder(case, tmp_path):
     recorded = case("kl_autoencoder", at_most=NETWORK)
     torch.save({"state_dict": {**recorded.weights(), "loss.logvar": torch.zeros(())}, "epoch": 1}, tmp_path / "kl.ckpt")
-    state, config, _ = compvis.read(tmp_path / "kl.ckpt")
+    part = read_part(tmp_path / "kl.ckpt", "autoencoder", "kl_f8")
+    state, config = part.state, part.options
     released = compvis.config_of(recorded.config["ddconfig"], recorded.config["embed_dim"])
     for key in ("ch", "ch_mult", "num_res_blocks", "z_channels", "embed_dim"):
         recorded.expect(key, config[key], released[key])
@@ -137,7 +140,8 @@ def test_kl_autoencoder_keys(golden: Path, tmp_path):
     shapes = {**keys["model"], **keys["ignore"]}
     zero = torch.zeros(())
     torch.save({"state_dict": {name: zero.expand(shape) for name, shape in shapes.items()}}, tmp_path / "kl.ckpt")
-    state, config, _ = compvis.read(tmp_path / "kl.ckpt")
+    part = read_part(tmp_path / "kl.ckpt", "autoencoder", "kl_f8")
+    state, config = part.state, part.options
     with torch.device("meta"):
         own = {name: list(value.shape) for name, value in KLAutoencoder(**config).state_dict().items()}
     assert {name: list(value.shape) for name, value in state.items()} == own
@@ -158,7 +162,8 @@ def test_cloob(case):
     }
     pickled = recorded.folder / recorded.json["pickle"]
     if pickled.is_file():  # a folder may hold the case without it
-        state, config, _ = cloob_pickle.read(pickled)
+        part = read_part(pickled, "conditioner", "cloob")
+        state, config = part.state, part.options
         recorded.expect("names in the pickle", sorted(state), sorted(weights))
         different = [name for name in weights if not torch.equal(state.get(name, torch.empty(0)), weights[name])]
         recorded.expect("weights in the pickle that differ", different, [])

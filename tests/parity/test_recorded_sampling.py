@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ldm_lab import schedules
 from ldm_lab.checkpoints.formats import ccld
+from ldm_lab.checkpoints.opened import open_weights
 from ldm_lab.conditioners.cloob import CLOOB
 from ldm_lab.config import build
 from ldm_lab.denoisers.ccld_unet import CCLDUNet
@@ -106,8 +107,8 @@ def run_sampler(recorded, method: str, how: dict, steps: int) -> None:
 def test_guidance(case, tmp_path):
     recorded = case("ccld_cfg")
     torch.save(recorded.weights(), tmp_path / "unet.pth")
-    state, config, extra = ccld.read(tmp_path / "unet.pth")
-    net = CCLDUNet(extra["channels"], extra["conditions"], **config)
+    state, config, shape = ccld.unet(open_weights(tmp_path / "unet.pth").read(), "unet.pth")
+    net = CCLDUNet(*shape, **config)
     net.load_state_dict(state)
     objective = VCosine()
     x, t = recorded.inputs["x"], recorded.inputs["t"]

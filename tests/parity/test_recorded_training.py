@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from ldm_lab import ema
 from ldm_lab.autoencoders.kl_f8 import split_moments
 from ldm_lab.checkpoints.formats import ccld
-from ldm_lab.config import build
+from ldm_lab.checkpoints.opened import open_weights
+from ldm_lab.config import RunConfig, build
 from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import resize_and_crop, to_tensor
 from ldm_lab.training.diffusion import DiffusionTask
@@ -19,20 +20,20 @@ def test_training_step(case, tmp_path, monkeypatch):
     recorded = case("ccld_train")
     given, optimizer_config = recorded.inputs, recorded.json["optimizer"]
     torch.save(recorded.weights(), tmp_path / "unet.pth")
-    state, config, extra = ccld.read(tmp_path / "unet.pth")
-    task = DiffusionTask(
+    state, sizes, shape = ccld.unet(open_weights(tmp_path / "unet.pth").read(), "unet.pth")
+    config = RunConfig.from_dict(
         {
             "task": "diffusion",
             "data": {},
             "autoencoder": {"name": "kl_f8", "ch": 32, "ch_mult": [1], "num_res_blocks": 1,
-                            "embed_dim": extra["channels"], "latent_std": recorded.config["autoencoder_scale"]},
-            "conditioner": {"name": "none", "embed_dim": extra["conditions"]["embed"].width},
-            "denoiser": {"name": "ccld_unet", **config},
+                            "embed_dim": shape.channels, "latent_std": recorded.config["autoencoder_scale"]},
+            "conditioner": {"name": "none", "embed_dim": shape.conditions["embed"].width},
+            "denoiser": {"name": "ccld_unet", **sizes},
             "objective": {"name": "v_cosine"},
             "optim": {key: optimizer_config[key] for key in ("lr", "weight_decay", "betas", "eps")},
-        },
-        read_weights=False,
+        }
     )  # fmt: skip
+    task = DiffusionTask(config, read_weights=False)
     task.model.load_state_dict(state)
     # In float64: a ReLU's input that is zero but for rounding has a gradient or none, as a CPU's kernels have it.
     task.model.double().register_forward_pre_hook(

@@ -2,15 +2,26 @@
 latter."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from ldm_lab.checkpoints.formats import cloob_pickle
-from ldm_lab.checkpoints.third_party import part_of, read_state_dict
+from ldm_lab.checkpoints.formats import cloob_pickle, compvis
+from ldm_lab.checkpoints.importer import (
+    DenoiserShape,
+    Importer,
+    LoadedDenoiser,
+    LoadedModel,
+    LoadedPart,
+    Section,
+    config_problems,
+    register_importer,
+)
+from ldm_lab.checkpoints.opened import OpenedFile, Shapes, TensorInfo
+from ldm_lab.checkpoints.third_party import strip_prefix
+from ldm_lab.conditions import Embedding
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Embedding
 
 MAPPING_FEATURES, PIXEL_FEATURES = 128, 16  # Fourier features of t beside the embedding, and beside the latent
 FIRST = "net.0.main.0.weight"
@@ -19,93 +30,75 @@ FROZEN = {"autoencoder": "ae_model.", "conditioner": "cloob."}  # role -> prefix
 IMAGE_SIZE, DROPOUT = 256, 0.2  # fixed in the original's programs
 
 
-def read(path: str | Path, ema: bool = True) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """Return `(state_dict, config, extra)` of a CCLD U-Net.
+def unet(tensors: dict[str, Tensor], path: str | Path, ema: bool = True) -> LoadedDenoiser:
+    """Return a CCLD U-Net: the tensors that `CCLDUNet` loads strictly, and its options read off the shapes.
+
+    But for `head_width`, of which nothing else than 64 was ever used.
 
     Args:
-        path: a flat state dict (what the original samples from), or a Lightning checkpoint of its training.
+        tensors: a flat state dict (what the original samples from), or that of a Lightning checkpoint of its training.
+        path: where they are from, for messages.
         ema: of a training checkpoint, take the averaged weights (`model_ema.`); else the raw ones (`model.`).
 
-    Returns:
-        The tensors that `CCLDUNet` loads strictly. Its keyword arguments, read off the shapes, but for `head_width`,
-        of which nothing else than 64 was ever used. Extra: `latent_std`, of the autoencoder with which the U-Net was
-        trained, or None; `channels` and `conditions`, the positional arguments.
-
     Raises:
-        UserError: missing or damaged file, or not such a U-Net.
+        UserError: not such a U-Net.
     """
-    return unet(read_state_dict(path, "CCLD checkpoint")[0], path, ema)
-
-
-def is_one(tensors: dict[str, Tensor]) -> bool:
-    """Return whether a file's tensors are named as the original names them."""
-    return any(prefix + FIRST in tensors for prefix in ("", RAW, AVERAGED))
-
-
-def unet(
-    tensors: dict[str, Tensor], path: str | Path, ema: bool = True
-) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """Return what `read` does, of the tensors in the file at `path`."""
     wanted = AVERAGED if ema else RAW
     if FIRST in tensors:
         state = dict(tensors)
     elif wanted + FIRST in tensors:
-        state = part_of(tensors, wanted)
+        state = strip_prefix(tensors, wanted)
     else:
         raise UserError(f"{path}: not a CCLD U-Net: neither {FIRST!r} nor {wanted + FIRST!r} is in it")
-    scale = state.pop("autoencoder_scale", tensors.get("scale_factor"))
+    state.pop("autoencoder_scale", None)
     try:
-        config = infer_config(state)
+        options = infer_config(state)
         channels = state[FIRST].shape[1] - PIXEL_FEATURES
         embed_dim = state["mapping.0.main.0.weight"].shape[1] - MAPPING_FEATURES
     except (KeyError, IndexError) as error:
         raise UserError(f"{path}: not a complete CCLD U-Net ({error} is missing or misshapen)") from None
+    return LoadedDenoiser(state, options, DenoiserShape(channels, {"embed": Embedding(embed_dim)}))
+
+
+def latent_std(tensors: dict[str, Tensor], path: str | Path) -> float | None:
+    """Return that of the autoencoder with which a U-Net was trained; None if the file does not say it."""
+    scale = tensors.get("autoencoder_scale", tensors.get("scale_factor"))
     if scale is not None and scale.numel() != 1:
         raise UserError(f"{path}: its autoencoder_scale is no number but a tensor of {list(scale.shape)}")
-    extra = {
-        "latent_std": None if scale is None else float(scale),
-        "channels": channels,
-        "conditions": {"embed": Embedding(embed_dim)},
-    }
-    return state, config, extra
+    return None if scale is None else float(scale)
 
 
-def model(
-    tensors: dict[str, Tensor], path: str | Path, ema: bool = True, given: dict[str, Any] | None = None
-) -> tuple[dict, dict[str, Tensor], dict]:
-    """Return `(config, state_dict, extra)` of a CCLD checkpoint as `ldm_lab.checkpoints.models.read_model` does.
+def model(tensors: dict[str, Tensor], path: str | Path, ema: bool = True) -> LoadedModel:
+    """Return the model in a CCLD checkpoint.
 
     A sampling checkpoint does not say what its autoencoder and its CLOOB were: these sections lack `weights`. A
     training checkpoint holds both, so that their `weights` are the file itself.
     """
-    state, architecture, facts = unet(tensors, path, ema)
+    state, options, _ = unet(tensors, path, ema)
     within = {role: any(n.startswith(prefix) for n in tensors) for role, prefix in FROZEN.items()}
     weights = {role: {"weights": str(path)} if there else {} for role, there in within.items()}
-    latents = {} if facts["latent_std"] is None else {"latent_std": facts["latent_std"]}
+    std = latent_std(tensors, path)
+    latents = {} if std is None else {"latent_std": std}
     config = {
         "task": "diffusion",
         "autoencoder": {"name": "kl_f8", **weights["autoencoder"], **latents},
         "conditioner": {"name": "cloob", **weights["conditioner"], "dropout": DROPOUT},
-        "denoiser": {"name": "ccld_unet", **architecture},
+        "denoiser": {"name": "ccld_unet", **options},
         "objective": {"name": "v_cosine"},
     }
-    return config, state, {"image_size": str(IMAGE_SIZE)}
+    return LoadedModel(Section(config), state, {"image_size": str(IMAGE_SIZE)})
 
 
-def read_cloob(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """Return `(state_dict, config, extra)` of the CLOOB inside a training checkpoint.
-
-    Raises:
-        UserError: missing or damaged file, or no such model in it.
-    """
-    state = part_of(read_state_dict(path, "CCLD checkpoint")[0], FROZEN["conditioner"])
+def cloob(tensors: dict[str, Tensor], path: str | Path) -> LoadedPart:
+    """Return the CLOOB inside a training checkpoint. Raises UserError if there is no whole one."""
+    state = strip_prefix(tensors, FROZEN["conditioner"])
     try:
-        return state, cloob_pickle.infer_config(state), {}
+        return LoadedPart(state, Section(name="cloob", **cloob_pickle.infer_config(state)))
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"{path}: no complete CLOOB in it ({error} is missing or misshapen)") from None
 
 
-def infer_config(state: dict[str, Tensor]) -> dict[str, Any]:
+def infer_config(state: Shapes) -> Section:
     """Return the keyword arguments of `CCLDUNet` that follow from the shapes.
 
     Only the products of base_channels and multipliers are in a file; 4 is divided out, as the original has it.
@@ -118,15 +111,77 @@ def infer_config(state: dict[str, Tensor]) -> dict[str, Any]:
         prefix += f"{2 * blocks + 1}.main."  # after the pooling and the blocks on the way down
     common = math.gcd(*widths)
     base = common // 4 if common % 4 == 0 else common
-    return {
-        "base_channels": base,
-        "multipliers": [width // base for width in widths],
-        "blocks_per_level": blocks,
-        "mapping_width": state["mapping.0.main.0.weight"].shape[0],
-    }
+    return Section(
+        base_channels=base,
+        multipliers=[width // base for width in widths],
+        blocks_per_level=blocks,
+        mapping_width=state["mapping.0.main.0.weight"].shape[0],
+    )
 
 
-def _top_entries(state: dict[str, Tensor]) -> int:
+def _top_entries(state: Shapes) -> int:
     return 1 + max(
         int(name.split(".")[1]) for name in state if name.startswith("net.") and name.split(".")[1].isdigit()
     )
+
+
+# ------------------------------------------------------------------------------------------------------- the formats
+
+
+class _CCLD(Importer):
+    """A U-Net of cloob-latent-diffusion."""
+
+    precedence = 1
+    holds_model = True
+
+    def config(self, file: OpenedFile) -> Section:
+        """Return the config that rebuilds the model."""
+        return self.read_model(file, True, Section()).config
+
+    def problems(self, config: Section) -> list[str]:
+        """Return what is wrong with the config."""
+        return config_problems(config)
+
+    def read_model(self, file: OpenedFile, ema: bool, overrides: Section) -> LoadedModel:
+        """Return the model; nothing of it is left to be said."""
+        return model(file.read(), file.path, ema)
+
+    def denoiser_shape(self, file: OpenedFile, ema: bool) -> DenoiserShape:
+        """Return channels and conditions."""
+        return unet(file.read(), file.path, ema).shape
+
+
+@register_importer
+class CCLDCheckpoint(_CCLD):
+    """The flat state dict that the original samples from."""
+
+    kind = "ccld"
+    title = "a U-Net of cloob-latent-diffusion"
+
+    def matches(self, file: OpenedFile) -> bool:
+        """Return whether the tensors are named as the original names them."""
+        return FIRST in file.tensors
+
+
+@register_importer
+class CCLDTraining(_CCLD):
+    """A Lightning checkpoint of the original's training, with its autoencoder and its CLOOB."""
+
+    kind = "ccld_training"
+    title = "a training checkpoint of cloob-latent-diffusion"
+    parts = {"autoencoder": "kl_f8", "conditioner": "cloob"}
+    has_average = True
+
+    def matches(self, file: OpenedFile) -> bool:
+        """Return whether the U-Net as trained or its average is in it."""
+        return AVERAGED + FIRST in file.tensors or RAW + FIRST in file.tensors
+
+    def network(self, file: OpenedFile) -> Mapping[str, TensorInfo]:
+        """Return the tensors of the average, or of the U-Net as trained."""
+        return strip_prefix(file.tensors, AVERAGED) or strip_prefix(file.tensors, RAW)
+
+    def read(self, file: OpenedFile, role: str) -> LoadedPart:
+        """Return the autoencoder or the CLOOB."""
+        if role == "autoencoder":
+            return compvis.autoencoder(file)
+        return cloob(file.read(), file.path)

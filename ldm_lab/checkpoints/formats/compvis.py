@@ -1,61 +1,62 @@
 """Importer of the autoencoders of CompVis/latent-diffusion (kl-f4, f8, f16, f32) and of their finetunes."""
 
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 import yaml
-from torch import Tensor
 
-from ldm_lab.checkpoints.released_zip import is_release, opened
-from ldm_lab.checkpoints.third_party import part_of, read_state_dict
+from ldm_lab.checkpoints.importer import Importer, LoadedPart, Section, register_importer
+from ldm_lab.checkpoints.opened import LARGEST_TEXT, OpenedFile, Shapes, TensorInfo
+from ldm_lab.checkpoints.third_party import strip_prefix
 from ldm_lab.errors import UserError, first_line
+from ldm_lab.io.json_files import Json
 
+T = TypeVar("T")
 OURS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 PREFIXES = ("", "first_stage_model.", "ae_model.")  # alone; in a latent diffusion model; in a CCLD training checkpoint
 RESOLUTION = 256  # the file does not say it; it only gives names to the levels with attention
 MARK = "encoder.down.0.block.0.conv1.weight"  # a name that such an autoencoder has
-LARGEST_YAML = 1 << 20  # bytes
 
 
-def is_one(names: Iterable[str]) -> bool:
-    """Return whether a file's tensors are named as CompVis names those of an autoencoder, alone or within a model."""
-    return any(f"{prefix}{MARK}" in names for prefix in PREFIXES)
+@register_importer
+class CompVisAutoencoder(Importer):
+    """An autoencoder of latent-diffusion, alone, in its released zip, or within a diffusion model.
+
+    Its names may have the prefix `first_stage_model.` (Stable Diffusion and the like) or `ae_model.` (training
+    checkpoints of CCLD). The training loss (`loss.*`) and an average of the weights are left aside.
+    """
+
+    kind = "compvis"
+    title = "an autoencoder of CompVis's latent-diffusion"
+    parts = {"autoencoder": "kl_f8"}
+
+    def matches(self, file: OpenedFile) -> bool:
+        """Return whether the tensors are named as CompVis names them, alone or within a model."""
+        return any(f"{prefix}{MARK}" in file.tensors for prefix in PREFIXES)
+
+    def network(self, file: OpenedFile) -> Mapping[str, TensorInfo]:
+        """Return the autoencoder's tensors under their names in it."""
+        return own(file.tensors)
+
+    def infer_config(self, tensors: Shapes) -> Section:
+        """Return the keyword arguments of `KLAutoencoder`."""
+        return infer_config(tensors)
+
+    def read(self, file: OpenedFile, role: str) -> LoadedPart:
+        """Return the autoencoder."""
+        return autoencoder(file)
 
 
-def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """Return `(state_dict, config, extra)` of a KL autoencoder.
+def autoencoder(file: OpenedFile) -> LoadedPart:
+    """Return the autoencoder in a file: the tensors under CompVis's names, and `latent_std`, 1 if it does not say it.
 
-    Args:
-        path: a Lightning checkpoint, or a flat dict of its tensors, or the released zip with the former (and its YAML)
-            in it. The autoencoder's names may have the prefix `first_stage_model.` (Stable Diffusion and the like) or
-            `ae_model.` (training checkpoints of CCLD). The training loss (`loss.*`) and an average of the weights are
-            left aside.
-
-    Returns:
-        The tensors under CompVis's names, `latent_mean`, and `latent_std` if the file holds one, else 1. The keyword
-        arguments of `KLAutoencoder`, read off the shapes. Extra: `scale_known`, whether the file held the scale.
-        A YAML of the same name beside the file, or with it in the zip, is compared with what the shapes say.
+    A YAML of the same name beside the file, or with it in the zip, is compared with what the shapes say.
 
     Raises:
-        UserError: missing or damaged file, or not such an autoencoder, or one that its YAML describes otherwise.
+        UserError: not such an autoencoder, or one that its YAML describes otherwise.
     """
-    path = Path(path).expanduser()
-    if path.is_file() and is_release(path):
-        with opened(path) as weights:
-            state, config, extra = _read(weights, str(path))
-            # The tensors are mapped from a file that goes away.
-            return {name: value.clone() for name, value in state.items()}, config, extra
-    return _read(path, str(path))
-
-
-def _read(path: Path, shown: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """Return what `read` does, of a file that is no zip of a release; `shown` is its name in messages."""
-    try:
-        tensors, _ = read_state_dict(path, "autoencoder")
-    except UserError as error:
-        raise UserError(str(error).replace(str(path), shown)) from None
+    shown, tensors = str(file.path), file.read()
     prefix = _prefix(tensors)
     if prefix is None:
         raise UserError(f"{shown}: not a CompVis autoencoder: 'encoder.conv_in.weight' is not in it")
@@ -66,7 +67,7 @@ def _read(path: Path, shown: str) -> tuple[dict[str, Tensor], dict[str, Any], di
         raise UserError(
             f"{shown}: not a complete KL autoencoder of CompVis's ({error} is missing or misshapen)"
         ) from None
-    _compare(config, path.with_suffix(".yaml"), shown)
+    _compare(config, file, shown)
     factor = tensors.get("scale_factor") if prefix else None
     if factor is not None and factor.numel() != 1:
         raise UserError(f"{shown}: its scale_factor is no number but a tensor of {list(factor.shape)}")
@@ -74,62 +75,63 @@ def _read(path: Path, shown: str) -> tuple[dict[str, Tensor], dict[str, Any], di
     # CompVis's latent diffusion multiplies by its scale_factor, CCLD divides.
     state["latent_std"] = torch.tensor(1 / scale if prefix == "first_stage_model." else scale)  # []
     state["latent_mean"] = torch.tensor(0.0)  # []
-    return state, config, {"scale_known": factor is not None}
+    return LoadedPart(state, Section(name="kl_f8", **config))
 
 
-def own(tensors: dict[str, Any]) -> dict[str, Any]:
+def own(tensors: Mapping[str, T]) -> dict[str, T]:
     """Return the autoencoder's tensors among those of a file, under their names in the autoencoder."""
     prefix = _prefix(tensors)
-    inner = {} if prefix is None else part_of(tensors, prefix)
+    inner = {} if prefix is None else strip_prefix(tensors, prefix)
     return {name: value for name, value in inner.items() if name.startswith(OURS)}
 
 
-def _prefix(tensors: dict[str, Any]) -> str | None:
+def _prefix(tensors: Shapes) -> str | None:
     return next((prefix for prefix in PREFIXES if f"{prefix}encoder.conv_in.weight" in tensors), None)
 
 
-def infer_config(state: dict[str, Tensor]) -> dict[str, Any]:
+def infer_config(state: Shapes) -> Section:
     """Return the keyword arguments of `KLAutoencoder` for CompVis's tensors, as far as their shapes tell them."""
     ch = state["encoder.conv_in.weight"].shape[0]
     levels = _count(state, "encoder.down.{}.block.0.conv1.weight")
     quant = state["quant_conv.weight"].shape
-    return {
-        "ch": ch,
-        "ch_mult": [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // ch for i in range(levels)],
-        "num_res_blocks": _count(state, "encoder.down.0.block.{}.conv1.weight"),
-        "z_channels": quant[1] // 2,
-        "embed_dim": quant[0] // 2,
-        "attn_resolutions": [RESOLUTION // 2**i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in state],
-        "resolution": RESOLUTION,
-    }
+    return Section(
+        ch=ch,
+        ch_mult=[state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // ch for i in range(levels)],
+        num_res_blocks=_count(state, "encoder.down.0.block.{}.conv1.weight"),
+        z_channels=quant[1] // 2,
+        embed_dim=quant[0] // 2,
+        attn_resolutions=[RESOLUTION // 2**i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in state],
+        resolution=RESOLUTION,
+    )
 
 
-def _compare(config: dict[str, Any], path: Path, shown: str) -> None:
-    """Raise UserError if the YAML at `path`, where there is one, has a ddconfig of another network."""
-    if not path.is_file():
+def _compare(config: Section, file: OpenedFile, shown: str) -> None:
+    """Raise UserError if the YAML beside a file, where there is one, has a ddconfig of another network."""
+    if file.yaml is None:
         return
+    name = file.path.with_suffix(".yaml").name
     try:
-        if path.stat().st_size > LARGEST_YAML:
+        if len(file.yaml) > LARGEST_TEXT:
             raise ValueError("it is larger than a mebibyte")
-        text = path.read_text(encoding="utf-8")
+        text = file.yaml.decode("utf-8")
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
             raise ValueError("it has aliases")  # a few lines of them can stand for gigabytes
         node = yaml.safe_load(text)
     except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{shown}: the {path.name} beside it is not a readable YAML ({first_line(error)})") from None
+        raise UserError(f"{shown}: the {name} beside it is not a readable YAML ({first_line(error)})") from None
     for key in ("model", "params", "first_stage_config", "params"):  # the third is in diffusion models alone
         node = node.get(key, node) if isinstance(node, dict) else None
     if not isinstance(node, dict) or not isinstance(node.get("ddconfig"), dict):
         return  # a YAML about something else
-    told = config_of(node["ddconfig"], node.get("embed_dim"))
-    told["attn_resolutions"] = _levels(told)
+    from_yaml = config_of(Section(node["ddconfig"]), node.get("embed_dim"))
+    from_yaml["attn_resolutions"] = _levels(from_yaml)
     for key, held in {**config, "attn_resolutions": _levels(config)}.items():
-        if key != "resolution" and told[key] != held:
+        if key != "resolution" and from_yaml[key] != held:
             what = "the levels with attention" if key == "attn_resolutions" else key
-            raise UserError(f"{shown}: its {path.name} says {what} {str(told[key])[:100]}, the weights have {held}")
+            raise UserError(f"{shown}: its {name} says {what} {str(from_yaml[key])[:100]}, the weights have {held}")
 
 
-def _levels(config: dict[str, Any]) -> list[int]:
+def _levels(config: Section) -> list[int]:
     """Return which levels have attention, counted from the full size."""
     resolution, attended = config["resolution"], config["attn_resolutions"]
     if not isinstance(resolution, int) or not isinstance(attended, list) or not isinstance(config["ch_mult"], list):
@@ -137,7 +139,7 @@ def _levels(config: dict[str, Any]) -> list[int]:
     return [i for i in range(len(config["ch_mult"])) if resolution // 2**i in attended]
 
 
-def config_of(ddconfig: dict[str, Any], embed_dim: int) -> dict[str, Any]:
+def config_of(ddconfig: Section, embed_dim: Json) -> Section:
     """Return the keyword arguments of `KLAutoencoder` for the `ddconfig` of a released YAML.
 
     Raises:
@@ -152,10 +154,10 @@ def config_of(ddconfig: dict[str, Any], embed_dim: int) -> dict[str, Any]:
     if missing:
         raise UserError(f"ddconfig: {', '.join(missing)} missing")
     # `dropout` acts in training only, and is 0 in all that was released.
-    return {"embed_dim": embed_dim, **{key: ddconfig[key] for key in keys}}
+    return Section(embed_dim=embed_dim, **{key: ddconfig[key] for key in keys})
 
 
-def _count(state: dict[str, Tensor], pattern: str) -> int:
+def _count(state: Shapes, pattern: str) -> int:
     count = 0
     while pattern.format(count) in state:
         count += 1

@@ -7,17 +7,17 @@ decoder, and the projections of attention are matrices instead of 1x1 convolutio
 import json
 import math
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm_lab.checkpoints.files import write_safetensors
-from ldm_lab.checkpoints.third_party import read_state_dict
+from ldm_lab.checkpoints.importer import Importer, LoadedPart, Section, register_importer
+from ldm_lab.checkpoints.opened import OpenedFile, Shapes
 from ldm_lab.errors import UserError
-from ldm_lab.io.atomic import existing_file, replaced_folder
+from ldm_lab.io.atomic import replaced_folder
+from ldm_lab.io.json_files import Json
 
 CLASS = "AutoencoderKL"
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"
@@ -27,7 +27,7 @@ RESOLUTION = 256  # only gives names to the levels with attention
 LARGEST_CONFIG = 1 << 20  # bytes
 
 # diffusers' options whose other values are other networks -> the values that ours stands for.
-FIXED: dict[str, tuple[Any, ...]] = {
+FIXED: dict[str, tuple[Json, ...]] = {
     "_class_name": (CLASS,),
     "in_channels": (3,),
     "out_channels": (3,),
@@ -44,65 +44,76 @@ READ = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_g
 BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}  # or Attn in front
 QUIET = ("sample_size", "force_upcast")
 
-# Part of a name, ours -> theirs, below a level or the middle; each is the only one of its kind.
+# Part of a name, ours -> diffusers', below a level or the middle; each is the only one of its kind.
+MATRIX = re.compile(r"\.attn(_1|\.\d+)\.(q|k|v|proj_out)\.weight$")  # of attention; 1x1 convolutions here
 INNER = [("nin_shortcut", "conv_shortcut"), ("downsample", "downsamplers.0"), ("upsample", "upsamplers.0")]
 ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.15
 
 
-def is_one(names: Iterable[str]) -> bool:
-    """Return whether a file's tensors are named as diffusers names those of a VAE."""
-    return MARK in names
+@register_importer
+class DiffusersVAE(Importer):
+    """A folder with `config.json` and `diffusion_pytorch_model.safetensors` (or `.fp16.safetensors`, `.bin`) or a file.
+
+    Of a file in such a folder the folder's config is taken.
+    """
+
+    kind = "diffusers"
+    title = "a VAE of diffusers'"
+    parts = {"autoencoder": "kl_f8"}
+    folder_files = tuple(f"{WEIGHTS}{suffix}" for suffix in SUFFIXES)
+
+    def matches(self, file: OpenedFile) -> bool:
+        """Return whether the tensors are named as diffusers names those of a VAE."""
+        return MARK in file.tensors
+
+    def infer_config(self, tensors: Shapes) -> Section:
+        """Return the keyword arguments of `KLAutoencoder`."""
+        return infer_config(tensors)
+
+    def config(self, file: OpenedFile) -> Section:
+        """Return our config, and diffusers' own where there is one."""
+        theirs = read_config(file.path)
+        return Section({**super().config(file), **({"diffusers": theirs} if theirs else {})})
+
+    def read(self, file: OpenedFile, role: str) -> LoadedPart:
+        """Return the autoencoder; see `vae`."""
+        return vae(file.read(), file.path)
 
 
-def find(folder: Path) -> Path:
-    """Return the weights file in a folder as diffusers saves it. Raises UserError if there is none."""
-    for suffix in SUFFIXES:
-        if (folder / f"{WEIGHTS}{suffix}").is_file():
-            return folder / f"{WEIGHTS}{suffix}"
-    hint = f"; did you mean {folder / 'vae'}?" if (folder / "vae" / CONFIG).is_file() else ""
-    raise UserError(f"{folder}: a folder of diffusers' has a {WEIGHTS}.safetensors in it, this one has none{hint}")
+def vae(tensors: dict[str, Tensor], path: Path) -> LoadedPart:
+    """Return the autoencoder under `KLAutoencoder`'s names, with its `latent_std`.
 
-
-def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """Return `(state_dict, config, extra)` of a VAE.
+    That is 1 / scaling_factor: diffusers multiplies by its factor, we divide. A file without a config does not say it
+    (0.18215 is that of Stable Diffusion 1.x and 2.x, 0.13025 that of XL), and it is 1 then.
 
     Args:
-        path: a folder with `config.json` and `diffusion_pytorch_model.safetensors` (or `.fp16.safetensors`, `.bin`),
-            or a single file with diffusers' names. Of a file in such a folder the folder's config is taken.
-
-    Returns:
-        The tensors under `KLAutoencoder`'s names, and `scale`, 1 / scaling_factor: diffusers multiplies by its factor,
-        we divide by the scale. Its keyword arguments. Extra: `scale_known`; a file without a config does not say it
-        (0.18215 is that of Stable Diffusion 1.x and 2.x, 0.13025 that of XL), and the scale is 1 then.
+        tensors: by diffusers' names.
+        path: where they are from; a config beside it is read.
 
     Raises:
-        UserError: missing or damaged file, not such a VAE, or one with options that `KLAutoencoder` does not have.
+        UserError: not a whole VAE, or one with options that `KLAutoencoder` does not have.
     """
-    path = Path(path).expanduser()
-    weights = find(path) if path.is_dir() else existing_file(path, "VAE")
-    theirs = read_config(weights)
-    tensors, _ = read_state_dict(weights, "VAE")
-    if not is_one(tensors):
-        raise UserError(f"{path}: not a VAE of diffusers': {MARK!r} is not in it")
+    loaded = read_config(path)
     tensors = {_modern(name): value for name, value in tensors.items()}
     try:
         config = infer_config(tensors)
     except (KeyError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"{path}: not a complete VAE of diffusers' ({error} is missing or misshapen)") from None
-    config = {**config, **_checked(theirs, config, weights.parent / CONFIG)}
-    names = {their_name(name, len(config["ch_mult"])): name for name in _our_names(tensors, len(config["ch_mult"]))}
+    config = Section({**config, **_checked(loaded, config, path.parent / CONFIG)})
+    levels = len(config["ch_mult"])
+    names = {diffusers_name(name, levels): name for name in _our_names(tensors, levels)}
     state = {names.get(name, name): value for name, value in tensors.items()}
     for name, value in state.items():
-        if re.search(r"\.attn(_1|\.\d+)\.(q|k|v|proj_out)\.weight$", name) and value.ndim == 2:
+        if MATRIX.search(name) and value.ndim == 2:
             state[name] = value[:, :, None, None]  # [c, c, 1, 1]
-    factor = theirs.get("scaling_factor")
+    factor = loaded.get("scaling_factor")
     state["latent_std"] = torch.tensor(1.0 if factor is None else 1.0 / factor)  # []
     state["latent_mean"] = torch.tensor(0.0)  # []
-    return state, config, {"scale_known": factor is not None}
+    return LoadedPart(state, Section(name="kl_f8", **config))
 
 
-def read_config(weights: Path) -> dict[str, Any]:
+def read_config(weights: Path) -> Section:
     """Return the config beside a weights file that is called as diffusers calls it; {} if there is none.
 
     Raises:
@@ -110,7 +121,7 @@ def read_config(weights: Path) -> dict[str, Any]:
     """
     path = weights.parent / CONFIG
     if not weights.name.startswith(WEIGHTS) or not path.is_file():
-        return {}
+        return Section()
     try:
         if path.stat().st_size > LARGEST_CONFIG:
             raise ValueError("it is larger than a mebibyte")
@@ -119,10 +130,10 @@ def read_config(weights: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a readable config: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: a config is a JSON object, this is a {type(config).__name__}")
-    return config
+    return Section(config)
 
 
-def infer_config(tensors: dict[str, Any]) -> dict[str, Any]:
+def infer_config(tensors: Shapes) -> Section:
     """Return the keyword arguments of `KLAutoencoder` that follow from the shapes of diffusers' tensors.
 
     Args:
@@ -136,51 +147,51 @@ def infer_config(tensors: dict[str, Any]) -> dict[str, Any]:
     widths = [tensors[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)]
     attended = [i for i in range(levels) if f"encoder.down_blocks.{i}.attentions.0.group_norm.weight" in tensors]
     quant = tensors["quant_conv.weight"].shape
-    return {
-        "ch": ch,
-        "ch_mult": [width // ch for width in widths],
-        "num_res_blocks": _count(tensors, "encoder.down_blocks.0.resnets.{}.conv1.weight"),
-        "z_channels": quant[1] // 2,
-        "embed_dim": quant[0] // 2,
-        "attn_resolutions": [RESOLUTION // 2**i for i in attended],
-        "resolution": RESOLUTION,
-    }
+    return Section(
+        ch=ch,
+        ch_mult=[width // ch for width in widths],
+        num_res_blocks=_count(tensors, "encoder.down_blocks.0.resnets.{}.conv1.weight"),
+        z_channels=quant[1] // 2,
+        embed_dim=quant[0] // 2,
+        attn_resolutions=[RESOLUTION // 2**i for i in attended],
+        resolution=RESOLUTION,
+    )
 
 
-def _checked(theirs: dict[str, Any], config: dict[str, Any], path: Path) -> dict[str, Any]:
+def _checked(loaded: Section, config: Section, path: Path) -> Section:
     """Return what diffusers' config says beyond the shapes. Raises UserError for options that we do not have."""
     for key, allowed in FIXED.items():
-        if key in theirs and theirs[key] not in allowed:
-            raise UserError(f"{path}: {key}: only {allowed[0]!r} is supported, not {str(theirs[key])[:100]}")
+        if key in loaded and loaded[key] not in allowed:
+            raise UserError(f"{path}: {key}: only {allowed[0]!r} is supported, not {str(loaded[key])[:100]}")
     for key, kind in BLOCKS.items():
-        for name in _list(theirs, key, str, path):
+        for name in _list(loaded, key, str, path):
             if name not in (kind, f"Attn{kind}"):
                 raise UserError(f"{path}: {key}: only {kind} and Attn{kind} are supported, not {name[:100]!r}")
     known = {*FIXED, *READ, *BLOCKS, *QUIET}
-    strange = [key for key, value in theirs.items() if key not in known and not key.startswith("_") and value]
+    strange = [key for key, value in loaded.items() if key not in known and not key.startswith("_") and value]
     if strange:
         raise UserError(f"{path}: {strange[0][:100]!r} is not known, and may make it another network")
     widths = [config["ch"] * multiplier for multiplier in config["ch_mult"]]
     told = {
-        "block_out_channels": (_list(theirs, "block_out_channels", int, path) or widths, widths),
-        "layers_per_block": (theirs.get("layers_per_block", config["num_res_blocks"]), config["num_res_blocks"]),
-        "latent_channels": (theirs.get("latent_channels", config["embed_dim"]), config["embed_dim"]),
+        "block_out_channels": (_list(loaded, "block_out_channels", int, path) or widths, widths),
+        "layers_per_block": (loaded.get("layers_per_block", config["num_res_blocks"]), config["num_res_blocks"]),
+        "latent_channels": (loaded.get("latent_channels", config["embed_dim"]), config["embed_dim"]),
     }
     for key, (says, holds) in told.items():
         if says != holds:
             raise UserError(f"{path}: {key} is {str(says)[:100]}, but the weights beside it have {holds}")
-    factor = theirs.get("scaling_factor")
+    factor = loaded.get("scaling_factor")
     is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
     if factor is not None and not (is_number and math.isfinite(factor) and factor > 0):
         raise UserError(f"{path}: scaling_factor has to be a number above 0, not {str(factor)[:100]}")
-    groups = theirs.get("norm_num_groups", 32)
+    groups = loaded.get("norm_num_groups", 32)
     if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
         raise UserError(f"{path}: norm_num_groups has to be a whole number from 1 on, not {str(groups)[:100]}")
-    return {"norm_groups": groups} if theirs else {}  # no shape says it
+    return Section(norm_groups=groups) if loaded else Section()  # no shape says it
 
 
-def _list(theirs: dict[str, Any], key: str, kind: type, path: Path) -> list:
-    values = theirs.get(key, [])
+def _list(loaded: Section, key: str, kind: type, path: Path) -> list:
+    values = loaded.get(key, [])
     if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
         raise UserError(f"{path}: {key} has to be a list, not {str(values)[:100]}")
     return values
@@ -189,7 +200,7 @@ def _list(theirs: dict[str, Any], key: str, kind: type, path: Path) -> list:
 # ------------------------------------------------------------------------------------------------------------- names
 
 
-def their_name(name: str, levels: int) -> str:
+def diffusers_name(name: str, levels: int) -> str:
     """Return diffusers' name of one of `KLAutoencoder`'s tensors, in a network of so many levels."""
     name = re.sub(r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out.", name)
     name = re.sub(r"\.mid\.block_([12])\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}.", name)
@@ -199,12 +210,12 @@ def their_name(name: str, levels: int) -> str:
     name = re.sub(r"(_blocks\.\d+)\.block\.", r"\1.resnets.", name)
     name = re.sub(r"(_blocks\.\d+)\.attn\.", r"\1.attentions.", name)
     name = re.sub(r"(\.attentions\.\d+)\.(\w+)\.", lambda m: f"{m[1]}.{ATTENTION.get(m[2], m[2])}.", name)
-    for ours, theirs in INNER:
-        name = name.replace(f".{ours}.", f".{theirs}.")
+    for ours, other in INNER:
+        name = name.replace(f".{ours}.", f".{other}.")
     return name
 
 
-def _our_names(tensors: dict[str, Any], levels: int) -> list[str]:
+def _our_names(tensors: Shapes, levels: int) -> list[str]:
     """Return our names of the tensors that a network with these of diffusers' has; a superset does no harm."""
     blocks = 1 + max((int(m[1]) for name in tensors if (m := re.search(r"\.resnets\.(\d{1,3})\.", name))), default=0)
     layers = [f"{layer}.{kind}" for layer in ("norm1", "conv1", "norm2", "conv2", "nin_shortcut") for kind in _KINDS]
@@ -233,7 +244,7 @@ def _modern(name: str) -> str:
     )
 
 
-def _count(tensors: dict[str, Any], pattern: str) -> int:
+def _count(tensors: Shapes, pattern: str) -> int:
     count = 0
     while pattern.format(count) in tensors:
         count += 1
@@ -243,7 +254,7 @@ def _count(tensors: dict[str, Any], pattern: str) -> int:
 # ------------------------------------------------------------------------------------------------------------ export
 
 
-def write(path: str | Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
+def write(path: str | Path, state: dict[str, Tensor], config: Section) -> None:
     """Write an autoencoder as a folder that diffusers' `AutoencoderKL.from_pretrained` loads; it appears whole.
 
     Args:
@@ -256,20 +267,20 @@ def write(path: str | Path, state: dict[str, Tensor], config: dict[str, Any]) ->
     """
     if float(state["latent_mean"]) != 0:
         raise UserError("latent_mean: diffusers' config has no such number, and this autoencoder's is not 0")
-    theirs = export_config(config, 1.0 / float(state["latent_std"]))
+    exported = export_config(config, 1.0 / float(state["latent_std"]))
     levels = len(config["ch_mult"])
     tensors = {}
     for name, value in state.items():
         if name in ("latent_mean", "latent_std"):
             continue
-        is_matrix = re.search(r"\.attn(_1|\.\d+)\.(q|k|v|proj_out)\.weight$", name)
-        tensors[their_name(name, levels)] = value[:, :, 0, 0] if is_matrix else value  # [c, c] of [c, c, 1, 1]
+        is_matrix = MATRIX.search(name)
+        tensors[diffusers_name(name, levels)] = value[:, :, 0, 0] if is_matrix else value  # [c, c] of [c, c, 1, 1]
     with replaced_folder(path) as folder:
         write_safetensors(folder / f"{WEIGHTS}.safetensors", tensors, {"format": "pt"})
-        (folder / CONFIG).write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
+        (folder / CONFIG).write_text(json.dumps(exported, indent=2) + "\n", encoding="utf-8")
 
 
-def export_config(config: dict[str, Any], scaling_factor: float) -> dict[str, Any]:
+def export_config(config: Section, scaling_factor: float) -> Section:
     """Return diffusers' config for all of `KLAutoencoder`'s keyword arguments.
 
     Raises:
@@ -288,13 +299,15 @@ def export_config(config: dict[str, Any], scaling_factor: float) -> dict[str, An
         [f"Attn{kind}" if attended else kind for attended in order]
         for kind, order in zip(BLOCKS.values(), (has_attention, has_attention[::-1]))
     )
-    return {
-        "_class_name": CLASS,
-        **{"in_channels": 3, "out_channels": 3, "act_fn": "silu", "sample_size": config["resolution"]},
-        **{"down_block_types": down, "up_block_types": up},
-        "block_out_channels": [config["ch"] * multiplier for multiplier in multipliers],
-        "layers_per_block": config["num_res_blocks"],
-        "latent_channels": config["embed_dim"],
-        "norm_num_groups": config["norm_groups"],
-        "scaling_factor": scaling_factor,
-    }
+    return Section(
+        {
+            "_class_name": CLASS,
+            **{"in_channels": 3, "out_channels": 3, "act_fn": "silu", "sample_size": config["resolution"]},
+            **{"down_block_types": down, "up_block_types": up},
+            "block_out_channels": [config["ch"] * multiplier for multiplier in multipliers],
+            "layers_per_block": config["num_res_blocks"],
+            "latent_channels": config["embed_dim"],
+            "norm_num_groups": config["norm_groups"],
+            "scaling_factor": scaling_factor,
+        }
+    )

@@ -5,18 +5,25 @@ All are state dicts under the names of openai/glide-text2im, plain or wrapped by
 """
 
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from ldm_lab.checkpoints.third_party import read_state_dict
+from ldm_lab.checkpoints.importer import (
+    DenoiserShape,
+    Importer,
+    LoadedDenoiser,
+    LoadedModel,
+    Section,
+    config_problems,
+    register_importer,
+)
+from ldm_lab.checkpoints.opened import OpenedFile, Shapes
+from ldm_lab.conditions import ConditionKind, ConditionSpec, Embedding, ImageCondition, TokenIds
 from ldm_lab.errors import UserError, unknown
-from ldm_lab.interfaces import ConditionKind, ConditionSpec, Embedding, ImageCondition, TokenIds
 
 FIRST, LAST, TEXT = "input_blocks.0.0.weight", "out.2.weight", "transformer_proj.weight"
 PREFIXES = ("_orig_mod.", "module.")  # of torch.compile, of DistributedDataParallel
 # What no shape tells, and what each of the released models has there.
-KNOBS = {"head_width": int, "text_heads": int, "timesteps": int}
 GLIDE = {"head_width": 64, "text_heads": 8, "timesteps": 1000}
 PRESETS = {
     "openai": GLIDE,
@@ -32,37 +39,23 @@ DROPOUT = 0.2  # share of empty captions in the fine-tuning; miniGLIDE had none,
 LATENT_STD = 1 / 0.18215  # of glide-finetune's latents: Stable Diffusion's
 
 
-def is_one(tensors: dict[str, Any]) -> bool:
+def is_one(tensors: Shapes) -> bool:
     """Return whether a file's tensors are named as the original names them."""
     names = {_bare(name) for name in tensors}
     return {FIRST, LAST, TEXT} <= names
 
 
-def read(
-    path: str | Path, given: dict[str, Any] | None = None
-) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """Return `(state_dict, config, extra)` of a GLIDE network.
+def unet(tensors: dict[str, Tensor], path: str | Path, overrides: Section | None = None) -> LoadedDenoiser:
+    """Return a GLIDE network: the tensors that `GlideUNet` loads strictly, in float32, and its options.
 
     Args:
-        path: a flat state dict, or one in a dict under "state_dict", "model" or "weights".
-        given: what the file does not say: `head_width`, `text_heads`, `timesteps`, or all of them by `preset`, a key of
-            PRESETS. Without it they follow from the width: 96 base channels are miniGLIDE's, or dogGLIDE's if the
-            file's name has "dog" in it, others OpenAI's.
-
-    Returns:
-        The tensors that `GlideUNet` loads strictly, in float32. Its keyword arguments. Extra: `channels` and
-        `conditions`, the positional arguments, and `timesteps` of the noise schedule.
+        tensors: by the original's names.
+        path: where they are from; the file's name may tell which network it is.
+        overrides: what the file does not say (see `unsaid`).
 
     Raises:
-        UserError: missing or damaged file, or not such a network; a `given` that is none of those.
+        UserError: not such a network; overrides that are none of those.
     """
-    return unet(read_state_dict(path, "GLIDE checkpoint")[0], path, given)
-
-
-def unet(
-    tensors: dict[str, Tensor], path: str | Path, given: dict[str, Any] | None = None
-) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """Return what `read` does, of the tensors in the file at `path`."""
     state = {_bare(name): value for name, value in tensors.items()}
     if not is_one(state):
         raise UserError(f"{path}: not a GLIDE network: {FIRST!r}, {LAST!r} or {TEXT!r} is missing")
@@ -72,49 +65,47 @@ def unet(
         raise UserError(f"{path}: not a complete GLIDE network ({error} is missing or misshapen)") from None
     except (IndexError, ValueError, ZeroDivisionError):
         raise UserError(f"{path}: not a complete GLIDE network (a tensor has too few or too many dimensions)") from None
-    unsaid = _knobs(given or {}, sizes["base_channels"], path)
-    extra = {"channels": state[LAST].shape[0] // 2, "conditions": conditions, "timesteps": unsaid.pop("timesteps")}
+    said = unsaid(overrides or Section(), sizes["base_channels"], path)
+    options = Section({**sizes, "head_width": said["head_width"], "text_heads": said["text_heads"]})
     # Fine-tuning in half precision leaves files of mixed types; each tensor goes to float32 by itself.
-    return {name: value.float() for name, value in state.items()}, {**sizes, **unsaid}, extra
+    state = {name: value.float() for name, value in state.items()}
+    return LoadedDenoiser(state, options, DenoiserShape(state[LAST].shape[0] // 2, conditions))
 
 
-def model(
-    tensors: dict[str, Tensor], path: str | Path, ema: bool = True, given: dict[str, Any] | None = None
-) -> tuple[dict, dict[str, Tensor], dict]:
-    """Return `(config, state_dict, extra)` of a GLIDE network as `ldm_lab.checkpoints.models.read_model` does.
+def model(tensors: dict[str, Tensor], path: str | Path, overrides: Section | None = None) -> LoadedModel:
+    """Return the model that a GLIDE network is.
 
     The noise schedule is in no file: upsamplers were trained with linear betas, glide-finetune's latent form with those
-    of latent diffusion, all others with the cosine's. `ema` has no meaning here: a file holds one set of weights.
+    of latent diffusion, all others with the cosine's.
     """
-    state, architecture, facts = unet(tensors, path, given)
-    conditions, latent = facts["conditions"], facts["channels"] != RGB
-    upsampler, text = "low_res" in conditions, conditions["token_ids"]
-    mini = _preset(given or {}, architecture["base_channels"], path) in ZERO_TO_ONE
-    pixels = {"name": "identity", **({"zero_to_one": True} if mini else {})}
+    state, options, (channels, conditions) = unet(tensors, path, overrides)
+    said = unsaid(overrides or Section(), options["base_channels"], path)
+    latent, upsampler, text = channels != RGB, "low_res" in conditions, conditions["token_ids"]
+    pixels = {"name": "identity", **({"zero_to_one": True} if said["preset"] in ZERO_TO_ONE else {})}
     vocabulary = {} if text.vocabulary == 50257 else {"vocab_size": text.vocabulary}
-    config = {
-        "task": "diffusion",
-        "autoencoder": {"name": "kl_f8", "latent_std": LATENT_STD} if latent else pixels,
-        "conditioner": {
+    config = Section(
+        task="diffusion",
+        autoencoder={"name": "kl_f8", "latent_std": LATENT_STD} if latent else pixels,
+        conditioner={
             "name": "glide_text",
             **vocabulary,
             "text_size": text.length,
             "dropout": 0.0 if upsampler else DROPOUT,
         },
-        "denoiser": {"name": "glide_unet", **architecture},
-        "objective": {
+        denoiser={"name": "glide_unet", **options},
+        objective={
             "name": "eps_hybrid",
             "betas": "linear" if upsampler else "linear_latent" if latent else "squaredcos_cap_v2",
-            "timesteps": facts["timesteps"],
+            "timesteps": said["timesteps"],
         },
-    }
-    if sources := infer_condition_sources(conditions, facts["channels"]):
+    )
+    if sources := infer_condition_sources(conditions, channels):
         config["condition_sources"] = sources
-    side = 2 ** (len(architecture["multipliers"]) + 2)  # the original's own rule: 64 for base, 256 for the upsampler
-    return config, state, {"image_size": str(side * 8 if latent else side)}
+    side = 2 ** (len(options["multipliers"]) + 2)  # the original's own rule: 64 for base, 256 for the upsampler
+    return LoadedModel(config, state, {"image_size": str(side * 8 if latent else side)})
 
 
-def infer_conditions(state: dict[str, Any]) -> ConditionSpec:
+def infer_conditions(state: Shapes) -> ConditionSpec:
     """Return the conditions that a network takes, from the shapes."""
     channels = state[LAST].shape[0] // 2  # eps, and as many for the variance
     extra = state[FIRST].shape[1] - channels
@@ -135,9 +126,9 @@ def infer_conditions(state: dict[str, Any]) -> ConditionSpec:
     return conditions
 
 
-def infer_condition_sources(conditions: ConditionSpec, channels: int) -> dict[str, dict[str, Any]]:
+def infer_condition_sources(conditions: ConditionSpec, channels: int) -> Section:
     """Return the config section `condition_sources` that goes with a network's conditions."""
-    sources: dict[str, dict[str, Any]] = {}
+    sources = Section()
     if "low_res" in conditions:
         sources["low_res"] = {"scale_factor": SCALE_FACTOR}
     if "inpaint_image" in conditions:
@@ -148,7 +139,7 @@ def infer_condition_sources(conditions: ConditionSpec, channels: int) -> dict[st
     return sources
 
 
-def infer_config(state: dict[str, Any]) -> dict[str, Any]:
+def infer_config(state: Shapes) -> Section:
     """Return the keyword arguments of `GlideUNet` that follow from the shapes."""
     base = state["time_embed.0.weight"].shape[1]
     outputs = _count(state, "output_blocks.{}.0.in_layers.0.weight")
@@ -159,18 +150,17 @@ def infer_config(state: dict[str, Any]) -> dict[str, Any]:
     widths = [state[f"output_blocks.{i}.0.in_layers.2.weight"].shape[0] for i in lasts]
     attention = [2**level for level, i in enumerate(lasts) if f"output_blocks.{i}.1.qkv.weight" in state]
     _, text_width = state["positional_embedding"].shape
-    clip = {}
+    options = Section(
+        base_channels=base,
+        multipliers=[width // base for width in widths],
+        blocks_per_level=per_level - 1,
+        attention=attention,
+        text_width=text_width,
+        text_layers=_count(state, "transformer.resblocks.{}.ln_1.weight"),
+    )
     if "clip_to_xf.weight" in state:
-        clip = {"clip_positions": state["clip_to_xf.weight"].shape[0] // text_width}
-    return {
-        "base_channels": base,
-        "multipliers": [width // base for width in widths],
-        "blocks_per_level": per_level - 1,
-        "attention": attention,
-        "text_width": text_width,
-        "text_layers": _count(state, "transformer.resblocks.{}.ln_1.weight"),
-        **clip,
-    }
+        options["clip_positions"] = state["clip_to_xf.weight"].shape[0] // text_width
+    return options
 
 
 def _bare(name: str) -> str:
@@ -179,11 +169,11 @@ def _bare(name: str) -> str:
     return name
 
 
-def _is_res(state: dict[str, Any], block: int, place: int) -> bool:
+def _is_res(state: Shapes, block: int, place: int) -> bool:
     return f"output_blocks.{block}.{place}.in_layers.0.weight" in state
 
 
-def _count(state: dict[str, Any], name: str) -> int:
+def _count(state: Shapes, name: str) -> int:
     """Return how many numbers, from 0 on, give the name of a tensor."""
     count = 0
     while name.format(count) in state:
@@ -191,20 +181,53 @@ def _count(state: dict[str, Any], name: str) -> int:
     return count
 
 
-def _knobs(given: dict[str, Any], base_channels: int, path: str | Path) -> dict[str, int]:
-    """Return what no shape tells."""
-    for key, value in given.items():
+def unsaid(overrides: Section, base_channels: int, path: str | Path) -> Section:
+    """Return what no shape tells: `preset`, a key of PRESETS, and `head_width`, `text_heads` and `timesteps`.
+
+    Unless they are given they are those of the preset, and that follows from the width: 96 base channels are
+    miniGLIDE's, or dogGLIDE's if the file's name has "dog" in it, others OpenAI's.
+
+    Raises:
+        UserError: overrides that are none of those.
+    """
+    for key, value in overrides.items():
         if key == "preset" and (not isinstance(value, str) or value not in PRESETS):
             raise UserError(f"preset: {unknown('preset', value, PRESETS)}")
-        if key != "preset" and key not in KNOBS:
-            raise UserError(f"{key}: {unknown('key', key, ['preset', *KNOBS])}")
-        if key in KNOBS and (type(value) is not int or value < 1):
+        if key not in ("preset", *GLIDE):
+            raise UserError(f"{key}: {unknown('key', key, ['preset', *GLIDE])}")
+        if key in GLIDE and (type(value) is not int or value < 1):
             raise UserError(f"{key}: a positive whole number is needed, not {value!r}")
-    preset = _preset(given, base_channels, path)
-    return {**PRESETS[preset], **{key: value for key, value in given.items() if key in KNOBS}}
-
-
-def _preset(given: dict[str, Any], base_channels: int, path: str | Path) -> str:
-    """Return which of PRESETS a network is: the one that is given, or by its width and its file's name."""
     mini = "dogglide" if "dog" in Path(path).name.lower() else "miniglide"
-    return given.get("preset", mini if base_channels == MINI_CHANNELS else "openai")
+    preset = overrides.get("preset", mini if base_channels == MINI_CHANNELS else "openai")
+    return Section({**PRESETS[preset], "preset": preset, **overrides})
+
+
+@register_importer
+class Glide(Importer):
+    """A network of GLIDE's: a flat state dict, or one in a dict under "state_dict", "model" or "weights"."""
+
+    kind = "glide"
+    title = "a network of GLIDE's"
+    precedence = 1
+    holds_model = True
+    takes_overrides = True
+
+    def matches(self, file: OpenedFile) -> bool:
+        """Return whether the tensors are named as the original names them."""
+        return is_one(file.tensors)
+
+    def config(self, file: OpenedFile) -> Section:
+        """Return the config that rebuilds the model."""
+        return self.read_model(file, True, Section()).config
+
+    def problems(self, config: Section) -> list[str]:
+        """Return what is wrong with the config."""
+        return config_problems(config)
+
+    def read_model(self, file: OpenedFile, ema: bool, overrides: Section) -> LoadedModel:
+        """Return the model; a file holds one set of weights."""
+        return model(file.read(), file.path, overrides)
+
+    def denoiser_shape(self, file: OpenedFile, ema: bool) -> DenoiserShape:
+        """Return channels and conditions."""
+        return unet(file.read(), file.path).shape

@@ -6,14 +6,13 @@ checksum of the file, or by its name.
 """
 
 import re
-from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from ldm_lab.checkpoints.third_party import read_state_dict
+from ldm_lab.checkpoints.importer import Importer, LoadedPart, Section, register_importer
+from ldm_lab.checkpoints.opened import OpenedFile, Shapes
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import sha256
 from ldm_lab.pretrained.catalogue import catalogue
@@ -25,37 +24,55 @@ ACTIVATIONS = {(0, 2, 4, 6, 7): "none", (0, 3, 6, 9, 11): "relu"}
 DROPOUT = (0.2, 0.2, 0.1)  # of the improved predictor, behind its first three layers; idle when it predicts
 
 
-def is_linear(names: dict[str, Any]) -> bool:
-    """Return whether a file's tensors are those of a linear head: one row of weights and a bias."""
-    return set(names) == {"weight", "bias"} and len(names["weight"].shape) == 2 and names["weight"].shape[0] == 1
+class _Head(Importer):
+    """A released head."""
+
+    def read(self, file: OpenedFile, role: str) -> LoadedPart:
+        """Return the head with the options that follow from its shapes, and what the catalogue knows of the file."""
+        state, options = head(file.read(), file.path)
+        return LoadedPart(state, Section({"name": self.kind, **options, **known(file.path)}))
 
 
-def is_mlp(names: Iterable[str]) -> bool:
-    """Return whether a file's tensors are those of an MLP head."""
-    return bool(names) and all(LAYER.fullmatch(name) for name in names)
+@register_importer
+class LinearHead(_Head):
+    """One row of weights and a bias."""
+
+    kind = "linear"
+    title = "a linear head on embeddings"
+    parts = {"head": "linear"}
+
+    def matches(self, file: OpenedFile) -> bool:
+        """Return whether the tensors are those of a linear head."""
+        return is_linear(file.tensors)
 
 
-def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """Return `(state_dict, config, extra)` of a released head.
+@register_importer
+class MLPHead(_Head):
+    """Several layers."""
 
-    Args:
-        path: a state dict, or a safetensors file with these names.
+    kind = "mlp"
+    title = "an MLP head on embeddings"
+    parts = {"head": "mlp"}
 
-    Returns:
-        Its tensors (an MLP's layers numbered without gaps), the keys of the part `linear` or `mlp` of role "head" that
-        follow from the shapes and, for a released file, whose embeddings it takes; nothing else.
+    def matches(self, file: OpenedFile) -> bool:
+        """Return whether the tensors are those of an MLP head."""
+        return bool(file.tensors) and all(LAYER.fullmatch(name) for name in file.tensors)
+
+
+def is_linear(tensors: Shapes) -> bool:
+    """Return whether tensors are those of a linear head: one row of weights and a bias."""
+    return set(tensors) == {"weight", "bias"} and len(tensors["weight"].shape) == 2 and tensors["weight"].shape[0] == 1
+
+
+def head(state: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], Section]:
+    """Return a head's tensors, an MLP's layers numbered without gaps, and the options that follow from the shapes.
 
     Raises:
-        UserError: missing or damaged file, or not such a head.
+        UserError: not a whole head with one score.
     """
-    path = Path(path)
-    state, _ = read_state_dict(path, "head")
-    facts = known(path)
     if is_linear(state):
-        return state, {"embed_dim": state["weight"].shape[1], **facts}, {}
-    if not is_mlp(state):
-        raise UserError(f"{path}: not a linear or an MLP head: {', '.join(sorted(state)[:3])} are in it")
-    indices = tuple(sorted({int(LAYER.fullmatch(name)[1]) for name in state}))
+        return state, Section(embed_dim=state["weight"].shape[1])
+    indices = tuple(sorted({int(match[1]) for name in state if (match := LAYER.fullmatch(name))}))
     missing = [
         f"layers.{i}.{kind}" for i in indices for kind in ("weight", "bias") if f"layers.{i}.{kind}" not in state
     ]
@@ -66,17 +83,15 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str,
         raise UserError(f"{path}: not an MLP head: its layers do not follow on one another")
     if weights[-1].shape[0] != 1:
         raise UserError(f"{path}: not a head with one score: it puts out {weights[-1].shape[0]} numbers")
-    config = {"widths": [weights[0].shape[1], *(w.shape[0] for w in weights)], **facts}
+    options = Section(widths=[weights[0].shape[1], *(w.shape[0] for w in weights)])
     if indices in ACTIVATIONS:
-        config |= {"activation": ACTIVATIONS[indices], "dropout": list(DROPOUT)}
-    renamed = {
-        f"layers.{n}.{kind}": state[f"layers.{i}.{kind}"] for n, i in enumerate(indices) for kind in ("weight", "bias")
-    }
-    return renamed, config, {}
+        options |= {"activation": ACTIVATIONS[indices], "dropout": list(DROPOUT)}
+    kinds = ("weight", "bias")
+    return {f"layers.{n}.{kind}": state[f"layers.{i}.{kind}"] for n, i in enumerate(indices) for kind in kinds}, options
 
 
-def known(path: Path) -> dict[str, Any]:
+def known(path: Path) -> Section:
     """Return what is known of a released head beside its file: `embedder` and `column`; nothing of another file."""
     checksum = sha256(path)
     heads = [entry for entry in catalogue().values() if entry.role == "head"]
-    return dict(next((e.config for e in heads if checksum == e.sha256 or path.name == e.file), {}))
+    return Section(next((e.config for e in heads if checksum == e.sha256 or path.name == e.file), {}))

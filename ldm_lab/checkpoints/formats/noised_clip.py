@@ -1,20 +1,30 @@
 """Importer of GLIDE's noised CLIP: `clip_image_enc.pt` and `clip_text_enc.pt` of openai/glide-text2im."""
 
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
-
+from ldm_lab.checkpoints.importer import Importer, detect_format, register_importer
+from ldm_lab.checkpoints.opened import OpenedFile, Shapes
 from ldm_lab.checkpoints.parts import load_strictly
-from ldm_lab.checkpoints.third_party import read_state_dict
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.noised_clip import IMAGE_ONLY, TEXT_ONLY, NoisedCLIP
-from ldm_lab.pretrained.resolve import resolve_weights
 
 RELEASED = ("glide/clip-image-enc", "glide/clip-text-enc")  # names of `ldm_lab.pretrained.resolve`
 
 
-def tower(tensors: dict[str, Any]) -> str | None:
+@register_importer
+class NoisedCLIPTower(Importer):
+    """One of the two files."""
+
+    kind = "noised_clip"
+    title = "a tower of GLIDE's noised CLIP"
+    used_by = "CLIP guidance"
+
+    def matches(self, file: OpenedFile) -> bool:
+        """Return whether the tensors are those of a tower."""
+        return tower(file.tensors) is not None
+
+
+def tower(tensors: Shapes) -> str | None:
     """Return which tower a file's tensors are, "image" or "text"; None if neither."""
     return "image" if IMAGE_ONLY in tensors else "text" if TEXT_ONLY in tensors else None
 
@@ -32,12 +42,12 @@ def load(image: str | Path = RELEASED[0], text: str | Path = RELEASED[1], head_w
     """
     states = {}
     for wanted, name in (("image", image), ("text", text)):
-        path = resolve_weights(str(name), f"noised CLIP, {wanted} tower")
-        states[wanted] = read_state_dict(path, "noised CLIP")[0]
-        found = tower(states[wanted])
+        detected = detect_format(str(name), f"noised CLIP, {wanted} tower")
+        found = tower(detected.file.tensors)
         if found != wanted:
             what = f"holds the {found} tower" if found else "is no noised CLIP of GLIDE's"
-            raise UserError(f"{path}: {what}; the {wanted} tower is needed here")
+            raise UserError(f"{detected.path}: {what}; the {wanted} tower is needed here")
+        states[wanted] = detected.file.read()
     try:
         net = NoisedCLIP(**infer_config(**states), head_width=head_width)
     except (KeyError, IndexError, ValueError) as error:
@@ -47,7 +57,7 @@ def load(image: str | Path = RELEASED[0], text: str | Path = RELEASED[1], head_w
     return net.eval().requires_grad_(False)
 
 
-def infer_config(image: dict[str, Tensor], text: dict[str, Tensor]) -> dict[str, int]:
+def infer_config(image: Shapes, text: Shapes) -> dict[str, int]:
     """Return the keyword arguments of `NoisedCLIP` that follow from the towers' shapes."""
     image_width, _, patch_size, _ = image["blocks.input.patch_proj"].shape
     places = image["blocks.input.w_pos"].shape[0] - 1

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm_lab.checkpoints import embedders
-from ldm_lab.checkpoints.importer import KINDS, part_config, recognise
-from ldm_lab.checkpoints.parts import find_weights, read_module, save_part
+from ldm_lab.checkpoints.importer import detect_format
+from ldm_lab.checkpoints.native import part_config, save_part
+from ldm_lab.checkpoints.parts import load_module
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Part
 from ldm_lab.io.atomic import sha256
@@ -108,19 +109,19 @@ def load_head(name: str | Path) -> LoadedHead:
     Raises:
         UserError: missing, damaged or foreign file; one that does not say whose embeddings it takes.
     """
-    path = find_weights(str(name))
-    found = recognise(path)
+    found = detect_format(str(name))
+    path = found.path
     if found.kind == "part":
-        role, config = part_config(path, found.metadata)
+        role, config = part_config(path, found.file.metadata)
         if role != "head":
             raise UserError(f"{path}: holds a part of role {role!r}, not a head")
         kind = config.get("name")
-    elif found.kind in ("linear", "mlp"):
-        kind = found.kind
+    elif "head" in found.importer.parts:
+        kind = found.importer.parts["head"]
     else:
-        raise UserError(f"{path}: not a head: it holds {KINDS[found.kind]}")
+        raise UserError(f"{path}: not a head: it holds {found.title}")
     try:
-        module, _ = read_module("head", {"name": kind}, path)
+        module, _ = load_module("head", {"name": kind}, found)
     except UserError as error:
         missing = [key for key in UNSAID if f"head.{key}: has to be given" in str(error)]
         if not missing:
@@ -130,7 +131,7 @@ def load_head(name: str | Path) -> LoadedHead:
             f"convert {path} head.safetensors {' '.join(EXAMPLES[key] for key in missing)} column=NAME"
         ) from None
     try:
-        trained = json.loads(found.metadata.get("trained", "{}"))
+        trained = json.loads(found.file.metadata.get("trained", "{}"))
     except ValueError:
         trained = {}
     module.eval().requires_grad_(False)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm_lab.config import register
+from ldm_lab.config import PositiveInt, register
 from ldm_lab.curation.heads.head import Head, Output, check_options
 
 
@@ -15,7 +15,7 @@ class Linear(Head):
     """score = weight . e + bias, on the unit-length embedding e. Nothing bounds it."""
 
     def __init__(
-        self, *, embed_dim: int, embedder: dict[str, str], column: str = "score", output: Output = "number"
+        self, *, embed_dim: PositiveInt, embedder: dict[str, str], column: str = "score", output: Output = "number"
     ) -> None:
         """Build it with zeros.
 
@@ -32,8 +32,7 @@ class Linear(Head):
     @staticmethod
     def check(section: dict[str, Any]) -> list[str]:
         """Return what is wrong with the values of a section."""
-        wrong = section.get("embed_dim", 1) < 1
-        return check_options(section) + ["embed_dim: at least 1 is needed"] * wrong
+        return check_options(section)
 
     def raw(self, embeds: Tensor) -> Tensor:
         return F.linear(embeds, self.weight, self.bias)[:, 0]  # [N]

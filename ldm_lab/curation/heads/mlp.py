@@ -1,12 +1,13 @@
 """An MLP head: the improved aesthetic predictor (christophschuhmann/improved-aesthetic-predictor) and its like."""
 
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import MinLen
 from torch import Tensor, nn
 
-from ldm_lab.config import register
+from ldm_lab.config import PositiveInt, ShareBelowOne, register
 from ldm_lab.curation.heads.head import Head, Output, check_options
 from ldm_lab.curation.heads.linear import Linear
 
@@ -21,12 +22,12 @@ class MLP(Head):
     def __init__(
         self,
         *,
-        widths: list[int],
+        widths: Annotated[list[PositiveInt], MinLen(2)],
         embedder: dict[str, str],
         activation: Literal["none", "relu"],
         column: str = "score",
         output: Output = "number",
-        dropout: list[float] = (),
+        dropout: list[ShareBelowOne] = (),
     ) -> None:
         """Build it with torch's initial weights.
 
@@ -46,10 +47,10 @@ class MLP(Head):
     def check(section: dict[str, Any]) -> list[str]:
         """Return what is wrong with the values of a section."""
         problems, widths, dropout = check_options(section), section.get("widths", [1, 1]), section.get("dropout", ())
-        if len(widths) < 2 or widths[-1] != 1 or min(widths) < 1:
+        if widths[-1] != 1:
             problems.append(f"widths: of the embedding, of hidden layers, and 1 at the end are needed, not {widths}")
-        if len(dropout) > len(widths) - 2 or not all(0 <= share < 1 for share in dropout):
-            problems.append(f"dropout: at most one share in [0, 1) per hidden layer is needed, not {list(dropout)}")
+        if len(dropout) > len(widths) - 2:
+            problems.append(f"dropout: at most one share per hidden layer is needed, not {list(dropout)}")
         return problems
 
     def raw(self, embeds: Tensor) -> Tensor:

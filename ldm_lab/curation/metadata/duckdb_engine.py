@@ -12,7 +12,7 @@ import ibis
 import ibis.expr.types as ir
 import pyarrow.parquet as pq
 
-from ldm_lab.config import register
+from ldm_lab.config import PositiveInt, register
 from ldm_lab.curation import sql
 from ldm_lab.curation.metadata.engine import Engine, ResultRow
 from ldm_lab.curation.metadata.inputs import DISK_FULL, Files
@@ -33,7 +33,9 @@ class DuckDB(Engine):
         temp_directory: where it spills to; null is the folder of the output.
     """
 
-    def __init__(self, *, memory_limit: str = "2GB", threads: int | None = None, temp_directory: str | None = None):
+    def __init__(
+        self, *, memory_limit: str = "2GB", threads: PositiveInt | None = None, temp_directory: str | None = None
+    ):
         self.memory_limit, self.threads, self.temp_directory = memory_limit, threads, temp_directory
 
     @contextlib.contextmanager

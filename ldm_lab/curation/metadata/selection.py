@@ -3,12 +3,13 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import ibis
 import ibis.expr.types as ir
+from annotated_types import MinLen
 
-from ldm_lab.config import build, check_section, register
+from ldm_lab.config import PartMapping, PartSection, PositiveInt, build, register
 from ldm_lab.curation.metadata.engine import Engine
 from ldm_lab.curation.metadata.inputs import Broken, Files, broken_files, find_files
 from ldm_lab.curation.metadata.joined_scores import join_scores
@@ -20,7 +21,7 @@ from ldm_lab.io.atomic import replaced_folder
 from ldm_lab.rules.duplicates import Duplicates
 from ldm_lab.rules.limits import Aesthetic
 from ldm_lab.rules.quantities import find, require
-from ldm_lab.rules.rule import Rule, build_rules, check_rules
+from ldm_lab.rules.rule import Rule, build_rules
 
 TAG_QUANTITIES = ("aesthetic", "punsafe", "pwatermark")
 REPORT = "_report.json"  # whoever reads the folder as a table leaves out names that begin with _
@@ -52,16 +53,16 @@ class Selection:
         *,
         input: str | list[str],
         out: str,
-        rules: dict[str, Any],
+        rules: Annotated[dict[str, Any], PartMapping("rule")],
         tags: dict[str, Any] | None = None,
-        columns: list[str] | None = None,
+        columns: Annotated[list[str], MinLen(1)] | None = None,
         language: str | None = None,
         swapped_sizes: bool | None = None,
         shuffle: int | None = None,
-        parts: int | None = None,
+        parts: PositiveInt | None = None,
         skip_broken: bool = False,
         overwrite: bool = False,
-        engine: dict[str, Any] | None = None,
+        engine: Annotated[dict[str, Any] | None, PartSection("engine")] = None,
     ):
         self.input, self.out, self.columns, self.language = input, Path(out).expanduser(), columns, language
         self.swapped_sizes, self.shuffle, self.parts = swapped_sizes, shuffle, parts
@@ -73,18 +74,12 @@ class Selection:
     @staticmethod
     def check(section: dict[str, Any]) -> list[str]:
         """Return what is wrong with the values of a section."""
-        problems = check_rules(section["rules"])
-        if section.get("engine") is not None:
-            problems += check_section("engine", section["engine"], "engine")
+        problems = []
         for quantity, files in (section.get("tags") or {}).items():
             if quantity not in TAG_QUANTITIES:
                 problems.append(f"tags.{quantity}: {unknown('tag', quantity, TAG_QUANTITIES)}")
             elif not isinstance(files, str | list | None):
                 problems.append(f"tags.{quantity}: files are needed, not {files!r}")
-        if section.get("columns") == []:
-            problems.append("columns: at least one is needed, or null for all")
-        if section.get("parts") is not None and section["parts"] < 1:
-            problems.append(f"parts: at least 1 is needed, not {section['parts']}")
         return problems
 
     def run(self) -> Report:

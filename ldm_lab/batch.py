@@ -1,0 +1,60 @@
+"""A batch of samples, as the loader hands it to training, encoding and scoring."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ldm_lab.conditions import Conditions
+from ldm_lab.errors import UserError
+
+
+@dataclass
+class ReaderState:
+    """Where a reader of the data stands after a batch, and what it read since the one before. Plain values.
+
+    Attributes:
+        position: `ldm_lab.data.order.Position`: epoch, start, offset.
+        reader: which of the rank's readers, one in each loader process.
+        read: samples, the skipped and filtered ones included.
+        skipped: reason -> samples that could not be used.
+        filtered: rule -> samples that a rule of the user's leaves out.
+        examples: reason or rule -> the first few keys.
+    """
+
+    position: tuple[int, int, int]
+    reader: int = 0
+    read: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    filtered: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass
+class Batch:
+    """Samples as training gets them. A cache gives `mean` and `logvar` in place of `image`, and the conditions.
+
+    Attributes:
+        key: of each sample.
+        text: captions; "" where there is none.
+        image: [B, 3, H, W] in [-1, 1] (uint8 until it leaves the loader), or None.
+        mean, logvar: of the posterior of the autoencoder's raw latents, [B, C, h, w] each, or None.
+        conditions: what the conditioner gave when the cache was made; empty without a cache.
+        state: where the reader stands after this batch, for `DataModule.consumed`.
+    """
+
+    key: list[str]
+    text: list[str]
+    image: Tensor | None = None
+    mean: Tensor | None = None
+    logvar: Tensor | None = None
+    conditions: Conditions = field(default_factory=dict)
+    state: ReaderState | None = None
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+    def require_image(self, purpose: str) -> Tensor:
+        """Return the images, [B, 3, H, W]. Raises UserError "images are needed to {purpose}" for a cached batch."""
+        if self.image is None:
+            raise UserError(f"data: images are needed to {purpose}, and a cache holds none")
+        return self.image

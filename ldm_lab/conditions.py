@@ -1,0 +1,130 @@
+"""What a denoiser is told beside x and the time: the kinds of conditions, and how they are named.
+
+The conditions of a batch are a dict of tensors whose first axis is the batch. What they are is described by a
+`ConditionSpec`, name -> kind. Known names: "embed", "token_ids" with "token_ids_mask", "token_states" with
+"token_states_mask", "low_res" with "low_res_level", "inpaint_image", "inpaint_mask".
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor
+
+from ldm_lab.errors import UserError
+
+Conditions = dict[str, Tensor]  # name -> [B, ...]
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """One vector for each row, float [B, width]; zeros mean no condition."""
+
+    width: int
+
+    def __str__(self) -> str:
+        return f"embedding of {self.width}"
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Ids that the denoiser reads itself, int64 [B, length]; beside NAME travels NAME_mask, bool [B, length]."""
+
+    length: int
+    vocabulary: int
+
+    def __str__(self) -> str:
+        return f"{self.length} token ids of a vocabulary of {self.vocabulary}"
+
+
+@dataclass(frozen=True)
+class TokenStates:
+    """States of a language model, float [B, length, width]; beside NAME travels NAME_mask, bool [B, length]."""
+
+    width: int
+    length: int
+
+    def __str__(self) -> str:
+        return f"token states, up to {self.length} of {self.width}"
+
+
+@dataclass(frozen=True)
+class ImageCondition:
+    """An image beside the noised one, float [B, channels, h / scale_factor, w / scale_factor]."""
+
+    channels: int
+    scale_factor: int = 1
+
+    def __str__(self) -> str:
+        size = "" if self.scale_factor == 1 else f", 1/{self.scale_factor} of the size"
+        return f"image of {self.channels} channels{size}"
+
+
+@dataclass(frozen=True)
+class Level:
+    """One number for each row, float [B], in [0, 1]: how noised another condition is."""
+
+    def __str__(self) -> str:
+        return "noise level"
+
+
+ConditionKind = Embedding | TokenIds | TokenStates | ImageCondition | Level
+ConditionSpec = Mapping[str, ConditionKind]
+Kind = TypeVar("Kind", Embedding, TokenIds, TokenStates, ImageCondition, Level)
+MASK = "_mask"  # beside the name of token ids or states: where a text goes on
+
+
+def condition_tensors(spec: ConditionSpec) -> list[str]:
+    """Return the names of the tensors that conditions of a spec consist of: its own, and masks of token sequences."""
+    names = []
+    for name, kind in spec.items():
+        names += [name, name + MASK] if isinstance(kind, TokenIds | TokenStates) else [name]
+    return names
+
+
+def describe_conditions(spec: ConditionSpec) -> str:
+    """Return a spec in words: "embed (embedding of 512) and low_res (image of 3 channels)"."""
+    return " and ".join(f"{name} ({kind})" for name, kind in spec.items()) or "nothing"
+
+
+def required_condition(spec: ConditionSpec, name: str, kind: type[Kind], denoiser: str) -> Kind:
+    """Return the condition that a denoiser cannot do without, of all that it is given.
+
+    Args:
+        spec: what conditioner and condition sources give.
+        name: of the condition.
+        kind: what it has to be.
+        denoiser: registered name, for the message.
+
+    Raises:
+        UserError: there is none of that name, or it is of another kind.
+    """
+    given = spec.get(name)
+    if not isinstance(given, kind):
+        raise UserError(
+            f"denoiser.name: {denoiser} takes {name} ({kind.__name__}), and the conditioner and condition sources give "
+            f"{describe_conditions(spec)}"
+        )
+    return given
+
+
+def is_upsampler(spec: ConditionSpec) -> bool:
+    """Return whether a denoiser that takes these conditions enlarges an image."""
+    return any(isinstance(kind, ImageCondition) and kind.scale_factor > 1 for kind in spec.values())
+
+
+@dataclass(frozen=True)
+class ConditionRequest:
+    """What sampling knows of the images to be made, beside the prompts.
+
+    Attributes:
+        x: where sampling starts, [B, C, h, w].
+        low_res: what is to be enlarged, [B, 3, h', w'] in [-1, 1]; None without.
+        known: latents of an image of which a part is kept, [1 or B, C, h, w]; None without.
+        mask: where it is to be painted anew, bool [1 or B, 1, h, w]; None without.
+    """
+
+    x: Tensor
+    low_res: Tensor | None = None
+    known: Tensor | None = None
+    mask: Tensor | None = None

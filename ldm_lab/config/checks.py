@@ -1,0 +1,147 @@
+"""Checks of sections: keys, types, bounds and names from the parts' text; rules across keys by their classes.
+
+A part may have a static method `check(options) -> list[str]` for rules across keys. It gets all its options, those that
+were left out with their defaults, and is not asked about a section with `weights`, as a weights file brings its own
+architecture: then it is asked when that file is read.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ldm_lab.config.bounds import PartSection, Plain, converted, describe, marker, problem
+from ldm_lab.config.registry import MAPPINGS, PartInfo, known_elsewhere, part_info, use_keys
+from ldm_lab.errors import UserError, unknown
+
+
+def check_keys(role: str, section: Any, path: str) -> list[str]:
+    """Return what is wrong with one section, each with its key path; nothing is imported.
+
+    Args:
+        role: of the part that the section describes.
+        section: a mapping; None is an empty one.
+        path: key path of the section.
+    """
+    if section is None:
+        section = {}
+    if not isinstance(section, Mapping):
+        return [f"{path}: a section of key: value lines is needed, not {section!r}"]
+    try:
+        info = part_info(role, section.get("name"), path)
+        known = info.options
+    except UserError as error:
+        return [str(error)]
+    used = use_keys(role)
+    problems = []
+    for key, value in section.items():
+        where = f"{path}.{key}"
+        if key == "name" and info.name != role:
+            continue
+        if key in known or key in used:
+            annotation = known[key].annotation if key in known else used[key]
+            found = problem(value, annotation)
+            problems += [f"{where}: {found}"] if found else _nested(annotation, value, where)
+        else:
+            problems.append(f"{where}: {_unknown_key(info, key, [*known, *used])}")
+    if not section.get("weights"):  # a weights file brings its own architecture
+        for key, option in known.items():
+            if option.required and key not in section:
+                problems.append(f"{path}.{key}: has to be given ({describe(option.annotation)})")
+    return problems
+
+
+def check_section(role: str, section: Any, path: str) -> list[str]:
+    """Return what is wrong with one section: `check_keys`, and if that finds nothing, the rules across keys."""
+    return check_keys(role, section, path) or check_rules_of(role, section, path)
+
+
+def check_mapping(role: str, sections: Any, path: str, across_keys: bool = False) -> list[str]:
+    """Return what is wrong with a mapping {part name: options}, each with its key path.
+
+    Args:
+        role: of the parts.
+        sections: the mapping; a name with null stands for no part.
+        path: key path of the mapping.
+        across_keys: check the rules across keys, too.
+    """
+    if not isinstance(sections, Mapping):
+        return [f"{path}: a mapping of {role} names to their options is needed, not {sections!r}"]
+    problems = []
+    for name, options in sections.items():
+        if options is None:
+            continue
+        if not isinstance(options, Mapping):
+            problems.append(f"{path}.{name}: options are needed, such as {{}}, not {options!r}")
+            continue
+        if options.get("name", name) != name:
+            problems.append(f"{path}.{name}.name: the key says which part this is, {name!r}, not {options['name']!r}")
+            continue
+        check = check_section if across_keys else check_keys
+        problems += [found.replace(f"{path}.{name}.name:", f"{path}.{name}:", 1) for found in check(
+            role, {"name": name, **options}, f"{path}.{name}"
+        )]  # fmt: skip
+    return problems
+
+
+def check_rules_of(role: str, section: Any, path: str) -> list[str]:
+    """Return the violated rules across the keys of a section that `check_keys` has passed, and of those inside it."""
+    section = section or {}
+    info = part_info(role, section.get("name"), path)
+    problems = []
+    for key, option in info.options.items():
+        if key in section:
+            problems += _nested(option.annotation, section[key], f"{path}.{key}", across_keys=True)
+    if section.get("weights") and "weights" in use_keys(role):
+        return problems
+    return problems + [f"{path}.{found}" for found in _rule(info.load())(filled(info, section))]
+
+
+def check_options(cls: type, **given: Plain) -> None:
+    """Check the options that a registered class is constructed with; for constructors that are also called directly.
+
+    Raises:
+        UserError: out of bounds, or options that contradict each other.
+    """
+    info = part_info(cls.part_role, cls.part_name)
+    for key, value in given.items():
+        if found := problem(list(value) if isinstance(value, tuple) else value, info.options[key].annotation):
+            raise UserError(f"{info.role}.{key}: {found}")
+    for found in _rule(cls)(filled(info, given)):
+        raise UserError(f"{info.role}.{found}")
+
+
+def filled(info: PartInfo, section: Mapping[str, Plain]) -> dict[str, Any]:
+    """Return all options of a part: those that a section gives, and the defaults of the others."""
+    return {
+        name: converted(section[name], option.annotation) if name in section else option.default
+        for name, option in info.options.items()
+        if name in section or not option.required
+    }
+
+
+def _rule(cls: type) -> Callable[[dict[str, Any]], list[str]]:
+    """Return the static method `check` of a class, one that finds nothing for a class without."""
+    return dict(inspect.getmembers(cls, inspect.isfunction)).get("check", lambda options: [])
+
+
+def _nested(annotation: Any, value: Any, where: str, across_keys: bool = False) -> list[str]:
+    """Return what is wrong with a value that describes other parts; nothing for any other value."""
+    mark = marker(annotation)
+    if mark is None or value is None:
+        return []
+    if isinstance(mark, PartSection):
+        check = check_rules_of if across_keys else check_keys
+        return check(mark.role, {**({"name": mark.name} if mark.name else {}), **value}, where)
+    return check_mapping(mark.role, value, where, across_keys)
+
+
+def _unknown_key(info: PartInfo, key: str, known: list[str]) -> str:
+    """Return that a part does not know a key, with the part that does, or the nearest match."""
+    message = unknown("key", key, known, info.label)
+    others = known_elsewhere(info, key)
+    return f"{message} {', '.join(others)} {'has' if len(others) == 1 else 'have'} it." if others else message
+
+
+def section_roles(task: PartInfo) -> dict[str, str]:
+    """Return section -> role of a task: its own parts and the sections that every task has."""
+    return {key: MAPPINGS.get(key, key) for key in (*task.constant("ROLES"), *task.constant("SECTIONS"))}

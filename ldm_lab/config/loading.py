@@ -1,0 +1,69 @@
+"""YAML files to plain data: `defaults:` laid under, `key=value` laid over, interpolations resolved."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from ldm_lab.config.bounds import Plain
+from ldm_lab.config.overrides import apply, overlaid, yaml_error
+from ldm_lab.config.registry import add_imports
+from ldm_lab.errors import UserError
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a YAML, apply `key.path=value` overrides, resolve it; make the parts of its `imports:` known.
+
+    `defaults: other.yaml` (relative to the file) is read first and overlaid.
+
+    Returns:
+        Plain dicts, lists and scalars.
+
+    Raises:
+        UserError: missing or unreadable file, an override that is none, a value that has to be given.
+    """
+    files = _chain(Path(path), seen=())
+    for config in (*files, *(OmegaConf.from_dotlist([word]) for word in overrides if word.startswith("imports="))):
+        named = config.get(
+            "imports"
+        )  # before anything is laid over anything: what takes a part's place has to be known
+        if named is not None:
+            add_imports([named] if isinstance(named, str) else OmegaConf.to_container(named))
+    merged = files[0]
+    for config in files[1:]:
+        merged = overlaid(merged, config)
+    merged = apply(merged, overrides)
+    try:
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise UserError(f"{path}: has to be given: {', '.join(missing)} (add {missing[0]}=... to the command)")
+        config = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {yaml_error(error)}") from None
+    return {str(key): value for key, value in config.items()}
+
+
+def _chain(path: Path, seen: tuple[Path, ...]) -> list[DictConfig]:
+    """Return a file's content behind that of its `defaults:`, the undermost first."""
+    if path.resolve() in seen:
+        raise UserError(f"{path}: 'defaults' leads back to this file")
+    try:
+        config = OmegaConf.load(path)
+    except FileNotFoundError:
+        near = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
+        raise UserError(f"{path}: no such config." + (f" Here: {near}" if near else "")) from None
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: not a readable YAML: {yaml_error(error)}") from None
+    if not isinstance(config, DictConfig):
+        raise UserError(f"{path}: a config is a mapping of sections, this is a {type(config).__name__}")
+    base = config.pop("defaults", None)
+    under = [] if base is None else _chain(path.parent / str(base), (*seen, path.resolve()))
+    return [*under, config]
+
+
+def to_yaml(config: Mapping[str, Plain]) -> str:
+    """Return plain data as YAML text."""
+    return OmegaConf.to_yaml(OmegaConf.create(dict(config)))

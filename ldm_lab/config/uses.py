@@ -1,0 +1,55 @@
+"""How a run uses a frozen part: the keys of its section beside its constructor's, which say what it is."""
+
+from dataclasses import dataclass, fields
+from typing import Annotated, ClassVar, get_type_hints
+
+from annotated_types import Len
+
+from ldm_lab.config.bounds import PositiveFloat, Share, TypeForm
+
+
+@dataclass(frozen=True)
+class PartUse:
+    """The use of a part: nothing more than its weights.
+
+    Attributes:
+        weights: a file, a released name or an hf:// address; None builds it as initialized.
+    """
+
+    weights: str | None = None
+
+    OF_WEIGHTS: ClassVar[tuple[str, ...]] = ("weights",)  # keys that make no sense for another part's weights
+
+
+@dataclass(frozen=True)
+class AutoencoderUse(PartUse):
+    """The use of a frozen autoencoder.
+
+    Attributes:
+        latent_mean, latent_std: z = (raw - latent_mean) / latent_std, numbers or one per channel; None takes what is
+            stored in the weights.
+    """
+
+    latent_mean: float | Annotated[list[float], Len(1)] | None = None
+    latent_std: PositiveFloat | Annotated[list[PositiveFloat], Len(1)] | None = None
+
+    OF_WEIGHTS: ClassVar[tuple[str, ...]] = ("weights", "latent_mean", "latent_std")
+
+
+@dataclass(frozen=True)
+class ConditionerUse(PartUse):
+    """The use of a frozen conditioner.
+
+    Attributes:
+        dropout: share of conditions that training replaces by the null condition; None is the task's default.
+    """
+
+    dropout: Share | None = None
+
+
+def keys_of(use: type[PartUse] | None) -> dict[str, TypeForm]:
+    """Return key -> type and bounds of a kind of use; no keys for None."""
+    if use is None:
+        return {}
+    hints = get_type_hints(use, include_extras=True)
+    return {field.name: hints[field.name] for field in fields(use)}
