@@ -30,7 +30,7 @@ from ldm_lab.data.shapes import WORDINGS, draw, random_caption
 from ldm_lab.data.tar import write_shard
 from ldm_lab.errors import UserError, run_program
 from ldm_lab.evaluation.shapes_checker import check
-from ldm_lab.sampling import Sampler
+from ldm_lab.sampling import Pipeline, SamplingOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "glide_quickstart.yaml"
@@ -69,8 +69,8 @@ def measure(checkpoint: Path) -> list[float]:
     """Return the shares of colour, shape, background, and all three that are right by the shifted set."""
     wanted = kinds()[:COUNT]
     texts = [say(names, wording) for names, wording in zip(wanted, itertools.cycle(WORDINGS[:TRAINED]))]
-    model = Sampler.from_checkpoint(checkpoint)
-    pictures = model(texts, sampler={"name": "ddim", "steps": 25}, batch_size=COUNT)
+    options = SamplingOptions(sampler={"name": "ddim", "steps": 25}, batch_size=COUNT)
+    pictures = Pipeline.from_checkpoint(checkpoint)(texts, options)
     return shares([tuple(check(picture)) for picture in pictures], map(turned, wanted))
 
 

@@ -12,6 +12,7 @@ import argparse
 import itertools
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -24,7 +25,7 @@ from ldm_lab.data.shapes import WORDINGS, draw
 from ldm_lab.errors import run_program
 from ldm_lab.evaluation.shapes_checker import check
 from ldm_lab.io.images import grid, save_png
-from ldm_lab.sampling import Cascade, Sampler
+from ldm_lab.sampling import Pipeline, SamplingOptions, Stage, Stages
 
 COUNT = 48
 VARIETY = 0.25  # of the fresh drawings: that of configs/glide_quickstart.yaml
@@ -43,10 +44,10 @@ def main() -> None:
     add("--only", metavar="ROW", help="this row alone, such as 'ddpm learned'")
     add("--grids", metavar="DIR", help="write the pictures there, labelled with their prompts")
     args = parser.parse_args()
-    model = Sampler.from_checkpoint(args.checkpoint)
+    base = Pipeline.from_checkpoint(args.checkpoint)
+    options = SamplingOptions(guidance=args.guidance, seed=args.seed, batch_size=COUNT)
     wanted = kinds()[:COUNT]
     texts = [say(names, wording) for names, wording in zip(wanted, itertools.cycle(WORDINGS[:TRAINED]))]
-    seeds = range(args.seed, args.seed + COUNT)
 
     print(f"{'share right':24}{'colour':>10}{'shape':>10}{'background':>12}{'all three':>11}{'seconds':>10}")
 
@@ -59,20 +60,19 @@ def main() -> None:
         if args.grids and true is wanted:
             save_png(Path(args.grids) / f"{name.replace(' ', '_')}.png", grid(pictures, columns=8, captions=texts))
 
-    drawn = [draw(f"glide_quickstart/{i}", model.size[0], VARIETY) for i in range(1000)]
+    drawn = [draw(f"glide_quickstart/{i}", base.model.image_size[0], VARIETY) for i in range(1000)]
     row("drawn afresh", [image for image, _ in drawn], [attributes[:3] for _, attributes in drawn])
     ways = {f"ddpm {variance}": {"name": "ddpm", "variance": variance} for variance in ("learned", "posterior", "beta")}
-    for name, walk in {**ways, "ddim": {"name": "ddim"}}.items():
+    for name, way in {**ways, "ddim": {"name": "ddim"}}.items():
         if args.only in (None, name):
             began = time.perf_counter()
-            sampler = {**walk, "steps": args.steps}
-            pictures = model(texts, seeds=seeds, guidance=args.guidance, sampler=sampler, batch_size=COUNT)
+            pictures = base(texts, replace(options, sampler={**way, "steps": args.steps}))
             row(name, pictures, wanted, time.perf_counter() - began)
     if args.upsampler:
-        both = Cascade(model, Sampler.from_checkpoint(args.upsampler))
-        sampler = {"name": "ddpm", "steps": args.steps}
+        of_base = replace(options, sampler={"name": "ddpm", "steps": args.steps})
+        upsampler = Pipeline.from_checkpoint(args.upsampler)
         began = time.perf_counter()
-        pairs = both(texts, seeds=seeds, guidance=args.guidance, sampler=sampler, batch_size=COUNT)
+        pairs = Stages([Stage(base, of_base), Stage(upsampler, SamplingOptions(batch_size=COUNT))])(texts)
         row("ddpm learned, enlarged", [large for _, large in pairs], wanted, time.perf_counter() - began)
 
 

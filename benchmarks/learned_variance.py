@@ -30,7 +30,7 @@ from ldm_lab.evaluation.shapes_checker import check
 from ldm_lab.io.images import to_tensor
 from ldm_lab.objectives.variational_bound import variational_bound
 from ldm_lab.prompts import Prompt
-from ldm_lab.sampling import Sampler
+from ldm_lab.sampling import Model, Pipeline, SamplingOptions
 from ldm_lab.schedules import Posterior
 
 FRACTIONS = {"learned": None, "posterior": 0.0, "beta": 1.0}  # variance -> of the way from the posterior's to beta
@@ -47,7 +47,7 @@ def drawings(count: int, size: int, variety: float) -> tuple[list[Image.Image], 
 
 
 @torch.no_grad()
-def bits(model: Sampler, steps: int, images: list[Image.Image], captions: list[str]) -> dict[str, float]:
+def bits(model: Model, steps: int, images: list[Image.Image], captions: list[str]) -> dict[str, float]:
     """Return {variance: bound in bits per element} of the walk with so many steps, on pictures and their captions."""
     schedule = model.objective.schedule
     times = schedule.grid(steps)  # [S]
@@ -90,7 +90,7 @@ def frechet(a: Tensor, b: Tensor) -> float:
     return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * product).item()
 
 
-def sample(model: Sampler, captions: list[str], variance: str, steps: int, guidance: float) -> list[Image.Image]:
+def sample(pipeline: Pipeline, captions: list[str], variance: str, steps: int, guidance: float) -> list[Image.Image]:
     """Return a picture for each caption; picture i has the seed i."""
     with tqdm(desc=f"{variance}, guidance {guidance:g}", unit="step") as bar:
 
@@ -98,13 +98,9 @@ def sample(model: Sampler, captions: list[str], variance: str, steps: int, guida
             bar.total = total
             bar.update(done - bar.n)
 
-        return model(
-            [Prompt(text) for text in captions],
-            sampler={"name": "ddpm", "steps": steps, "variance": variance},
-            guidance=guidance,
-            batch_size=CHUNK,
-            progress=progress,
-        )
+        ddpm = {"name": "ddpm", "steps": steps, "variance": variance}
+        options = SamplingOptions(sampler=ddpm, guidance=guidance, batch_size=CHUNK)
+        return pipeline([Prompt(text) for text in captions], options, progress=progress)
 
 
 def main() -> None:
@@ -124,8 +120,9 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    model = Sampler.from_checkpoint(args.checkpoint)
-    images, _, captions = drawings(args.drawings, model.size[0], args.variety)
+    pipeline = Pipeline.from_checkpoint(args.checkpoint)
+    model = pipeline.model
+    images, _, captions = drawings(args.drawings, model.image_size[0], args.variety)
     bound = bits(model, args.steps, images, captions)
     names = list(COLOURS)
     kinds = [(c, s, names[(i + 3) % len(names)]) for s in SHAPES for i, c in enumerate(names)]  # the 48 prompts
@@ -133,8 +130,8 @@ def main() -> None:
     print(f"{args.steps} ancestral steps, {args.drawings} drawings, {len(prompts)} prompts")
     print(f"{'variance':12}{'bits':>10}{'texture':>10}{'right':>10}")
     for variance in FRACTIONS:
-        texture = frechet(patches(sample(model, captions, variance, args.steps, 1.0)), patches(images))
-        read = [check(image)[:2] for image in sample(model, prompts, variance, args.steps, args.guidance)]
+        texture = frechet(patches(sample(pipeline, captions, variance, args.steps, 1.0)), patches(images))
+        read = [check(image)[:2] for image in sample(pipeline, prompts, variance, args.steps, args.guidance)]
         right = sum(seen == kind[:2] for seen, kind in zip(read, kinds)) / len(kinds)
         print(f"{variance:12}{bound[variance]:10.3f}{texture:10.4f}{right:10.1%}")
 

@@ -26,7 +26,8 @@ from ldm_lab.errors import run_program
 from ldm_lab.evaluation.shapes_checker import check
 from ldm_lab.io.images import grid, save_png, to_tensor
 from ldm_lab.prompts import Prompt
-from ldm_lab.sampling import Sampler
+from ldm_lab.sampling import Model, Pipeline, SamplingOptions
+from ldm_lab.sampling.decode import decode
 
 VARIETY = 0.5  # of the fresh drawings: that of configs/quickstart.yaml
 FRESH = "quickstart_accuracy"  # seeds of the fresh drawings begin with this, those of data sets with a number
@@ -64,22 +65,22 @@ def shares(read: Iterable[Names], true: Iterable[Names]) -> list[float]:
 
 
 @torch.no_grad()
-def reconstruct(sampler: Sampler, images: list[Image.Image]) -> list[Image.Image]:
+def reconstruct(model: Model, images: list[Image.Image]) -> list[Image.Image]:
     """Return the images after a way through the autoencoder."""
     return [
         picture.image
         for chunk in _chunks(images)
-        for picture in sampler.decode(sampler.autoencoder.encode(_batch(chunk).to(sampler.device)))
+        for picture in decode(model, model.autoencoder.encode(_batch(chunk).to(model.device)), range(len(chunk)))
     ]
 
 
 @torch.no_grad()
-def classify(sampler: Sampler, images: list[Image.Image]) -> list[Names]:
+def classify(model: Model, images: list[Image.Image]) -> list[Names]:
     """Return for each image the names whose caption, in the first training wording, CLOOB finds most alike."""
     every = [(c, s, b) for c, s, b in itertools.product(COLOURS, SHAPES, COLOURS) if c != b]
-    texts = sampler.conditioner.encode_text([say(names, WORDINGS[0]) for names in every])  # [336, D]
+    texts = model.conditioner.encode_text([say(names, WORDINGS[0]) for names in every])  # [336, D]
     best = [
-        (sampler.conditioner.encode_image(_batch(chunk).to(sampler.device)) @ texts.T).argmax(1)  # [chunk]
+        (model.conditioner.encode_image(_batch(chunk).to(model.device)) @ texts.T).argmax(1)  # [chunk]
         for chunk in _chunks(images)
     ]
     return [every[i] for i in torch.cat(best).tolist()]
@@ -94,32 +95,26 @@ def _batch(images: list[Image.Image]) -> Tensor:
 
 
 def measure(
-    sampler: Sampler,
-    *,
-    guidance: float,
-    walk: dict[str, str | int],
-    seed: int,
-    batch_size: int,
+    pipeline: Pipeline,
+    options: SamplingOptions,
     drawings: int,
     show: Callable[[str, list[Image.Image], list[str]], None] = lambda *_: None,
 ) -> dict[str, list[float]]:
     """Return {row: [colour, shape, background, all three]}, shares in [0, 1].
 
     Args:
-        sampler: the model.
-        guidance: guidance scale.
-        walk: config section of the diffusion sampler.
-        seed: of the first picture; the others count on from it.
-        batch_size: pictures at once.
+        pipeline: of the model.
+        options: how pictures are made.
         drawings: fresh ones, at the size of training.
         show: called as `show(row, pictures, prompts)` for the two sets of pictures.
     """
-    drawn = [draw(f"{FRESH}/{i}", sampler.size[0], VARIETY) for i in range(drawings)]
+    model = pipeline.model
+    drawn = [draw(f"{FRESH}/{i}", model.image_size[0], VARIETY) for i in range(drawings)]
     images, true = [image for image, _ in drawn], [attributes[:3] for _, attributes in drawn]
     rows = {
         "drawn afresh": shares(map(check, images), true),
-        "reconstructed": shares(map(check, reconstruct(sampler, images)), true),
-        "read by CLOOB": shares(classify(sampler, images), true),
+        "reconstructed": shares(map(check, reconstruct(model, images)), true),
+        "read by CLOOB": shares(classify(model, images), true),
     }
     for row, wordings in (("prompts", WORDINGS), ("prompts, other wordings", HELD_OUT_WORDINGS)):
         texts = prompts(wordings)
@@ -129,14 +124,8 @@ def measure(
                 bar.total = total
                 bar.update(done - bar.n)
 
-            pictures = sampler(
-                [Prompt(text) for text in texts],  # as they are: a colon is no weight
-                seeds=range(seed, seed + len(texts)),
-                guidance=guidance,
-                sampler=walk,
-                batch_size=batch_size,
-                progress=progress,
-            )
+            as_they_are = [Prompt(text) for text in texts]  # a colon is no weight
+            pictures = pipeline(as_they_are, options, progress=progress)
         rows[row] = shares(map(check, pictures), kinds())
         show(row, pictures, texts)
     return rows
@@ -162,13 +151,15 @@ def main() -> None:
             save_png(path, grid(pictures, columns=12, captions=texts))
 
     rows = measure(
-        Sampler.from_checkpoint(args.checkpoint),
-        guidance=args.guidance,
-        walk={"name": args.sampler, "steps": args.steps},
-        seed=args.seed,
-        batch_size=args.batch_size,
-        drawings=args.drawings,
-        show=show,
+        Pipeline.from_checkpoint(args.checkpoint),
+        SamplingOptions(
+            guidance=args.guidance,
+            sampler={"name": args.sampler, "steps": args.steps},
+            seed=args.seed,
+            batch_size=args.batch_size,
+        ),
+        args.drawings,
+        show,
     )
     print(f"{'share right':24}{'colour':>10}{'shape':>10}{'background':>12}{'all three':>11}{'of':>7}")
     for row, (colour, shape, background, everything) in rows.items():

@@ -23,7 +23,8 @@ from ldm_lab.config import build
 from ldm_lab.errors import run_program
 from ldm_lab.interfaces import Prediction
 from ldm_lab.prompts import read_prompts
-from ldm_lab.sampling import Sampler
+from ldm_lab.sampling import Pipeline, SamplingOptions
+from ldm_lab.sampling.pipeline import Draw
 from ldm_lab.schedules import Cosine
 
 REFERENCE = {"name": "prk", "steps": 300}  # model calls: four times as many
@@ -69,17 +70,15 @@ def on_mixture(stds: list[float]) -> Callable[[dict[str, Any]], tuple[Tensor, in
     return sample
 
 
-def on_model(model: Sampler, prompts: list[str], guidance: float) -> Callable[[dict[str, Any]], tuple[Tensor, int]]:
+def on_model(pipeline: Pipeline, prompts: list[str], guidance: float) -> Callable[[dict[str, Any]], tuple[Tensor, int]]:
     """Return the same for a trained model's latents [N, C, h, w], one per prompt, seeds 0, 1, 2, ..."""
-    embedded = model.conditioner.from_prompts(prompts, [])  # [N, D]
-    cond = {name: value[:, None] for name, value in embedded.items()}  # [N, 1, D]
-    weights = torch.full((len(prompts), 1), guidance)  # [N, 1]
 
     def sample(config: dict[str, Any]) -> tuple[Tensor, int]:
         calls = []
-        hook = model.denoiser.register_forward_pre_hook(lambda *_: calls.append(None))
-        sampler = build("sampler", config)
-        latents = model.latents(sampler, model.latent_size(None), cond, weights, range(len(prompts)))  # [N, C, h, w]
+        hook = pipeline.model.denoiser.register_forward_pre_hook(lambda *_: calls.append(None))
+        request = pipeline.check(prompts, SamplingOptions(guidance=guidance, sampler=config))
+        draws = [Draw(i, i) for i in range(len(prompts))]
+        latents = pipeline.latents(request, pipeline.encode(request), draws)  # [N, C, h, w]
         hook.remove()
         return latents, len(calls)
 
@@ -102,8 +101,8 @@ def main() -> None:
     args = parser.parse_args()
     problems = {name: on_mixture(stds) for name, stds in MIXTURES.items()}
     if args.checkpoint:
-        model = Sampler.from_checkpoint(args.checkpoint)
-        problems["model"] = on_model(model, read_prompts(args.prompts), args.guidance)
+        pipeline = Pipeline.from_checkpoint(args.checkpoint)
+        problems["model"] = on_model(pipeline, read_prompts(args.prompts), args.guidance)
     for title, sample in problems.items():
         solution, _ = sample(REFERENCE)
         print(f"\n{title}: relative distance to the converged solution (model calls)")

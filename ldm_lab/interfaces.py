@@ -249,7 +249,10 @@ class Conditioner(Part, nn.Module):
 
     Attributes:
         spec: what it gives.
+        is_unconditional: whether it says nothing, whatever it is asked.
     """
+
+    is_unconditional: ClassVar[bool] = False
 
     @property
     def spec(self) -> ConditionSpec:

@@ -41,7 +41,7 @@ def golden_heads() -> Path:
 
 @pytest.fixture(scope="module")
 def parts():
-    """The parts of a tiny diffusion model with random weights, as `Sampler` takes them."""
+    """The parts of a tiny diffusion model with random weights, as `Model` takes them."""
     from tiny import AUTOENCODER, CLOOB, DENOISER
 
     from ldm_lab.config import build
@@ -58,8 +58,8 @@ def parts():
 
 
 @pytest.fixture
-def sampler(parts):
-    """A Sampler of 32-pixel pictures over these parts."""
-    from ldm_lab.sampling import Sampler
+def pipeline(parts):
+    """A pipeline of 32-pixel pictures over these parts."""
+    from ldm_lab.sampling import Model, Pipeline
 
-    return Sampler(**parts, dropout=0.2, size=(32, 32))
+    return Pipeline(Model(**parts, dropout=0.2, image_size=(32, 32)))

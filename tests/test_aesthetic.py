@@ -13,7 +13,8 @@ from ldm_lab.checkpoints.embedders import OPENAI, embedder_of
 from ldm_lab.checkpoints.native import save_model
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
-from ldm_lab.sampling import Aesthetic, RatingEmbeddings, Sampler
+from ldm_lab.sampling import Aesthetic, Model, Pipeline, RatingEmbeddings, SamplingOptions, interpolate
+from ldm_lab.sampling.prompts import PromptBatch, parse_prompts
 
 FAST = {"sampler": {"name": "plms2", "steps": 2}, "size": 16}
 WORDS = ("--sampler", "plms2", "--steps", "2", "--device", "cpu")
@@ -27,12 +28,8 @@ def model(tmp_path_factory):
     config = {"task": "diffusion", **parts, "denoiser": DENOISER, "objective": {"name": "v_cosine"}}
     config["conditioner"]["dropout"] = 0.2
     torch.manual_seed(1)
-    save_model(
-        folder / "ema.safetensors",
-        build("denoiser", DENOISER, 4, embedding(16)).state_dict(),
-        config,
-        {"image_size": "16"},
-    )
+    denoiser = build("denoiser", DENOISER, 4, embedding(16))
+    save_model(folder / "ema.safetensors", denoiser.state_dict(), config, {"image_size": "16"})
     rows = F.normalize(torch.randn(3, 16), dim=1)
     ratings = RatingEmbeddings(dict(zip((0, 5, 9), rows)), embedder_of(parts["conditioner"]), {"counts": [1, 2, 3]})
     ratings.save(folder / "ratings.safetensors")
@@ -40,8 +37,8 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def sampler(model):
-    return Sampler.from_checkpoint(model[0] / "ema.safetensors")
+def pipeline(model):
+    return Pipeline.from_checkpoint(model[0] / "ema.safetensors")
 
 
 def images_of(images):
@@ -63,47 +60,45 @@ def test_guided_embeddings(model):
     assert torch.allclose(Aesthetic(ratings, 9, 0.0).guide(queries), queries, atol=1e-6)
 
 
-def test_texts_are_led_images_and_the_negative_are_not(sampler, model):
+def test_texts_are_led_images_and_the_negative_are_not(pipeline, model):
     from PIL import Image
 
     ratings, picture = model[1], Image.new("RGB", (40, 30), "red")
     aesthetic = Aesthetic(ratings, 9, 1.0)
-    mixes = [[p] for p in sampler_prompts("a fox", picture, "a dog")]
-    plain, index = sampler._encode(mixes, "a fox")
-    led, led_index = sampler._encode(mixes, "a fox", aesthetic)
-    before = plain["embed"][index]  # [3, 2, D]
-    after = led["embed"][led_index]  # [3, 2, D]
+    mixes = parse_prompts(["a fox", picture, "a dog"])
+    plain = PromptBatch.encode(pipeline.model, mixes, 3.0, "a fox", None)
+    led = PromptBatch.encode(pipeline.model, mixes, 3.0, "a fox", aesthetic)
+    before = plain.conditions["embed"][plain.index]  # [3, 2, D]
+    after = led.conditions["embed"][led.index]  # [3, 2, D]
     assert torch.allclose(after[0, 0], aesthetic.guide(before[0, 0][None])[0])
     assert torch.allclose(after[2, 0], aesthetic.guide(before[2, 0][None])[0])
     assert torch.equal(after[1, 0], before[1, 0]), "an image is as it is"
     assert torch.equal(after[:, 1], before[:, 1]), "so is the negative prompt, even if it is a prompt as well"
 
 
-def sampler_prompts(*prompts):
-    from ldm_lab.sampling import as_mix
+def test_pictures_change_with_rating_and_weight(pipeline, model):
+    def options(rating=None, weight=None):
+        file = None if rating is None else model[0] / "ratings.safetensors"
+        return SamplingOptions(**FAST, seed=3, aesthetic=rating, aesthetic_weight=weight, aesthetic_embeddings=file)
 
-    return [as_mix(prompt)[0] for prompt in prompts]
+    def make(*rating):
+        return images_of(pipeline(["a fox"], options(*rating)))
 
-
-def test_pictures_change_with_rating_and_weight(sampler, model):
-    def make(**options):
-        return images_of(sampler(["a fox"], seeds=[3], **FAST, **options))
-
-    ratings = model[1]
     plain = make()
-    assert torch.equal(make(aesthetic=Aesthetic(ratings, 9, 0.0)), plain)
-    pictures = [make(aesthetic=Aesthetic(ratings, k, w)) for k, w in ((9, 0.5), (9, 2.0), (9, -0.5), (0, 0.5))]
+    assert torch.equal(make(9, 0.0), plain)
+    assert torch.equal(make(9), make(9, 0.5))
+    pictures = [make(k, w) for k, w in ((9, 0.5), (9, 2.0), (9, -0.5), (0, 0.5))]
     for i, picture in enumerate(pictures):
         assert not torch.equal(picture, plain)
         assert all(not torch.equal(picture, other) for other in pictures[:i])
-    film = sampler.film(["a fox", "a dog"], 2, seed=3, **FAST, aesthetic=Aesthetic(ratings, 9, 0.5))
-    assert (images_of(film[:1]).int() - pictures[0].int()).abs().max() <= 1  # of 255; a batch of another size
+    (film,) = interpolate(pipeline, ["a fox", "a dog"], 2, options(9))
+    assert (images_of([film[0].image]).int() - pictures[0].int()).abs().max() <= 1  # of 255; a batch of another size
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused
 
 
-def test_another_network_or_width_is_refused(sampler, model):
+def test_another_network_or_width_is_refused(pipeline, model, tmp_path):
     embeds = model[1].embeds
     for ratings, message in (
         (
@@ -116,20 +111,26 @@ def test_another_network_or_width_is_refused(sampler, model):
             "embeddings of width 8 .*the model's have 16",
         ),
     ):
+        ratings.save(tmp_path / "ratings.safetensors")
+        options = SamplingOptions(**FAST, aesthetic=9, aesthetic_embeddings=tmp_path / "ratings.safetensors")
         with pytest.raises(UserError, match=message):
-            sampler(["a fox"], **FAST, aesthetic=Aesthetic(ratings, 9))
+            pipeline.check(["a fox"], options)
 
 
-def test_a_sampler_of_parts_knows_the_width_alone(parts, model):
-    sampler = Sampler(**parts, dropout=0.2, size=(16, 16))
-    assert len(sampler(["a fox"], **FAST, aesthetic=Aesthetic(model[1], 9))) == 1
+def test_a_model_of_parts_knows_the_width_alone(parts, model, tmp_path):
+    pipeline = Pipeline(Model(**parts, dropout=0.2, image_size=(16, 16)))
+    options = SamplingOptions(**FAST, aesthetic=9, aesthetic_embeddings=model[0] / "ratings.safetensors")
+    assert len(pipeline(["a fox"], options)) == 1
+    RatingEmbeddings({9: torch.ones(8) / 8**0.5}, model[1].embedder).save(tmp_path / "narrow.safetensors")
     with pytest.raises(UserError, match="width 8"):
-        sampler(["a fox"], **FAST, aesthetic=Aesthetic(RatingEmbeddings({9: torch.ones(8) / 8**0.5}, {}), 9))
+        pipeline.check(["a fox"], SamplingOptions(aesthetic=9, aesthetic_embeddings=tmp_path / "narrow.safetensors"))
+    with pytest.raises(UserError, match="aesthetic_embeddings says which"):
+        pipeline.check(["a fox"], SamplingOptions(aesthetic=9))
 
 
 def test_ratings_and_weights_that_are_none(model):
     with pytest.raises(UserError, match=r"no such rating: 7\. Known: 0, 5, 9"):
-        Aesthetic(model[1], 7)
+        Aesthetic(model[1], 7, 0.5)
     with pytest.raises(UserError, match=r"no such rating: 12\..* Known: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"):
         RatingEmbeddings.load("aesthetic/vit_b_32", [12])
     with pytest.raises(UserError, match="a finite number is needed, not nan"):
@@ -218,10 +219,10 @@ def test_sample_py(model, program, tmp_path, monkeypatch):
     ("args", "message"),
     [
         (["--aesthetic", "9"], "no rating embeddings are released for cloob with weights of sha256"),
-        (["--aesthetic-weight", "1"], "belong to an --aesthetic"),
+        (["--aesthetic-weight", "1"], "--aesthetic-weight: belongs to aesthetic"),
         (["--aesthetic", "4", "--aesthetic-embeddings", "ratings"], "no such rating: 4"),
         (["--aesthetic", "9", "--aesthetic-embeddings", "laion"], "belongs to the embeddings of clip ViT-B-32"),
-        (["--aesthetic", "nine"], "a whole number from 0 on is needed"),
+        (["--aesthetic", "nine"], "argument --aesthetic: "),
     ],
 )
 def test_sample_py_in_one_line(model, program, tmp_path, monkeypatch, golden_heads, args, message):

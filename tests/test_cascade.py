@@ -9,34 +9,42 @@ import torch
 from PIL import Image
 from tiny_glide import FACTOR, SIDE
 
+from ldm_lab.config import build
 from ldm_lab.errors import UserError
 from ldm_lab.io.images import round_to_uint8, to_tensor
 from ldm_lab.prompts import Prompt
-from ldm_lab.sampling import Cascade, Start, Upsampling
+from ldm_lab.sampling import SamplingOptions, Stage, Stages, interpolate
 
 FAST = {"name": "ddim", "steps": 3}
-QUICK = Upsampling(sampler={"name": "ddim", "steps": 3})
 
 
 @pytest.fixture(scope="module")
 def base():
-    return tiny_glide.sampler()
+    return tiny_glide.pipeline()
 
 
 @pytest.fixture(scope="module")
 def upsampler():
-    return tiny_glide.sampler(upsampler=True)
+    return tiny_glide.pipeline(upsampler=True)
 
 
-def watch(monkeypatch, sampler):
+def options(**choices):
+    return SamplingOptions(**{"sampler": FAST, **choices})
+
+
+def stages(base, upsampler, of_upsampler=None, **choices):
+    return Stages([Stage(base, options(**choices)), Stage(upsampler, of_upsampler or options())])
+
+
+def watch(monkeypatch, pipeline):
     """Return a list that every call of the denoiser adds its arguments to."""
-    seen, forward = [], sampler.denoiser.forward
+    seen, forward = [], pipeline.model.denoiser.forward
 
     def watched(x, t, **cond):
         seen.append({"x": x, "t": t, **cond})
         return forward(x, t, **cond)
 
-    monkeypatch.setattr(sampler.denoiser, "forward", watched)
+    monkeypatch.setattr(pipeline.model.denoiser, "forward", watched)
     return seen
 
 
@@ -46,8 +54,8 @@ def levels(image):
 
 def test_small_and_large_pictures_of_each_prompt(base, upsampler, monkeypatch):
     seen = watch(monkeypatch, upsampler)
-    pairs = Cascade(base, upsampler)(["a cat", "a dog"], seeds=[3, 9], sampler=FAST, upsampling=QUICK)
-    alone = base(["a cat", "a dog"], seeds=[3, 9], sampler=FAST)
+    pairs = stages(base, upsampler)(["a cat", "a dog"], seeds=[3, 9])
+    alone = base(["a cat", "a dog"], options(), seeds=[3, 9])
     for (small, large), image, seed in zip(pairs, alone, (3, 9)):
         assert np.array_equal(levels(small), levels(image)), "the base's picture does not depend on the upsampler"
         assert small.size == (SIDE, SIDE) and large.size == (SIDE * FACTOR, SIDE * FACTOR)
@@ -60,10 +68,9 @@ def test_small_and_large_pictures_of_each_prompt(base, upsampler, monkeypatch):
 
 
 def test_a_picture_does_not_depend_on_its_batch(base, upsampler):
-    cascade = Cascade(base, upsampler)
-    options = {"sampler": FAST, "upsampling": QUICK, "guidance": 2.0}
-    together = cascade(["a cat", "a dog", "a hat"], seeds=[0, 1, 2], batch_size=2, **options)
-    alone = cascade(["a hat"], seeds=[2], **options)
+    both = stages(base, upsampler, options(batch_size=2), guidance=2.0, batch_size=2)
+    together = both(["a cat", "a dog", "a hat"], seeds=[0, 1, 2])
+    alone = stages(base, upsampler, guidance=2.0)(["a hat"], seeds=[2])
     for ours, theirs in zip(together[2], alone[0]):
         assert abs(levels(ours) - levels(theirs)).max() <= 1
 
@@ -71,9 +78,7 @@ def test_a_picture_does_not_depend_on_its_batch(base, upsampler):
 def test_noise_of_the_upsampler_is_its_own_and_its_temperature(base, upsampler, monkeypatch):
     seen_base, seen = watch(monkeypatch, base), watch(monkeypatch, upsampler)
     for temperature in (1.0, 0.5):
-        Cascade(base, upsampler)(
-            ["a cat"], sampler=FAST, upsampling=Upsampling(sampler=FAST, temperature=temperature), guidance=1.0
-        )
+        stages(base, upsampler, options(temperature=temperature), guidance=1.0)(["a cat"])
     first, cooler = seen[0]["x"], seen[3]["x"]
     assert torch.allclose(cooler, 0.5 * first)
     small = seen_base[0]["x"].flatten()
@@ -82,87 +87,105 @@ def test_noise_of_the_upsampler_is_its_own_and_its_temperature(base, upsampler, 
 
 
 def test_other_sizes_are_enlarged_by_the_same_factor(base, upsampler):
-    ((small, large),) = Cascade(base, upsampler)(["a cat"], sampler=FAST, upsampling=QUICK, size=(12, 20))
+    ((small, large),) = stages(base, upsampler, size=(12, 20))(["a cat"])
     assert small.size == (20, 12) and large.size == (40, 24)
 
 
+def test_three_stages(base, upsampler, monkeypatch):
+    further = tiny_glide.pipeline(upsampler=True)
+    seen = [watch(monkeypatch, pipeline) for pipeline in (upsampler, further)]
+    reports = []
+    three = Stages([Stage(base, options(size=8)), Stage(upsampler, options(batch_size=1)), Stage(further, options())])
+    made = three(["a cat", "a dog"], seeds=[3, 9], progress=lambda *steps: reports.append(steps))
+    assert [[image.size for image in row] for row in made] == [[(8, 8), (16, 16), (32, 32)]] * 2
+    assert [[image.info["seed"] for image in row] for row in made] == [[3] * 3, [9] * 3]
+    two = Stages([three.base, three.upsamplers[0]])(["a cat", "a dog"], seeds=[3, 9])
+    assert np.array_equal(levels(made[1][1]), levels(two[1][1])), "no stage depends on those after it"
+    second, third = seen[0][0], seen[1][0]
+    assert torch.allclose(third["low_res"][0], to_tensor(made[0][1]), atol=1e-6)
+    assert not torch.allclose(second["x"][0], third["x"][0, :, :16, :16], atol=0.1), "each stage has noise of its own"
+    assert reports == [(i + 1, 3 + 2 * 3 + 3) for i in range(12)]
+
+
 def test_prompts_of_the_upsampler_count_in_proportion(base, upsampler, monkeypatch):
-    cascade = Cascade(base, upsampler)
     mix = [Prompt("cat", 3.0), Prompt("hat", 1.0), Prompt("ugly", -1.0)]
     for guidance, rows, weights in ((None, 2, [0.75, 0.25]), (4.0, 3, [3.0, 1.0])):
-        given = cascade._enlarged(mix, 3.0, guidance)
+        both = stages(base, upsampler, options(guidance=guidance))
+        (given,) = both.check([mix]).upsampling[0].mixes
         assert [prompt.text for prompt in given] == ["cat", "hat"]
         assert [prompt.weight for prompt in given] == pytest.approx(weights)
         seen = watch(monkeypatch, upsampler)
-        cascade([mix], sampler=FAST, upsampling=Upsampling(sampler=FAST, guidance=guidance))
+        both([mix])
         assert len(seen[0]["x"]) == rows  # with guidance also without a prompt
         assert all(torch.equal(call["low_res"][0], call["low_res"][-1]) for call in seen)  # which is never dropped
         monkeypatch.undo()
-    assert [prompt.text for prompt in cascade._enlarged([Prompt("cat", 0.0)], 3.0, None)] == [""]
+    (given,) = stages(base, upsampler).check([[Prompt("cat", 0.0)]]).upsampling[0].mixes
+    assert [prompt.text for prompt in given] == [""]
 
 
 def test_progress_counts_both_models(base, upsampler):
     reports = []
-    Cascade(base, upsampler)(
-        ["a"] * 5, sampler=FAST, upsampling=Upsampling({"name": "ddim", "steps": 4}), batch_size=2,
-        progress=lambda done, total: reports.append((done, total)),
-    )  # fmt: skip
+    both = stages(base, upsampler, options(sampler={"name": "ddim", "steps": 4}, batch_size=2), batch_size=2)
+    both(["a"] * 5, progress=lambda done, total: reports.append((done, total)))
     assert reports[-1] == (3 * 3 + 3 * 4, 21)
     assert [done for done, _ in reports] == sorted({done for done, _ in reports})
     assert {total for _, total in reports} == {21}
 
 
 def test_the_upsampler_s_own_sampler_fits_its_timesteps(base, upsampler):
-    cascade = Cascade(base, upsampler)
-    assert cascade._sampler(None) == {"name": "ddim", "steps": "fast27"}
-    assert cascade._sampler("unipc") == {"name": "unipc"}
+    def sampler(choices):
+        return stages(base, upsampler, choices).check(["a"]).upsampling[0].options.sampler
+
+    assert sampler(SamplingOptions()) == {"name": "ddim", "steps": "fast27"}
+    assert sampler(SamplingOptions(sampler="unipc")) == {"name": "unipc"}
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "plms", "euler", "heun", "dpmpp_2m", "unipc"])
 def test_every_way_of_sampling_makes_pictures_of_pixels(base, upsampler, name):
     steps = {"name": name, "steps": 4}
-    ((small, large),) = Cascade(base, upsampler)(["a cat"], sampler=steps, upsampling=Upsampling(steps))
+    ((small, large),) = stages(base, upsampler, options(sampler=steps), sampler=steps)(["a cat"])
     assert levels(small).std() > 0 and levels(large).std() > 0
 
 
 def test_clean_estimates_of_pixels_are_clamped_unless_told_otherwise(base):
     seen = {}
-    for clamp in (None, False):
-        (batch,) = base.pictures(["a cat"], sampler={"name": "ddim", "steps": 6}, guidance=6.0, clamp=clamp)
-        seen[clamp] = batch[0].pixels.abs().max().item()
+    for clip_denoised in (None, False):
+        choices = options(sampler={"name": "ddim", "steps": 6}, guidance=6.0, clip_denoised=clip_denoised)
+        (batch,) = base.samples(["a cat"], choices)
+        seen[clip_denoised] = batch[0].pixels.abs().max().item()
     assert seen[None] <= 1 < seen[False]
 
 
 def test_mistakes(base, upsampler):
-    cascade = Cascade(base, upsampler)
-    wordless = tiny_glide.sampler(upsampler=True)
-    wordless.conditioner.part_name = "none"
-    blunt = tiny_glide.sampler(upsampler=True)
-    blunt.dropout = 0.0
+    unconditional = tiny_glide.pipeline(upsampler=True)
+    unconditional.model.conditioner = build("conditioner", {"name": "none"})
+    blunt = tiny_glide.pipeline(upsampler=True)
+    blunt.model.dropout = 0.0
     low_res = [Image.new("RGB", (SIDE, SIDE))]
+    guided = options(guidance=3.0)
     for call, message in (
-        (lambda: Cascade(upsampler, upsampler), "base model: this is an upsampler"),
-        (lambda: Cascade(base, base), "upsampler: this is a base model"),
+        (lambda: stages(upsampler, upsampler), "base model: this is an upsampler"),
+        (lambda: stages(base, base), "upsampler: this is a base model"),
         (lambda: upsampler(["a"]), "this model is an upsampler: it enlarges the pictures of a base model"),
         (lambda: base(["a"], low_res=low_res), "this model is no upsampler"),
         (lambda: upsampler(["a", "b"], low_res=low_res), "low_res: 1 pictures for 2 images"),
         (lambda: upsampler(["a", "b"], low_res=[*low_res, Image.new("RGB", (8, 8))]), "have to be of one size"),
-        (lambda: Upsampling(temperature=float("nan")), "upsampling temperature: a number from 0 to 2"),
-        (lambda: Upsampling(guidance=float("inf")), "upsampling guidance: a finite number"),
-        (lambda: cascade.batches([""], upsampling=Upsampling(guidance=3.0)), "needs a text that it guides to"),
+        (lambda: SamplingOptions(temperature=float("nan")), "temperature: "),
+        (lambda: SamplingOptions(guidance=float("inf")), "guidance: number or null is needed"),
+        (lambda: stages(base, upsampler, guided).samples([""]), "needs a text that it guides to"),
+        (lambda: stages(base, unconditional, guided).samples(["a"]), "it was trained without any"),
+        (lambda: stages(base, blunt, guided).samples(["a"]), "guidance needs a model"),
         (
-            lambda: Cascade(base, wordless).batches(["a"], upsampling=Upsampling(guidance=3.0)),
-            "it was trained without any",
+            lambda: stages(base, upsampler, options(sampler={"name": "ddim", "steps": 200})).samples(["a"]),
+            "100 timesteps",
         ),
-        (lambda: Cascade(base, blunt).batches(["a"], upsampling=Upsampling(guidance=3.0)), "guidance needs a model"),
-        (lambda: cascade.batches(["a"], upsampling=Upsampling({"name": "ddim", "steps": 200})), "100 timesteps"),
-        (lambda: cascade.batches(["a"], sampler={"name": "ddim", "steps": "ddim33"}), "34"),
-        (lambda: base.film(["a", "b"], 3), "no embeddings to walk between"),
+        (lambda: stages(base, upsampler, sampler={"name": "ddim", "steps": "ddim33"}).samples(["a"]), "34"),
+        (lambda: interpolate(base, ["a", "b"], 3), "no embeddings to interpolate"),
     ):
         with pytest.raises(UserError) as error:
             call()
         assert message in str(error.value) and "\n" not in str(error.value), message
-    assert Cascade(base, blunt)(["a"], sampler=FAST, upsampling=QUICK)  # without guidance it is as good as any
+    assert stages(base, blunt)(["a"])  # without guidance it is as good as any
 
 
 # ------------------------------------------------------------------------------------------------- inpainting
@@ -170,21 +193,22 @@ def test_mistakes(base, upsampler):
 
 @pytest.fixture
 def start():
+    """The options of an inpainting."""
     picture = Image.effect_noise((SIDE * FACTOR, SIDE * FACTOR), 80).convert("RGB")
     mask = Image.new("L", picture.size, 0)
     mask.paste(255, (0, 0, SIDE, SIDE * FACTOR))  # the left half is painted anew
-    return Start(picture, 1.0, mask)
+    return {"init_image": picture, "mask": mask}
 
 
 @pytest.mark.parametrize("form", [{}, {"inpaint": True}])
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "plms", "unipc"])
 def test_inpainting_small_and_large_keeps_what_is_known(start, form, name, monkeypatch):
-    base, upsampler = tiny_glide.sampler(**form), tiny_glide.sampler(upsampler=True, **form)
+    base, upsampler = tiny_glide.pipeline(**form), tiny_glide.pipeline(upsampler=True, **form)
     seen = {model: watch(monkeypatch, model) for model in (base, upsampler)}
     steps = {"name": name, "steps": 4}
-    ((small, large),) = Cascade(base, upsampler)(["a cat"], sampler=steps, upsampling=Upsampling(steps), start=start)
-    assert np.array_equal(levels(large)[:, SIDE:], levels(start.image)[:, SIDE:])
-    assert abs(levels(large)[:, :SIDE] - levels(start.image)[:, :SIDE]).mean() > 5
+    ((small, large),) = stages(base, upsampler, options(sampler=steps), sampler=steps, **start)(["a cat"])
+    assert np.array_equal(levels(large)[:, SIDE:], levels(start["init_image"])[:, SIDE:])
+    assert abs(levels(large)[:, :SIDE] - levels(start["init_image"])[:, :SIDE]).mean() > 5
     for calls in seen.values():
         for call in calls:
             assert ("inpaint_mask" in call) == bool(form)
@@ -197,7 +221,7 @@ def test_inpainting_small_and_large_keeps_what_is_known(start, form, name, monke
 
 
 def test_an_inpainting_model_without_a_picture_paints_all():
-    assert tiny_glide.sampler(inpaint=True)(["a cat"], sampler=FAST)
+    assert tiny_glide.pipeline(inpaint=True)(["a cat"], options())
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -215,7 +239,7 @@ def files(tmp_path_factory):
 def test_the_command_keeps_both_sizes(program, files, tmp_path):
     code, _, err = program(
         "sample", "--checkpoint", files["base"], "--upsampler", files["upsampler"], "a cat", "-n", 2, "--steps", 3,
-        "--sampler", "ddpm", "--variance", "posterior", "--upsampler-steps", "2,2,2", "--upsample-temp", 0.9,
+        "--sampler", "ddpm", "--variance", "posterior", "--upsampler-steps", "2,2,2", "--upsampler-temperature", 0.9,
         "--upsampler-guidance", 2, "--out", tmp_path / "out", "--device", "cpu",
     )  # fmt: skip
     assert code == 0, err
@@ -227,7 +251,7 @@ def test_the_command_keeps_both_sizes(program, files, tmp_path):
                 assert image.size == (side, side)
         assert entry["file"] == f"0000{i}.png" and entry["base"]["file"] == f"0000{i}_base.png"
         assert entry["base"]["width"] == SIDE and entry["width"] == SIDE * FACTOR and entry["seed"] == i
-        assert entry["upsampler_steps"] == "2,2,2" and entry["upsample_temp"] == 0.9
+        assert entry["upsampler_steps"] == "2,2,2" and entry["upsampler_temperature"] == 0.9
         assert entry["upsampler_guidance"] == 2 and len(entry["upsampler_sha256"]) == 64
         assert entry["variance"] == "posterior"
     assert (tmp_path / "out/grid.png").exists()
@@ -248,7 +272,10 @@ def test_the_command_keeps_both_sizes(program, files, tmp_path):
         (("--checkpoint", "{upsampler}", "--upsampler", "{upsampler}"), "error: base model: this is an upsampler"),
         (("--checkpoint", "{base}", "--upsampler", "{base}"), "error: upsampler: this is a base model"),
         (("--checkpoint", "{base}", "--upsampler", "none.pt"), "none.pt"),
-        (("--checkpoint", "{base}", "--upsample-temp", "1"), "--upsample-temp belongs to an --upsampler"),
+        (
+            ("--checkpoint", "{base}", "--upsampler-temperature", "1"),
+            "--upsampler-temperature belongs to an --upsampler",
+        ),
         (("--checkpoint", "{base}", "--noised-clip", "a", "b"), "--noised-clip belongs to --clip-guidance"),
         (("--checkpoint", "{base}", "--steps", "300", "--sampler", "ddim"), "steps 300: the model has 100 timesteps"),
         (("--checkpoint", "{base}", "--steps", "fast"), "such as fast27, ddim50 or 10,10,3,2,2 is needed, not 'fast'"),

@@ -125,7 +125,16 @@ def test_the_recipe_on_a_small_model(program, trained, layouts):
     recipe = ROOT / "configs/ccld_finetune.yaml"
     prompts = f"demo.prompts={ROOT / 'configs/demo_prompts.txt'}"
     code, out, err = program(
-        "train", "--config", recipe, "data.path=images", *small, *here, *released, *run, prompts, "demo.sampler.steps=2"
+        "train",
+        "--config",
+        recipe,
+        "data.path=images",
+        *small,
+        *here,
+        *released,
+        *run,
+        prompts,
+        "demo.sampling.sampler.steps=2",
     )
     assert code == 0, err
     assert "stays as initialised" not in out

@@ -25,7 +25,7 @@ from ldm_lab.config import build, check_section, describe_parts
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import sha256
 from ldm_lab.io.images import to_tensor
-from ldm_lab.sampling import Sampler
+from ldm_lab.sampling import ModelOptions, Pipeline, SamplingOptions
 
 ARCHITECTURE = {
     "embed_dim": 12,
@@ -426,12 +426,12 @@ def test_published_weights_in_training_sampling_and_caches(published, program, t
         assert code == 0, err
         assert ("encoding" in out) == (run == "first")
     checkpoint = tmp_path / "runs" / "second" / "ema.safetensors"
-    ask = {"prompts": ["a", "b"], "sampler": {"name": "ddim", "steps": 2}, "seeds": [1, 2]}
-    images = Sampler.from_checkpoint(checkpoint)(**ask)
+    prompts, options = ["a", "b"], SamplingOptions(sampler={"name": "ddim", "steps": 2}, seed=1)
+    images = Pipeline.from_checkpoint(checkpoint)(prompts, options)
     other = open_clip.create_model(NAME).state_dict()
     torch.save(other, tmp_path / "other.pt")
     assert "trained with" not in caplog.text
-    moved = Sampler.from_checkpoint(checkpoint, conditioner=tmp_path / "other.pt")(**ask)
+    moved = Pipeline.from_checkpoint(checkpoint, ModelOptions(conditioner=tmp_path / "other.pt"))(prompts, options)
     assert "other.pt: not the conditioner file that the model was trained with" in caplog.text
     assert images[0].tobytes() != moved[0].tobytes()
     architecture = {**ARCHITECTURE, "quick_gelu": True}

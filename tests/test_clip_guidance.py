@@ -1,6 +1,7 @@
 """CLIP guidance: by a stand-in whose gradient is known, by the real network at a tiny size, and as a command."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny_glide
@@ -10,11 +11,12 @@ from tiny_glide import SIDE
 
 from ldm_lab.checkpoints.formats import noised_clip
 from ldm_lab.errors import UserError
-from ldm_lab.guidance.clip import ClipGradient
+from ldm_lab.guidance.clip import ClipGradient, ClipGuidance
 from ldm_lab.guidance.noised_clip import NoisedCLIP
 from ldm_lab.interfaces import Prediction
 from ldm_lab.prompts import Prompt
-from ldm_lab.sampling import ClipGuidance
+from ldm_lab.sampling import Pipeline, SamplingOptions
+from ldm_lab.sampling.prompts import target_embeddings
 from ldm_lab.schedules import Discrete, Linear
 
 FAST = {"name": "ddpm", "steps": 4}
@@ -42,7 +44,12 @@ class Bright:
 
 @pytest.fixture(scope="module")
 def base():
-    return tiny_glide.sampler()
+    return tiny_glide.pipeline()
+
+
+def led_by(pipeline, clip):
+    """The same model with a CLIP of its own."""
+    return Pipeline(replace(pipeline.model, noised_clip=clip))
 
 
 def test_the_gradient_is_that_of_the_likeness_to_the_text(base):
@@ -50,10 +57,10 @@ def test_the_gradient_is_that_of_the_likeness_to_the_text(base):
     clip, texts = Bright(), torch.tensor([[1.0, 0.0], [-0.5, 0.0]])
 
     def predict(x, t):
-        return base.objective.predict(FunctionDenoiser(lambda x, t: torch.zeros(2, 6, SIDE, SIDE)), x, t, {})
+        return base.model.objective.predict(FunctionDenoiser(lambda x, t: torch.zeros(2, 6, SIDE, SIDE)), x, t, {})
 
     with torch.no_grad():
-        led = ClipGradient(ClipGuidance(clip, 2.0), texts).wrap(predict, base.objective.schedule)(x, t)
+        led = ClipGradient(ClipGuidance(clip, 2.0), texts).wrap(predict, base.model.objective.schedule)(x, t)
     per_pixel = 2 * 100 / (3 * SIDE * SIDE)
     assert torch.allclose(led.gradient[0], torch.tensor(per_pixel))
     assert torch.allclose(led.gradient[1], torch.tensor(-0.5 * per_pixel))
@@ -64,7 +71,7 @@ def test_the_gradient_is_that_of_the_likeness_to_the_text(base):
 
 def test_the_clip_is_asked_at_the_noise_that_it_knows():
     """A model with other betas has the same noise at another time."""
-    upsampler = tiny_glide.sampler(upsampler=True)  # linear betas
+    upsampler = tiny_glide.pipeline(upsampler=True).model  # linear betas
     schedule, clip = upsampler.objective.schedule, Bright()
     x, t = torch.zeros(1, 3, SIDE, SIDE), torch.tensor([0.3])
     objective, zeros = upsampler.objective, FunctionDenoiser(lambda x, t: torch.zeros(1, 6, SIDE, SIDE))
@@ -73,7 +80,7 @@ def test_the_clip_is_asked_at_the_noise_that_it_knows():
     )
     guided(x, t)
     alpha, sigma = schedule.alpha_sigma(t)
-    own_alpha, own_sigma = tiny_glide.sampler().objective.schedule.alpha_sigma(clip.times[0])
+    own_alpha, own_sigma = tiny_glide.pipeline().model.objective.schedule.alpha_sigma(clip.times[0])
     assert (sigma / alpha).item() == pytest.approx((own_sigma / own_alpha).item(), rel=0.05)
     assert abs(clip.times[0].item() - 0.3) > 0.05
 
@@ -95,23 +102,22 @@ def test_the_clip_sees_images_of_its_own_schedule():
 def test_pictures_follow_it_with_every_sampler(base, name):
     means = {}
     for text in ("bright", "dark"):
-        guidance = ClipGuidance(Bright(), 20.0)
-        (batch,) = base.pictures(
-            [[text]], seeds=[1], guidance=1.0, clip_guidance=guidance, sampler={"name": name, "steps": 6}
-        )
+        options = SamplingOptions(seed=1, clip_guidance=20.0, sampler={"name": name, "steps": 6})
+        (batch,) = led_by(base, Bright()).samples([[text]], options)
         means[text] = batch[0].pixels.mean().item()
     assert means["bright"] > means["dark"] + 0.05
 
 
 def test_weighted_texts_lead_in_proportion_and_prompts_without_weight_do_not(base):
-    likeness = base._likeness(ClipGuidance(Bright()), [[Prompt("bright", 3.0), Prompt("dark", 1.0)]], 1.0)
-    assert likeness[0].tolist() == pytest.approx([0.5, 0.0])
+    bright = led_by(base, Bright())
+    targets = target_embeddings(bright.model, [[Prompt("bright", 3.0), Prompt("dark", 1.0)]], 1.0)
+    assert targets[0].tolist() == pytest.approx([0.5, 0.0])
     with pytest.raises(UserError, match="CLIP guidance: each image needs a text with a weight above 0"):
-        base(["bright:0"], clip_guidance=ClipGuidance(Bright()))
-    latent = tiny_glide.sampler()
-    latent.autoencoder.latent_std.fill_(2.0)
+        bright.check(["bright:0"], SamplingOptions(clip_guidance=3.0))
+    latent = led_by(tiny_glide.pipeline(), Bright())
+    latent.model.autoencoder.latent_std.fill_(2.0)
     with pytest.raises(UserError, match="the noised CLIP sees pixels"):
-        latent(["bright"], clip_guidance=ClipGuidance(Bright()))
+        latent.check(["bright"], SamplingOptions(clip_guidance=3.0))
 
 
 def tiny_clip():
@@ -127,15 +133,14 @@ def test_the_real_network_finds_its_pictures_more_like_the_text(base):
     target = clip.text_embedding(["a cat"])
 
     def likeness(scale):
-        guidance = None if scale is None else ClipGuidance(clip, scale)
-        options = {"guidance": 1.0, "clip_guidance": guidance, "sampler": {"name": "ddpm", "steps": 10}}
-        (batch,) = base.pictures(["a cat"] * 4, **options)
+        options = SamplingOptions(guidance=1.0, clip_guidance=scale, sampler={"name": "ddpm", "steps": 10})
+        (batch,) = led_by(base, clip).samples(["a cat"] * 4, options)
         pixels = torch.stack([picture.pixels for picture in batch])
         return (clip.image_embedding(pixels, torch.full((4,), 0.01)) @ target[0]).mean().item()
 
     assert likeness(3.0) > likeness(None) + 0.02
     with pytest.raises(UserError, match=f"the noised CLIP sees 3x{SIDE}x{SIDE} pixels"):
-        base(["a cat"], size=2 * SIDE, clip_guidance=ClipGuidance(clip), sampler=FAST)
+        led_by(base, clip)(["a cat"], SamplingOptions(size=2 * SIDE, clip_guidance=3.0, sampler=FAST))
 
 
 def test_the_command(program, tmp_path, monkeypatch):

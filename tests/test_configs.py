@@ -57,7 +57,7 @@ def test_yfcc_cfg_is_the_original_run():
     assert recipe["data"]["image_size"] == 256 and recipe["data"]["batch_size"] == 64
     assert recipe["trainer"]["max_steps"] == 250_000 and recipe["trainer"]["devices"] == 8
     demo = recipe["demo"]
-    assert (demo["every"], demo["guidance"], demo["sampler"]) == (2000, 3.0, {"name": "plms", "steps": 50})
+    assert (demo["every"], demo["sampling"]) == (2000, {"guidance": 3.0, "sampler": {"name": "plms", "steps": 50}})
     assert recipe["checkpoint"]["keep_every"] == 50_000
 
 

@@ -18,7 +18,7 @@ from ldm_lab.denoisers.glide_unet import GlideUNet
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.noised_clip import NoisedCLIP
 from ldm_lab.pretrained.catalogue import catalogue
-from ldm_lab.sampling import Sampler
+from ldm_lab.sampling import Pipeline
 
 # Heads of 64 channels, 8 in the text, as in all of OpenAI's networks: the files do not say it.
 SMALL = {"base_channels": 64, "multipliers": [1, 1], "blocks_per_level": 1, "attention": [2], "head_width": 64,
@@ -152,7 +152,7 @@ def test_incomplete_files_are_one_line(tmp_path, program, lost):
 def test_misshapen_tensors_are_one_line(tmp_path, name, shape):
     torch.save({**small(), name: torch.zeros(shape)}, tmp_path / "base.pt")
     with pytest.raises(UserError):
-        Sampler.from_checkpoint(tmp_path / "base.pt")
+        Pipeline.from_checkpoint(tmp_path / "base.pt")
 
 
 def test_a_network_of_another_kind_is_one_line(tmp_path):

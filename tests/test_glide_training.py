@@ -66,7 +66,7 @@ def model_of(folder, run="tiny", name="model"):
 
 @pytest.mark.slow
 def test_a_base_model_is_trained_and_sampled_in_words(tmp_path):
-    demo = {"prompts": str(tmp_path / "prompts.txt"), "every": 3, "sampler": {"name": "ddpm", "steps": 2}}
+    demo = {"prompts": str(tmp_path / "prompts.txt"), "every": 3, "sampling": {"sampler": {"name": "ddpm", "steps": 2}}}
     done = train(tmp_path, demo=demo)
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / "runs/tiny/metrics.csv").open()))

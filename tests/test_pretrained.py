@@ -421,18 +421,18 @@ def test_a_checkpoints_config_names_no_addresses(text, monkeypatch):
         check_untrusted(allowed, "autoencoder.weights")
 
 
-def test_a_checkpoint_that_names_an_address_is_refused_before_anything_is_fetched(sampler, tmp_path, monkeypatch):
+def test_a_checkpoint_that_names_an_address_is_refused_before_anything_is_fetched(parts, tmp_path, monkeypatch):
     from ldm_lab.checkpoints.native import save_model
-    from ldm_lab.sampling import Sampler
+    from ldm_lab.sampling import Pipeline
 
     config = {
         "autoencoder": {"name": "kl_f8", "weights": "hf://evil/repository/file.safetensors"},
         "conditioner": {"name": "none"}, "denoiser": {"name": "ccld_unet"}, "objective": {"name": "v_cosine"},
     }  # fmt: skip
-    save_model(tmp_path / "m.safetensors", sampler.denoiser.state_dict(), config, {})
+    save_model(tmp_path / "m.safetensors", parts["denoiser"].state_dict(), config, {})
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it was going to be fetched"))
     with pytest.raises(UserError, match=r"autoencoder of the checkpoint: autoencoder\.weights: refused"):
-        Sampler.from_checkpoint(tmp_path / "m.safetensors")
+        Pipeline.from_checkpoint(tmp_path / "m.safetensors")
 
 
 def test_wherever_weights_are_taken_a_name_will_do(release, mirror, tmp_path, monkeypatch, program):

@@ -1,84 +1,83 @@
 """What sampling offers beside prompts: negative prompts, reranking, films, tiles, precision, memory, autoguidance."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
-from test_sampling import BLANK, BOUND, FAST, raw
+from test_sampling import BOUND, CPU, latents, options, raw
 from tiny import DENOISER, embedding, make_parts
 
 from ldm_lab.checkpoints.native import save_model
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
-from ldm_lab.sampling import Sampler
-from ldm_lab.sampling.interpolate import between, save_gif, slerp
-from ldm_lab.sampling.tiles import decode_in_tiles
+from ldm_lab.interfaces import Autoencoder
+from ldm_lab.sampling import Model, Pipeline, SamplingOptions, interpolate
+from ldm_lab.sampling.decode import decode_in_tiles
+from ldm_lab.sampling.interpolation import interpolate_conditions, slerp
+from ldm_lab.sampling.output import save_gif
+from ldm_lab.sampling.rerank import similarity
 
 
-def again(sampler, **changes):
-    """The same model as another Sampler."""
-    same = {
-        name: getattr(sampler, name)
-        for name in ("denoiser", "objective", "autoencoder", "conditioner", "dropout", "size")
-    }
-    return Sampler(**{**same, **changes})
+def again(pipeline, **changes):
+    """A pipeline over the same model with other values."""
+    return Pipeline(replace(pipeline.model, **changes))
 
 
-def test_a_negative_prompt_takes_the_place_of_no_prompt(sampler):
-    written = raw(sampler, [["red:3", "blue:-2"]], [5], 1)
-    negative, mixed = [], []
-    for mixes, found in ((["red"], negative), ([["red:3"], ["red:1", "old:1", "new:1"]], mixed)):
-        one = again(sampler)
-        one.decode = lambda batch, tile=None, found=found: found.append(batch) or [BLANK] * len(batch)
-        one(mixes, seeds=range(5, 5 + len(mixes)), negative="blue", sampler={"name": "ddpm", "steps": 4})
-    assert torch.allclose(negative[0], written, atol=1e-5)
+def test_a_negative_prompt_takes_the_place_of_no_prompt(pipeline):
+    written = raw(pipeline, [["red:3", "blue:-2"]], [5], 1)
+    steps = {"name": "ddpm", "steps": 4}
+    negative = latents(pipeline, ["red"], [5], negative="blue", sampler=steps)
+    mixed = latents(pipeline, [["red:3"], ["red:1", "old:1", "new:1"]], [5, 6], negative="blue", sampler=steps)
+    assert torch.allclose(negative, written, atol=1e-5)
     # Whatever an image's own number of prompts, the negative one has the weight that they leave.
-    assert torch.allclose(mixed[0][:1], written, atol=1e-3)
+    assert torch.allclose(mixed[:1], written, atol=1e-3)
+    assert torch.equal(latents(pipeline, ["red"], [5], negative="", sampler=steps), raw(pipeline, ["red"], [5], 1))
 
 
 def test_a_model_without_dropped_conditions_takes_a_negative_prompt(parts):
-    plain = Sampler(**parts, dropout=0.0, size=(32, 32))
-    assert plain(["red"], negative="blue", sampler=FAST)
+    plain = Pipeline(Model(**parts, dropout=0.0, image_size=(32, 32)))
+    assert plain(["red"], options(negative="blue"))
 
 
-def test_guidance_in_an_interval_of_times(sampler):
-    def latents(guidance, **options):
-        found = []
-        one = again(sampler)
-        one.decode = lambda batch, tile=None: found.append(batch) or [BLANK]
-        one(["red"], guidance=guidance, sampler={"name": "ddim", "steps": 6}, **options)
-        return found[0]
+def test_guidance_in_an_interval_of_times(pipeline):
+    def made(guidance, **choices):
+        return latents(pipeline, ["red"], guidance=guidance, sampler={"name": "ddim", "steps": 6}, **choices)
 
-    assert torch.equal(latents(3.0), latents(3.0, interval=(0.0, 1.0)))
-    assert torch.equal(latents(3.0, interval=(0.0, 0.0)), latents(1.0))  # never: the last time is above 0
-    inside = latents(3.0, interval=(0.3, 0.8))
-    assert not torch.allclose(inside, latents(3.0), atol=1e-4) and not torch.allclose(inside, latents(1.0), atol=1e-4)
+    assert torch.equal(made(3.0), made(3.0, guidance_interval=(0.0, 1.0)))
+    assert torch.equal(made(3.0, guidance_interval=(0.0, 0.0)), made(1.0))  # never: the last time is above 0
+    inside = made(3.0, guidance_interval=(0.3, 0.8))
+    assert not torch.allclose(inside, made(3.0), atol=1e-4) and not torch.allclose(inside, made(1.0), atol=1e-4)
     for interval in ((0.5, 0.2), (-0.1, 1.0), (0.0, 1.1), (float("nan"), 1.0)):
-        with pytest.raises(UserError, match="guidance interval: two times 0 <= first <= last <= 1"):
-            sampler.batches(["red"], interval=interval)
+        with pytest.raises(UserError, match="guidance_interval"):
+            SamplingOptions(guidance_interval=interval)
     for rescale in (-0.1, 1.1, float("nan")):
-        with pytest.raises(UserError, match="guidance rescale"):
-            sampler.batches(["red"], rescale=rescale)
+        with pytest.raises(UserError, match="guidance_rescale"):
+            SamplingOptions(guidance_rescale=rescale)
 
 
-def test_the_best_of_several_candidates(sampler):
-    candidates = sampler(["red", "blue"] * 3, seeds=[7, 8, 9, 10, 11, 12], sampler=FAST, batch_size=4)
+def test_the_best_of_several_candidates(pipeline):
+    conditioner = pipeline.model.conditioner
+    candidates = pipeline(["red", "blue"] * 3, options(batch_size=4), seeds=[7, 8, 9, 10, 11, 12])
     assert [image.info["seed"] for image in candidates] == [7, 8, 9, 10, 11, 12]
-    embeds = [sampler.conditioner.from_prompts([text], [])["embed"] for text in ("red", "blue")]
-    scores = [sampler.similarity(image, embeds[i % 2], torch.ones(1)) for i, image in enumerate(candidates)]
-    best = sampler(["red", "blue"], seeds=[7, 8], rerank=3, sampler=FAST, batch_size=4)
-    for i, image in enumerate(best):
+    embeds = [conditioner.from_prompts([text], [])["embed"] for text in ("red", "blue")]
+    scores = [similarity(pipeline.model, image, embeds[i % 2], torch.ones(1)) for i, image in enumerate(candidates)]
+    batches = list(pipeline.samples(["red", "blue"], options(batch_size=4, rerank=3), seeds=[7, 8]))
+    best = [sample for batch in batches for sample in batch]
+    for i, sample in enumerate(best):
         mine = range(i, 6, 2)
-        assert image.info["similarity"] == pytest.approx(max(scores[j] for j in mine), abs=1e-5)
+        assert sample.similarity == pytest.approx(max(scores[j] for j in mine), abs=1e-5)
         chosen = max(mine, key=lambda j: scores[j])
-        assert image.info["seed"] == 7 + chosen
+        assert sample.seed == 7 + chosen
+        assert sample.image.info == {"seed": sample.seed, "similarity": sample.similarity}
     # By hand: the cosine of the conditioner's own embeddings, of unit length.
-    image_embed = sampler.conditioner.from_prompts([], [best[0]])["embed"]
-    assert best[0].info["similarity"] == pytest.approx((image_embed @ embeds[0].T).item(), abs=1e-5)
+    image_embed = conditioner.from_prompts([], [best[0].image])["embed"]
+    assert best[0].similarity == pytest.approx((image_embed @ embeds[0].T).item(), abs=1e-5)
     with pytest.raises(UserError, match="rerank: at least 1"):
-        sampler.batches(["red"], rerank=0)
-    blind = again(sampler, conditioner=build("conditioner", {"name": "none", "embed_dim": 16}))
+        SamplingOptions(rerank=0)
+    blind = again(pipeline, conditioner=build("conditioner", {"name": "none", "embed_dim": 16}))
     with pytest.raises(UserError, match="this model is unconditional"):
-        blind.batches(["red"], rerank=2)
+        blind.check(["red"], options(rerank=2))
 
 
 def test_a_compiled_denoiser_makes_the_same_pictures(parts, tmp_path, monkeypatch):
@@ -93,23 +92,31 @@ def test_a_compiled_denoiser_makes_the_same_pictures(parts, tmp_path, monkeypatc
 
     compile_ = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_(module, backend=count))
-    compiled, plain = (Sampler.from_checkpoint(tmp_path / "ema.safetensors", compiled=c) for c in (True, False))
-    assert compiled(["red"], sampler=FAST)[0].tobytes() == plain(["red"], sampler=FAST)[0].tobytes()
+    path = tmp_path / "ema.safetensors"
+    compiled, plain = (Pipeline.from_checkpoint(path, replace(CPU, compile=c)) for c in (True, False))
+    assert compiled(["red"], options())[0].tobytes() == plain(["red"], options())[0].tobytes()
     assert graphs
 
 
-def test_a_film_begins_and_ends_with_its_stations(sampler):
-    film = sampler.film(["red", "blue:2", "green"], 5, seed=4, sampler=FAST, batch_size=2)
-    stations = sampler(["red", "blue:2", "green"], seeds=[4, 4, 4], sampler=FAST)
-    for frame, station in zip(film[::2], stations):
-        difference = torch.tensor(list(frame.tobytes())) - torch.tensor(list(station.tobytes()))
+def film(pipeline, keyframes, frames, **choices):
+    batches = interpolate(pipeline, keyframes, frames, options(**choices))
+    return [sample.image for batch in batches for sample in batch]
+
+
+def test_a_film_begins_and_ends_with_its_keyframes(pipeline):
+    frames = film(pipeline, ["red", "blue:2", "green"], 5, seed=4, batch_size=2)
+    keyframes = pipeline(["red", "blue:2", "green"], options(), seeds=[4, 4, 4])
+    for frame, keyframe in zip(frames[::2], keyframes):
+        difference = torch.tensor(list(frame.tobytes())) - torch.tensor(list(keyframe.tobytes()))
         assert difference.abs().max() <= 1
-    assert len({frame.tobytes() for frame in film}) == 5
+    assert len({frame.tobytes() for frame in frames}) == 5
     with pytest.raises(UserError, match="4 frames are fewer than the 5"):
-        sampler.film(["a", "b", "c", "d", "e"], 4)
+        film(pipeline, ["a", "b", "c", "d", "e"], 4)
     for prompts in (["red"], ["red", ["blue", "green"]]):
-        with pytest.raises(UserError, match="two or more stations of one prompt each"):
-            sampler.film(prompts, 4)
+        with pytest.raises(UserError, match="two or more keyframes of one prompt each"):
+            film(pipeline, prompts, 4)
+    with pytest.raises(UserError, match="interpolation: does not go with negative"):
+        film(pipeline, ["red", "blue"], 4, negative="old")
 
 
 def test_slerp_goes_evenly_along_the_great_circle():
@@ -122,8 +129,8 @@ def test_slerp_goes_evenly_along_the_great_circle():
         assert torch.allclose((a * point).sum(-1).clamp(-1, 1).acos(), share * whole, atol=1e-3)
     assert torch.allclose(slerp(a, 3 * a, 0.5), 2 * a, atol=1e-5)
     assert slerp(a, -a, 0.5).isfinite().all() and slerp(torch.zeros(1, 4), torch.ones(1, 4), 0.3).isfinite().all()
-    film = between({"embed": torch.eye(3)}, 7)["embed"]
-    assert torch.allclose(film[[0, 3, 6]], torch.eye(3), atol=1e-6) and torch.allclose(film.norm(dim=-1), torch.ones(7))
+    way = interpolate_conditions({"embed": torch.eye(3)}, 7)["embed"]
+    assert torch.allclose(way[[0, 3, 6]], torch.eye(3), atol=1e-6) and torch.allclose(way.norm(dim=-1), torch.ones(7))
 
 
 def test_a_gif_runs_there_and_back(tmp_path):
@@ -133,12 +140,13 @@ def test_a_gif_runs_there_and_back(tmp_path):
         assert (film.n_frames, film.info["loop"]) == (6, 0)
 
 
-class Local:
+class Local(Autoencoder):
     """A decoder that sees no further than one element: tiles have to give the very picture."""
 
-    downscale = 4
+    channels, downscale = 4, 4
 
     def __init__(self):
+        super().__init__()
         self.largest = 0
 
     def decode(self, z):
@@ -154,24 +162,24 @@ def test_tiles_cover_every_pixel_once_in_sum(size):
     assert local.largest <= 8
 
 
-def test_tiled_pictures_are_near_the_whole_ones(sampler):
-    whole = sampler(["red"], size=128, sampler=FAST)[0]
-    tiled = sampler(["red"], size=128, sampler=FAST, tile=64)[0]
+def test_tiled_pictures_are_near_the_whole_ones(pipeline):
+    whole = pipeline(["red"], options(size=128))[0]
+    tiled = pipeline(["red"], options(size=128, tile=64))[0]
     assert tiled.size == whole.size == (128, 128) and tiled.tobytes() != whole.tobytes()
-    assert sampler(["red"], size=128, sampler=FAST, tile=128)[0].tobytes() == whole.tobytes()
+    assert pipeline(["red"], options(size=128, tile=128))[0].tobytes() == whole.tobytes()
     for tile in (8, 60):
         with pytest.raises(UserError, match="tile: a multiple of 8 pixels from 32 on"):
-            sampler.batches(["red"], tile=tile)
+            pipeline.check(["red"], options(tile=tile))
 
 
-def test_half_precision_is_near_full_precision(sampler):
-    full = raw(sampler, ["red", "blue"], [0, 1], 2, "ddim")
-    half = raw(again(sampler, dtype=torch.bfloat16), ["red", "blue"], [0, 1], 2, "ddim")
+def test_half_precision_is_near_full_precision(pipeline):
+    full = raw(pipeline, ["red", "blue"], [0, 1], 2, "ddim")
+    half = raw(again(pipeline, dtype=torch.bfloat16), ["red", "blue"], [0, 1], 2, "ddim")
     distance = ((half - full).norm() / full.norm()).item()
     assert half.dtype == torch.float32 and 1e-5 < distance < 0.05
 
 
-def test_low_memory_has_one_part_on_the_device_at_a_time(parts):
+def test_offloading_has_one_part_on_the_device_at_a_time(parts):
     where, peak = {}, []
     for role in ("denoiser", "autoencoder", "conditioner"):
         where[role] = "cpu"
@@ -198,19 +206,18 @@ def test_low_memory_has_one_part_on_the_device_at_a_time(parts):
             return getattr(self.part, name)
 
     watched = {role: Watched(role) for role in where}
-    cheap = Sampler(
-        objective=parts["objective"], **watched, dropout=0.2, size=(32, 32), device="cpu:0", low_memory=True
-    )
-    plain = Sampler(**parts, dropout=0.2, size=(32, 32))
-    assert cheap(["red"], sampler=FAST)[0].tobytes() == plain(["red"], sampler=FAST)[0].tobytes()
+    common = {"objective": parts["objective"], "dropout": 0.2, "image_size": (32, 32)}
+    cheap = Pipeline(Model(**watched, **common, run_device=torch.device("cpu:0"), offload=True))
+    plain = Pipeline(Model(**parts, dropout=0.2, image_size=(32, 32)))
+    assert cheap(["red"], options())[0].tobytes() == plain(["red"], options())[0].tobytes()
     assert max(peak) == 1 and set(where.values()) == {"cpu"}
 
 
-def test_autoguidance_leads_away_from_the_worse_model(sampler):
+def test_autoguidance_leads_away_from_the_worse_model(pipeline):
     torch.manual_seed(1)
-    weak = build("denoiser", DENOISER, 4, embedding(16)).eval()
-    plain = raw(sampler, ["red"], [0], 1, "ddim", guidance=1.0)
-    same = raw(again(sampler, weak=sampler.denoiser), ["red"], [0], 1, "ddim", guidance=4.0)
+    guide_model = build("denoiser", DENOISER, 4, embedding(16)).eval()
+    plain = raw(pipeline, ["red"], [0], 1, "ddim", guidance=1.0)
+    same = raw(again(pipeline, guide_model=pipeline.model.denoiser), ["red"], [0], 1, "ddim", guidance=4.0)
     assert torch.allclose(same, plain, atol=1e-3)  # w * D + (1 - w) * D
-    other = raw(again(sampler, weak=weak, dropout=0.0), ["red"], [0], 1, "ddim", guidance=4.0)
+    other = raw(again(pipeline, guide_model=guide_model, dropout=0.0), ["red"], [0], 1, "ddim", guidance=4.0)
     assert ((other - plain).norm() / plain.norm()).item() > 10 * BOUND

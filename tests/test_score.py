@@ -129,9 +129,9 @@ def test_the_file_says_what_made_it(score, shards, tools, tmp_path):
     assert score("--shards", f"{shards}/00000.tar", "--out", tmp_path)[0] == 0
     facts = read_facts(tmp_path / "00000.scores.parquet")
     loaded = load_head(tools / "a.safetensors")
-    assert facts["embedder"] == loaded.head.embedder and facts["predictors"] == {"aesthetic": loaded.sha256}
-    assert facts["read"] == 5 and facts["skipped"] == {}
-    assert facts["heads"]["aesthetic"] == {"source": str(tools / "a.safetensors"), "kind": "linear", "trained": {}}
+    assert facts.embedder == loaded.head.embedder and facts.predictors == {"aesthetic": loaded.sha256}
+    assert facts.read == 5 and facts.skipped == {}
+    assert facts.heads["aesthetic"] == score_files.HeadFacts(str(tools / "a.safetensors"), "linear", {})
 
 
 def test_several_heads_in_columns_of_their_own(score, shards, tools, tmp_path):

@@ -21,7 +21,7 @@ from ldm_lab.data import shapes
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.errors import UserError
 from ldm_lab.evaluation.shapes_checker import check
-from ldm_lab.sampling import Sampler
+from ldm_lab.sampling import Model, Pipeline, SamplingOptions
 
 # Of the pixels that seed 0 draws. Another Pillow may round an edge differently: then look at the picture and renew it.
 RECORDED = "144dea5a0c9813ab02750a4b9dc93ef90dd0e4f33abf0314d8bb83c1e5f44ad3"
@@ -241,11 +241,8 @@ def test_benchmark_measures_a_model():
     objective = config.build("objective", {"name": "v_cosine"})
     shown = []
     rows = measure(
-        Sampler(denoiser, objective, autoencoder, conditioner, dropout=0.2, size=(64, 64)),
-        guidance=3.0,
-        walk={"name": "ddim", "steps": 1},
-        seed=0,
-        batch_size=96,
+        Pipeline(Model(denoiser, objective, autoencoder, conditioner, dropout=0.2, image_size=(64, 64))),
+        SamplingOptions(sampler={"name": "ddim", "steps": 1}, batch_size=96),
         drawings=8,
         show=lambda row, pictures, prompts: shown.append((row, len(pictures), len(prompts))),
     )

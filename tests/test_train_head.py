@@ -21,6 +21,7 @@ from ldm_lab.curation.heads.head import load_head, save_head
 from ldm_lab.curation.scoring.files import (
     EMBEDDINGS,
     SCORES,
+    ScoreFacts,
     ScoreRows,
     read_embeddings,
     write_embeddings,
@@ -268,7 +269,8 @@ def test_rating_embeddings_of_scores_that_do_not_fit(tmp_path, program):
     keys = [str(n) for n in range(40)]
     scores = {"aesthetic": clean.numpy()}
     rows = ScoreRows(keys, [None] * 40, [None] * 40, scores)
-    write_scores(tmp_path / f"0{SCORES}", rows, {})
+    facts = ScoreFacts(EMBEDDER, "32-true", {}, False, {}, None, 40, {}, {})
+    write_scores(tmp_path / f"0{SCORES}", rows, facts)
 
     def average(column="aesthetic"):
         args = ("--scores", tmp_path / f"0{SCORES}", "--column", column, "--out", tmp_path / "r.safetensors")
@@ -285,7 +287,7 @@ def test_rating_embeddings_of_scores_that_do_not_fit(tmp_path, program):
     code, out, err = average()
     assert code == 0 and "(no embedding)" in out, err
     clean[:] = 99
-    write_scores(tmp_path / f"0{SCORES}", rows, {})
+    write_scores(tmp_path / f"0{SCORES}", rows, facts)
     code, _, err = average()
     assert code == 2 and "no image has a score from 0 to 10: 0 below, 40 above" in err
 

@@ -123,7 +123,7 @@ def test_init_from_takes_the_weights_and_nothing_else(here, program):
 
 def test_demo_grids_do_not_disturb_the_training(here, program):
     yaml = make_run(here)
-    demo = {"prompts": "prompts.txt", "every": 2, "sampler": "{name: ddim, steps: 3}"}
+    demo = {"prompts": "prompts.txt", "every": 2, "sampling.sampler": "{name: ddim, steps: 3}"}
     assert program("train", "--config", yaml, "run=plain")[0] == 0
     assert program("train", "--config", yaml, "run=demo", *(f"demo.{k}={v}" for k, v in demo.items()))[0] == 0
     grids = sorted((here / "runs/demo/demo").glob("*.png"))
@@ -153,7 +153,9 @@ def test_a_run_that_is_at_its_end_says_so(here, program):
 
 
 def test_wandb_offline_keeps_the_grid_and_the_captions(here):
-    yaml = make_run(here, demo={"prompts": "prompts.txt", "every": 6, "sampler": {"name": "ddim", "steps": 2}})
+    yaml = make_run(
+        here, demo={"prompts": "prompts.txt", "every": 6, "sampling": {"sampler": {"name": "ddim", "steps": 2}}}
+    )
     result = run_program(ROOT / "train.py", "--config", yaml, "logging.wandb=offline", cwd=here, WANDB_MODE="")
     assert result.returncode == 0, result.stderr
     media = list((here / "runs/tiny").rglob("wandb/**/media/images/**/*.png"))
@@ -248,7 +250,9 @@ run_program(lambda: runner.run(load(sys.argv[1], sys.argv[2:])))
 
 def test_two_processes_share_weights_and_demos_but_not_samples(here, program):
     yaml = make_run(
-        here, images=96, demo={"prompts": "prompts.txt", "every": 20, "sampler": {"name": "ddim", "steps": 2}}
+        here,
+        images=96,
+        demo={"prompts": "prompts.txt", "every": 20, "sampling": {"sampler": {"name": "ddim", "steps": 2}}},
     )
     (here / "spy.py").write_text(SPY)
     two = ["trainer.devices=2", "trainer.strategy=ddp"]
@@ -294,7 +298,7 @@ def test_two_processes_share_weights_and_demos_but_not_samples(here, program):
         (["data.workers=5"], "shards"),
         (["trainer.devices=0"], "trainer"),
         (["denoiser.multipliers=[1]"], "multipliers"),
-        (["demo.prompts=prompts.txt", "demo.image_size=20"], "demo: size 20x20: this model takes multiples of 16"),
+        (["demo.prompts=prompts.txt", "demo.sampling.size=20"], "demo: size 20x20: this model takes multiples of 16"),
         (["demo.prompts=prompts.txt", "conditioner.dropout=0"], "demo: guidance needs a model that was trained with"),
     ],
 )

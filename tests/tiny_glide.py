@@ -8,7 +8,7 @@ from ldm_lab.checkpoints.native import save_model
 from ldm_lab.condition_sources import build_sources, given_conditions
 from ldm_lab.conditions import ConditionSpec, Embedding, ImageCondition, TokenIds
 from ldm_lab.config import build
-from ldm_lab.sampling import Sampler
+from ldm_lab.sampling import Model, Pipeline
 
 SIDE, FACTOR = 16, 2
 TEXT = {"name": "glide_text", "vocabulary": "clip", "vocab_size": 600, "text_size": 6}
@@ -65,19 +65,20 @@ def network(form: dict, seed: int = 0) -> torch.nn.Module:
     return net.eval().requires_grad_(False)
 
 
-def sampler(**form: bool) -> Sampler:
-    """Return one of the forms as a Sampler."""
+def pipeline(**form: bool) -> Pipeline:
+    """Return one of the forms as a pipeline."""
     whole = config(**form)
     side = SIDE * FACTOR if form.get("upsampler") else SIDE
-    return Sampler(
+    model = Model(
         network(whole),
         build("objective", whole["objective"]),
         build("autoencoder", whole["autoencoder"]),
         build("conditioner", TEXT),
-        sources=build_sources(whole["condition_sources"]),
+        build_sources(whole["condition_sources"]),
         dropout=whole["conditioner"]["dropout"],
-        size=(side, side),
+        image_size=(side, side),
     )
+    return Pipeline(model)
 
 
 def write(path: Path, **form: bool) -> Path:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ldm_lab.checkpoints.native import save_part
 from ldm_lab.checkpoints.parts import load_part, read_part
 from ldm_lab.commands._arguments import safetensors_file, whole_number
-from ldm_lab.config import RunConfig, build, load
+from ldm_lab.config import build, load
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.errors import UserError
 from ldm_lab.training.scale import BATCHES, measure_scale
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("autoencoder.weights: has to be given; an untrained autoencoder's latents say nothing")
     autoencoder.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     before = float(autoencoder.latent_std)
-    images = image_batches(config, args.batches, args.batch_size)
+    images = image_batches(config["data"], config.seed, args.batches, args.batch_size)
     std = measure_scale(autoencoder, tqdm(images, total=args.batches, unit="batch"))
     count = args.batches * args.batch_size
     print(f"latent std {std:.4f} on {count:,} images (before: {before:.4f}); autoencoder.latent_std={std:.4f} uses it")
@@ -63,14 +63,18 @@ def architecture(section: Mapping[str, Any]) -> dict[str, Any]:
     return {**read_part(section["weights"], "autoencoder", section["name"]).config, **section}
 
 
-def image_batches(config: RunConfig, batches: int, batch_size: int) -> Iterator[Tensor]:
+def image_batches(section: Mapping[str, Any], seed: int, batches: int, batch_size: int) -> Iterator[Tensor]:
     """Yield `batches` batches of different images, [batch_size, 3, H, W] in [-1, 1], in the order of training.
+
+    Args:
+        section: of the data.
+        seed: of the run.
 
     Raises:
         UserError: there are fewer images than that.
     """
-    source = build("data", {**config["data"], "batch_size": batch_size})
-    data = DataModule(source, seed=config.seed, epochs=1)
+    source = build("data", {**section, "batch_size": batch_size})
+    data = DataModule(source, seed=seed, epochs=1)
     data.prepare_data()
     data.setup()
     held, found, given = torch.empty(0), 0, 0

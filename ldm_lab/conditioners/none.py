@@ -14,6 +14,7 @@ from ldm_lab.interfaces import Batch, Conditioner, Conditions, ConditionSpec, Em
 class NoConditioner(Conditioner):
     """Zeros in place of an embedding, whatever is asked for."""
 
+    is_unconditional = True
     zeros: Tensor
 
     def __init__(self, *, embed_dim: PositiveInt = 64) -> None:

@@ -26,7 +26,7 @@ ShareBelowOne = Annotated[float, Interval(ge=0, lt=1)]
 
 WORDS: dict[TypeForm, str] = {
     int: "whole number", float: "number", str: "text", bool: "true or false", dict: "section", list: "list",
-    None: "null", types.NoneType: "null", Any: "anything",
+    None: "null", types.NoneType: "null", Any: "anything", Plain: "anything",
 }  # fmt: skip
 
 
@@ -73,7 +73,9 @@ def describe(annotation: TypeForm) -> str:
         return " or ".join(describe(member) for member in args)
     if origin in (list, dict):
         return f"list of {_plural(describe(args[0]))}" if origin is list else "section"
-    return str(annotation)
+    if origin is tuple:
+        return f"list of {len(args)}: {', '.join(map(describe, args))}"
+    return annotation.__name__.lower() if isinstance(annotation, type) else str(annotation)
 
 
 def fits(value: Plain, annotation: TypeForm) -> bool:
@@ -136,7 +138,7 @@ def constraints_of(annotation: TypeForm) -> Iterator[BaseMetadata | PartSection 
 def _is_of(value: Plain, annotation: TypeForm) -> bool:
     """Return whether a value is of a type; bounds count inside lists and mappings alone."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation is Any:
+    if annotation is Any or annotation is Plain:
         return True
     if annotation is None or annotation is types.NoneType:
         return value is None
@@ -144,6 +146,9 @@ def _is_of(value: Plain, annotation: TypeForm) -> bool:
         return any(value == choice and type(value) is type(choice) for choice in args)
     if origin is list:
         return isinstance(value, list | tuple) and all(fits(entry, args[0]) for entry in value)
+    if origin is tuple:
+        entries = value if isinstance(value, list | tuple) else ()
+        return len(entries) == len(args) and all(map(fits, entries, args))
     if origin is dict:
         return isinstance(value, dict) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in value.items())
     if isinstance(value, bool):  # to Python a bool is an int, to a user it is not

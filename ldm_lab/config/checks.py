@@ -130,6 +130,7 @@ def _nested(annotation: Any, value: Any, where: str, across_keys: bool = False) 
     if mark is None or value is None:
         return []
     if isinstance(mark, PartSection):
+        value = {"name": value} if isinstance(value, str) else value
         check = check_rules_of if across_keys else check_keys
         return check(mark.role, {**({"name": mark.name} if mark.name else {}), **value}, where)
     return check_mapping(mark.role, value, where, across_keys)

@@ -20,7 +20,15 @@ from typing import Any, TypeAlias
 from ldm_lab.config.bounds import TypeForm
 
 Value: TypeAlias = Any  # of an evaluated expression: a constant, a tuple of constants, a type
-LIGHT = ("typing", "annotated_types", "math", "ldm_lab.config", "ldm_lab.config.bounds")  # imported for real
+LIGHT = (
+    "typing",
+    "annotated_types",
+    "math",
+    "pathlib",
+    "PIL.Image",
+    "ldm_lab.config",
+    "ldm_lab.config.bounds",
+)  # imported for real
 BUILTINS = {
     "int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict, "tuple": tuple, "len": len,
 }  # fmt: skip
@@ -174,12 +182,14 @@ class ClassSource:
         return None
 
     def options(self) -> dict[str, Option]:
-        """Return the keyword-only constructor arguments by name.
+        """Return the keyword-only constructor arguments by name; of a dataclass its fields.
 
-        A class without a constructor has those of its base class. A `**common` in a constructor stands for those of
-        the base class that it does not name itself. Raises Unreadable.
+        Another class without a constructor has those of its base class. A `**common` in a constructor stands for those
+        of the base class that it does not name itself. Raises Unreadable.
         """
         init = next((n for n in self.node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+        if init is None and any("dataclass" in ast.unparse(decorator) for decorator in self.node.decorator_list):
+            return self._fields()
         inherited: dict[str, Option] = {}
         if init is None or init.args.kwarg is not None:
             inherited = next((found for base in self.bases() if (found := base.options())), {})
@@ -197,6 +207,20 @@ class ClassSource:
                 meanings.get(argument.arg, ""),
             )
         return {**own, **{name: option for name, option in inherited.items() if name not in own}}
+
+    def _fields(self) -> dict[str, Option]:
+        """Return the fields of a dataclass as options."""
+        meanings, found = _meanings(ast.get_docstring(self.node)), {}
+        for node in self.node.body:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                name, default = node.target.id, node.value
+                found[name] = Option(
+                    self.module.evaluate(node.annotation),
+                    None if default is None else self.module.evaluate(default),
+                    default is None,
+                    meanings.get(name, ""),
+                )
+        return found
 
     def constant(self, name: str) -> Value:
         """Return the value of a class attribute, its own or a base class's. Raises Unreadable."""
@@ -273,12 +297,12 @@ def _assignments(body: list[ast.stmt]) -> dict[str, ast.expr]:
 
 
 def _meanings(docstring: str | None) -> dict[str, str]:
-    """Return name -> text of the section "Args:" of a docstring (that `ast.get_docstring` has cleaned)."""
+    """Return name -> text of the section "Args:" or "Attributes:" of a docstring cleaned by `ast.get_docstring`."""
     meanings: dict[str, str] = {}
     current: list[str] = []
     inside = False
     for line in (docstring or "").splitlines():
-        if line == "Args:":
+        if line in ("Args:", "Attributes:"):
             inside = True
         elif inside and line and not line.startswith(" "):
             break

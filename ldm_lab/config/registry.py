@@ -69,6 +69,8 @@ ROLES = {
     "ema": Role("ldm_lab.ema"),
     "checkpoint": Role("ldm_lab.training.checkpointing"),
     "demo": Role("ldm_lab.training.demo"),
+    "sampling": Role("ldm_lab.sampling.options"),
+    "model_options": Role("ldm_lab.sampling.options", listed=False),
     "logging": Role("ldm_lab.training.logs"),
     "trainer": Role("ldm_lab.training.runner"),
     "resume": Role("ldm_lab.training.resume"),

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ldm_lab.batch import Batch
 from ldm_lab.config import register
+from ldm_lab.data.datamodule import RankState
 from ldm_lab.data.order import Order
 from ldm_lab.data.samples import UNREACHABLE, Sample, SkippedSample
 from ldm_lab.data.source import Source
@@ -168,7 +169,7 @@ class CacheWriter:
             raise UserError(f"{self.folder}: neither empty nor a cache; take another folder")
         else:
             _write_meta(self.folder, CacheMeta(description))
-        self.state: dict[str, Any] | None = None
+        self.state: RankState | None = None
         self.written = self._shards = self._held = 0
         self._tensors: list[dict[str, Tensor]] = []
         self._strings: dict[str, list[str]] = {"text": [], "key": []}
@@ -180,7 +181,7 @@ class CacheWriter:
                 json.loads(metadata["state"]),
             )
 
-    def add(self, tensors: dict[str, Tensor], texts: list[str], keys: list[str], state: dict[str, Any]) -> None:
+    def add(self, tensors: dict[str, Tensor], texts: list[str], keys: list[str], state: RankState) -> None:
         """Add a batch.
 
         Args:

@@ -1,17 +1,40 @@
 """The data of a run for Lightning, with a position that can be saved and gone back to."""
 
 from collections import Counter
-from typing import Any
+from typing import TypedDict
 
 from pytorch_lightning import LightningDataModule
 from pytorch_lightning.utilities import rank_zero_info
 
-from ldm_lab.data.counts import Counts
+from ldm_lab.data.counts import Counts, CountsState
 from ldm_lab.data.loader import Loader, Progress
 from ldm_lab.data.order import Position
 from ldm_lab.data.source import Source
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Batch
+
+
+class RankState(TypedDict):
+    """Where a rank stands in the data, as plain values for a checkpoint.
+
+    Attributes:
+        seed: of the order.
+        processes: of the run.
+        workers: readers per rank.
+        unit, count: what is dealt out to them, and how many.
+        turn: the reader that gives the next batch.
+        positions: of the readers: epoch, start, offset.
+        counts: of what was read.
+    """
+
+    seed: int
+    processes: int
+    workers: int
+    unit: str
+    count: int
+    turn: int
+    positions: list[list[int]]
+    counts: CountsState
 
 
 class DataModule(LightningDataModule):
@@ -43,7 +66,7 @@ class DataModule(LightningDataModule):
         self.source, self.seed, self.epochs = source, seed, epochs
         self._rank, self._world_size = rank, world_size
         self._progress = Progress([Position()] * self.workers)
-        self._restored: tuple[list[dict[str, Any]], int] | None = None
+        self._restored: tuple[list[RankState], int] | None = None
 
     @property
     def workers(self) -> int:
@@ -70,7 +93,7 @@ class DataModule(LightningDataModule):
         """Samples of this rank that a rule filtered out so far, by rule."""
         return Counter(self._progress.counts.filtered)
 
-    def summary(self, states: list[dict[str, Any]] | None = None) -> str:
+    def summary(self, states: list[RankState] | None = None) -> str:
         """Return one line: samples read so far, and those skipped by reason with examples.
 
         Args:
@@ -114,19 +137,20 @@ class DataModule(LightningDataModule):
         """Note that a batch was trained on."""
         self._progress.advance(batch)
 
-    def rank_state(self) -> dict[str, Any]:
-        """Return where this rank stands, as plain numbers, texts, lists and dicts."""
-        return {
-            "seed": self.seed,
-            "processes": self.world_size,
-            "workers": self.workers,
-            self.source.unit: self.source.count,
-            "turn": self._progress.turn,
-            "positions": [list(p) for p in self._progress.positions],
-            "counts": self._progress.counts.state(),
-        }
+    def rank_state(self) -> RankState:
+        """Return where this rank stands."""
+        return RankState(
+            seed=self.seed,
+            processes=self.world_size,
+            workers=self.workers,
+            unit=self.source.unit,
+            count=self.source.count or 0,
+            turn=self._progress.turn,
+            positions=[list(p) for p in self._progress.positions],
+            counts=self._progress.counts.state(),
+        )
 
-    def load_rank_states(self, states: list[dict[str, Any]], rank: int) -> None:
+    def load_rank_states(self, states: list[RankState], rank: int) -> None:
         """Go back to where the ranks stood. May be called before or after `setup`.
 
         Args:
@@ -138,10 +162,16 @@ class DataModule(LightningDataModule):
         else:
             self._restored = states, rank
 
-    def _restore(self, states: list[dict[str, Any]], rank: int) -> None:
+    def _restore(self, states: list[RankState], rank: int) -> None:
         now = self.rank_state()
-        keys = ("seed", "processes", "workers", self.source.unit)
-        changes = [f"{key} {states[0].get(key)} -> {now[key]}" for key in keys if states[0].get(key) != now[key]]
+        before = states[0]
+        order = {
+            "seed": (before["seed"], now["seed"]),
+            "processes": (before["processes"], now["processes"]),
+            "workers": (before["workers"], now["workers"]),
+            now["unit"]: (before["count"] if before["unit"] == now["unit"] else None, now["count"]),
+        }
+        changes = [f"{what} {one} -> {other}" for what, (one, other) in order.items() if one != other]
         if not changes:
             positions = [Position(*p) for p in states[rank]["positions"]]
             self._progress = Progress(positions, states[rank]["turn"], Counts.of(states[rank]["counts"]))

@@ -11,7 +11,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from ldm_lab.data.counts import Counts
 from ldm_lab.data.order import Order, Position
 from ldm_lab.data.samples import DUPLICATE, FilteredOut, Sample, SkippedSample
-from ldm_lab.data.source import Source
+from ldm_lab.data.source import Item, Source
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Batch, ReaderState
 
@@ -123,7 +122,7 @@ def reader_state(position: Position, counts: Counts) -> ReaderState:
     )
 
 
-def walk(source: Source, order: Order, position: Position) -> Iterator[tuple[Position, Any]]:
+def walk(source: Source, order: Order, position: Position) -> Iterator[tuple[Position, Item | SkippedSample]]:
     """Yield (position after it, item) of what a reader still has to read of an epoch."""
     start, offset = position.start, 0
     for point, item in source.items(order, position.start):

@@ -4,9 +4,11 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from random import Random
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+
+Item = TypeVar("Item")
 
 
 class Position(NamedTuple):
@@ -49,16 +51,16 @@ class Order:
         # RandomState, not Generator: its streams are frozen, so a resumed run may bring a newer NumPy.
         return np.random.RandomState(words).permutation(count)[self.reader :: self.readers]  # [about count / readers]
 
-    def random(self, *key: Any) -> Random:
+    def random(self, *key: str | int) -> Random:
         """Return a random generator that depends on seed, epoch and key alone."""
         return Random(int.from_bytes(_digest(self.seed, self.epoch, *key)[:8], "little"))
 
 
-def _digest(*key: Any) -> bytes:
+def _digest(*key: str | int) -> bytes:
     return hashlib.sha256(repr(key).encode()).digest()
 
 
-def shuffled(items: Iterable[Any], size: int, random: Random, past: type | tuple[type, ...] = ()) -> Iterator[Any]:
+def shuffled(items: Iterable[Item], size: int, random: Random, past: type | tuple[type, ...] = ()) -> Iterator[Item]:
     """Yield all items in an order shuffled through a buffer of `size` items; below 2 the order stays as it is.
 
     Items of the type `past` go past the buffer and take no room in it.

@@ -27,13 +27,12 @@ from ldm_lab.data.loader import leave_signals_to_parent
 from ldm_lab.data.samples import BROKEN, DUPLICATE, UNREACHABLE, RawSample, SkippedSample, as_utf8
 from ldm_lab.data.work_items import Content, WorkItem
 from ldm_lab.errors import UserError
-from ldm_lab.io.json_files import Json
 from ldm_lab.processes import fail_together, quiet_lightning, trainer_options
 
 LONGEST_WAIT = timedelta(days=30)  # of one process for another one that has more to do
 REFRESH = 0.5  # seconds between updates of the bar
 
-Fingerprint = dict[str, Json]  # what makes results what they are -> plain values
+Fingerprint = dict[str, str]  # what makes results what they are -> its value, as a text
 One = TypeVar("One")  # a sample, prepared
 Many = TypeVar("Many", bound=tuple)  # a batch: a NamedTuple of tensors and lists, pinned and moved as such
 Made = TypeVar("Made")  # what a job makes of a batch, on the CPU

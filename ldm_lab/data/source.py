@@ -15,6 +15,8 @@ from ldm_lab.data.samples import RawSample, Sample, SkippedSample, caption_of
 from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import BadImage, decode_image, resize_and_crop, to_rgb
 
+Item = int | RawSample  # what `decode` takes: the number of a unit, or bytes
+
 
 class Source:
     """Base class of all sources. The contract is the docstring of `ldm_lab.data`.
@@ -48,13 +50,12 @@ class Source:
         """List the units and set `count`; called in every process. Raises UserError where there is nothing to read."""
         raise NotImplementedError
 
-    def items(self, order: Order, start: int = 0) -> Iterator[tuple[int, Any]]:
+    def items(self, order: Order, start: int = 0) -> Iterator[tuple[int, Item | SkippedSample]]:
         """Yield (restart point, item) of one reader's share of one epoch, from the restart point `start` on.
 
         Restart points never fall; `items(order, p)` must give the very items that `items(order, 0)` gives from its
-        first item with the restart point p on. An item
-        is what `decode` takes, or a `SkippedSample` for something that could not even be read. Nothing is decoded here,
-        so that resuming is quick.
+        first item with the restart point p on. An item is what `decode` takes, or a `SkippedSample` for something that
+        could not even be read. Nothing is decoded here, so that resuming is quick.
 
         As it stands: every unit is an item, known by its index; its restart point is its place in the share.
         """
@@ -62,7 +63,7 @@ class Source:
         for place in range(start, len(share)):
             yield place, int(share[place])
 
-    def decode(self, item: Any, order: Order) -> Sample:
+    def decode(self, item: Item, order: Order) -> Sample:
         """Return the sample of an item; every random choice comes from `order.random`. Raises SkippedSample."""
         raise NotImplementedError
 

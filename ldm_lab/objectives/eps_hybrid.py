@@ -6,9 +6,10 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
+from ldm_lab.conditions import Conditions
 from ldm_lab.config import PositiveFloat, register
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Conditions, Denoiser, Objective, Prediction, TimestepSampler
+from ldm_lab.interfaces import Denoiser, Objective, Prediction, TimestepSampler
 from ldm_lab.objectives.variational_bound import variational_bound
 from ldm_lab.schedules import Betas, Discrete, Posterior
 

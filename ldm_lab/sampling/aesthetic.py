@@ -4,7 +4,7 @@ LAION-Aesthetics published such embeddings for the ratings 0 to 9 of two CLIPs; 
 
     q' = (q + weight * rating embedding) / ||q + weight * rating embedding||
 
-row by row, with weight 0.5 and rating 9 unless asked otherwise. A negative weight leads away.
+row by row. A negative weight leads away.
 """
 
 import json
@@ -26,7 +26,6 @@ from ldm_lab.pretrained.catalogue import catalogue
 from ldm_lab.pretrained.resolve import resolve_weights
 
 ROLE = "rating_embeddings"
-WEIGHT = 0.5  # clip-retrieval's default
 UNIT = 1e-3  # how far from 1 the length of a rating embedding may be
 
 
@@ -108,12 +107,30 @@ class Aesthetic:
         UserError: a rating that is not among them, a weight that is no finite number.
     """
 
-    def __init__(self, ratings: RatingEmbeddings, rating: int = 9, weight: float = WEIGHT) -> None:
+    def __init__(self, ratings: RatingEmbeddings, rating: int, weight: float) -> None:
         if rating not in ratings.embeds:
             raise UserError(f"aesthetic: {unknown('rating', rating, map(str, ratings.embeds))}")
         if not math.isfinite(weight):
             raise UserError(f"aesthetic weight: a finite number is needed, not {weight}")
         self.embed, self.embedder, self.weight = ratings.embeds[rating], ratings.embedder, weight
+
+    @classmethod
+    def load(cls, rating: int, weight: float, name: str | Path | None, embedder: dict[str, str] | None) -> "Aesthetic":
+        """Return the aesthetic of a set of rating embeddings.
+
+        Args:
+            rating, weight: as above.
+            name: of the set (`RatingEmbeddings.load`); None takes the released one of an embedder.
+            embedder: of the model's conditioner; None if nobody knows.
+
+        Raises:
+            UserError: no such set, or none for this embedder.
+        """
+        if name is None and embedder is None:
+            raise UserError(
+                "aesthetic: whose embeddings these are is not known; aesthetic_embeddings says which to take"
+            )
+        return cls(RatingEmbeddings.load(name or released_for(embedder), [rating]), rating, weight)
 
     def check(self, embed_dim: int, embedder: dict[str, str] | None) -> None:
         """Raise UserError if the embeddings to be guided are of another width or another network.

@@ -1,13 +1,12 @@
-"""Sampling that begins with a picture: image to image, and inpainting, by any sampler and any objective.
+"""Sampling that begins with an image: img2img and inpainting, by any sampler and any objective.
 
-Image to image (SDEdit: Meng et al. 2022, arXiv 2108.01073, algorithm 1): the picture's latent is noised to a later time
-of the sampler's grid, and the walk goes on from there. Inpainting: outside the mask the model's prediction is replaced
-with the known one. There x0 is the picture's latent and eps is what x holds besides, so that every sampler, whose steps
-are linear in x0 and eps, carries that part along unharmed.
+Img2img (SDEdit: Meng et al. 2022, arXiv 2108.01073, algorithm 1): the init image's latent is noised to a later time of
+the sampler's grid, and sampling goes on from there. Inpainting: outside the mask the model's prediction is replaced
+with the known one (`ldm_lab.guidance.inpaint`).
 """
 
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,30 +15,31 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_lab.errors import UserError
-from ldm_lab.io.images import center_crop_to, to_tensor
+from ldm_lab.interfaces import Schedule
+from ldm_lab.io.images import center_crop_to, open_image, to_tensor
+from ldm_lab.sampling.model import Model
+from ldm_lab.sampling.options import ImageFile, SamplingOptions
 
 
 @dataclass(frozen=True)
-class Start:
-    """A picture to begin with.
+class InitImage:
+    """An image to begin with.
 
     Attributes:
         image: of any mode and size; it is resized to cover the size that is sampled, and its middle is taken.
-        strength: share of the sampler's steps that are walked, 0 to 1: 0 returns the picture as the autoencoder gives
-            it back, 1 keeps hardly anything of it.
+        strength: share of the sampler's steps that it goes through, 0 to 1: 0 returns the image as the autoencoder
+            gives it back, 1 keeps hardly anything of it.
         mask: of the image's size, white where something new is to be painted; the rest stays as it is. None: all.
 
     Raises:
-        UserError: strength outside 0 to 1, a mask of another size, or one that is black all over.
+        UserError: a mask of another size, or one that is black all over.
     """
 
     image: Image.Image
-    strength: float = 1.0
-    mask: Image.Image | None = None
+    strength: float
+    mask: Image.Image | None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.strength <= 1:
-            raise UserError(f"strength: a share from 0 to 1 is needed, not {self.strength}")
         if self.mask is None:
             return
         if self.mask.size != self.image.size:
@@ -48,20 +48,35 @@ class Start:
         if not to_mask(self.mask, self.mask.height, self.mask.width).any():
             raise UserError("mask: nothing in it is white, so that nothing would be painted")
 
-    def latents(self, autoencoder: Any, height: int, width: int, device: torch.device) -> Tensor:
-        """Return the picture's latent, the posterior's mean, [1, C, h, w], at a size in pixels."""
-        pixels = to_tensor(center_crop_to(self.image, height, width))[None].to(device)  # [1, 3, H, W]
-        return autoencoder.encode(pixels).float()  # [1, C, h, w]
-
-    def latent_mask(self, downscale: int, height: int, width: int, device: torch.device) -> Tensor | None:
-        """Return which latent elements are painted anew, bool [1, 1, h, w]: those with any white pixel in them."""
-        if self.mask is None:
+    @classmethod
+    def from_options(cls, options: SamplingOptions) -> "InitImage | None":
+        """Return the init image of resolved options, read from its file. Raises UserError."""
+        if options.init_image is None or options.strength is None:
             return None
-        pixels = torch.from_numpy(to_mask(self.mask, height, width))[None, None].float()  # [1, 1, H, W]
-        return (F.max_pool2d(pixels, downscale) > 0).to(device)  # [1, 1, h, w]
+        mask = None if options.mask is None else _opened(options.mask)
+        return cls(_opened(options.init_image), options.strength, mask)
+
+    def num_steps(self, steps: int) -> int:
+        """Return how many of a sampler's steps the image goes through."""
+        return round(self.strength * steps)
+
+    def encode(self, model: Model, latent_size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+        """Return the image's latent, the posterior's mean, [1, C, h, w], and its mask.
+
+        The mask is bool [1, 1, h, w], true in the elements with any white pixel: they are painted anew.
+        """
+        downscale = model.autoencoder.downscale
+        height, width = (side * downscale for side in latent_size)
+        pixels = to_tensor(center_crop_to(self.image, height, width))[None].to(model.device)  # [1, 3, H, W]
+        with model.on_device(model.autoencoder):
+            known = model.autoencoder.encode(pixels).float()  # [1, C, h, w]
+        if self.mask is None:
+            return known, None
+        white = torch.from_numpy(to_mask(self.mask, height, width))[None, None].float()  # [1, 1, H, W]
+        return known, (F.max_pool2d(white, downscale) > 0).to(model.device)  # [1, 1, h, w]
 
     def restore(self, painted: Image.Image) -> Image.Image:
-        """Return the picture with the painted one where the mask is white: every other pixel is the picture's own."""
+        """Return the image with the painted one where the mask is white: every other pixel is the image's own."""
         if self.mask is None:
             return painted
         white = Image.fromarray(to_mask(self.mask, painted.height, painted.width))
@@ -69,26 +84,34 @@ class Start:
 
 
 def to_mask(mask: Image.Image, height: int, width: int) -> np.ndarray:
-    """Return where a mask is white, bool [height, width], cut like the picture it belongs to."""
-    return (
-        np.asarray(center_crop_to(mask, height, width, Image.Resampling.NEAREST).convert("L")) > 127
-    )  # [height, width]
+    """Return where a mask is white, bool [height, width], cropped like the image that it belongs to."""
+    levels = center_crop_to(mask, height, width, Image.Resampling.NEAREST).convert("L")
+    return np.asarray(levels) > 127  # [height, width]
 
 
-class Later:
+def _opened(image: ImageFile) -> Image.Image:
+    return open_image(str(image)) if isinstance(image, str | Path) else image
+
+
+class TruncatedSchedule(Schedule):
     """A noise schedule whose grids leave out their first steps."""
 
-    def __init__(self, schedule: Any, skip: int) -> None:
+    def __init__(self, schedule: Schedule, skip: int) -> None:
         self.schedule, self.skip = schedule, skip
+        self.variance_preserving, self.timesteps = schedule.variance_preserving, schedule.timesteps
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.schedule, name)
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the whole schedule's alpha and sigma, each of t's shape."""
+        return self.schedule.alpha_sigma(t)
 
-    def grid(self, *which: Any) -> Tensor:
-        """Return the times that are left, [steps - skip]."""
-        return self.schedule.grid(*which)[self.skip :]
+    def log_snr(self, t: Tensor) -> Tensor:
+        """Return the whole schedule's log SNR, of t's shape."""
+        return self.schedule.log_snr(t)
 
+    def t_of_sigma_over_alpha(self, ratio: Tensor) -> Tensor:
+        """Return the whole schedule's t, of ratio's shape."""
+        return self.schedule.t_of_sigma_over_alpha(ratio)
 
-def first_time(walk: Any, schedule: Any) -> Tensor:
-    """Return the time at which a sampler begins on a schedule, []."""
-    return walk.times(schedule)[0]
+    def grid(self, steps: int | str, spacing: str | None = None) -> Tensor:
+        """Return the times that are left, float32 [steps - skip]."""
+        return self.schedule.grid(steps, spacing)[self.skip :]

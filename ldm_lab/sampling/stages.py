@@ -1,162 +1,181 @@
-"""A base model and the upsampler that enlarges its pictures."""
+"""Models in a row: a base model makes small pictures, each of the others enlarges what the one before made."""
 
-import itertools
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import torch
 from PIL import Image
 
-from ldm_lab.config import build
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.classifier_free import unguided_weights
 from ldm_lab.io.images import round_to_uint8
 from ldm_lab.prompts import Prompt
-from ldm_lab.sampling.image_to_image import Start
-from ldm_lab.sampling.pipeline import Mix, Picture, Sampler, as_mix
+from ldm_lab.sampling.decode import Sample
+from ldm_lab.sampling.options import SamplingOptions
+from ldm_lab.sampling.pipeline import Pipeline, Progress
+from ldm_lab.sampling.prompts import Prompts, prompt_weights
+from ldm_lab.sampling.request import Request
 
-# Added to an image's seed, so that the upsampler's noise is not the base's once more: 2**32 over the golden ratio,
-# which is far from all neighbouring seeds. (Of a seed torch's generators take the lowest 32 bits alone.)
-OTHER_NOISE = 2_654_435_769
-LEAST_FOR_FAST27 = 50  # timesteps that GLIDE's schedule for upsampling needs
+# Added to a picture's seed in each further stage, so that its noise is not that of the one before: 2**32 over the
+# golden ratio, which is far from all neighboring seeds. (Of a seed torch's generators take the lowest 32 bits alone.)
+SEED_OFFSET = 2_654_435_769
 
 
 @dataclass(frozen=True)
-class Upsampling:
-    """How pictures are enlarged.
+class Stage:
+    """A model and how it is asked.
 
     Attributes:
-        sampler: name, or config section; None is GLIDE's own: DDIM with the respacing fast27, or with 27 steps where
-            the schedule has no such timesteps.
-        temperature: factor of the noise that it starts from; a little below 1 makes smoother pictures.
-        guidance: weight of the prompts, together; None is none: the prompts count in proportion, the plain model.
+        pipeline: of the model.
+        options: all choices. An upsampler's guidance is the weight of its prompts together: those that the base is led
+            towards, in proportion; 1 is the plain model. Where the base has an init image with a mask, the upsampler
+            keeps what it masks off, too.
     """
 
-    sampler: str | dict[str, Any] | None = None
-    temperature: float = 0.997
-    guidance: float | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature <= 2:
-            raise UserError(f"upsampling temperature: a number from 0 to 2, near 1, is needed, not {self.temperature}")
-        if self.guidance is not None and not math.isfinite(self.guidance):
-            raise UserError("upsampling guidance: a finite number is needed")
+    pipeline: Pipeline
+    options: SamplingOptions = field(default_factory=SamplingOptions)
 
 
-class Cascade:
-    """Two models in a row: the base makes small pictures of prompts, the upsampler enlarges them."""
+@dataclass(frozen=True)
+class Plan:
+    """A request that all stages can carry out.
 
-    def __init__(self, base: Sampler, upsampler: Sampler) -> None:
-        """Take two models.
+    Attributes:
+        base: the base's part.
+        upsampling: each upsampler's part; its `low_res` is of the right shape, and empty.
+    """
+
+    base: Request
+    upsampling: list[Request]
+
+    @property
+    def total_steps(self) -> int:
+        """How many steps all batches of all stages go through."""
+        candidates = len(self.base.mixes) * self.base.options.rerank
+        further = sum(request.total_steps(len(request.mixes)) for request in self.upsampling)
+        return self.base.total_steps(candidates) + further
+
+
+class Stages:
+    """A base model and any number of upsamplers."""
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        """Take them in the order in which they work.
 
         Raises:
-            UserError: the base is an upsampler, or the upsampler is none.
+            UserError: the first one is an upsampler, or another one is none.
         """
-        if base.enlarges:
+        self.base, *self.upsamplers = stages
+        if self.upsamplers and self.base.pipeline.model.upscale_factor is not None:
             raise UserError("base model: this is an upsampler, which enlarges pictures of a base model's")
-        if not upsampler.enlarges:
+        if any(stage.pipeline.model.upscale_factor is None for stage in self.upsamplers):
             raise UserError("upsampler: this is a base model, which takes no picture to be enlarged")
-        self.base, self.upsampler = base, upsampler
 
-    def __call__(self, prompts: Sequence[Mix], **options: Any) -> list[tuple[Image.Image, Image.Image]]:
-        """Return small and large image for each entry of `prompts`. Options and errors are those of `batches`."""
-        return [pair for batch in self.batches(prompts, **options) for pair in batch]
+    def __call__(
+        self, prompts: Prompts, *, seeds: Sequence[int] | None = None, progress: Progress | None = None
+    ) -> list[tuple[Image.Image, ...]]:
+        """Return the images of all stages, small to large, for each entry of `prompts`. See `samples`."""
+        batches = self.samples(prompts, seeds=seeds, progress=progress)
+        return [tuple(sample.image for sample in row) for batch in batches for row in batch]
 
-    def batches(
-        self,
-        prompts: Sequence[Mix],
-        *,
-        upsampling: Upsampling = Upsampling(),
-        start: Start | None = None,
-        batch_size: int = 16,
-        progress: Callable[[int, int], None] | None = None,
-        **options: Any,
-    ) -> Iterator[list[tuple[Image.Image, Image.Image]]]:
-        """Return an iterator over pairs of small and large images, batch by batch, in the order of `prompts`.
+    def samples(
+        self, prompts: Prompts, *, seeds: Sequence[int] | None = None, progress: Progress | None = None
+    ) -> Iterator[list[tuple[Sample, ...]]]:
+        """Return an iterator over the pictures of all stages, batch by batch, in the order of `prompts`.
 
         Args:
-            prompts: as for the base alone (`Sampler.pictures`); those that lead away are the base's only.
-            upsampling: how the base's pictures are enlarged.
-            start: a picture to begin with. Where there is a mask, the upsampler keeps what it masks off, too.
-            batch_size: images at once, of either model.
-            progress: called after each step as `progress(steps done, steps in all)`, counted over both models.
-            options: further options of the base (`Sampler.pictures`).
+            prompts: as for the base alone (`Pipeline.samples`); those that lead away are the base's only.
+            seeds: of the base's pictures; by default they count on from its `options.seed`.
+            progress: called after each step as `progress(steps done, steps in all)`, counted over all stages.
 
         Raises:
-            UserError: guidance of the upsampler by no text; what `Sampler.pictures` raises, for either model.
+            UserError: what one of the models cannot do (`check`), before the first picture is made.
         """
-        mixes = [as_mix(entry) for entry in prompts]
-        larger = [self._enlarged(mix, options.get("guidance", 3.0), upsampling.guidance) for mix in mixes]
-        self.upsampler.weights(larger, 1.0)  # complains before the base begins to work
-        sampler = self._sampler(upsampling.sampler)
-        walk = build("sampler", sampler)
-        walk.times(self.upsampler.objective.schedule)  # likewise
-        steps = _Steps(progress, math.ceil(len(mixes) / max(batch_size, 1)) * walk.steps)
-        made = self.base.pictures(mixes, start=start, batch_size=batch_size, progress=steps.base, **options)
-        keep = None if start is None or start.mask is None else Start(start.image, 1.0, start.mask)
+        plan = self.check(prompts, seeds=seeds)
+        base, counter = plan.base, _Counter(progress, plan.total_steps)
+        batches = self.base.pipeline.samples(base.mixes, base.options, seeds=base.seeds, progress=counter.step)
+        rows: Iterator[tuple[Sample, ...]] = ((sample,) for batch in batches for sample in batch)
+        for number, (stage, request) in enumerate(zip(self.upsamplers, plan.upsampling, strict=True), start=1):
+            rows = _enlarged(rows, stage.pipeline, request, number * SEED_OFFSET, counter.step)
+        return _grouped(rows, base.options.batch_size)
 
-        def run() -> Iterator[list[tuple[Image.Image, Image.Image]]]:
-            pictures = (picture for batch in made for picture in batch)
-            for first in range(0, len(mixes), batch_size):
-                small = list(itertools.islice(pictures, batch_size))
-                seeds = [picture.image.info["seed"] for picture in small]
-                (large,) = self.upsampler.pictures(
-                    larger[first : first + len(small)],
-                    low_res=round_to_uint8(torch.stack([picture.pixels for picture in small])),
-                    seeds=[seed + OTHER_NOISE for seed in seeds],
-                    sampler=sampler,
-                    temperature=upsampling.temperature,
-                    start=keep,
-                    batch_size=batch_size,
-                    progress=steps.upsampler,
-                )
-                yield [self._pair(*pictures) for pictures in zip(small, large, strict=True)]
+    def check(self, prompts: Prompts, *, seeds: Sequence[int] | None = None) -> Plan:
+        """Return the request with all defaults filled in; nothing is encoded or sampled yet.
 
-        return run()
-
-    @staticmethod
-    def _pair(small: Picture, large: Picture) -> tuple[Image.Image, Image.Image]:
-        large.image.info.update(small.image.info)  # the seed that the user knows
-        return small.image, large.image
-
-    def _sampler(self, sampler: str | dict[str, Any] | None) -> dict[str, Any]:
-        """Return the config section of the upsampler's sampler."""
-        if sampler is not None:
-            return {"name": sampler} if isinstance(sampler, str) else sampler
-        enough = getattr(self.upsampler.objective.schedule, "timesteps", 0) >= LEAST_FOR_FAST27
-        return {"name": "ddim", "steps": "fast27" if enough else 27}
-
-    def _enlarged(self, mix: list[Prompt], usual: float, guidance: float | None) -> list[Prompt]:
-        """Return the prompts that an image is enlarged with: those that the base is led towards, in proportion."""
-        weights = torch.tensor([[usual if prompt.weight is None else prompt.weight for prompt in mix]])  # [1, k]
-        shares = unguided_weights(weights)[1:, 0].tolist()  # k numbers
-        towards = [(prompt, share) for prompt, share in zip(mix, shares) if share > 0]
-        wordless = getattr(self.upsampler.conditioner, "part_name", None) == "none"
-        if guidance not in (None, 1.0) and (wordless or not any(prompt.text.strip() for prompt, _ in towards)):
-            why = "it was trained without any" if wordless else "this prompt is empty"
-            raise UserError(f"guidance of the upsampler needs a text that it guides to, but {why}; leave it out")
-        total = 1.0 if guidance is None else guidance
-        return [replace(prompt, weight=share * total) for prompt, share in towards] or [Prompt("", 1.0)]
+        Raises:
+            UserError: guidance of an upsampler by no text; what `Pipeline.check` raises, for any of the models.
+        """
+        base = self.base.pipeline.check(prompts, self.base.options, seeds=seeds)
+        downscale = self.base.pipeline.model.autoencoder.downscale
+        height, width = (side * downscale for side in base.latent_size)
+        requests = []
+        for stage in self.upsamplers:
+            low_res = torch.empty(len(base.mixes), 3, height, width, device="meta")  # [N, 3, h, w]
+            options = _with_mask(stage.options, base.options)
+            mixes = [_led_towards(stage, mix, base.options) for mix in base.mixes]
+            requests.append(stage.pipeline.check(mixes, options, low_res=low_res))
+            downscale = stage.pipeline.model.autoencoder.downscale
+            height, width = (side * downscale for side in requests[-1].latent_size)
+        return Plan(base, requests)
 
 
-class _Steps:
-    """Counts the steps of both models for one progress report."""
+def _with_mask(options: SamplingOptions, base: SamplingOptions) -> SamplingOptions:
+    """Return an upsampler's options with what the base keeps of an image."""
+    if base.mask is None:
+        return options
+    return replace(options, init_image=base.init_image, mask=base.mask, strength=1.0)
 
-    def __init__(self, progress: Callable[[int, int], None] | None, upsampling: int) -> None:
-        self.progress, self.upsampling = progress, upsampling
-        self.done, self.total, self.enlarged = 0, 0, 0
 
-    def base(self, done: int, total: int) -> None:
-        self.done, self.total = done, total
-        self._report(0)
+def _led_towards(stage: Stage, mix: Sequence[Prompt], base: SamplingOptions) -> list[Prompt]:
+    """Return the prompts that a picture is enlarged with: those that the base is led towards, in proportion."""
+    total = stage.options.resolved(upsampler=True).guidance
+    shares = unguided_weights(prompt_weights([mix], base.guidance).float())[1:, 0].tolist()  # k numbers
+    towards = [(prompt, share) for prompt, share in zip(mix, shares, strict=True) if share > 0]
+    unconditional = stage.pipeline.model.conditioner.is_unconditional
+    if total != 1 and (unconditional or not any(prompt.text.strip() for prompt, _ in towards)):
+        why = "it was trained without any" if unconditional else "this prompt is empty"
+        raise UserError(f"guidance of the upsampler needs a text that it guides to, but {why}; leave it out")
+    return [replace(prompt, weight=share * total) for prompt, share in towards] or [Prompt("", 1.0)]
 
-    def upsampler(self, done: int, total: int) -> None:
-        self._report(done)
-        if done == total:
-            self.enlarged += total
 
-    def _report(self, now: int) -> None:
+def _enlarged(
+    rows: Iterator[tuple[Sample, ...]],
+    pipeline: Pipeline,
+    request: Request,
+    seed_offset: int,
+    progress: Progress,
+) -> Iterator[tuple[Sample, ...]]:
+    """Yield the pictures of the stages so far, each with one more that is the last one enlarged."""
+    size = request.options.batch_size
+    for first in range(0, len(request.mixes), size):
+        group = list(islice(rows, size))
+        (large,) = pipeline.samples(
+            request.mixes[first : first + len(group)],
+            request.options,
+            seeds=[row[0].seed + seed_offset for row in group],
+            low_res=round_to_uint8(torch.stack([row[-1].pixels for row in group])),  # [B, 3, h, w]
+            progress=progress,
+        )
+        for row, sample in zip(group, large, strict=True):
+            sample.image.info.update(row[0].image.info)  # the seed that the user knows
+            yield *row, replace(sample, seed=row[0].seed, similarity=row[0].similarity)
+
+
+def _grouped(rows: Iterator[tuple[Sample, ...]], size: int) -> Iterator[list[tuple[Sample, ...]]]:
+    """Yield the pictures in batches."""
+    while group := list(islice(rows, size)):
+        yield group
+
+
+class _Counter:
+    """Counts the steps of all stages for one progress report."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self.progress, self.total, self.done = progress, total, 0
+
+    def step(self, done: int, total: int) -> None:
+        """Count one step of any stage, whatever that stage counts itself."""
+        self.done += 1
         if self.progress is not None:
-            self.progress(self.done + self.enlarged + now, self.total + self.upsampling)
+            self.progress(self.done, self.total)

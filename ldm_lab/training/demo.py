@@ -1,22 +1,23 @@
 """Grids of samples from fixed prompts and fixed noise during training."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from PIL import Image
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.utilities.types import STEP_OUTPUT
 
-from ldm_lab.config import PartSection, PositiveInt, register
+from ldm_lab.batch import Batch
+from ldm_lab.config import PartSection, Plain, PositiveInt, register
 from ldm_lab.errors import UserError
 from ldm_lab.io.images import grid, save_png
 from ldm_lab.prompts import read_prompts
-from ldm_lab.sampling import Sampler
+from ldm_lab.sampling import Model, Pipeline, SamplingOptions
+from ldm_lab.sampling.options import DEMO
+from ldm_lab.training.diffusion import DiffusionTask
 from ldm_lab.training.logs import log_images
 from ldm_lab.training.task import gather
-
-DEFAULT_SAMPLER = {"name": "plms", "steps": 50}
 
 
 @register("demo")
@@ -29,12 +30,8 @@ class Demo(Callback):
         *,
         prompts: str,
         every: PositiveInt = 2000,
-        guidance: float = 3.0,
-        sampler: Annotated[dict[str, Any] | None, PartSection("sampler", "plms")] = None,
-        seed: int = 0,
-        batch_size: PositiveInt = 16,
         columns: PositiveInt | None = None,
-        image_size: PositiveInt | None = None,
+        sampling: Annotated[dict[str, Plain] | None, PartSection("sampling")] = None,
     ) -> None:
         """Set what is sampled.
 
@@ -42,37 +39,39 @@ class Demo(Callback):
             folder: the run's folder; grids are `demo/step=....png` below it.
             prompts: a file with one prompt per line.
             every: optimizer steps between grids; also one after the first step, so that a broken set-up shows early.
-            guidance: guidance scale.
-            sampler: name and options, by default {name: plms, steps: 50}.
-            seed: prompt i starts from the noise of seed + i, the same in every grid.
-            batch_size: images per device at once.
             columns: of the grid; by default about a square.
-            image_size: side in pixels; by default the data's.
+            sampling: how pictures are made (`ldm_lab.sampling.options`), by default with 50 steps of plms. Prompt i has
+                the seed of `seed` + i, the same in every grid; the batch size is that of each device; the size is by
+                default the data's.
         """
-        self.folder, self.every, self.guidance, self.seed = folder, every, guidance, seed
-        self.batch_size, self.columns, self.image_size = batch_size, columns, image_size
-        self.sampler = {**DEFAULT_SAMPLER, **(sampler or {})}
+        self.folder, self.every, self.columns = folder, every, columns
+        self.options = SamplingOptions(**{**DEMO, **(sampling or {})})
         self.prompts = read_prompts(prompts)
         self.done_at = -1
 
-    def setup(self, trainer: Trainer, task: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, task: DiffusionTask, stage: str) -> None:
         """Find out before training whether this model can draw them. Raises UserError."""
         try:
-            self.batches(trainer, task)
+            self.pipeline(trainer, task).check(self.prompts, self.options)
         except UserError as error:
             raise UserError(f"demo: {error}") from None
 
-    def on_train_batch_end(self, trainer: Trainer, task: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, task: DiffusionTask, outputs: STEP_OUTPUT, batch: Batch, index: int
+    ) -> None:
         step = trainer.global_step
         if step != self.done_at and (step == 1 or step % self.every == 0):
             self.done_at = step
             self.draw(trainer, task)
 
-    def draw(self, trainer: Trainer, task: LightningModule) -> None:
+    def draw(self, trainer: Trainer, task: DiffusionTask) -> None:
         """Sample this rank's share of the prompts; rank 0 gathers, writes and logs the grid."""
+        mine = range(trainer.global_rank, len(self.prompts), trainer.world_size)
         with torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else []):
-            images = [image for batch in self.batches(trainer, task) for image in batch]
-        shares = gather(images)
+            images = self.pipeline(trainer, task)(
+                [self.prompts[i] for i in mine], self.options, seeds=[self.options.seed + i for i in mine]
+            )
+        shares: list[list[Image.Image]] = gather(images)
         if not trainer.is_global_zero:
             return
         drawn = [shares[i % trainer.world_size][i // trainer.world_size] for i in range(len(self.prompts))]
@@ -82,22 +81,20 @@ class Demo(Callback):
         log_images(trainer, "demo/grid", [picture], ["\n".join(self.prompts)])
         log_images(trainer, "demo/images", drawn, self.prompts)
 
-    def batches(self, trainer: Trainer, task: LightningModule) -> Iterator[list[Image.Image]]:
-        """Return an iterator over this rank's images, which are not made before they are asked for."""
-        sampler = Sampler(
-            task.best_model,
-            task.objective,
-            task.autoencoder,
-            task.conditioner,
-            sources=task.sources,
-            dropout=task.dropout,
-        )
-        mine = range(trainer.global_rank, len(self.prompts), trainer.world_size)
-        return sampler.batches(
-            [self.prompts[i] for i in mine],
-            seeds=[self.seed + i for i in mine],
-            guidance=self.guidance,
-            sampler=self.sampler,
-            size=self.image_size or trainer.datamodule.source.image_size,
-            batch_size=self.batch_size,
-        )
+    def pipeline(self, trainer: Trainer, task: DiffusionTask) -> Pipeline:
+        """Return a pipeline over the task's own parts, with the averaged weights if there are any."""
+        side = trainer.datamodule.source.image_size
+        return Pipeline(trained_model(task, (side, side)))
+
+
+def trained_model(task: DiffusionTask, size: tuple[int, int]) -> Model:
+    """Return a task's parts as a model that pictures can be asked of, where they are."""
+    return Model(
+        denoiser=task.best_model,
+        objective=task.objective,
+        autoencoder=task.autoencoder,
+        conditioner=task.conditioner,
+        condition_sources=task.sources,
+        dropout=task.dropout,
+        image_size=size,
+    )

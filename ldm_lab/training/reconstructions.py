@@ -1,14 +1,15 @@
 """Grids of images and their reconstructions during the training of an autoencoder."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
+from ldm_lab.batch import Batch
 from ldm_lab.config import PositiveInt, register
-from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import grid, save_png, to_images
 from ldm_lab.training.logs import log_images
 
@@ -29,13 +30,15 @@ class Reconstructions(Callback):
         self.levels: Tensor | None = None  # [count, 3, H, W], uint8
         self.done_at = -1
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Tensor | None]:
         return {"levels": self.levels}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Tensor | None]) -> None:
         self.levels = state_dict["levels"]
 
-    def on_train_batch_end(self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, index: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, task: LightningModule, outputs: STEP_OUTPUT, batch: Batch, index: int
+    ) -> None:
         if not trainer.is_global_zero:
             return
         self.keep(batch)
@@ -46,12 +49,13 @@ class Reconstructions(Callback):
 
     def keep(self, batch: Batch) -> None:
         """Keep images of the first batch."""
-        if self.levels is None:
-            self.levels = ((batch.image[: self.count] + 1) * 127.5).round().to("cpu", torch.uint8)  # [n, 3, H, W]
+        if self.levels is None and batch.image is not None:
+            self.levels = to_levels(batch.image[: self.count])  # [n, 3, H, W]
 
     @torch.no_grad()
     def draw(self, trainer: Trainer, task: LightningModule) -> None:
         """Write and log the grid: images above, reconstructions of the latents' means below."""
+        assert self.levels is not None, "images are kept before any are drawn"
         model, training = task.best_model, task.best_model.training
         image = self.levels.to(model.latent_std) / 127.5 - 1  # [n, 3, H, W]
         reconstruction = model.eval().decode(model.encode(image))  # [n, 3, H, W]
@@ -61,3 +65,8 @@ class Reconstructions(Callback):
         path = self.folder / "reconstructions" / f"step={trainer.global_step:08d}.png"
         save_png(path, picture, {"step": str(trainer.global_step), "description": caption})
         log_images(trainer, "reconstructions", [picture], [caption])
+
+
+def to_levels(image: Tensor) -> Tensor:
+    """Return images [n, 3, H, W] in [-1, 1] in 8-bit levels, uint8 on the CPU."""
+    return ((image + 1) * 127.5).round().to("cpu", torch.uint8)  # [n, 3, H, W]

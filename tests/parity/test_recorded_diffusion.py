@@ -15,7 +15,7 @@ from ldm_lab.guidance.inpaint import Inpaint
 from ldm_lab.guidance.thresholding import StaticThresholding
 from ldm_lab.interfaces import Denoiser, Predict, Prediction
 from ldm_lab.objectives.eps_hybrid import EpsHybrid
-from ldm_lab.sampling.image_to_image import Later
+from ldm_lab.sampling.image_to_image import TruncatedSchedule
 from ldm_lab.schedules import Posterior, RespacedSchedule
 
 SAMPLERS = {
@@ -202,7 +202,7 @@ def check_steps(recorded: Case, config: dict) -> None:
             final = build("sampler", {"name": "ddim", "steps": kept(config), "eta": eta}).sample(
                 change(StaticThresholding().wrap(reading(rows), schedule)),
                 x[rows],
-                schedule=Later(schedule, done),
+                schedule=TruncatedSchedule(schedule, done),
                 noise=lambda x, rows=rows: given["step_noise"][rows],
                 callback=lambda i, x, x0, xs=xs: xs.append(x),
             )

@@ -17,7 +17,7 @@ from ldm_lab.condition_sources import build_sources
 from ldm_lab.condition_sources.low_res import shrink
 from ldm_lab.conditioners.glide_text import GlideText, gpt2_encoding
 from ldm_lab.io.images import round_to_uint8, to_images, to_tensor
-from ldm_lab.sampling import Sampler
+from ldm_lab.sampling import Model, Pipeline, SamplingOptions
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "golden"  # where GPT-2's merges may lie
 
@@ -34,63 +34,61 @@ def merges(golden, tmp_path, monkeypatch):
     gpt2_encoding.cache_clear()
 
 
-class Tape(Sampler):
-    """A Sampler that starts from recorded noise and draws recorded noise."""
+class Tape:
+    """Recorded noise in the place of the seeds'."""
 
-    noise: Tensor  # [1 + steps, B, C, h, w], of one batch
+    def __init__(self, noise: Tensor) -> None:
+        """Take noise [1 + steps, B, C, h, w] of one batch."""
+        self.noise = iter(noise)
 
-    def latents(self, walk, latent_size, *args, **options):
-        """Return what `Sampler.latents` does, with the tape in place of the seeds."""
-        tape, randn = iter(self.noise.flatten(0, 1)), torch.randn  # the draws of all pictures in turn
-        torch.randn = lambda *size, generator=None: next(tape) if generator is not None else randn(*size)
-        try:
-            return super().latents(walk, latent_size, *args, **options)
-        finally:
-            torch.randn = randn
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the next noise, [B, C, h, w]."""
+        return next(self.noise)
 
 
-def stage(recorded: Case, part: str, folder: Path, noise: Tensor) -> Tape:
-    """Return one of the pipeline's two models as a Sampler."""
+def stage(recorded: Case, part: str, folder: Path) -> Pipeline:
+    """Return one of the two models as a pipeline."""
     config = recorded.config[part]
     (folder / part).mkdir()
     net = glide_network(recorded.part(f"{part}/"), config["model"], folder / part)
-    sampler = Tape(
+    model = Model(
         net,
         objective_of(config["diffusion"]),
         IdentityAutoencoder(),
         GlideText(text_size=config["model"]["text_ctx"]),
-        sources=build_sources({"low_res": {}} if "low_res" in net.spec else {}),
+        build_sources({"low_res": {}} if "low_res" in net.spec else {}),
         dropout=0.1,
-        size=(config["side"], config["side"]),
+        image_size=(config["side"], config["side"]),
     )
-    sampler.noise = noise
-    return sampler
+    return Pipeline(model)
 
 
 @torch.no_grad()
-def test_base_and_upsampler(case, merges, tmp_path):
+def test_base_and_upsampler(case, merges, tmp_path, monkeypatch):
     recorded = case("glide_pipeline")
     config, given, prompt = recorded.config, recorded.inputs, recorded.config["prompt"]
     count = config["batch_size"]
-    base = stage(recorded, "base", tmp_path, given["base_noise"][:, :count])  # the rest is the unguided half's
-    tokens = [base.conditioner.from_prompts([text] * count, []) for text in (prompt, "")]
+    base, upsampler = (stage(recorded, part, tmp_path) for part in ("base", "upsample"))
+    tokens = [base.model.conditioner.from_prompts([text] * count, []) for text in (prompt, "")]
     recorded.check("tokens", torch.cat([cond["token_ids"] for cond in tokens]))
     recorded.check("mask", torch.cat([cond["token_ids_mask"] for cond in tokens]).long())
 
-    def sampling(part: str) -> dict:
+    def made(part: str, pipeline: Pipeline, noise: Tensor, guidance: float, low_res: Tensor | None = None) -> Tensor:
+        """Return the pictures of a model, [B, 3, H, W]."""
+        monkeypatch.setattr("ldm_lab.sampling.pipeline.SeededNoise", lambda seeds: Tape(noise))
         name = config[part]["sampler"]
         sampler = {**SAMPLERS[name], "steps": kept(config[part]["diffusion"])}
-        return {"sampler": sampler, "clamp": name not in UNCLAMPED}
+        unclamped = name in UNCLAMPED
+        options = SamplingOptions(sampler=sampler, clip_denoised=not unclamped, guidance=guidance, temperature=1.0)
+        (samples,) = pipeline.samples([prompt] * count, options, low_res=low_res)
+        return torch.stack([sample.pixels for sample in samples])
 
-    (pictures,) = base.pictures([prompt] * count, guidance=config["guidance_scale"], **sampling("base"))
-    pixels = torch.stack([picture.pixels for picture in pictures])  # [B, 3, h, w]
+    base_noise = given["base_noise"][:, :count]  # the rest is the unguided half's
+    pixels = made("base", base, base_noise, config["guidance_scale"])  # [B, 3, h, w]
     recorded.check("base_sample", pixels)
     recorded.check("low_res", round_to_uint8(pixels))
-
-    upsampler = stage(recorded, "upsample", tmp_path, given["upsample_noise"])
     low_res = round_to_uint8(given["low_res_in"])
-    (pictures,) = upsampler.pictures([prompt] * count, low_res=low_res, guidance=1.0, **sampling("upsample"))
-    recorded.check("upsampled", torch.stack([picture.pixels for picture in pictures]))
+    recorded.check("upsampled", made("upsample", upsampler, given["upsample_noise"], 1.0, low_res))
     recorded.finish()
 
 

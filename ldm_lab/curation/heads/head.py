@@ -14,6 +14,7 @@ from ldm_lab.checkpoints.parts import load_module
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Part
 from ldm_lab.io.atomic import sha256
+from ldm_lab.io.json_files import Json, parse_json
 
 Output = Literal["number", "probability"]
 UNSAID = {"embedder": "whose embeddings it takes", "activation": "what is between its layers"}
@@ -100,7 +101,7 @@ class LoadedHead(NamedTuple):
     head: Head
     source: str
     sha256: str
-    trained: dict[str, Any]
+    trained: dict[str, Json]
 
 
 def load_head(name: str | Path) -> LoadedHead:
@@ -130,17 +131,14 @@ def load_head(name: str | Path) -> LoadedHead:
             f"{path}: does not say {' and '.join(UNSAID[key] for key in missing)}. Say it once: python -m ldm_lab "
             f"convert {path} head.safetensors {' '.join(EXAMPLES[key] for key in missing)} column=NAME"
         ) from None
-    try:
-        trained = json.loads(found.file.metadata.get("trained", "{}"))
-    except ValueError:
-        trained = {}
+    trained = parse_json(found.file.metadata.get("trained", "{}").encode())
     module.eval().requires_grad_(False)
     module = module.fused()
     if not all(p.isfinite().all() for p in module.parameters()):
         raise UserError(f"{path}: its weights are not finite numbers")
-    return LoadedHead(module, str(name), sha256(path), trained if isinstance(trained, dict) else {})
+    return LoadedHead(module, str(name), sha256(path), trained)
 
 
-def save_head(path: str | Path, head: Head, section: dict[str, Any], trained: dict[str, Any]) -> None:
+def save_head(path: str | Path, head: Head, section: dict[str, Any], trained: dict[str, float]) -> None:
     """Write a head with its config section and what is known of its training, as plain values."""
     save_part(path, head, section, {"trained": json.dumps(trained)})

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -98,7 +97,9 @@ class Rated:
             raise UserError(f"{path}: {len(embeds)} embeddings, but the ratings are {list(ratings.shape)}: one each")
         self.add(path, embeds, ratings, embedder, "rated NaN")
 
-    def add(self, path: Path, embeds: Tensor, ratings: np.ndarray, embedder: Any, unrated: str) -> None:
+    def add(
+        self, path: Path, embeds: Tensor, ratings: np.ndarray, embedder: dict[str, str] | None, unrated: str
+    ) -> None:
         """Add embeddings [N, D] with ratings [N]; those that are not finite are left out and counted."""
         if embedder is not None and self.embedder is not None:
             embedders.check_same(str(path), embedder, self.embedder)

@@ -1,7 +1,5 @@
 """A table as rules see it: quantities under their own names, sizes the right way round, NaN as unknown."""
 
-from typing import Any
-
 import ibis
 import ibis.expr.types as ir
 
@@ -83,7 +81,7 @@ def bit_mask(row: TableRow, rules: list[Rule]) -> tuple[ir.Value, list[tuple[Rul
     """Return a number per row with a bit for each reason to leave it out, 0 for none, and the bits' meanings."""
     bits: list[tuple[Rule, str]] = []
 
-    def mask_of(chosen: list[Rule]) -> Any:
+    def mask_of(chosen: list[Rule]) -> ir.Value:
         mask = ibis.literal(0, "int64")
         for rule in chosen:
             for reason, condition in row.violations(rule).items():

@@ -10,7 +10,7 @@ embedder in the metadata.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor
 from ldm_lab.checkpoints import embedders
 from ldm_lab.checkpoints.files import FORMAT, is_safetensors, read_safetensors
 from ldm_lab.data.strings import Strings
+from ldm_lab.data.work_items import Content
 from ldm_lab.errors import UserError, first_line, unknown
 from ldm_lab.io.atomic import atomic_write
 from ldm_lab.io.json_files import Json, parse_json
@@ -32,7 +33,62 @@ VERSION = "ldm_lab scores 1"
 ROLE = "embeddings"
 
 
-Facts = dict[str, Json]  # what a Parquet says of itself: what made the scores, what was read and skipped
+@dataclass(frozen=True)
+class HeadFacts:
+    """A head as a Parquet names it: what it was asked by, its kind, what its file says of its training."""
+
+    source: str
+    kind: str
+    trained: dict[str, Json]
+
+
+KEYS = {field.name for field in fields(HeadFacts)}
+
+
+@dataclass(frozen=True)
+class ScoreFacts:
+    """What a Parquet says of itself.
+
+    Attributes:
+        embedder: whose embeddings were scored (`ldm_lab.checkpoints.embedders`).
+        precision: of its arithmetic.
+        predictors: column -> sha256 of the head.
+        similarity: whether there is a column of cosines.
+        heads: column -> where the head came from.
+        content: `WorkItem.content` of what was scored.
+        read, skipped, examples: `ldm_lab.data.counts.Counts`.
+    """
+
+    embedder: dict[str, str]
+    precision: str
+    predictors: dict[str, str]
+    similarity: bool
+    heads: dict[str, HeadFacts]
+    content: Content
+    read: int
+    skipped: dict[str, int]
+    examples: dict[str, list[str]]
+
+    def to_json(self) -> str:
+        """Return the text for the file's metadata."""
+        return json.dumps({"format": VERSION, **asdict(self)})
+
+    @classmethod
+    def of(cls, data: bytes | None) -> "ScoreFacts | None":
+        """Return the facts in a file's metadata, None if they are damaged or of another program."""
+        content = parse_json(data)
+        names = [field.name for field in fields(cls)]
+        if content.get("format") != VERSION or not all(name in content for name in names):
+            return None
+        facts = {name: content[name] for name in names}
+        heads = content["heads"]
+        mappings = (heads, content["embedder"], content["predictors"], content["skipped"], content["examples"])
+        if not isinstance(content["read"], int) or not all(isinstance(mapping, dict) for mapping in mappings):
+            return None
+        if not all(isinstance(head, dict) and head.keys() == KEYS for head in heads.values()):
+            return None
+        facts["heads"] = {column: HeadFacts(**head) for column, head in heads.items()}
+        return cls(**facts)
 
 
 @dataclass(frozen=True)
@@ -51,7 +107,7 @@ class ScoreRows:
     scores: dict[str, NDArray[np.float32]]
 
 
-def write_scores(path: Path, rows: ScoreRows, facts: Facts) -> None:
+def write_scores(path: Path, rows: ScoreRows, facts: ScoreFacts) -> None:
     """Write a shard's scores, NaN as null, whole or not at all; `facts` go into the metadata."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -62,13 +118,13 @@ def write_scores(path: Path, rows: ScoreRows, facts: Facts) -> None:
         "hash": pa.array(rows.hash, pa.int64()),
         **{name: pa.array(values, pa.float32(), from_pandas=True) for name, values in rows.scores.items()},
     }
-    table = pa.table(columns).replace_schema_metadata({FORMAT: json.dumps({"format": VERSION, **facts})})
+    table = pa.table(columns).replace_schema_metadata({FORMAT: facts.to_json()})
     with atomic_write(path) as file:
         pq.write_table(table, file)
 
 
-def read_facts(path: Path) -> Facts | None:
-    """Return what a Parquet of ours says of itself, None if it is damaged or of another program."""
+def read_facts(path: Path) -> ScoreFacts | None:
+    """Return what a Parquet of ours says of itself, None if it is not there, damaged or of another program."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -76,8 +132,7 @@ def read_facts(path: Path) -> Facts | None:
         metadata = pq.read_metadata(path).metadata or {}
     except (OSError, pa.ArrowException):
         return None
-    facts = parse_json(metadata.get(FORMAT.encode()))
-    return facts if facts.get("format") == VERSION else None
+    return ScoreFacts.of(metadata.get(FORMAT.encode()))
 
 
 def write_embeddings(path: Path, embeds: Tensor, keys: list[str], embedder: dict[str, str]) -> None:

@@ -1,5 +1,6 @@
 """What a pass makes of images when they are scored: every image is embedded once, then asked by every head."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 from ldm_lab.checkpoints import embedders
 from ldm_lab.curation.heads.head import LoadedHead
 from ldm_lab.curation.scoring import files
-from ldm_lab.curation.scoring.files import EMBEDDINGS, SCORES, ScoreRows
+from ldm_lab.curation.scoring.files import EMBEDDINGS, SCORES, HeadFacts, ScoreFacts, ScoreRows
 from ldm_lab.curation.scoring.rewrite import rewrite_shard
 from ldm_lab.curation.store.format import hash_of
-from ldm_lab.data.counts import Counts, CountsState
+from ldm_lab.data.counts import Counts
 from ldm_lab.data.passes import Fingerprint, Finished, Job
 from ldm_lab.data.samples import RawSample, SkippedSample, as_utf8, caption_of
 from ldm_lab.data.work_items import FileBatch, Shard, WorkItem
@@ -25,7 +26,6 @@ from ldm_lab.io.images import BadImage, decode_image, to_rgb
 from ldm_lab.io.json_files import Json, parse_json
 
 SIMILARITY = "similarity"  # the column of the cosines of images and captions
-MADE_BY = ("embedder", "precision", "predictors", "similarity")  # the keys of the fingerprint
 ROW_COLUMNS = ("key", "url", "hash")  # the columns that are no scores
 
 
@@ -183,12 +183,11 @@ class ScoreJob(Job[PreparedImage, ImageBatch, ScoredBatch]):
                 )
 
     def fingerprint(self, precision: str) -> Fingerprint:
-        return {
-            "embedder": self.encoder.embedder,
-            "precision": precision,
-            "predictors": {column: loaded.sha256 for column, loaded in self.heads.items()},
-            "similarity": self.options.similarity,
-        }
+        return _fingerprint(self.encoder.embedder, precision, self.predictors(), self.options.similarity)
+
+    def predictors(self) -> dict[str, str]:
+        """Return column -> sha256 of the head."""
+        return {column: loaded.sha256 for column, loaded in self.heads.items()}
 
     def files(self, item: WorkItem) -> list[Path]:
         embeddings = [item.file(EMBEDDINGS)] if self.options.embeddings else []
@@ -203,10 +202,10 @@ class ScoreJob(Job[PreparedImage, ImageBatch, ScoredBatch]):
 
     def finished(self, item: WorkItem) -> Finished | None:
         facts = files.read_facts(item.file(SCORES))
-        if facts is None:  # not there, or damaged: a name like this is nobody else's
+        if facts is None:  # a damaged one is ours: a name like this is nobody else's
             return None
-        counts = CountsState(read=facts["read"], skipped=facts["skipped"], examples=facts["examples"])
-        return Finished({key: facts.get(key) for key in MADE_BY}, facts.get("content"), Counts.of(counts))
+        fingerprint = _fingerprint(facts.embedder, facts.precision, facts.predictors, facts.similarity)
+        return Finished(fingerprint, facts.content, Counts(facts.read, facts.skipped, facts.examples))
 
     # ------------------------------------------------------------------------------------------------ one batch
 
@@ -248,11 +247,17 @@ class ScoreJob(Job[PreparedImage, ImageBatch, ScoredBatch]):
             files.write_embeddings(item.file(EMBEDDINGS), joined, scored.key, self.encoder.embedder)
         if self.options.rewrite is not None:
             rewrite_shard(item.address, self.rewritten(item), scored)
-        sources = {
-            column: {"source": loaded.source, "kind": loaded.head.part_name, "trained": loaded.trained}
-            for column, loaded in self.heads.items()
-        }
-        facts = {**done.fingerprint, "heads": sources, "content": done.content, **done.counts.state()}
+        facts = ScoreFacts(
+            embedder=self.encoder.embedder,
+            precision=done.fingerprint["precision"],
+            predictors=self.predictors(),
+            similarity=self.options.similarity,
+            heads={c: HeadFacts(head.source, head.head.part_name, head.trained) for c, head in self.heads.items()},
+            content=done.content,
+            read=done.counts.read,
+            skipped=done.counts.skipped,
+            examples=done.counts.examples,
+        )
         files.write_scores(item.file(SCORES), scored, facts)
 
     def joined(self, batches: list[ScoredBatch], wanted: Tensor) -> ScoreRows:
@@ -268,3 +273,13 @@ class ScoreJob(Job[PreparedImage, ImageBatch, ScoredBatch]):
             for column in self.columns
         }
         return ScoreRows([key[i] for i in row], [url[i] for i in row], [hashes[i] for i in row], scores)
+
+
+def _fingerprint(embedder: dict[str, str], precision: str, predictors: dict[str, str], similarity: bool) -> Fingerprint:
+    """Return what makes scores what they are."""
+    return {
+        "embedder": json.dumps(embedder, sort_keys=True),
+        "precision": precision,
+        "predictors": json.dumps(predictors, sort_keys=True),
+        "similarity": str(similarity),
+    }

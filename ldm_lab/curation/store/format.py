@@ -15,7 +15,7 @@ import struct
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from types import TracebackType
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -104,11 +104,8 @@ class ScoreStore:
         """Bytes of an entry."""
         return self._type.itemsize
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "scores": self.scores}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
+    def __reduce__(self) -> tuple[type["ScoreStore"], tuple[Path, int]]:
+        return type(self), (self.path, self.scores)
 
     def __getitem__(self, key: int) -> float | tuple[float, ...]:
         """Return the score of a key, or the tuple of its scores. Raises KeyError if the key is absent."""
@@ -248,8 +245,10 @@ class StoreWriter:
         self._file = self._open.__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> bool | None:
-        return self._open.__exit__(*error)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return self._open.__exit__(kind, error, trace)
 
     def add(self, keys: ArrayLike, scores: ArrayLike) -> None:
         """Write entries: keys [n], ascending and not less than those before, and float scores [n] or [n, V].

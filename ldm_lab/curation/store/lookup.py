@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pyarrow
 from numpy.typing import NDArray
+from pyarrow import compute, types
+from pyarrow.parquet import ParquetFile, ParquetWriter
 from tqdm import tqdm
 
 from ldm_lab.curation.metadata.inputs import Files, find_files
@@ -16,7 +18,7 @@ from ldm_lab.errors import UserError, first_line
 from ldm_lab.io.atomic import atomic_write
 
 BATCH = 2**17  # rows
-Keys = Callable[[Any], tuple[NDArray[np.int64], NDArray[np.bool_]]]
+Keys = Callable[[pyarrow.RecordBatch], tuple[NDArray[np.int64], NDArray[np.bool_]]]
 
 
 def add_scores(
@@ -45,9 +47,6 @@ def add_scores(
     Raises:
         UserError: no such file, a damaged one, missing columns, hashes that are no integers, no space left.
     """
-    import pyarrow
-    from pyarrow.parquet import ParquetWriter
-
     if len(names) != store.scores:
         raise UserError(f"--name: {len(names)} names for entries of {store.scores} scores")
     rows = found = 0
@@ -76,18 +75,16 @@ def add_scores(
     return rows, found
 
 
-def _read(files: Files) -> tuple[Any, Iterator[Any]]:
+def _read(files: Files) -> tuple[pyarrow.Schema, Iterator[pyarrow.RecordBatch]]:
     """Return a table's schema and its record batches. Raises UserError."""
     import duckdb
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
 
     damaged: tuple[type[Exception], ...] = (duckdb.Error, pyarrow.ArrowException, OSError)
 
     def broken(error: Exception) -> UserError:
         return UserError(f"{files.paths[0]}: cannot be read, truncated or damaged ({first_line(error)})")
 
-    def guarded(batches: Iterator[Any]) -> Iterator[Any]:
+    def guarded(batches: Iterator[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
         try:
             yield from batches
         except damaged as error:
@@ -110,18 +107,15 @@ def _read(files: Files) -> tuple[Any, Iterator[Any]]:
         raise broken(error) from None
 
 
-def _key_reader(schema: Any, columns: Columns) -> Keys:
+def _key_reader(schema: pyarrow.Schema, columns: Columns) -> Keys:
     """Return the function from a batch of n rows to its keys int64 [n], and bool [n] where there is one."""
-    import pyarrow
-    from pyarrow import compute, types
-
     if columns.hash is None:
         for name in (columns.url, columns.text):
             kind = schema.field(name).type
             if not (types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)):
                 raise UserError(f"column {name!r}: texts are hashed, this column is {kind}")
 
-        def hashed(batch: Any) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        def hashed(batch: pyarrow.RecordBatch) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
             urls, texts = (batch.column(name).to_pylist() for name in (columns.url, columns.text))
             return hashes_of(urls, texts), np.ones(len(batch), dtype=bool)
 
@@ -130,7 +124,7 @@ def _key_reader(schema: Any, columns: Columns) -> Keys:
     if not (types.is_signed_integer(kind) or types.is_string(kind) or types.is_large_string(kind)):
         raise not_a_hash(columns.hash, str(kind), types.is_floating(kind))
 
-    def read(batch: Any) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    def read(batch: pyarrow.RecordBatch) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         column = batch.column(columns.hash)
         try:
             keys = compute.fill_null(column.cast(pyarrow.int64()), 0)  # with nulls numpy would get floats

@@ -1,0 +1,362 @@
+"""Make pictures with a trained model.
+
+    python sample.py --checkpoint runs/quickstart "a red star on a blue background"
+    python sample.py --checkpoint F "a lighthouse:3" "watercolor:1.5" "blurry:-0.5" -n 16   one mix of three, 16 times
+    python sample.py --checkpoint F --prompts configs/demo_prompts.txt                      a picture for each line
+    python sample.py --checkpoint F "in the snow" --images fox.jpg:2 --sampler ddim --steps 100 --eta 0.5
+    python sample.py --checkpoint F --images fox.jpg -n 9                                   variations of a picture
+    python sample.py --checkpoint F "a fox" --init-image dog.jpg --strength 0.6             image to image
+    python sample.py --checkpoint F "a hat" --init-image dog.jpg --mask hat.png             inpainting
+    python sample.py --checkpoint F "a fox" "a dog" --interpolate 16                        from one to the other
+    python sample.py --checkpoint F "a fox" --upsampler G                                   small pictures, then large
+
+Prompts on the command line, texts and images alike, are mixed with each other. The lines of a --prompts file are
+pictures of their own; prompts on the command line are then mixed into each of them.
+
+A prompt may have a weight, written text:weight; without one it has that of --guidance. Weight 1 is the plain model,
+more exaggerates, less than 0 leads away. What follows the last colon is a weight if it is a finite number; a backslash
+before the colon makes it text, as in "meet at 12\\:30". A model without a conditioner takes "" with --guidance 1.
+
+Picture i has the seed SEED + i and depends on that, its own prompts and the settings alone, not on the batch size. It
+is written as 00000.png, 00001.png, ... with its settings as metadata; samples.json lists them all, grid.png shows them.
+In a folder that has pictures already, numbers and list go on, and the grid is named after its first picture: nothing is
+overwritten. With an --upsampler each picture is kept at both sizes, as 00000_base.png and 00000.png.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from annotated_types import Ge, Lt
+
+from ldm_lab.commands._flags import Parser, add_flags, given, read_value
+from ldm_lab.config import Plain
+from ldm_lab.config.reading import Option
+from ldm_lab.config.registry import add_imports, infos, part_info
+from ldm_lab.errors import UserError
+from ldm_lab.sampling.foreign_names import our_flag, our_sampler, weight_hint
+from ldm_lab.sampling.options import (
+    DEFAULT_SAMPLER,
+    DEFAULT_UPSAMPLER,
+    NOT_INTERPOLATED,
+    ModelOptions,
+    SamplingOptions,
+)
+
+if TYPE_CHECKING:  # these import torch, which takes seconds
+    from ldm_lab.prompts import Prompt
+    from ldm_lab.sampling.output import SampleFolder
+    from ldm_lab.sampling.request import Request
+
+UPSAMPLER = "upsampler_"  # prefix of what is said of upsamplers
+STEPS = """Of a model with timesteps, --steps also takes which of them are visited: fast27, ddim50, 10,10,3,2,2, ...
+`python train.py --parts` tells the defaults."""
+# What makes no sense for an upsampler, or is the base's for both.
+BASE_ONLY = (
+    "negative", "size", "init_image", "strength", "mask", "aesthetic", "aesthetic_weight", "aesthetic_embeddings",
+    "clip_guidance", "rerank", "seed", "batch_size",
+)  # fmt: skip
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Parse the command line, make the pictures."""
+    words = sys.argv[1:] if words is None else words
+    add_imports(_imports(words))
+    return run(parser().parse_words(words))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make the pictures that a parsed command line asks for."""
+    options = base_options(args)
+    upsampling = upsampler_options(args, options.batch_size)
+    loading = ModelOptions(**given(args, part_info("model_options", None).options))
+    check_together(args, options)
+
+    from ldm_lab.sampling.output import SampleFolder  # not before: it imports torch, which takes seconds
+
+    folder = SampleFolder(Path(args.out))
+    mixes = keyframes(args) if args.interpolate else prompt_mixes(args)
+    try:
+        if args.interpolate:
+            return draw_film(args, folder, mixes, options, loading)
+        return draw_pictures(args, folder, mixes, options, upsampling, loading)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        raise UserError(f"out of memory; try less than --batch-size {options.batch_size}") from None
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+
+def parser() -> Parser:
+    """Return the command line's description."""
+    p = Parser(prog="sample.py", description=__doc__, hint=our_flag)
+    whole = {"type": _whole, "metavar": "N"}
+    add = p.add_argument
+    add("texts", nargs="*", metavar="PROMPT", help="text or text:weight; several are mixed")
+    add(
+        "--checkpoint", required=True, metavar="FILE", help="a run's folder, ema.safetensors, or .ckpt; a released name"
+    )
+    add("--prompts", metavar="FILE", help="UTF-8 text, a picture for each line; only blank lines are dropped")
+    add(
+        "--images", nargs="+", default=[], metavar="IMAGE", help="image prompts: paths, http(s) addresses; also :weight"
+    )
+    add("-n", **whole, help="pictures of the mix, or of each line of --prompts (default: 4, or 1)")
+    add("--interpolate", **whole, help="N pictures on the way from each PROMPT to the next; strip.png, film.gif")
+    add("--out", default="samples", metavar="DIR", help="where the pictures go (default: samples)")
+    add("--imports", action="append", default=[], metavar="MODULE", help="a module with parts of your own")
+    sampling = part_info("sampling", None).options
+    add_flags(p.add_argument_group("how pictures are made"), sampling)
+    add_flags(p.add_argument_group("options of samplers", f"{', '.join(infos('sampler'))}. {STEPS}"), sampler_options())
+    group = p.add_argument_group("models in a row", "A base model's pictures, enlarged by one or more upsamplers.")
+    group.add_argument(
+        "--upsampler", action="append", default=[], metavar="FILE",
+        help="enlarge the pictures with this model; all sizes are kept; may be given again",
+    )  # fmt: skip
+    own = {name: option for name, option in sampling.items() if name not in BASE_ONLY}
+    add_flags(group, {**own, **sampler_options()}, UPSAMPLER)
+    add_flags(p.add_argument_group("the model"), part_info("model_options", None).options)
+    return p
+
+
+def sampler_options() -> dict[str, Option]:
+    """Return the options of all samplers by flag; whose they are stands in their meanings."""
+    samplers = infos("sampler")
+    owners: dict[str, list[str]] = {}
+    merged: dict[str, Option] = {}
+    for sampler, info in samplers.items():
+        for name, option in info.options.items():
+            owners.setdefault(name, []).append(sampler)
+            kind = option.annotation if name not in merged else merged[name].annotation | option.annotation
+            meaning = merged[name].meaning if name in merged else option.meaning
+            merged[name] = Option(kind, None, False, meaning)
+    for name, option in merged.items():
+        whose = "" if len(owners[name]) == len(samplers) else f"of {', '.join(owners[name])}: "
+        merged[name] = Option(option.annotation, None, False, f"{whose}{option.meaning.rstrip('.')}")
+    return merged
+
+
+def base_options(args: argparse.Namespace) -> SamplingOptions:
+    """Return how the (base) model is asked. Raises UserError with the names of flags."""
+    chosen = given(args, part_info("sampling", None).options)
+    return _options(chosen, given(args, sampler_options()), DEFAULT_SAMPLER)
+
+
+def upsampler_options(args: argparse.Namespace, batch_size: int) -> SamplingOptions:
+    """Return how upsamplers are asked. Raises UserError with the names of flags."""
+    chosen = given(args, part_info("sampling", None).options, UPSAMPLER)
+    of_sampler = given(args, sampler_options(), UPSAMPLER)
+    if (chosen or of_sampler) and not args.upsampler:
+        flag = UPSAMPLER + next(iter(chosen or of_sampler))
+        raise UserError(f"--{flag.replace('_', '-')} belongs to an --upsampler")
+    return _options({**chosen, "batch_size": batch_size}, of_sampler, DEFAULT_UPSAMPLER)
+
+
+def _options(chosen: dict, of_sampler: dict, default_sampler: str) -> SamplingOptions:
+    name = chosen.get("sampler")
+    if name is not None and name not in infos("sampler") and (ours := our_sampler(name)):
+        raise UserError(ours)
+    if name is not None or of_sampler:
+        chosen = {**chosen, "sampler": {"name": name or default_sampler, **of_sampler}}
+    try:
+        return SamplingOptions(**chosen)
+    except UserError as error:
+        key = str(error).partition(":")[0]
+        message = str(error).replace(key, "--" + key.replace("_", "-"), 1) if key in chosen else str(error)
+        raise UserError(message) from None
+
+
+def check_together(args: argparse.Namespace, options: SamplingOptions) -> None:
+    """Raise UserError for flags that do not go together."""
+    if "noised_clip" in args and options.clip_guidance is None:
+        raise UserError("--noised-clip belongs to --clip-guidance")
+    if not args.interpolate:
+        return
+    unfit = [name for name in NOT_INTERPOLATED if name in options.given()]
+    unfit += ["upsampler"] if args.upsampler else []
+    if args.n or unfit:
+        flag = "-n" if args.n else "--" + unfit[0].replace("_", "-")
+        raise UserError(f"--interpolate does not go with {flag}")
+
+
+def _imports(words: Sequence[str]) -> list[str]:
+    """Return the modules of --imports: they may bring samplers, whose options are flags."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("--imports", action="append", default=[])
+    return early.parse_known_args(list(words))[0].imports
+
+
+def _whole(written: str) -> int:
+    return read_value(Annotated[int, Ge(1), Lt(2**31)], written)
+
+
+# --------------------------------------------------------------------------------------------------------- prompts
+
+
+def prompt_mixes(args: argparse.Namespace) -> list[list["Prompt"]]:
+    """Return the prompts of each picture. Raises UserError without any."""
+    from ldm_lab.prompts import parse_prompt, read_prompts
+
+    common = command_line_prompts(args)
+    if args.prompts:
+        lines = read_prompts(args.prompts)
+        _tell_weights(lines)
+        return [[parse_prompt(line), *common] for line in lines for _ in range(args.n or 1)]
+    if not common:
+        raise UserError("no prompt: give a text, --images IMAGE or --prompts FILE (--help explains)")
+    return [common] * (args.n or 4)
+
+
+def keyframes(args: argparse.Namespace) -> list[list["Prompt"]]:
+    """Return the keyframes of an interpolation, a prompt each."""
+    from ldm_lab.prompts import parse_prompt, read_prompts
+
+    lines = read_prompts(args.prompts) if args.prompts else []
+    return [[prompt] for prompt in [*map(parse_prompt, lines), *command_line_prompts(args)]]
+
+
+def command_line_prompts(args: argparse.Namespace) -> list["Prompt"]:
+    """Return the texts and images of the command line."""
+    from ldm_lab.prompts import parse_image_prompt, parse_prompt
+
+    _tell_weights(args.texts)
+    prompts = [parse_prompt(text) for text in args.texts]
+    for number, image in enumerate(args.images):
+        try:
+            prompts.append(parse_image_prompt(image))
+        except UserError as error:
+            hint = "" if number == 0 else "; texts go before --images, which takes all that follows"
+            raise UserError(f"{error}{hint}") from None
+    return prompts
+
+
+def _tell_weights(texts: Sequence[str]) -> None:
+    for text in texts:
+        if hint := weight_hint(text):
+            print(f"note: {hint}", file=sys.stderr)
+            return
+
+
+# -------------------------------------------------------------------------------------------------------- pictures
+
+
+def draw_pictures(
+    args: argparse.Namespace,
+    folder: "SampleFolder",
+    mixes: "list[list[Prompt]]",
+    options: SamplingOptions,
+    upsampling: SamplingOptions,
+    loading: ModelOptions,
+) -> int:
+    """Make a picture of each mix, of several stages all sizes, and a grid."""
+    from ldm_lab.sampling import Pipeline, Stage, Stages
+
+    files = [args.checkpoint, *args.upsampler]
+    pipelines = [Pipeline.from_checkpoint(files[0], loading)]
+    pipelines += [Pipeline.from_checkpoint(file, upsampler_loading(loading)) for file in args.upsampler]
+    stages = Stages([Stage(pipelines[0], options), *(Stage(pipeline, upsampling) for pipeline in pipelines[1:])])
+    base = stages.check(mixes).base
+    settings = described(args, options, base)
+    bar = Bar(f"{len(mixes)} pictures")
+    for batch in stages.samples(mixes, seeds=base.seeds, progress=bar):
+        for row in batch:
+            mix = mixes[len(folder.images)]
+            entry = {"prompts": [_entry(prompt, base) for prompt in mix], **row[0].image.info, **settings}
+            folder.add([sample.image for sample in row], " + ".join(map(str, mix)), entry)
+        folder.write_list()
+    each = args.n or 1
+    grid = folder.add_grid(each if args.prompts and each > 1 else None)  # a row for each line of the file
+    print(
+        f"{len(folder.images)} pictures from {folder.name(0)} on and {grid.name} in {folder.path}{_seed(options, base)}"
+    )
+    return 0
+
+
+def draw_film(
+    args: argparse.Namespace,
+    folder: "SampleFolder",
+    mixes: "list[list[Prompt]]",
+    options: SamplingOptions,
+    loading: ModelOptions,
+) -> int:
+    """Make pictures on the way from each prompt to the next, side by side and as a film."""
+    from ldm_lab.sampling import Pipeline, interpolation
+
+    pipeline = Pipeline.from_checkpoint(args.checkpoint, loading)
+    request = interpolation.check(pipeline, mixes, args.interpolate, options)
+    settings = described(args, options, request)
+    prompts = [_entry(mix[0], request) for mix in mixes]
+    options = replace(options, seed=request.seeds[0])
+    bar = Bar(f"{args.interpolate} pictures")
+    for batch in interpolation.interpolate(pipeline, mixes, args.interpolate, options, bar):
+        for sample in batch:
+            frame = len(folder.images)
+            caption = f"{mixes[0][0]} ... {mixes[-1][0]}, {frame}"
+            folder.add([sample.image], caption, {"prompts": prompts, "frame": frame, **settings})
+    folder.write_list()
+    strip, gif = folder.add_film()
+    print(
+        f"{len(folder.images)} pictures from {folder.name(0)} on, {strip.name} and {gif.name} in {folder.path}"
+        f"{_seed(options, request)}"
+    )
+    return 0
+
+
+def upsampler_loading(loading: ModelOptions) -> ModelOptions:
+    """Return how an upsampler is loaded: where and how precisely it runs; its parts are its own."""
+    own = ModelOptions(device=loading.device, precision=loading.precision)
+    return replace(own, compile=loading.compile, offload=loading.offload)
+
+
+def described(args: argparse.Namespace, options: SamplingOptions, base: "Request") -> dict[str, Plain]:
+    """Return the settings that are not at their defaults, and those that name the model, for samples.json."""
+    from ldm_lab.io.atomic import sha256
+    from ldm_lab.sampling.loading import locate_model
+
+    sampler = base.options.sampler
+    others = {**options.given(), "strength": base.options.strength}
+    others |= {name: value for name, value in args._get_kwargs() if name in ("precision", "guide_model")}
+    others |= {name: value for name, value in args._get_kwargs() if name.startswith("upsampler") and value}
+    unsaid = ("sampler", "guidance", "seed", "batch_size", "size")
+    settings = {"sampler": sampler["name"], **sampler, "steps": sampler.get("steps", base.sampler.steps)}
+    settings |= {"guidance": base.options.guidance}
+    settings |= {name: value for name, value in others.items() if name not in unsaid and value is not None}
+    settings |= {"checkpoint": args.checkpoint, "checkpoint_sha256": sha256(locate_model(args.checkpoint))}
+    if args.upsampler:
+        sums = [sha256(locate_model(file)) for file in args.upsampler]
+        files = args.upsampler
+        settings |= {"upsampler": files[0] if len(files) == 1 else files}
+        settings |= {"upsampler_sha256": sums[0] if len(sums) == 1 else sums}
+    settings.pop("name")
+    return settings
+
+
+def _entry(prompt: "Prompt", request: "Request") -> dict[str, Plain]:
+    """Return a prompt as it stands in samples.json, with the weight that it really had."""
+    kind = "text" if prompt.image is None else "image"
+    return {kind: prompt.text, "weight": request.options.guidance if prompt.weight is None else prompt.weight}
+
+
+def _seed(options: SamplingOptions, request: "Request") -> str:
+    return f" (seed {request.seeds[0]})" if options.seed == -1 else ""
+
+
+class Bar:
+    """A progress bar that appears with the first step: a request that is refused shows none."""
+
+    def __init__(self, title: str) -> None:
+        self.title, self.bar = title, None
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show how many steps are done."""
+        from tqdm import tqdm
+
+        if self.bar is None:
+            self.bar = tqdm(desc=self.title, unit="step", total=total)
+        self.bar.update(done - self.bar.n)
+        if done == total:
+            self.bar.close()

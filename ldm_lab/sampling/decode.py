@@ -1,0 +1,106 @@
+"""From latents to pictures, at once or in overlapping tiles: the memory of one tile, whatever the picture's size."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm_lab.interfaces import Autoencoder
+from ldm_lab.io.images import to_images, to_tensor
+from ldm_lab.sampling.image_to_image import InitImage
+from ldm_lab.sampling.model import Model
+
+DECODE_BATCH = 8  # pictures; the autoencoder's full-size feature maps need far more memory than the denoiser's
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture that was made.
+
+    Attributes:
+        image: 8-bit RGB; `image.info` has its seed.
+        pixels: the same before it was rounded, [3, H, W]; about [-1, 1], not clamped.
+        seed: of its noise.
+        similarity: if it was chosen among several: how like its prompts it is, -1 to 1.
+    """
+
+    image: Image.Image
+    pixels: Tensor
+    seed: int
+    similarity: float | None = None
+
+    def restored(self, init_image: InitImage) -> "Sample":
+        """Return the picture with what the init image's mask keeps as it was."""
+        if init_image.mask is None:
+            return self
+        image = init_image.restore(self.image)
+        image.info["seed"] = self.seed
+        return replace(self, image=image, pixels=to_tensor(image))
+
+
+@torch.no_grad()
+def decode(model: Model, latents: Tensor, seeds: Sequence[int], tile: int | None) -> list[Sample]:
+    """Return the pictures of latents [B, C, h, w]; if they are larger than a tile of latent elements, in tiles."""
+    autoencoder, samples = model.autoencoder, []
+    rounded = model.pixel_bound is not None  # models of pixels were trained on whole levels
+    with model.on_device(autoencoder):
+        for first in range(0, len(latents), DECODE_BATCH):
+            part = latents[first : first + DECODE_BATCH]  # [n, C, h, w]
+            if tile is None:
+                pixels = autoencoder.decode(part)  # [n, 3, H, W]
+            else:
+                pixels = decode_in_tiles(autoencoder, part, tile, overlap=tile // 4)  # [n, 3, H, W]
+            samples += map(Sample, to_images(pixels, rounded), pixels.float().cpu(), seeds[first:])
+    for sample in samples:
+        sample.image.info["seed"] = sample.seed
+    return samples
+
+
+def decode_in_tiles(autoencoder: Autoencoder, latents: Tensor, tile: int, overlap: int) -> Tensor:
+    """Return the images [B, 3, H, W], on the CPU, of latents [B, C, h, w], decoded tile by tile.
+
+    A decoder's norms and attention see the whole of what they are given, so a tile's colours differ a little from the
+    whole picture's; tiles overlap, and are blended across the overlap.
+
+    Args:
+        autoencoder: has `decode` and `downscale`.
+        latents: of any size; not larger than a tile, they are decoded at once.
+        tile: side of a tile in latent elements, above `overlap`.
+        overlap: latent elements that neighbouring tiles share.
+    """
+    height, width = latents.shape[2:]
+    if height <= tile and width <= tile:
+        return autoencoder.decode(latents).float().cpu()  # [B, 3, H, W]
+    scale = autoencoder.downscale
+    total = torch.zeros(len(latents), 3, height * scale, width * scale)  # [B, 3, H, W]
+    weight = torch.zeros(1, 1, height * scale, width * scale)  # [1, 1, H, W]
+    for top in _starts(height, tile, overlap):
+        for left in _starts(width, tile, overlap):
+            part = latents[:, :, top : top + tile, left : left + tile]  # [B, C, <= tile, <= tile]
+            image = autoencoder.decode(part).float().cpu()  # [B, 3, ...]
+            share = _ramp(part.shape[2] * scale, overlap * scale)[:, None] * _ramp(
+                part.shape[3] * scale, overlap * scale
+            )  # [tile's H, tile's W]
+            window = (
+                ...,
+                slice(top * scale, top * scale + image.shape[2]),
+                slice(left * scale, left * scale + image.shape[3]),
+            )
+            total[window] += image * share
+            weight[window] += share
+    return total / weight
+
+
+def _starts(size: int, tile: int, overlap: int) -> list[int]:
+    """Return where tiles begin along a side, so that the last one ends with it."""
+    if size <= tile:
+        return [0]
+    return [*range(0, size - tile, tile - overlap), size - tile]
+
+
+def _ramp(size: int, overlap: int) -> Tensor:
+    """Return weights that rise over the overlap, stay 1, and fall again, [size], none of them 0."""
+    place = torch.arange(size) + 0.5  # [size]
+    return (torch.minimum(place, size - place) / max(overlap, 1)).clamp(max=1.0)

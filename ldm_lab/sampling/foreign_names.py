@@ -1,0 +1,103 @@
+"""Names of other programs' options and samplers, and what they are called here. For messages alone."""
+
+import re
+
+# Flags as diffusers, the CompVis and Stability programs, ComfyUI, A1111, InvokeAI and GLIDE's write them.
+FLAGS = {
+    **dict.fromkeys(
+        ["cfg", "cfg-scale", "scale", "guidance-scale", "unconditional-guidance-scale", "cond-scale"],
+        "--guidance",
+    ),
+    **dict.fromkeys(["negative-prompt", "neg-prompt", "neg", "uncond"], "--negative"),
+    **dict.fromkeys(["cfg-rescale", "rescale-cfg"], "--guidance-rescale"),
+    **dict.fromkeys(
+        ["width", "height", "w", "image-size", "resolution", "res"], "--size, as in --size 384x256 (width x height)"
+    ),
+    **dict.fromkeys(
+        [
+            "num-images",
+            "num-images-per-prompt",
+            "n-samples",
+            "n-iter",
+            "num-samples",
+            "samples",
+            "batch-count",
+            "count",
+        ],
+        "-n",
+    ),
+    **dict.fromkeys(["denoising-strength", "denoise", "image-strength", "init-strength"], "--strength"),
+    **dict.fromkeys(["ckpt", "ckpt-path", "model", "model-path", "model-id", "weights", "load"], "--checkpoint"),
+    **dict.fromkeys(["num-inference-steps", "sampling-steps", "ddim-steps", "timestep-respacing"], "--steps"),
+    **dict.fromkeys(["scheduler", "sampling-method", "sample-method", "sampler-name"], "--sampler"),
+    "karras": "--spacing karras",
+    "ddim-eta": "--eta",
+    **dict.fromkeys(["outdir", "out-dir", "output", "output-dir", "outpath", "save-path"], "--out"),
+    **dict.fromkeys(
+        ["init-img", "init", "input-image", "img"], "--init-image to begin with an image, --images for one as a prompt"
+    ),
+    "image": "--images for an image as a prompt, --init-image to begin with one",
+    **dict.fromkeys(["mask-image", "mask-img"], "--mask"),
+    **dict.fromkeys(["from-file", "prompt-file", "prompts-file", "caption-file"], "--prompts"),
+    **dict.fromkeys(["prompt", "text", "caption"], 'no flag at all: sample.py --checkpoint FILE "a red star"'),
+    **dict.fromkeys(["vae", "vae-path", "first-stage"], "--autoencoder"),
+    **dict.fromkeys(["text-encoder", "clip-path", "clip-model"], "--conditioner"),
+    **dict.fromkeys(["lowvram", "medvram", "low-memory", "cpu-offload", "sequential-offload"], "--offload"),
+    **dict.fromkeys(["fp16", "half"], "--precision fp16"),
+    "bf16": "--precision bf16",
+    "dtype": "--precision",
+    **dict.fromkeys(["bs", "batch"], "--batch-size"),
+    **dict.fromkeys(["upscaler", "upscale", "sr-model", "super-resolution"], "--upsampler"),
+    **dict.fromkeys(["upsample-temp", "upsample-temperature"], "--upsampler-temperature"),
+    **dict.fromkeys(["tiled-vae", "vae-tiling", "tiling"], "--tile"),
+    **dict.fromkeys(["autoguidance", "gnet", "bad-model"], "--guide-model"),
+    **dict.fromkeys(["clamp", "static-thresholding", "clip-sample"], "--clip-denoised"),
+    "no-clamp": "--no-clip-denoised",
+    **dict.fromkeys(["clip-guidance-scale", "clip-scale"], "--clip-guidance"),
+    **dict.fromkeys(["best-of", "candidates"], "--rerank"),
+    **dict.fromkeys(["gpu", "cuda"], "--device cuda"),
+    "cpu": "--device cpu",
+}
+
+ANCESTRAL = "ddpm is the ancestral sampler here; or --sampler euler --churn 1"
+# Letters and digits of a sampler's name, with "pp" for "++" and without a leading "k" or "sample" -> ours.
+SAMPLERS = {
+    **dict.fromkeys(["euler", "eulerdiscrete"], "--sampler euler"),
+    **dict.fromkeys(["eulera", "eulerancestral", "eulerancestraldiscrete", "dpm2a", "dpm2ancestral"], ANCESTRAL),
+    **dict.fromkeys(["heun", "heundiscrete", "dpm2"], "--sampler heun"),
+    **dict.fromkeys(["dpmpp2m", "dpmsolverpp", "dpmsolver", "dpmsolvermultistep", "dpmpp"], "--sampler dpmpp_2m"),
+    **dict.fromkeys(["dpmpp2msde", "dpmpp3msde", "dpmppsde", "dpmpp2sa", "dpmpp2sancestral"], "--sampler dpmpp_2m_sde"),
+    **dict.fromkeys(["unipc", "unipcmultistep"], "--sampler unipc"),
+    **dict.fromkeys(["lms", "lmsdiscrete"], "--sampler iplms"),
+    **dict.fromkeys(["pndm", "plms"], "--sampler plms"),
+    "ddim": "--sampler ddim",
+    "ddpm": "--sampler ddpm",
+    **dict.fromkeys(["p", "psample", "ancestral"], "--sampler ddpm"),
+}
+# "(a red car:1.2)": a weight as A1111 and ComfyUI write it.
+INNER_WEIGHT = re.compile(r"\([^()]+:\d+(\.\d+)?\)")
+
+
+def our_flag(flag: str) -> str | None:
+    """Return what the flag of another program is called here, in words; None for one that is not known."""
+    ours = FLAGS.get(flag.lstrip("-").lower().replace("_", "-"))
+    return None if ours is None else f"{flag}: here it is {ours}"
+
+
+def our_sampler(name: str) -> str | None:
+    """Return what another program's sampler is called here, in words; None for one that is not known."""
+    letters = re.sub(r"[^a-z0-9]", "", name.lower().replace("++", "pp"))
+    letters = re.sub(r"^(k|sample)(?=[a-z])|scheduler$", "", letters)
+    spaced, karras = re.subn("karras$", "", letters)
+    if spaced not in SAMPLERS:
+        return None
+    return f"--sampler {name!r}: here it is {SAMPLERS[spaced]}{' --spacing karras' if karras else ''}"
+
+
+def weight_hint(text: str) -> str | None:
+    """Return how a weight is written here, for a prompt with one in another program's way; None without."""
+    match = INNER_WEIGHT.search(text)
+    if match is None:
+        return None
+    inner, _, weight = match[0].strip("()").rpartition(":")
+    return f"{match[0]} is taken as plain text; here a whole prompt has a weight: {f'{inner}:{weight}'!r}"

@@ -1,0 +1,155 @@
+"""A trained model out of its checkpoint, with the frozen parts that it was trained with."""
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ldm_lab.checkpoints.formats import noised_clip
+from ldm_lab.checkpoints.importer import Section
+from ldm_lab.checkpoints.models import read_model
+from ldm_lab.checkpoints.parts import has_weights, load_part, load_strictly, weights_sha256
+from ldm_lab.condition_sources import build_sources, given_conditions
+from ldm_lab.conditions import ConditionSpec
+from ldm_lab.config import build
+from ldm_lab.errors import UserError, first_line
+from ldm_lab.interfaces import Denoiser, check_conditions
+from ldm_lab.pretrained.resolve import check_untrusted, resolve_weights
+from ldm_lab.sampling.model import Model
+from ldm_lab.sampling.options import ModelOptions
+
+MODEL_FILE = "ema.safetensors"  # in the folder of a run
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+log = logging.getLogger(__name__)
+
+
+def load_model(path: str | Path, options: ModelOptions) -> Model:
+    """Return a trained model with its averaged weights.
+
+    Args:
+        path: `ema.safetensors` or the folder that it is in, a `.ckpt` of a run, or whatever else
+            `ldm_lab.pretrained.resolve.resolve_weights` takes.
+        options: where it runs, where its frozen parts are, ...
+
+    Raises:
+        UserError: missing, damaged or foreign file; weights of another architecture; no such device.
+    """
+    device = pick_device(options.device)
+    path = locate_model(path)
+    config, state, extra = read_model(path)
+    for role in ("autoencoder", "conditioner", "denoiser", "objective"):
+        if not isinstance(config.get(role), dict):
+            raise UserError(f"{path}: not a diffusion model; its config has no section {role!r}")
+    autoencoder, _ = _load_frozen("autoencoder", config["autoencoder"], options.autoencoder, path, extra)
+    conditioner, conditioner_config = _load_frozen(
+        "conditioner", config["conditioner"], options.conditioner, path, extra
+    )
+    if not isinstance(sections := config.get("condition_sources") or {}, dict):
+        raise UserError(f"{path}: its config has no readable section 'condition_sources'")
+    sources = build_sources(sections)
+    given = given_conditions(conditioner, sources)
+    denoiser = _load_denoiser(config, state, path, autoencoder.channels, given)
+    guide_model = None
+    if options.guide_model is not None:
+        guide_config, guide_state, _ = read_model(locate_model(options.guide_model))
+        if guide_config.get("objective") != config["objective"]:
+            raise UserError(f"{options.guide_model}: its objective is another than that of {path}")
+        guide_model = _load_denoiser(guide_config, guide_state, options.guide_model, autoencoder.channels, given)
+    clip = None if options.noised_clip is None else noised_clip.load(*options.noised_clip)
+    if options.compile:
+        denoiser.compile()
+    waiting = torch.device("cpu") if options.offload else device
+    for part in (denoiser, autoencoder, conditioner, guide_model, clip, *sources.values()):
+        if part is not None:
+            part.to(waiting)
+    side = extra.get("image_size", "")
+    return Model(
+        denoiser=denoiser,
+        objective=build("objective", config["objective"]),
+        autoencoder=autoencoder,
+        conditioner=conditioner,
+        condition_sources=sources,
+        dropout=config["conditioner"].get("dropout") or 0.0,
+        image_size=(int(side), int(side)) if side.isdecimal() else None,
+        guide_model=guide_model,
+        noised_clip=clip,
+        run_device=device,
+        dtype=DTYPES[options.precision],
+        offload=options.offload,
+        conditioner_config=conditioner_config,
+    )
+
+
+def locate_model(path: str | Path) -> Path:
+    """Return the file of a trained model, of a run's folder its `ema.safetensors`. Raises UserError without one."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return resolve_weights(path, "checkpoint")
+    if not (folder / MODEL_FILE).is_file():
+        raise UserError(f"{path}: a folder without {MODEL_FILE}, which a run writes when it saves")
+    return folder / MODEL_FILE
+
+
+def pick_device(name: str | None) -> torch.device:
+    """Return the device of a name, or the accelerator if there is one. Raises UserError for one that is not here."""
+    if name is None:
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name}: {first_line(error)}") from None
+
+
+def _load_denoiser(
+    config: Section, state: dict[str, Tensor], path: str | Path, channels: int, given: ConditionSpec
+) -> Denoiser:
+    """Return the denoiser of a model file, frozen, on the CPU."""
+    denoiser: Denoiser = build("denoiser", config["denoiser"], channels, given)
+    check_conditions(denoiser, given)
+    load_strictly(denoiser, state, path)
+    return denoiser.eval().requires_grad_(False)
+
+
+def _load_frozen(
+    role: str, config: Section, moved: str | Path | None, model: Path, extra: dict[str, str]
+) -> tuple[nn.Module, Section]:
+    """Return a frozen part of a checkpoint, and its config; warn if its weights are not those of training.
+
+    Args:
+        role: "autoencoder" or "conditioner".
+        config: its section in the checkpoint.
+        moved: its weights file, if not where the section says.
+        model: the checkpoint; a weights file that is not where the section says may lie beside it.
+        extra: of the checkpoint, with the checksum of the weights under the role.
+    """
+    moved = moved or _beside(model, role, config)
+    if moved is not None:
+        config = {**config, "weights": str(moved)}
+    try:
+        if moved is None:
+            check_untrusted(config.get("weights"), f"{role}.weights")
+        part = load_part(role, config)
+        if any(True for _ in part.parameters()) and not has_weights(role, config):
+            raise UserError("the file does not say where its weights are")
+        checksum = weights_sha256(role, config) if extra.get(role) else None
+    except UserError as error:
+        hint = "" if moved else f"; --{role} FILE says where it is"
+        raise UserError(f"{role} of the checkpoint: {error}{hint}") from None
+    if extra.get(role) and checksum != extra[role]:
+        name = config.get("weights") or config.get("pretrained") or config.get("model")
+        log.warning("%s: not the %s file that the model was trained with", name, role)
+    return part, config
+
+
+def _beside(model: Path, role: str, config: Section) -> Path | None:
+    """Return the weights file beside a model's that stands for one that is not where its config says."""
+    weights = config.get("weights")
+    if not isinstance(weights, str) or "://" in weights or not Path(weights).suffix:
+        return None  # not a path
+    if Path(weights).expanduser().exists():
+        return None
+    candidates = [model.parent / Path(weights).name, model.parent / f"{role}.safetensors"]
+    return next((path for path in candidates if path.is_file()), None)

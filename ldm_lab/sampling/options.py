@@ -1,0 +1,194 @@
+"""Every choice about how pictures are made: its meaning, default and bounds, declared once. Imports no torch.
+
+The flags of `sample.py`, `demo.sampling` and `enlargements.sampling` of a YAML, the stages of a cascade and the Python
+API all take them from here.
+"""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le, Lt
+from PIL import Image
+
+from ldm_lab.config import PartSection, PositiveInt, Share, check_section, register
+from ldm_lab.errors import UserError
+
+SamplerConfig = dict[str, str | int | float | bool | None]  # a sampler's name and options
+ImageFile = str | Path | Image.Image
+OptionValue = str | int | float | bool | Path | Image.Image | tuple[float, float] | SamplerConfig | None
+Precision = Literal["fp32", "bf16", "fp16"]
+
+LARGEST_SEED = 2**62  # leaves room to count on in 64 bits
+MIN_TIMESTEPS_FAST27 = 50  # that GLIDE's respacing for upsampling needs
+DEFAULT_UPSAMPLER = "ddim"
+DEFAULT_SAMPLER = "unipc"  # nearest to the converged picture for its model calls (docs/measured.md)
+BELONGS_TO = {  # an option -> the one without which it means nothing
+    "strength": "init_image",
+    "mask": "init_image",
+    "aesthetic_weight": "aesthetic",
+    "aesthetic_embeddings": "aesthetic",
+}
+# Options that make no sense between prompts (`ldm_lab.sampling.interpolation`).
+NOT_INTERPOLATED = ("negative", "init_image", "mask", "strength", "clip_guidance", "rerank")
+# Where training draws pictures of its own: what differs from the defaults, unless the YAML says otherwise.
+DEMO: dict[str, OptionValue] = {"sampler": {"name": "plms", "steps": 50}}
+SUPER_RESOLUTION_DEMO: dict[str, OptionValue] = {"sampler": {"name": "ddim", "steps": 27}, "temperature": 1.0}
+
+
+@register("sampling")
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How pictures are made. None stands for a default that depends on other choices or on the model (`resolved`).
+
+    Attributes:
+        guidance: weight of prompts without one (default: 3; with CLIP guidance, and of an upsampler, 1)
+        negative: text that guidance leads away from (default: from no prompt at all)
+        guidance_interval: guide between these two times only; 0 is the finished picture, 1 is noise
+        guidance_rescale: bring the spread of guided predictions back, against burnt colors: 0 to 1
+        sampler: name of the sampler (default: unipc; of an upsampler ddim in the steps fast27, or 27)
+        temperature: factor of the noise that sampling starts from (default: 1; of an upsampler 0.997)
+        clip_denoised: keep clean estimates within the range of pixels (default: for models of pixels)
+        size: pixels: 256, or 384x256 for width x height (default: as trained)
+        init_image: image to begin with instead of noise alone (img2img, inpainting)
+        strength: share of the steps that the init image goes through: 0 to 1 (default: 0.7; 1 with a mask)
+        mask: of the init image's size: only what is white here is painted anew
+        aesthetic: lead texts to the images of this rating, such as 9 of 0 to 9
+        aesthetic_weight: how strongly; negative leads away (default: 0.5)
+        aesthetic_embeddings: file of `rating-embeddings`, folder of LAION's, or a released name (default: the
+            released set of the model's CLIP)
+        clip_guidance: make pictures more like their texts by a noised CLIP: factor of its gradient (GLIDE's: 3)
+        rerank: make so many pictures for each, keep the one most like its prompts
+        seed: of the first picture, the others count on from it; -1 draws one
+        batch_size: pictures at once
+        tile: decode larger pictures in overlapping tiles of this side, pixels
+    """
+
+    guidance: float | None = None
+    negative: str | None = None
+    guidance_interval: tuple[Share, Share] = (0.0, 1.0)
+    guidance_rescale: Share = 0.0
+    sampler: Annotated[str | SamplerConfig | None, PartSection("sampler")] = None
+    temperature: Annotated[float, Ge(0), Le(2)] | None = None
+    clip_denoised: bool | None = None
+    size: int | str | tuple[int, int] | None = None
+    init_image: ImageFile | None = None
+    strength: Share | None = None
+    mask: ImageFile | None = None
+    aesthetic: Annotated[int, Ge(0)] | None = None
+    aesthetic_weight: float | None = None
+    aesthetic_embeddings: str | Path | None = None
+    clip_guidance: float | None = None
+    rerank: PositiveInt = 1
+    seed: Annotated[int, Ge(-1), Lt(LARGEST_SEED)] = 0
+    batch_size: PositiveInt = 16
+    tile: PositiveInt | None = None
+
+    def __post_init__(self) -> None:
+        given = self.given()
+        problems = check_section("sampling", given, "sampling") if given else []
+        if problems:
+            raise UserError("; ".join(problem.removeprefix("sampling.") for problem in problems))
+        object.__setattr__(self, "negative", self.negative or None)
+        object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
+
+    @staticmethod
+    def check(options: Mapping[str, OptionValue]) -> list[str]:
+        """Return what is wrong across the options."""
+        problems = [
+            f"{key}: belongs to {other}, which is not given"
+            for key, other in BELONGS_TO.items()
+            if options[key] is not None and options[other] is None
+        ]
+        low, high = options["guidance_interval"]
+        if not low <= high:
+            problems.append(f"guidance_interval: two times 0 <= first <= last <= 1 are needed, not {low:g} {high:g}")
+        try:
+            parse_size(options["size"])
+        except UserError as error:
+            problems.append(str(error))
+        return problems
+
+    def given(self) -> dict[str, OptionValue]:
+        """Return the options that are not at their defaults."""
+        values = asdict(self)
+        return {field.name: values[field.name] for field in fields(self) if values[field.name] != field.default}
+
+    def resolved(self, upsampler: bool = False, timesteps: int | None = None) -> "SamplingOptions":
+        """Return the options with the defaults that depend on others, or on the model, filled in; no seed is -1.
+
+        Args:
+            upsampler: whether the model is one.
+            timesteps: of the model's noise schedule; None if it is continuous.
+        """
+        plain = upsampler or self.clip_guidance is not None
+        sampler = self.sampler or DEFAULT_SAMPLER
+        if self.sampler is None and upsampler:  # as GLIDE's
+            steps = "fast27" if (timesteps or 0) >= MIN_TIMESTEPS_FAST27 else 27
+            sampler = {"name": DEFAULT_UPSAMPLER, "steps": steps}
+        return replace(
+            self,
+            guidance=(1.0 if plain else 3.0) if self.guidance is None else self.guidance,
+            sampler={"name": sampler} if isinstance(sampler, str) else sampler,
+            temperature=(0.997 if upsampler else 1.0) if self.temperature is None else self.temperature,
+            strength=self._strength(),
+            aesthetic_weight=0.5
+            if self.aesthetic is not None and self.aesthetic_weight is None
+            else self.aesthetic_weight,
+            seed=secrets.randbelow(2**32) if self.seed == -1 else self.seed,
+        )
+
+    def _strength(self) -> float | None:
+        if self.strength is not None or self.init_image is None:
+            return self.strength
+        return 0.7 if self.mask is None else 1.0
+
+
+@register("model_options")
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """How a trained model is loaded and where it runs.
+
+    Attributes:
+        device: cpu, cuda, cuda:1, mps, ... (default: the accelerator, if there is one)
+        precision: of the denoiser's arithmetic
+        compile: compile the denoiser: slow to start, faster for many pictures
+        offload: keep each part in main memory while it does not work
+        guide_model: autoguidance: a worse checkpoint, such as an earlier one, to guide away from instead of no prompt
+        autoencoder: its weights file, if not where the checkpoint says
+        conditioner: its weights file, if not where the checkpoint says
+        noised_clip: image and text tower of the CLIP of CLIP guidance (default: GLIDE's, released)
+    """
+
+    device: str | None = None
+    precision: Precision = "fp32"
+    compile: bool = False
+    offload: bool = False
+    guide_model: str | Path | None = None
+    autoencoder: str | Path | None = None
+    conditioner: str | Path | None = None
+    noised_clip: tuple[str | Path, str | Path] | None = None
+
+
+def parse_size(size: int | str | Sequence[int] | None) -> tuple[int, int] | None:
+    """Return `(height, width)` of 256 (a square), "384x256" (width x height), or height and width, all in pixels.
+
+    None stays None.
+
+    Raises:
+        UserError: anything else.
+    """
+    if size is None:
+        return None
+    if isinstance(size, int):
+        return size, size
+    if not isinstance(size, str):
+        height, width = size
+        return height, width
+    parts = size.lower().split("x")
+    if len(parts) > 2 or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise UserError(f"size {size!r}: write pixels as 256 or as WIDTHxHEIGHT, e.g. 384x256")
+    width, height = int(parts[0]), int(parts[-1])
+    return height, width

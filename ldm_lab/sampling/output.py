@@ -1,0 +1,112 @@
+"""A folder of numbered pictures, the list of their settings, grids and films; what is there already stays."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from PIL import Image
+
+from ldm_lab.errors import UserError
+from ldm_lab.io.atomic import atomic_write
+from ldm_lab.io.images import grid, save_png
+
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+
+GRID_LIMIT = 400  # pictures; of more the grid shows the first ones
+SOFTWARE = "ldm_lab"
+
+
+class SampleFolder:
+    """Where pictures are written: 00000.png, 00001.png, ..., samples.json, grid.png.
+
+    In a folder that has pictures already, numbers and list go on, and the grid is named after its first picture.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Look for what is there; nothing is written yet. Raises UserError for a list that is none of ours."""
+        self.path, self.list_path = path, path / "samples.json"
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--out {path}: this is a file, not a folder")
+        self.entries = self._read_list()
+        taken = [match for file in path.glob("*.png") if (match := re.fullmatch(r"(?:grid_)?(\d+)\.png", file.name))]
+        self.first = max((int(match[1]) + 1 for match in taken), default=0)
+        self.images: list[Image.Image] = []  # of this run
+        self.captions: list[str] = []
+
+    def _read_list(self) -> list[Json]:
+        entries: Json = []
+        if self.list_path.exists():
+            try:
+                entries = json.loads(self.list_path.read_text(encoding="utf-8"))
+            except (ValueError, OSError):
+                entries = None
+        if not isinstance(entries, list):
+            raise UserError(f"{self.list_path}: not a list of samples; move it away, or choose another --out")
+        return entries
+
+    def name(self, i: int) -> str:
+        """Return the file name of this run's picture i."""
+        return f"{self.first + i:05d}.png"
+
+    def add(self, images: Sequence[Image.Image], caption: str, settings: Mapping[str, Json]) -> None:
+        """Write the next picture with its settings as metadata, and remember them for the list.
+
+        Args:
+            images: the picture; of several stages all their pictures, small to large: the last one is the picture, the
+                first one is written beside it as NUMBER_base.png, those between as NUMBER_stage1.png, ...
+            caption: its prompts.
+            settings: what it was made with.
+        """
+        name = self.name(len(self.images))
+        *smaller, image = images
+        entry: dict[str, Json] = {"file": name, **settings, "width": image.width, "height": image.height}
+        steps = []
+        for number, small in enumerate(smaller):
+            file = name.replace(".png", f"_stage{number}.png" if number else "_base.png")
+            steps.append({"file": file, "width": small.width, "height": small.height})
+        if steps:
+            entry["base"] = steps[0]
+        if len(steps) > 1:
+            entry["stages"] = steps[1:]
+        text = {"Description": caption, "Software": SOFTWARE, "ldm_lab": json.dumps(entry)}
+        for step, small in zip(steps, smaller, strict=True):
+            save_png(self.path / step["file"], small, text)
+        save_png(self.path / name, image, text)
+        self.entries.append(entry)
+        self.images.append(image)
+        self.captions.append(caption)
+
+    def write_list(self) -> None:
+        """Write samples.json."""
+        with atomic_write(self.list_path) as file:
+            file.write(json.dumps(self.entries, indent=2, ensure_ascii=False).encode())
+
+    def add_grid(self, columns: int | None = None) -> Path:
+        """Write a grid of this run's pictures and return its path."""
+        free = self.first == 0 and not (self.path / "grid.png").exists()
+        path = self.path / ("grid.png" if free else f"grid_{self.first:05d}.png")
+        shown = slice(GRID_LIMIT)
+        save_png(path, grid(self.images[shown], columns, self.captions[shown]), {"Software": SOFTWARE})
+        return path
+
+    def add_film(self) -> tuple[Path, Path]:
+        """Write this run's pictures side by side, and as a film; return both paths."""
+        number = "" if self.first == 0 else f"_{self.first:05d}"
+        strip, gif = self.path / f"strip{number}.png", self.path / f"film{number}.gif"
+        save_png(strip, grid(self.images, columns=len(self.images)), {"Software": SOFTWARE})
+        save_gif(gif, self.images)
+        return strip, gif
+
+
+def save_gif(path: str | Path, images: Sequence[Image.Image], seconds: float = 3.0) -> None:
+    """Write a film of equally large images that runs there and back, `seconds` one way, for ever.
+
+    Raises:
+        UserError: the folder cannot be written to, or is full.
+    """
+    frames = [*images, *images[-2:0:-1]]
+    step = max(20, round(1000 * seconds / len(images)))  # milliseconds; viewers slow down anything below 20
+    with atomic_write(path) as file:
+        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=step, loop=0)

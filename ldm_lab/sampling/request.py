@@ -1,0 +1,174 @@
+"""A request for pictures, checked against the model before any work."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm_lab.config import build
+from ldm_lab.errors import UserError
+from ldm_lab.guidance.classifier_free import null_condition_weight
+from ldm_lab.interfaces import Sampler
+from ldm_lab.io.images import to_tensor
+from ldm_lab.prompts import Prompt
+from ldm_lab.sampling.aesthetic import Aesthetic
+from ldm_lab.sampling.image_to_image import InitImage
+from ldm_lab.sampling.model import Model
+from ldm_lab.sampling.options import SamplingOptions, parse_size
+from ldm_lab.sampling.prompts import check_target_embeddings, prompt_weights
+
+MIN_TILE = 4  # latent elements
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a model, with all defaults filled in and all files read.
+
+    Attributes:
+        mixes: the prompts of each of N pictures.
+        seeds: one for each picture.
+        options: resolved (`SamplingOptions.resolved`).
+        sampler: of these options.
+        latent_size: height and width of the latents.
+        tile: side of a decoder's tile in latent elements; None decodes at once.
+        low_res: what an upsampler is to enlarge, [N, 3, h, w] in [-1, 1]; None for a base model.
+        init_image: what to begin with; None is noise.
+        aesthetic: what the texts are led to; None leaves them as they are.
+    """
+
+    mixes: list[list[Prompt]]
+    seeds: Sequence[int]
+    options: SamplingOptions
+    sampler: Sampler
+    latent_size: tuple[int, int]
+    tile: int | None
+    low_res: Tensor | None
+    init_image: InitImage | None
+    aesthetic: Aesthetic | None
+
+    @property
+    def steps(self) -> int:
+        """How many steps each picture goes through."""
+        steps = self.sampler.steps
+        return steps if self.init_image is None else self.init_image.num_steps(steps)
+
+    def total_steps(self, pictures: int) -> int:
+        """Return how many steps all batches of so many pictures go through."""
+        return math.ceil(pictures / self.options.batch_size) * self.steps
+
+
+def checked_request(
+    model: Model,
+    mixes: list[list[Prompt]],
+    options: SamplingOptions,
+    seeds: Sequence[int] | None = None,
+    low_res: Sequence[Image.Image] | Tensor | None = None,
+) -> Request:
+    """Return a request that the model can carry out.
+
+    Args:
+        model: the model.
+        mixes: the prompts of each picture.
+        options: all choices.
+        seeds: one for each picture; None counts on from `options.seed`.
+        low_res: what an upsampler is to enlarge, one for each picture: images of one size, or [N, 3, h, w] in [-1, 1].
+
+    Raises:
+        UserError: an unknown sampler or option, a size that the model's levels do not divide, guidance asked of a
+            model that was trained without dropped conditions, a weight that is not finite, an aesthetic of another
+            network's embeddings, ...
+    """
+    schedule = model.objective.schedule
+    options = options.resolved(model.upscale_factor is not None, schedule.timesteps)
+    seeds = range(options.seed, options.seed + len(mixes)) if seeds is None else seeds
+    if len(seeds) != len(mixes):
+        raise UserError(f"seeds: {len(seeds)} for {len(mixes)} images; one per image is needed")
+    given = _low_res(model, low_res, len(mixes))  # [N, 3, h, w] or None
+    sampler: Sampler = build("sampler", options.sampler)
+    sampler.times(schedule)  # refuses steps that this schedule does not have
+    _check_guidance(model, mixes, options)
+    _check_rerank(model, options)
+    return Request(
+        mixes=mixes,
+        seeds=seeds,
+        options=options,
+        sampler=sampler,
+        latent_size=model.latent_size(_size(model, options, given)),
+        tile=_tile(model, options.tile),
+        low_res=given,
+        init_image=InitImage.from_options(options),
+        aesthetic=_aesthetic(model, options),
+    )
+
+
+def _low_res(model: Model, low_res: Sequence[Image.Image] | Tensor | None, pictures: int) -> Tensor | None:
+    """Return what is to be enlarged, [N, 3, h, w]; None for a base model."""
+    if model.upscale_factor is not None and low_res is None:
+        raise UserError(
+            "this model is an upsampler: it enlarges the pictures of a base model "
+            "(sample.py --checkpoint BASE --upsampler THIS)"
+        )
+    if model.upscale_factor is None and low_res is not None:
+        raise UserError("this model is no upsampler: it takes no pictures to enlarge")
+    if low_res is None or isinstance(low_res, Tensor):
+        given = low_res
+    elif len({image.size for image in low_res}) > 1:
+        raise UserError("low_res: the pictures have to be of one size")
+    else:
+        given = torch.stack([to_tensor(image) for image in low_res])  # [N, 3, h, w]
+    if given is not None and len(given) != pictures:
+        raise UserError(f"low_res: {len(given)} pictures for {pictures} images; one for each is needed")
+    return given
+
+
+def _size(model: Model, options: SamplingOptions, low_res: Tensor | None) -> tuple[int, int] | None:
+    """Return the size that is asked for, or what that of the pictures becomes when they are enlarged."""
+    size = parse_size(options.size)
+    if size is not None or low_res is None or model.upscale_factor is None:
+        return size
+    return low_res.shape[2] * model.upscale_factor, low_res.shape[3] * model.upscale_factor
+
+
+def _tile(model: Model, pixels: int | None) -> int | None:
+    """Return the side of a tile in latent elements."""
+    if pixels is None:
+        return None
+    unit = model.autoencoder.downscale
+    if pixels < MIN_TILE * unit or pixels % unit:
+        raise UserError(f"tile: a multiple of {unit} pixels from {MIN_TILE * unit} on is needed, not {pixels}")
+    return pixels // unit
+
+
+def _check_guidance(model: Model, mixes: list[list[Prompt]], options: SamplingOptions) -> None:
+    assert options.guidance is not None, "resolved options have a weight for prompts without one"
+    weights = prompt_weights(mixes, options.guidance)  # [N, k]
+    unconditional_known = model.dropout or model.guide_model is not None or options.negative is not None
+    if not unconditional_known and len(mixes) and null_condition_weight(weights).any():
+        raise UserError(
+            "guidance needs a model that was trained with dropped conditions (conditioner.dropout above 0); "
+            "with this one the weights of an image have to add up to 1, as a single prompt's with --guidance 1 do"
+        )
+    if options.clip_guidance is not None:
+        check_target_embeddings(model, mixes, options.guidance)
+
+
+def _check_rerank(model: Model, options: SamplingOptions) -> None:
+    if options.rerank > 1 and model.embed_width is None:
+        raise UserError("rerank: this model's conditioner has no embeddings of images and texts to compare")
+    if options.rerank > 1 and model.conditioner.is_unconditional:
+        raise UserError("rerank: this model is unconditional, nothing says which of its pictures is better")
+
+
+def _aesthetic(model: Model, options: SamplingOptions) -> Aesthetic | None:
+    """Return what the texts are led to, for the embeddings of this model's conditioner."""
+    if options.aesthetic is None:
+        return None
+    if model.embed_width is None:
+        raise UserError("aesthetic: this model's conditioner has no single embedding of a text")
+    embedder = model.embedder()
+    aesthetic = Aesthetic.load(options.aesthetic, options.aesthetic_weight, options.aesthetic_embeddings, embedder)
+    aesthetic.check(model.embed_width, embedder)
+    return aesthetic
