@@ -162,9 +162,7 @@ def own_size(size: tuple[int, int], height: int, width: int, multiple: int) -> t
     return high, wide
 
 
-def center_crop_to(
-    image: Image.Image, height: int, width: int, resample: Image.Resampling = Image.Resampling.LANCZOS
-) -> Image.Image:
+def center_crop_to(image: Image.Image, height: int, width: int) -> Image.Image:
     """Return the middle, width x height, of an image of any mode resized so that it just covers that, RGB.
 
     Any image is made RGB first (see `to_rgb`). Sizes are rounded, so that nothing has to be padded.
@@ -176,7 +174,9 @@ def center_crop_to(
     if max(image.size) > limit:
         image = _center_crop(image, *(min(side, limit) for side in image.size))
     resized = tuple(round(side * wanted / given) for side in image.size)
-    return _center_crop(image if resized == image.size else image.resize(resized, resample), width, height)
+    if resized != image.size:
+        image = image.resize(resized, Image.Resampling.LANCZOS)
+    return _center_crop(image, width, height)
 
 
 def _center_crop(image: Image.Image, width: int, height: int) -> Image.Image:
