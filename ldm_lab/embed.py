@@ -1,7 +1,6 @@
 """A frozen CLIP (or CLOOB) that embeds images and captions: once for every score that is made of the embeddings."""
 
 from collections.abc import Callable
-from typing import Any
 
 from PIL import Image
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from ldm_lab.checkpoints.embedders import describe, embedder_of
 from ldm_lab.checkpoints.importer import detect_format
 from ldm_lab.checkpoints.parts import has_weights, load_part
 from ldm_lab.conditioners.embedding import EmbeddingConditioner
-from ldm_lab.config import Plain, check_section, part_class, parts
+from ldm_lab.config import PartConfig, Plain, check_section, part_class, parts
 from ldm_lab.config.overrides import values
 from ldm_lab.errors import UserError
 
@@ -26,17 +25,17 @@ class Encoder(nn.Module):
         embedder: whose embeddings these are (`ldm_lab.checkpoints.embedders`).
     """
 
-    def __init__(self, section: dict[str, Any]) -> None:
-        """Load the conditioner of a checked section (`clip_section`).
+    def __init__(self, config: PartConfig) -> None:
+        """Load a conditioner (`clip_section` reads its section off a command line).
 
         Raises:
             UserError: no weights, or what `load_part` raises.
         """
         super().__init__()
-        if not has_weights("conditioner", section):
+        if not has_weights("conditioner", config):
             raise UserError("clip.weights: has to be given, a file with trained weights")
-        self.embedder = embedder_of(section)
-        self.conditioner: EmbeddingConditioner = load_part("conditioner", section)
+        self.embedder = embedder_of(config)
+        self.conditioner: EmbeddingConditioner = load_part("conditioner", config)
         self.embed_dim = self.conditioner.embed_dim
 
     @property
@@ -54,8 +53,8 @@ class Encoder(nn.Module):
         return F.normalize(self.conditioner.encode_tokens(tokens).float(), dim=-1)  # [n, D]
 
 
-def clip_section(given: list[str], embedder: dict[str, str] | None) -> dict[str, Any]:
-    """Return the checked conditioner section of `key=value` words, laid over the embedder that a head asks for.
+def clip_section(given: list[str], embedder: dict[str, str] | None) -> PartConfig:
+    """Return the checked section of a conditioner: `key=value` words laid over the embedder that a head asks for.
 
     Args:
         given: such as ["weights=ViT-L-14.pt"] or ["model=ViT-B-32", "pretrained=laion2b_s34b_b79k"].
@@ -80,7 +79,7 @@ def clip_section(given: list[str], embedder: dict[str, str] | None) -> dict[str,
     if not issubclass(part_class("conditioner", section), EmbeddingConditioner):
         known = [name for name, cls in sorted(parts("conditioner").items()) if issubclass(cls, EmbeddingConditioner)]
         raise UserError(f"--clip: clip.name: {' or '.join(known)} is needed, not {section['name']!r}")
-    return section
+    return PartConfig.from_dict("conditioner", section)
 
 
 def _words(given: list[str]) -> dict[str, Plain]:

@@ -13,7 +13,7 @@ from PIL import Image
 from ldm_lab.checkpoints.files import write_safetensors
 from ldm_lab.data.tar import write_shard
 from ldm_lab.errors import UserError
-from ldm_lab.io.atomic import atomic_write, replaced_folder
+from ldm_lab.io.atomic import atomic_write, new_folder, replaced_folder
 from ldm_lab.io.images import save_png
 from ldm_lab.io.json_files import write_json
 
@@ -30,9 +30,15 @@ def folder(path: Path) -> None:
         (new / "file").write_text("content")
 
 
+def new(path: Path) -> None:
+    with new_folder(path) as folder:
+        (folder / "file").write_text("content")
+
+
 WRITERS: dict[str, Callable[[Path], None]] = {
     "file": plain,
     "folder": folder,
+    "new folder": new,
     "png": lambda path: save_png(path, Image.new("RGB", (2, 2))),
     "json": lambda path: write_json(path, {"a": 1}),
     "shard": lambda path: write_shard(path, iter([("a", {"txt": b"b"})])),
@@ -53,7 +59,7 @@ def test_all_writers_go_by_the_umask(tmp_path, write, umask):
     assert os.listdir(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("write", [w for name, w in WRITERS.items() if name != "folder"])
+@pytest.mark.parametrize("write", [w for name, w in WRITERS.items() if "folder" not in name])
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, monkeypatch, write):
     (tmp_path / "out").write_text("before")
 
@@ -80,6 +86,13 @@ def test_a_full_disk_is_one_line_for_a_folder_too(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(UserError, match=r"out: cannot be written: No space left on device"):
         folder(tmp_path / "out")
+    assert (tmp_path / "out" / "file").read_text() == "content" and os.listdir(tmp_path) == ["out"]
+
+
+def test_of_two_that_write_a_new_folder_the_first_wins(tmp_path):
+    with new_folder(tmp_path / "out") as slow:
+        (slow / "file").write_text("of the slow one")
+        new(tmp_path / "out")
     assert (tmp_path / "out" / "file").read_text() == "content" and os.listdir(tmp_path) == ["out"]
 
 

@@ -328,8 +328,8 @@ def test_initial_weights_come_from_a_part_or_a_run(here, program):
         ({"data": {"image_size": 17}}, r"data\.image_size: 17 is no multiple of .*2"),
         ({"discriminator": {"layers": 3}}, r"data\.image_size: 16 is too small .* needs 24"),
         ({"discriminator": {"layers": 0}}, r"discriminator\.layers: at least 1"),
-        ({"reconstructions": {"images": 0}}, r"reconstructions\.images: 0"),
-        ({"loss": {"kl_weight": -1}}, r"loss\.kl_weight: -1"),
+        ({"reconstructions": {"images": 0}}, r"reconstructions\.images: at least 1 is needed, not 0"),
+        ({"loss": {"kl_weight": -1}}, r"loss\.kl_weight: at least 0 is needed, not -1"),
     ],
 )
 def test_wrong_options_are_named(here, sections, message):

@@ -5,15 +5,14 @@ the weights are published under a name, else {"name": "clip", "sha256": ...} (an
 the checksum of the weights file.
 """
 
-from typing import Any
-
 from ldm_lab.checkpoints.files import is_safetensors
-from ldm_lab.checkpoints.importer import detect_format
+from ldm_lab.checkpoints.importer import detect_format, find_weights
 from ldm_lab.checkpoints.native import part_config
-from ldm_lab.checkpoints.parts import weights_path
-from ldm_lab.config import part_class
+from ldm_lab.checkpoints.parts import as_part_config
+from ldm_lab.config import PartConfig
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import sha256
+from ldm_lab.io.json_files import Json
 
 KEYS = ("name", "model", "pretrained", "sha256")
 OPENAI = {  # of OpenAI's CLIPs, by LAION's name of the size
@@ -23,25 +22,26 @@ OPENAI = {  # of OpenAI's CLIPs, by LAION's name of the size
 HUB = "hf-hub:"  # such a model brings its own weights, so its name says which
 
 
-def embedder_of(config: dict[str, Any]) -> dict[str, str]:
-    """Return the embedder of a conditioner's config section.
+def embedder_of(config: PartConfig) -> dict[str, str]:
+    """Return the embedder of a conditioner's section, or of plain data of one.
 
     Raises:
         UserError: neither named nor in a file: nobody could make such embeddings again.
     """
-    section = {key: config.get(key) for key in ("name", "model", "pretrained", "weights")}
-    path = weights_path("conditioner", section) if section["weights"] else None
+    config = as_part_config("conditioner", config)
+    named = {"name": config.name, **config.options}
+    path = find_weights(config.use.weights) if config.use.weights else None
     if path is not None and is_safetensors(path) and (found := detect_format(path)).kind == "part":
-        section |= {key: text for key, text in part_config(path, found.file.metadata)[1].items() if key in section}
-    named = {key: section[key] for key in ("name", "model", "pretrained") if section[key]}
-    if "pretrained" in named or named.get("model", "").startswith(HUB):
-        return named
+        named |= part_config(path, found.file.metadata)[1]
+    texts = {key: str(named[key]) for key in ("name", "model", "pretrained") if named.get(key)}
+    if "pretrained" in texts or texts.get("model", "").startswith(HUB):
+        return texts
     if path is not None:
-        return {**named, "sha256": sha256(path)}
-    identity = part_class("conditioner", config).weights_identity(config)
+        return {**texts, "sha256": sha256(path)}
+    identity = config.load().weights_identity(config.to_dict())
     if identity is None:
         raise UserError("conditioner: its weights are neither named nor in a file, so its embeddings belong to nothing")
-    return {**named, "sha256": identity}
+    return {**texts, "sha256": identity}
 
 
 def same(one: dict[str, str], other: dict[str, str]) -> bool:
@@ -69,7 +69,7 @@ def describe(embedder: dict[str, str]) -> str:
     return " ".join(str(embedder[key])[:100] for key in KEYS if key in embedder) or "an unknown network"
 
 
-def problems(embedder: Any) -> list[str]:
+def problems(embedder: Json) -> list[str]:
     """Return what is wrong with an embedder that came out of a file."""
     if not isinstance(embedder, dict) or not all(isinstance(v, str) for v in embedder.values()):
         return ["embedder: name, and model with pretrained, or sha256, are needed as texts"]

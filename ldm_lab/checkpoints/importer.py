@@ -13,8 +13,10 @@ once, asks the importers whose it is, and hands on what it has opened. Those of 
 `native`; a module of the user's own (`imports:`) may register others.
 """
 
+import functools
 import importlib
 import pkgutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +28,14 @@ from ldm_lab.checkpoints.opened import OpenedFile, Shapes, TensorInfo, open_weig
 from ldm_lab.conditions import ConditionSpec
 from ldm_lab.config import MAPPINGS, check_mapping, check_section
 from ldm_lab.config.registry import imports
-from ldm_lab.errors import UserError
-from ldm_lab.io.json_files import Json
+from ldm_lab.errors import UserError, first_line
+from ldm_lab.io.json_files import Json, JsonObject
 from ldm_lab.pretrained.resolve import resolve_weights
 
 MODEL_ROLES = ("autoencoder", "conditioner", "denoiser", "objective")  # sections of a config that sampling builds
 
 
-class Section(dict[str, Json]):
+class Section(JsonObject):
     """A section of a config, or a whole one, as plain data: a part's name and its options."""
 
 
@@ -204,13 +206,22 @@ def importers() -> list[Importer]:
     """Return all importers, those of whole models first."""
     package = importlib.import_module("ldm_lab.checkpoints.formats")
     for name in imports():
-        importlib.import_module(name)
+        _import_of_user(name)
     for name in (
         "ldm_lab.checkpoints.native",
         *(f"{package.__name__}.{m.name}" for m in pkgutil.iter_modules(package.__path__)),
     ):
         importlib.import_module(name)
     return sorted(_registry.values(), key=lambda importer: -importer.precedence)
+
+
+@functools.cache
+def _import_of_user(name: str) -> None:
+    """Import a module of the user's own for the importers in it; one that fails is named once and left out."""
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # whatever a user's module may raise
+        print(f"left out: {name}: importing it failed: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
 
 
 def importers_of(role: str, name: str) -> list[Importer]:

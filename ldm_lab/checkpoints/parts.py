@@ -1,44 +1,49 @@
 """Frozen parts from their config: `{name, weights, ...}` -> a module with its weights in place."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from ldm_lab.checkpoints.importer import DetectedFile, LoadedPart, Section, detect_format, find_weights, importers_of
-from ldm_lab.config import build, part_class, use_keys
+from ldm_lab.config import AutoencoderUse, PartConfig, build
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Autoencoder
 from ldm_lab.io.atomic import sha256
 
 
-def load_part(role: str, section: Mapping, read_weights: bool = True) -> nn.Module:
+def load_part(role: str, config: PartConfig, read_weights: bool = True) -> nn.Module:
     """Build a frozen part and load its weights: evaluation mode, no gradients.
 
     Args:
-        role: "autoencoder" or "conditioner".
-        section: its config section. With `weights`, the file's own architecture is used, and keys given here must
-            agree with it. Without, a part may find its weights itself (`Part.pretrained_path`) or bring them along
-            (`Part.load_pretrained`). `latent_mean` and `latent_std` (autoencoder) replace the stored ones.
+        role: of the part, such as "autoencoder".
+        config: its section, or plain data of one. With `weights`, the file's own architecture is used, and options
+            given here must agree with it. Without, a part may find its weights itself (`Part.pretrained_path`) or bring
+            them along (`Part.load_pretrained`). `latent_mean` and `latent_std` (autoencoder) replace the stored ones.
         read_weights: False builds the architecture alone (on the meta device, for counting).
 
     Raises:
-        UserError: missing, damaged or foreign file; weights of another architecture.
+        UserError: missing or damaged file; weights of something else, or of another architecture.
     """
-    options = {key: value for key, value in section.items() if key not in use_keys(role)}
-    path = weights_path(role, section) if read_weights else None
+    config = as_part_config(role, config)
+    path = weights_path(role, config) if read_weights else None
     if path is not None:
-        module, _ = load_module(role, options, detect_format(path))
+        module, _ = load_module(role, Section(config.architecture()), detect_format(path))
     else:
-        module = build(role, options)
+        module = build(role, config.architecture())
         if read_weights:
             module.load_pretrained()
     if isinstance(module, Autoencoder):
-        module.set_latent_statistics(section.get("latent_mean"), section.get("latent_std"))
+        use = config.use_as(AutoencoderUse)
+        module.set_latent_statistics(use.latent_mean, use.latent_std)
     return module.eval().requires_grad_(False)
 
 
-def load_module(role: str, overrides: Mapping, found: DetectedFile) -> tuple[nn.Module, Section]:
+def as_part_config(role: str, config: PartConfig) -> PartConfig:
+    """Return a section, also of plain data."""
+    return config if isinstance(config, PartConfig) else PartConfig.from_dict(role, config)
+
+
+def load_module(role: str, overrides: Section, found: DetectedFile) -> tuple[nn.Module, Section]:
     """Return a part with its weights in place, and its config: that of its file and what is said besides.
 
     Args:
@@ -59,20 +64,18 @@ def load_module(role: str, overrides: Mapping, found: DetectedFile) -> tuple[nn.
     return module, section
 
 
-def weights_path(role: str, section: Mapping) -> Path | None:
-    """Return the file with the weights of a config section, or None if there is none and its part is as initialised.
+def weights_path(role: str, config: PartConfig) -> Path | None:
+    """Return the file with the weights of a part; None if its config names none.
 
     A class may know where the weights are published, and download them (`Part.pretrained_path`).
 
     Raises:
         UserError: no such file, no such part, or the download failed.
     """
-    if not section:
-        return None
-    cls = part_class(role, section)
-    if section.get("weights"):
-        return find_weights(section["weights"])
-    return cls.pretrained_path(section)
+    config = as_part_config(role, config)
+    if config.use.weights:
+        return find_weights(config.use.weights)
+    return config.load().pretrained_path(config.to_dict())
 
 
 def read_part(found: DetectedFile | str | Path, role: str, name: str) -> LoadedPart:
@@ -148,19 +151,20 @@ def load_fitting(module: nn.Module, state: dict[str, Tensor], path: str | Path) 
     return missing + other + [f"{name} of the file is not of this architecture" for name in state if name not in own]
 
 
-def has_weights(role: str, section: Mapping) -> bool:
+def has_weights(role: str, config: PartConfig) -> bool:
     """Return whether a part has trained weights: in a file that its config names, or brought along."""
-    return weights_path(role, section) is not None or (
-        bool(section) and part_class(role, section).weights_identity(dict(section)) is not None
-    )
+    return weights_path(role, config) is not None or _identity(role, config) is not None
 
 
-def weights_sha256(role: str, section: Mapping) -> str | None:
+def weights_sha256(role: str, config: PartConfig) -> str | None:
     """Return the checksum of the file with a part's weights (see `weights_path`).
 
     Of a part that brings its own along it is what pins them (`Part.weights_identity`); None if it is as initialized.
     """
-    path = weights_path(role, section)
-    if path is not None:
-        return sha256(path)
-    return part_class(role, section).weights_identity(dict(section)) if section else None
+    path = weights_path(role, config)
+    return _identity(role, config) if path is None else sha256(path)
+
+
+def _identity(role: str, config: PartConfig) -> str | None:
+    config = as_part_config(role, config)
+    return config.load().weights_identity(config.to_dict())

@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from ldm_lab.errors import UserError
@@ -65,6 +65,28 @@ def safetensors_file(text: str) -> str:
             f"the file is written as .safetensors, so its name has to end like that, not {text}"
         )
     return text
+
+
+class _Imports(argparse.Action):
+    """Makes the parts of the named modules known as soon as the flag is read."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[str] | None,
+        option_string: str | None = None,
+    ) -> None:
+        from ldm_lab.config.registry import add_imports  # not before: the list of commands needs no config
+
+        add_imports([values] if isinstance(values, str) else values or [])
+
+
+def add_imports_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare the argument that names modules with parts of the user's own; it may be given several times."""
+    parser.add_argument(
+        "--imports", action=_Imports, metavar="MODULE", help="a module or package with parts of your own"
+    )
 
 
 def add_clip_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ command goes on behind the last whole shard.
 import argparse
 from pathlib import Path
 
+from ldm_lab.commands._arguments import add_imports_argument
 from ldm_lab.config import load
 from ldm_lab.errors import UserError
 from ldm_lab.training.caching import make_cache
@@ -18,6 +19,7 @@ from ldm_lab.training.caching import make_cache
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
+    add_imports_argument(parser)
     parser.add_argument("--config", required=True, metavar="YAML", help="a diffusion config: its data and frozen parts")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the cache")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda:0, ... (default: cuda if there is one)")

@@ -24,6 +24,7 @@ from ldm_lab.checkpoints.formats import diffusers_vae
 from ldm_lab.checkpoints.importer import DetectedFile, Section, config_problems, detect_format
 from ldm_lab.checkpoints.native import NOT_FACTS, part_config, save_model, save_part
 from ldm_lab.checkpoints.parts import check_strictly, load_module, load_strictly
+from ldm_lab.commands._arguments import add_imports_argument
 from ldm_lab.config import build, part_class, signature_options
 from ldm_lab.config.overrides import values
 from ldm_lab.errors import UserError
@@ -49,6 +50,7 @@ class Part:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
+    add_imports_argument(parser)
     add = parser.add_argument
     add("source", metavar="IN", help="a file of weights, a folder of diffusers', or a released name")
     add("out", metavar="OUT", help="NAME.safetensors, or with --format diffusers a folder")

@@ -19,6 +19,7 @@ import yaml
 
 from ldm_lab.checkpoints.files import FORMAT
 from ldm_lab.checkpoints.importer import DetectedFile, Section, detect_format
+from ldm_lab.commands._arguments import add_imports_argument
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import sha256
 from ldm_lab.io.json_files import Json
@@ -28,6 +29,7 @@ NOT_PARAMETERS = ("latent_mean", "latent_std", "autoencoder_scale")  # buffers w
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
+    add_imports_argument(parser)
     parser.add_argument("file", metavar="FILE", help="a file of weights, a folder of diffusers', or a released name")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ldm_lab.checkpoints.native import save_part
 from ldm_lab.checkpoints.parts import load_part, read_part
-from ldm_lab.commands._arguments import safetensors_file, whole_number
+from ldm_lab.commands._arguments import add_imports_argument, safetensors_file, whole_number
 from ldm_lab.config import build, load
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.errors import UserError
@@ -26,6 +26,7 @@ from ldm_lab.training.scale import BATCHES, measure_scale
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
+    add_imports_argument(parser)
     add = parser.add_argument
     add("--config", required=True, metavar="YAML", help="a config with sections data and autoencoder")
     add("--out", type=safetensors_file, metavar="FILE", help="write the weights with it stored (.safetensors)")

@@ -5,6 +5,7 @@ import textwrap
 
 from ldm_lab.config.bounds import describe
 from ldm_lab.config.registry import ROLES, broken, infos, use_keys
+from ldm_lab.errors import UserError
 
 
 def describe_parts() -> str:
@@ -15,8 +16,13 @@ def describe_parts() -> str:
         if not its.listed:
             continue
         for name, info in infos(role).items():
-            lines.append(f"{role if name == role else f'{role}: {name}'}  -- {info.summary}")
-            for key, option in info.options.items():
+            try:
+                summary, options = info.summary, info.options
+            except UserError as error:
+                lines.append(f"left out: {error}")
+                continue
+            lines.append(f"{role if name == role else f'{role}: {name}'}  -- {summary}")
+            for key, option in options.items():
                 default = list(option.default) if isinstance(option.default, tuple) else option.default
                 said = "has to be given" if option.required else f"default {default!r}"
                 lines += _entry(f"{key}: {describe(option.annotation)}; {said}", option.meaning, width)

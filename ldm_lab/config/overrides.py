@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from ldm_lab.config.bounds import PartSection, Plain, marker
-from ldm_lab.config.registry import MAPPINGS, ROLES, PartInfo, infos
+from ldm_lab.config.registry import MAPPINGS, ROLES, PartInfo, part_info
 from ldm_lab.errors import UserError, first_line
 
 
@@ -89,10 +89,10 @@ def _replace(role: str, before: DictConfig | None, overlay: DictConfig | None) -
     """Take out of a section what does not go with the part that an overlay puts into its place."""
     if before is None or overlay is None:
         return
-    known = infos(role)
-    old = known.get(role) or known.get(str(before.get("name")))
-    new = known.get(role) or known.get(str(overlay.get("name", before.get("name"))))
-    if old is None or new is None:
+    try:
+        old = part_info(role, before.get("name"))
+        new = part_info(role, overlay.get("name", before.get("name")))
+    except UserError:
         return  # the check says what is wrong
     if old is not new:
         for key in _left_behind(old, new):

@@ -255,10 +255,16 @@ def find_module(dotted: str) -> Path | None:
 
 
 @cache
+def file_source(dotted: str, path: Path) -> ModuleSource:
+    """Return the text of a module's file. Raises SyntaxError, UnicodeDecodeError, OSError."""
+    return ModuleSource(dotted, path)
+
+
+@cache
 def module_source(dotted: str) -> ModuleSource | None:
     """Return the text of a module; None where there is none in Python. Raises SyntaxError and the like."""
     path = find_module(dotted)
-    return None if path is None else ModuleSource(dotted, path)
+    return None if path is None else file_source(dotted, path)
 
 
 def _class_of(module: str, name: str) -> ClassSource | None:

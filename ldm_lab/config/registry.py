@@ -10,31 +10,34 @@ section may have, their annotations the types and bounds; positional arguments a
 
 A class without a constructor has the options of its base class, and `**common: Any` in a constructor stands for those
 of its base class. A section with one possible class (`optim`, `ema`, ...) is a part whose name equals its role; its
-YAML has no `name:`. Annotations and defaults have to be such as `ldm_lab.config.reading` understands.
+YAML has no `name:`. Role and name are written as literals, on a class at the top of its module; annotations and
+defaults have to be such as `ldm_lab.config.reading` understands.
 
 Parts outside the package are in modules that the user names (`imports:` in a YAML, `--imports`), or in installed ones
 that announce themselves by an entry point of the group `ldm_lab.parts`.
 """
 
 import importlib
-import importlib.metadata
 import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ldm_lab.config.bounds import TypeForm
 from ldm_lab.config.contracts import missing_of_contract
-from ldm_lab.config.reading import ClassSource, ModuleSource, Option, Unreadable, find_module, module_source
+from ldm_lab.config.reading import ClassSource, Option, Unreadable, Value, file_source, find_module
 from ldm_lab.config.uses import AutoencoderUse, ConditionerUse, PartUse, keys_of
 from ldm_lab.errors import UserError, first_line, unknown
 
 PartClass = TypeVar("PartClass", bound=type)
 ENTRY_POINTS = "ldm_lab.parts"
+REGISTERED = re.compile(
+    r"""^@(?:\w+\.)*register\(\s*["'](\w+)["']\s*(?:,\s*["']([^"'\n]+)["'])?[\s,]*\)""", re.MULTILINE
+)
 MODULE_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
@@ -93,25 +96,39 @@ class PartInfo:
     """What is known of a part.
 
     Attributes:
-        source: its class's text; None for a class made at run time, without a file.
+        module: dotted name of the module that registers it.
+        path: of that module's file; None for a class made at run time, without a file.
         cls: the class itself, once it has been imported.
     """
 
     role: str
     name: str
-    source: ClassSource | None = None
+    module: str
+    path: Path | None
     cls: type | None = None
-    _options: dict[str, Option] | None = field(default=None, repr=False)
 
-    @property
+    @cached_property
+    def source(self) -> ClassSource | None:
+        """The text of its class, None without a file. Raises UserError for a file that cannot be read."""
+        if self.path is None:
+            return None
+        try:
+            text = file_source(self.module, self.path)
+            classes = (ClassSource(text, node) for node in text.classes.values())
+            return next(its for its in classes if its.registered() == (self.role, self.name))
+        except SyntaxError as error:
+            broken[str(self.path)] = f"{error.msg} (line {error.lineno})"
+        except (Unreadable, UnicodeDecodeError, OSError, StopIteration) as error:
+            broken[str(self.path)] = first_line(error)
+        raise UserError(f"{self.label}: {self.path} is not readable: {broken[str(self.path)]}")
+
+    @cached_property
     def options(self) -> dict[str, Option]:
         """Its options by name. Raises UserError for a signature that cannot be read."""
-        if self._options is None:
-            try:
-                self._options = self.source.options() if self.source else signature_options(self.load())
-            except (Unreadable, SyntaxError, UnicodeDecodeError, OSError) as error:
-                raise UserError(f"{self.label}: its options cannot be read from its text: {error}") from None
-        return self._options
+        try:
+            return self.source.options() if self.source else signature_options(self.load())
+        except Unreadable as error:
+            raise UserError(f"{self.label}: its options cannot be read from its text: {error}") from None
 
     @property
     def label(self) -> str:
@@ -125,14 +142,13 @@ class PartInfo:
 
     def load(self) -> type:
         """Return the class, importing its module if need be. Raises UserError if that fails."""
+        if self.cls is None and self.path is not None:
+            _import(self.module, self.path)
         if self.cls is None:
-            assert self.source is not None
-            _import(self.source.module.name, self.source.module.path)
-        if self.cls is None:
-            raise UserError(f"{self.source.module.path}: importing it registers no {self.role} {self.name!r}")
+            raise UserError(f"{self.path}: importing it registers no {self.role} {self.name!r}")
         return self.cls
 
-    def constant(self, name: str) -> Any:
+    def constant(self, name: str) -> Value:
         """Return the value of a class attribute, from the text. Raises UserError if it cannot be read."""
         try:
             return self.source.constant(name) if self.source else dict(inspect.getmembers(self.load()))[name]
@@ -159,38 +175,32 @@ def register(role: str, name: str | None = None) -> Callable[[PartClass], PartCl
         cls.part_role, cls.part_name = role, name or role
         if missing := missing_of_contract(cls, ROLES[role].contract):
             raise UserError(f"{cls.__module__}.{cls.__name__}: {missing}")
-        _add(PartInfo(role, name or role, _source_of(cls), cls))
+        _add(PartInfo(role, name or role, cls.__module__, _file_of(cls), cls))
         return cls
 
     return add
 
 
 def _add(info: PartInfo) -> None:
-    """Make a part known, or its class if its text is known already."""
+    """Make a part known, or its class if its text is known already. Raises UserError for a name that is taken."""
     known = _registry.setdefault((info.role, info.name), info)
     if known is info:
         return
-    if known.source is None or info.source is None or _place(known.source) != _place(info.source):
-        places = " and ".join(str(_place(one.source)[0]) if one.source else "another class" for one in (known, info))
-        raise UserError(f"{info.label} is registered twice: {places}")
+    if known.path is None or info.path is None or known.path.resolve() != info.path.resolve():
+        raise UserError(
+            f"{info.label} is registered twice: in {known.path or known.module}, {info.path or info.module}"
+        )
     known.cls = known.cls or info.cls
 
 
-def _place(source: ClassSource) -> tuple[Path, str]:
-    return source.module.path.resolve(), source.node.name
-
-
-def _source_of(cls: type) -> ClassSource | None:
-    """Return the text of an imported class; None for a class inside a function, or without a file."""
-    module = sys.modules.get(cls.__module__)
+def _file_of(cls: type) -> Path | None:
+    """Return the file with the text of an imported class; None for a class inside a function, or without a file."""
     try:
         path = Path(inspect.getfile(cls))
-        source = module_source(cls.__module__) if module and find_module(cls.__module__) == path else None
-        source = source or ModuleSource(cls.__module__, path)
+        classes = file_source(cls.__module__, path).classes
     except (TypeError, OSError, SyntaxError, UnicodeDecodeError):
         return None
-    node = source.classes.get(cls.__qualname__)
-    return None if node is None else ClassSource(source, node)
+    return path if cls.__qualname__ in classes else None
 
 
 def signature_options(cls: type) -> dict[str, Option]:
@@ -248,20 +258,13 @@ def _read_place(place: str) -> None:
 
 
 def _read_file(name: str, path: Path) -> None:
-    """Make the parts of a file known; one that cannot be read is noted in `broken`."""
+    """Make the parts of a file known by their names; what is wrong with it is noted in `broken`."""
     try:
-        if "@" not in path.read_text(encoding="utf-8") or "register(" not in path.read_text(encoding="utf-8"):
-            return
-        module = module_source(name)
-        if module is None:
-            return
-        for node in module.classes.values():
-            source = ClassSource(module, node)
-            if registered := source.registered():
-                _add(PartInfo(*registered, source))
-    except SyntaxError as error:
-        broken[str(path)] = f"{error.msg} (line {error.lineno})"
-    except (Unreadable, UnicodeDecodeError, OSError, ValueError) as error:
+        for role, its in REGISTERED.findall(path.read_text(encoding="utf-8")):
+            if role not in ROLES:
+                raise UserError(unknown("role", role, ROLES))
+            _add(PartInfo(role, its or role, name, path))
+    except (UserError, UnicodeDecodeError, OSError) as error:
         broken[str(path)] = first_line(error)
 
 
@@ -273,19 +276,28 @@ def _import(name: str, path: Path) -> None:
         raise
     except Exception as error:  # whatever a user's module may raise
         broken[str(path)] = f"{type(error).__name__}: {first_line(error)}"
+        for info in _registry.values():  # it may have registered some before it failed
+            info.cls = None if info.path == path else info.cls
         raise UserError(f"{path}: importing it failed: {broken[str(path)]}") from error
 
 
-@cache
-def _installed() -> tuple[str, ...]:
-    return tuple(point.value.partition(":")[0] for point in importlib.metadata.entry_points(group=ENTRY_POINTS))
+def _read_installed() -> None:
+    """Read the parts that installed packages announce; looking for them takes a while, so only when it is needed."""
+    from importlib.metadata import entry_points
+
+    for point in entry_points(group=ENTRY_POINTS):
+        _read_place(point.value.partition(":")[0])
+
+
+def _known(role: str) -> dict[str, PartInfo]:
+    return {name: info for (its, name), info in sorted(_registry.items()) if its == role}
 
 
 def infos(role: str) -> dict[str, PartInfo]:
     """Return name -> what is known of each part of a role, without importing any."""
-    for place in (ROLES[role].place, *_installed()):
-        _read_place(place)
-    return {name: info for (its, name), info in sorted(_registry.items()) if its == role}
+    _read_place(ROLES[role].place)
+    _read_installed()
+    return _known(role)
 
 
 def parts(role: str) -> dict[str, type]:
@@ -310,9 +322,12 @@ def part_info(role: str, name: Any, where: str | None = None) -> PartInfo:
     Raises:
         UserError: no such part.
     """
-    known, where = infos(role), where or role
-    if role in known:
-        return known[role]
+    where = where or role
+    _read_place(ROLES[role].place)
+    for sought in (role, name):
+        if isinstance(sought, str) and (role, sought) in _registry:
+            return _registry[role, sought]
+    known = infos(role)
     if name is None:
         raise UserError(f"{where}.name: has to be given. Known: {', '.join(known)}.")
     if not isinstance(name, str) or name not in known:

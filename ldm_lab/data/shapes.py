@@ -8,10 +8,7 @@ without a GPU, yet text and image can be compared attribute by attribute (`ldm_l
 import io
 import json
 import math
-import os
 import random
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -23,6 +20,7 @@ from ldm_lab.config import PositiveInt, Share, register
 from ldm_lab.data.shard_source import ShardSource
 from ldm_lab.data.tar import write_shard
 from ldm_lab.errors import UserError
+from ldm_lab.io.atomic import new_folder
 
 # Near the corners of the RGB cube, so that jitter, blur and compression leave them apart.
 COLOURS = {
@@ -300,21 +298,12 @@ def write_shards(
     folder = Path(folder)
     made_with = {"count": count, "shards": shards, "size": size, "seed": seed, "variety": variety, "wordings": wordings}
     if not _is_filled(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        drafts = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        try:
+        with new_folder(folder) as drafts:
             for shard in range(shards):
                 first, last = (count * edge // shards for edge in (shard, shard + 1))
                 drawn = _samples(range(first, last), shard, size, seed, variety, wordings)
                 write_shard(drafts / f"{shard:05}.tar", drawn)
             (drafts / MANIFEST).write_text(json.dumps(made_with, indent=2) + "\n")
-            drafts.chmod(0o755)  # mkdtemp's folders are closed to others
-            os.rename(drafts, folder)
-        except OSError:
-            if not _is_filled(folder):  # otherwise another process was quicker, and its shards are the same
-                raise
-        finally:
-            shutil.rmtree(drafts, ignore_errors=True)
     _check_manifest(folder, made_with)
     return [folder / f"{shard:05}.tar" for shard in range(shards)]
 

@@ -97,62 +97,61 @@ class GlideUNet(Denoiser):
         given = {key: value for key, value in locals().items() if key in signature_options(GlideUNet)}
         check_options(GlideUNet, **given)
         self.spec = _taken(conditions, channels, self.part_name)
-        extra = sum(kind.channels for kind in self.spec.values() if isinstance(kind, ImageCondition))
-        text = required_condition(self.spec, "token_ids", TokenIds, self.part_name)
-        self.channels, self.text_size, self.base_channels = channels, text.length, base_channels
-        self.clip_positions, self.checkpointing = clip_positions, gradient_checkpointing
+        self.channels, self.base_channels, self.clip_positions = channels, base_channels, clip_positions
+        self.checkpointing = gradient_checkpointing
         self.multiple_of = 2 ** (len(multipliers) - 1)
-        emb_width = 4 * base_channels
+        self._add_text(text_width, text_layers, text_heads)
+        widths = [base_channels * multiplier for multiplier in multipliers]
+        build = Builder(blocks_per_level, attention, head_width, norm_groups, dropout, text_width, 4 * base_channels)
+        self._add_unet(build, widths, channels * (1 + learn_variance))
+        self._initialize_embeddings()
 
-        self.token_embedding = nn.Embedding(text.vocabulary, text_width)
-        self.positional_embedding = nn.Parameter(torch.empty(text.length, text_width))  # [L, w]
-        self.padding_embedding = nn.Parameter(torch.empty(text.length, text_width))  # [L, w]
-        self.transformer = Transformer(text_width, text_layers, text_heads)
-        self.final_ln = LayerNorm(text_width)
-        self.transformer_proj = nn.Linear(text_width, emb_width)
+    def _add_text(self, width: int, layers: int, heads: int) -> None:
+        """Add the text transformer, and the layers for a CLIP vector if there is one."""
+        text = required_condition(self.spec, "token_ids", TokenIds, self.part_name)
+        self.text_size, emb_width = text.length, 4 * self.base_channels
+        self.token_embedding = nn.Embedding(text.vocabulary, width)
+        self.positional_embedding = nn.Parameter(torch.empty(text.length, width))  # [L, w]
+        self.padding_embedding = nn.Parameter(torch.empty(text.length, width))  # [L, w]
+        self.transformer = Transformer(width, layers, heads)
+        self.final_ln = LayerNorm(width)
+        self.transformer_proj = nn.Linear(width, emb_width)
         clip = self.spec.get("clip_embed")
         if isinstance(clip, Embedding):
-            self.clip_to_time = nn.Sequential(
-                nn.Linear(clip.width, emb_width), nn.SiLU(), nn.Linear(emb_width, emb_width)
-            )
-            self.clip_to_xf = nn.Linear(clip.width, clip_positions * text_width)
+            self.clip_to_time = _mlp(clip.width, emb_width)
+            self.clip_to_xf = nn.Linear(clip.width, self.clip_positions * width)
 
-        self.time_embed = nn.Sequential(nn.Linear(base_channels, emb_width), nn.SiLU(), nn.Linear(emb_width, emb_width))
-        widths = [base_channels * multiplier for multiplier in multipliers]
-        build = Builder(blocks_per_level, attention, head_width, norm_groups, dropout, text_width, emb_width)
-        self.input_blocks, skips = build.down(channels + extra, widths)
+    def _add_unet(self, build: Builder, widths: list[int], channels_out: int) -> None:
+        """Add the embedding of the time and the U-Net, whose levels are `widths` wide."""
+        extra = sum(kind.channels for kind in self.spec.values() if isinstance(kind, ImageCondition))
+        self.time_embed = _mlp(self.base_channels, 4 * self.base_channels)
+        self.input_blocks, skips = build.down(self.channels + extra, widths)
         self.middle_block = build.middle(widths[-1])
         self.output_blocks = build.up(widths, skips)
-        self.out = nn.Sequential(
-            GroupNorm(norm_groups, widths[0]),
-            nn.SiLU(),
-            zeroed(nn.Conv2d(widths[0], channels * (1 + learn_variance), 3, padding=1)),
-        )
-        # The original leaves the last two unset, whatever is in memory; the deviations are those of CLIP's embeddings.
-        for embedding, deviation in (
-            (self.token_embedding.weight, 0.02),
-            (self.positional_embedding, 0.01),
-            (self.padding_embedding, 0.02),
-        ):
-            nn.init.normal_(embedding, std=deviation)
+        last = zeroed(nn.Conv2d(widths[0], channels_out, 3, padding=1))
+        self.out = nn.Sequential(GroupNorm(build.groups, widths[0]), nn.SiLU(), last)
+
+    def _initialize_embeddings(self) -> None:
+        """Draw the embeddings of tokens, places and padding.
+
+        The original leaves the last two unset, whatever is in memory; the deviations are those of CLIP's embeddings.
+        """
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.padding_embedding, std=0.02)
 
     @staticmethod
     def check(options: dict[str, Any]) -> list[str]:
         """Return what is wrong across the options."""
         return _problems(options)
 
-    @property
-    def text_modules(self) -> list[nn.Module | nn.Parameter]:
-        """The text transformer with its embeddings: all but the U-Net (glide-finetune's freeze group "transformer")."""
-        own = [self.token_embedding, self.positional_embedding, self.padding_embedding]
-        return [*own, self.transformer, self.final_ln, self.transformer_proj]
-
     def freeze_groups(self) -> dict[str, list[nn.Parameter]]:
         """Return the parts that training may leave as they are, each with its parameters.
 
         Those of glide-finetune: with the U-Net frozen, `encoder_kv`, by which it reads the text, is still trained.
         """
-        text = [p for m in self.text_modules for p in ([m] if isinstance(m, nn.Parameter) else m.parameters())]
+        modules = (self.token_embedding, self.transformer, self.final_ln, self.transformer_proj)
+        text = [self.positional_embedding, self.padding_embedding, *(p for m in modules for p in m.parameters())]
         known = {id(p) for p in text}
         unet = [p for name, p in self.named_parameters() if id(p) not in known and ".encoder_kv." not in name]
         return {"text_transformer": text, "unet": unet}
@@ -282,6 +281,10 @@ class GlideUNet(Denoiser):
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(module, *inputs, use_reentrant=False)  # the same dropout again, from the saved generator
         return module(*inputs)
+
+
+def _mlp(width_in: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width_in, width), nn.SiLU(), nn.Linear(width, width))
 
 
 def _taken(conditions: ConditionSpec, channels: int, name: str) -> ConditionSpec:

@@ -73,6 +73,28 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
                 shutil.rmtree(folder)
 
 
+@contextlib.contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Hand out a folder that appears at `path` when all of it is written, unless another process was quicker.
+
+    Then the other one's stays. Raises UserError when it cannot be written.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+        yield temporary
+        os.chmod(temporary, 0o777 & ~_umask())
+        os.rename(temporary, path)
+    except OSError as error:
+        if not (path.is_dir() and any(path.iterdir())):
+            raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if temporary is not None and temporary.exists():
+            shutil.rmtree(temporary)
+
+
 def move_into_place(source: Path, path: Path) -> None:
     """Rename a finished file of the same folder, already fsynced, to what it is to be called; one there is replaced."""
     os.replace(source, path)

@@ -2,13 +2,12 @@
 
 import functools
 import re
-from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from importlib.resources import files
 
 import yaml
 
-from ldm_lab.io.json_files import Json
+from ldm_lab.io.json_files import Json, JsonObject
 
 ROLES = ("autoencoder", "conditioner", "model", "head", "rating", "guide")
 SAFE_PART = r"[A-Za-z0-9_][\w.+-]*"  # of a name or path: no "..", nothing hidden
@@ -38,7 +37,7 @@ class Released:
     size: int | None = None
     license: str = "not stated"
     page: str = ""
-    config: Mapping[str, Json] = field(default_factory=dict)
+    config: JsonObject = field(default_factory=JsonObject)
 
 
 @functools.cache
@@ -78,4 +77,4 @@ def _entry(name: str, written: Json) -> Released:
     wrong += [key for key, right in checks.items() if not right]
     if wrong:
         raise ValueError(f"{name}: {wrong[0]}: unknown, missing or wrong in this entry of the catalogue")
-    return Released(**{**written, "mirrors": tuple(mirrors)})
+    return Released(**{**written, "mirrors": tuple(mirrors), "config": JsonObject(config)})

@@ -28,7 +28,7 @@ def retrieve(stored: Tensor, queries: Tensor, beta: float) -> Tensor:
     return retrieved / retrieved.norm(dim=1, keepdim=True)  # [N, D]
 
 
-def infoloob(anchors: Tensor, samples: Tensor, inv_tau: PositiveFloat | Tensor) -> Tensor:
+def infoloob(anchors: Tensor, samples: Tensor, inv_tau: float | Tensor) -> Tensor:
     """Return InfoLOOB, a scalar: row i of both belong together (arXiv 2110.11316, eq. 9).
 
     Unlike InfoNCE, the positive pair is left out of the denominator, so that it never saturates; the value can be
@@ -47,7 +47,7 @@ class CLOOBLoss(nn.Module):
     def __init__(
         self,
         *,
-        inv_tau: float = 30.0,
+        inv_tau: PositiveFloat = 30.0,
         scale_hopfield: PositiveFloat | None = 15.0,
         learn_inv_tau: bool = False,
         convention: Literal["cloob_training", "ml_jku"] = "cloob_training",

@@ -10,17 +10,14 @@ from torch.nn import functional as F
 from torchmetrics.functional import mean_absolute_error, mean_squared_error, pearson_corrcoef, spearman_corrcoef
 from tqdm import tqdm
 
+from ldm_lab.checkpoints.importer import Section
 from ldm_lab.config import build
 from ldm_lab.curation.heads.head import Head, l2_normalize
 from ldm_lab.errors import UserError
-from ldm_lab.io.json_files import Json
 
 LEAST = 10  # rated images, below which nothing can be said
 RIDGES = torch.logspace(-8, 2, 41, dtype=torch.float64)  # tried, in units of the mean eigenvalue
 LOGISTIC_RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # tried for probabilities
-
-
-PartConfig = dict[str, Json]  # the config of a part
 
 
 class Split(NamedTuple):
@@ -54,7 +51,7 @@ def split(embeds: Tensor, ratings: Tensor, share: float, seed: int) -> Split:
     return Split((rows[train], ratings[train]), (rows[held_out], ratings[held_out]))
 
 
-def fit_linear(section: PartConfig, x: Tensor, y: Tensor, ridge: float | None) -> tuple[Head, dict[str, float]]:
+def fit_linear(section: Section, x: Tensor, y: Tensor, ridge: float | None) -> tuple[Head, dict[str, float]]:
     """Return a linear head and facts about it.
 
     Args:
@@ -130,7 +127,7 @@ class MLPOptions:
     seed: int
 
 
-def fit_mlp(section: PartConfig, x: Tensor, y: Tensor, options: MLPOptions) -> tuple[Head, dict[str, float]]:
+def fit_mlp(section: Section, x: Tensor, y: Tensor, options: MLPOptions) -> tuple[Head, dict[str, float]]:
     """Return an MLP head and facts about it: Adam on the squared error, or on the cross-entropy of a probability.
 
     Ratings are brought to mean 0 and deviation 1 while it learns; the last layer takes them back.
