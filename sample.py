@@ -1,7 +1,6 @@
 """Make pictures with a trained model: see `python sample.py --help`, and `ldm_lab/commands/sample.py`."""
 
-from ldm_lab.commands.sample import main
-from ldm_lab.errors import run_program
+from ldm_lab.__main__ import start
 
 if __name__ == "__main__":
-    run_program(main)
+    start("sample")

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a ch
 
 from ldm_lab.condition_sources import build_sources, given_conditions
 from ldm_lab.config import build, load
-from ldm_lab.denoisers.glide_unet import AttentionBlock, GlideUNet, ResBlock, TextBlock
+from ldm_lab.denoisers.glide_layers import AttentionBlock, ResBlock, TextBlock
+from ldm_lab.denoisers.glide_unet import GlideUNet
 from ldm_lab.errors import run_program
 
 GIB = 2**30
@@ -70,7 +71,7 @@ def main() -> None:
     missing = OmegaConf.missing_keys(OmegaConf.load(args.config))
     config = load(args.config, [f"{key}=somewhere" for key in missing])
     text = build("conditioner", {key: value for key, value in config["conditioner"].items() if key != "dropout"})
-    size, sources = config["data"]["image_size"], build_sources(config.get("condition_sources"))
+    size, sources = config["data"]["image_size"], build_sources(config.condition_sources)
     with torch.device("meta"):
         net = build(
             "denoiser", {**config["denoiser"], "gradient_checkpointing": False}, 3, given_conditions(text, sources)

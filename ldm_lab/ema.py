@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ldm_lab.config import NonNegativeInt, ShareBelowOne, register
+from ldm_lab.config import NonNegativeInt, Options, ShareBelowOne, register
 
 
 @register("ema")
@@ -29,7 +29,7 @@ class EMASchedule:
         self.from_step, self.decay = list(from_step), list(decay)
 
     @staticmethod
-    def check(section: dict) -> list[str]:
+    def check(section: Options) -> list[str]:
         """Return what is wrong across keys."""
         schedule = EMASchedule(**{k: v for k, v in section.items() if v is not None})
         if len(schedule.from_step) != len(schedule.decay):

@@ -26,7 +26,7 @@ class Encoder(nn.Module):
     """
 
     def __init__(self, config: PartConfig) -> None:
-        """Load a conditioner (`clip_section` reads its section off a command line).
+        """Load a conditioner (`clip_config` reads its section off a command line).
 
         Raises:
             UserError: no weights, or what `load_part` raises.
@@ -53,17 +53,17 @@ class Encoder(nn.Module):
         return F.normalize(self.conditioner.encode_tokens(tokens).float(), dim=-1)  # [n, D]
 
 
-def clip_section(given: list[str], embedder: dict[str, str] | None) -> PartConfig:
+def clip_config(words: list[str], embedder: dict[str, str] | None) -> PartConfig:
     """Return the checked section of a conditioner: `key=value` words laid over the embedder that a head asks for.
 
     Args:
-        given: such as ["weights=ViT-L-14.pt"] or ["model=ViT-B-32", "pretrained=laion2b_s34b_b79k"].
+        words: such as ["weights=ViT-L-14.pt"] or ["model=ViT-B-32", "pretrained=laion2b_s34b_b79k"].
         embedder: of the heads; None if there is none.
 
     Raises:
-        UserError: a word that is none, nothing at all to go by, or what is wrong with the section.
+        UserError: a word without a value, no word and no head, or what is wrong with the section.
     """
-    written = _words(given)
+    written = _values(words)
     named = {key: text for key, text in (embedder or {}).items() if key != "sha256"}
     whole = any(key in written for key in ("name", "model", "architecture"))  # then another one is meant altogether
     if not whole and isinstance(written.get("weights"), str):
@@ -82,8 +82,8 @@ def clip_section(given: list[str], embedder: dict[str, str] | None) -> PartConfi
     return PartConfig.from_dict("conditioner", section)
 
 
-def _words(given: list[str]) -> dict[str, Plain]:
+def _values(words: list[str]) -> dict[str, Plain]:
     try:
-        return values(given, "model=ViT-L-14-quickgelu")
+        return values(words, "model=ViT-L-14-quickgelu")
     except UserError as error:
         raise UserError(f"--clip: {error}") from None

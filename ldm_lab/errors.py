@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this"."""
+"""The exceptions that end a program in one line, and the words of messages."""
 
 import difflib
 import os
@@ -12,6 +12,10 @@ class UserError(ValueError):
     Its message says what is wrong, where, and what would be right. The command-line programs print it without a
     traceback and exit with code 2; library callers get an ordinary `ValueError`.
     """
+
+
+class NotFiniteError(ArithmeticError):
+    """A computation that came to NaN or infinity: a loss, weights, a picture. The programs exit with code 3."""
 
 
 def unknown(what: str, given: object, known: Iterable[str], of: str = "") -> str:
@@ -32,13 +36,20 @@ def first_line(error: Exception, limit: int = 200) -> str:
 
 
 def run_program(main: Callable[[], int | None]) -> None:
-    """Run a command-line program: user errors and a full disk end in one line and exit code 2, Ctrl-C in 130."""
+    """Run a command-line program.
+
+    Exit codes: 0 done, 2 for what the user can mend and a full disk, 3 for NaN and infinity, 130 after Ctrl-C; errors
+    end in one line.
+    """
     try:
         code = main() or 0
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
+    except NotFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 3
     except BrokenPipeError:  # e.g. `--parts | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0

@@ -26,7 +26,7 @@ def program(monkeypatch, capsys):
     def call(name: str, *args: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
         with pytest.raises(SystemExit) as exit_:
-            run_program(importlib.import_module(f"ldm_lab.commands.{name}" if name == "train" else name).main)
+            run_program(importlib.import_module(name if "." in name else f"ldm_lab.commands.{name}").main)
         captured = capsys.readouterr()
         return exit_.value.code or 0, captured.out, captured.err
 

@@ -20,7 +20,15 @@ LONGEST_FUNCTION, LONGEST_CLASS, LONGEST_MODULE = 60, 250, 400  # lines, docstri
 WINDOW = 6  # lines that make a repeat
 
 # "file: expression" of lines that ask a library or the platform, not a part, what it is -> why.
-ASKED_ELSEWHERE: dict[str, str] = {}
+ASKED_ELSEWHERE: dict[str, str] = {
+    "ldm_lab/config/checks.py: inspect.getmembers(cls, inspect.isfunction)": "a class need not have a `check`",
+    "ldm_lab/config/contracts.py: inspect.getmembers(interfaces)": "the contract of a role, by its name",
+    "ldm_lab/config/contracts.py: inspect.getmembers(base)": "what a contract asks for",
+    "ldm_lab/config/contracts.py: inspect.getmembers(cls)": "what a class has of it, when it is registered",
+    "ldm_lab/config/contracts.py: inspect.getmembers(owner, inspect.isfunction)": "the attributes that methods set",
+    "ldm_lab/config/reading.py: vars(importlib.import_module(module))": "names of typing and annotated_types",
+    "ldm_lab/config/registry.py: inspect.getmembers(self.load())": "a constant of a class without a file",
+}
 # "file" or "file:qualified name" of what is larger than it should be -> why.
 LARGE: dict[str, str] = {}
 # Modules that rename without writing a file in one step -> why.

@@ -99,7 +99,7 @@ def test_finetuning_a_ccld_model(program, trained, layouts):
     for layout, path in layouts.items():
         code, out, err = program("train", "--config", yaml, f"run={layout}", f"init_from={path}", *still)
         assert code == 0, err
-        assert f"init_from: weights of {path}" in out and "stays as initialised" not in out
+        assert f"init_from: weights of {path}" in out and "stays as initialized" not in out
         now = read_pickled(f"runs/{layout}/last.ckpt")["state_dict"]
         before, _ = read_safetensors(trained / "runs/tiny/ema.safetensors")
         assert all(torch.equal(now[f"model.{name}"], value) for name, value in before.items())
@@ -137,7 +137,7 @@ def test_the_recipe_on_a_small_model(program, trained, layouts):
         "demo.sampling.sampler.steps=2",
     )
     assert code == 0, err
-    assert "stays as initialised" not in out
+    assert "stays as initialized" not in out
     assert Path("runs/ccld_finetune/ema.safetensors").exists()
 
 
@@ -148,10 +148,10 @@ def test_another_embedding_width_loads_what_fits(program, trained, layouts):
     options = ["run=wide", "init_from=slim.pth", "conditioner.weights=wide.safetensors", *still]
     code, out, err = program("train", "--config", trained / "tiny.yaml", *options)
     assert code == 0, err
-    told = [line for line in out.splitlines() if "stays as initialised" in line]
+    told = [line for line in out.splitlines() if "stays as initialized" in line]
     assert told == [
-        "init_from: mapping.0.main.0.weight stays as initialised: [32, 144] in the file, [32, 152] here",
-        "init_from: mapping.0.skip.weight stays as initialised: [32, 144] in the file, [32, 152] here",
+        "init_from: mapping.0.main.0.weight stays as initialized: [32, 144] in the file, [32, 152] here",
+        "init_from: mapping.0.skip.weight stays as initialized: [32, 144] in the file, [32, 152] here",
     ]
     now = read_pickled("runs/wide/last.ckpt")["state_dict"]
     before, _ = read_safetensors(trained / "runs/tiny/ema.safetensors")

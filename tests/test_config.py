@@ -2,12 +2,23 @@
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
+from annotated_types import Len
 
 from ldm_lab import config
-from ldm_lab.config import bounds
+from ldm_lab.config import (
+    AutoencoderUse,
+    ConditionerUse,
+    PositiveFloat,
+    PositiveInt,
+    RunConfig,
+    Share,
+    ShareBelowOne,
+    bounds,
+    overrides,
+)
 from ldm_lab.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -89,6 +100,105 @@ def test_another_part_leaves_the_keys_of_the_one_before_behind():
         assert loaded["data"]["image_size"] == 64 and loaded["data"]["batch_size"] == 4
     with pytest.raises(UserError, match=r"data\.path: no such key"):  # what is asked for is not left behind
         config.load(CONFIGS / "glide_finetune_base.yaml", [*overrides, "data.path=/data"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "conditioner"),
+    [
+        (["conditioner.name=none"], {"name": "none", "dropout": 0.2}),
+        (["conditioner={name: none, embed_dim: 8}"], {"name": "none", "dropout": 0.2, "embed_dim": 8}),
+        (["conditioner.embed_dim=8", "conditioner.name=none"], {"name": "none", "dropout": 0.2, "embed_dim": 8}),
+        (["conditioner.name=cloob"], {"name": "cloob", "weights": "cloob/vit_b_16_laion400m_16e", "dropout": 0.2}),
+        (["conditioner={dropout: 0.5}"], {"name": "cloob", "weights": "cloob/vit_b_16_laion400m_16e", "dropout": 0.5}),
+        (["conditioner={name: clip, model: ViT-B-32}"], {"name": "clip", "dropout": 0.2, "model": "ViT-B-32"}),
+    ],
+)
+def test_what_belongs_to_the_weights_of_the_part_before_is_left_behind(overrides, conditioner):
+    assert config.load(YFCC, ["data.shards=x", *overrides])["conditioner"] == conditioner
+
+
+def test_the_rule_holds_for_all_sections_and_inside_them(tmp_path):
+    loaded = config.load(YFCC, ["data={name: folder, path: /data}", "autoencoder.name=identity"])
+    assert "shards" not in loaded["data"] and loaded["data"]["image_size"] == 256
+    assert loaded["autoencoder"] == {"name": "identity"}, "neither weights nor their latents' deviation"
+    loaded = config.load(YFCC, ["data.shards=x", "demo.sampling.sampler={name: ddim, eta: 0.5}"])
+    assert loaded["demo"]["sampling"]["sampler"] == {"name": "ddim", "steps": 50, "eta": 0.5}
+    loaded = config.load(
+        YFCC, ["data.shards=x", "demo.sampling.sampler={name: plms, variant: glide}", "demo.sampling.sampler.steps=9"]
+    )
+    assert loaded["demo"]["sampling"]["sampler"] == {"name": "plms", "steps": 9, "variant": "glide"}
+    (tmp_path / "run.yaml").write_text(f"defaults: {YFCC}\ndata: {{name: folder, path: /data}}\n")
+    assert "shards" not in config.load(tmp_path / "run.yaml")["data"], "as a YAML does it"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.shards=a.tar", "data.path=b"], "data.path: no such key: 'path' of data.name=webdataset"),
+        (["data.shards=a.tar", "data.path=b"], "data.name=folder, data.name=image_list have it"),
+        (["data.shards=0.tar", "data.shards=1.tar"], "data.shards: is given 2 times ('data.shards=0.tar', "),
+        (["data.shards=0.tar", "data.shards=1.tar"], "put quotes around it, data.shards='...'"),
+    ],
+)
+def test_keys_of_other_parts_and_keys_given_twice(overrides, words):
+    with pytest.raises(UserError) as error:
+        config.load(YFCC, overrides)
+    assert words in str(error.value)
+
+
+def test_one_grammar_for_all_words():
+    words = ["a=3e-5", "b=50_000", "c=null", "d=[1, x]", "e=x=y", "f={g: 1.5}", "h=", "i='3'"]
+    wanted = {"a": 3e-5, "b": 50_000, "c": None, "d": [1, "x"], "e": "x=y", "f": {"g": 1.5}, "i": "3", "h": None}
+    assert overrides.values(words, "a=1") == wanted
+    for word in ("a", "=1", "a=[1"):
+        with pytest.raises(UserError, match=re.escape(repr(word))):
+            overrides.values([word], "a=1")
+    with pytest.raises(UserError, match="a: is given 2 times"):
+        overrides.values(["a=1", "a=2"], "a=1")
+
+
+def test_rules_across_keys_are_asked_before_anything_is_read(program, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wrong = ["ema.decay=[0.9]", "checkpoint={every: 10, keep_every: 15}", "denoiser.base_channels=8"]
+    code, _, err = program("train", "--config", YFCC, "data.shards=nowhere.tar", *wrong)
+    assert code == 2 and err.startswith("error: 3 problems in the config:")
+    assert "ema.decay: 1 values for 3 values of from_step" in err
+    assert "checkpoint.keep_every: 15 is not a multiple of every (10)" in err
+    assert "denoiser.base_channels: 8 makes a level 32 wide" in err and not list(tmp_path.iterdir())
+
+
+def test_a_run_s_config_is_the_same_again_from_plain_data():
+    loaded = config.load(YFCC, ["data.shards=x", "init_from=a.pth", "ema=null"])
+    assert (loaded.run, loaded.task, loaded.seed, loaded.init_from) == ("yfcc_cfg", "diffusion", 0, "a.pth")
+    assert RunConfig.from_dict(loaded.to_dict()) == loaded and "ema" not in loaded
+    assert loaded["autoencoder"].use == AutoencoderUse(weights="kl-f8", latent_std=2.55)
+    assert loaded["conditioner"].use_as(ConditionerUse).dropout == 0.2
+    assert loaded["denoiser"].architecture() == loaded["denoiser"] and loaded.part("resume") == {}
+    changed = loaded.with_part("autoencoder", loaded["autoencoder"].with_use(latent_mean=[0.1, 0.2]))
+    assert changed.to_dict()["autoencoder"]["latent_mean"] == [0.1, 0.2] and loaded["autoencoder"].use.weights
+    with pytest.raises(UserError, match=r"cache\.folder: has to be given"):
+        loaded.part("cache").build()
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "words"),
+    [
+        (PositiveInt, 0, "at least 1 is needed, not 0"),
+        (PositiveInt, "a", "whole number (at least 1) is needed, not 'a'"),
+        (PositiveFloat, 0, "a number above 0 is needed, not 0"),
+        (Share, 1.5, "a number from 0 to 1 is needed, not 1.5"),
+        (Share | None, 2, "a number from 0 to 1 is needed, not 2"),
+        (ShareBelowOne, 1, "a number from 0 to less than 1 is needed, not 1"),
+        (PositiveInt | Literal[-1], -2, "at least 1 or -1 is needed, not -2"),
+        (Annotated[list[PositiveInt], Len(2)], [1], "2 or more entries are needed, not [1]"),
+        (Annotated[list[PositiveInt], Len(2, 2)], [1], "2 entries are needed, not [1]"),
+        (list[PositiveInt], [1, 0], "list of whole numbers (at least 1) is needed, not [1, 0]"),
+        (Share, float("nan"), "number (from 0 to 1) is needed, not nan"),
+        (Share, True, "number (from 0 to 1) is needed, not True"),
+    ],
+)
+def test_bounds_in_words(annotation, value, words):
+    assert bounds.problem(value, annotation) == words
 
 
 def test_a_missing_file_names_its_neighbours(tmp_path):

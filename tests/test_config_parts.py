@@ -262,6 +262,7 @@ def test_an_installed_package_announces_its_parts(own_modules):
         (SAMPLER + "\nraise RuntimeError('two\\nlines')\n", "RuntimeError: two"),
         (SAMPLER.replace("x, *, schedule", "x, *, *"), "is not readable: "),
         (SAMPLER.replace("def sample(", "def draw("), r"lacks sample\(\), which ldm_lab.interfaces.Sampler asks of"),
+        (SAMPLER.replace("Lazy(Sampler)", "Lazy"), r"a sampler has to be derived from ldm_lab\.interfaces\.Sampler"),
         (SAMPLER.replace("self.steps = steps", "pass").replace("self.steps", "5"), "lacks steps, which"),
     ],
 )

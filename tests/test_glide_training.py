@@ -257,7 +257,7 @@ def test_an_upsampler_as_base_is_refused_and_more_channels_are_named(tmp_path, m
     ):
         build_task(RunConfig.from_dict({**glide_config(tmp_path), "init_from": "inpaint.pt"}))
     build_task(RunConfig.from_dict({**glide_config(tmp_path, **INPAINT), "init_from": "base.pt"}))
-    assert "input_blocks.0.0.weight stays as initialised" in "".join(capsys.readouterr())
+    assert "input_blocks.0.0.weight stays as initialized" in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize(

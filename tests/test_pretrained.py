@@ -460,7 +460,7 @@ def test_wherever_weights_are_taken_a_name_will_do(release, mirror, tmp_path, mo
         "train", "--config", yaml, *parts, "run=finetuned", "init_from=test/model"
     )
     sampled = ("sample", "a red star", "--steps", 2, "-n", 1, "--checkpoint", "test/model")
-    done(*sampled, "--autoguidance", "test/model", "--out", "plain")
+    done(*sampled, "--guide-model", "test/model", "--out", "plain")
     done(*sampled, "--autoencoder", "test/autoencoder", "--conditioner", "test/conditioner", "--out", "named")
     (entry,) = json.loads(Path("named/samples.json").read_text())
     assert entry["checkpoint"] == "test/model"

@@ -5,14 +5,14 @@ beside them. The name `kl_f8` stands for the family: with other multipliers it i
 follows from their number.
 """
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from annotated_types import MinLen
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm_lab.config import PositiveInt, check_options, register
+from ldm_lab.config import Options, PositiveInt, check_options, register
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Autoencoder
 
@@ -70,7 +70,7 @@ class KLAutoencoder(Autoencoder):
         nn.init.constant_(self.quant_conv.bias[embed_dim:], INITIAL_LOGVAR)
 
     @staticmethod
-    def check(options: dict[str, Any]) -> list[str]:
+    def check(options: Options) -> list[str]:
         """Return what is wrong across the options."""
         return _problems(options)
 
@@ -108,7 +108,7 @@ def kl(mean: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(1)  # [B]
 
 
-def _problems(sizes: dict[str, Any]) -> list[str]:
+def _problems(sizes: Options) -> list[str]:
     """Return what is wrong with a network's options, each as "key: what"."""
     ch, ch_mult, norm_groups = sizes["ch"], sizes["ch_mult"], sizes["norm_groups"]
     for width in (ch, *(ch * multiplier for multiplier in ch_mult)):

@@ -140,7 +140,13 @@ class Importer:
         return Section()
 
     def config(self, file: OpenedFile) -> Section:
-        """Return what the file tells of its network, by role. Raises UserError for an incomplete one."""
+        """Return what the file tells of its networks, by role; of a model the config that rebuilds it.
+
+        Raises:
+            UserError: an incomplete file.
+        """
+        if self.holds_model:
+            return self.read_model(file, True, Section()).config
         try:
             options = self.infer_config(self.network(file))
         except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
@@ -148,8 +154,8 @@ class Importer:
         return Section({role: {"name": name, **options} for role, name in self.parts.items() if options})
 
     def problems(self, config: Section) -> list[str]:
-        """Return what is wrong with a config that the file itself has, each with its key path."""
-        return []
+        """Return what is wrong with a model's config, each with its key path."""
+        return config_problems(config) if self.holds_model else []
 
     def facts(self, file: OpenedFile) -> Section:
         """Return what else is known: "step" of the training, "frozen" (checksums of the parts it was trained with)."""

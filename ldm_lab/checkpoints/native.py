@@ -13,7 +13,6 @@ from ldm_lab.checkpoints.importer import (
     LoadedModel,
     LoadedPart,
     Section,
-    config_problems,
     register_importer,
 )
 from ldm_lab.checkpoints.opened import OpenedFile, TensorInfo
@@ -118,9 +117,9 @@ class NativePart(_Native):
 
     def read(self, file: OpenedFile, role: str) -> LoadedPart:
         """Return the part, if it is of this role and its config makes sense."""
-        held, config = part_config(file.path, file.metadata)
-        if held != role:
-            raise UserError(f"{file.path}: holds the weights of the role {held}, not {role}")
+        stored_role, config = part_config(file.path, file.metadata)
+        if stored_role != role:
+            raise UserError(f"{file.path}: holds the weights of the role {stored_role}, not {role}")
         problems = check_section(role, config, f"{file.path}: config")
         if problems:
             raise UserError(problems[0])
@@ -146,10 +145,6 @@ class NativeModel(_Native):
             return json.loads(file.metadata["config"])
         except (KeyError, ValueError, RecursionError):
             raise UserError(f"{file.path}: its config is not readable") from None
-
-    def problems(self, config: Section) -> list[str]:
-        """Return what is wrong with the config."""
-        return config_problems(config)
 
     def read_model(self, file: OpenedFile, ema: bool, overrides: Section) -> LoadedModel:
         """Return the model."""
@@ -182,10 +177,6 @@ class Run(Importer):
         """Return the config that rebuilds the model."""
         return without_run_sections(self._whole_config(file))
 
-    def problems(self, config: Section) -> list[str]:
-        """Return what is wrong with the config."""
-        return config_problems(config)
-
     def facts(self, file: OpenedFile) -> Section:
         """Return the step and the checksums of the frozen parts."""
         return Section(step=file.extra.get("global_step"), frozen=self._frozen(file))
@@ -203,11 +194,11 @@ class Run(Importer):
 
     def _whole_config(self, file: OpenedFile) -> Section:
         run = file.extra[FORMAT]
-        held = run.get("model", run.get("config")) if isinstance(run, dict) else None
-        if not isinstance(held, dict):
+        stored = run.get("model", run.get("config")) if isinstance(run, dict) else None
+        if not isinstance(stored, dict):
             raise UserError(f"{file.path}: not a checkpoint of ldm_lab's (it holds no config)")
         try:
-            return Section(json.loads(json.dumps(held)))
+            return Section(json.loads(json.dumps(stored)))
         except (TypeError, ValueError, RecursionError):
             raise UserError(f"{file.path}: its config is more than plain data") from None
 

@@ -1,7 +1,9 @@
 """Frozen parts from their config: `{name, weights, ...}` -> a module with its weights in place."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ldm_lab.checkpoints.importer import DetectedFile, LoadedPart, Section, detect_format, find_weights, importers_of
@@ -103,9 +105,21 @@ def read_part(found: DetectedFile | str | Path, role: str, name: str) -> LoadedP
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """Load a state dict, every name and shape as it should be. Raises UserError that names the first differences."""
+    """Load a state dict, every name and shape as it should be.
+
+    Raises:
+        UserError: the first differences in names and shapes, or the first weight that is not finite.
+    """
     check_strictly(module.state_dict(), state, path)
+    check_finite(dict(module.named_parameters()), state, path)
     module.load_state_dict(state, assign=False)
+
+
+def check_finite(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raise UserError if a file's tensor of one of these names holds NaN or infinity: the training went wrong."""
+    for name in own:
+        if name in state and state[name].is_floating_point() and not torch.isfinite(state[name]).all():
+            raise UserError(f"{path}: {name} holds numbers that are not finite; take an earlier checkpoint")
 
 
 def check_strictly(own: dict[str, Tensor], state: dict[str, Tensor], path: str | Path) -> None:
@@ -141,10 +155,11 @@ def load_fitting(module: nn.Module, state: dict[str, Tensor], path: str | Path) 
     fits = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
     if sum(value.numel() for value in fits.values()) < 0.5 * sum(value.numel() for value in own.values()):
         load_strictly(module, state, path)  # says what is different
+    check_finite(dict(module.named_parameters()), fits, path)
     module.load_state_dict({**own, **fits})
-    missing = [f"{name} stays as initialised: the file does not have it" for name in own if name not in state]
+    missing = [f"{name} stays as initialized: the file does not have it" for name in own if name not in state]
     other = [
-        f"{name} stays as initialised: {list(state[name].shape)} in the file, {list(own[name].shape)} here"
+        f"{name} stays as initialized: {list(state[name].shape)} in the file, {list(own[name].shape)} here"
         for name in own
         if name in state and name not in fits
     ]

@@ -26,7 +26,7 @@ T = TypeVar("T")
 WRAPPERS = ("state_dict", "model", "weights")  # under which training programs keep a state dict beside other things
 
 
-class StandIn:
+class Ignored:
     """An object that is not needed: takes any arguments and any state, keeps nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -52,7 +52,7 @@ def read_state_dict(path: str | Path, what: str) -> tuple[dict[str, Tensor], dic
         return read_safetensors(path)
     is_zip = zipfile.is_zipfile(path)
     names = _unsafe_globals(path) if is_zip else []
-    stand_ins = [(StandIn, name) for name in names if name.partition(".")[0] in BOOKKEEPING or name in PLAIN_TYPES]
+    stand_ins = [(Ignored, name) for name in names if name.partition(".")[0] in BOOKKEEPING or name in PLAIN_TYPES]
     with torch.serialization.safe_globals(stand_ins):
         content = read_pickled(path, mmap=is_zip)  # mapped: of a training checkpoint only a part is ever needed
     key = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)

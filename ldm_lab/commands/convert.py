@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--part", choices=ROLES, help="of a training checkpoint of cloob-latent-diffusion, a frozen part inside it")
     add("--scale", type=float, metavar="X", help="latent scale of an autoencoder: what raw latents are divided by")
     add("--force", action="store_true", help="replace OUT if it is there")
-    add("given", nargs="*", metavar="key=value", help="what the file does not say, such as image_heads=12")
+    add("overrides", nargs="*", metavar="key=value", help="what the file does not say, such as image_heads=12")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -92,9 +92,9 @@ def _check_source(args: argparse.Namespace, found: DetectedFile) -> None:
         raise UserError(f"--raw: is for training checkpoints, {args.source} is {found.title}")
     if args.part is not None and not (importer.holds_model and args.part in importer.parts):
         raise UserError(f"--part: is for training checkpoints of cloob-latent-diffusion, not {found.title}")
-    if args.given and importer.holds_model and not importer.takes_overrides and args.part is None:
+    if args.overrides and importer.holds_model and not importer.takes_overrides and args.part is None:
         where = "files with a part or a network of GLIDE's in them"
-        raise UserError(f"{args.given[0]}: is for {where}, {args.source} is {found.title}")
+        raise UserError(f"{args.overrides[0]}: is for {where}, {args.source} is {found.title}")
 
 
 def _write_part(args: argparse.Namespace, found: DetectedFile, part: Part, out: Path, dtype: torch.dtype) -> None:
@@ -135,31 +135,31 @@ def _check_out(args: argparse.Namespace, out: Path) -> None:
     if out.is_file() or out.suffix == ".safetensors":
         raise UserError(f"{out}: --format diffusers writes a folder, and this is the name of a file")
     if out.is_dir():
-        held = sorted(path.name for path in out.iterdir())
-        strange = [name for name in held if not name.startswith((diffusers_vae.WEIGHTS, diffusers_vae.CONFIG))]
+        entries = sorted(path.name for path in out.iterdir())
+        strange = [name for name in entries if not name.startswith((diffusers_vae.WEIGHTS, diffusers_vae.CONFIG))]
         if strange:
             raise UserError(f"{out}: is a folder with other things in it ({strange[0]}); name one that is new")
-        if held and not args.force:
+        if entries and not args.force:
             raise UserError(f"{out}: is there already; --force replaces it")
 
 
 def _part(args: argparse.Namespace, found: DetectedFile) -> Part | None:
     """Return the part in a file; None if the file holds a model."""
-    given, importer = Section(values(args.given, "image_heads=12")), found.importer
+    overrides, importer = Section(values(args.overrides, "image_heads=12")), found.importer
     if found.kind == "part":
         role, config = part_config(found.path, found.file.metadata)
         facts = {key: text for key, text in found.file.metadata.items() if key not in NOT_FACTS}
         if args.scale is not None:
             facts.pop("scale_images", None)
-        return Part(*load_module(role, {**given, "name": config.get("name")}, found), facts)
+        return Part(*load_module(role, {**overrides, "name": config.get("name")}, found), facts)
     if found.kind == "run":
         return _trained_part(args, found)
     role = args.part if importer.holds_model else next(iter(importer.parts))
     if role is None:
         return None
-    if importer.unsaid and not given:
+    if importer.unsaid and not overrides:
         raise UserError(f"{args.source}: does not say {importer.unsaid}")
-    return Part(*load_module(role, {**given, "name": importer.parts[role]}, found))
+    return Part(*load_module(role, {**overrides, "name": importer.parts[role]}, found))
 
 
 def _trained_part(args: argparse.Namespace, found: DetectedFile) -> Part | None:
@@ -175,7 +175,7 @@ def _trained_part(args: argparse.Namespace, found: DetectedFile) -> Part | None:
 
 def _write_model(args: argparse.Namespace, found: DetectedFile, out: Path, dtype: torch.dtype) -> int:
     """Write a diffusion model; return its number of parameters."""
-    overrides = Section(values(args.given, "image_heads=12"))
+    overrides = Section(values(args.overrides, "image_heads=12"))
     config, state, extra = found.importer.read_model(found.file, not args.raw, overrides)
     problems = config_problems(config)
     if problems:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm_lab.commands._arguments import add_clip_arguments, add_pass_arguments
+from ldm_lab.config.overrides import split_name
 from ldm_lab.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from ldm_lab.curation.scoring.job import ScoreJob, ScoringOptions
     from ldm_lab.data.passes import run_pass
     from ldm_lab.data.work_items import file_batches, shard_items
-    from ldm_lab.embed import Encoder, clip_section
+    from ldm_lab.embed import Encoder, clip_config
 
     if bool(args.shards) == bool(args.images):
         raise UserError("what is to be scored? --shards or --images, one of them, has to be given")
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out).expanduser() if args.out else None
     items = shard_items(args.shards, out) if args.shards else file_batches(args.images, out)
     embedder = next((loaded.head.embedder for loaded in heads.values()), None)
-    encoder = Encoder(clip_section(args.clip, embedder))
+    encoder = Encoder(clip_config(args.clip, embedder))
     rewrite = Path(args.rewrite).expanduser() if args.rewrite else None
     options = ScoringOptions(not args.no_similarity, args.embeddings, rewrite)
     report = run_pass(ScoreJob(encoder, heads, options), items, pass_options(args))
@@ -80,9 +81,9 @@ def load_heads(args: argparse.Namespace) -> "dict[str, LoadedHead]":
     is_default_clip = not args.clip or all(word.startswith("weights=") for word in args.clip)
     heads: dict[str, LoadedHead] = {}
     for name in args.head or ([DEFAULT] if is_default_clip else []):
-        column, equals, source = name.rpartition("=")
+        column, source = split_name(name)
         loaded = load_head(source)
-        column = column if equals else loaded.head.column
+        column = column or loaded.head.column
         if column in heads:
             raise UserError(f"--head {name}: there is a column {column} already; name it otherwise: NAME={source}")
         heads[column] = loaded

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from ldm_lab.commands._arguments import whole_number
 from ldm_lab.config import build
+from ldm_lab.config.overrides import split_name
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import atomic_write
 
@@ -81,8 +82,8 @@ def table_histograms(args: argparse.Namespace, buckets: "Buckets") -> "dict[str,
 
     tables = {}
     for given in args.tables:
-        name, equals, files = given.partition("=")
-        name, files = (name, files) if equals else (Path(given).stem, given)
+        name, files = split_name(given)
+        name = name or Path(files).stem
         if name in tables:
             raise UserError(f"two collections are called {name!r}; write NAME=FILES")
         tables[name] = find_files(files, name)

@@ -29,6 +29,7 @@ from ldm_lab.commands._arguments import (
     whole_number,
 )
 from ldm_lab.commands.score import AGAIN, pass_options, summary
+from ldm_lab.config import PartConfig
 from ldm_lab.errors import UserError
 
 if TYPE_CHECKING:
@@ -83,20 +84,15 @@ def run(args: argparse.Namespace) -> int:
         return 0
     embeds, ratings = rated.all()
     parts = training.split(embeds, ratings, args.held_out, args.seed)
-    section = {
-        "name": args.kind,
-        "embedder": rated.embedder,
-        "column": args.column or args.rating,
-        "output": args.output,
-    }
+    options = {"embedder": rated.embedder, "column": args.column or args.rating, "output": args.output}
     if args.kind == "linear":
-        section |= {"embed_dim": embeds.shape[1]}
+        section = PartConfig("head", "linear", {**options, "embed_dim": embeds.shape[1]})
         head, facts = training.fit_linear(section, *parts.train, args.ridge)
     else:
-        widths = [embeds.shape[1], *args.widths, 1]
-        section |= {"widths": widths, "activation": "relu", "dropout": args.dropout[: len(args.widths)]}
-        options = training.MLPOptions(args.epochs, args.step_size, args.lr, args.seed)
-        head, facts = training.fit_mlp(section, *parts.train, options)
+        widths, dropout = [embeds.shape[1], *args.widths, 1], args.dropout[: len(args.widths)]
+        section = PartConfig("head", "mlp", {**options, "widths": widths, "activation": "relu", "dropout": dropout})
+        how = training.MLPOptions(args.epochs, args.step_size, args.lr, args.seed)
+        head, facts = training.fit_mlp(section, *parts.train, how)
     evaluated = training.evaluate(head.eval(), *parts.held_out, float(parts.train[1].mean()))
     images, held_out = len(parts.train[1]), len(parts.held_out[1])
     counts = {"images": images, "held_out": held_out, "seed": args.seed}
@@ -119,10 +115,10 @@ def embedded_ratings(args: argparse.Namespace) -> "Rated":
     """Return the embeddings of files, rated by a table or row by row."""
     from ldm_lab.checkpoints.embedders import embedder_of
     from ldm_lab.curation.heads.ratings import Rated, read_rating_rows
-    from ldm_lab.embed import clip_section
+    from ldm_lab.embed import clip_config
 
     table = read_ratings(args)
-    rated = Rated(embedder_of(clip_section(args.clip, None)) if args.clip else None)
+    rated = Rated(embedder_of(clip_config(args.clip, None)) if args.clip else None)
     files = [Path(path) for pattern in args.embeddings for path in sorted(glob.glob(pattern)) or [pattern]]
     if table is None and len(files) != 1:
         raise UserError(f"--ratings {args.ratings}: rates the rows of one file, {len(files)} are given")
@@ -143,11 +139,11 @@ def image_ratings(args: argparse.Namespace) -> "Rated | None":
     from ldm_lab.curation.scoring.job import ScoreJob, ScoringOptions
     from ldm_lab.data.passes import run_pass
     from ldm_lab.data.work_items import shard_items
-    from ldm_lab.embed import Encoder, clip_section
+    from ldm_lab.embed import Encoder, clip_config
 
     table = read_ratings(args)
     items = shard_items(args.shards, Path(args.work or Path(args.out).with_suffix(".embeddings")).expanduser())
-    encoder = Encoder(clip_section(args.clip, CLIP))
+    encoder = Encoder(clip_config(args.clip, CLIP))
     job = ScoreJob(encoder, {}, ScoringOptions(similarity=False, embeddings=True))
     report = run_pass(job, items, pass_options(args))
     if report is None:

@@ -6,7 +6,7 @@ cloob-latent-diffusion runs; the defaults are the released ViT-B/16 models.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from annotated_types import Ge
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ldm_lab import clip_tokens
 from ldm_lab.conditioners.clip_preprocess import PIXEL_MEAN, PIXEL_STD, cropped, normalize_pixels
 from ldm_lab.conditioners.embedding import EmbeddingConditioner
-from ldm_lab.config import PositiveInt, check_options, register
+from ldm_lab.config import Options, PositiveInt, check_options, register
 
 HEAD_WIDTH = 64  # of all released towers
 
@@ -85,7 +85,7 @@ class CLOOB(EmbeddingConditioner):
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD), persistent=False)  # [3]
 
     @staticmethod
-    def check(options: dict[str, Any]) -> list[str]:
+    def check(options: Options) -> list[str]:
         """Return what is wrong across the options."""
         return _problems(options)
 

@@ -16,7 +16,7 @@ from ldm_lab.clip_tokens import (
     byte_letters,
 )
 from ldm_lab.clip_tokens import Encoding as CLIPEncoding
-from ldm_lab.config import PositiveInt, check_options, register
+from ldm_lab.config import Options, PositiveInt, check_options, register
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Batch, Conditioner, Conditions, ConditionSpec, TokenIds
 from ldm_lab.pretrained.resolve import fetch
@@ -68,7 +68,7 @@ class GlideText(Conditioner):
         self.warned_truncated = False
 
     @staticmethod
-    def check(section: dict[str, Any]) -> list[str]:
+    def check(section: Options) -> list[str]:
         """Return what is wrong across the keys of a config section."""
         gpt2 = section.get("vocabulary", "gpt2") == "gpt2"
         least, most = (GPT2_SMALLEST, GPT2_VOCAB_SIZE) if gpt2 else (SMALLEST_VOCAB_SIZE, CLIP_VOCAB_SIZE)

@@ -15,6 +15,7 @@
 from ldm_lab.config.bounds import (
     NonNegativeFloat,
     NonNegativeInt,
+    Options,
     PartMapping,
     PartSection,
     Plain,
@@ -38,6 +39,7 @@ __all__ = [
     "ConditionerUse",
     "NonNegativeFloat",
     "NonNegativeInt",
+    "Options",
     "PartConfig",
     "PartMapping",
     "PartSection",

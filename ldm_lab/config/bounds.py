@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeAlias, Union
 from annotated_types import BaseMetadata, Ge, GroupedMetadata, Gt, Interval, Le, Lt, MaxLen, MinLen
 
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"  # what a YAML holds
-TypeForm: TypeAlias = Any  # a type as an annotation writes it: int, list[float], Annotated[int, Ge(1)], int | None
+TypeForm: TypeAlias = type | types.GenericAlias | types.UnionType | None  # int, list[float], Annotated[int, Ge(1)], ...
 
 PositiveInt = Annotated[int, Ge(1)]
 NonNegativeInt = Annotated[int, Ge(0)]
@@ -28,6 +28,10 @@ WORDS: dict[TypeForm, str] = {
     int: "whole number", float: "number", str: "text", bool: "true or false", dict: "section", list: "list",
     None: "null", types.NoneType: "null", Any: "anything", Plain: "anything",
 }  # fmt: skip
+
+
+class Options(dict[str, Any]):
+    """Options of a part by name."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +99,10 @@ def problem(value: Plain, annotation: TypeForm) -> str | None:
         reasons.append(outside)
     if reasons:
         choices = [describe(m).removeprefix("one of ") for m in _members(annotation) if typing.get_origin(m) is Literal]
-        return f"{' or '.join(dict.fromkeys(reasons + choices))} is needed, not {value!r}"
-    needed = describe(annotation)
-    return f"{needed} is needed, not {value!r}"
+        needed = " or ".join(dict.fromkeys(reasons + choices))
+    else:
+        needed = describe(annotation)
+    return f"{needed} {'are' if needed.endswith('entries') else 'is'} needed, not {value!r}"
 
 
 def converted(value: Plain, annotation: TypeForm) -> Plain:

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ldm_lab.config.bounds import PartSection, Plain, converted, describe, marker, problem
+from ldm_lab.config.bounds import Options, PartSection, Plain, converted, describe, marker, problem
 from ldm_lab.config.registry import MAPPINGS, PartInfo, known_elsewhere, part_info, use_keys
 from ldm_lab.errors import UserError, unknown
 
@@ -110,16 +110,16 @@ def check_options(cls: type, **given: Plain) -> None:
         raise UserError(f"{info.role}.{found}")
 
 
-def filled(info: PartInfo, section: Mapping[str, Plain]) -> dict[str, Any]:
+def filled(info: PartInfo, section: Mapping[str, Plain]) -> Options:
     """Return all options of a part: those that a section gives, and the defaults of the others."""
-    return {
-        name: converted(section[name], option.annotation) if name in section else option.default
+    return Options(
+        (name, converted(section[name], option.annotation) if name in section else option.default)
         for name, option in info.options.items()
         if name in section or not option.required
-    }
+    )
 
 
-def _rule(cls: type) -> Callable[[dict[str, Any]], list[str]]:
+def _rule(cls: type) -> Callable[[Options], list[str]]:
     """Return the static method `check` of a class, one that finds nothing for a class without."""
     return dict(inspect.getmembers(cls, inspect.isfunction)).get("check", lambda options: [])
 

@@ -20,7 +20,7 @@ def missing_of_contract(cls: type, contract: str | None) -> str:
     members = dict(inspect.getmembers(interfaces))
     base = members[contract]
     if not issubclass(cls, base):
-        return ""
+        return f"a {cls.part_role} has to be derived from ldm_lab.interfaces.{contract}"
     inherited, own = dict(inspect.getmembers(base)), dict(inspect.getmembers(cls))
     lacking = [f"{name}()" for name, value in inherited.items() if own[name] is value and _is_abstract(value)]
     assigned = {word for code in _codes(cls, base) for word in (*code.co_names, *code.co_consts)}

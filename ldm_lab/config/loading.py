@@ -9,7 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ldm_lab.config.bounds import Plain
-from ldm_lab.config.overrides import apply, overlaid, yaml_error
+from ldm_lab.config.overrides import apply, overlaid, parse, yaml_error
 from ldm_lab.config.registry import add_imports
 from ldm_lab.errors import UserError
 
@@ -26,7 +26,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         UserError: missing or unreadable file, an override that is none, a value that has to be given.
     """
     files = _chain(Path(path), seen=())
-    for config in (*files, *(OmegaConf.from_dotlist([word]) for word in overrides if word.startswith("imports="))):
+    for config in (*files, *(parse(word)[1] for word in overrides if word.startswith("imports="))):
         named = config.get(
             "imports"
         )  # before anything is laid over anything: what takes a part's place has to be known

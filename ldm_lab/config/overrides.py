@@ -26,7 +26,7 @@ def parse(word: str, example: str = "optim.lr=3e-6") -> tuple[str, DictConfig]:
         raise UserError(f"{word!r}: is written key=value, such as {example}")
     try:
         return key, OmegaConf.from_dotlist([word])
-    except (OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError) as error:
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
         raise UserError(f"{word!r}: {yaml_error(error)}") from None
 
 
@@ -40,6 +40,12 @@ def values(words: Iterable[str], example: str) -> dict[str, Plain]:
         assert isinstance(parsed, dict)
         given.update({str(key): value for key, value in parsed.items()})
     return given
+
+
+def split_name(word: str) -> tuple[str, str]:
+    """Return the name and the rest of "NAME=rest"; "" and the word itself if it gives none."""
+    name, equals, rest = word.partition("=")
+    return (name, rest) if equals else ("", word)
 
 
 def check_once(words: Iterable[str]) -> None:

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 from ldm_lab.config.bounds import TypeForm
 
-Value: TypeAlias = Any  # of an evaluated expression: a constant, a tuple of constants, a type
+Evaluated: TypeAlias = Any  # of an evaluated expression: a constant, a tuple of constants, a type
 LIGHT = (
     "typing",
     "annotated_types",
@@ -55,7 +55,7 @@ class Option:
     """
 
     annotation: TypeForm
-    default: Value
+    default: Evaluated
     required: bool
     meaning: str
 
@@ -93,7 +93,7 @@ class ModuleSource:
                 for alias in node.names:
                     yield alias.asname or alias.name, (module, alias.name)
 
-    def evaluate(self, node: ast.expr) -> Value:
+    def evaluate(self, node: ast.expr) -> Evaluated:
         """Return the value of an expression. Raises Unreadable."""
         match node:
             case ast.Constant():
@@ -115,13 +115,13 @@ class ModuleSource:
                 return self.evaluate(node.func)(*self._entries(node.args), **keywords)
         raise Unreadable(f"{self.path}:{node.lineno}: {ast.unparse(node)[:60]}")
 
-    def _entries(self, nodes: list[ast.expr]) -> list[Value]:
+    def _entries(self, nodes: list[ast.expr]) -> list[Evaluated]:
         entries = []
         for node in nodes:
             entries += self.evaluate(node.value) if isinstance(node, ast.Starred) else [self.evaluate(node)]
         return entries
 
-    def _named(self, node: ast.Name | ast.Attribute) -> Value:
+    def _named(self, node: ast.Name | ast.Attribute) -> Evaluated:
         """Return what a name or `module.name` stands for."""
         if isinstance(node, ast.Attribute):
             if isinstance(node.value, ast.Name) and node.value.id in self._imported:
@@ -135,7 +135,7 @@ class ModuleSource:
             return BUILTINS[node.id]
         raise Unreadable(self._where(node))
 
-    def constant(self, name: str, where: str) -> Value:
+    def constant(self, name: str, where: str) -> Evaluated:
         """Return the value of a top-level name. Raises Unreadable."""
         if name in self._assigned:
             return self.evaluate(self._assigned[name])
@@ -222,7 +222,7 @@ class ClassSource:
                 )
         return found
 
-    def constant(self, name: str) -> Value:
+    def constant(self, name: str) -> Evaluated:
         """Return the value of a class attribute, its own or a base class's. Raises Unreadable."""
         assigned = _assignments(self.node.body)
         if name in assigned:
@@ -276,7 +276,7 @@ def _class_of(module: str, name: str) -> ClassSource | None:
     return source.find_class(ast.Name(name))
 
 
-def _value_of(module: str, name: str, where: str) -> Value:
+def _value_of(module: str, name: str, where: str) -> Evaluated:
     """Return what a module's name stands for."""
     if module in LIGHT:
         return vars(importlib.import_module(module))[name]

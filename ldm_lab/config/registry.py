@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 
 from ldm_lab.config.bounds import TypeForm
 from ldm_lab.config.contracts import missing_of_contract
-from ldm_lab.config.reading import ClassSource, Option, Unreadable, Value, file_source, find_module
+from ldm_lab.config.reading import ClassSource, Evaluated, Option, Unreadable, file_source, find_module
 from ldm_lab.config.uses import AutoencoderUse, ConditionerUse, PartUse, keys_of
 from ldm_lab.errors import UserError, first_line, unknown
 
@@ -148,7 +148,7 @@ class PartInfo:
             raise UserError(f"{self.path}: importing it registers no {self.role} {self.name!r}")
         return self.cls
 
-    def constant(self, name: str) -> Value:
+    def constant(self, name: str) -> Evaluated:
         """Return the value of a class attribute, from the text. Raises UserError if it cannot be read."""
         try:
             return self.source.constant(name) if self.source else dict(inspect.getmembers(self.load()))[name]

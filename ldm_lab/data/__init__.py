@@ -6,17 +6,21 @@ a subclass of `source.ImageSource` (samples are images, with or without a captio
     prepare()                                  make what has to be on disk first (draw, download); one process per node
     open()                                     list the units; UserError where there are none
     count, unit                                how many units are dealt out to the readers, and their name ("shards")
-    items(order, start) -> (anchor, item) ...  one reader's share of one epoch, undecoded, from an anchor on
-    decode(item, order) -> Sample              raises `source.Skip(reason)` for a sample that cannot be used
+    items(order, start) -> (point, item) ...   one reader's share of one epoch, undecoded, from a restart point on
+    decode(item, order) -> Sample              raises `samples.SkippedSample` for a sample that cannot be used
     collate(samples) -> Batch                  in the loader process
     to_device_format(batch) -> batch           in the training process
 
 and everything else is common: `order.py` decides who reads what and when, `loader.py` reads, counts and remembers the
-position, `datamodule.py` hands it to Lightning.
+position, `datamodule.py` hands it to Lightning. Shards: `addresses.py` finds them, `streams.py` opens them, `tar.py`
+reads and writes them, `shard_source.py` puts them into order, `webdataset.py` is the part.
 
-A batch is an `interfaces.Batch`: `image` float32 [B, 3, H, W] in [-1, 1], `text` and `key`; of a cache `mean`, `logvar`
-[B, C, h, w] and `conditions` in the place of `image`. With them rides `state`, the reader's position after this batch,
-for `DataModule.consumed(batch)`.
+A *pass* (`passes.py`) is the other way through data: every sample of some shards or images once, in no order that
+matters, on any number of devices and nodes, restartable; its results are files.
+
+A batch is a `ldm_lab.batch.Batch`: `image` float32 [B, 3, H, W] in [-1, 1], `text` and `key`; of a cache `mean`,
+`logvar` [B, C, h, w] and `conditions` in the place of `image`. With them rides `state`, the reader's position after
+this batch, for `DataModule.consumed(batch)`.
 
 The order is a function of (seed, epoch, position) alone: no global random state is read, crops and flips included. The
 readers are all loader processes of all ranks (world size x workers); each one has its own share of every epoch and goes

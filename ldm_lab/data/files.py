@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ldm_lab.config import PositiveInt, register
+from ldm_lab.config import Options, PositiveInt, register
 from ldm_lab.data.order import Order
 from ldm_lab.data.samples import RawSample, Sample, SkippedSample
 from ldm_lab.data.source import ImageSource
@@ -154,7 +154,7 @@ class ClassFolders(Folder):
         self.caption = caption
 
     @staticmethod
-    def check(options: dict[str, Any]) -> list[str]:
+    def check(options: Options) -> list[str]:
         """Return what is wrong across the options."""
         if options["caption"].count("{}") != 1:
             return [f"caption: one {{}} is needed, where the class goes, not {options['caption']!r}"]

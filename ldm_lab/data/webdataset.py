@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Annotated, Any
 
-from ldm_lab.config import PartMapping, part_class, register
+from ldm_lab.config import Options, PartMapping, part_class, register
 from ldm_lab.data.addresses import expand
 from ldm_lab.data.sample_metadata import metadata_of, read_scores, scores_path
 from ldm_lab.data.samples import FilteredOut, RawSample, SkippedSample
@@ -42,7 +42,7 @@ class WebDataset(ShardSource):
         self.rules, self.scores = build_rules(rules or {}), scores
 
     @staticmethod
-    def check(options: dict[str, Any]) -> list[str]:
+    def check(options: Options) -> list[str]:
         """Return what is wrong across the options."""
         rules = options["rules"] or {}
         used = [name for name, its in rules.items() if its is not None]

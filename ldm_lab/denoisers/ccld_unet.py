@@ -5,7 +5,7 @@ vector, made from the embedding and the time by a small mapping network, scales 
 """
 
 import math
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from annotated_types import MinLen
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ldm_lab.config import PositiveInt, check_options, register
+from ldm_lab.config import Options, PositiveInt, check_options, register
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import ConditionSpec, Denoiser, Embedding, required_condition
 
@@ -78,7 +78,7 @@ class CCLDUNet(Denoiser):
                 parameter.mul_(math.sqrt(0.5))
 
     @staticmethod
-    def check(options: dict[str, Any]) -> list[str]:
+    def check(options: Options) -> list[str]:
         """Return what is wrong across the options."""
         return _problems(options)
 
@@ -107,7 +107,7 @@ class CCLDUNet(Denoiser):
         return self.net(torch.cat([x, planes], dim=1), cond)  # [B, C, h, w]
 
 
-def _problems(sizes: dict[str, Any]) -> list[str]:
+def _problems(sizes: Options) -> list[str]:
     """Return what is wrong with a network's options, each as "key: what"."""
     base, multipliers, head_width = sizes["base_channels"], sizes["multipliers"], sizes["head_width"]
     for width in sorted({base * multiplier for multiplier in multipliers}):

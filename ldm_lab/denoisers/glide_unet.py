@@ -7,7 +7,7 @@ shifts every residual block; its whole sequence stands beside the pixels in ever
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from annotated_types import MinLen
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ldm_lab.config import PositiveInt, ShareBelowOne, check_options, register, signature_options
+from ldm_lab.config import Options, PositiveInt, ShareBelowOne, check_options, register, signature_options
 from ldm_lab.denoisers.glide_layers import AttentionBlock, Builder, GroupNorm, LayerNorm, ResBlock, Transformer, zeroed
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import (
@@ -141,7 +141,7 @@ class GlideUNet(Denoiser):
         nn.init.normal_(self.padding_embedding, std=0.02)
 
     @staticmethod
-    def check(options: dict[str, Any]) -> list[str]:
+    def check(options: Options) -> list[str]:
         """Return what is wrong across the options."""
         return _problems(options)
 
@@ -300,7 +300,7 @@ def _taken(conditions: ConditionSpec, channels: int, name: str) -> ConditionSpec
     return taken
 
 
-def _problems(sizes: dict[str, Any]) -> list[str]:
+def _problems(sizes: Options) -> list[str]:
     """Return what is wrong with a network's options, each as "key: what"."""
     problems = []
     multipliers, attention = sizes["multipliers"], sizes["attention"]

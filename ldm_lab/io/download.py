@@ -54,8 +54,8 @@ class PartialDownload:
 
     def source(self) -> Source:
         """Return where they come from; nothing where that is not known."""
-        told = read_json(self.source_file)
-        url, validator, total = (told.get(key) for key in ("url", "validator", "total"))
+        stored = read_json(self.source_file)
+        url, validator, total = (stored.get(key) for key in ("url", "validator", "total"))
         return Source(
             url if isinstance(url, str) else "",
             validator if isinstance(validator, str) else None,

@@ -70,8 +70,8 @@ class Response:
         except HTTPError:
             self._session.close()
             raise
-        told = re.match(r"bytes (\d+)-", self._answer.headers.get("Content-Range", ""))
-        self.start: int | None = 0 if self.status == 200 else int(told[1]) if told else None
+        piece = re.match(r"bytes (\d+)-", self._answer.headers.get("Content-Range", ""))
+        self.start: int | None = 0 if self.status == 200 else int(piece[1]) if piece else None
         self.total = _total(self._answer)
         etag = self._answer.headers.get("ETag", "")
         self.validator: str | None = etag if etag.startswith('"') else self._answer.headers.get("Last-Modified")
@@ -133,10 +133,10 @@ def _reason(error: Exception) -> str:
 def _total(answer: "requests.Response") -> int | None:
     """Return the size of the whole file as an answer tells it, or None."""
     if answer.status_code in (206, 416):
-        told = answer.headers.get("Content-Range", "").rpartition("/")[2]
+        text = answer.headers.get("Content-Range", "").rpartition("/")[2]
     else:
-        told = answer.headers.get("Content-Length", "")
-    return int(told) if told.isascii() and told.isdigit() else None
+        text = answer.headers.get("Content-Length", "")
+    return int(text) if text.isascii() and text.isdigit() else None
 
 
 # ------------------------------------------------------------------------------------------------------ a stream

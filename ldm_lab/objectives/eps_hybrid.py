@@ -1,13 +1,13 @@
 """Prediction of the noise, with a learned variance, by a table of betas: the objective of guided-diffusion, GLIDE."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from annotated_types import Ge
 from torch import Tensor
 
 from ldm_lab.conditions import Conditions
-from ldm_lab.config import PositiveFloat, register
+from ldm_lab.config import Options, PositiveFloat, register
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Denoiser, Objective, Prediction, TimestepSampler
 from ldm_lab.objectives.variational_bound import variational_bound
@@ -54,7 +54,7 @@ class EpsHybrid(Objective):
         self._posteriors: dict[torch.device, Posterior] = {}  # the same on the devices that it was needed on
 
     @staticmethod
-    def check(options: dict[str, Any]) -> list[str]:
+    def check(options: Options) -> list[str]:
         """Return what is wrong across the options."""
         timesteps = options["timesteps"]
         if options["betas"] == "linear" and timesteps < 21:

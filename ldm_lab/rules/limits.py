@@ -1,8 +1,8 @@
 """Numbers within limits: the aesthetic score, the probabilities, the similarity, the caption's length."""
 
-from typing import Any, Literal
+from typing import Literal
 
-from ldm_lab.config import register
+from ldm_lab.config import Options, register
 from ldm_lab.rules.cell import Cell
 from ldm_lab.rules.rule import Row, Rule, V
 
@@ -30,7 +30,7 @@ class Limits(Rule):
         self.above, self.at_least, self.below, self.at_most = above, at_least, below, at_most
 
     @staticmethod
-    def check(section: dict[str, Any]) -> list[str]:
+    def check(section: Options) -> list[str]:
         """Return what is wrong with the values of a section."""
         limits = [key for key in ("above", "at_least", "below", "at_most") if section.get(key) is not None]
         return [] if limits else ["above: this, at_least, below or at_most is needed"]

@@ -1,8 +1,6 @@
 """The NSFW tag of LAION's base collections."""
 
-from typing import Any
-
-from ldm_lab.config import register
+from ldm_lab.config import Options, register
 from ldm_lab.rules.rule import Row, Rule, V
 
 
@@ -22,7 +20,7 @@ class NSFW(Rule):
         self.keep = None if keep is None else [tag.strip().lower() for tag in keep]
 
     @staticmethod
-    def check(section: dict[str, Any]) -> list[str]:
+    def check(section: Options) -> list[str]:
         """Return what is wrong with the values of a section."""
         given = [key for key in ("drop", "keep") if section.get(key)]
         return [] if len(given) == 1 else ["drop: either this or keep is needed, a list such as [NSFW, LIKELY]"]

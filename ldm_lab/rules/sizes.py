@@ -1,8 +1,6 @@
 """The image's size as it was on the web, in pixels, and its shape."""
 
-from typing import Any
-
-from ldm_lab.config import NonNegativeInt, register
+from ldm_lab.config import NonNegativeInt, Options, register
 from ldm_lab.rules.rule import Row, Rule, V
 
 
@@ -29,7 +27,7 @@ class Size(Rule):
         self.max_side = max_side
 
     @staticmethod
-    def check(section: dict[str, Any]) -> list[str]:
+    def check(section: Options) -> list[str]:
         """Return what is wrong with the values of a section."""
         keys = ("min_side", "max_side", "min_width", "min_height")
         if all(section.get(key) is None for key in keys):
@@ -62,7 +60,7 @@ class AspectRatio(Rule):
         self.at_least, self.at_most = at_least, at_most
 
     @staticmethod
-    def check(section: dict[str, Any]) -> list[str]:
+    def check(section: Options) -> list[str]:
         """Return what is wrong with the values of a section."""
         least, most = section.get("at_least"), section.get("at_most")
         if least is None and most is None:

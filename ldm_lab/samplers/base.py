@@ -1,11 +1,12 @@
 """The loop that all samplers share: one step after another along a falling grid of times. A family gives the step."""
 
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ldm_lab.config import Options
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Callback, Noise, Predict, Prediction, Sampler, Schedule
 from ldm_lab.schedules import Posterior, Spacing, Steps, num_steps
@@ -85,7 +86,7 @@ class GridSampler(Sampler):
         self.respacing, self.steps, self.spacing = steps, num_steps(steps), spacing
 
     @staticmethod
-    def check(options: dict[str, Any]) -> list[str]:
+    def check(options: Options) -> list[str]:
         """Return what is wrong across the options: `steps` may be a text that is no respacing."""
         try:
             num_steps(options.get("steps", 1))

@@ -9,11 +9,11 @@ Where sigma / alpha is very large, as at the first timestep of many tables of be
 they say of x0 is divided by alpha. A run that begins there takes its first step as DDIM does.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from ldm_lab.config import register
+from ldm_lab.config import Options, register
 from ldm_lab.interfaces import Noise, Predict, Schedule
 from ldm_lab.samplers.base import GridSampler, Run, Step
 from ldm_lab.schedules import RespacedSchedule, Steps, num_steps
@@ -130,7 +130,7 @@ class Historic(PseudoNumerical):
             self.steps -= 2
 
     @staticmethod
-    def check(options: dict[str, Any]) -> list[str]:
+    def check(options: Options) -> list[str]:
         """Return what is wrong across the options."""
         problems = PseudoNumerical.check(options)
         if not problems and options.get("variant") == "glide" and num_steps(options.get("steps", 50)) < 3:

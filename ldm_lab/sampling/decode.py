@@ -7,11 +7,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm_lab.errors import NotFiniteError
 from ldm_lab.interfaces import Autoencoder
 from ldm_lab.io.images import to_images, to_tensor
 from ldm_lab.sampling.image_to_image import InitImage
 from ldm_lab.sampling.model import Model
 
+CURE = "another sampler, a guidance nearer to 1, or precision fp32 in place of fp16 may help"
 DECODE_BATCH = 8  # pictures; the autoencoder's full-size feature maps need far more memory than the denoiser's
 
 
@@ -42,7 +44,11 @@ class Sample:
 
 @torch.no_grad()
 def decode(model: Model, latents: Tensor, seeds: Sequence[int], tile: int | None) -> list[Sample]:
-    """Return the pictures of latents [B, C, h, w]; if they are larger than a tile of latent elements, in tiles."""
+    """Return the pictures of latents [B, C, h, w]; if they are larger than a tile of latent elements, in tiles.
+
+    Raises:
+        NotFiniteError: NaN or infinity in a picture.
+    """
     autoencoder, samples = model.autoencoder, []
     rounded = model.pixel_bound is not None  # models of pixels were trained on whole levels
     with model.on_device(autoencoder):
@@ -52,6 +58,9 @@ def decode(model: Model, latents: Tensor, seeds: Sequence[int], tile: int | None
                 pixels = autoencoder.decode(part)  # [n, 3, H, W]
             else:
                 pixels = decode_in_tiles(autoencoder, part, tile, overlap=tile // 4)  # [n, 3, H, W]
+            for seed, fine in zip(seeds[first:], torch.isfinite(pixels).flatten(1).all(1).tolist()):
+                if not fine:
+                    raise NotFiniteError(f"the picture of seed {seed} is not finite: {CURE}")
             samples += map(Sample, to_images(pixels, rounded), pixels.float().cpu(), seeds[first:])
     for sample in samples:
         sample.image.info["seed"] = sample.seed

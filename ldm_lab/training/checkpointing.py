@@ -9,9 +9,10 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from ldm_lab.checkpoints.files import FORMAT, read_pickled
-from ldm_lab.config import NonNegativeInt, PositiveFloat, PositiveInt, register
+from ldm_lab.config import NonNegativeInt, Options, PositiveFloat, PositiveInt, register
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import atomic_write, existing_file
+from ldm_lab.training.finite import FiniteGuard
 
 LAST = "last.ckpt"
 DEFAULT_EVERY = 1000  # optimizer steps
@@ -42,6 +43,7 @@ class Checkpointing(Callback):
     def __init__(
         self,
         folder: Path,
+        finite: FiniteGuard,
         *,
         every: PositiveInt | None = None,
         seconds: PositiveFloat | None = None,
@@ -53,20 +55,21 @@ class Checkpointing(Callback):
 
         Args:
             folder: the run's folder.
+            finite: asked before anything is written.
             every: optimizer steps between `last.ckpt` (and exports); by default 1000, or none if `seconds` is given.
             seconds: time between `last.ckpt` (and exports), instead of steps or beside them.
             keep: numbered checkpoints that are kept, the newest ones; 0 keeps `last.ckpt` alone.
             keep_every: optimizer steps between numbered checkpoints; by default they come as often as `last.ckpt`.
             half_export: export in float16, at half the size; 11 bits are enough to use a network, not to train it on.
         """
-        self.folder, self.keep, self.keep_every = folder, keep, keep_every
+        self.folder, self.finite, self.keep, self.keep_every = folder, finite, keep, keep_every
         self.every, self.seconds = every or (DEFAULT_EVERY if seconds is None else None), seconds
         self.export_dtype = torch.float16 if half_export else torch.float32
         self.saved_at = -1
         self.saved_when = 0.0  # on the monotonic clock
 
     @staticmethod
-    def check(options: dict[str, Any]) -> list[str]:
+    def check(options: Options) -> list[str]:
         """Return what is wrong across keys."""
         every, seconds, keep_every = (options[key] for key in ("every", "seconds", "keep_every"))
         every = every or (DEFAULT_EVERY if seconds is None else 1)
@@ -95,7 +98,12 @@ class Checkpointing(Callback):
             self.save(trainer, task)
 
     def save(self, trainer: Trainer, task: LightningModule) -> None:
-        """Write `last.ckpt`, the numbered checkpoint if one is due, and the export; then delete the oldest."""
+        """Write `last.ckpt`, the numbered checkpoint if one is due, and the export; then delete the oldest.
+
+        Raises:
+            NotFiniteError: NaN or infinity in what would be saved; then nothing is written.
+        """
+        self.finite.check_before_saving(task)
         step = self.saved_at = trainer.global_step
         self.saved_when = time.monotonic()
         trainer.save_checkpoint(self.folder / LAST, weights_only=False)

@@ -4,14 +4,14 @@ Fürst et al. 2022, "CLOOB: Modern Hopfield Networks with InfoLOOB Outperform CL
 """
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from ldm_lab.config import PositiveFloat, register
+from ldm_lab.config import Options, PositiveFloat, register
 
 MAX_INV_TAU = 100.0
 
@@ -68,7 +68,7 @@ class CLOOBLoss(nn.Module):
         self.fixed_inv_tau = None if learn_inv_tau else inv_tau  # exp(log(30)) would be 29.999998
 
     @staticmethod
-    def check(options: dict[str, Any]) -> list[str]:
+    def check(options: Options) -> list[str]:
         """Return what is wrong across the options."""
         inv_tau = options["inv_tau"]
         if options["learn_inv_tau"] and not 1 <= inv_tau <= MAX_INV_TAU:

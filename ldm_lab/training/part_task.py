@@ -39,7 +39,7 @@ class PartTask(Task):
             raise UserError(f"{self.PART}.name: {part.name!r} is used as published, it is not trained here")
         super().__init__(config, read_weights)
         loss = config.get("loss", PartConfig("loss", self.LOSS.part_name))
-        if loss.name != self.LOSS.part_name:
+        if loss.load() is not self.LOSS:
             raise UserError(f"loss.name: {loss.name!r} is not this task's: {self.LOSS.part_name!r}")
         self.loss = loss.build()
         self.set_model(part.build())

@@ -19,6 +19,7 @@ from ldm_lab.io.atomic import atomic_write
 from ldm_lab.processes import fail_together, quiet_lightning, trainer_options
 from ldm_lab.training.caching import training_data
 from ldm_lab.training.checkpointing import LAST, Checkpointing, SafeCheckpointIO
+from ldm_lab.training.finite import FiniteGuard
 from ldm_lab.training.interrupt import Interrupt
 from ldm_lab.training.logs import Logging, StepProgress, say
 from ldm_lab.training.resume import Resume
@@ -117,6 +118,7 @@ class RunCallbacks:
     Attributes:
         bookkeeping: counts a batch before any other callback sees that it is done.
         resume: sets the learning rate before anything reports it.
+        finite: stops the run before a picture is drawn, or a file written, of numbers that are not finite.
         of_task: draw and measure with the network as it is after the batch.
         checkpoint: saves all that the ones before have counted and drawn.
         interrupt: stops after the batch; Lightning then asks `checkpoint` to save.
@@ -125,6 +127,7 @@ class RunCallbacks:
 
     bookkeeping: Bookkeeping
     resume: Resume
+    finite: FiniteGuard
     of_task: list[Callback]
     checkpoint: Checkpointing
     interrupt: Interrupt
@@ -132,7 +135,15 @@ class RunCallbacks:
 
     def in_order(self) -> list[Callback]:
         """Return all of them."""
-        return [self.bookkeeping, self.resume, *self.of_task, self.checkpoint, self.interrupt, self.progress]
+        return [
+            self.bookkeeping,
+            self.resume,
+            self.finite,
+            *self.of_task,
+            self.checkpoint,
+            self.interrupt,
+            self.progress,
+        ]
 
 
 def build_task(config: RunConfig) -> Task:
@@ -164,11 +175,13 @@ def run(config: RunConfig) -> int:
     changes = resume.differences(config, config.task_class().NETWORK) if resume.path else []
     data = DataModule(training_data(config).build(), seed=config.seed)
     task = build_task(config)
+    finite = FiniteGuard(folder, logging.every)
     callbacks = RunCallbacks(
         Bookkeeping(folder),
         resume,
+        finite,
         task.callbacks(folder),
-        config.part("checkpoint").build(folder),
+        config.part("checkpoint").build(folder, finite),
         Interrupt(),
         StepProgress(),
     )

@@ -15,7 +15,6 @@ from ldm_lab.checkpoints.importer import (
     LoadedModel,
     LoadedPart,
     Section,
-    config_problems,
     register_importer,
 )
 from ldm_lab.checkpoints.opened import OpenedFile, Shapes, TensorInfo
@@ -133,14 +132,6 @@ class _CCLD(Importer):
 
     precedence = 1
     holds_model = True
-
-    def config(self, file: OpenedFile) -> Section:
-        """Return the config that rebuilds the model."""
-        return self.read_model(file, True, Section()).config
-
-    def problems(self, config: Section) -> list[str]:
-        """Return what is wrong with the config."""
-        return config_problems(config)
 
     def read_model(self, file: OpenedFile, ema: bool, overrides: Section) -> LoadedModel:
         """Return the model; nothing of it is left to be said."""

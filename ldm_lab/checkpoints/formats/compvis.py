@@ -125,10 +125,12 @@ def _compare(config: Section, file: OpenedFile, shown: str) -> None:
         return  # a YAML about something else
     from_yaml = config_of(Section(node["ddconfig"]), node.get("embed_dim"))
     from_yaml["attn_resolutions"] = _levels(from_yaml)
-    for key, held in {**config, "attn_resolutions": _levels(config)}.items():
-        if key != "resolution" and from_yaml[key] != held:
+    for key, in_weights in {**config, "attn_resolutions": _levels(config)}.items():
+        if key != "resolution" and from_yaml[key] != in_weights:
             what = "the levels with attention" if key == "attn_resolutions" else key
-            raise UserError(f"{shown}: its {name} says {what} {str(from_yaml[key])[:100]}, the weights have {held}")
+            raise UserError(
+                f"{shown}: its {name} says {what} {str(from_yaml[key])[:100]}, the weights have {in_weights}"
+            )
 
 
 def _levels(config: Section) -> list[int]:

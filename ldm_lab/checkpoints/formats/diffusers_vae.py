@@ -73,8 +73,8 @@ class DiffusersVAE(Importer):
 
     def config(self, file: OpenedFile) -> Section:
         """Return our config, and diffusers' own where there is one."""
-        theirs = read_config(file.path)
-        return Section({**super().config(file), **({"diffusers": theirs} if theirs else {})})
+        loaded = read_config(file.path)
+        return Section({**super().config(file), **({"diffusers": loaded} if loaded else {})})
 
     def read(self, file: OpenedFile, role: str) -> LoadedPart:
         """Return the autoencoder; see `vae`."""
@@ -172,14 +172,14 @@ def _checked(loaded: Section, config: Section, path: Path) -> Section:
     if strange:
         raise UserError(f"{path}: {strange[0][:100]!r} is not known, and may make it another network")
     widths = [config["ch"] * multiplier for multiplier in config["ch_mult"]]
-    told = {
+    stated = {
         "block_out_channels": (_list(loaded, "block_out_channels", int, path) or widths, widths),
         "layers_per_block": (loaded.get("layers_per_block", config["num_res_blocks"]), config["num_res_blocks"]),
         "latent_channels": (loaded.get("latent_channels", config["embed_dim"]), config["embed_dim"]),
     }
-    for key, (says, holds) in told.items():
-        if says != holds:
-            raise UserError(f"{path}: {key} is {str(says)[:100]}, but the weights beside it have {holds}")
+    for key, (in_config, in_weights) in stated.items():
+        if in_config != in_weights:
+            raise UserError(f"{path}: {key} is {str(in_config)[:100]}, but the weights beside it have {in_weights}")
     factor = loaded.get("scaling_factor")
     is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
     if factor is not None and not (is_number and math.isfinite(factor) and factor > 0):

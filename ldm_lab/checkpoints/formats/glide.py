@@ -14,7 +14,6 @@ from ldm_lab.checkpoints.importer import (
     LoadedDenoiser,
     LoadedModel,
     Section,
-    config_problems,
     register_importer,
 )
 from ldm_lab.checkpoints.opened import OpenedFile, Shapes
@@ -39,7 +38,7 @@ DROPOUT = 0.2  # share of empty captions in the fine-tuning; miniGLIDE had none,
 LATENT_STD = 1 / 0.18215  # of glide-finetune's latents: Stable Diffusion's
 
 
-def is_one(tensors: Shapes) -> bool:
+def is_glide(tensors: Shapes) -> bool:
     """Return whether a file's tensors are named as the original names them."""
     names = {_bare(name) for name in tensors}
     return {FIRST, LAST, TEXT} <= names
@@ -57,7 +56,7 @@ def unet(tensors: dict[str, Tensor], path: str | Path, overrides: Section | None
         UserError: not such a network; overrides that are none of those.
     """
     state = {_bare(name): value for name, value in tensors.items()}
-    if not is_one(state):
+    if not is_glide(state):
         raise UserError(f"{path}: not a GLIDE network: {FIRST!r}, {LAST!r} or {TEXT!r} is missing")
     try:
         sizes, conditions = infer_config(state), infer_conditions(state)
@@ -214,15 +213,7 @@ class Glide(Importer):
 
     def matches(self, file: OpenedFile) -> bool:
         """Return whether the tensors are named as the original names them."""
-        return is_one(file.tensors)
-
-    def config(self, file: OpenedFile) -> Section:
-        """Return the config that rebuilds the model."""
-        return self.read_model(file, True, Section()).config
-
-    def problems(self, config: Section) -> list[str]:
-        """Return what is wrong with the config."""
-        return config_problems(config)
+        return is_glide(file.tensors)
 
     def read_model(self, file: OpenedFile, ema: bool, overrides: Section) -> LoadedModel:
         """Return the model; a file holds one set of weights."""

@@ -1,12 +1,10 @@
 """A linear head: LAION's first aesthetic predictors (LAION-AI/aesthetic-predictor), and any other of that form."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm_lab.config import PositiveInt, register
+from ldm_lab.config import Options, PositiveInt, register
 from ldm_lab.curation.heads.head import Head, Output, check_options
 
 
@@ -30,7 +28,7 @@ class Linear(Head):
         self.bias = nn.Parameter(torch.zeros(1))  # [1]
 
     @staticmethod
-    def check(section: dict[str, Any]) -> list[str]:
+    def check(section: Options) -> list[str]:
         """Return what is wrong with the values of a section."""
         return check_options(section)
 

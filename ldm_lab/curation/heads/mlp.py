@@ -1,13 +1,13 @@
 """An MLP head: the improved aesthetic predictor (christophschuhmann/improved-aesthetic-predictor) and its like."""
 
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from annotated_types import MinLen
 from torch import Tensor, nn
 
-from ldm_lab.config import PositiveInt, ShareBelowOne, register
+from ldm_lab.config import Options, PositiveInt, ShareBelowOne, register
 from ldm_lab.curation.heads.head import Head, Output, check_options
 from ldm_lab.curation.heads.linear import Linear
 
@@ -44,7 +44,7 @@ class MLP(Head):
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     @staticmethod
-    def check(section: dict[str, Any]) -> list[str]:
+    def check(section: Options) -> list[str]:
         """Return what is wrong with the values of a section."""
         problems, widths, dropout = check_options(section), section.get("widths", [1, 1]), section.get("dropout", ())
         if widths[-1] != 1:

@@ -91,21 +91,21 @@ class DuckDB(Engine):
             self.ibis.con.execute("set preserve_insertion_order = false")
             name = sql.identifier(key)
             query = f"select * exclude ({name}) from ({query}) order by {name}"
-        whole = folder / "part-00000.parquet"
+        in_parts = parts is not None and parts > 1
+        whole = folder / ("whole" if in_parts else "part-00000.parquet")
         entries = ", ".join(f"{name}: {sql.literal(value)}" for name, value in metadata.items())
         options = f"format parquet, compression snappy, kv_metadata {{{entries}}}"
         self.ibis.con.execute(f"copy ({query}) to {sql.literal(str(whole))} ({options})")
         rows = pq.read_metadata(whole).num_rows
-        if parts is not None and min(parts, rows) > 1:
-            cut(whole, rows, min(parts, rows))
+        if in_parts:
+            cut(whole, rows, max(min(parts, rows), 1))
         return rows
 
 
 def cut(whole: Path, rows: int, parts: int) -> None:
-    """Cut a Parquet file into `part-00000.parquet`, ... beside it, in its order."""
-    source = whole.rename(whole.with_name("whole"))
+    """Cut a Parquet file into `part-00000.parquet`, ... in its place, in its order."""
     ends = [rows * (part + 1) // parts for part in range(parts)]
-    with pq.ParquetFile(source) as file:
+    with pq.ParquetFile(whole) as file:
         schema, part, place, writer = file.schema_arrow, 0, 0, None
         for batch in file.iter_batches(BATCH, use_threads=False):
             while batch.num_rows:
@@ -116,7 +116,7 @@ def cut(whole: Path, rows: int, parts: int) -> None:
                 if place == ends[part]:
                     writer.close()
                     part, writer = part + 1, None
-    os.unlink(source)
+    os.unlink(whole)
 
 
 def _first_line(error: Exception) -> str:

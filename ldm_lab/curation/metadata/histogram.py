@@ -100,7 +100,7 @@ def histogram_of(engine: Engine, files: Files, quantity: str, buckets: Buckets, 
     return histogram
 
 
-def place_of(score: ir.Value, buckets: Buckets) -> ir.Value:
+def place_of(score: ir.NumericValue, buckets: Buckets) -> ir.IntegerValue:
     """Return the place among some buckets of a score that is a number, as an expression; see `Buckets`."""
     place = ibis.literal(0, "int64")
     for edge in buckets.edges:

@@ -52,23 +52,23 @@ class TableRow:
         name = self.name(quantity) or require(quantity, self.columns, self.where)
         return self.table[self.columns[name]]
 
-    def number(self, quantity: str) -> ir.Value:
+    def number(self, quantity: str) -> ir.NumericValue:
         """Return a number; null if it is unknown, NaN, or none."""
         return as_number(self.column(quantity))
 
-    def text(self, quantity: str) -> ir.Value:
+    def text(self, quantity: str) -> ir.StringValue:
         """Return a text, or null."""
         column = self.column(quantity)
         return column if column.type().is_string() else column.cast("string")
 
-    def violations(self, rule: Rule) -> dict[str, ir.Value]:
+    def violations(self, rule: Rule) -> dict[str, ir.BooleanValue]:
         """Return {reason: condition} of a rule, conditions never null."""
         for quantity in rule.needs:
             require(quantity, self.columns, f"{self.where}: rule {rule.part_name}")
         return {reason: condition.fill_null(False) for reason, condition in rule.violations(self).items()}
 
 
-def as_number(column: ir.Value) -> ir.Value:
+def as_number(column: ir.Column) -> ir.NumericValue:
     """Return a column as double precision, NaN and what is no number as null: engines call NaN greater than all."""
     kind = column.type()
     if kind.is_integer():
@@ -77,11 +77,11 @@ def as_number(column: ir.Value) -> ir.Value:
     return ibis.ifelse(number.isnan(), ibis.null("float64"), number)
 
 
-def bit_mask(row: TableRow, rules: list[Rule]) -> tuple[ir.Value, list[tuple[Rule, str]]]:
+def bit_mask(row: TableRow, rules: list[Rule]) -> tuple[ir.IntegerValue, list[tuple[Rule, str]]]:
     """Return a number per row with a bit for each reason to leave it out, 0 for none, and the bits' meanings."""
     bits: list[tuple[Rule, str]] = []
 
-    def mask_of(chosen: list[Rule]) -> ir.Value:
+    def mask_of(chosen: list[Rule]) -> ir.IntegerValue:
         mask = ibis.literal(0, "int64")
         for rule in chosen:
             for reason, condition in row.violations(rule).items():
@@ -94,6 +94,6 @@ def bit_mask(row: TableRow, rules: list[Rule]) -> tuple[ir.Value, list[tuple[Rul
     return ibis.ifelse(first > 0, first, rest), bits
 
 
-def kept_by(row: TableRow, rules: list[Rule]) -> list[ir.Value]:
+def kept_by(row: TableRow, rules: list[Rule]) -> list[ir.BooleanValue]:
     """Return the conditions of which all hold where no rule is broken."""
     return [~condition for rule in rules if not rule.compares_rows for condition in row.violations(rule).values()]
