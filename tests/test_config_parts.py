@@ -93,7 +93,7 @@ MISTAKES = {
     "out of bounds": (["data.batch_size=0"], "data.batch_size: at least 1 is needed, not 0"),
     "unknown part": (["denoiser.name=dit"], "denoiser.name: no such denoiser: 'dit'"),
     "missing section": (["objective=null"], "objective"),
-    "unknown sampler inside": (["demo.sampler.name=plsm"], "Did you mean 'plms'?"),
+    "unknown sampler inside": (["demo.sampling.sampler.name=plsm"], "Did you mean 'plms'?"),
     "unknown rule inside": (["data.rules={punsave: {below: 1}}"], "data.rules.punsave: no such rule"),
 }
 
@@ -189,7 +189,7 @@ def own_modules(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(registry, "_registry", dict(registry._registry))
-    monkeypatch.setattr(registry, "_read", set(registry._read))
+    monkeypatch.setattr(registry, "_read", registry._read - {registry.ENTRY_POINTS})
     monkeypatch.setattr(registry, "_imports", [])
     monkeypatch.setattr(registry, "broken", {})
     yield tmp_path
@@ -207,13 +207,13 @@ def test_imports_of_a_yaml_make_parts_known(own_modules):
     loaded = config.load(run)
     assert loaded.imports == ("lazy_parts",) and "lazy_parts" not in sys.modules, "it is read, not imported"
     assert config.build("sampler", {"name": "lazy"}).steps == 5
-    with pytest.raises(UserError, match=r"demo\.sampler\.steps: at least 1 is needed, not 0"):
-        config.load(run, ["demo.sampler.steps=0"])
+    with pytest.raises(UserError, match=r"demo\.sampling\.sampler\.steps: at least 1 is needed, not 0"):
+        config.load(run, ["demo.sampling.sampler.steps=0"])
 
 
 def test_imports_of_a_command_line_make_parts_known(own_modules):
     (own_modules / "lazy_parts.py").write_text(SAMPLER)
-    config.load(YFCC, ["data.shards=x", "imports=[lazy_parts]", "demo.sampler.name=lazy"])
+    config.load(YFCC, ["data.shards=x", "imports=[lazy_parts]", "demo.sampling.sampler.name=lazy"])
     with pytest.raises(UserError, match="imports: no module 'lacy_parts'"):
         config.load(YFCC, ["data.shards=x", "imports=[lacy_parts]"])
     with pytest.raises(UserError, match=r"imports: '\.\./parts' is not the name of a module"):

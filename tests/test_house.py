@@ -7,13 +7,7 @@ import pytest
 
 # Rules whose bounds are not reached yet: printed, not held.
 OPEN: set[str] = {
-    "lines that ask a part what it is",
-    "functions over 60 lines, classes over 250, modules over 400",
-    "of these without a line of reason in tests/house.py",
     "lines with Any, object, dicts of mixed values, unannotated parameters",
-    "places that declare a sampling option, beside SamplingOptions",
-    "modules that put a finished file in its place",
-    "modules that read key=value",
 }
 
 
@@ -69,6 +63,8 @@ def test_asking_is_found(monkeypatch, line):
         ("Value = int | str\nConfig = dict[str, Value]\ndef f(x: Config): ...", 2),
         ("Spec = Mapping[str, Kind]\nKind = A | B\ndef f(x: Spec): ...", 0),
         ("x: Any = 1", 1),
+        ("class Config(dict[str, Any]):\n    'A config.'\ndef f(x: Config): ...", 1),
+        ("class Config(dict[str, Any]):\n    def check(self) -> None: ...\ndef f(x: Config): ...", 0),
         ("f = lambda x: x", 0),
     ],
 )

@@ -145,7 +145,10 @@ def _get(args: argparse.Namespace) -> int | None:
         raise UserError("scores get: --out, --name and --key are for --table")
     if args.table is not None and args.out is None:
         raise UserError("scores get: --table needs --out, the Parquet file to write")
-    return _get_keys(args) if single else _get_table(args)
+    if single:
+        return _get_keys(args)
+    _get_table(args)
+    return None
 
 
 def _get_keys(args: argparse.Namespace) -> int | None:

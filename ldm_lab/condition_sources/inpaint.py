@@ -49,5 +49,5 @@ class Inpaint(ConditionSource):
         left, right = (draws[2:4] * (len(columns) + 1)).long().sort(dim=0).values  # [B] each
         down = (rows >= top[:, None]) & (rows < bottom[:, None])  # [B, h]
         across = (columns >= left[:, None]) & (columns < right[:, None])  # [B, w]
-        known = down[:, :, None] & across[:, None] & (draws[4] < self.known_share)[:, None, None]  # [B, h, w]
+        known: Tensor = down[:, :, None] & across[:, None] & (draws[4] < self.known_share)[:, None, None]  # [B, h, w]
         return known[:, None].to(x0)  # [B, 1, h, w]

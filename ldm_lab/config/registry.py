@@ -283,6 +283,9 @@ def _import(name: str, path: Path) -> None:
 
 def _read_installed() -> None:
     """Read the parts that installed packages announce; looking for them takes a while, so only when it is needed."""
+    if ENTRY_POINTS in _read:
+        return
+    _read.add(ENTRY_POINTS)
     from importlib.metadata import entry_points
 
     for point in entry_points(group=ENTRY_POINTS):

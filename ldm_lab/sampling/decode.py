@@ -49,7 +49,8 @@ def decode(model: Model, latents: Tensor, seeds: Sequence[int], tile: int | None
     Raises:
         NotFiniteError: NaN or infinity in a picture.
     """
-    autoencoder, samples = model.autoencoder, []
+    autoencoder = model.autoencoder
+    samples: list[Sample] = []
     rounded = model.pixel_bound is not None  # models of pixels were trained on whole levels
     with model.on_device(autoencoder):
         for first in range(0, len(latents), DECODE_BATCH):

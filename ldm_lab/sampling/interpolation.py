@@ -98,4 +98,4 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     sine = angle.sin()  # [..., 1]
     round_way = ((1 - share) * angle).sin() / sine * unit_a + (share * angle).sin() / sine * unit_b  # [..., D]
     direction = torch.where(sine > 1e-4, round_way, torch.lerp(unit_a, unit_b, share))  # [..., D]
-    return direction * torch.lerp(*lengths, share)  # [..., D]
+    return direction * torch.lerp(lengths[0], lengths[1], share)  # [..., D]

@@ -38,7 +38,8 @@ class ShardStats:
         if not all(isinstance(number, int | float) for number in (*counts, duration, *statuses.values())):
             raise ValueError("a number is missing")
         errors = {message: int(number) for message, number in statuses.items()}
-        return cls(*map(int, counts), errors, float(duration))
+        count, successes, failed_to_download, failed_to_resize = map(int, counts)
+        return cls(count, successes, failed_to_download, failed_to_resize, errors, float(duration))
 
     @property
     def success_rate(self) -> float:
