@@ -43,10 +43,10 @@ class InitImage:
 
     image: Image.Image
     strength: float
-    mask: Tensor | None = None
-    resize: Resize = "crop"
-    mask_blur: float = 0.0
-    is_hole: bool = False
+    mask: Tensor | None
+    resize: Resize
+    mask_blur: float
+    is_hole: bool
 
     def __post_init__(self) -> None:
         if self.mask is not None and self.mask.shape != (self.image.height, self.image.width):
