@@ -124,7 +124,7 @@ def test_a_model_of_parts_knows_the_width_alone(parts, model, tmp_path):
     RatingEmbeddings({9: torch.ones(8) / 8**0.5}, model[1].embedder).save(tmp_path / "narrow.safetensors")
     with pytest.raises(UserError, match="width 8"):
         pipeline.check(["a fox"], SamplingOptions(aesthetic=9, aesthetic_embeddings=tmp_path / "narrow.safetensors"))
-    with pytest.raises(UserError, match="aesthetic_embeddings says which"):
+    with pytest.raises(UserError, match="aesthetic_embeddings has to"):
         pipeline.check(["a fox"], SamplingOptions(aesthetic=9))
 
 
@@ -222,7 +222,7 @@ def test_sample_py(model, program, tmp_path, monkeypatch):
         (["--aesthetic-weight", "1"], "--aesthetic-weight: belongs to aesthetic"),
         (["--aesthetic", "4", "--aesthetic-embeddings", "ratings"], "no such rating: 4"),
         (["--aesthetic", "9", "--aesthetic-embeddings", "laion"], "belongs to the embeddings of clip ViT-B-32"),
-        (["--aesthetic", "nine"], "argument --aesthetic: "),
+        (["--aesthetic", "nine"], "--aesthetic: "),
     ],
 )
 def test_sample_py_in_one_line(model, program, tmp_path, monkeypatch, golden_heads, args, message):

@@ -93,7 +93,7 @@ def test_a_base_model_is_trained_and_sampled_in_words(tmp_path):
 
 
 def test_an_upsampler_is_trained_and_draws_what_it_makes(tmp_path):
-    drawn = {"every": 3, "images": 6, "sampler": {"steps": 2}}
+    drawn = {"every": 3, "images": 6, "sampling": {"sampler": {"name": "ddim", "steps": 2}}}
     done = train(tmp_path, **UPSAMPLER, enlargements=drawn)
     assert done.returncode == 0, done.stderr
     grid = Image.open(tmp_path / "runs/tiny/enlargements/step=00000003.png")

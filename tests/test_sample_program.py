@@ -213,11 +213,11 @@ def test_a_weight_inside_a_prompt_is_noticed(call):
 MISTAKES = [
     ((), "no prompt"),
     (("red:nan",), "a weight must be finite"),
-    (("red", "-n", "0"), "argument -n: "),
+    (("red", "-n", "0"), "-n: "),
     (("red", "--steps", "many"), "steps: a number, or a respacing such as fast27"),
-    (("red", "--guidance", "nan"), "argument --guidance: number is needed, not nan"),
-    (("red", "--seed", "-2"), "argument --seed: "),
-    (("red", "--seed", "x"), "argument --seed: "),
+    (("red", "--guidance", "nan"), "--guidance: number is needed, not nan"),
+    (("red", "--seed", "-2"), "--seed: "),
+    (("red", "--seed", "x"), "--seed: "),
     (("red", "--sampel", "plms"), "unknown flag: --sampel"),
     (("red", "--size", "big"), "write pixels as 256 or as WIDTHxHEIGHT"),
     (("red", "--size", "20"), "multiples of 16 pixels, such as 16x16"),
@@ -279,9 +279,25 @@ def test_as_a_program(checkpoint, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "1 pictures" in done.stderr  # the progress bar
     assert (tmp_path / "samples" / "00000.png").exists()
+    command = (
+        "-m",
+        "ldm_lab",
+        "sample",
+        "red",
+        "--checkpoint",
+        checkpoint,
+        *FAST,
+        "-n",
+        "1",
+        "--out",
+        "other",
+        "blue:2",
+    )
+    assert run_program(*command, cwd=tmp_path).returncode == 0
+    assert len(json.loads((tmp_path / "other" / "samples.json").read_text())[0]["prompts"]) == 2
     failed = run_program(script, "--checkpoint", checkpoint, "red", "-n", "none", cwd=tmp_path)
     assert (failed.returncode, failed.stdout) == (2, "")
-    assert failed.stderr.startswith("error: argument -n: ") and len(failed.stderr.splitlines()) == 1
+    assert failed.stderr.startswith("error: -n: ") and len(failed.stderr.splitlines()) == 1
 
 
 # ------------------------------------------------------------------------------------------- pictures to begin with
@@ -365,7 +381,7 @@ def test_reranking_and_the_options_of_guidance(call, tmp_path, checkpoint):
     ("args", "message"),
     [
         (["a", "--strength", "0.5"], "--strength: belongs to init_image"),
-        (["a", "--init-image", "dog.png", "--strength", "1.5"], "argument --strength: "),
+        (["a", "--init-image", "dog.png", "--strength", "1.5"], "--strength: "),
         (["a", "--init-image", "none.png"], "none.png: no such image file"),
         (["a", "--init-image", "dog.png", "--mask", "small.png"], "mask: it is 3x3 pixels, the image 30x24"),
         (["a", "--init-image", "dog.png", "--mask", "black.png"], "nothing in it is white"),
@@ -374,9 +390,9 @@ def test_reranking_and_the_options_of_guidance(call, tmp_path, checkpoint):
         (["a", "b", "--interpolate", "4", "-n", "2"], "--interpolate does not go with -n"),
         (["a", "b", "--interpolate", "4", "--negative", "c"], "--interpolate does not go with --negative"),
         (["a", "--guidance-interval", "0.9", "0.1"], "--guidance-interval: two times 0 <= first <= last <= 1"),
-        (["a", "--guidance-rescale", "2"], "argument --guidance-rescale: "),
+        (["a", "--guidance-rescale", "2"], "--guidance-rescale: "),
         (["a", "--tile", "12"], "tile: a multiple of 8 pixels from 32 on is needed, not 12"),
-        (["a", "--rerank", "0"], "argument --rerank: at least 1 is needed, not 0"),
+        (["a", "--rerank", "0"], "--rerank: at least 1 is needed, not 0"),
         (["a", "--sampler", "unipc", "--spacing", "cosine"], "spacing"),
         (
             ["a", "--sampler", "plms", "--spacing", "karras"],

@@ -10,29 +10,36 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn, Union, get_args, get_origin
 
-from ldm_lab.config import Plain
+from ldm_lab.commands._arguments import Parser
 from ldm_lab.config.bounds import TypeForm, problem
 from ldm_lab.config.reading import Option
 from ldm_lab.errors import UserError
+from ldm_lab.sampling.options import OptionValue, OptionValues
 
-NAME_OF_FLAG = re.compile("[^=]*")
+FlagValue = int | float | str
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser without abbreviations whose errors are one line, with the name that is meant if it is known."""
+class FlagParser(Parser):
+    """A parser without abbreviations that answers unknown flags with the name that is meant, if that is known."""
 
-    def __init__(self, *, hint: Callable[[str], str | None] = lambda flag: None, **common: Plain) -> None:
-        """Take ArgumentParser's own arguments.
+    def __init__(self, *, prog: str, description: str, hint: Callable[[str], str | None]) -> None:
+        """Make a parser without any flags yet.
 
         Args:
+            prog: name of the program.
+            description: for the help.
             hint: an unknown flag -> what it is called here, in words; None if that is not known.
         """
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **common)
+        super().__init__(
+            prog=prog,
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         self.hint = hint
 
     def error(self, message: str) -> NoReturn:
-        """Raise UserError."""
-        raise UserError(f"{message} (--help explains)")
+        super().error(f"{message} (--help explains)")
 
     def parse_words(self, words: Sequence[str]) -> argparse.Namespace:
         """Return the parsed words; positional ones may stand between flags. Raises UserError."""
@@ -40,7 +47,7 @@ class Parser(argparse.ArgumentParser):
         for word in words:
             if word == "--":
                 break
-            flag = NAME_OF_FLAG.match(word)[0]
+            flag = re.sub("=.*", "", word)
             if not flag.startswith("-") or flag in known or not flag.lstrip("-")[:1].isalpha():
                 continue
             if ours := self.hint(flag):
@@ -86,10 +93,10 @@ def add_flags(group: argparse._ArgumentGroup, options: Mapping[str, Option], pre
         )
 
 
-def read_value(annotation: TypeForm, written: str) -> Plain:
+def read_value(annotation: TypeForm, written: str) -> FlagValue:
     """Return the value that is written, of a type and within its bounds. Raises ArgumentTypeError."""
     kinds = list(_kinds(annotation))
-    value: Plain = written
+    value: FlagValue = written
     if int in kinds and written.lstrip("-").isascii() and written.lstrip("-").isdigit() and len(written) < 20:
         value = int(written)
     elif float in kinds:
@@ -103,13 +110,11 @@ def read_value(annotation: TypeForm, written: str) -> Plain:
     return value
 
 
-def given(args: argparse.Namespace, options: Mapping[str, Option], prefix: str = "") -> dict[str, Plain]:
+def given(args: argparse.Namespace, options: Mapping[str, Option], prefix: str = "") -> OptionValues:
     """Return the options that stand on the command line, by name."""
-    return {
-        name: tuple(value) if isinstance(value, list) else value
-        for name in options
-        if (value := dict(args._get_kwargs()).get(prefix + name)) is not None
-    }
+    words = dict(args._get_kwargs())
+    chosen = {name: words[prefix + name] for name in options if words.get(prefix + name) is not None}
+    return OptionValues({name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()})
 
 
 def _kinds(annotation: TypeForm) -> Iterator[TypeForm]:
@@ -133,5 +138,5 @@ def _metavar(kinds: Sequence[TypeForm]) -> str:
     return "N" if int in kinds and float not in kinds else "X" if float in kinds else "TEXT"
 
 
-def _plain(value: Plain) -> str:
+def _plain(value: OptionValue) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

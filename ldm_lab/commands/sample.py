@@ -28,12 +28,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from annotated_types import Ge, Lt
-
-from ldm_lab.commands._flags import Parser, add_flags, given, read_value
-from ldm_lab.config import Plain
+from ldm_lab.commands._arguments import add_imports_argument, whole_number
+from ldm_lab.commands._flags import FlagParser, add_flags, given
 from ldm_lab.config.reading import Option
 from ldm_lab.config.registry import add_imports, infos, part_info
 from ldm_lab.errors import UserError
@@ -43,12 +41,13 @@ from ldm_lab.sampling.options import (
     DEFAULT_UPSAMPLER,
     NOT_INTERPOLATED,
     ModelOptions,
+    OptionValues,
     SamplingOptions,
 )
 
 if TYPE_CHECKING:  # these import torch, which takes seconds
     from ldm_lab.prompts import Prompt
-    from ldm_lab.sampling.output import SampleFolder
+    from ldm_lab.sampling.output import Entry, SampleFolder
     from ldm_lab.sampling.request import Request
 
 UPSAMPLER = "upsampler_"  # prefix of what is said of upsamplers
@@ -93,10 +92,10 @@ def run(args: argparse.Namespace) -> int:
 # ------------------------------------------------------------------------------------------------- the command line
 
 
-def parser() -> Parser:
+def parser() -> FlagParser:
     """Return the command line's description."""
-    p = Parser(prog="sample.py", description=__doc__, hint=our_flag)
-    whole = {"type": _whole, "metavar": "N"}
+    p = FlagParser(prog="sample.py", description=__doc__, hint=our_flag)
+    whole = {"type": whole_number(1), "metavar": "N"}
     add = p.add_argument
     add("texts", nargs="*", metavar="PROMPT", help="text or text:weight; several are mixed")
     add(
@@ -109,7 +108,7 @@ def parser() -> Parser:
     add("-n", **whole, help="pictures of the mix, or of each line of --prompts (default: 4, or 1)")
     add("--interpolate", **whole, help="N pictures on the way from each PROMPT to the next; strip.png, film.gif")
     add("--out", default="samples", metavar="DIR", help="where the pictures go (default: samples)")
-    add("--imports", action="append", default=[], metavar="MODULE", help="a module with parts of your own")
+    add_imports_argument(p)
     sampling = part_info("sampling", None).options
     add_flags(p.add_argument_group("how pictures are made"), sampling)
     add_flags(p.add_argument_group("options of samplers", f"{', '.join(infos('sampler'))}. {STEPS}"), sampler_options())
@@ -154,17 +153,17 @@ def upsampler_options(args: argparse.Namespace, batch_size: int) -> SamplingOpti
     if (chosen or of_sampler) and not args.upsampler:
         flag = UPSAMPLER + next(iter(chosen or of_sampler))
         raise UserError(f"--{flag.replace('_', '-')} belongs to an --upsampler")
-    return _options({**chosen, "batch_size": batch_size}, of_sampler, DEFAULT_UPSAMPLER)
+    return _options(OptionValues({**chosen, "batch_size": batch_size}), of_sampler, DEFAULT_UPSAMPLER)
 
 
-def _options(chosen: dict, of_sampler: dict, default_sampler: str) -> SamplingOptions:
+def _options(chosen: OptionValues, of_sampler: OptionValues, default_sampler: str) -> SamplingOptions:
     name = chosen.get("sampler")
     if name is not None and name not in infos("sampler") and (ours := our_sampler(name)):
         raise UserError(ours)
     if name is not None or of_sampler:
-        chosen = {**chosen, "sampler": {"name": name or default_sampler, **of_sampler}}
+        chosen = OptionValues({**chosen, "sampler": {"name": name or default_sampler, **of_sampler}})
     try:
-        return SamplingOptions(**chosen)
+        return SamplingOptions.from_values(chosen)
     except UserError as error:
         key = str(error).partition(":")[0]
         message = str(error).replace(key, "--" + key.replace("_", "-"), 1) if key in chosen else str(error)
@@ -189,10 +188,6 @@ def _imports(words: Sequence[str]) -> list[str]:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--imports", action="append", default=[])
     return early.parse_known_args(list(words))[0].imports
-
-
-def _whole(written: str) -> int:
-    return read_value(Annotated[int, Ge(1), Lt(2**31)], written)
 
 
 # --------------------------------------------------------------------------------------------------------- prompts
@@ -255,6 +250,7 @@ def draw_pictures(
 ) -> int:
     """Make a picture of each mix, of several stages all sizes, and a grid."""
     from ldm_lab.sampling import Pipeline, Stage, Stages
+    from ldm_lab.sampling.output import Entry
 
     files = [args.checkpoint, *args.upsampler]
     pipelines = [Pipeline.from_checkpoint(files[0], loading)]
@@ -266,7 +262,8 @@ def draw_pictures(
     for batch in stages.samples(mixes, seeds=base.seeds, progress=bar):
         for row in batch:
             mix = mixes[len(folder.images)]
-            entry = {"prompts": [_entry(prompt, base) for prompt in mix], **row[0].image.info, **settings}
+            prompts = [_prompt_entry(prompt, base) for prompt in mix]
+            entry = Entry({"prompts": prompts, **row[0].image.info, **settings})
             folder.add([sample.image for sample in row], " + ".join(map(str, mix)), entry)
         folder.write_list()
     each = args.n or 1
@@ -286,18 +283,19 @@ def draw_film(
 ) -> int:
     """Make pictures on the way from each prompt to the next, side by side and as a film."""
     from ldm_lab.sampling import Pipeline, interpolation
+    from ldm_lab.sampling.output import Entry
 
     pipeline = Pipeline.from_checkpoint(args.checkpoint, loading)
     request = interpolation.check(pipeline, mixes, args.interpolate, options)
     settings = described(args, options, request)
-    prompts = [_entry(mix[0], request) for mix in mixes]
-    options = replace(options, seed=request.seeds[0])
+    prompts = [_prompt_entry(mix[0], request) for mix in mixes]
     bar = Bar(f"{args.interpolate} pictures")
-    for batch in interpolation.interpolate(pipeline, mixes, args.interpolate, options, bar):
+    with_seed = replace(options, seed=request.seeds[0])
+    for batch in interpolation.interpolate(pipeline, mixes, args.interpolate, with_seed, bar):
         for sample in batch:
             frame = len(folder.images)
             caption = f"{mixes[0][0]} ... {mixes[-1][0]}, {frame}"
-            folder.add([sample.image], caption, {"prompts": prompts, "frame": frame, **settings})
+            folder.add([sample.image], caption, Entry({"prompts": prompts, "frame": frame, **settings}))
     folder.write_list()
     strip, gif = folder.add_film()
     print(
@@ -313,33 +311,35 @@ def upsampler_loading(loading: ModelOptions) -> ModelOptions:
     return replace(own, compile=loading.compile, offload=loading.offload)
 
 
-def described(args: argparse.Namespace, options: SamplingOptions, base: "Request") -> dict[str, Plain]:
+def described(args: argparse.Namespace, options: SamplingOptions, base: "Request") -> "Entry":
     """Return the settings that are not at their defaults, and those that name the model, for samples.json."""
     from ldm_lab.io.atomic import sha256
     from ldm_lab.sampling.loading import locate_model
+    from ldm_lab.sampling.output import Entry
 
-    sampler = base.options.sampler
+    of_sampler = {**base.options.sampler}
+    name = of_sampler.pop("name")
+    settings = Entry({"sampler": name, **of_sampler, "steps": of_sampler.get("steps", base.sampler.steps)})
+    settings["guidance"] = base.guidance
     others = {**options.given(), "strength": base.options.strength}
-    others |= {name: value for name, value in args._get_kwargs() if name in ("precision", "guide_model")}
-    others |= {name: value for name, value in args._get_kwargs() if name.startswith("upsampler") and value}
+    others |= {key: value for key, value in args._get_kwargs() if key.startswith(UPSAMPLER)}
+    others |= {key: value for key, value in args._get_kwargs() if key in ("precision", "guide_model")}
     unsaid = ("sampler", "guidance", "seed", "batch_size", "size")
-    settings = {"sampler": sampler["name"], **sampler, "steps": sampler.get("steps", base.sampler.steps)}
-    settings |= {"guidance": base.options.guidance}
-    settings |= {name: value for name, value in others.items() if name not in unsaid and value is not None}
+    settings |= {key: value for key, value in others.items() if key not in unsaid and value is not None}
     settings |= {"checkpoint": args.checkpoint, "checkpoint_sha256": sha256(locate_model(args.checkpoint))}
     if args.upsampler:
         sums = [sha256(locate_model(file)) for file in args.upsampler]
-        files = args.upsampler
-        settings |= {"upsampler": files[0] if len(files) == 1 else files}
-        settings |= {"upsampler_sha256": sums[0] if len(sums) == 1 else sums}
-    settings.pop("name")
+        settings["upsampler"] = args.upsampler[0] if len(sums) == 1 else args.upsampler
+        settings["upsampler_sha256"] = sums[0] if len(sums) == 1 else sums
     return settings
 
 
-def _entry(prompt: "Prompt", request: "Request") -> dict[str, Plain]:
+def _prompt_entry(prompt: "Prompt", request: "Request") -> "Entry":
     """Return a prompt as it stands in samples.json, with the weight that it really had."""
+    from ldm_lab.sampling.output import Entry
+
     kind = "text" if prompt.image is None else "image"
-    return {kind: prompt.text, "weight": request.options.guidance if prompt.weight is None else prompt.weight}
+    return Entry({kind: prompt.text, "weight": request.guidance if prompt.weight is None else prompt.weight})
 
 
 def _seed(options: SamplingOptions, request: "Request") -> str:

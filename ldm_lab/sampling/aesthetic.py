@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from ldm_lab.checkpoints import embedders
 from ldm_lab.checkpoints.embedders import OPENAI
 from ldm_lab.checkpoints.files import FORMAT, is_safetensors, read_safetensors, write_safetensors
+from ldm_lab.checkpoints.importer import Section
 from ldm_lab.errors import UserError, first_line, unknown
 from ldm_lab.io.atomic import existing_file, sha256
 from ldm_lab.pretrained.catalogue import catalogue
@@ -38,8 +38,8 @@ class RatingEmbeddings:
         facts: how they came about, plain values.
     """
 
-    def __init__(self, embeds: dict[int, Tensor], embedder: dict[str, str], facts: dict[str, Any] | None = None):
-        self.embeds, self.embedder, self.facts = embeds, embedder, facts or {}
+    def __init__(self, embeds: dict[int, Tensor], embedder: dict[str, str], facts: Section | None = None):
+        self.embeds, self.embedder, self.facts = embeds, embedder, facts or Section()
 
     @classmethod
     def load(cls, name: str | Path, ratings: Sequence[int] | None = None) -> "RatingEmbeddings":
@@ -85,7 +85,7 @@ class RatingEmbeddings:
             raise UserError(f"{path}: {wrong[0]}")
         for embed in embeds.values():
             _check(embed, path)
-        return cls(embeds, embedder, facts if isinstance(facts, dict) else {})
+        return cls(embeds, embedder, Section(facts) if isinstance(facts, dict) else None)
 
     def save(self, path: str | Path) -> None:
         """Write them to a `.safetensors` file."""
@@ -126,11 +126,13 @@ class Aesthetic:
         Raises:
             UserError: no such set, or none for this embedder.
         """
-        if name is None and embedder is None:
-            raise UserError(
-                "aesthetic: whose embeddings these are is not known; aesthetic_embeddings says which to take"
-            )
-        return cls(RatingEmbeddings.load(name or released_for(embedder), [rating]), rating, weight)
+        if name is None:
+            if embedder is None:
+                raise UserError(
+                    "aesthetic: the model does not say whose embeddings it takes; aesthetic_embeddings has to"
+                )
+            name = released_for(embedder)
+        return cls(RatingEmbeddings.load(name, [rating]), rating, weight)
 
     def check(self, embed_dim: int, embedder: dict[str, str] | None) -> None:
         """Raise UserError if the embeddings to be guided are of another width or another network.

@@ -92,10 +92,10 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
 
     Lengths are interpolated evenly; opposite or zero vectors, which have no great circle, are interpolated straight.
     """
-    lengths = [v.norm(dim=-1, keepdim=True) for v in (a, b)]  # [..., 1] each
-    unit_a, unit_b = (v / length.clamp(min=1e-12) for v, length in zip((a, b), lengths))  # [..., D] each
+    length_a, length_b = a.norm(dim=-1, keepdim=True), b.norm(dim=-1, keepdim=True)  # [..., 1] each
+    unit_a, unit_b = a / length_a.clamp(min=1e-12), b / length_b.clamp(min=1e-12)  # [..., D] each
     angle = (unit_a * unit_b).sum(-1, keepdim=True).clamp(-1, 1).acos()  # [..., 1]
     sine = angle.sin()  # [..., 1]
     round_way = ((1 - share) * angle).sin() / sine * unit_a + (share * angle).sin() / sine * unit_b  # [..., D]
     direction = torch.where(sine > 1e-4, round_way, torch.lerp(unit_a, unit_b, share))  # [..., D]
-    return direction * torch.lerp(lengths[0], lengths[1], share)  # [..., D]
+    return direction * torch.lerp(length_a, length_b, share)  # [..., D]

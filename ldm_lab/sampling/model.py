@@ -3,13 +3,13 @@
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm_lab.checkpoints.embedders import embedder_of
 from ldm_lab.checkpoints.formats import noised_clip
+from ldm_lab.checkpoints.importer import Section
 from ldm_lab.conditions import Conditions, Embedding, ImageCondition
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.noised_clip import NoisedCLIP
@@ -48,7 +48,7 @@ class Model:
     run_device: torch.device | None = None
     dtype: torch.dtype = torch.float32
     offload: bool = False
-    conditioner_config: dict[str, Any] | None = None
+    conditioner_config: Section | None = None
 
     @property
     def device(self) -> torch.device:

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Le, Lt
 from PIL import Image
 
-from ldm_lab.config import PartSection, PositiveInt, Share, check_section, register
+from ldm_lab.config import PartSection, PositiveInt, Share, build, check_section, register
 from ldm_lab.errors import UserError
 
 SamplerConfig = dict[str, str | int | float | bool | None]  # a sampler's name and options
@@ -40,9 +40,15 @@ NOT_INTERPOLATED = (
     *("negative", "init_image", "mask", "invert_mask", "mask_blur", "resize", "strength"),
     *("clip_guidance", "rerank"),
 )
+
+
+class OptionValues(dict[str, OptionValue]):
+    """Options by name: those that a YAML, a command line or a caller gives, or all of them."""
+
+
 # Where training draws pictures of its own: what differs from the defaults, unless the YAML says otherwise.
-DEMO: dict[str, OptionValue] = {"sampler": {"name": "plms", "steps": 50}}
-SUPER_RESOLUTION_DEMO: dict[str, OptionValue] = {"sampler": {"name": "ddim", "steps": 27}, "temperature": 1.0}
+DEMO = OptionValues(sampler={"name": "plms", "steps": 50})
+SUPER_RESOLUTION_DEMO = OptionValues(sampler={"name": "ddim", "steps": 27}, temperature=1.0)
 
 
 @register("sampling")
@@ -102,34 +108,43 @@ class SamplingOptions:
     tile: PositiveInt | None = None
 
     def __post_init__(self) -> None:
-        given = self.given()
-        problems = check_section("sampling", given, "sampling") if given else []
-        if problems:
-            raise UserError("; ".join(problem.removeprefix("sampling.") for problem in problems))
+        if given := self.given():
+            _check(given)
         object.__setattr__(self, "negative", self.negative or None)
         object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
 
     @staticmethod
-    def check(options: Mapping[str, OptionValue]) -> list[str]:
-        """Return what is wrong across the options."""
+    def check(options: OptionValues) -> list[str]:
+        """Return what is wrong across the options, of which each for itself is right."""
         problems = [
             f"{key}: belongs to {other}, which is not given"
             for key, other in BELONGS_TO.items()
             if options[key] is not None and options[other] is None
         ]
-        low, high = options["guidance_interval"]
-        if not low <= high:
-            problems.append(f"guidance_interval: two times 0 <= first <= last <= 1 are needed, not {low:g} {high:g}")
+        interval, size = options["guidance_interval"], options["size"]
+        if isinstance(interval, list | tuple) and not interval[0] <= interval[1]:
+            problems.append(
+                "guidance_interval: two times 0 <= first <= last <= 1 are needed, not {:g} {:g}".format(*interval)
+            )
         try:
-            parse_size(options["size"])
+            if isinstance(size, int | str | list | tuple):
+                parse_size(size)
         except UserError as error:
             problems.append(str(error))
         return problems
 
-    def given(self) -> dict[str, OptionValue]:
+    @classmethod
+    def from_values(cls, values: Mapping[str, OptionValue]) -> "SamplingOptions":
+        """Return options by name, such as those of a YAML's section. Raises UserError for an unknown name, too."""
+        _check(values)
+        options: SamplingOptions = build("sampling", dict(values))
+        return options
+
+    def given(self) -> OptionValues:
         """Return the options that are not at their defaults."""
         values = asdict(self)
-        return {field.name: values[field.name] for field in fields(self) if values[field.name] != field.default}
+        names = [field.name for field in fields(self) if values[field.name] != field.default]
+        return OptionValues((name, values[name]) for name in names)
 
     def resolved(self, upsampler: bool = False, timesteps: int | None = None) -> "SamplingOptions":
         """Return the options with the defaults that depend on others, or on the model, filled in; no seed is -1.
@@ -181,6 +196,13 @@ class ModelOptions:
     autoencoder: str | Path | None = None
     conditioner: str | Path | None = None
     noised_clip: tuple[str | Path, str | Path] | None = None
+
+
+def _check(values: Mapping[str, OptionValue]) -> None:
+    """Raise UserError with all that is wrong with options, in one line."""
+    problems = check_section("sampling", dict(values), "sampling")
+    if problems:
+        raise UserError("; ".join(problem.removeprefix("sampling.") for problem in problems))
 
 
 def parse_size(size: int | str | Sequence[int] | None) -> tuple[int, int] | None:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -13,6 +13,11 @@ from ldm_lab.io.atomic import atomic_write
 from ldm_lab.io.images import grid, save_png
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+
+
+class Entry(dict[str, Json]):
+    """What samples.json tells of a picture: its file, prompts, seed, size, and how it was made."""
+
 
 GRID_LIMIT = 400  # pictures; of more the grid shows the first ones
 SOFTWARE = "ldm_lab"
@@ -35,8 +40,8 @@ class SampleFolder:
         self.images: list[Image.Image] = []  # of this run
         self.captions: list[str] = []
 
-    def _read_list(self) -> list[Json]:
-        entries: Json = []
+    def _read_list(self) -> list[Entry]:
+        entries: list[Entry] | None = []
         if self.list_path.exists():
             try:
                 entries = json.loads(self.list_path.read_text(encoding="utf-8"))
@@ -50,7 +55,7 @@ class SampleFolder:
         """Return the file name of this run's picture i."""
         return f"{self.first + i:05d}.png"
 
-    def add(self, images: Sequence[Image.Image], caption: str, settings: Mapping[str, Json]) -> None:
+    def add(self, images: Sequence[Image.Image], caption: str, settings: Entry) -> None:
         """Write the next picture with its settings as metadata, and remember them for the list.
 
         Args:
@@ -61,18 +66,19 @@ class SampleFolder:
         """
         name = self.name(len(self.images))
         *smaller, image = images
-        entry: dict[str, Json] = {"file": name, **settings, "width": image.width, "height": image.height}
-        steps = []
-        for number, small in enumerate(smaller):
-            file = name.replace(".png", f"_stage{number}.png" if number else "_base.png")
-            steps.append({"file": file, "width": small.width, "height": small.height})
+        entry = Entry({"file": name, **settings, "width": image.width, "height": image.height})
+        files = [name.replace(".png", f"_stage{i}.png" if i else "_base.png") for i in range(len(smaller))]
+        steps = [
+            Entry({"file": file, "width": small.width, "height": small.height})
+            for file, small in zip(files, smaller, strict=True)
+        ]
         if steps:
             entry["base"] = steps[0]
         if len(steps) > 1:
             entry["stages"] = steps[1:]
         text = {"Description": caption, "Software": SOFTWARE, "ldm_lab": json.dumps(entry)}
-        for step, small in zip(steps, smaller, strict=True):
-            save_png(self.path / step["file"], small, text)
+        for file, small in zip(files, smaller, strict=True):
+            save_png(self.path / file, small, text)
         save_png(self.path / name, image, text)
         self.entries.append(entry)
         self.images.append(image)

@@ -123,8 +123,8 @@ class Pipeline:
 
     def encode(self, request: Request) -> PromptBatch:
         """Return the request's prompts, encoded."""
-        options = request.options
-        return PromptBatch.encode(self.model, request.mixes, options.guidance, options.negative, request.aesthetic)
+        negative = request.options.negative
+        return PromptBatch.encode(self.model, request.mixes, request.guidance, negative, request.aesthetic)
 
     def draw(
         self, request: Request, prompts: PromptBatch, draws: Sequence[Draw], progress: Progress | None = None
@@ -163,7 +163,7 @@ class Pipeline:
         # 2. Noise, of each picture's own seed.
         noise = SeededNoise(seeds)
         x = torch.empty(len(draws), model.autoencoder.channels, *request.latent_size, device=model.device)
-        x = noise(x) * options.temperature  # [B, C, h, w]
+        x = noise(x) * request.temperature  # [B, C, h, w]
 
         # 3. An image to begin with: sampling starts later, from the image under less noise.
         known = mask = None
@@ -224,7 +224,7 @@ class Pipeline:
         if clip_denoised:
             wrappers.append(StaticThresholding(bound or 1 / float(model.autoencoder.latent_std.min())))
         if options.clip_guidance is not None:
-            targets = target_embeddings(model, [request.mixes[i] for i in pictures], options.guidance)  # [B, D]
+            targets = target_embeddings(model, [request.mixes[i] for i in pictures], request.guidance)  # [B, D]
             guidance = ClipGuidance(model.clip(), options.clip_guidance)
             wrappers.append(ClipGradient(guidance, targets.to(model.device)))
         if known is not None and mask is not None:

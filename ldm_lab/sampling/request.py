@@ -34,6 +34,8 @@ class Request:
         mixes: the prompts of each of N pictures.
         seeds: one for each picture.
         options: resolved (`SamplingOptions.resolved`).
+        guidance: weight of prompts without one.
+        temperature: factor of the noise that sampling starts from.
         sampler: of these options.
         latent_size: height and width of the latents.
         tile: side of a decoder's tile in latent elements; None decodes at once.
@@ -45,6 +47,8 @@ class Request:
     mixes: list[list[Prompt]]
     seeds: Sequence[int]
     options: SamplingOptions
+    guidance: float
+    temperature: float
     sampler: Sampler
     latent_size: tuple[int, int]
     tile: int | None
@@ -93,22 +97,22 @@ def checked_request(
     init_image = InitImage.from_options(options)
     if init_image is not None:
         options = replace(options, strength=init_image.strength)
+    guidance, temperature = options.guidance, options.temperature
+    assert guidance is not None and temperature is not None and isinstance(options.sampler, dict), "they are resolved"
     sampler: Sampler = build("sampler", options.sampler)
     sampler.times(schedule)  # refuses steps that this schedule does not have
-    _check_guidance(model, mixes, options)
+    _check_guidance(model, mixes, options, guidance)
     _check_rerank(model, options)
     latent_size = model.latent_size(_size(model, options, given, init_image))
-    if init_image is not None:
-        remarks = init_image.remarks(*(side * model.autoencoder.downscale for side in latent_size))
-        if init_image.strength > 0 and init_image.num_steps(sampler.steps) == 0:
-            share = f"strength: {init_image.strength:g} of {sampler.steps} steps"
-            remarks.append(f"{share} is none: the image comes back as the autoencoder gives it")
-        for remark in remarks if given is None else []:  # a base model has made them before an upsampler
-            log.warning("%s", remark)
+    remarks = _remarks(init_image, sampler, *(side * model.autoencoder.downscale for side in latent_size))
+    for remark in remarks if given is None else []:  # a base model has made them before an upsampler
+        log.warning("%s", remark)
     return Request(
         mixes=mixes,
         seeds=seeds,
         options=options,
+        guidance=guidance,
+        temperature=temperature,
         sampler=sampler,
         latent_size=latent_size,
         tile=_tile(model, options.tile),
@@ -153,6 +157,17 @@ def _size(
     return None
 
 
+def _remarks(init_image: InitImage | None, sampler: Sampler, height: int, width: int) -> list[str]:
+    """Return what a user should know of an init image at a size in pixels, a line each. Raises UserError."""
+    if init_image is None:
+        return []
+    remarks = init_image.remarks(height, width)
+    if init_image.strength > 0 and init_image.num_steps(sampler.steps) == 0:
+        share = f"strength: {init_image.strength:g} of {sampler.steps} steps"
+        remarks.append(f"{share} is none: the image comes back as the autoencoder gives it")
+    return remarks
+
+
 def _tile(model: Model, pixels: int | None) -> int | None:
     """Return the side of a tile in latent elements."""
     if pixels is None:
@@ -163,9 +178,8 @@ def _tile(model: Model, pixels: int | None) -> int | None:
     return pixels // unit
 
 
-def _check_guidance(model: Model, mixes: list[list[Prompt]], options: SamplingOptions) -> None:
-    assert options.guidance is not None, "resolved options have a weight for prompts without one"
-    weights = prompt_weights(mixes, options.guidance)  # [N, k]
+def _check_guidance(model: Model, mixes: list[list[Prompt]], options: SamplingOptions, guidance: float) -> None:
+    weights = prompt_weights(mixes, guidance)  # [N, k]
     unconditional_known = model.dropout or model.guide_model is not None or options.negative is not None
     if not unconditional_known and len(mixes) and null_condition_weight(weights).any():
         raise UserError(
@@ -173,7 +187,7 @@ def _check_guidance(model: Model, mixes: list[list[Prompt]], options: SamplingOp
             "with this one the weights of an image have to add up to 1, as a single prompt's with --guidance 1 do"
         )
     if options.clip_guidance is not None:
-        check_target_embeddings(model, mixes, options.guidance)
+        check_target_embeddings(model, mixes, guidance)
 
 
 def _check_rerank(model: Model, options: SamplingOptions) -> None:
@@ -185,7 +199,7 @@ def _check_rerank(model: Model, options: SamplingOptions) -> None:
 
 def _aesthetic(model: Model, options: SamplingOptions) -> Aesthetic | None:
     """Return what the texts are led to, for the embeddings of this model's conditioner."""
-    if options.aesthetic is None:
+    if options.aesthetic is None or options.aesthetic_weight is None:
         return None
     if model.embed_width is None:
         raise UserError("aesthetic: this model's conditioner has no single embedding of a text")

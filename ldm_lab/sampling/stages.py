@@ -113,7 +113,7 @@ class Stages:
         for stage in self.upsamplers:
             low_res = torch.empty(len(base.mixes), 3, height, width, device="meta")  # [N, 3, h, w]
             options = _with_mask(stage.options, base, width * (stage.pipeline.model.upscale_factor or 1) / base_width)
-            mixes = [_led_towards(stage, mix, base.options) for mix in base.mixes]
+            mixes = [_led_towards(stage, mix, base.guidance) for mix in base.mixes]
             requests.append(stage.pipeline.check(mixes, options, low_res=low_res))
             downscale = stage.pipeline.model.autoencoder.downscale
             height, width = (side * downscale for side in requests[-1].latent_size)
@@ -136,10 +136,11 @@ def _with_mask(options: SamplingOptions, base: Request, scale: float) -> Samplin
     )
 
 
-def _led_towards(stage: Stage, mix: Sequence[Prompt], base: SamplingOptions) -> list[Prompt]:
+def _led_towards(stage: Stage, mix: Sequence[Prompt], guidance: float) -> list[Prompt]:
     """Return the prompts that a picture is enlarged with: those that the base is led towards, in proportion."""
     total = stage.options.resolved(upsampler=True).guidance
-    shares = unguided_weights(prompt_weights([mix], base.guidance).float())[1:, 0].tolist()  # k numbers
+    assert total is not None, "it is resolved"
+    shares = unguided_weights(prompt_weights([mix], guidance).float())[1:, 0].tolist()  # k numbers
     towards = [(prompt, share) for prompt, share in zip(mix, shares, strict=True) if share > 0]
     unconditional = stage.pipeline.model.conditioner.is_unconditional
     if total != 1 and (unconditional or not any(prompt.text.strip() for prompt, _ in towards)):

@@ -45,7 +45,7 @@ class Demo(Callback):
                 default the data's.
         """
         self.folder, self.every, self.columns = folder, every, columns
-        self.options = SamplingOptions(**{**DEMO, **(sampling or {})})
+        self.options = SamplingOptions.from_values({**DEMO, **(sampling or {})})
         self.prompts = read_prompts(prompts)
         self.done_at = -1
 

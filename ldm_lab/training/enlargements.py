@@ -55,7 +55,7 @@ class Enlargements(Reconstructions):
                 guidance; all of them at once.
         """
         super().__init__(folder, every=every, images=images)
-        self.options = SamplingOptions(**{**SUPER_RESOLUTION_DEMO, **(sampling or {})})
+        self.options = SamplingOptions.from_values({**SUPER_RESOLUTION_DEMO, **(sampling or {})})
         self.texts: list[str] = []
 
     def state_dict(self) -> KeptImages:
