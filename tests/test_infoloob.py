@@ -99,9 +99,9 @@ def test_a_learned_temperature_has_a_gradient_and_stays_in_its_range():
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"inv_tau": 0}, r"loss\.inv_tau: 0 is not above 0"),
+        ({"inv_tau": 0}, r"loss\.inv_tau: a number above 0 is needed, not 0"),
         ({"inv_tau": 200, "learn_inv_tau": True}, r"outside 1\.\.100"),
-        ({"scale_hopfield": -1}, r"loss\.scale_hopfield: -1"),
+        ({"scale_hopfield": -1}, r"loss\.scale_hopfield: a number above 0 is needed, not -1"),
         ({"convention": "clip"}, r"'cloob_training', 'ml_jku'"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,11 +10,12 @@ import time
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from tiny import DENOISER, ROOT, make_parts, make_run, run_program
 
 from ldm_lab.checkpoints.files import read_pickled, read_safetensors
-from ldm_lab.config import build
+from ldm_lab.config import build, load
 from ldm_lab.errors import UserError
 from ldm_lab.training.task import batch_seed
 from ldm_lab.training.timesteps import SobolTimesteps
@@ -149,7 +151,7 @@ def test_a_run_that_is_at_its_end_says_so(here, program):
     again = ["run=other", "resume.checkpoint=runs/tiny/last.ckpt", "trainer.max_steps=1"]
     code, out, err = program("train", "--config", yaml, *again)
     assert code == 0, err
-    assert "step 1: nothing was left to do" in out
+    assert "step 1: nothing was left to do, trainer.max_steps=1 is reached" in out
 
 
 def test_wandb_offline_keeps_the_grid_and_the_captions(here):
@@ -164,13 +166,28 @@ def test_wandb_offline_keeps_the_grid_and_the_captions(here):
     assert b"a blue square" in history and b"demo/grid" in history
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_before_leaving(here, number, code):
-    yaml = make_run(here, trainer={"max_steps": 100_000}, checkpoint={"every": 50_000})
+SLURM = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "run", "SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+         "SLURM_NODEID": "0", "SLURM_NTASKS_PER_NODE": "1"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("number", "accumulate", "environment"),
+    [
+        (signal.SIGTERM, 1, {}),
+        (signal.SIGINT, 3, {}),
+        (signal.SIGHUP, 1, {}),
+        (signal.SIGUSR1, 1, {}),
+        (signal.SIGUSR1, 2, SLURM),
+        (signal.SIGTERM, 1, SLURM),
+    ],
+)
+def test_a_signal_saves_before_leaving(here, number, accumulate, environment):
+    trainer = {"max_steps": 100_000, "accumulate_grad_batches": accumulate}
+    yaml = make_run(here, trainer=trainer, checkpoint={"every": 50_000})
     run = here / "runs" / "tiny"
     with subprocess.Popen(
         [sys.executable, ROOT / "train.py", "--config", yaml], cwd=here, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True, env={**os.environ, **environment},
     ) as process:  # fmt: skip
         deadline = time.monotonic() + 120
         while not (run / "metrics.csv").exists() or len(losses(run)) < 3:
@@ -178,11 +195,67 @@ def test_a_signal_saves_before_leaving(here, number, code):
             time.sleep(0.1)
         process.send_signal(number)
         out, _ = process.communicate(timeout=60)
-    assert process.returncode == code, out
+    assert process.returncode == 75, out
     assert "and saved" in out
+    assert sorted(path.name for path in run.glob("*.ckpt")) == ["last.ckpt"], "no checkpoint of Lightning's own"
     saved = read_pickled(run / "last.ckpt")
-    assert saved["global_step"] >= 3 and saved["global_step"] == saved["ldm_lab"]["batches_seen"]
+    assert saved["global_step"] >= 3
+    assert saved["global_step"] * accumulate == saved["ldm_lab"]["batches_seen"], "no step is cut in two"
     assert (run / "ema.safetensors").exists()
+
+
+def test_max_time_is_this_job_s(here, program):
+    yaml = make_run(here, trainer={"max_steps": 100_000}, checkpoint={"every": 50_000})
+    done = 0
+    for again in ([], ["resume.checkpoint=last"]):  # the second job has as long as the first one
+        code, out, err = program("train", "--config", yaml, "trainer.max_time=00:00:02", *again)
+        assert code == 75, err
+        step = read_pickled(here / "runs/tiny/last.ckpt")["global_step"]
+        assert "stopped by trainer.max_time" in out and step > done
+        done = step
+
+
+@pytest.mark.parametrize(
+    ("written", "length"),
+    [
+        ("10:00:00:00", 864_000),
+        ("11:30:00", 41_400),
+        ("08:30:00", 30_600),
+        ("90m", 5400),
+        ("1.5h", 5400),
+        ("2d", 172_800),
+    ],
+)
+def test_how_long_a_job_is_may_be_written_in_many_ways(here, written, length):
+    config = load(make_run(here), [f"trainer.max_time={written}"])
+    assert config.part("trainer").build().max_seconds == length
+
+
+@pytest.mark.parametrize("written", ["tomorrow", "0m", "90", "1:2:3:4:5"])
+def test_a_duration_that_is_none_is_refused(here, program, written):
+    code, _, err = program("train", "--config", make_run(here), f"trainer.max_time={written}")
+    assert code == 2 and "trainer.max_time: a duration such as 90m" in err
+
+
+def test_a_run_is_trained_by_one_process_at_a_time_and_cleared_of_half_files(here, program):
+    yaml = make_run(here)
+    run = here / "runs" / "tiny"
+    run.mkdir(parents=True)
+    (run / ".last.ckpt.abc.part").write_bytes(b"half")
+    with FileLock(here / "runs" / ".tiny.lock"):
+        code, _, err = program("train", "--config", yaml)
+        assert code == 2 and "another process trains this run" in err
+        assert (run / ".last.ckpt.abc.part").exists()
+    assert program("train", "--config", yaml, "trainer.max_steps=1")[0] == 0
+    assert not list(run.glob(".*"))
+
+
+def test_a_fresh_start_instead_of_a_resume_is_said(here, program):
+    code, out, _ = program(
+        "train", "--config", make_run(here), "resume.checkpoint=last", "resume.lr=1e-5", "trainer.max_steps=1"
+    )
+    assert code == 0
+    assert "resume.checkpoint=last: there is no runs/tiny/last.ckpt: a fresh start; resume.lr=1e-05 is not used" in out
 
 
 def test_kill_minus_nine_leaves_a_whole_checkpoint(here, program):

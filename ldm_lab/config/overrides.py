@@ -7,6 +7,7 @@ file that overlays its `defaults:`. Then the keys of the part before that the ne
 those that belong to its weights, too.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 
@@ -18,12 +19,16 @@ from ldm_lab.config.bounds import PartSection, Plain, marker
 from ldm_lab.config.registry import MAPPINGS, ROLES, PartInfo, part_info
 from ldm_lab.errors import UserError, first_line
 
+CLOCK = re.compile(r"\d+(:\d+)+")
+
 
 def parse(word: str, example: str = "optim.lr=3e-6") -> tuple[str, DictConfig]:
     """Return the key path of a `key.path=value` word, and the nested mapping that it stands for. Raises UserError."""
-    key, equals, _ = word.partition("=")
+    key, equals, value = word.partition("=")
     if not equals or not key:
         raise UserError(f"{word!r}: is written key=value, such as {example}")
+    if CLOCK.fullmatch(value):  # 11:30:00 is a number to base 60 in YAML, 08:30:00 is text
+        word = f"{key}='{value}'"
     try:
         return key, OmegaConf.from_dotlist([word])
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:

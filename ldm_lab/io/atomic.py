@@ -12,6 +12,8 @@ from typing import BinaryIO
 
 from ldm_lab.errors import UserError
 
+PARTIAL = ".part"  # suffix of what is being written, beside a leading dot
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
@@ -24,7 +26,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
@@ -53,7 +55,7 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
     temporary = old = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL))
         yield temporary
         os.chmod(temporary, 0o777 & ~_umask())
         if path.exists():  # a folder with files in it cannot be renamed onto
@@ -83,7 +85,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL))
         yield temporary
         os.chmod(temporary, 0o777 & ~_umask())
         os.rename(temporary, path)
@@ -98,6 +100,15 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 def move_into_place(source: Path, path: Path) -> None:
     """Rename a finished file of the same folder, already fsynced, to what it is to be called; one there is replaced."""
     os.replace(source, path)
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete what killed processes left half written in a folder and below; nobody may be writing there."""
+    for rest in sorted(folder.rglob(f".*{PARTIAL}")):
+        if rest.is_dir():
+            shutil.rmtree(rest)
+        else:
+            rest.unlink(missing_ok=True)
 
 
 def _umask() -> int:

@@ -36,6 +36,9 @@ class Resume(Callback):
         last = folder / LAST
         if checkpoint == "last":
             self.path = last if last.exists() else None
+            if self.path is None:
+                unused = "" if lr is None else f"; resume.lr={lr:g} is not used, optim.lr holds"
+                say(f"resume.checkpoint=last: there is no {last}: a fresh start{unused}")
         elif checkpoint is not None:
             self.path = existing_file(checkpoint, "resume.checkpoint")
         elif last.exists():

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins.environments import ClusterEnvironment, SLURMEnvironment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
@@ -14,13 +15,15 @@ from ldm_lab.checkpoints.files import FORMAT, read_pickled
 from ldm_lab.checkpoints.parts import load_fitting
 from ldm_lab.config import NonNegativeFloat, PositiveInt, RunConfig, register, to_yaml
 from ldm_lab.data.datamodule import DataModule
+from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Batch
 from ldm_lab.io.atomic import atomic_write
 from ldm_lab.processes import fail_together, quiet_lightning, trainer_options
 from ldm_lab.training.caching import training_data
 from ldm_lab.training.checkpointing import LAST, Checkpointing, SafeCheckpointIO
 from ldm_lab.training.finite import FiniteGuard
-from ldm_lab.training.interrupt import Interrupt
+from ldm_lab.training.interrupt import STOPPED, Interrupt, seconds
+from ldm_lab.training.lock import RunLock
 from ldm_lab.training.logs import Logging, StepProgress, say
 from ldm_lab.training.resume import Resume
 from ldm_lab.training.task import Task, gather
@@ -38,7 +41,7 @@ class TrainerOptions:
         self,
         *,
         max_steps: PositiveInt | Literal[-1] = -1,
-        max_time: str | None = None,
+        max_time: str | int | None = None,
         accelerator: str = "auto",
         devices: int | str = 1,
         num_nodes: PositiveInt = 1,
@@ -54,7 +57,7 @@ class TrainerOptions:
 
         Args:
             max_steps: optimizer steps after which the run ends; -1 goes on for ever.
-            max_time: "DD:HH:MM:SS" after which the run ends.
+            max_time: how long this job trains before it saves and leaves: 90m, 11h, 2d, HH:MM:SS, DD:HH:MM:SS.
             accelerator: "auto", "gpu", "cpu", "mps".
             devices: number of devices per node, or "auto".
             num_nodes: nodes.
@@ -67,20 +70,36 @@ class TrainerOptions:
             channels_last: keep feature maps in the memory order that convolutions in half precision like best.
         """
         self.threads, self.matmul, self.channels_last = threads, matmul, channels_last
+        self.max_seconds = None if max_time is None else seconds(str(max_time))
         self.options = {
-            "max_steps": max_steps, "max_time": max_time, "accelerator": accelerator, "devices": devices,
+            "max_steps": max_steps, "accelerator": accelerator, "devices": devices,
             "num_nodes": num_nodes, "strategy": strategy, "precision": precision,
             "accumulate_grad_batches": accumulate_grad_batches, "gradient_clip_val": gradient_clip_val,
         }  # fmt: skip
+
+    @staticmethod
+    def check(options: dict[str, Any]) -> list[str]:
+        """Return what is wrong with a duration; YAML itself makes a number of some that are written with colons."""
+        duration = options["max_time"]
+        if isinstance(duration, int):
+            return [f"max_time: a duration such as 90m, 11h, 2d or '11:30:00' in quotes is needed, not {duration}"]
+        try:
+            _ = duration is None or seconds(duration)
+        except UserError as error:
+            return [f"max_time: {error}"]
+        return []
 
     def trainer(self, callbacks: list[Callback], loggers: list[Logger], log_every: int, folder: Path) -> Trainer:
         """Return the Trainer."""
         if self.threads:
             torch.set_num_threads(self.threads)
         torch.set_float32_matmul_precision(self.matmul)
+        plugins: list[SafeCheckpointIO | ClusterEnvironment] = [SafeCheckpointIO()]
+        if SLURMEnvironment.detect():  # Lightning would save in its signal handler, and requeue the job
+            plugins.append(SLURMEnvironment(auto_requeue=False))
         with trainer_options("trainer"):
             return Trainer(
-                **self.options, max_epochs=-1, callbacks=callbacks, logger=loggers, plugins=[SafeCheckpointIO()],
+                **self.options, max_epochs=-1, callbacks=callbacks, logger=loggers, plugins=plugins,
                 log_every_n_steps=log_every, enable_checkpointing=False, enable_model_summary=False,
                 default_root_dir=folder, use_distributed_sampler=False, num_sanity_val_steps=0, limit_val_batches=0,
             )  # fmt: skip
@@ -95,11 +114,12 @@ class Bookkeeping(Callback):
 
     data_states: list[dict[str, Any]] | None = None
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, lock: RunLock) -> None:
+        self.folder, self.lock = folder, lock
 
     def on_fit_start(self, trainer: Trainer, task: Task) -> None:
         if trainer.is_global_zero:  # not before all is known to be right: a mistake leaves no folder
+            self.lock.acquire()
             with atomic_write(self.folder / "config.yaml") as file:
                 file.write(to_yaml(task.run_config.to_dict()).encode())
 
@@ -162,7 +182,7 @@ def build_task(config: RunConfig) -> Task:
 
 
 def run(config: RunConfig) -> int:
-    """Train as a checked config says. Returns the exit code: 0, or 128 + the signal that stopped the run early.
+    """Train as a checked config says. Returns the exit code: 0, or 75 if the run was told to stop, and has saved.
 
     Raises:
         UserError: rules across keys that the config breaks, before data or weights are read; what the parts raise.
@@ -170,34 +190,40 @@ def run(config: RunConfig) -> int:
     config.check_across_keys()
     quiet_lightning()
     folder = RUNS / config.run
+    with RunLock(folder) as lock:
+        return _run(config, folder, lock)
+
+
+def _run(config: RunConfig, folder: Path, lock: RunLock) -> int:
     resume: Resume = config.part("resume").build(folder)
     logging: Logging = config.part("logging").build()
     changes = resume.differences(config, config.task_class().NETWORK) if resume.path else []
     data = DataModule(training_data(config).build(), seed=config.seed)
     task = build_task(config)
+    options: TrainerOptions = config.part("trainer").build()
     finite = FiniteGuard(folder, logging.every)
     callbacks = RunCallbacks(
-        Bookkeeping(folder),
+        Bookkeeping(folder, lock),
         resume,
         finite,
         task.callbacks(folder),
         config.part("checkpoint").build(folder, finite),
-        Interrupt(),
+        Interrupt(options.max_seconds),
         StepProgress(),
     )
     before = read_pickled(resume.path, mmap=True) if resume.path else {}
     loggers = logging.loggers(folder, config.run, before.get("global_step"), before.get(FORMAT, {}).get("wandb_id"))
-    options: TrainerOptions = config.part("trainer").build()
     trainer = options.trainer(callbacks.in_order(), loggers, logging.every, folder)
     if options.channels_last:
         task.to(memory_format=torch.channels_last)
     announce(config, folder, resume.path, changes, task)
     with fail_together(trainer):
         trainer.fit(task, datamodule=data, ckpt_path=resume.path, weights_only=True)
-    report(trainer, folder, data.summary(callbacks.bookkeeping.data_states), callbacks.interrupt)
+    summary = data.summary(callbacks.bookkeeping.data_states)
+    report(trainer, folder, summary, callbacks.interrupt, before.get("global_step", 0))
     leave_process_group()
     # Only the first rank tells: Lightning kills it, perhaps while it saves, when another one leaves with a code.
-    return 128 + callbacks.interrupt.received if callbacks.interrupt.received and trainer.is_global_zero else 0
+    return STOPPED if callbacks.interrupt.stopping and trainer.is_global_zero else 0
 
 
 def leave_process_group() -> None:
@@ -219,10 +245,13 @@ def announce(config: RunConfig, folder: Path, resumed: Path | None, changes: lis
 
 
 @rank_zero_only
-def report(trainer: Trainer, folder: Path, data: str, interrupt: Interrupt) -> None:
+def report(trainer: Trainer, folder: Path, data: str, interrupt: Interrupt, resumed_step: int) -> None:
     """Say where the run ended, what was read and skipped, and where the results are."""
     print(data)
-    if interrupt.received:
-        print(f"stopped at step {trainer.global_step} and saved: resume.checkpoint=last goes on")
-    files = f"{folder / LAST}, logs in {folder / 'metrics.csv'}"
-    print(f"step {trainer.global_step}: {files if (folder / LAST).exists() else 'nothing was left to do'}")
+    if interrupt.stopping:
+        why = f"signal {interrupt.received}" if interrupt.received else "trainer.max_time"
+        print(f"stopped by {why} at step {trainer.global_step} and saved: resume.checkpoint=last goes on")
+    if trainer.global_step == resumed_step:
+        print(f"step {resumed_step}: nothing was left to do, trainer.max_steps={trainer.max_steps} is reached")
+    else:
+        print(f"step {trainer.global_step}: {folder / LAST}, logs in {folder / 'metrics.csv'}")
