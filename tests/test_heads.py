@@ -256,7 +256,7 @@ def test_the_case_of_a_small_h14_head(tmp_path):
 @pytest.mark.parametrize(
     ("places", "message"),
     [
-        ((0, 1, 2), "activation: 'relu' has no place: every layer follows directly on the one before"),
+        ((0, 1, 2), "activation: 'relu' has no place, each layer follows directly on the one before"),
         ((0, 4, 7), r"what is between its layers \(0, 4, 7\) is more than activation and dropout"),
         ((1, 3, 5), r"what is before the first of its layers \(1, 3, 5\) is more than"),
         ((0, 2, 4, 6, 7), "activation: 'relu' is asked for, but .* holds 'none'"),
@@ -276,7 +276,7 @@ def test_layouts_that_are_another_function_are_refused(tmp_path, places, message
 def test_a_head_with_a_norm_in_it_is_not_taken_for_an_mlp(tmp_path):
     net = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 1))
     torch.save({f"layers.{name}": value for name, value in net.state_dict().items()}, tmp_path / "a.pth")
-    with pytest.raises(UserError, match="holds tensors of an unknown model|nothing that could be converted"):
+    with pytest.raises(UserError, match="holds tensors of an unknown model"):
         converted(tmp_path / "a.pth", tmp_path / "a.safetensors", "activation=relu")
     torch.save(
         {f"layers.{n}": v for n, v in net.state_dict().items() if "running" not in n and "num" not in n},

@@ -114,10 +114,8 @@ def between(indices: tuple[int, ...], path: Path) -> Section:
         return Section(activation=ACTIVATIONS[indices], dropout=list(DROPOUT))
     gaps = [b - a for a, b in pairwise(indices)]
     if indices[0] or any(gap > LARGEST_GAP for gap in gaps):
-        where = "before the first of" if indices[0] else "between"
-        raise UserError(
-            f"{path}: not supported: what is {where} its layers {indices} is more than activation and dropout"
-        )
+        where = f"{'before the first of' if indices[0] else 'between'} its layers {indices}"
+        raise UserError(f"{path}: not supported: what is {where} is more than activation and dropout")
     bare = [i for i, gap in enumerate(gaps) if gap == 1]
     return Section(bare=bare) if bare else Section()
 

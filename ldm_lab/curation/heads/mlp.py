@@ -58,7 +58,7 @@ class MLP(Head):
             problems.append(f"bare: hidden layers are {sorted(hidden)}, not {sorted(bare)}")
         if hidden and bare == hidden and section.get("activation") == "relu":
             problems.append(
-                "activation: 'relu' has no place: every layer follows directly on the one before; it is none"
+                "activation: 'relu' has no place, each layer follows directly on the one before; it is none"
             )
         return problems
 
