@@ -315,3 +315,45 @@ def test_a_text_file_without_a_good_line(program, tmp_path):
     code, _, err = program("select", "--config", config, f"input={tmp_path}/x.jsonl", f"out={tmp_path}/out")
     assert code == 2 and "x.jsonl: no row in it: 1 bad line left out: not JSON" in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------ Spark's settings
+
+
+def test_dotted_settings_reach_spark():
+    words = [
+        "engine={name: spark}",
+        "engine.config.spark.sql.shuffle.partitions=7",
+        "engine.config.spark.speculation=true",
+    ]
+    config = read(str(ROOT / "configs" / "select" / "cc12m.yaml"), ["input=x", "out=y", *words])
+    assert build("engine", config["engine"]).config == {
+        "spark.sql.shuffle.partitions": "7",
+        "spark.speculation": "true",
+    }
+    for wrong, message in (
+        ({"foo": 1}, r"engine\.config\.foo: the settings of Spark begin with spark\."),
+        ({"spark": {"sql": {"caseSensitive": False}}}, r"config\.spark\.sql\.caseSensitive: is true here"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build("engine", {"name": "spark", "config": wrong})
+
+
+@pytest.mark.skipif(find_spec("pyspark") is None, reason="needs pyspark")
+@pytest.mark.parametrize(
+    ("master", "message"),
+    [
+        ("spark://127.0.0.1:1", r"engine\.master: spark://127\.0\.0\.1:1 cannot be reached \(.*refused"),
+        ("spark://nowhere", r"spark://host:port is needed"),
+        ("yarn", r"for yarn HADOOP_CONF_DIR or YARN_CONF_DIR has to say"),
+    ],
+)
+def test_a_master_that_cannot_be_reached_is_not_a_missing_java(tmp_path, monkeypatch, master, message):
+    for name in ("HADOOP_CONF_DIR", "YARN_CONF_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    with (
+        pytest.raises(UserError, match=message) as caught,
+        build("engine", {"name": "spark", "master": master}).open(tmp_path),
+    ):
+        pass
+    assert "Java" not in str(caught.value)
