@@ -124,7 +124,11 @@ class Schedule:
 
 
 class Part:
-    """What every registered class has: the role and the name that it is known by (`ldm_lab.config.register`)."""
+    """What every registered class has: the role and the name that it is known by (`ldm_lab.config.register`).
+
+    For rules across its options, whose bounds stand in the annotations, it may have a static method
+    `check(*, this, that) -> list[str]`: it gets the options that it names, and returns what is wrong, as "key: what".
+    """
 
     part_role: ClassVar[str] = ""
     part_name: ClassVar[str] = ""
@@ -165,11 +169,6 @@ class Part:
     def freeze_groups(self) -> dict[str, list[nn.Parameter]]:
         """Return the groups of parameters that training may leave as they are (`optim.freeze`), by name."""
         return {}
-
-    @staticmethod
-    def check(options: dict[str, Any]) -> list[str]:
-        """Return what is wrong across the options, each as "key: what". Bounds stand in the annotations."""
-        return []
 
 
 class Autoencoder(Part, nn.Module):

@@ -29,7 +29,7 @@ from ldm_lab.conditioners.open_clip_config import (
     quiet,
     resolve_config,
 )
-from ldm_lab.config import Options, check_options, register
+from ldm_lab.config import check_options, register
 from ldm_lab.errors import UserError, first_line
 
 PREFIX = "clip."  # of open_clip's names in this module's state dict
@@ -82,9 +82,9 @@ class CLIP(EmbeddingConditioner):
         self.register_buffer("pixel_std", self.preprocessing.std, persistent=False)  # [3]
 
     @staticmethod
-    def check(options: Options) -> list[str]:
+    def check(*, model: str | None, pretrained: str | None, architecture: dict[str, Any] | None) -> list[str]:
         """Return what is wrong across the options."""
-        return config_problems(options["model"], options["pretrained"], options["architecture"])
+        return config_problems(model, pretrained, architecture)
 
     @staticmethod
     def pretrained_path(config: dict[str, Any]) -> Path:

@@ -16,7 +16,7 @@ from ldm_lab.clip_tokens import (
     byte_letters,
 )
 from ldm_lab.clip_tokens import Encoding as CLIPEncoding
-from ldm_lab.config import Options, PositiveInt, check_options, register
+from ldm_lab.config import PositiveInt, check_options, register
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Batch, Conditioner, Conditions, ConditionSpec, TokenIds
 from ldm_lab.pretrained.resolve import fetch
@@ -68,14 +68,13 @@ class GlideText(Conditioner):
         self.warned_truncated = False
 
     @staticmethod
-    def check(section: Options) -> list[str]:
-        """Return what is wrong across the keys of a config section."""
-        gpt2 = section.get("vocabulary", "gpt2") == "gpt2"
+    def check(*, vocabulary: str, vocab_size: int | None) -> list[str]:
+        """Return what is wrong across the options."""
+        gpt2 = vocabulary == "gpt2"
         least, most = (GPT2_SMALLEST, GPT2_VOCAB_SIZE) if gpt2 else (SMALLEST_VOCAB_SIZE, CLIP_VOCAB_SIZE)
-        size, problems = section.get("vocab_size"), []
-        if size is not None and not least <= size <= most:
-            problems.append(f"vocab_size: this vocabulary has {least} to {most} ids, not {size}")
-        return problems
+        if vocab_size is not None and not least <= vocab_size <= most:
+            return [f"vocab_size: this vocabulary has {least} to {most} ids, not {vocab_size}"]
+        return []
 
     @property
     def spec(self) -> ConditionSpec:

@@ -6,7 +6,7 @@ shifts every residual block; its whole sequence stands beside the pixels in ever
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ldm_lab.config import Options, PositiveInt, ShareBelowOne, check_options, register, signature_options
+from ldm_lab.config import PositiveInt, ShareBelowOne, check_options, register, signature_options
 from ldm_lab.denoisers.glide_layers import AttentionBlock, Builder, GroupNorm, LayerNorm, ResBlock, Transformer, zeroed
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import (
@@ -141,9 +141,33 @@ class GlideUNet(Denoiser):
         nn.init.normal_(self.padding_embedding, std=0.02)
 
     @staticmethod
-    def check(options: Options) -> list[str]:
+    def check(
+        *,
+        base_channels: int,
+        multipliers: Sequence[int],
+        attention: Sequence[int],
+        head_width: int,
+        norm_groups: int,
+        text_width: int,
+        text_heads: int,
+    ) -> list[str]:
         """Return what is wrong across the options."""
-        return _problems(options)
+        problems = []
+        if text_width % text_heads:
+            problems.append(f"text_heads: {text_heads} heads do not divide text_width {text_width}")
+        scales = [2**level for level in range(len(multipliers))]
+        if unknown := [scale for scale in attention if scale not in scales]:
+            levels = f"{len(multipliers)} levels are at 1/{', 1/'.join(map(str, scales))}"
+            problems.append(f"attention: {levels}; not {unknown}")
+        for scale, multiplier in zip(scales, multipliers):
+            width = base_channels * multiplier
+            if width % norm_groups:
+                why = f"which is no multiple of {norm_groups} (norm_groups)"
+                return [*problems, f"base_channels: makes a level {width} wide, {why}"]
+            if (scale in attention or scale == scales[-1]) and width % head_width:
+                problems.append(f"head_width: {head_width} does not divide {width}, a level's width with attention")
+                break
+        return problems
 
     def freeze_groups(self) -> dict[str, list[nn.Parameter]]:
         """Return the parts that training may leave as they are, each with its parameters.
@@ -298,28 +322,3 @@ def _taken(conditions: ConditionSpec, channels: int, name: str) -> ConditionSpec
     if isinstance(clip := conditions.get("clip_embed"), Embedding):
         taken["clip_embed"] = clip
     return taken
-
-
-def _problems(sizes: Options) -> list[str]:
-    """Return what is wrong with a network's options, each as "key: what"."""
-    problems = []
-    multipliers, attention = sizes["multipliers"], sizes["attention"]
-    if sizes["text_width"] % sizes["text_heads"]:
-        problems.append(f"text_heads: {sizes['text_heads']} heads do not divide text_width {sizes['text_width']}")
-    scales = [2**level for level in range(len(multipliers))]
-    if unknown := [scale for scale in attention if scale not in scales]:
-        problems.append(f"attention: {len(multipliers)} levels are at 1/{', 1/'.join(map(str, scales))}; not {unknown}")
-    for scale, multiplier in zip(scales, multipliers):
-        width = sizes["base_channels"] * multiplier
-        if width % sizes["norm_groups"]:
-            groups = sizes["norm_groups"]
-            return [
-                *problems,
-                f"base_channels: makes a level {width} wide, which is no multiple of {groups} (norm_groups)",
-            ]
-        if (scale in attention or scale == scales[-1]) and width % sizes["head_width"]:
-            problems.append(
-                f"head_width: {sizes['head_width']} does not divide {width}, a level's width with attention"
-            )
-            break
-    return problems

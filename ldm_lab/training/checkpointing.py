@@ -9,7 +9,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from ldm_lab.checkpoints.files import FORMAT, read_pickled
-from ldm_lab.config import NonNegativeInt, Options, PositiveFloat, PositiveInt, register
+from ldm_lab.config import NonNegativeInt, PositiveFloat, PositiveInt, register
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import atomic_write, existing_file
 from ldm_lab.training.finite import FiniteGuard
@@ -69,9 +69,8 @@ class Checkpointing(Callback):
         self.saved_when = 0.0  # on the monotonic clock
 
     @staticmethod
-    def check(options: Options) -> list[str]:
-        """Return what is wrong across keys."""
-        every, seconds, keep_every = (options[key] for key in ("every", "seconds", "keep_every"))
+    def check(*, every: int | None, seconds: float | None, keep_every: int | None) -> list[str]:
+        """Return what is wrong across the options."""
         every = every or (DEFAULT_EVERY if seconds is None else 1)
         if keep_every is not None and keep_every % every:
             return [f"keep_every: {keep_every} is not a multiple of every ({every})"]

@@ -78,13 +78,12 @@ class TrainerOptions:
         }  # fmt: skip
 
     @staticmethod
-    def check(options: dict[str, Any]) -> list[str]:
+    def check(*, max_time: str | int | None) -> list[str]:
         """Return what is wrong with a duration; YAML itself makes a number of some that are written with colons."""
-        duration = options["max_time"]
-        if isinstance(duration, int):
-            return [f"max_time: a duration such as 90m, 11h, 2d or '11:30:00' in quotes is needed, not {duration}"]
+        if isinstance(max_time, int):
+            return [f"max_time: a duration such as 90m, 11h, 2d or '11:30:00' in quotes is needed, not {max_time}"]
         try:
-            _ = duration is None or seconds(duration)
+            _ = max_time is None or seconds(max_time)
         except UserError as error:
             return [f"max_time: {error}"]
         return []
