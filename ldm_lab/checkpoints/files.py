@@ -4,7 +4,7 @@ import os
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm_lab.errors import UserError, first_line
 from ldm_lab.io.atomic import atomic_write
 
-FORMAT = "ldm_lab"  # key of our own entries in checkpoints, and value of `format` in a safetensors file of ours
+FORMAT: Final = "ldm_lab"  # key of our own entries in checkpoints, and value of `format` in a safetensors file of ours
 
 # What torch.load raises, apart from UnpicklingError, for files that are no checkpoints or only parts of one.
 UNREADABLE = (

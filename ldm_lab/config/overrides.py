@@ -39,12 +39,8 @@ def values(words: Iterable[str], example: str) -> dict[str, Plain]:
     """Return key -> value of `key=value` words without sections. Raises UserError for a word that is none."""
     words = list(words)
     check_once(words)
-    given: dict[str, Plain] = {}
-    for word in words:
-        parsed = OmegaConf.to_container(parse(word, example)[1])
-        assert isinstance(parsed, dict)
-        given.update({str(key): value for key, value in parsed.items()})
-    return given
+    parsed = [OmegaConf.to_container(parse(word, example)[1]) for word in words]
+    return {str(key): value for mapping in parsed for key, value in mapping.items()}
 
 
 def split_name(word: str) -> tuple[str, str]:

@@ -29,6 +29,7 @@ from ldm_lab.interfaces import (
     is_upsampler,
 )
 from ldm_lab.training.logs import say
+from ldm_lab.training.run_state import Checkpoint
 from ldm_lab.training.task import Task
 from ldm_lab.training.timesteps import TIMESTEP_SAMPLERS
 
@@ -173,7 +174,7 @@ class DiffusionTask(Task):
 
     # ------------------------------------------------------------------------------------------------ what it leaves
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: Checkpoint) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint[FORMAT]["model"] = self.model_config().to_dict()
 

@@ -1,9 +1,10 @@
 """The base class of the tasks "autoencoder" and "cloob", which train a part that diffusion then uses frozen."""
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from ldm_lab.batch import Batch
@@ -48,7 +49,7 @@ class PartTask(Task):
         batch.require_image("train this network")
         return batch
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.optim.optimizer(nn.ModuleList(self.trained_modules()))
         scheduler = self.optim.scheduler(optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
