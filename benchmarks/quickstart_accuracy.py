@@ -70,7 +70,7 @@ def reconstruct(model: Model, images: list[Image.Image]) -> list[Image.Image]:
     return [
         picture.image
         for chunk in _chunks(images)
-        for picture in decode(model, model.autoencoder.encode(_batch(chunk).to(model.device)), range(len(chunk)))
+        for picture in decode(model, model.autoencoder.encode(_batch(chunk).to(model.device)), range(len(chunk)), None)
     ]
 
 

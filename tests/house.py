@@ -38,7 +38,10 @@ RENAMED_ELSEWHERE: dict[str, str] = {
     "ldm_lab/curation/metadata/spark_engine.py": "numbers Spark's parts, in a folder that is not yet in place",
 }
 # Names of imports that are other than the distribution's -> the distribution.
-DISTRIBUTIONS = {"PIL": "pillow", "open_clip": "open_clip_torch", "yaml": "pyyaml", "ibis": "ibis-framework"}
+DISTRIBUTIONS = {
+    **{"PIL": "pillow", "pillow_heif": "pillow-heif", "pillow_jxl": "pillow-jxl-plugin"},
+    **{"open_clip": "open_clip_torch", "yaml": "pyyaml", "ibis": "ibis-framework"},
+}
 
 
 @dataclass(frozen=True)

@@ -167,9 +167,13 @@ def test_a_decompression_bomb_is_not_decoded():
         decode_image(data)
 
 
-def test_float_images_are_refused():
-    with pytest.raises(BadImage, match="unsupported image mode"):
-        to_rgb(decode_image(stored(Image.new("F", (4, 4), 0.5), "tiff")))
+def test_float_images_are_shares_of_white():
+    assert pixel(stored(Image.new("F", (4, 4), 0.5), "tiff")) == (128, 128, 128)
+
+
+def test_float_images_of_no_known_range_are_refused():
+    with pytest.raises(BadImage, match="unknown range of values"):
+        decode_image(stored(Image.new("F", (4, 4), 7.5), "tiff"))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ldm_lab.__main__ import main
 from ldm_lab.autoencoders.kl_f8 import KLAutoencoder
 from ldm_lab.checkpoints.formats import diffusers_vae
-from ldm_lab.checkpoints.parts import load_part, load_strictly, read_part
+from ldm_lab.checkpoints.parts import load_part, load_strictly, read_part, weights_sha256
 from ldm_lab.errors import UserError
 
 AutoencoderKL = pytest.importorskip("diffusers", reason="a dependency of development").AutoencoderKL
@@ -59,9 +60,13 @@ def assert_same_network(net: KLAutoencoder, vae: AutoencoderKL, size: int = 32) 
     mean, logvar = net.moments(image)
     assert distance(mean, posterior.mean) < NEAR
     assert distance(logvar, posterior.logvar) < NEAR
-    z = net.encode(image)
-    assert distance(z, posterior.mean * vae.config.scaling_factor) < NEAR
-    assert distance(net.decode(z), vae.decode(z / vae.config.scaling_factor).sample) < NEAR
+    z, scale, shift = net.encode(image), vae.config.scaling_factor, vae.config.shift_factor or 0.0
+    means = torch.tensor(vae.config.latents_mean or [shift]).view(-1, 1, 1)
+    stds = torch.tensor(vae.config.latents_std or [1.0]).view(-1, 1, 1)
+    expected = (posterior.mean - means) / stds * scale
+    assert float((z - expected).abs().max()) < NEAR
+    assert distance(z, expected) < NEAR
+    assert distance(net.decode(z), vae.decode(z * stds / scale + means).sample) < NEAR
 
 
 # ------------------------------------------------------------------------------------------------------------ import
@@ -83,6 +88,100 @@ def test_vaes_of_the_configuration_of_stable_diffusion(tmp_path, factor, sample_
     net = ours(saved(vae, tmp_path / "vae"))
     assert sum(value.numel() for value in net.parameters()) == 83_653_863
     assert_same_network(net, vae, size=64)
+
+
+NO_QUANT = {"use_quant_conv": False, "use_post_quant_conv": False}
+KINDS = {
+    "flux": {**NO_QUANT, "latent_channels": 16, "factor": 0.3611, "shift_factor": 0.1159},
+    "sd3": {**NO_QUANT, "latent_channels": 16, "factor": 1.5305, "shift_factor": 0.0609},
+    "eight channels with quant convolutions": {"latent_channels": 8, "factor": 0.5, "shift_factor": -0.25},
+    "quant_conv alone": {"use_post_quant_conv": False, "latent_channels": 3},
+    "post_quant_conv alone": {"use_quant_conv": False, "latent_channels": 5},
+    "statistics by channel": {"factor": 0.5, "latents_mean": [-1.6, 0.5, 1.0, -0.3], "latents_std": [8.4, 5.7, 4.6, 1]},
+}
+
+
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+def test_vaes_of_stable_diffusion_3_and_flux_and_their_kin(tmp_path, options):
+    vae = theirs(**options)
+    for name, saving in (("whole", {}), ("sharded", {"max_shard_size": "100KB"})):
+        folder = saved(vae, tmp_path / name, **saving)
+        assert (folder / "diffusion_pytorch_model.safetensors.index.json").exists() == (name == "sharded")
+        assert_same_network(ours(folder), vae)
+    for name, layout in (("ours.safetensors", []), ("back", ["--format", "diffusers"])):
+        main(["convert", str(tmp_path / "sharded"), str(tmp_path / name), *layout])
+    assert_same_network(ours(tmp_path / "ours.safetensors"), vae)
+    again, info = AutoencoderKL.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(info.values())
+    assert_same_network(ours(tmp_path / "ours.safetensors"), again.eval())
+    assert (again.config.shift_factor or 0) == pytest.approx(options.get("shift_factor", 0))
+
+
+def test_the_case_of_a_small_flux_vae():
+    folder = Path(__file__).parent / "data/cases/weights/vae_flux"
+    net = ours(folder)
+    assert net.channels == 16
+    assert (float(net.latent_mean), float(net.latent_std)) == (pytest.approx(0.1159), pytest.approx(1 / 0.3611))
+    assert_same_network(net, AutoencoderKL.from_pretrained(folder).eval())
+
+
+def compvis_names(folder: Path) -> dict[str, Tensor]:
+    """Return the weights of a VAE as the single files of FLUX and Stable Diffusion 3 name them: CompVis's names."""
+    state = ours(folder).state_dict()
+    return {name: value for name, value in state.items() if not name.startswith("latent_")}
+
+
+@pytest.mark.parametrize(
+    ("prefix", "mark", "said"),
+    [
+        ("", None, {"latent_mean": 0.1159, "latent_std": 1 / 0.3611}),
+        ("vae.", "model.diffusion_model.double_blocks.0.img_attn.qkv.weight", {}),
+        ("first_stage_model.", "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", {}),
+    ],
+)
+def test_single_files_of_flux_and_stable_diffusion_3(tmp_path, capfd, prefix, mark, said):
+    kind = KINDS["sd3" if prefix == "first_stage_model." else "flux"]
+    vae = theirs(**kind)
+    state = {f"{prefix}{name}": value for name, value in compvis_names(saved(vae, tmp_path / "vae")).items()}
+    save_file({**state, **({mark: torch.zeros(2, 2)} if mark else {})}, tmp_path / "ae.safetensors")
+    net = ours(tmp_path / "ae.safetensors", norm_groups=4, **said)
+    assert_same_network(net, vae)
+    assert ("does not say shift and scale of its latents" in capfd.readouterr().err) == (mark is None)
+
+
+def test_several_files_of_which_one_is_not_right(tmp_path):
+    folder = saved(theirs(), tmp_path / "vae", max_shard_size="100KB")
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    first = sorted(set(content["weight_map"].values()))[0]
+    section = {"name": "kl_f8", "weights": str(folder)}
+    pin = weights_sha256("autoencoder", section)
+    (folder / "other.safetensors").write_bytes((folder / first).read_bytes())
+    (folder / first).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
+    with pytest.raises(UserError, match=f"{first}: no weights: it is a Git LFS pointer"):
+        ours(folder)
+    assert weights_sha256("autoencoder", section) != pin, "every file counts"
+    (folder / first).unlink()
+    with pytest.raises(UserError, match=rf"index\.json: {first} of \d+ files that it names is missing"):
+        ours(folder)
+    for name, message in (("../x", "refused: '../x' is no file beside it"), (3, "refused: '3'"), ("", "refused")):
+        index.write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(UserError, match=message):
+            ours(folder)
+    (folder / first).write_bytes((folder / "other.safetensors").read_bytes())
+    index.write_text(json.dumps({"weight_map": {"strange.weight": first}}))
+    with pytest.raises(UserError, match=rf"strange\.weight is not in {first}"):
+        ours(folder)
+    for text in ("{}", "[1]", "{"):
+        index.write_text(text)
+        with pytest.raises(UserError, match=r"index\.json: "):
+            ours(folder)
+
+
+def test_widths_that_are_no_multiples(tmp_path):
+    folder = saved(theirs(block_out_channels=(8, 12)), tmp_path / "vae")
+    with pytest.raises(UserError, match=r"not supported: levels \[8, 12\] wide, which are no multiples"):
+        ours(folder)
 
 
 def test_attention_in_the_levels(tmp_path):
@@ -129,10 +228,15 @@ def test_a_single_file_without_a_config(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_quant_conv": False}, "use_quant_conv: only True is supported, not False"),
+        ({"use_quant_conv": False}, "use_quant_conv is False, but the weights beside it have True"),
+        ({"use_post_quant_conv": None}, "use_post_quant_conv is None, but the weights"),
         ({"act_fn": "gelu"}, "act_fn: only 'silu' is supported, not gelu"),
-        ({"shift_factor": 0.1159}, "shift_factor: only None is supported, not 0.1159"),
-        ({"latents_mean": [0.1]}, r"latents_mean: only None is supported, not \[0.1\]"),
+        ({"shift_factor": "0.1"}, "shift_factor has to be a number, not 0.1"),
+        ({"shift_factor": float("nan")}, "shift_factor has to be a number, not nan"),
+        ({"latents_mean": [0.1]}, r"latents_mean has to be a list of 4 numbers, not \[0.1\]"),
+        ({"latents_mean": [0.1] * 4}, "latents_std has to be a list of 4 numbers, not None"),
+        ({"latents_mean": [0.1] * 4, "latents_std": [1, 1, 1, 0]}, "latents_std has to be a list of 4 numbers"),
+        ({"latents_mean": [0] * 4, "latents_std": [1] * 4, "shift_factor": 1}, "shift_factor: 1.0 beside latents_mean"),
         ({"mid_block_add_attention": False}, "mid_block_add_attention: only True"),
         ({"in_channels": 4}, "in_channels: only 3"),
         ({"_class_name": "AutoencoderTiny"}, "_class_name: only 'AutoencoderKL' is supported, not AutoencoderTiny"),

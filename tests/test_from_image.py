@@ -87,7 +87,7 @@ def test_a_picture_of_another_size_is_cut_to_its_middle(pipeline):
     wide.paste((0, 0, 255), (SIZE, 0, 2 * SIZE, SIZE))
     mask = Image.new("L", wide.size, 0)
     mask.paste(255, (SIZE + 10, 10, SIZE + 30, 30))
-    choices = {"init_image": wide, "mask": mask, "sampler": {"name": "ddim", "steps": 2}}
+    choices = {"init_image": wide, "mask": mask, "resize": "crop", "sampler": {"name": "ddim", "steps": 2}}
     (image,) = pipeline(["red"], options(**choices))
     assert (
         image.size == (SIZE, SIZE) and image.getpixel((0, 0)) == (0, 0, 255) and image.getpixel((63, 63)) == (0, 0, 255)
@@ -122,6 +122,6 @@ def test_strengths_that_make_no_sense(photo, strength):
 
 def test_masks_that_make_no_sense(photo):
     with pytest.raises(UserError, match="mask: it is 10x20 pixels, the image 64x64"):
-        InitImage(photo, 1.0, Image.new("L", (10, 20), 255))
+        InitImage.from_options(options(init_image=photo, mask=Image.new("L", (10, 20), 255)))
     with pytest.raises(UserError, match="nothing in it is white"):
-        InitImage(photo, 1.0, Image.new("L", photo.size, 0))
+        InitImage.from_options(options(init_image=photo, mask=Image.new("L", photo.size, 0)))

@@ -1,11 +1,15 @@
 """Heads: read from released files and our own, strict about width and CLIP, found out by what is in them."""
 
 import json
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
+from ldm_lab.__main__ import main
 from ldm_lab.checkpoints import embedders
 from ldm_lab.checkpoints.embedders import OPENAI
 from ldm_lab.checkpoints.files import read_safetensors
@@ -199,3 +203,84 @@ def test_embedders_are_told_apart():
         embedders.check_same("x", openai, other)
     with pytest.raises(UserError, match="neither named nor in a file"):
         embedders.embedder_of({"name": "none"})
+
+
+# ---------------------------------------------------------------------------------- what is between the layers of MLPs
+
+CASES = Path(__file__).parent / "data/cases/weights"
+R, D = nn.ReLU, nn.Dropout
+LAYOUTS = {  # what is behind each hidden layer; released, or a sibling
+    "h14": [(R, D)] * 5 + [()],
+    "relu at the end": [(R, D), (R, D), (R,)],
+    "nothing in the middle": [(R,), (), (R,)],
+    "both": [(R, D), (R, D)],
+}
+
+
+def sequential(layout, seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    widths = [6, *range(9, 9 - len(layout), -1), 1]
+    modules: list[nn.Module] = [nn.Linear(6, widths[1])]
+    for i, between in enumerate(layout):
+        modules += [kind() for kind in between] + [nn.Linear(widths[i + 1], widths[i + 2])]
+    return nn.Sequential(*modules).eval()
+
+
+def converted(source, out, *overrides):
+    text = "embedder={name: clip, model: ViT-X, pretrained: mine}"
+    main(["convert", str(source), str(out), text, *overrides])
+    return load_head(out).head
+
+
+@pytest.mark.parametrize("prefix", ["layers.", "net.", ""])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_layers_are_followed_by_what_their_places_leave_room_for(tmp_path, layout, prefix):
+    net = sequential(layout)
+    torch.save({f"{prefix}{name}": value for name, value in net.state_dict().items()}, tmp_path / "a.pth")
+    head = converted(tmp_path / "a.pth", tmp_path / "a.safetensors", "activation=relu")
+    embeds = torch.nn.functional.normalize(torch.randn(200, 6), dim=-1)
+    with torch.no_grad():
+        assert (head(embeds) - net(embeds)[:, 0]).abs().max() < 1e-6
+
+
+def test_the_case_of_a_small_h14_head(tmp_path):
+    head = converted(CASES / "h14_layout_tiny.pth", tmp_path / "a.safetensors", "activation=relu")
+    state = torch.load(CASES / "h14_layout_tiny.pth")
+    net = nn.Sequential(nn.Linear(4, 3), R(), D(), nn.Linear(3, 2), nn.Linear(2, 1)).eval()
+    net.load_state_dict({name.removeprefix("layers."): value for name, value in state.items()})
+    embeds = torch.nn.functional.normalize(torch.randn(200, 4), dim=-1)
+    with torch.no_grad():
+        assert (head(embeds) - net(embeds)[:, 0]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ((0, 1, 2), "activation: 'relu' has no place, each layer follows directly on the one before"),
+        ((0, 4, 7), r"what is between its layers \(0, 4, 7\) is more than activation and dropout"),
+        ((1, 3, 5), r"what is before the first of its layers \(1, 3, 5\) is more than"),
+        ((0, 2, 4, 6, 7), "activation: 'relu' is asked for, but .* holds 'none'"),
+    ],
+)
+def test_layouts_that_are_another_function_are_refused(tmp_path, places, message):
+    widths = [6, *[5] * (len(places) - 1), 1]
+    layers = {place: nn.Linear(*pair) for place, pair in zip(places, pairwise(widths), strict=True)}
+    state = {
+        f"layers.{place}.{name}": value for place, net in layers.items() for name, value in net.state_dict().items()
+    }
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=message):
+        converted(tmp_path / "a.pth", tmp_path / "a.safetensors", "activation=relu")
+
+
+def test_a_head_with_a_norm_in_it_is_not_taken_for_an_mlp(tmp_path):
+    net = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 1))
+    torch.save({f"layers.{name}": value for name, value in net.state_dict().items()}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="holds tensors of an unknown model"):
+        converted(tmp_path / "a.pth", tmp_path / "a.safetensors", "activation=relu")
+    torch.save(
+        {f"layers.{n}": v for n, v in net.state_dict().items() if "running" not in n and "num" not in n},
+        tmp_path / "b.pth",
+    )
+    with pytest.raises(UserError, match="its layers do not follow on one another"):
+        converted(tmp_path / "b.pth", tmp_path / "b.safetensors", "activation=relu")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import fields
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -333,6 +334,22 @@ def test_inpainting(call, tmp_path, dog):
     with Image.open("samples/00000.png") as image:
         changed = [(x, y) for x in range(16) for y in range(16) if image.getpixel((x, y)) != kept.getpixel((x, y))]
     assert changed and all(4 <= x <= 12 and 4 <= y <= 12 for x, y in changed)  # 30x24 covers 16x16: 20x16, its middle
+
+
+def test_masks_as_they_are_asked_for(call, tmp_path, dog):
+    args = ("a hat", "--init-image", "dog.png", "--mask", "mask.png", "-n", "1")
+    code, _, _ = call(*FAST, *args, "--resize", "stretch", "--invert-mask", "--mask-blur", "0.5")
+    (entry,) = entries(tmp_path)
+    assert code == 0 and (entry["resize"], entry["invert_mask"], entry["mask_blur"]) == ("stretch", True, 0.5)
+    kept = np.asarray(dog.resize((16, 16), Image.Resampling.LANCZOS))
+    with Image.open("samples/00000.png") as image:
+        change = np.abs(np.asarray(image).astype(int) - kept)  # [16, 16, 3]
+    assert change[7:9, 7].mean() < change[:2].mean() / 4  # white: x from 5.3 to 9.6, y from 5.3 to 10.7
+    code, _, err = call(*FAST, "a hat", "--init-image", "dog.png", "--resize", "fill")
+    assert code == 2 and "--resize" in err
+    Image.new("RGB", (30, 24), "red").save(tmp_path / "red.png")
+    code, _, err = call(*FAST, "a hat", "--init-image", "dog.png", "--mask", "red.png")
+    assert code == 2 and "mask: it is a picture in color" in err
 
 
 def test_interpolation(call, tmp_path):

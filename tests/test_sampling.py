@@ -14,6 +14,7 @@ from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Sampler
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling import Model, ModelOptions, Pipeline, SamplingOptions
+from ldm_lab.sampling.image_to_image import InitImage
 from ldm_lab.sampling.pipeline import Draw
 from ldm_lab.sampling.prompts import PromptBatch, parse_mix, parse_prompts
 
@@ -213,9 +214,10 @@ def test_options_that_depend_on_others():
     assert SamplingOptions().resolved(upsampler=True).sampler == {"name": "ddim", "steps": 27}
     assert SamplingOptions(clip_guidance=3.0).resolved().guidance == 1.0
     assert SamplingOptions(guidance=2.0, clip_guidance=3.0).resolved().guidance == 2.0
-    image = Image.new("RGB", (8, 8))
-    assert SamplingOptions(init_image=image).resolved().strength == 0.7
-    assert SamplingOptions(init_image=image, mask=image).resolved().strength == 1.0
+    image = Image.new("RGB", (8, 8), "white")
+    assert InitImage.from_options(SamplingOptions(init_image=image)).strength == 0.7
+    assert InitImage.from_options(SamplingOptions(init_image=image, mask=image)).strength == 1.0
+    assert InitImage.from_options(SamplingOptions(init_image=image, mask=image, strength=0.2)).strength == 0.2
     assert SamplingOptions(negative="").negative is None
     assert SamplingOptions(guidance=2.0, sampler="ddim").given() == {"guidance": 2.0, "sampler": "ddim"}
     assert plain.resolved() == plain

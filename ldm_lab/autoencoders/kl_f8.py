@@ -40,6 +40,8 @@ class KLAutoencoder(Autoencoder):
         attn_resolutions: list[PositiveInt] = (),
         resolution: PositiveInt = 256,
         norm_groups: PositiveInt = 32,
+        use_quant_conv: bool = True,
+        use_post_quant_conv: bool = True,
     ) -> None:
         """Build the network with PyTorch's default initial weights, but a posterior that starts almost without noise.
 
@@ -52,30 +54,46 @@ class KLAutoencoder(Autoencoder):
             attn_resolutions: levels with attention, by their size in pixels at an image of `resolution`.
             resolution: only says which levels `attn_resolutions` means; images of any size go in.
             norm_groups: groups of every group norm; every width has to be a multiple.
+            use_quant_conv: a 1x1 convolution behind the encoder; the VAEs of Stable Diffusion 3 and FLUX have none, and
+                embed_dim is z_channels then.
+            use_post_quant_conv: one before the decoder.
 
         Raises:
             UserError: options that contradict each other.
         """
         super().__init__()
         sizes = {"ch": ch, "num_res_blocks": num_res_blocks, "z_channels": z_channels, "embed_dim": embed_dim}
-        check_options(KLAutoencoder, **sizes, ch_mult=ch_mult, norm_groups=norm_groups)
+        quant = {"use_quant_conv": use_quant_conv, "use_post_quant_conv": use_post_quant_conv}
+        check_options(KLAutoencoder, **sizes, **quant, ch_mult=ch_mult, norm_groups=norm_groups)
         self.channels = embed_dim
         self.downscale = 2 ** (len(ch_mult) - 1)
         widths = [ch * multiplier for multiplier in ch_mult]
         has_attention = [resolution // 2**level in attn_resolutions for level in range(len(widths))]
         self.encoder = Encoder(widths, ch, num_res_blocks, has_attention, 2 * z_channels, norm_groups)
         self.decoder = Decoder(widths, num_res_blocks, has_attention, z_channels, norm_groups)
-        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1) if use_quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1) if use_post_quant_conv else nn.Identity()
         # Start almost without noise: with PyTorch's default it is as loud as the mean that the decoder has to hear.
-        nn.init.constant_(self.quant_conv.bias[embed_dim:], INITIAL_LOGVAR)
+        last = self.quant_conv if isinstance(self.quant_conv, nn.Conv2d) else self.encoder.conv_out
+        nn.init.constant_(last.bias[embed_dim:], INITIAL_LOGVAR)
 
     @staticmethod
-    def check(*, ch: int, ch_mult: Sequence[int], norm_groups: int) -> list[str]:
+    def check(
+        *,
+        ch: int,
+        ch_mult: Sequence[int],
+        z_channels: int,
+        embed_dim: int,
+        norm_groups: int,
+        use_quant_conv: bool,
+        use_post_quant_conv: bool,
+    ) -> list[str]:
         """Return what is wrong across the options."""
         for width in (ch, *(ch * multiplier for multiplier in ch_mult)):
             if width % norm_groups:
                 return [f"ch: {ch} makes a level {width} wide, which is no multiple of norm_groups ({norm_groups})"]
+        if embed_dim != z_channels and not (use_quant_conv and use_post_quant_conv):
+            return [f"embed_dim: {embed_dim} is not z_channels ({z_channels}), and no 1x1 convolution is between them"]
         return []
 
     def raw_moments(self, image: Tensor) -> Tensor:

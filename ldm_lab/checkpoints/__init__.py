@@ -7,6 +7,8 @@
 `parts`        a frozen part from its config, whoever wrote its weights
 `models`       a trained diffusion model out of a file of any format
 `embedders`    whose embeddings these are
+`lookalikes`   files that are no weights, by name
+`wrappers`     what training programs put around a state dict
 `files`, `safe_pickle`, `torchscript`, `released_zip`, `third_party`   the containers
 
 Every file that is read is treated as hostile: safetensors, `weights_only=True`, a restricted unpickler.

@@ -9,9 +9,9 @@ from ldm_lab.checkpoints.files import is_safetensors
 from ldm_lab.checkpoints.importer import detect_format, find_weights
 from ldm_lab.checkpoints.native import part_config
 from ldm_lab.checkpoints.parts import as_part_config
+from ldm_lab.checkpoints.sharded import weights_checksum
 from ldm_lab.config import PartConfig
 from ldm_lab.errors import UserError
-from ldm_lab.io.atomic import sha256
 from ldm_lab.io.json_files import Json
 
 KEYS = ("name", "model", "pretrained", "sha256")
@@ -37,7 +37,7 @@ def embedder_of(config: PartConfig) -> dict[str, str]:
     if "pretrained" in texts or texts.get("model", "").startswith(HUB):
         return texts
     if path is not None:
-        return {**texts, "sha256": sha256(path)}
+        return {**texts, "sha256": weights_checksum(path)}
     identity = config.load().weights_identity(config.to_dict())
     if identity is None:
         raise UserError("conditioner: its weights are neither named nor in a file, so its embeddings belong to nothing")

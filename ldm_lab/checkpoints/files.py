@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from ldm_lab.checkpoints.lookalikes import check_is_weights
 from ldm_lab.errors import UserError, first_line
 from ldm_lab.io.atomic import atomic_write
 
@@ -56,6 +57,7 @@ def read_pickled(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     Raises:
         UserError: not such a file, damaged, or it holds objects whose loading could execute code.
     """
+    check_is_weights(Path(path))
     try:
         _refuse_compressed(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)

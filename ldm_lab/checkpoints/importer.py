@@ -265,7 +265,15 @@ def detect_format(path: str | Path, what: str = "weights") -> DetectedFile:
         UserError: missing or damaged file, one that is no file of weights, one whose loading could run code.
     """
     file = open_weights(find_weights(path, what))
+    for note in file.notes:
+        say_once(f"{file.path}: {note}")
     return DetectedFile(file, next((i for i in importers() if i.matches(file)), Unknown()))
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Print a line for people, the first time it is said: standard output is for what a program was asked for."""
+    print(line, file=sys.stderr)
 
 
 def find_weights(name: str | Path, what: str = "weights") -> Path:

@@ -24,6 +24,7 @@ from ldm_lab.errors import UserError
 # rest concerns the run alone.
 RUN_SECTIONS = ("data", "resume", "init_from", "logging", "trainer", "checkpoint", "demo", "enlargements", "imports")
 AVERAGED, RAW = "model_ema.", "model."  # prefixes of the trained network's tensors in a run's checkpoint
+LATENT_STATISTICS = ("latent_mean", "latent_std")  # an autoencoder's buffers, [] or [C]
 NOT_FACTS = ("format", "role", "config")
 
 
@@ -44,12 +45,13 @@ def save_part(
         module: the part; its class is registered.
         section: its config section, of which the keys of its architecture are stored.
         extra: further text metadata, such as what was measured.
-        dtype: of the stored weights; float16 halves the file. Single numbers, such as the latent std, stay exact.
+        dtype: of the stored weights; float16 halves the file. Single numbers and statistics of latents stay exact.
     """
     role, name = module.part_role, module.part_name
     architecture = {key: value for key, value in section.items() if key not in ("name", *use_keys(role))}
     config = json.dumps({"name": name, **architecture})
-    state = {name: value.to(dtype) if value.ndim else value for name, value in module.state_dict().items()}
+    exact = [name for name, value in module.state_dict().items() if not value.ndim or name in LATENT_STATISTICS]
+    state = {name: value if name in exact else value.to(dtype) for name, value in module.state_dict().items()}
     write_safetensors(path, state, {"format": FORMAT, "role": role, "config": config, **(extra or {})})
 
 
@@ -57,6 +59,11 @@ def save_model(path: str | Path, state: dict[str, Tensor], config: Mapping, extr
     """Write a model's weights with the part of the config that rebuilds it."""
     kept = json.dumps(without_run_sections(config))
     write_safetensors(path, state, {"format": FORMAT, "role": "model", "config": kept, **extra})
+
+
+def listed(statistic: Tensor) -> str:
+    """Return a latent mean or std, [] or [C], for people."""
+    return ", ".join(f"{value:g}" for value in statistic.flatten().tolist())
 
 
 def without_run_sections(config: Mapping) -> Section:

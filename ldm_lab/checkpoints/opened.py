@@ -12,11 +12,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ldm_lab.checkpoints.files import damaged_safetensors, is_safetensors
+from ldm_lab.checkpoints.files import FORMAT, damaged_safetensors, is_safetensors
+from ldm_lab.checkpoints.lookalikes import check_is_weights
 from ldm_lab.checkpoints.released_zip import is_release, unpacked
 from ldm_lab.checkpoints.safe_pickle import load_arrays
+from ldm_lab.checkpoints.sharded import is_index, shards
 from ldm_lab.checkpoints.third_party import read_state_dict
 from ldm_lab.checkpoints.torchscript import is_torchscript, read_torchscript
+from ldm_lab.checkpoints.wrappers import Unwrapped, plain_names
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import existing_file
 
@@ -59,6 +62,9 @@ class OpenedFile:
         yaml: the first mebibyte of the YAML beside it under the same name, or with it in a zip; None without.
         loaded: its tensors, if opening it has read them.
         handle: reads them otherwise.
+        stored: of a safetensors file, the tensor's name -> the one in the file, where they differ.
+        notes: what was chosen or assumed as it was opened, for people.
+        shards: of an index, the files that it names.
     """
 
     path: Path
@@ -69,13 +75,18 @@ class OpenedFile:
     yaml: bytes | None = None
     loaded: Mapping[str, Tensor] | None = None
     handle: safe_open | None = None
+    stored: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    shards: tuple["OpenedFile", ...] = ()
 
     def read(self) -> dict[str, Tensor]:
         """Return all tensors, on the CPU. Raises UserError for a damaged file."""
+        if self.shards:
+            return {name: value for shard in self.shards for name, value in shard.read().items()}
         if self.handle is None:
             return dict(self.loaded or {})
         try:
-            return {name: self.handle.get_tensor(name) for name in self.tensors}
+            return {name: self.handle.get_tensor(self.stored.get(name, name)) for name in self.tensors}
         except (SafetensorError, ValueError, OSError) as error:
             raise damaged_safetensors(self.path, error) from None
 
@@ -87,6 +98,8 @@ def open_weights(path: Path) -> OpenedFile:
         UserError: missing or damaged file, one that is no file of weights, one whose loading could run code.
     """
     path = existing_file(path, "weights")
+    if is_index(path):
+        return _open_shards(path)
     if is_release(path):
         with unpacked(path) as weights:
             try:
@@ -101,17 +114,38 @@ def open_weights(path: Path) -> OpenedFile:
 
 def _open(path: Path) -> OpenedFile:
     """Open a file that is no released zip."""
+    check_is_weights(path)
     yaml = _yaml_beside(path)
     if is_safetensors(path):
         return _open_safetensors(path, yaml)
     if is_torchscript(path):
-        tensors = read_torchscript(path)
-        return OpenedFile(path, infos(tensors), yaml=yaml, loaded=tensors)
+        return _of_tensors(path, Unwrapped(read_torchscript(path), {}), yaml)
     if _is_plain_pickle(path):
         pickled = load_arrays(path)
         return OpenedFile(path, {}, pickled=pickled)
-    tensors, extra = read_state_dict(path, "weights")
-    return OpenedFile(path, infos(tensors), extra=extra, yaml=yaml, loaded=tensors)
+    return _of_tensors(path, read_state_dict(path, "weights"), yaml)
+
+
+def _of_tensors(path: Path, found: Unwrapped, yaml: bytes | None) -> OpenedFile:
+    """Return a file whose tensors have been read, under their plain names."""
+    names, notes = ({name: name for name in found.tensors}, ()) if FORMAT in found.rest else plain_names(found.tensors)
+    tensors = {name: found.tensors[stored] for name, stored in names.items()}
+    notes = (*found.notes, *notes)
+    return OpenedFile(path, infos(tensors), extra=found.rest, yaml=yaml, loaded=tensors, notes=notes)
+
+
+def _open_shards(path: Path) -> OpenedFile:
+    """Open all files of an index. Raises UserError for a tensor that is not where the index says."""
+    opened, tensors = [], {}
+    for file, names in shards(path).items():
+        shard = _open(file)
+        lost = sorted({*names} - {*shard.stored.values(), *shard.tensors})
+        if lost:
+            raise UserError(f"{path}: {lost[0]} is not in {file.name}, where it should be")
+        opened.append(shard)
+        tensors |= shard.tensors
+    notes = tuple(dict.fromkeys(note for shard in opened for note in shard.notes))
+    return OpenedFile(path, tensors, notes=notes, shards=tuple(opened))
 
 
 def _open_safetensors(path: Path, yaml: bytes | None) -> OpenedFile:
@@ -124,7 +158,12 @@ def _open_safetensors(path: Path, yaml: bytes | None) -> OpenedFile:
             dtype = DTYPES.get(entry.get_dtype())
             kind = str(dtype).removeprefix("torch.") if dtype else entry.get_dtype()
             tensors[name] = TensorInfo(tuple(entry.get_shape()), kind)
-        return OpenedFile(path, tensors, handle.metadata() or {}, yaml=yaml, handle=handle)
+        metadata = handle.metadata() or {}
+        if metadata.get("format") == FORMAT:  # ours has the names that it is to have
+            return OpenedFile(path, tensors, metadata, yaml=yaml, handle=handle)
+        names, notes = plain_names(tensors)
+        plain = {name: tensors[stored] for name, stored in names.items()}
+        return OpenedFile(path, plain, metadata, yaml=yaml, handle=handle, stored=names, notes=notes)
     except (SafetensorError, ValueError, OSError) as error:
         raise damaged_safetensors(path, error) from None
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from ldm_lab.checkpoints.importer import DetectedFile, LoadedPart, Section, detect_format, find_weights, importers_of
+from ldm_lab.checkpoints.sharded import weights_checksum
 from ldm_lab.config import AutoencoderUse, PartConfig, build
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Autoencoder
-from ldm_lab.io.atomic import sha256
 
 
 def load_part(role: str, config: PartConfig, read_weights: bool = True) -> nn.Module:
@@ -62,8 +62,18 @@ def load_module(role: str, overrides: Section, found: DetectedFile) -> tuple[nn.
             raise UserError(f"{role}.{key}: {value!r} is asked for, but {found.path} holds {config[key]!r}")
     section = Section({**config, **overrides})
     module = build(role, section)
-    load_strictly(module, module.convert_state_dict(state), found.path)
+    state = module.convert_state_dict(state)
+    if isinstance(module, Autoencoder):
+        _shape_statistics(module, state)
+    load_strictly(module, state, found.path)
     return module, section
+
+
+def _shape_statistics(module: Autoencoder, state: Mapping[str, Tensor]) -> None:
+    """Give an autoencoder's latent mean and std the shape that a file's have: one number, or one for each channel."""
+    for name, own in module.latent_statistics().items():
+        if name in state and state[name].shape == (module.channels,):
+            setattr(module, name, own.expand(module.channels).clone())  # [C]
 
 
 def weights_path(role: str, config: PartConfig) -> Path | None:
@@ -177,7 +187,7 @@ def weights_sha256(role: str, config: PartConfig) -> str | None:
     Of a part that brings its own along it is what pins them (`Part.weights_identity`); None if it is as initialized.
     """
     path = weights_path(role, config)
-    return _identity(role, config) if path is None else sha256(path)
+    return _identity(role, config) if path is None else weights_checksum(path)
 
 
 def _identity(role: str, config: PartConfig) -> str | None:

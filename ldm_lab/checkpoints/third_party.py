@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
-from ldm_lab.checkpoints.files import is_safetensors, read_pickled, read_safetensors
+from ldm_lab.checkpoints.files import read_pickled
+from ldm_lab.checkpoints.wrappers import Unwrapped, unwrap
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import existing_file
 
@@ -23,7 +23,6 @@ PLAIN_TYPES = (
 
 
 T = TypeVar("T")
-WRAPPERS = ("state_dict", "model", "weights")  # under which training programs keep a state dict beside other things
 
 
 class Ignored:
@@ -36,34 +35,29 @@ class Ignored:
         pass
 
 
-def read_state_dict(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return `(tensors by name, whatever else the file holds)` of another program's checkpoint, on the CPU.
+def read_state_dict(path: str | Path, what: str) -> Unwrapped:
+    """Return the tensors of another program's pickled checkpoint, on the CPU, and whatever else it holds.
 
     Args:
-        path: a `.safetensors` file, a Lightning checkpoint (`state_dict` in a dict), another program's (`model` or
-            `weights` in a dict), or a flat dict of tensors.
+        path: a Lightning checkpoint (`state_dict` in a dict), another program's (see `wrappers`), or a flat dict of
+            tensors.
         what: what the file should be, for the message if it is missing.
 
     Raises:
         UserError: missing, truncated or damaged file; one that holds more than tensors and Lightning's bookkeeping.
     """
     path = existing_file(path, what)
-    if is_safetensors(path):
-        return read_safetensors(path)
     is_zip = zipfile.is_zipfile(path)
     names = _unsafe_globals(path) if is_zip else []
     stand_ins = [(Ignored, name) for name in names if name.partition(".")[0] in BOOKKEEPING or name in PLAIN_TYPES]
     with torch.serialization.safe_globals(stand_ins):
         content = read_pickled(path, mmap=is_zip)  # mapped: of a training checkpoint only a part is ever needed
-    key = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
-    state = content if key is None else content[key]
-    if key is None and "state_dict" in content:
+    if "state_dict" in content and not isinstance(content["state_dict"], dict):
         raise UserError(f"{path}: its 'state_dict' is no dict of tensors but a {type(content['state_dict']).__name__}")
-    tensors = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    if not tensors:
+    found = unwrap(content)
+    if not found.tensors:
         raise UserError(f"{path}: no tensors in it")
-    rest = {} if state is content else {name: value for name, value in content.items() if name != key}
-    return tensors, rest
+    return found
 
 
 def _unsafe_globals(path: Path) -> list[str]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ldm_lab.checkpoints.formats import diffusers_vae
 from ldm_lab.checkpoints.importer import DetectedFile, Section, config_problems, detect_format
-from ldm_lab.checkpoints.native import NOT_FACTS, part_config, save_model, save_part
+from ldm_lab.checkpoints.native import LATENT_STATISTICS, NOT_FACTS, listed, part_config, save_model, save_part
 from ldm_lab.checkpoints.parts import check_strictly, load_module, load_strictly
 from ldm_lab.commands._arguments import add_imports_argument
 from ldm_lab.config import build, part_class, signature_options
@@ -114,8 +114,10 @@ def _write_part(args: argparse.Namespace, found: DetectedFile, part: Part, out: 
     count = sum(value.numel() for value in module.parameters())
     print(f"{out}: the {role} {name} of {count:,} parameters, from {found.title}")
     if isinstance(module, Autoencoder):
-        hint = "" if float(module.latent_std) != 1 else "; `python -m ldm_lab scale` measures it, --scale X sets it"
-        print(f"latent std {float(module.latent_std):g}{hint}")
+        unset = bool((module.latent_std == 1).all())
+        hint = "; `python -m ldm_lab scale` measures it, --scale X sets it" if unset else ""
+        mean = f", mean {listed(module.latent_mean)}" if bool((module.latent_mean != 0).any()) else ""
+        print(f"latent std {listed(module.latent_std)}{mean}{hint}")
 
 
 def _check_out(args: argparse.Namespace, out: Path) -> None:
@@ -192,5 +194,6 @@ def _write_model(args: argparse.Namespace, found: DetectedFile, out: Path, dtype
 def _in(dtype: torch.dtype, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return weights in another type, but single numbers and whole ones as they are."""
     return {
-        name: value.to(dtype) if value.ndim and value.is_floating_point() else value for name, value in state.items()
+        name: value.to(dtype) if value.ndim and value.is_floating_point() and name not in LATENT_STATISTICS else value
+        for name, value in state.items()
     }

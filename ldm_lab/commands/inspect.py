@@ -19,9 +19,9 @@ import yaml
 
 from ldm_lab.checkpoints.files import FORMAT
 from ldm_lab.checkpoints.importer import DetectedFile, Section, detect_format
+from ldm_lab.checkpoints.sharded import weights_checksum, weights_files
 from ldm_lab.commands._arguments import add_imports_argument
 from ldm_lab.errors import UserError
-from ldm_lab.io.atomic import sha256
 from ldm_lab.io.json_files import Json
 
 NOT_PARAMETERS = ("latent_mean", "latent_std", "autoencoder_scale")  # buffers with the statistics of latents
@@ -55,13 +55,14 @@ def describe(found: DetectedFile) -> tuple[Section, list[str]]:
         "kind": found.kind,
         "what": found.title,
         "file": str(found.path),
-        "bytes": found.path.stat().st_size,
-        "sha256": sha256(found.path),
+        "bytes": sum(path.stat().st_size for path in weights_files(found.path)),
+        "sha256": weights_checksum(found.path),
         "parameters": sum(math.prod(info.shape) for name, info in network.items() if name not in NOT_PARAMETERS),
         "tensors": len(file.tensors or network),
         "dtypes": dict(Counter(info.dtype for info in (file.tensors or network).values())),
         "holds": dict(groups) if len(network) < len(file.tensors) else {},
         **importer.facts(file),
+        "notes": list(file.notes),
         "metadata": {key: text for key, text in file.metadata.items() if not (ours and key == "config")},
         "config": config,
     }

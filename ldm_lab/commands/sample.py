@@ -55,7 +55,8 @@ STEPS = """Of a model with timesteps, --steps also takes which of them are visit
 `python train.py --parts` tells the defaults."""
 # What makes no sense for an upsampler, or is the base's for both.
 BASE_ONLY = (
-    "negative", "size", "init_image", "strength", "mask", "aesthetic", "aesthetic_weight", "aesthetic_embeddings",
+    "negative", "size", "init_image", "strength", "mask", "invert_mask", "mask_blur", "resize",
+    "aesthetic", "aesthetic_weight", "aesthetic_embeddings",
     "clip_guidance", "rerank", "seed", "batch_size",
 )  # fmt: skip
 

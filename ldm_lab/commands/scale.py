@@ -46,13 +46,13 @@ def run(args: argparse.Namespace) -> None:
     if not section.get("weights") and any(True for _ in autoencoder.parameters()):
         raise UserError("autoencoder.weights: has to be given; an untrained autoencoder's latents say nothing")
     autoencoder.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    before = float(autoencoder.latent_std)
+    before = ", ".join(f"{value:.4f}" for value in autoencoder.latent_std.flatten().tolist())
     images = image_batches(config["data"], config.seed, args.batches, args.batch_size)
     std = measure_scale(autoencoder, tqdm(images, total=args.batches, unit="batch"))
     count = args.batches * args.batch_size
-    print(f"latent std {std:.4f} on {count:,} images (before: {before:.4f}); autoencoder.latent_std={std:.4f} uses it")
+    print(f"latent std {std:.4f} on {count:,} images (before: {before}); autoencoder.latent_std={std:.4f} uses it")
     if args.out is not None:
-        autoencoder.latent_std.fill_(std)
+        autoencoder.set_latent_statistics(std=std)
         save_part(args.out, autoencoder, architecture(section), {"scale_images": str(count)})
         print(f"{args.out}: the weights with this std")
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from ldm_lab.config import PositiveInt, register
 from ldm_lab.data.order import Order
-from ldm_lab.data.samples import IMAGE_EXTENSIONS, RawSample, Sample, SkippedSample
+from ldm_lab.data.samples import RawSample, Sample, SkippedSample
 from ldm_lab.data.source import ImageSource
 from ldm_lab.data.strings import Strings
 from ldm_lab.errors import UserError
+from ldm_lab.io.decoding import IMAGE_ENDINGS
 from ldm_lab.io.json_files import parse_json
 
 
@@ -128,11 +129,11 @@ class Folder(FileSource):
             for file in files:
                 extension = file.rpartition(".")[2].lower()
                 shards += extension == "tar"
-                if extension in IMAGE_EXTENSIONS and not file.startswith("."):
+                if extension in IMAGE_ENDINGS and not file.startswith("."):
                     names.append(os.path.relpath(os.path.join(folder, file), self.root))
         if not names:
             hint = f", but {shards} .tar files: name: webdataset reads those" if shards else ""
-            raise UserError(f"data.path: no image below {self.root}{hint}; looked for {', '.join(IMAGE_EXTENSIONS)}")
+            raise UserError(f"data.path: no image below {self.root}{hint}; looked for {', '.join(IMAGE_ENDINGS)}")
         return sorted(names)  # whatever order the file system has
 
 

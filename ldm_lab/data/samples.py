@@ -5,8 +5,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif")  # lower case
-
 DUPLICATE = "duplicate key"  # the reason of a single sample; all others come from decoding, or stand for a shard
 UNREACHABLE = "unreachable shard"  # it could not be opened
 BROKEN = "broken shard"  # it breaks off

@@ -16,9 +16,10 @@ from pathlib import Path
 from webdataset.tariterators import base_plus_ext
 from webdataset.writer import TarWriter
 
-from ldm_lab.data.samples import BROKEN, DUPLICATE, IMAGE_EXTENSIONS, UNREACHABLE, RawSample, SkippedSample
+from ldm_lab.data.samples import BROKEN, DUPLICATE, UNREACHABLE, RawSample, SkippedSample
 from ldm_lab.data.streams import drain, open_stream
 from ldm_lab.io.atomic import atomic_write
+from ldm_lab.io.decoding import IMAGE_ENDINGS
 
 LARGEST_MEMBER = 2**28  # bytes; a larger file inside a shard is no image of ours
 
@@ -45,7 +46,7 @@ def read_shard(address: str) -> Iterator[RawSample | SkippedSample]:
     has all the files that the one before it had. Of samples with the same key the first one counts; the others give
     "duplicate key".
     """
-    for item in read_files(address, (*IMAGE_EXTENSIONS, "txt", "json")):
+    for item in read_files(address, (*IMAGE_ENDINGS, "txt", "json")):
         yield item if isinstance(item, SkippedSample) else _raw_sample(*item)
 
 
@@ -98,7 +99,7 @@ def read_files(address: str, extensions: tuple[str, ...] | None = None) -> Itera
 
 
 def _raw_sample(key: str, files: dict[str, bytes]) -> RawSample:
-    image = next((files[extension] for extension in IMAGE_EXTENSIONS if extension in files), None)
+    image = next((files[extension] for extension in IMAGE_ENDINGS if extension in files), None)
     return RawSample(key, image, files.get("txt"), files.get("json"))
 
 

@@ -142,32 +142,13 @@ class GlideUNet(Denoiser):
 
     @staticmethod
     def check(
-        *,
-        base_channels: int,
-        multipliers: Sequence[int],
-        attention: Sequence[int],
-        head_width: int,
-        norm_groups: int,
-        text_width: int,
-        text_heads: int,
-    ) -> list[str]:
+        *, base_channels: int, multipliers: Sequence[int], attention: Sequence[int], head_width: int, norm_groups: int,
+        text_width: int, text_heads: int,
+    ) -> list[str]:  # fmt: skip
         """Return what is wrong across the options."""
-        problems = []
-        if text_width % text_heads:
-            problems.append(f"text_heads: {text_heads} heads do not divide text_width {text_width}")
-        scales = [2**level for level in range(len(multipliers))]
-        if unknown := [scale for scale in attention if scale not in scales]:
-            levels = f"{len(multipliers)} levels are at 1/{', 1/'.join(map(str, scales))}"
-            problems.append(f"attention: {levels}; not {unknown}")
-        for scale, multiplier in zip(scales, multipliers):
-            width = base_channels * multiplier
-            if width % norm_groups:
-                why = f"which is no multiple of {norm_groups} (norm_groups)"
-                return [*problems, f"base_channels: makes a level {width} wide, {why}"]
-            if (scale in attention or scale == scales[-1]) and width % head_width:
-                problems.append(f"head_width: {head_width} does not divide {width}, a level's width with attention")
-                break
-        return problems
+        text = [] if text_width % text_heads == 0 else [f"{text_heads} heads do not divide text_width {text_width}"]
+        widths = [base_channels * multiplier for multiplier in multipliers]
+        return [f"text_heads: {why}" for why in text] + _level_problems(widths, attention, head_width, norm_groups)
 
     def freeze_groups(self) -> dict[str, list[nn.Parameter]]:
         """Return the parts that training may leave as they are, each with its parameters.
@@ -322,3 +303,17 @@ def _taken(conditions: ConditionSpec, channels: int, name: str) -> ConditionSpec
     if isinstance(clip := conditions.get("clip_embed"), Embedding):
         taken["clip_embed"] = clip
     return taken
+
+
+def _level_problems(widths: Sequence[int], attention: Sequence[int], head_width: int, norm_groups: int) -> list[str]:
+    """Return what is wrong with the levels of these widths, each as "key: what"."""
+    scales, problems = [2**level for level in range(len(widths))], []
+    if unknown := [scale for scale in attention if scale not in scales]:
+        problems.append(f"attention: {len(widths)} levels are at 1/{', 1/'.join(map(str, scales))}; not {unknown}")
+    for scale, width in zip(scales, widths):
+        if width % norm_groups:
+            why = f"which is no multiple of {norm_groups} (norm_groups)"
+            return [*problems, f"base_channels: makes a level {width} wide, {why}"]
+        if (scale in attention or scale == scales[-1]) and width % head_width:
+            return [*problems, f"head_width: {head_width} does not divide {width}, a level's width with attention"]
+    return problems

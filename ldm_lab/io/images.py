@@ -1,19 +1,21 @@
 """Images: from any file to RGB, resized and cropped; to and from tensors in [-1, 1]; labelled grids, PNG files."""
 
 import contextlib
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ldm_lab.errors import UserError, first_line
 from ldm_lab.io.atomic import atomic_write
+from ldm_lab.io.color import BadImage, lay_over, to_srgb
+from ldm_lab.io.decoding import decode_image
 from ldm_lab.io.http import HTTPError, read_url
 
 BACKGROUND, INK = "white", "black"
@@ -24,48 +26,8 @@ CAPTION_LINES = 4  # a longer caption ends in an ellipsis
 URL_LIMIT = 64 * 2**20  # bytes; no image worth a 224-pixel embedding is larger
 
 
-class BadImage(Exception):
-    """Bytes that cannot become an image.
-
-    Its text is the reason by which such images are counted: "undecodable image", "truncated image", "too small",
-    "too many pixels", "unsupported image mode".
-    """
-
-
-# ------------------------------------------------------------------------------------------------------- decoding
-
-
-def decode_image(data: bytes, min_size: int = 1, max_pixels: int | None = None) -> Image.Image:
-    """Return the decoded image (first frame) in its own mode, upright as its EXIF orientation says.
-
-    Args:
-        data: an encoded image of any format that Pillow reads.
-        min_size: least length of the short side, pixels.
-        max_pixels: most pixels, told from the header.
-
-    Raises:
-        BadImage: what is wrong with it. "too many pixels" is also said beyond Pillow's limit, 179 million.
-    """
-    try:
-        image = Image.open(io.BytesIO(data))
-        if min(image.size) < min_size:
-            raise BadImage("too small")
-        if max_pixels is not None and image.width * image.height > max_pixels:
-            raise BadImage("too many pixels")
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return image
-    except BadImage:
-        raise
-    except Image.DecompressionBombError as error:
-        raise BadImage("too many pixels") from error
-    except Exception as error:  # on malformed bytes the decoders raise nearly anything, such as struct.error
-        truncated = isinstance(error, EOFError) or "truncated" in str(error).lower()
-        raise BadImage("truncated image" if truncated else "undecodable image") from error
-
-
 def open_image(source: str) -> Image.Image:
-    """Return the image behind a path or an http(s) address, upright as its EXIF orientation says, in its own mode.
+    """Return the image behind a path or an http(s) address as `decode_image` gives it.
 
     Raises:
         UserError: missing, unreachable, too large, or not a readable image.
@@ -78,8 +40,10 @@ def open_image(source: str) -> Image.Image:
         return decode_image(data)
     except BadImage as error:
         cause = error.__cause__
-        reason = "no image format that Pillow knows"
-        if isinstance(cause, Exception) and not isinstance(cause, UnidentifiedImageError):
+        reason = str(error)
+        if isinstance(cause, UnidentifiedImageError):
+            reason = "no image format that Pillow knows"
+        elif isinstance(cause, Exception):
             reason = first_line(cause)
         raise UserError(f"{source}: not a readable image: {reason}") from None
 
@@ -104,28 +68,24 @@ def _fetched(address: str) -> bytes:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image of any mode as RGB: 16 bits scaled to 8, transparency laid over white. How data sets are read.
+    """Return an image of any mode as RGB in sRGB, 8 bits a channel (see `to_srgb`), laid over white where transparent.
+
+    So every picture is read: in data sets, scores, prompts, and what sampling begins with.
 
     Raises:
-        BadImage: "unsupported image mode", for those without an agreed range or conversion (float, LAB).
+        BadImage: "unknown range of values".
     """
-    if image.mode == "RGB" and not image.has_transparency_data:
+    if image.mode == "RGB" and not image.has_transparency_data and "icc_profile" not in image.info:
         return image
-    # I;16, I;16B, and I: what Pillow makes of a 16-bit PGM; Pillow itself would clip at 255.
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64).clip(0, 65535)  # [H, W]
-        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if image.mode in ("F", "LAB", "HSV"):
-        raise BadImage("unsupported image mode")
-    return _over_white(image)
+    return lay_over(to_srgb(image), "white")
 
 
 def flatten_alpha(image: Image.Image) -> Image.Image:
-    """Return an image of any mode as RGB, laid over white where it is transparent; of a long strip only the middle.
+    """Return an image of any mode as RGB (see `to_rgb`); of a long strip only the middle.
 
-    How image prompts are read: other modes are Pillow's own conversions.
+    How image prompts are read.
     """
-    image = _over_white(image)
+    image = to_rgb(image)
     limit = LONGEST * min(image.size)
     return _center_crop(image, *(min(side, limit) for side in image.size)) if max(image.size) > limit else image
 
@@ -151,28 +111,72 @@ def resize_and_crop(image: Image.Image, size: int, across: float = 0.5, down: fl
     return resized.crop((left, top, left + size, top + size))
 
 
-def center_crop_to(
-    image: Image.Image, height: int, width: int, resample: Image.Resampling = Image.Resampling.LANCZOS
-) -> Image.Image:
+Resize = Literal["crop", "pad", "stretch"]
+
+
+def fit(image: Image.Image, height: int, width: int, resize: Resize = "crop") -> Image.Image:
+    """Return an image of any mode as RGB, width x height.
+
+    Args:
+        image: see `to_rgb`.
+        height, width: pixels.
+        resize: "crop" covers the size and takes the middle (`center_crop_to`), "pad" fits into it and repeats the edge
+            pixels around, "stretch" gives up the aspect.
+    """
+    if resize == "crop":
+        return center_crop_to(image, height, width)
+    image = to_rgb(image)
+    left, top, inner_width, inner_height = inner_box(image.size, height, width, resize)
+    inner = image.resize((inner_width, inner_height), Image.Resampling.LANCZOS)
+    if (inner_width, inner_height) == (width, height):
+        return inner
+    right, bottom = width - inner_width - left, height - inner_height - top
+    return Image.fromarray(np.pad(np.asarray(inner), ((top, bottom), (left, right), (0, 0)), mode="edge"))
+
+
+def inner_box(size: tuple[int, int], height: int, width: int, resize: Resize) -> tuple[int, int, int, int]:
+    """Return where a picture of a size (width, height) comes to lie: left, top, width, height.
+
+    With "crop" it reaches beyond the height and width: left or top is negative.
+    """
+    if resize == "stretch":
+        return 0, 0, width, height
+    given_width, given_height = size
+    wider = width * given_height >= height * given_width  # than the picture
+    wanted, given = (width, given_width) if wider == (resize == "crop") else (height, given_height)
+    inner_width, inner_height = (max(1, round(side * wanted / given)) for side in size)
+    return -round((inner_width - width) / 2), -round((inner_height - height) / 2), inner_width, inner_height
+
+
+def own_size(size: tuple[int, int], height: int, width: int, multiple: int) -> tuple[int, int]:
+    """Return the height and width of a picture's own aspect (1:8 at most), with about as many pixels as height x width.
+
+    Args:
+        size: of the picture, width and height.
+        height, width: the model's own size, pixels.
+        multiple: both sides are multiples of it.
+    """
+    aspect = min(max(size[0] / size[1], 1 / LONGEST), LONGEST)
+    sides = math.sqrt(height * width / aspect), math.sqrt(height * width * aspect)  # height, width
+    high, wide = (max(multiple, round(side / multiple) * multiple) for side in sides)
+    return high, wide
+
+
+def center_crop_to(image: Image.Image, height: int, width: int) -> Image.Image:
     """Return the middle, width x height, of an image of any mode resized so that it just covers that, RGB.
 
-    Transparent images are laid over white. Sizes are rounded, so that nothing has to be padded.
+    Any image is made RGB first (see `to_rgb`). Sizes are rounded, so that nothing has to be padded.
     """
-    image = _over_white(image)
+    image = to_rgb(image)
     # As a fraction, so that the side that just fits comes out exactly.
     wanted, given = (width, image.width) if width * image.height >= height * image.width else (height, image.height)
     limit = LONGEST * max(width, height) * given // wanted
     if max(image.size) > limit:
         image = _center_crop(image, *(min(side, limit) for side in image.size))
     resized = tuple(round(side * wanted / given) for side in image.size)
-    return _center_crop(image if resized == image.size else image.resize(resized, resample), width, height)
-
-
-def _over_white(image: Image.Image) -> Image.Image:
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    if resized != image.size:
+        image = image.resize(resized, Image.Resampling.LANCZOS)
+    return _center_crop(image, width, height)
 
 
 def _center_crop(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -8,85 +8,124 @@ with the known one (`ldm_lab.guidance.inpaint`).
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Schedule
-from ldm_lab.io.images import center_crop_to, open_image, to_tensor
+from ldm_lab.io.images import Resize, fit, open_image, to_tensor
+from ldm_lab.io.masks import blur_mask, fit_mask, hole_of, latent_mask, lost_share, read_mask
 from ldm_lab.sampling.model import Model
 from ldm_lab.sampling.options import ImageFile, SamplingOptions
 
+STRENGTH, MASKED_STRENGTH = 0.7, 1.0  # where none is given
+TOLD = 0.01  # share of a mask whose loss is told
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class InitImage:
     """An image to begin with.
 
     Attributes:
-        image: of any mode and size; it is resized to cover the size that is sampled, and its middle is taken.
+        image: of any mode and size.
         strength: share of the sampler's steps that it goes through, 0 to 1: 0 returns the image as the autoencoder
             gives it back, 1 keeps hardly anything of it.
-        mask: of the image's size, white where something new is to be painted; the rest stays as it is. None: all.
+        mask: of the image's size, float32 [H, W] in [0, 1]: 1 where something new is to be painted, 0 where all stays.
+            None: everywhere.
+        resize: how it comes to the size that is sampled (`ldm_lab.io.images.fit`).
+        mask_blur: standard deviation of the mask's soft edges, pixels of that size.
+        is_hole: the mask is what is transparent in the image.
 
     Raises:
-        UserError: a mask of another size, or one that is black all over.
+        UserError: a mask of another size.
     """
 
     image: Image.Image
     strength: float
-    mask: Image.Image | None
+    mask: Tensor | None
+    resize: Resize
+    mask_blur: float
+    is_hole: bool
 
     def __post_init__(self) -> None:
-        if self.mask is None:
-            return
-        if self.mask.size != self.image.size:
-            (w, h), (width, height) = self.mask.size, self.image.size
+        if self.mask is not None and self.mask.shape != (self.image.height, self.image.width):
+            (h, w), (width, height) = self.mask.shape, self.image.size
             raise UserError(f"mask: it is {w}x{h} pixels, the image {width}x{height}; both have to be of one size")
-        if not to_mask(self.mask, self.mask.height, self.mask.width).any():
-            raise UserError("mask: nothing in it is white, so that nothing would be painted")
 
     @classmethod
     def from_options(cls, options: SamplingOptions) -> "InitImage | None":
-        """Return the init image of resolved options, read from its file. Raises UserError."""
-        if options.init_image is None or options.strength is None:
+        """Return the init image of some options, read from its file.
+
+        The transparent part of an image is its mask, where no other is given.
+
+        Raises:
+            UserError: missing or unreadable files, a mask in color or of another size, or one that paints nothing.
+        """
+        if options.init_image is None:
             return None
-        mask = None if options.mask is None else _opened(options.mask)
-        return cls(_opened(options.init_image), options.strength, mask)
+        image = _opened(options.init_image)
+        mask = hole_of(image) if options.mask is None else read_mask(_opened(options.mask), bool(options.invert_mask))
+        strength = (STRENGTH if mask is None else MASKED_STRENGTH) if options.strength is None else options.strength
+        return cls(image, strength, mask, options.resize or "crop", options.mask_blur or 0.0, options.mask is None)
 
     def num_steps(self, steps: int) -> int:
         """Return how many of a sampler's steps the image goes through."""
         return round(self.strength * steps)
 
+    def remarks(self, height: int, width: int) -> list[str]:
+        """Return what a user should know of the mask at a size in pixels, a line each.
+
+        Raises:
+            UserError: nothing of it is left.
+        """
+        if self.mask is None:
+            return []
+        self.fitted_mask(height, width)
+        remarks = []
+        if self.is_hole:
+            remarks.append(f"init_image: its transparent part is painted anew ({self.mask.mean().item():.1%} of it)")
+        lost = lost_share(self.mask, height, width, self.resize)
+        if lost > TOLD:
+            remarks.append(
+                f"mask: {lost:.0%} of what is white in it lies outside of the {width}x{height} pixels that are cut out "
+                "of the image; --resize pad or stretch keeps all of it"
+            )
+        return remarks
+
+    def fitted(self, height: int, width: int) -> Image.Image:
+        """Return the image at a size, RGB."""
+        return fit(self.image, height, width, self.resize)
+
+    def fitted_mask(self, height: int, width: int) -> Tensor | None:
+        """Return the mask at a size, float32 [height, width] in [0, 1]; None without. Raises UserError if it is 0."""
+        if self.mask is None:
+            return None
+        return blur_mask(fit_mask(self.mask, height, width, self.resize), self.mask_blur)  # [height, width]
+
     def encode(self, model: Model, latent_size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """Return the image's latent, the posterior's mean, [1, C, h, w], and its mask.
 
-        The mask is bool [1, 1, h, w], true in the elements with any white pixel: they are painted anew.
+        The mask is bool [1, 1, h, w], true in the elements with any pixel that is not black: they are painted anew.
         """
         downscale = model.autoencoder.downscale
         height, width = (side * downscale for side in latent_size)
-        pixels = to_tensor(center_crop_to(self.image, height, width))[None].to(model.device)  # [1, 3, H, W]
+        pixels = to_tensor(self.fitted(height, width))[None].to(model.device)  # [1, 3, H, W]
         with model.on_device(model.autoencoder):
             known = model.autoencoder.encode(pixels).float()  # [1, C, h, w]
-        if self.mask is None:
-            return known, None
-        white = torch.from_numpy(to_mask(self.mask, height, width))[None, None].float()  # [1, 1, H, W]
-        return known, (F.max_pool2d(white, downscale) > 0).to(model.device)  # [1, 1, h, w]
+        mask = self.fitted_mask(height, width)
+        return known, None if mask is None else (latent_mask(mask, downscale) > 0).to(model.device)  # [1, 1, h, w]
 
     def restore(self, painted: Image.Image) -> Image.Image:
-        """Return the image with the painted one where the mask is white: every other pixel is the image's own."""
-        if self.mask is None:
+        """Return the image with the painted one where the mask is white, and a blend of both where it is grey.
+
+        Every pixel under black is the image's own.
+        """
+        mask = self.fitted_mask(painted.height, painted.width)
+        if mask is None:
             return painted
-        white = Image.fromarray(to_mask(self.mask, painted.height, painted.width))
-        return Image.composite(painted, center_crop_to(self.image, painted.height, painted.width), white)
-
-
-def to_mask(mask: Image.Image, height: int, width: int) -> np.ndarray:
-    """Return where a mask is white, bool [height, width], cropped like the image that it belongs to."""
-    levels = center_crop_to(mask, height, width, Image.Resampling.NEAREST).convert("L")
-    return np.asarray(levels) > 127  # [height, width]
+        levels = Image.fromarray((mask * 255).round().to(torch.uint8).numpy())
+        return Image.composite(painted, self.fitted(painted.height, painted.width), levels)
 
 
 def _opened(image: ImageFile) -> Image.Image:

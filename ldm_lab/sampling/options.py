@@ -19,6 +19,7 @@ from ldm_lab.errors import UserError
 SamplerConfig = dict[str, str | int | float | bool | None]  # a sampler's name and options
 ImageFile = str | Path | Image.Image
 OptionValue = str | int | float | bool | Path | Image.Image | tuple[float, float] | SamplerConfig | None
+Resize = Literal["crop", "pad", "stretch"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 LARGEST_SEED = 2**62  # leaves room to count on in 64 bits
@@ -26,7 +27,10 @@ MIN_TIMESTEPS_FAST27 = 50  # that GLIDE's respacing for upsampling needs
 DEFAULT_UPSAMPLER = "ddim"
 DEFAULT_SAMPLER = "unipc"  # nearest to the converged picture for its model calls (docs/measured.md)
 # Options that make no sense between prompts (`ldm_lab.sampling.interpolation`).
-NOT_INTERPOLATED = ("negative", "init_image", "mask", "strength", "clip_guidance", "rerank")
+NOT_INTERPOLATED = (
+    *("negative", "init_image", "mask", "invert_mask", "mask_blur", "resize", "strength"),
+    *("clip_guidance", "rerank"),
+)
 
 
 class OptionValues(dict[str, OptionValue]):
@@ -51,10 +55,15 @@ class SamplingOptions:
         sampler: name of the sampler (default: unipc; of an upsampler ddim in the steps fast27, or 27)
         temperature: factor of the noise that sampling starts from (default: 1; of an upsampler 0.997)
         clip_denoised: keep clean estimates within the range of pixels (default: for models of pixels)
-        size: pixels: 256, or 384x256 for width x height (default: as trained)
-        init_image: image to begin with instead of noise alone (img2img, inpainting)
+        size: pixels: 256, or 384x256 for width x height (default: as trained; the init image's own aspect, with about
+            as many pixels)
+        init_image: image to begin with instead of noise alone (img2img, inpainting); a transparent part is painted anew
         strength: share of the steps that the init image goes through: 0 to 1 (default: 0.7; 1 with a mask)
-        mask: of the init image's size: only what is white here is painted anew
+        mask: of the init image's size: only what is white here is painted anew, grey blends
+        invert_mask: what is black is painted anew, and white stays
+        mask_blur: soften the mask's edges by so many pixels
+        resize: how the init image comes to the size: cropped, padded by its edges or stretched (default: crop, of a
+            size with the image's own aspect)
         aesthetic: lead texts to the images of this rating, such as 9 of 0 to 9
         aesthetic_weight: how strongly; negative leads away (default: 0.5)
         aesthetic_embeddings: file of `rating-embeddings`, folder of LAION's, or a released name (default: the
@@ -77,6 +86,9 @@ class SamplingOptions:
     init_image: ImageFile | None = None
     strength: Share | None = None
     mask: ImageFile | None = None
+    invert_mask: bool | None = None
+    mask_blur: Annotated[float, Ge(0), Le(1000)] | None = None
+    resize: Resize | None = None
     aesthetic: Annotated[int, Ge(0)] | None = None
     aesthetic_weight: float | None = None
     aesthetic_embeddings: str | Path | None = None
@@ -100,6 +112,9 @@ class SamplingOptions:
         init_image: ImageFile | None,
         strength: float | None,
         mask: ImageFile | None,
+        invert_mask: bool | None,
+        mask_blur: float | None,
+        resize: str | None,
         aesthetic: int | None,
         aesthetic_weight: float | None,
         aesthetic_embeddings: str | Path | None,
@@ -108,6 +123,9 @@ class SamplingOptions:
         belongs = {  # an option -> the one without which it means nothing
             "strength": (strength, "init_image", init_image),
             "mask": (mask, "init_image", init_image),
+            "invert_mask": (invert_mask, "mask", mask),
+            "mask_blur": (mask_blur, "init_image", init_image),
+            "resize": (resize, "init_image", init_image),
             "aesthetic_weight": (aesthetic_weight, "aesthetic", aesthetic),
             "aesthetic_embeddings": (aesthetic_embeddings, "aesthetic", aesthetic),
         }
@@ -141,6 +159,8 @@ class SamplingOptions:
     def resolved(self, upsampler: bool = False, timesteps: int | None = None) -> "SamplingOptions":
         """Return the options with the defaults that depend on others, or on the model, filled in; no seed is -1.
 
+        The strength of an init image follows from its files (`ldm_lab.sampling.image_to_image.InitImage`).
+
         Args:
             upsampler: whether the model is one.
             timesteps: of the model's noise schedule; None if it is continuous.
@@ -155,17 +175,11 @@ class SamplingOptions:
             guidance=(1.0 if plain else 3.0) if self.guidance is None else self.guidance,
             sampler={"name": sampler} if isinstance(sampler, str) else sampler,
             temperature=(0.997 if upsampler else 1.0) if self.temperature is None else self.temperature,
-            strength=self._strength(),
             aesthetic_weight=0.5
             if self.aesthetic is not None and self.aesthetic_weight is None
             else self.aesthetic_weight,
             seed=secrets.randbelow(2**32) if self.seed == -1 else self.seed,
         )
-
-    def _strength(self) -> float | None:
-        if self.strength is not None or self.init_image is None:
-            return self.strength
-        return 0.7 if self.mask is None else 1.0
 
 
 @register("model_options")

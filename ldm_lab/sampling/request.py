@@ -1,8 +1,9 @@
 """A request for pictures, checked against the model before any work."""
 
+import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -12,13 +13,15 @@ from ldm_lab.config import build
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.classifier_free import null_condition_weight
 from ldm_lab.interfaces import Sampler
-from ldm_lab.io.images import to_tensor
+from ldm_lab.io.images import own_size, to_tensor
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling.aesthetic import Aesthetic
 from ldm_lab.sampling.image_to_image import InitImage
 from ldm_lab.sampling.model import Model
 from ldm_lab.sampling.options import SamplingOptions, parse_size
 from ldm_lab.sampling.prompts import check_target_embeddings, prompt_weights
+
+log = logging.getLogger(__name__)
 
 MIN_TILE = 4  # latent elements
 
@@ -91,12 +94,19 @@ def checked_request(
     if len(seeds) != len(mixes):
         raise UserError(f"seeds: {len(seeds)} for {len(mixes)} images; one per image is needed")
     given = _low_res(model, low_res, len(mixes))  # [N, 3, h, w] or None
+    init_image = InitImage.from_options(options)
+    if init_image is not None:
+        options = replace(options, strength=init_image.strength)
     guidance, temperature = options.guidance, options.temperature
     assert guidance is not None and temperature is not None and isinstance(options.sampler, dict), "they are resolved"
     sampler: Sampler = build("sampler", options.sampler)
     sampler.times(schedule)  # refuses steps that this schedule does not have
     _check_guidance(model, mixes, options, guidance)
     _check_rerank(model, options)
+    latent_size = model.latent_size(_size(model, options, given, init_image))
+    remarks = _remarks(init_image, sampler, *(side * model.autoencoder.downscale for side in latent_size))
+    for remark in remarks if given is None else []:  # a base model has made them before an upsampler
+        log.warning("%s", remark)
     return Request(
         mixes=mixes,
         seeds=seeds,
@@ -104,10 +114,10 @@ def checked_request(
         guidance=guidance,
         temperature=temperature,
         sampler=sampler,
-        latent_size=model.latent_size(_size(model, options, given)),
+        latent_size=latent_size,
         tile=_tile(model, options.tile),
         low_res=given,
-        init_image=InitImage.from_options(options),
+        init_image=init_image,
         aesthetic=_aesthetic(model, options),
     )
 
@@ -132,12 +142,30 @@ def _low_res(model: Model, low_res: Sequence[Image.Image] | Tensor | None, pictu
     return given
 
 
-def _size(model: Model, options: SamplingOptions, low_res: Tensor | None) -> tuple[int, int] | None:
-    """Return the size that is asked for, or what that of the pictures becomes when they are enlarged."""
+def _size(
+    model: Model, options: SamplingOptions, low_res: Tensor | None, init_image: InitImage | None
+) -> tuple[int, int] | None:
+    """Return the size that is asked for: as written, of the enlarged pictures, or of the init image's own aspect."""
     size = parse_size(options.size)
-    if size is not None or low_res is None or model.upscale_factor is None:
+    if size is not None:
         return size
-    return low_res.shape[2] * model.upscale_factor, low_res.shape[3] * model.upscale_factor
+    if low_res is not None and model.upscale_factor is not None:
+        return low_res.shape[2] * model.upscale_factor, low_res.shape[3] * model.upscale_factor
+    if init_image is not None and options.resize is None and model.image_size is not None:
+        unit = model.autoencoder.downscale * model.denoiser.multiple_of
+        return own_size(init_image.image.size, *model.image_size, unit)
+    return None
+
+
+def _remarks(init_image: InitImage | None, sampler: Sampler, height: int, width: int) -> list[str]:
+    """Return what a user should know of an init image at a size in pixels, a line each. Raises UserError."""
+    if init_image is None:
+        return []
+    remarks = init_image.remarks(height, width)
+    if init_image.strength > 0 and init_image.num_steps(sampler.steps) == 0:
+        share = f"strength: {init_image.strength:g} of {sampler.steps} steps"
+        remarks.append(f"{share} is none: the image comes back as the autoencoder gives it")
+    return remarks
 
 
 def _tile(model: Model, pixels: int | None) -> int | None:

@@ -109,10 +109,10 @@ class Stages:
         base = self.base.pipeline.check(prompts, self.base.options, seeds=seeds)
         downscale = self.base.pipeline.model.autoencoder.downscale
         height, width = (side * downscale for side in base.latent_size)
-        requests = []
+        requests, base_width = [], width
         for stage in self.upsamplers:
             low_res = torch.empty(len(base.mixes), 3, height, width, device="meta")  # [N, 3, h, w]
-            options = _with_mask(stage.options, base.options)
+            options = _with_mask(stage.options, base, width * (stage.pipeline.model.upscale_factor or 1) / base_width)
             mixes = [_led_towards(stage, mix, base.guidance) for mix in base.mixes]
             requests.append(stage.pipeline.check(mixes, options, low_res=low_res))
             downscale = stage.pipeline.model.autoencoder.downscale
@@ -120,11 +120,20 @@ class Stages:
         return Plan(base, requests)
 
 
-def _with_mask(options: SamplingOptions, base: SamplingOptions) -> SamplingOptions:
-    """Return an upsampler's options with what the base keeps of an image."""
-    if base.mask is None:
+def _with_mask(options: SamplingOptions, base: Request, scale: float) -> SamplingOptions:
+    """Return an upsampler's options with what the base keeps of an image; it makes pictures `scale` times as large."""
+    if base.init_image is None or base.init_image.mask is None:
         return options
-    return replace(options, init_image=base.init_image, mask=base.mask, strength=1.0)
+    given = base.options
+    return replace(
+        options,
+        init_image=given.init_image,
+        mask=given.mask,
+        invert_mask=given.invert_mask,
+        mask_blur=base.init_image.mask_blur * scale or None,
+        resize=base.init_image.resize,
+        strength=1.0,
+    )
 
 
 def _led_towards(stage: Stage, mix: Sequence[Prompt], guidance: float) -> list[Prompt]:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ldm_lab.checkpoints.files import FORMAT
 from ldm_lab.checkpoints.models import read_model
-from ldm_lab.checkpoints.native import save_model
+from ldm_lab.checkpoints.native import listed, save_model
 from ldm_lab.checkpoints.parts import load_part
 from ldm_lab.condition_sources import build_sources, given_conditions
 from ldm_lab.config import ConditionerUse, RunConfig, register, signature_options
@@ -160,7 +160,7 @@ class DiffusionTask(Task):
         if isinstance(before, float) and before > 0 and bool(((std / before - 1).abs() > NEARLY).any()):
             say(
                 f"init_from: these weights were trained on latents divided by {before:g}, this run divides by "
-                f"{described(std)} (autoencoder.latent_std={before:g} would be theirs)"
+                f"{listed(std)} (autoencoder.latent_std={before:g} would be theirs)"
             )
         return state, f"weights of {path} (step {extra.get('step', 'unknown')})"
 
@@ -251,8 +251,3 @@ def differing_architecture(denoiser: type[Denoiser], theirs: Mapping[str, Any], 
         if its != own:
             differing.append(f"its {key} is {its}, denoiser.{key} is {own}")
     return differing
-
-
-def described(statistic: Tensor) -> str:
-    """Return a latent mean or std, 0-dim or [C], for people."""
-    return ", ".join(f"{value:g}" for value in statistic.flatten().tolist())

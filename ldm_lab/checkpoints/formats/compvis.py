@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 import yaml
 
-from ldm_lab.checkpoints.importer import Importer, LoadedPart, Section, register_importer
+from ldm_lab.checkpoints.importer import Importer, LoadedPart, Section, register_importer, say_once
 from ldm_lab.checkpoints.opened import LARGEST_TEXT, OpenedFile, Shapes, TensorInfo
 from ldm_lab.checkpoints.third_party import strip_prefix
 from ldm_lab.errors import UserError, first_line
@@ -14,7 +14,18 @@ from ldm_lab.io.json_files import Json
 
 T = TypeVar("T")
 OURS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-PREFIXES = ("", "first_stage_model.", "ae_model.")  # alone; in a latent diffusion model; in a CCLD training checkpoint
+# Alone; in a latent diffusion model; in a CCLD training checkpoint; in a file of a whole pipeline.
+PREFIXES = ("", "first_stage_model.", "ae_model.", "vae.")
+# Of a file with a diffusion model in it, a name of its tensors -> shift and scaling factor of its latents, which the
+# model's code alone says.
+FACTORS = {
+    "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": (0.0609, 1.5305),  # Stable Diffusion 3
+    "model.diffusion_model.double_blocks.0.img_attn.qkv.weight": (0.1159, 0.3611),  # FLUX.1
+}
+UNSAID = (
+    "does not say shift and scale of its latents: latent_mean 0 and latent_std 1 are taken; "
+    "FLUX.1's are latent_mean=0.1159 latent_std=2.76932, Stable Diffusion 3's latent_mean=0.0609 latent_std=0.653381"
+)
 RESOLUTION = 256  # the file does not say it; it only gives names to the levels with attention
 MARK = "encoder.down.0.block.0.conv1.weight"  # a name that such an autoencoder has
 
@@ -73,8 +84,14 @@ def autoencoder(file: OpenedFile) -> LoadedPart:
         raise UserError(f"{shown}: its scale_factor is no number but a tensor of {list(factor.shape)}")
     scale = 1.0 if factor is None else float(factor)
     # CompVis's latent diffusion multiplies by its scale_factor, CCLD divides.
-    state["latent_std"] = torch.tensor(1 / scale if prefix == "first_stage_model." else scale)  # []
-    state["latent_mean"] = torch.tensor(0.0)  # []
+    std, mean = 1 / scale if prefix in ("first_stage_model.", "vae.") else scale, 0.0
+    if not config.get("use_quant_conv", True) and factor is None:
+        known = next((FACTORS[name] for name in FACTORS if name in tensors), None)
+        if known is None:
+            say_once(f"{shown}: {UNSAID}")
+        else:
+            mean, std = known[0], 1 / known[1]
+    state["latent_std"], state["latent_mean"] = torch.tensor(std), torch.tensor(mean)  # [] each
     return LoadedPart(state, Section(name="kl_f8", **config))
 
 
@@ -93,16 +110,31 @@ def infer_config(state: Shapes) -> Section:
     """Return the keyword arguments of `KLAutoencoder` for CompVis's tensors, as far as their shapes tell them."""
     ch = state["encoder.conv_in.weight"].shape[0]
     levels = _count(state, "encoder.down.{}.block.0.conv1.weight")
-    quant = state["quant_conv.weight"].shape
     return Section(
         ch=ch,
         ch_mult=[state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // ch for i in range(levels)],
         num_res_blocks=_count(state, "encoder.down.0.block.{}.conv1.weight"),
-        z_channels=quant[1] // 2,
-        embed_dim=quant[0] // 2,
+        **latent_sizes(state),
         attn_resolutions=[RESOLUTION // 2**i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in state],
         resolution=RESOLUTION,
     )
+
+
+def latent_sizes(state: Shapes) -> Section:
+    """Return the keyword arguments of `KLAutoencoder` about the latents; CompVis's and diffusers' names are the same.
+
+    Raises:
+        KeyError, IndexError: tensors that are missing or misshapen.
+    """
+    has = {side: f"{side}.weight" in state or f"{side}.bias" in state for side in ("quant_conv", "post_quant_conv")}
+    z_channels = state["encoder.conv_out.weight"].shape[0] // 2
+    embed_dim = z_channels
+    if has["quant_conv"]:
+        embed_dim = state["quant_conv.weight"].shape[0] // 2
+    elif has["post_quant_conv"]:
+        embed_dim = state["post_quant_conv.weight"].shape[1]
+    without = {f"use_{side}": False for side, there in has.items() if not there}
+    return Section(z_channels=z_channels, embed_dim=embed_dim, **without)
 
 
 def _compare(config: Section, file: OpenedFile, shown: str) -> None:
@@ -125,7 +157,7 @@ def _compare(config: Section, file: OpenedFile, shown: str) -> None:
         return  # a YAML about something else
     from_yaml = config_of(Section(node["ddconfig"]), node.get("embed_dim"))
     from_yaml["attn_resolutions"] = _levels(from_yaml)
-    for key, in_weights in {**config, "attn_resolutions": _levels(config)}.items():
+    for key, in_weights in {**{key: config[key] for key in from_yaml}, "attn_resolutions": _levels(config)}.items():
         if key != "resolution" and from_yaml[key] != in_weights:
             what = "the levels with attention" if key == "attn_resolutions" else key
             raise UserError(

@@ -1,4 +1,4 @@
-"""Importer and exporter of diffusers' `AutoencoderKL`: the VAEs of Stable Diffusion 1.x, 2.x and XL and their kin.
+"""Importer and exporter of diffusers' `AutoencoderKL`: the VAEs of Stable Diffusion, FLUX.1 and their kin.
 
 The network is CompVis's under other names: `KLAutoencoder`'s levels and blocks are counted from the other end in the
 decoder, and the projections of attention are matrices instead of 1x1 convolutions.
@@ -8,12 +8,14 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from ldm_lab.checkpoints.files import write_safetensors
-from ldm_lab.checkpoints.importer import Importer, LoadedPart, Section, register_importer
+from ldm_lab.checkpoints.formats.compvis import latent_sizes
+from ldm_lab.checkpoints.importer import Importer, LoadedPart, Section, register_importer, say_once
 from ldm_lab.checkpoints.opened import OpenedFile, Shapes
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import replaced_folder
@@ -21,7 +23,11 @@ from ldm_lab.io.json_files import Json
 
 CLASS = "AutoencoderKL"
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"
-SUFFIXES = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")  # of WEIGHTS, in order of preference
+# Of WEIGHTS, in order of preference; an index stands for several files.
+SUFFIXES = (
+    *(".safetensors", ".safetensors.index.json", ".fp16.safetensors", ".safetensors.index.fp16.json"),
+    *(".bin", ".bin.index.json", ".fp16.bin"),
+)
 MARK = "encoder.down_blocks.0.resnets.0.conv1.weight"  # a name that such a file has
 RESOLUTION = 256  # only gives names to the levels with attention
 LARGEST_CONFIG = 1 << 20  # bytes
@@ -32,15 +38,12 @@ FIXED: dict[str, tuple[Json, ...]] = {
     "in_channels": (3,),
     "out_channels": (3,),
     "act_fn": ("silu", "swish"),
-    "use_quant_conv": (True,),
-    "use_post_quant_conv": (True,),
     "mid_block_add_attention": (True,),
-    "shift_factor": (None, 0, 0.0),
-    "latents_mean": (None,),
-    "latents_std": (None,),
 }
 # What is read below, and what says nothing about the network: the size it was trained at, how it is best computed.
-READ = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups", "scaling_factor")
+STATISTICS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+QUANT = ("use_quant_conv", "use_post_quant_conv")
+READ = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups", *STATISTICS, *QUANT)
 BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}  # or Attn in front
 QUIET = ("sample_size", "force_upcast")
 
@@ -53,7 +56,9 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 
 @register_importer
 class DiffusersVAE(Importer):
-    """A folder with `config.json` and `diffusion_pytorch_model.safetensors` (or `.fp16.safetensors`, `.bin`) or a file.
+    """A folder with `config.json` and `diffusion_pytorch_model.safetensors` (`.fp16.safetensors`, `.bin`), or a file.
+
+    Large ones are in several files with an index, `diffusion_pytorch_model.safetensors.index.json`.
 
     Of a file in such a folder the folder's config is taken.
     """
@@ -84,8 +89,9 @@ class DiffusersVAE(Importer):
 def vae(tensors: dict[str, Tensor], path: Path) -> LoadedPart:
     """Return the autoencoder under `KLAutoencoder`'s names, with its `latent_std`.
 
-    That is 1 / scaling_factor: diffusers multiplies by its factor, we divide. A file without a config does not say it
-    (0.18215 is that of Stable Diffusion 1.x and 2.x, 0.13025 that of XL), and it is 1 then.
+    diffusers multiplies by its scaling_factor, we divide: latent_mean is shift_factor, latent_std 1 / scaling_factor.
+    A file without a config does not say them; 0 and 1 are taken then, and that is said (0.18215 is the factor of Stable
+    Diffusion 1.x and 2.x, 0.13025 that of XL).
 
     Args:
         tensors: by diffusers' names.
@@ -98,6 +104,8 @@ def vae(tensors: dict[str, Tensor], path: Path) -> LoadedPart:
     tensors = {_modern(name): value for name, value in tensors.items()}
     try:
         config = infer_config(tensors)
+    except ValueError as error:
+        raise UserError(f"{path}: not supported: {error}") from None
     except (KeyError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"{path}: not a complete VAE of diffusers' ({error} is missing or misshapen)") from None
     config = Section({**config, **_checked(loaded, config, path.parent / CONFIG)})
@@ -107,9 +115,12 @@ def vae(tensors: dict[str, Tensor], path: Path) -> LoadedPart:
     for name, value in state.items():
         if MATRIX.search(name) and value.ndim == 2:
             state[name] = value[:, :, None, None]  # [c, c, 1, 1]
-    factor = loaded.get("scaling_factor")
-    state["latent_std"] = torch.tensor(1.0 if factor is None else 1.0 / factor)  # []
-    state["latent_mean"] = torch.tensor(0.0)  # []
+    if not loaded:
+        say_once(
+            f"{path}: without {CONFIG} of diffusers', norm_groups 32, latent_mean 0 and latent_std 1 are taken unless "
+            "the config says otherwise"
+        )
+    state |= _statistics(loaded, config["embed_dim"], path.parent / CONFIG)
     return LoadedPart(state, Section(name="kl_f8", **config))
 
 
@@ -140,19 +151,19 @@ def infer_config(tensors: Shapes) -> Section:
         tensors: anything with a shape, by diffusers' names.
 
     Raises:
-        KeyError, IndexError, ZeroDivisionError: tensors that are missing or misshapen.
+        KeyError, IndexError, ValueError, ZeroDivisionError: tensors that are missing or misshapen.
     """
     ch = tensors["encoder.conv_in.weight"].shape[0]
     levels = _count(tensors, "encoder.down_blocks.{}.resnets.0.conv1.weight")
     widths = [tensors[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)]
     attended = [i for i in range(levels) if f"encoder.down_blocks.{i}.attentions.0.group_norm.weight" in tensors]
-    quant = tensors["quant_conv.weight"].shape
+    if any(width % ch for width in widths):
+        raise ValueError(f"levels {widths} wide, which are no multiples of the first")
     return Section(
         ch=ch,
         ch_mult=[width // ch for width in widths],
         num_res_blocks=_count(tensors, "encoder.down_blocks.0.resnets.{}.conv1.weight"),
-        z_channels=quant[1] // 2,
-        embed_dim=quant[0] // 2,
+        **latent_sizes(tensors),
         attn_resolutions=[RESOLUTION // 2**i for i in attended],
         resolution=RESOLUTION,
     )
@@ -176,18 +187,54 @@ def _checked(loaded: Section, config: Section, path: Path) -> Section:
         "block_out_channels": (_list(loaded, "block_out_channels", int, path) or widths, widths),
         "layers_per_block": (loaded.get("layers_per_block", config["num_res_blocks"]), config["num_res_blocks"]),
         "latent_channels": (loaded.get("latent_channels", config["embed_dim"]), config["embed_dim"]),
+        **{key: (loaded.get(key, True), config.get(key, True)) for key in QUANT if loaded},
     }
     for key, (in_config, in_weights) in stated.items():
         if in_config != in_weights:
             raise UserError(f"{path}: {key} is {str(in_config)[:100]}, but the weights beside it have {in_weights}")
-    factor = loaded.get("scaling_factor")
-    is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
-    if factor is not None and not (is_number and math.isfinite(factor) and factor > 0):
-        raise UserError(f"{path}: scaling_factor has to be a number above 0, not {str(factor)[:100]}")
     groups = loaded.get("norm_num_groups", 32)
     if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
         raise UserError(f"{path}: norm_num_groups has to be a whole number from 1 on, not {str(groups)[:100]}")
     return Section(norm_groups=groups) if loaded else Section()  # no shape says it
+
+
+def _statistics(loaded: Section, channels: int, path: Path) -> dict[str, Tensor]:
+    """Return latent_mean and latent_std of diffusers' config, [] or [C] each.
+
+    Raises:
+        UserError: numbers that make no sense, or of which it is not known how they go together.
+    """
+    scale = _number(loaded, "scaling_factor", 1.0, path)
+    if scale <= 0:
+        raise UserError(f"{path}: scaling_factor has to be a number above 0, not {scale}")
+    shift, means, stds = (
+        _number(loaded, "shift_factor", 0.0, path),
+        loaded.get("latents_mean"),
+        loaded.get("latents_std"),
+    )
+    if means is None and stds is None:
+        return {"latent_mean": torch.tensor(shift), "latent_std": torch.tensor(1.0 / scale)}  # [] each
+    for key, values in (("latents_mean", means), ("latents_std", stds)):
+        listed = values if isinstance(values, list) else []
+        numbers = [value for value in listed if _is_number(value)]
+        right = len(numbers) == len(listed) == channels
+        if not right or (key == "latents_std" and min(numbers) <= 0):
+            raise UserError(f"{path}: {key} has to be a list of {channels} numbers, not {str(values)[:100]}")
+    if shift:
+        raise UserError(f"{path}: shift_factor: {shift} beside latents_mean is not supported")
+    return {"latent_mean": torch.tensor(means), "latent_std": torch.tensor(stds) / scale}  # [C] each
+
+
+def _number(loaded: Section, key: str, default: float, path: Path) -> float:
+    """Return a number of diffusers' config, `default` if it is not there or null."""
+    value = loaded.get(key)
+    if value is not None and not _is_number(value):
+        raise UserError(f"{path}: {key} has to be a number{' above 0' * (default > 0)}, not {str(value)[:100]}")
+    return default if value is None else float(value)
+
+
+def _is_number(value: Json) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _list(loaded: Section, key: str, kind: type, path: Path) -> list:
@@ -265,9 +312,7 @@ def write(path: str | Path, state: dict[str, Tensor], config: Section) -> None:
     Raises:
         UserError: an architecture that diffusers cannot express, or a folder that cannot be written.
     """
-    if float(state["latent_mean"]) != 0:
-        raise UserError("latent_mean: diffusers' config has no such number, and this autoencoder's is not 0")
-    exported = export_config(config, 1.0 / float(state["latent_std"]))
+    exported = Section({**export_config(config), **_export_statistics(state["latent_mean"], state["latent_std"])})
     levels = len(config["ch_mult"])
     tensors = {}
     for name, value in state.items():
@@ -280,8 +325,17 @@ def write(path: str | Path, state: dict[str, Tensor], config: Section) -> None:
         (folder / CONFIG).write_text(json.dumps(exported, indent=2) + "\n", encoding="utf-8")
 
 
-def export_config(config: Section, scaling_factor: float) -> Section:
-    """Return diffusers' config for all of `KLAutoencoder`'s keyword arguments.
+def _export_statistics(mean: Tensor, std: Tensor) -> Section:
+    """Return the keys of diffusers' config for latent mean and std, [] or [C] each."""
+    if mean.ndim or std.ndim:
+        means, stds = torch.broadcast_tensors(mean, std)  # [C] each
+        return Section(scaling_factor=1.0, latents_mean=means.tolist(), latents_std=stds.tolist())
+    shift = {"shift_factor": float(mean)} if float(mean) else {}
+    return Section(scaling_factor=1.0 / float(std), **shift)
+
+
+def export_config(config: Section) -> Section:
+    """Return diffusers' config for all of `KLAutoencoder`'s keyword arguments, without the statistics of latents.
 
     Raises:
         UserError: an architecture that diffusers cannot express.
@@ -308,6 +362,6 @@ def export_config(config: Section, scaling_factor: float) -> Section:
             "layers_per_block": config["num_res_blocks"],
             "latent_channels": config["embed_dim"],
             "norm_num_groups": config["norm_groups"],
-            "scaling_factor": scaling_factor,
+            **{key: False for key in QUANT if not config.get(key, True)},
         }
     )
