@@ -30,9 +30,7 @@ ASKED_ELSEWHERE: dict[str, str] = {
     "ldm_lab/config/registry.py: inspect.getmembers(self.load())": "a constant of a class without a file",
 }
 # "file" or "file:qualified name" of what is larger than it should be -> why.
-LARGE: dict[str, str] = {
-    "ldm_lab/interfaces.py": "all contracts on one page, most of it docstrings",
-}
+LARGE: dict[str, str] = {}
 # Modules that rename without writing a file in one step -> why.
 RENAMED_ELSEWHERE: dict[str, str] = {
     "ldm_lab/curation/metadata/spark_engine.py": "numbers Spark's parts, in a folder that is not yet in place",
@@ -446,7 +444,7 @@ RULES = (
         large,
     ),
     Rule("of these without a line of reason in tests/house.py", 0, large_without_reason),
-    Rule("lines with Any, object, dicts of mixed values, unannotated parameters", 150, untyped),
+    Rule("lines with Any, object, dicts of mixed values, unannotated parameters", 145, untyped),
     Rule("places that declare a sampling option, beside SamplingOptions", 0, sampling_options_declared_again),
     Rule("modules that put a finished file in its place", 1, atomic_writers),
     Rule("modules that speak HTTP", 1, lambda: modules_that(speaks_http)),

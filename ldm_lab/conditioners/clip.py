@@ -70,6 +70,7 @@ class CLIP(EmbeddingConditioner):
         super().__init__()
         check_options(CLIP, model=model, pretrained=pretrained, architecture=architecture)
         import open_clip
+        from open_clip.transform import PreprocessCfg
 
         config = resolve_config(model, pretrained, architecture)
         self.built_in = model if architecture is None and not model.startswith(HUB) else None
@@ -77,7 +78,7 @@ class CLIP(EmbeddingConditioner):
         self.embed_dim = config["model_cfg"]["embed_dim"]
         self.text_cfg = config["model_cfg"]["text_cfg"]
         self.text_size = self.text_cfg.get("context_length", open_clip.CLIPTextCfg.context_length)
-        self.preprocessing = CLIPPreprocessing(open_clip.get_model_preprocess_cfg(self.clip))
+        self.preprocessing = CLIPPreprocessing(PreprocessCfg(**open_clip.get_model_preprocess_cfg(self.clip)))
         self.register_buffer("pixel_mean", self.preprocessing.mean, persistent=False)  # [3]
         self.register_buffer("pixel_std", self.preprocessing.std, persistent=False)  # [3]
 

@@ -3,7 +3,7 @@
 import functools
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from PIL import Image
@@ -20,6 +20,9 @@ from ldm_lab.config import PositiveInt, check_options, register
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Batch, Conditioner, Conditions, ConditionSpec, TokenIds
 from ldm_lab.pretrained.resolve import fetch
+
+if TYPE_CHECKING:
+    import tiktoken
 
 GPT2_VOCAB_SIZE = 50257  # 256 bytes, 50,000 merges, one token for padding
 GPT2_SMALLEST = 257
@@ -135,7 +138,7 @@ class GlideText(Conditioner):
 
 
 @functools.lru_cache(maxsize=2)
-def gpt2_encoding(vocab_size: int = GPT2_VOCAB_SIZE) -> Any:
+def gpt2_encoding(vocab_size: int = GPT2_VOCAB_SIZE) -> "tiktoken.Encoding":
     """Return the tiktoken encoding of the first `vocab_size` - 1 of GPT-2's tokens; merges are fetched if need be.
 
     Raises:

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, DictKeyType, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
@@ -85,7 +85,7 @@ def overlaid(config: DictConfig, overlay: DictConfig) -> DictConfig:
     return merged
 
 
-def _section(config: DictConfig, key: object) -> DictConfig | None:
+def _section(config: DictConfig, key: DictKeyType) -> DictConfig | None:
     if not OmegaConf.is_dict(config) or OmegaConf.is_missing(config, key):
         return None
     found = config._get_node(key)

@@ -143,12 +143,10 @@ class GlideUNet(Denoiser):
     @staticmethod
     def check(
         *, base_channels: int, multipliers: Sequence[int], attention: Sequence[int], head_width: int, norm_groups: int,
-        text_width: int, text_heads: int,
-    ) -> list[str]:  # fmt: skip
+        text_width: int, text_heads: int) -> list[str]:  # fmt: skip
         """Return what is wrong across the options."""
-        text = [] if text_width % text_heads == 0 else [f"{text_heads} heads do not divide text_width {text_width}"]
         widths = [base_channels * multiplier for multiplier in multipliers]
-        return [f"text_heads: {why}" for why in text] + _level_problems(widths, attention, head_width, norm_groups)
+        return _problems(widths, attention, head_width, norm_groups, text_width, text_heads)
 
     def freeze_groups(self) -> dict[str, list[nn.Parameter]]:
         """Return the parts that training may leave as they are, each with its parameters.
@@ -305,9 +303,13 @@ def _taken(conditions: ConditionSpec, channels: int, name: str) -> ConditionSpec
     return taken
 
 
-def _level_problems(widths: Sequence[int], attention: Sequence[int], head_width: int, norm_groups: int) -> list[str]:
-    """Return what is wrong with the levels of these widths, each as "key: what"."""
+def _problems(
+    widths: Sequence[int], attention: Sequence[int], head_width: int, norm_groups: int, text_width: int, text_heads: int
+) -> list[str]:
+    """Return what is wrong with a network whose levels have these widths, each as "key: what"."""
     scales, problems = [2**level for level in range(len(widths))], []
+    if text_width % text_heads:
+        problems.append(f"text_heads: {text_heads} heads do not divide text_width {text_width}")
     if unknown := [scale for scale in attention if scale not in scales]:
         problems.append(f"attention: {len(widths)} levels are at 1/{', 1/'.join(map(str, scales))}; not {unknown}")
     for scale, width in zip(scales, widths):

@@ -13,7 +13,7 @@ from ldm_lab.checkpoints.files import FORMAT
 from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.native import listed, save_model
 from ldm_lab.checkpoints.parts import load_part
-from ldm_lab.condition_sources import build_sources, given_conditions
+from ldm_lab.condition_sources import ConditionSources, build_sources, given_conditions
 from ldm_lab.config import ConditionerUse, RunConfig, register, signature_options
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import (
@@ -153,7 +153,7 @@ class DiffusionTask(Task):
             raise UserError(
                 f"init_from: {path} holds the denoiser {theirs.get('name')!r}, denoiser.name is {ours['name']!r}"
             )
-        check_forms(path, source_conditions(loaded), self.model.spec)
+        check_forms(path, source_conditions(build_sources(loaded.get("condition_sources"))), self.model.spec)
         if differing := differing_architecture(type(self.model), theirs, ours):
             raise UserError(f"init_from: {path} is of another size: {'; '.join(differing)}")
         before, std = section_of(loaded, "autoencoder").get("latent_std"), self.autoencoder.latent_std
@@ -213,9 +213,8 @@ def section_of(config: dict[str, Any], role: str) -> dict[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-def source_conditions(config: dict[str, Any]) -> ConditionSpec:
-    """Return what the condition sources of a config give. Raises UserError for sources that are not known."""
-    sources = build_sources(config.get("condition_sources"))
+def source_conditions(sources: ConditionSources) -> ConditionSpec:
+    """Return what condition sources give."""
     return {name: kind for source in sources.values() for name, kind in source.spec.items()}
 
 
