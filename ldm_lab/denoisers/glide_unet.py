@@ -30,6 +30,8 @@ from ldm_lab.interfaces import (
 )
 
 MAX_PERIOD = 10_000  # of the time's sinusoids
+FIRST = "input_blocks.0.0.weight"  # of the first convolution
+IMAGES = ("inpaint_image", "inpaint_mask", "low_res")  # conditions that it sees beside x, in the original's order
 EXACT = 1e-3  # a timestep this near to a whole one is the whole one: what is missing is float32's rounding of t
 
 
@@ -156,6 +158,22 @@ class GlideUNet(Denoiser):
         unet = [p for name, p in self.named_parameters() if id(p) not in known and ".encoder_kv." not in name]
         return {"text_transformer": text, "unet": unet}
 
+    def adapt_state_dict(self, state: dict[str, Tensor], spec: ConditionSpec) -> dict[str, Tensor]:
+        """Return a base model's weights for an inpainting model or an upsampler, as GLIDE's own was begun.
+
+        The first convolution has more input channels, which begin at zero (Nichol et al. 2022, arXiv 2112.10741,
+        section 4.3).
+        """
+        theirs, own = _places(spec, self.channels), _places(self.spec, self.channels)
+        weight, mine = state.get(FIRST), self.state_dict()[FIRST]  # [w, C + ., 3, 3]
+        known = max(place.stop for place in theirs.values())
+        if theirs == own or weight is None or weight.shape[1:2] != (known,) or not theirs.keys() <= own.keys():
+            return state
+        wider = weight.new_zeros(len(weight), *mine.shape[1:])  # [w, C + ., 3, 3]
+        for name, place in theirs.items():
+            wider[:, own[name]] = weight[:, place]
+        return {**state, FIRST: wider}
+
     # ------------------------------------------------------------------------------------------------------ text
 
     def encode_text(self, token_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -281,6 +299,17 @@ class GlideUNet(Denoiser):
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(module, *inputs, use_reentrant=False)  # the same dropout again, from the saved generator
         return module(*inputs)
+
+
+def _places(spec: ConditionSpec, channels: int) -> dict[str, slice]:
+    """Return whose the input channels of the first convolution are: x's, and in their order those of conditions."""
+    places, begin = {"x": slice(0, channels)}, channels
+    for name in IMAGES:
+        kind = spec.get(name)
+        if isinstance(kind, ImageCondition):
+            places[name] = slice(begin, begin + kind.channels)
+            begin += kind.channels
+    return places
 
 
 def _mlp(width_in: int, width: int) -> nn.Sequential:
