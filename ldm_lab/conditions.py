@@ -1,8 +1,8 @@
 """What a denoiser is told beside x and the time: the kinds of conditions, and how they are named.
 
 The conditions of a batch are a dict of tensors whose first axis is the batch. What they are is described by a
-`ConditionSpec`, name -> kind. Known names: "embed", "token_ids" with "token_ids_mask", "token_states" with
-"token_states_mask", "low_res" with "low_res_level", "inpaint_image", "inpaint_mask".
+`ConditionSpec`, name -> kind. The names that the package's own parts give: "embed", "token_ids" with "token_ids_mask",
+"token_states" with "token_states_mask", "low_res", "inpaint_image" with "inpaint_mask", and the optional "clip_embed".
 """
 
 from collections.abc import Mapping
@@ -18,12 +18,17 @@ Conditions = dict[str, Tensor]  # name -> [B, ...]
 
 @dataclass(frozen=True)
 class Embedding:
-    """One vector for each row, float [B, width]; zeros mean no condition."""
+    """One vector for each row, float [B, width]; zeros mean no condition.
+
+    Attributes:
+        optional: the conditions may lack it; a denoiser then leaves its layers for it out.
+    """
 
     width: int
+    optional: bool = False
 
     def __str__(self) -> str:
-        return f"embedding of {self.width}"
+        return f"embedding of {self.width}" + (", which may be missing" if self.optional else "")
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class ImageCondition:
 
 @dataclass(frozen=True)
 class Level:
-    """One number for each row, float [B], in [0, 1]: how noised another condition is."""
+    """One number for each row, float [B], in [0, 1]: how noised another condition is; no packaged part gives one."""
 
     def __str__(self) -> str:
         return "noise level"
@@ -97,10 +102,10 @@ def required_condition(spec: ConditionSpec, name: str, kind: type[Kind], denoise
         denoiser: registered name, for the message.
 
     Raises:
-        UserError: there is none of that name, or it is of another kind.
+        UserError: there is none of that name, it is of another kind, or it may be missing.
     """
     given = spec.get(name)
-    if not isinstance(given, kind):
+    if not isinstance(given, kind) or (isinstance(given, Embedding) and given.optional):
         raise UserError(
             f"denoiser.name: {denoiser} takes {name} ({kind.__name__}), and the conditioner and condition sources give "
             f"{describe_conditions(spec)}"

@@ -4,8 +4,8 @@ t runs from 1 (noise) to 0 (data). x = alpha(t) * x0 + sigma(t) * eps; v = alpha
 [-1, 1], [B, 3, H, W]; latents are [B, C, h, w] with about unit variance.
 
 A denoiser is told things beside x and the time, its *conditions* (`ldm_lab.conditions`). A conditioner gives some of
-them (made of images or texts), a condition source one or two more (a low-resolution image and its noise level, an
-inpainting mask); a denoiser takes exactly what they give together (`check_conditions`).
+them (made of images or texts), a condition source one or two more (a low-resolution image, an inpainting mask); a
+denoiser takes exactly what they give together (`check_conditions`).
 """
 
 from collections.abc import Callable, Sequence
@@ -272,12 +272,12 @@ class Conditioner(Part, nn.Module):
 
 
 class ConditionSource(Part, nn.Module):
-    """A condition that is neither text nor embedding: a low-resolution image and its noise level, a mask.
+    """A condition that is neither text nor embedding: a low-resolution image, a mask.
 
     It is never dropped for guidance: the unconditional prediction sees it, too.
 
     Attributes:
-        spec: what it gives.
+        spec: what it gives; `from_batch` and `from_request` may leave an optional condition out (`Embedding.optional`).
     """
 
     @property

@@ -9,6 +9,8 @@ import torch
 from stand_ins import FunctionDenoiser
 from tiny_glide import SIDE
 
+from ldm_lab.autoencoders.identity import IdentityAutoencoder
+from ldm_lab.autoencoders.kl_f8 import KLAutoencoder
 from ldm_lab.checkpoints.formats import noised_clip
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.clip import ClipGradient, ClipGuidance
@@ -114,10 +116,16 @@ def test_weighted_texts_lead_in_proportion_and_prompts_without_weight_do_not(bas
     assert targets[0].tolist() == pytest.approx([0.5, 0.0])
     with pytest.raises(UserError, match="CLIP guidance: each image needs a text with a weight above 0"):
         bright.check(["bright:0"], SamplingOptions(clip_guidance=3.0))
-    latent = led_by(tiny_glide.pipeline(), Bright())
-    latent.model.autoencoder.latent_std.fill_(2.0)
-    with pytest.raises(UserError, match="the noised CLIP sees pixels"):
-        latent.check(["bright"], SamplingOptions(clip_guidance=3.0))
+    scaled = tiny_glide.pipeline().model.autoencoder
+    scaled.latent_std.fill_(2.0)
+    for autoencoder, made in (
+        (scaled, r"pixels in \[-0\.5, 0\.5\]"),
+        (IdentityAutoencoder(zero_to_one=True), r"pixels in \[0, 1\]"),
+        (KLAutoencoder(z_channels=3, ch=4, ch_mult=(1,), norm_groups=4), "latents"),
+    ):
+        other = Pipeline(replace(bright.model, autoencoder=autoencoder))
+        with pytest.raises(UserError, match=rf"reads pixels in \[-1, 1\], and this model makes {made}$"):
+            other.check(["bright"], SamplingOptions(size=SIDE, clip_guidance=3.0))
 
 
 def tiny_clip():

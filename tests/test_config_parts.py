@@ -179,6 +179,24 @@ class Lazy(Sampler):
     def sample(self, predict, x, *, schedule, noise=None, callback=None):
         return x
 '''
+OBJECTIVE = '''
+from ldm_lab.config import register
+from ldm_lab.interfaces import Objective
+
+
+@register("objective", "lazy")
+class Lazy(Objective):
+    """An objective that reads its timestep_sampler and never sets it."""
+
+    def __init__(self, *, shift: float = 0.0):
+        self.schedule, self.shift = None, shift
+
+    def loss_terms(self, denoiser, x0, conditions, t, noise):
+        return {"loss": t, self.timestep_sampler: t}
+
+    def predict(self, denoiser, x, t, conditions):
+        return x
+'''
 
 
 @pytest.fixture
@@ -275,6 +293,20 @@ def test_a_file_that_fails_is_named_in_a_line_and_breaks_nothing_else(own_module
     assert config.build("sampler", {"name": "ddim", "steps": 3}).steps == 3
     assert "denoiser: ccld_unet" in config.describe_parts()
     assert "plms" in registry.parts("sampler") and "broken_parts" in capsys.readouterr().err
+
+
+def test_to_read_an_attribute_is_not_to_have_it(own_modules):
+    (own_modules / "lazy_objective.py").write_text(OBJECTIVE)
+    registry.add_imports(["lazy_objective"])
+    with pytest.raises(UserError, match=r"lacks timestep_sampler, which ldm_lab\.interfaces\.Objective asks"):
+        config.build("objective", {"name": "lazy"})
+    (own_modules / "able_objective.py").write_text(
+        OBJECTIVE.replace("    def __init__", '    timestep_sampler = "sobol"\n\n    def __init__').replace(
+            '"lazy"', '"able"'
+        )
+    )
+    registry.add_imports(["able_objective"])
+    assert config.build("objective", {"name": "able"}).timestep_sampler == "sobol"
 
 
 def test_a_name_that_is_taken(own_modules):

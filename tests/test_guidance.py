@@ -219,6 +219,10 @@ def test_a_gradient_is_worked_in_for_samplers_that_do_not_follow_it(inputs):
     assert clipped.x0.abs().max() <= 0.5
     assert close(clipped.x0, (x.clamp(-0.5, 0.5) + sigma**2 / alpha).clamp(-0.5, 0.5))
     assert close(alpha * clipped.x0 + sigma * clipped.eps, x)
+    given = stack(plain, [Push(), ConditionScore()], schedule=schedule, uses_gradient=False)(x, t)
+    assert torch.equal(given.x0, worked_in.x0) and torch.equal(given.eps, worked_in.eps)
+    own = stack(plain, [Push(), ConditionScore(StaticThresholding(0.25))], schedule=schedule, uses_gradient=False)(x, t)
+    assert own.x0.abs().max() <= 0.25  # the one that was given, and no second one
 
 
 def test_rescale_needs_the_schedule(inputs):

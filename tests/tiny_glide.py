@@ -34,7 +34,7 @@ def conditions(
         taken["low_res"] = ImageCondition(3, scale_factor)
     if inpaint:
         taken |= {"inpaint_image": ImageCondition(channels), "inpaint_mask": ImageCondition(1)}
-    return {**taken, **({"clip_embed": Embedding(clip_width)} if clip_width else {})}
+    return {**taken, **({"clip_embed": Embedding(clip_width, optional=True)} if clip_width else {})}
 
 
 def config(upsampler: bool = False, inpaint: bool = False, dropout: float = 0.2) -> dict:

@@ -13,7 +13,7 @@ from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Autoencoder
 
 
-def load_part(role: str, config: PartConfig, read_weights: bool = True) -> nn.Module:
+def load_part(role: str, config: PartConfig | Section, read_weights: bool = True) -> nn.Module:
     """Build a frozen part and load its weights: evaluation mode, no gradients.
 
     Args:
@@ -40,8 +40,8 @@ def load_part(role: str, config: PartConfig, read_weights: bool = True) -> nn.Mo
     return module.eval().requires_grad_(False)
 
 
-def as_part_config(role: str, config: PartConfig) -> PartConfig:
-    """Return a section, also of plain data."""
+def as_part_config(role: str, config: PartConfig | Section) -> PartConfig:
+    """Return a section as typed values, also one of plain data."""
     return config if isinstance(config, PartConfig) else PartConfig.from_dict(role, config)
 
 
@@ -76,7 +76,7 @@ def _shape_statistics(module: Autoencoder, state: Mapping[str, Tensor]) -> None:
             setattr(module, name, own.expand(module.channels).clone())  # [C]
 
 
-def weights_path(role: str, config: PartConfig) -> Path | None:
+def weights_path(role: str, config: PartConfig | Section) -> Path | None:
     """Return the file with the weights of a part; None if its config names none.
 
     A class may know where the weights are published, and download them (`Part.pretrained_path`).
@@ -176,12 +176,12 @@ def load_fitting(module: nn.Module, state: dict[str, Tensor], path: str | Path) 
     return missing + other + [f"{name} of the file is not of this architecture" for name in state if name not in own]
 
 
-def has_weights(role: str, config: PartConfig) -> bool:
+def has_weights(role: str, config: PartConfig | Section) -> bool:
     """Return whether a part has trained weights: in a file that its config names, or brought along."""
     return weights_path(role, config) is not None or _identity(role, config) is not None
 
 
-def weights_sha256(role: str, config: PartConfig) -> str | None:
+def weights_sha256(role: str, config: PartConfig | Section) -> str | None:
     """Return the checksum of the file with a part's weights (see `weights_path`).
 
     Of a part that brings its own along it is what pins them (`Part.weights_identity`); None if it is as initialized.
@@ -190,6 +190,6 @@ def weights_sha256(role: str, config: PartConfig) -> str | None:
     return _identity(role, config) if path is None else weights_checksum(path)
 
 
-def _identity(role: str, config: PartConfig) -> str | None:
+def _identity(role: str, config: PartConfig | Section) -> str | None:
     config = as_part_config(role, config)
     return config.load().weights_identity(config.to_dict())

@@ -22,7 +22,7 @@ class ClipEmbed(ConditionSource):
 
     @property
     def spec(self) -> ConditionSpec:
-        return {"clip_embed": Embedding(self.width)}
+        return {"clip_embed": Embedding(self.width, optional=True)}
 
     def from_batch(self, batch: Batch, x0: Tensor, generator: torch.Generator | None) -> Conditions:
         """Return nothing: the network leaves its layers for the vector out."""

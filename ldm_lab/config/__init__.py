@@ -28,11 +28,12 @@ from ldm_lab.config.checks import check_keys, check_mapping, check_options, chec
 from ldm_lab.config.listing import describe_parts
 from ldm_lab.config.loading import read, to_yaml
 from ldm_lab.config.registry import FROZEN, MAPPINGS, ROLES, part_class, parts, register, signature_options, use_keys
-from ldm_lab.config.run_config import PartConfig, RunConfig, build, check, load
+from ldm_lab.config.run_config import LARGEST_SEED, PartConfig, RunConfig, build, check, load
 from ldm_lab.config.uses import AutoencoderUse, ConditionerUse, PartUse
 
 __all__ = [
     "FROZEN",
+    "LARGEST_SEED",
     "MAPPINGS",
     "ROLES",
     "AutoencoderUse",

@@ -1,5 +1,6 @@
 """The contract of a role: what a part has to have beside its options, checked when its class is registered."""
 
+import dis
 import inspect
 from collections.abc import Iterator
 from types import CodeType, FunctionType
@@ -11,7 +12,8 @@ def missing_of_contract(cls: type, contract: str | None) -> str:
     Args:
         cls: to be registered.
         contract: name of a class of `ldm_lab.interfaces`: its methods that only raise NotImplementedError, and its
-            attributes that have an annotation and no value, are what a subclass has to bring.
+            attributes that have an annotation and no value, are what a subclass has to bring. It has an attribute that
+            one of its methods assigns (`self.NAME = ...`), or the class itself (a value, a property).
     """
     if contract is None:
         return ""
@@ -23,7 +25,7 @@ def missing_of_contract(cls: type, contract: str | None) -> str:
         return f"a {cls.part_role} has to be derived from ldm_lab.interfaces.{contract}"
     inherited, own = dict(inspect.getmembers(base)), dict(inspect.getmembers(cls))
     lacking = [f"{name}()" for name, value in inherited.items() if own[name] is value and _is_abstract(value)]
-    assigned = {word for code in _codes(cls, base) for word in (*code.co_names, *code.co_consts)}
+    assigned = {name for code in _codes(cls, base) for name in _assigned(code)}
     wanted = [name for name in inspect.get_annotations(base) if name not in inherited]
     lacking += [name for name in wanted if name not in own and name not in assigned]
     if lacking:
@@ -35,6 +37,11 @@ def _is_abstract(member: FunctionType | property) -> bool:
     function = member.fget if isinstance(member, property) else member
     ours = isinstance(function, FunctionType) and function.__module__ == "ldm_lab.interfaces"  # not torch's forward
     return ours and "NotImplementedError" in function.__code__.co_names
+
+
+def _assigned(code: CodeType) -> Iterator[str]:
+    """Yield the names of the attributes that a function sets; to read one is not enough."""
+    yield from (its.argval for its in dis.get_instructions(code) if its.opname == "STORE_ATTR")
 
 
 def _codes(cls: type, base: type) -> Iterator[CodeType]:

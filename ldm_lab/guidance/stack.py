@@ -13,13 +13,14 @@ def stack(predict: Predict, wrappers: Sequence[Wrapper], *, schedule: Schedule, 
 
     Args:
         predict: x [B, C, h, w], t [B] -> Prediction, such as that of `ldm_lab.guidance.classifier_free.guided`.
-        wrappers: the ones in use. `ConditionScore` need not be among them.
+        wrappers: the ones in use. `ConditionScore` is added where it is needed and not among them.
         schedule: of the model.
         uses_gradient: whether the sampler follows `Prediction.gradient` itself (`Sampler.uses_gradient`); for the
             others it is worked into x0 and eps.
     """
     wrappers = list(wrappers)
-    if not uses_gradient and any(wrapper.adds_gradient for wrapper in wrappers):
+    is_worked_in = uses_gradient or any(isinstance(wrapper, ConditionScore) for wrapper in wrappers)
+    if not is_worked_in and any(wrapper.adds_gradient for wrapper in wrappers):
         thresholds = [wrapper for wrapper in wrappers if isinstance(wrapper, StaticThresholding)]
         wrappers.append(ConditionScore(thresholds[0] if thresholds else None))
     for wrapper in sorted(wrappers, key=lambda wrapper: wrapper.order):

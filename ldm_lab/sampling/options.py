@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Le, Lt
+from annotated_types import Ge, Interval, Le
 from PIL import Image
 
-from ldm_lab.config import PartSection, PositiveInt, Share, build, check_section, register
+from ldm_lab.config import LARGEST_SEED, PartSection, PositiveInt, Share, build, check_section, register
 from ldm_lab.errors import UserError
 
 SamplerConfig = dict[str, str | int | float | bool | None]  # a sampler's name and options
@@ -22,7 +22,6 @@ OptionValue = str | int | float | bool | Path | Image.Image | tuple[float, float
 Resize = Literal["crop", "pad", "stretch"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
-LARGEST_SEED = 2**62  # leaves room to count on in 64 bits
 MIN_TIMESTEPS_FAST27 = 50  # that GLIDE's respacing for upsampling needs
 DEFAULT_UPSAMPLER = "ddim"
 DEFAULT_SAMPLER = "unipc"  # nearest to the converged picture for its model calls (docs/measured.md)
@@ -103,7 +102,7 @@ class SamplingOptions:
     aesthetic_embeddings: str | Path | None = None
     clip_guidance: float | None = None
     rerank: PositiveInt = 1
-    seed: Annotated[int, Ge(-1), Lt(LARGEST_SEED)] = 0
+    seed: Annotated[int, Interval(ge=-1, le=LARGEST_SEED)] = 0
     batch_size: PositiveInt = 16
     tile: PositiveInt | None = None
 

@@ -141,7 +141,7 @@ class _Encoder:
 
 @torch.no_grad()
 def target_embeddings(model: Model, mixes: Sequence[Sequence[Prompt]], guidance: float) -> Tensor:
-    """Return what CLIP guidance leads each picture to, [N, D]: its texts' embeddings, in proportion to their weights.
+    """Return what CLIP guides each picture toward, [N, D]: its texts' embeddings, in proportion to their weights.
 
     Raises:
         UserError: a picture without a text that has a weight above 0, a model of latents.
@@ -156,9 +156,14 @@ def target_embeddings(model: Model, mixes: Sequence[Sequence[Prompt]], guidance:
 
 
 def check_target_embeddings(model: Model, mixes: Sequence[Sequence[Prompt]], guidance: float) -> None:
-    """Raise UserError for pictures that CLIP guidance leads nowhere, and for a model of latents."""
-    if model.pixel_bound != 1:
-        raise UserError("CLIP guidance: the noised CLIP sees pixels, this model makes latents")
+    """Raise UserError for pictures that CLIP guidance has no text for, and for a model of anything but GLIDE's pixels.
+
+    The noised CLIP was trained on pixels in [-1, 1].
+    """
+    pixel_range = model.autoencoder.pixel_range
+    if pixel_range != (-1, 1):
+        made = "latents" if pixel_range is None else f"pixels in [{pixel_range[0]:g}, {pixel_range[1]:g}]"
+        raise UserError(f"CLIP guidance: the noised CLIP reads pixels in [-1, 1], and this model makes {made}")
     for mix in mixes:
         _text_shares(mix, guidance)
 

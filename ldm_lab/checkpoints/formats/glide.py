@@ -121,7 +121,7 @@ def infer_conditions(state: Shapes) -> ConditionSpec:
     if inpaint:
         conditions |= {"inpaint_image": ImageCondition(channels), "inpaint_mask": ImageCondition(1)}
     if "clip_to_xf.weight" in state:
-        conditions["clip_embed"] = Embedding(state["clip_to_xf.weight"].shape[1])
+        conditions["clip_embed"] = Embedding(state["clip_to_xf.weight"].shape[1], optional=True)
     return conditions
 
 
