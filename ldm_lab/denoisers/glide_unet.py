@@ -148,10 +148,7 @@ class GlideUNet(Denoiser):
         return _problems(options)
 
     def freeze_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Return the parts that training may leave as they are, each with its parameters.
-
-        Those of glide-finetune: with the U-Net frozen, `encoder_kv`, by which it reads the text, is still trained.
-        """
+        """Return glide-finetune's parts to freeze; `encoder_kv`, by which a U-Net reads the text, is none of them."""
         modules = (self.token_embedding, self.transformer, self.final_ln, self.transformer_proj)
         text = [self.positional_embedding, self.padding_embedding, *(p for m in modules for p in m.parameters())]
         known = {id(p) for p in text}
@@ -159,20 +156,8 @@ class GlideUNet(Denoiser):
         return {"text_transformer": text, "unet": unet}
 
     def adapt_state_dict(self, state: dict[str, Tensor], spec: ConditionSpec) -> dict[str, Tensor]:
-        """Return a base model's weights for an inpainting model or an upsampler, as GLIDE's own was begun.
-
-        The first convolution has more input channels, which begin at zero (Nichol et al. 2022, arXiv 2112.10741,
-        section 4.3).
-        """
-        theirs, own = _places(spec, self.channels), _places(self.spec, self.channels)
-        weight, mine = state.get(FIRST), self.state_dict()[FIRST]  # [w, C + ., 3, 3]
-        known = max(place.stop for place in theirs.values())
-        if theirs == own or weight is None or weight.shape[1:2] != (known,) or not theirs.keys() <= own.keys():
-            return state
-        wider = weight.new_zeros(len(weight), *mine.shape[1:])  # [w, C + ., 3, 3]
-        for name, place in theirs.items():
-            wider[:, own[name]] = weight[:, place]
-        return {**state, FIRST: wider}
+        """Return a base model's weights for an inpainting model or an upsampler, as GLIDE's own was begun."""
+        return _widened(state, _places(spec, self.channels), _places(self.spec, self.channels))
 
     # ------------------------------------------------------------------------------------------------------ text
 
@@ -310,6 +295,21 @@ def _places(spec: ConditionSpec, channels: int) -> dict[str, slice]:
             places[name] = slice(begin, begin + kind.channels)
             begin += kind.channels
     return places
+
+
+def _widened(state: dict[str, Tensor], theirs: dict[str, slice], ours: dict[str, slice]) -> dict[str, Tensor]:
+    """Return weights whose first convolution has input channels at other places; new ones are zero.
+
+    Nichol et al. 2022 (arXiv 2112.10741), section 4.3. Weights that do not have channels at `theirs` stay as they are.
+    """
+    weight = state.get(FIRST)  # [w, C + ., 3, 3]
+    known, wanted = (max(place.stop for place in places.values()) for places in (theirs, ours))
+    if theirs == ours or weight is None or weight.shape[1:2] != (known,) or not theirs.keys() <= ours.keys():
+        return state
+    wider = weight.new_zeros(len(weight), wanted, *weight.shape[2:])  # [w, C + ., 3, 3]
+    for name, place in theirs.items():
+        wider[:, ours[name]] = weight[:, place]
+    return {**state, FIRST: wider}
 
 
 def _mlp(width_in: int, width: int) -> nn.Sequential:
