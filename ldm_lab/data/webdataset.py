@@ -56,7 +56,7 @@ class WebDataset(ShardSource):
         addresses = expand(self.shards)
         if self.scores is not None:
             if find_spec("pyarrow") is None:
-                raise UserError("data.scores: pyarrow has to be installed for it: pip install 'ldm_lab[curation]'")
+                raise UserError("data.scores: pyarrow has to be installed for it: pip install -e '.[curation]'")
             missing = [path for path in (scores_path(a, self.scores) for a in addresses) if not os.path.isfile(path)]
             if missing:
                 raise UserError(

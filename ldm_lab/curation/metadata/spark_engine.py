@@ -32,7 +32,7 @@ appender.console.layout.pattern = %d{HH:mm:ss} %p %c{1}: %m%n
 
 @register("engine", "spark")
 class Spark(Engine):
-    """Apache Spark, version 4; needs Java 17 and `pip install 'ldm_lab[spark]'`.
+    """Apache Spark, version 4; needs Java 17 and `pip install -e '.[spark]'`.
 
     Args:
         master: such as local[*], spark://host:7077, yarn.
@@ -50,7 +50,7 @@ class Spark(Engine):
                 from pyspark.errors import PySparkException
                 from pyspark.sql import SparkSession
         except ImportError:
-            raise UserError("engine: Spark is not installed: pip install 'ldm_lab[spark]'") from None
+            raise UserError("engine: Spark is not installed: pip install -e '.[spark]'") from None
         from py4j.protocol import Py4JError
 
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
