@@ -163,7 +163,7 @@ class NativeModel(_Native):
 
 
 @register_importer
-class Run(Importer):
+class RunCheckpoint(Importer):
     """A checkpoint of a run of ours: `last.ckpt`, `step=....ckpt`."""
 
     kind = "run"
