@@ -9,7 +9,7 @@ import torch
 from tiny import DENOISER, ROOT, embedding, make_parts, make_run
 
 from ldm_lab.checkpoints.native import save_model
-from ldm_lab.config import build
+from ldm_lab.config import build, registry
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
 
@@ -32,6 +32,7 @@ def write_models(folder: Path) -> None:
 @pytest.mark.slow
 def test_the_blocks_of_the_page(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))  # the page's sampler is forgotten afterwards
     write_models(tmp_path)
     namespace: dict[str, object] = {}
     for block in BLOCKS:
