@@ -53,11 +53,12 @@ def registries(folder, monkeypatch):
 def test_the_commands_of_a_section(folder, registries, program, heading):
     for block in COMMANDS.findall(SECTIONS[heading]):
         for command in block.splitlines():
-            first, *words = shlex.split(command)
-            if first == "python":
-                runpy.run_path(words[0], run_name="__main__")
+            words = shlex.split(command)
+            if words[:3] != ["python", "-m", "ldm_lab"]:
+                assert words[0] == "python", command
+                runpy.run_path(words[1], run_name="__main__")
                 continue
-            assert first == "ldm-lab", command
+            words = words[3:]
             code, out, err = program("ldm_lab.__main__", *words)
             assert code == 0, f"{command}\n{out[-2000:]}\n{err[-4000:]}"
             if "--out" in words:

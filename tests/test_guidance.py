@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ldm_lab.guidance.base import Wrapper
-from ldm_lab.guidance.classifier_free import guided, null_condition_weight
+from ldm_lab.guidance.classifier_free import guided, null_condition_weight, weighted_sum
 from ldm_lab.guidance.clip import ClipGradient
 from ldm_lab.guidance.condition_score import ConditionScore
 from ldm_lab.guidance.inpaint import Inpaint
@@ -223,6 +223,22 @@ def test_a_gradient_is_worked_in_for_samplers_that_do_not_follow_it(inputs):
     assert torch.equal(given.x0, worked_in.x0) and torch.equal(given.eps, worked_in.eps)
     own = stack(plain, [Push(), ConditionScore(StaticThresholding(0.25))], schedule=schedule, uses_gradient=False)(x, t)
     assert own.x0.abs().max() <= 0.25  # the one that was given, and no second one
+
+
+def test_a_variant_combines_the_predictions_of_all_conditions_in_its_own_way(inputs):
+    x, t, cond, null = inputs
+
+    def guided_x0_unguided_eps(predictions, weights):  # CFG++
+        return weighted_sum(predictions, weights)._replace(eps=predictions.eps[0])
+
+    for weight in (1.0, 3.0):
+        one, weights = {"embed": cond["embed"][:, :1]}, torch.full((B, 1), weight)
+        given = guided(Stand(), one, null, weights)(x, t)
+        out = guided(Stand(), one, null, weights, combine=guided_x0_unguided_eps)(x, t)
+        unguided = guided(Stand(), one, null, torch.zeros(B, 1), interval=(0.0, 1.0))(x, t)
+        assert torch.equal(out.x0, given.x0) and torch.equal(out.eps, unguided.eps)
+    with pytest.raises(ValueError, match="a guide model needs weighted_sum"):
+        guided(Stand(), one, null, weights, combine=guided_x0_unguided_eps, guide_model=Stand())
 
 
 def test_rescale_needs_the_schedule(inputs):

@@ -708,7 +708,7 @@ def test_a_folder_of_all_endings_and_one_of_images_that_take_another_package(tmp
     (tmp_path / "photo.HEIC").write_bytes(HEIC)
     data = module({"name": "folder", "path": str(tmp_path), "max_skipped": 0.5}, epochs=1)
     assert len(keys(take(data))) == len(endings)
-    assert "HEIC image, which takes pip install 'ldm_lab[images]' 1 (e.g. photo.HEIC)" in data.summary()
+    assert "HEIC image, which takes pip install -e '.[images]' 1 (e.g. photo.HEIC)" in data.summary()
 
 
 def test_training_and_scores_see_what_prompts_see():

@@ -6,7 +6,7 @@ shifts every residual block; its whole sequence stands beside the pixels in ever
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ldm_lab.config import Options, PositiveInt, ShareBelowOne, check_options, register, signature_options
+from ldm_lab.config import PositiveInt, ShareBelowOne, check_options, register, signature_options
 from ldm_lab.denoisers.glide_layers import AttentionBlock, Builder, GroupNorm, LayerNorm, ResBlock, Transformer, zeroed
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import (
@@ -30,6 +30,8 @@ from ldm_lab.interfaces import (
 )
 
 MAX_PERIOD = 10_000  # of the time's sinusoids
+FIRST = "input_blocks.0.0.weight"  # of the first convolution
+IMAGES = ("inpaint_image", "inpaint_mask", "low_res")  # conditions that it sees beside x, in the original's order
 EXACT = 1e-3  # a timestep this near to a whole one is the whole one: what is missing is float32's rounding of t
 
 
@@ -141,20 +143,23 @@ class GlideUNet(Denoiser):
         nn.init.normal_(self.padding_embedding, std=0.02)
 
     @staticmethod
-    def check(options: Options) -> list[str]:
+    def check(
+        *, base_channels: int, multipliers: Sequence[int], attention: Sequence[int], head_width: int, norm_groups: int,
+        text_width: int, text_heads: int) -> list[str]:  # fmt: skip
         """Return what is wrong across the options."""
-        return _problems(options)
+        return _problems(base_channels, multipliers, attention, head_width, norm_groups, text_width, text_heads)
 
     def freeze_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Return the parts that training may leave as they are, each with its parameters.
-
-        Those of glide-finetune: with the U-Net frozen, `encoder_kv`, by which it reads the text, is still trained.
-        """
+        """Return glide-finetune's parts to freeze; `encoder_kv`, by which a U-Net reads the text, is none of them."""
         modules = (self.token_embedding, self.transformer, self.final_ln, self.transformer_proj)
         text = [self.positional_embedding, self.padding_embedding, *(p for m in modules for p in m.parameters())]
         known = {id(p) for p in text}
         unet = [p for name, p in self.named_parameters() if id(p) not in known and ".encoder_kv." not in name]
         return {"text_transformer": text, "unet": unet}
+
+    def adapt_state_dict(self, state: dict[str, Tensor], spec: ConditionSpec) -> dict[str, Tensor]:
+        """Return a base model's weights for an inpainting model or an upsampler, as GLIDE's own was begun."""
+        return _widened(state, _places(spec, self.channels), _places(self.spec, self.channels))
 
     # ------------------------------------------------------------------------------------------------------ text
 
@@ -283,6 +288,32 @@ class GlideUNet(Denoiser):
         return module(*inputs)
 
 
+def _places(spec: ConditionSpec, channels: int) -> dict[str, slice]:
+    """Return whose the input channels of the first convolution are: x's, and in their order those of conditions."""
+    places, begin = {"x": slice(0, channels)}, channels
+    for name in IMAGES:
+        kind = spec.get(name)
+        if isinstance(kind, ImageCondition):
+            places[name] = slice(begin, begin + kind.channels)
+            begin += kind.channels
+    return places
+
+
+def _widened(state: dict[str, Tensor], theirs: dict[str, slice], ours: dict[str, slice]) -> dict[str, Tensor]:
+    """Return weights whose first convolution has input channels at other places; new ones are zero.
+
+    Nichol et al. 2022 (arXiv 2112.10741), section 4.3. Weights that do not have channels at `theirs` stay as they are.
+    """
+    weight = state.get(FIRST)  # [w, C + ., 3, 3]
+    known, wanted = (max(place.stop for place in places.values()) for places in (theirs, ours))
+    if theirs == ours or weight is None or weight.shape[1:2] != (known,) or not theirs.keys() <= ours.keys():
+        return state
+    wider = weight.new_zeros(len(weight), wanted, *weight.shape[2:])  # [w, C + ., 3, 3]
+    for name, place in theirs.items():
+        wider[:, ours[name]] = weight[:, place]
+    return {**state, FIRST: wider}
+
+
 def _mlp(width_in: int, width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width_in, width), nn.SiLU(), nn.Linear(width, width))
 
@@ -300,26 +331,26 @@ def _taken(conditions: ConditionSpec, channels: int, name: str) -> ConditionSpec
     return taken
 
 
-def _problems(sizes: Options) -> list[str]:
+def _problems(
+    base_channels: int,
+    multipliers: Sequence[int],
+    attention: Sequence[int],
+    head_width: int,
+    norm_groups: int,
+    text_width: int,
+    text_heads: int,
+) -> list[str]:
     """Return what is wrong with a network's options, each as "key: what"."""
-    problems = []
-    multipliers, attention = sizes["multipliers"], sizes["attention"]
-    if sizes["text_width"] % sizes["text_heads"]:
-        problems.append(f"text_heads: {sizes['text_heads']} heads do not divide text_width {sizes['text_width']}")
-    scales = [2**level for level in range(len(multipliers))]
+    widths = [base_channels * multiplier for multiplier in multipliers]
+    scales, problems = [2**level for level in range(len(widths))], []
+    if text_width % text_heads:
+        problems.append(f"text_heads: {text_heads} heads do not divide text_width {text_width}")
     if unknown := [scale for scale in attention if scale not in scales]:
-        problems.append(f"attention: {len(multipliers)} levels are at 1/{', 1/'.join(map(str, scales))}; not {unknown}")
-    for scale, multiplier in zip(scales, multipliers):
-        width = sizes["base_channels"] * multiplier
-        if width % sizes["norm_groups"]:
-            groups = sizes["norm_groups"]
-            return [
-                *problems,
-                f"base_channels: makes a level {width} wide, which is no multiple of {groups} (norm_groups)",
-            ]
-        if (scale in attention or scale == scales[-1]) and width % sizes["head_width"]:
-            problems.append(
-                f"head_width: {sizes['head_width']} does not divide {width}, a level's width with attention"
-            )
-            break
+        problems.append(f"attention: {len(widths)} levels are at 1/{', 1/'.join(map(str, scales))}; not {unknown}")
+    for scale, width in zip(scales, widths):
+        if width % norm_groups:
+            why = f"which is no multiple of {norm_groups} (norm_groups)"
+            return [*problems, f"base_channels: makes a level {width} wide, {why}"]
+        if (scale in attention or scale == scales[-1]) and width % head_width:
+            return [*problems, f"head_width: {head_width} does not divide {width}, a level's width with attention"]
     return problems

@@ -1,6 +1,7 @@
-"""Guidance: wrappers `predict -> predict` around what the denoiser says, one a file.
+"""Guidance: classifier-free guidance, and wrappers `predict -> predict` around it, one a file.
 
-`classifier_free`   weighted prompts, interval, rescale, autoguidance: makes the innermost `predict`
+`classifier_free`   weighted prompts, interval, rescale, autoguidance: makes the innermost `predict`; its variants
+                    replace the function that combines the predictions of the conditions (`Combine`)
 `base`              what the wrappers around it are; each states its place
 `thresholding`      10: static thresholding (clip_denoised)
 `clip`              20: CLIP guidance, a gradient in the predictions

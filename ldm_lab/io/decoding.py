@@ -22,7 +22,7 @@ IMAGE_ENDINGS = (
 )
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 DEEP = 9  # bits of a sample
-EXTRA = "pip install 'ldm_lab[images]'"
+EXTRA = "pip install -e '.[images]'"
 
 
 def decode_image(data: bytes, min_size: int = 1, max_pixels: int | None = None) -> Image.Image:

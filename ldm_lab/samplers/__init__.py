@@ -11,7 +11,7 @@ of x does not depend on the other rows.
 
 `ddim`          DDIM and ddim_extrapolated
 `ancestral`     ddpm
-`karras`        euler and heun in x / alpha, with churn
-`exponential`   dpmpp_2m, dpmpp_2m_sde, unipc
+`edm`           euler and heun in x / alpha, with churn
+`dpm_solver`    dpmpp_2m, dpmpp_2m_sde, unipc
 `pndm`          prk, plms, pie, plms2, iplms
 """

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from ldm_lab.config import Options, register
+from ldm_lab.config import register
 from ldm_lab.interfaces import Noise, Predict, Schedule
 from ldm_lab.samplers.base import GridSampler, Run, Step
 from ldm_lab.schedules import RespacedSchedule, Steps, num_steps
@@ -26,7 +26,7 @@ ADAMS_BASHFORTH = {
     4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 }
 
-STEEP = 150  # sigma / alpha above which the first step is DDIM's
+MAX_SIGMA_OVER_ALPHA = 150  # sigma / alpha above which the first step is DDIM's
 
 
 class Slope(NamedTuple):
@@ -59,12 +59,12 @@ class PseudoNumerical(GridSampler):
     def step(self, run: Run, i: int, x: Tensor) -> Step:
         """Return a transfer by the method's slope; the last one leads to t = 0."""
         t1, t2 = run.times[i], run.times[i + 1]  # [], []
-        steep = int(run.sigma[0] > STEEP * run.alpha[0])
-        if i < steep:
+        ddim_steps = int(run.sigma[0] > MAX_SIGMA_OVER_ALPHA * run.alpha[0])
+        if i < ddim_steps:
             prediction = run.model(x, t1)
             alpha, sigma = run.schedule.alpha_sigma(t2)  # [], []
             return Step(alpha * prediction.x0 + sigma * prediction.eps, prediction.x0)
-        past = [step.eps for step in run.past[: i - steep] if step.eps is not None]  # [B, C, h, w] each
+        past = [step.eps for step in run.past[: i - ddim_steps] if step.eps is not None]  # [B, C, h, w] each
         slope = self.slope(run, past, x, t1, t2)
         return Step(transfer(run, x, slope.eps, t1, t2), slope.x0, slope.own)
 
@@ -112,7 +112,7 @@ def multistep(run: Run, past: list[Tensor], x: Tensor, t1: Tensor, order: int) -
     return Slope(sum(others, start=first), prediction.x0, prediction.eps)
 
 
-class Historic(PseudoNumerical):
+class GlideVariant(PseudoNumerical):
     """What PRK and PLMS have in common: a variant that repeats what GLIDE's users had."""
 
     def __init__(self, *, steps: Steps = 50, variant: Literal["pndm", "glide"] = "pndm") -> None:
@@ -130,13 +130,11 @@ class Historic(PseudoNumerical):
             self.steps -= 2
 
     @staticmethod
-    def check(options: Options) -> list[str]:
+    def check(*, steps: Steps = 50, variant: str | None = None) -> list[str]:
         """Return what is wrong across the options."""
-        problems = PseudoNumerical.check(options)
-        if not problems and options.get("variant") == "glide" and num_steps(options.get("steps", 50)) < 3:
-            problems.append(
-                f"steps: variant glide leaves out two of them, so at least 3 are needed, not {options['steps']}"
-            )
+        problems = PseudoNumerical.check(steps=steps)
+        if not problems and variant == "glide" and num_steps(steps) < 3:
+            problems.append(f"steps: variant glide leaves out two of them, so at least 3 are needed, not {steps}")
         return problems
 
     def times(self, schedule: Schedule) -> Tensor:
@@ -153,7 +151,7 @@ class Historic(PseudoNumerical):
 
 
 @register("sampler", "prk")
-class PRK(Historic):
+class PRK(GlideVariant):
     """Pseudo Runge-Kutta with the classical four stages: four model calls a step."""
 
     def slope(self, run: Run, past: list[Tensor], x: Tensor, t1: Tensor, t2: Tensor) -> Slope:
@@ -162,7 +160,7 @@ class PRK(Historic):
 
 
 @register("sampler", "plms")
-class PLMS(Historic):
+class PLMS(GlideVariant):
     """Pseudo linear multistep over four slopes: a model call a step after three Runge-Kutta steps (steps + 9 calls)."""
 
     def slope(self, run: Run, past: list[Tensor], x: Tensor, t1: Tensor, t2: Tensor) -> Slope:

@@ -77,7 +77,7 @@ class Model:
         """Return whose embeddings the conditioner gives (`ldm_lab.checkpoints.embedders`); None if nobody knows."""
         return None if self.conditioner_config is None else embedder_of(self.conditioner_config)
 
-    def clip(self) -> NoisedCLIP:
+    def load_noised_clip(self) -> NoisedCLIP:
         """Return the CLIP of CLIP guidance. Raises UserError if it cannot be loaded."""
         if self.noised_clip is None:
             self.noised_clip = noised_clip.load().to("cpu" if self.offload else self.device)

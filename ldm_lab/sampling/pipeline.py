@@ -187,7 +187,7 @@ class Pipeline:
         predict = stack(predict, wrappers, schedule=schedule, uses_gradient=request.sampler.uses_gradient)
 
         # 5. The sampler.
-        clip = None if options.clip_guidance is None else model.clip()
+        clip = None if options.clip_guidance is None else model.load_noised_clip()
         with model.on_device(model.denoiser, model.guide_model, clip), model.evaluating():
             return request.sampler.sample(predict, x, schedule=schedule, noise=noise, callback=callback)
 
@@ -225,7 +225,7 @@ class Pipeline:
             wrappers.append(StaticThresholding(bound or 1 / float(model.autoencoder.latent_std.min())))
         if options.clip_guidance is not None:
             targets = target_embeddings(model, [request.mixes[i] for i in pictures], request.guidance)  # [B, D]
-            guidance = ClipGuidance(model.clip(), options.clip_guidance)
+            guidance = ClipGuidance(model.load_noised_clip(), options.clip_guidance)
             wrappers.append(ClipGradient(guidance, targets.to(model.device)))
         if known is not None and mask is not None:
             wrappers.append(Inpaint(known, mask))

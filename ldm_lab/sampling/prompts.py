@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm_lab.conditions import Conditions
 from ldm_lab.errors import UserError
-from ldm_lab.guidance.classifier_free import null_condition_weight, unguided_weights
+from ldm_lab.guidance.classifier_free import null_condition_weight, proportional_weights
 from ldm_lab.prompts import Prompt, parse_prompt
 from ldm_lab.sampling.aesthetic import Aesthetic
 from ldm_lab.sampling.model import Model
@@ -147,7 +147,7 @@ def target_embeddings(model: Model, mixes: Sequence[Sequence[Prompt]], guidance:
         UserError: a picture without a text that has a weight above 0, a model of latents.
     """
     shares = [_text_shares(mix, guidance) for mix in mixes]
-    clip, rows = model.clip(), []
+    clip, rows = model.load_noised_clip(), []
     with model.on_device(clip):
         for mix, share in zip(mixes, shares, strict=True):
             embeds = clip.text_embedding([prompt.text for prompt in mix if prompt.image is None])  # [k, D]
@@ -172,7 +172,7 @@ def _text_shares(mix: Sequence[Prompt], guidance: float) -> Tensor:
     """Return how much each text of a picture counts, [k], 1 in sum."""
     texts = [prompt for prompt in mix if prompt.image is None]
     weights = torch.tensor([[guidance if prompt.weight is None else prompt.weight for prompt in texts]])  # [1, k]
-    shares = unguided_weights(weights)[1:, 0]  # [k]
+    shares = proportional_weights(weights)[1:, 0]  # [k]
     if not shares.any():
         raise UserError("CLIP guidance: each image needs a text with a weight above 0")
     return shares

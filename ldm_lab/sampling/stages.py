@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ldm_lab.errors import UserError
-from ldm_lab.guidance.classifier_free import unguided_weights
+from ldm_lab.guidance.classifier_free import proportional_weights
 from ldm_lab.io.images import round_to_uint8
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling.decode import Sample
@@ -140,7 +140,7 @@ def _led_towards(stage: Stage, mix: Sequence[Prompt], guidance: float) -> list[P
     """Return the prompts that a picture is enlarged with: those that the base is led towards, in proportion."""
     total = stage.options.resolved(upsampler=True).guidance
     assert total is not None, "it is resolved"
-    shares = unguided_weights(prompt_weights([mix], guidance).float())[1:, 0].tolist()  # k numbers
+    shares = proportional_weights(prompt_weights([mix], guidance).float())[1:, 0].tolist()  # k numbers
     towards = [(prompt, share) for prompt, share in zip(mix, shares, strict=True) if share > 0]
     unconditional = stage.pipeline.model.conditioner.is_unconditional
     if total != 1 and (unconditional or not any(prompt.text.strip() for prompt, _ in towards)):

@@ -12,4 +12,4 @@ from importlib.util import find_spec
 from ldm_lab.errors import UserError
 
 if missing := [library for library in ("duckdb", "ibis", "pyarrow") if find_spec(library) is None]:
-    raise UserError(f"{', '.join(missing)} has to be installed for this: pip install 'ldm_lab[curation]'")
+    raise UserError(f"{', '.join(missing)} has to be installed for this: pip install -e '.[curation]'")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import ibis
 import ibis.expr.types as ir
 
-from ldm_lab.config import Options, Plain, register
+from ldm_lab.config import Plain, register
 from ldm_lab.curation.metadata.engine import Engine, ResultRow
 from ldm_lab.curation.metadata.inputs import DISK_FULL
 from ldm_lab.curation.metadata.layouts import unique_names
@@ -45,7 +45,7 @@ CONNECT_SECONDS = 10  # that a master's machine may take to answer
 
 @register("engine", "spark")
 class Spark(Engine):
-    """Apache Spark, version 4; needs Java 17 and `pip install 'ldm_lab[spark]'`.
+    """Apache Spark, version 4; needs Java 17 and `pip install -e '.[spark]'`.
 
     Args:
         master: such as local[*], spark://host:7077, yarn.
@@ -57,10 +57,10 @@ class Spark(Engine):
         self.master, self.config = master, dotted(config or {})
 
     @staticmethod
-    def check(section: Options) -> list[str]:
-        """Return what is wrong with the values of a section."""
+    def check(*, config: dict[str, Any] | None) -> list[str]:
+        """Return what is wrong with `config`."""
         problems = []
-        for name, value in dotted(section.get("config") or {}).items():
+        for name, value in dotted(config or {}).items():
             if not name.startswith("spark."):
                 problems.append(f"config.{name}: the settings of Spark begin with spark.")
             elif value != FIXED.get(name, value):
@@ -75,7 +75,7 @@ class Spark(Engine):
                 from pyspark.errors import PySparkException
                 from pyspark.sql import SparkSession
         except ImportError:
-            raise UserError("engine: Spark is not installed: pip install 'ldm_lab[spark]'") from None
+            raise UserError("engine: Spark is not installed: pip install -e '.[spark]'") from None
         from py4j.protocol import Py4JError
 
         check_reachable(self.master)

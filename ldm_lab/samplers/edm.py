@@ -58,17 +58,17 @@ class ProbabilityFlow(GridSampler):
 
     def to_x(self, run: Run, i: int, y: Tensor) -> Tensor:
         """Return x [B, C, h, w] at time i."""
-        return shown(y, run.sigma[i] / run.alpha[i], math.hypot(run.alpha[i], run.sigma[i]))
+        return to_model_input(y, run.sigma[i] / run.alpha[i], math.hypot(run.alpha[i], run.sigma[i]))
 
 
 def model(run: Run, y: Tensor, s: float) -> Prediction:
     """Return the prediction for y [B, C, h, w] at the noise level s."""
     t = run.schedule.t_of_sigma_over_alpha(torch.tensor(s, dtype=torch.float64))  # []
     alpha, sigma = run.schedule.alpha_sigma(t)  # [], []
-    return run.model(shown(y, s, math.hypot(alpha.item(), sigma.item())), t.float())
+    return run.model(to_model_input(y, s, math.hypot(alpha.item(), sigma.item())), t.float())
 
 
-def shown(y: Tensor, s: float, scale: float) -> Tensor:
+def to_model_input(y: Tensor, s: float, scale: float) -> Tensor:
     """Return x = alpha * y, [B, C, h, w], at the noise level s.
 
     alpha is scale / sqrt(1 + s^2) with the scale sqrt(alpha^2 + sigma^2), which is 1 where variance is preserved.
