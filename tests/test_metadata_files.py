@@ -357,3 +357,9 @@ def test_a_master_that_cannot_be_reached_is_not_a_missing_java(tmp_path, monkeyp
     ):
         pass
     assert "Java" not in str(caught.value)
+
+
+def test_rules_judge_the_caption_that_is_written(tmp_path, engine):
+    slurs = {"slurs": {"file": str(CASES / "slurs.txt")}}
+    _, rows = selected(CASES / "ct", engine, tmp_path / "out", slurs)
+    assert sorted(row["TEXT"] for row in rows) == ["nice four", "nice one", "nice two"]

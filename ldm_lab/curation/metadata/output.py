@@ -57,8 +57,8 @@ def _names(row: TableRow, wanted: Sequence[str] | None) -> dict[str, str]:
             names[taken[name]] = column
         elif name == "__index_level_0__" or (downloaded and name in BOOKKEEPING):
             continue
-        elif name.upper() in standard.values() and downloaded:
-            continue  # the sizes of the crawl beside those that were measured
+        elif name.upper() in taken.values():
+            continue  # such as the sizes of the crawl beside those that were measured: rules judge what is written
         else:
             names[name] = column
     if wanted is None:
