@@ -27,6 +27,8 @@ def test_the_text_of_a_part_says_what_its_signature_says(role):
     infos = registry.infos(role)
     assert infos, f"no parts of the role {role}"
     for info in infos.values():
+        if info.load().__module__.partition(".")[0] != "ldm_lab":
+            continue  # another test's
         signature = registry.signature_options(info.load())
         assert list(info.options) == list(signature), info.label
         for name, read in info.options.items():

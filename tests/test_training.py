@@ -154,6 +154,13 @@ def test_a_run_that_is_at_its_end_says_so(here, program):
     assert "step 1: nothing was left to do, trainer.max_steps=1 is reached" in out
 
 
+@pytest.mark.parametrize(("option", "value"), [("seed", -1), ("rerank", 2)])
+def test_grids_of_a_run_can_be_compared(here, program, option, value):
+    yaml = make_run(here, demo={"prompts": "prompts.txt", "sampling": {option: value}})
+    code, _, err = program("train", "--config", yaml)
+    assert code == 2 and f"demo.sampling.{option}: " in err
+
+
 def test_wandb_offline_keeps_the_grid_and_the_captions(here):
     yaml = make_run(
         here, demo={"prompts": "prompts.txt", "every": 6, "sampling": {"sampler": {"name": "ddim", "steps": 2}}}

@@ -11,7 +11,8 @@ FLAGS = {
     **dict.fromkeys(["negative-prompt", "neg-prompt", "neg", "uncond"], "--negative"),
     **dict.fromkeys(["cfg-rescale", "rescale-cfg"], "--guidance-rescale"),
     **dict.fromkeys(
-        ["width", "height", "w", "image-size", "resolution", "res"], "--size, as in --size 384x256 (width x height)"
+        ["width", "height", "w", "h", "image-size", "resolution", "res"],
+        "--size, as in --size 384x256 (width x height)",
     ),
     **dict.fromkeys(
         [
@@ -62,7 +63,7 @@ FLAGS = {
     "cpu": "--device cpu",
 }
 
-ANCESTRAL = "ddpm is the ancestral sampler here; or --sampler euler --churn 1"
+ANCESTRAL = "--sampler ddpm, the ancestral one, or --sampler euler --churn 1"
 # Letters and digits of a sampler's name, with "pp" for "++" and without a leading "k" or "sample" -> ours.
 SAMPLERS = {
     **dict.fromkeys(["euler", "eulerdiscrete"], "--sampler euler"),
@@ -77,6 +78,7 @@ SAMPLERS = {
     "ddpm": "--sampler ddpm",
     **dict.fromkeys(["p", "psample", "ancestral"], "--sampler ddpm"),
 }
+WITH_SPACING = {f"--sampler {name}" for name in ("euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc")}
 # "(a red car:1.2)": a weight as A1111 and ComfyUI write it.
 INNER_WEIGHT = re.compile(r"\([^()]+:\d+(\.\d+)?\)")
 
@@ -91,10 +93,12 @@ def our_sampler(name: str) -> str | None:
     """Return what another program's sampler is called here, in words; None for one that is not known."""
     letters = re.sub(r"[^a-z0-9]", "", name.lower().replace("++", "pp"))
     letters = re.sub(r"^(k|sample)(?=[a-z])|scheduler$", "", letters)
+    letters = re.sub("(exponential|sgmuniform)$", "", letters)
     spaced, karras = re.subn("karras$", "", letters)
     if spaced not in SAMPLERS:
         return None
-    return f"--sampler {name!r}: here it is {SAMPLERS[spaced]}{' --spacing karras' if karras else ''}"
+    spacing = " --spacing karras" if karras and SAMPLERS[spaced] in WITH_SPACING else ""
+    return f"--sampler {name!r}: here it is {SAMPLERS[spaced]}{spacing}"
 
 
 def weight_hint(text: str) -> str | None:

@@ -13,9 +13,9 @@ from ldm_lab.batch import Batch
 from ldm_lab.condition_sources.low_res import shrink
 from ldm_lab.config import PartSection, Plain, PositiveInt, register
 from ldm_lab.io.images import grid, save_png, to_images
-from ldm_lab.sampling import Pipeline, SamplingOptions
+from ldm_lab.sampling import Pipeline
 from ldm_lab.sampling.options import SUPER_RESOLUTION_DEMO
-from ldm_lab.training.demo import trained_model
+from ldm_lab.training.demo import comparable, trained_model
 from ldm_lab.training.diffusion import DiffusionTask
 from ldm_lab.training.logs import log_images
 from ldm_lab.training.reconstructions import Reconstructions, to_levels
@@ -55,7 +55,7 @@ class Enlargements(Reconstructions):
                 guidance; all of them at once.
         """
         super().__init__(folder, every=every, images=images)
-        self.options = SamplingOptions.from_values({**SUPER_RESOLUTION_DEMO, **(sampling or {})})
+        self.options = comparable({**SUPER_RESOLUTION_DEMO, **(sampling or {})}, "enlargements")
         self.texts: list[str] = []
 
     def state_dict(self) -> KeptImages:
