@@ -28,7 +28,7 @@ from ldm_lab.interfaces import (
     check_conditions,
     is_upsampler,
 )
-from ldm_lab.training.logs import say
+from ldm_lab.training.logs import print_rank_zero
 from ldm_lab.training.task import Task
 from ldm_lab.training.timesteps import TIMESTEP_SAMPLERS
 
@@ -157,7 +157,7 @@ class DiffusionTask(Task):
             raise UserError(f"init_from: {path} is of another size: {'; '.join(differing)}")
         before, std = section_of(loaded, "autoencoder").get("latent_std"), self.autoencoder.latent_std
         if isinstance(before, float) and before > 0 and bool(((std / before - 1).abs() > NEARLY).any()):
-            say(
+            print_rank_zero(
                 f"init_from: these weights were trained on latents divided by {before:g}, this run divides by "
                 f"{listed(std)} (autoencoder.latent_std={before:g} would be theirs)"
             )
