@@ -327,6 +327,20 @@ class Denoiser(Part, nn.Module):
     architecture_keys: ClassVar[tuple[str, ...]] = ()
     unordered_keys: ClassVar[tuple[str, ...]] = ()
 
+    def adapt_state_dict(self, state: dict[str, Tensor], spec: ConditionSpec) -> dict[str, Tensor]:
+        """Return weights of a network that is told less than this one, with places for what it is not told.
+
+        With them this network computes what that one did until it has learned to heed the rest.
+
+        Args:
+            state: the other network's weights.
+            spec: what condition sources tell that one.
+
+        Returns:
+            The same dict where nothing had to be done, or it is not known how.
+        """
+        return state
+
     def forward(self, x: Tensor, time: Tensor, **conditions: Tensor) -> Tensor:
         """Return [B, C, h, w], or [B, 2C, h, w] with a learned variance, for x [B, C, h, w] and time [B].
 

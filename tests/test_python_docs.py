@@ -9,7 +9,7 @@ import torch
 from tiny import DENOISER, ROOT, embedding, make_parts, make_run
 
 from ldm_lab.checkpoints.native import save_model
-from ldm_lab.config import build
+from ldm_lab.config import build, registry
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
 
@@ -34,7 +34,10 @@ def test_the_blocks_of_the_page(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_models(tmp_path)
     namespace: dict[str, object] = {}
-    for block in BLOCKS:
-        exec(compile(block, "docs/python.md", "exec"), namespace)
+    try:
+        for block in BLOCKS:
+            exec(compile(block, "docs/python.md", "exec"), namespace)
+    finally:
+        registry._registry.pop(("sampler", "plain_euler"), None)  # the page's own
     assert (tmp_path / "star.png").exists() and (tmp_path / "film.gif").exists()
     assert "size 100x100: this model takes multiples of 16 pixels" in capsys.readouterr().out

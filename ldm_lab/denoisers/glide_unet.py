@@ -30,6 +30,8 @@ from ldm_lab.interfaces import (
 )
 
 MAX_PERIOD = 10_000  # of the time's sinusoids
+FIRST = "input_blocks.0.0.weight"  # of the first convolution
+IMAGES = ("inpaint_image", "inpaint_mask", "low_res")  # conditions that it sees beside x, in the original's order
 EXACT = 1e-3  # a timestep this near to a whole one is the whole one: what is missing is float32's rounding of t
 
 
@@ -146,15 +148,16 @@ class GlideUNet(Denoiser):
         return _problems(options)
 
     def freeze_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Return the parts that training may leave as they are, each with its parameters.
-
-        Those of glide-finetune: with the U-Net frozen, `encoder_kv`, by which it reads the text, is still trained.
-        """
+        """Return glide-finetune's parts to freeze; `encoder_kv`, by which a U-Net reads the text, is none of them."""
         modules = (self.token_embedding, self.transformer, self.final_ln, self.transformer_proj)
         text = [self.positional_embedding, self.padding_embedding, *(p for m in modules for p in m.parameters())]
         known = {id(p) for p in text}
         unet = [p for name, p in self.named_parameters() if id(p) not in known and ".encoder_kv." not in name]
         return {"text_transformer": text, "unet": unet}
+
+    def adapt_state_dict(self, state: dict[str, Tensor], spec: ConditionSpec) -> dict[str, Tensor]:
+        """Return a base model's weights for an inpainting model or an upsampler, as GLIDE's own was begun."""
+        return _widened(state, _places(spec, self.channels), _places(self.spec, self.channels))
 
     # ------------------------------------------------------------------------------------------------------ text
 
@@ -281,6 +284,32 @@ class GlideUNet(Denoiser):
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(module, *inputs, use_reentrant=False)  # the same dropout again, from the saved generator
         return module(*inputs)
+
+
+def _places(spec: ConditionSpec, channels: int) -> dict[str, slice]:
+    """Return whose the input channels of the first convolution are: x's, and in their order those of conditions."""
+    places, begin = {"x": slice(0, channels)}, channels
+    for name in IMAGES:
+        kind = spec.get(name)
+        if isinstance(kind, ImageCondition):
+            places[name] = slice(begin, begin + kind.channels)
+            begin += kind.channels
+    return places
+
+
+def _widened(state: dict[str, Tensor], theirs: dict[str, slice], ours: dict[str, slice]) -> dict[str, Tensor]:
+    """Return weights whose first convolution has input channels at other places; new ones are zero.
+
+    Nichol et al. 2022 (arXiv 2112.10741), section 4.3. Weights that do not have channels at `theirs` stay as they are.
+    """
+    weight = state.get(FIRST)  # [w, C + ., 3, 3]
+    known, wanted = (max(place.stop for place in places.values()) for places in (theirs, ours))
+    if theirs == ours or weight is None or weight.shape[1:2] != (known,) or not theirs.keys() <= ours.keys():
+        return state
+    wider = weight.new_zeros(len(weight), wanted, *weight.shape[2:])  # [w, C + ., 3, 3]
+    for name, place in theirs.items():
+        wider[:, ours[name]] = weight[:, place]
+    return {**state, FIRST: wider}
 
 
 def _mlp(width_in: int, width: int) -> nn.Sequential:

@@ -1,6 +1,5 @@
 """The main task: a denoiser in the latent space of a frozen autoencoder, told what conditioner and sources give."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +10,35 @@ from torch.nn import functional as F
 
 from ldm_lab.checkpoints.files import FORMAT
 from ldm_lab.checkpoints.models import read_model
-from ldm_lab.checkpoints.native import listed, save_model
+from ldm_lab.checkpoints.native import save_model
 from ldm_lab.checkpoints.parts import load_part
 from ldm_lab.condition_sources import build_sources, given_conditions
-from ldm_lab.config import ConditionerUse, RunConfig, register, signature_options
+from ldm_lab.config import ConditionerUse, RunConfig, register
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import (
     Autoencoder,
     Batch,
     Conditioner,
     Conditions,
-    ConditionSpec,
     Denoiser,
     ImageCondition,
     Objective,
     check_conditions,
     is_upsampler,
 )
+from ldm_lab.training.initial import (
+    check_forms,
+    differences,
+    differing_architecture,
+    fitted,
+    section_of,
+    source_conditions,
+)
 from ldm_lab.training.logs import print_rank_zero
 from ldm_lab.training.task import Task
 from ldm_lab.training.timesteps import TIMESTEP_SAMPLERS
 
 DROPOUT = 0.2  # share of conditions that are dropped unless the config says otherwise (cloob-latent-diffusion's)
-NEARLY = 0.01  # relative difference of two latent stds that is not worth a line
 
 
 @register("task", "diffusion")
@@ -152,15 +157,15 @@ class DiffusionTask(Task):
             raise UserError(
                 f"init_from: {path} holds the denoiser {theirs.get('name')!r}, denoiser.name is {ours['name']!r}"
             )
-        check_forms(path, source_conditions(loaded), self.model.spec)
+        given = source_conditions(loaded)
+        check_forms(path, given, self.model.spec)
         if differing := differing_architecture(type(self.model), theirs, ours):
             raise UserError(f"init_from: {path} is of another size: {'; '.join(differing)}")
-        before, std = section_of(loaded, "autoencoder").get("latent_std"), self.autoencoder.latent_std
-        if isinstance(before, float) and before > 0 and bool(((std / before - 1).abs() > NEARLY).any()):
-            print_rank_zero(
-                f"init_from: these weights were trained on latents divided by {before:g}, this run divides by "
-                f"{listed(std)} (autoencoder.latent_std={before:g} would be theirs)"
-            )
+        for line in differences(path, loaded, self.run_config, self.autoencoder):
+            print_rank_zero(f"init_from: {line}")
+        state, line = fitted(path, self.model, state, given)
+        if line:
+            print_rank_zero(f"init_from: {line}")
         return state, f"weights of {path} (step {extra.get('step', 'unknown')})"
 
     def callbacks(self, folder: Path) -> list[Callback]:
@@ -201,52 +206,3 @@ def drop(conditions: Conditions, null: Conditions, keep: Tensor) -> Conditions:
         name: torch.where(keep.view(-1, *[1] * (value.ndim - 1)), value, null[name])
         for name, value in conditions.items()
     }
-
-
-# ------------------------------------------------------------------------------------------ weights to begin with
-
-
-def section_of(config: dict[str, Any], role: str) -> dict[str, Any]:
-    """Return a section of a config that came out of a file; nothing where it is no section."""
-    section = config.get(role)
-    return section if isinstance(section, dict) else {}
-
-
-def source_conditions(config: dict[str, Any]) -> ConditionSpec:
-    """Return what the condition sources of a config give. Raises UserError for sources that are not known."""
-    sources = build_sources(config.get("condition_sources"))
-    return {name: kind for source in sources.values() for name, kind in source.spec.items()}
-
-
-def check_forms(path: str, theirs: ConditionSpec, ours: ConditionSpec) -> None:
-    """Raise UserError if a checkpoint is of another form of network than a run's.
-
-    More conditions than the checkpoint's are welcome: weights for them begin as initialized. Those of a base model are
-    none to begin an upsampler with.
-
-    Args:
-        path: of the checkpoint.
-        theirs: what the checkpoint's condition sources give.
-        ours: what the run's denoiser takes.
-    """
-    words = {True: "an upsampler", False: "a base model"}
-    if is_upsampler(theirs) != is_upsampler(ours):
-        holds, wanted = words[is_upsampler(theirs)], words[is_upsampler(ours)]
-        raise UserError(f"init_from: {path} is {holds}, and condition_sources of this config make {wanted}")
-    if missing := [name for name in theirs if name not in ours]:
-        raise UserError(
-            f"init_from: {path} takes {' and '.join(missing)}, which no entry of condition_sources gives here"
-        )
-
-
-def differing_architecture(denoiser: type[Denoiser], theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """Return the `architecture_keys` of a denoiser in which two of its config sections differ, each in words."""
-    known, differing = signature_options(denoiser), []
-    for key in denoiser.architecture_keys:
-        its, own = (section.get(key, known[key].default) for section in (theirs, ours))
-        its, own = (list(size) if isinstance(size, tuple) else size for size in (its, own))
-        if key in denoiser.unordered_keys:
-            its, own = sorted(its), sorted(own)
-        if its != own:
-            differing.append(f"its {key} is {its}, denoiser.{key} is {own}")
-    return differing

@@ -1,5 +1,6 @@
 """The base class of the tasks "autoencoder" and "cloob", which train a part that diffusion then uses frozen."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +13,8 @@ from ldm_lab.checkpoints.native import save_part
 from ldm_lab.checkpoints.parts import read_part
 from ldm_lab.config import PartConfig, RunConfig, use_keys
 from ldm_lab.errors import UserError
+from ldm_lab.training.initial import differing_part, section_of
+from ldm_lab.training.logs import print_rank_zero
 from ldm_lab.training.task import Task
 
 
@@ -66,9 +69,17 @@ class PartTask(Task):
         """
         found = detect_format(path)
         if found.kind != "run":
-            return read_part(found, self.PART, self.model.part_name).state, f"weights of {path}"
+            part = read_part(found, self.PART, self.model.part_name)
+            self._say_differences(part.config)
+            return part.state, f"weights of {path}"
         run = found.importer.read_model(found.file, ema=True, overrides=Section())
+        self._say_differences(section_of(run.config, self.PART))
         return run.state, f"weights of {path} (step {run.extra['step']})"
+
+    def _say_differences(self, theirs: Mapping[str, Any]) -> None:
+        """Say in what a checkpoint's section of this part differs from the run's, though its weights may fit."""
+        for line in differing_part(self.PART, theirs, self.run_config[self.PART].to_dict()):
+            print_rank_zero(f"init_from: {line}")
 
     def export(self, folder: Path, dtype: torch.dtype) -> None:
         """Write the averaged network (the trained one if there is no average) as a part's file."""
