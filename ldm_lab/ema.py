@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ldm_lab.config import NonNegativeInt, Options, ShareBelowOne, register
+from ldm_lab.config import NonNegativeInt, ShareBelowOne, register
 
 
 @register("ema")
@@ -29,13 +29,12 @@ class EMASchedule:
         self.from_step, self.decay = list(from_step), list(decay)
 
     @staticmethod
-    def check(section: Options) -> list[str]:
-        """Return what is wrong across keys."""
-        schedule = EMASchedule(**{k: v for k, v in section.items() if v is not None})
-        if len(schedule.from_step) != len(schedule.decay):
-            return [f"decay: {len(schedule.decay)} values for {len(schedule.from_step)} values of from_step"]
-        if schedule.from_step != sorted(schedule.from_step) or schedule.from_step[:1] != [0]:
-            return [f"from_step: rising step counts that begin with 0 are needed, not {schedule.from_step}"]
+    def check(*, from_step: Sequence[int], decay: Sequence[float]) -> list[str]:
+        """Return what is wrong across the options."""
+        if len(from_step) != len(decay):
+            return [f"decay: {len(decay)} values for {len(from_step)} values of from_step"]
+        if list(from_step) != sorted(from_step) or list(from_step[:1]) != [0]:
+            return [f"from_step: rising step counts that begin with 0 are needed, not {list(from_step)}"]
         return []
 
     def at(self, step: int) -> float:

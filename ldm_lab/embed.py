@@ -10,7 +10,7 @@ from ldm_lab.checkpoints.embedders import describe, embedder_of
 from ldm_lab.checkpoints.importer import detect_format
 from ldm_lab.checkpoints.parts import has_weights, load_part
 from ldm_lab.conditioners.embedding import EmbeddingConditioner
-from ldm_lab.config import PartConfig, Plain, check_section, part_class, parts
+from ldm_lab.config import PartConfig, check_section, part_class, parts
 from ldm_lab.config.overrides import values
 from ldm_lab.errors import UserError
 
@@ -63,7 +63,10 @@ def clip_config(words: list[str], embedder: dict[str, str] | None) -> PartConfig
     Raises:
         UserError: a word without a value, no word and no head, or what is wrong with the section.
     """
-    written = _values(words)
+    try:
+        written = values(words, "model=ViT-L-14-quickgelu")
+    except UserError as error:
+        raise UserError(f"--clip: {error}") from None
     named = {key: text for key, text in (embedder or {}).items() if key != "sha256"}
     whole = any(key in written for key in ("name", "model", "architecture"))  # then another one is meant altogether
     if not whole and isinstance(written.get("weights"), str):
@@ -80,10 +83,3 @@ def clip_config(words: list[str], embedder: dict[str, str] | None) -> PartConfig
         known = [name for name, cls in sorted(parts("conditioner").items()) if issubclass(cls, EmbeddingConditioner)]
         raise UserError(f"--clip: clip.name: {' or '.join(known)} is needed, not {section['name']!r}")
     return PartConfig.from_dict("conditioner", section)
-
-
-def _values(words: list[str]) -> dict[str, Plain]:
-    try:
-        return values(words, "model=ViT-L-14-quickgelu")
-    except UserError as error:
-        raise UserError(f"--clip: {error}") from None

@@ -315,3 +315,35 @@ def test_a_name_that_is_taken(own_modules):
     registry.add_imports(["again"])
     assert "sampler.name=ddim is registered twice" in registry.broken[str(own_modules / "again.py")]
     assert config.build("sampler", {"name": "ddim", "steps": 3}).steps == 3
+
+
+def test_a_check_is_given_the_options_that_it_names(own_modules):
+    seen = []
+
+    @registry.register("loss", "checked")
+    class Checked:
+        def __init__(self, *, low: float, high: float = 2.0, other: int = 0):
+            pass
+
+        @staticmethod
+        def check(*, low: float, high: float, unheard: int = 7) -> list[str]:
+            seen.append((low, high, unheard))
+            return [f"low: {low:g} is above high, {high:g}"] if low > high else []
+
+    assert config.check_section("loss", {"name": "checked", "low": 1}, "loss") == []
+    assert config.check_section("loss", {"name": "checked", "low": 3}, "loss") == ["loss.low: 3 is above high, 2"]
+    assert seen == [(1.0, 2.0, 7), (3.0, 2.0, 7)]
+
+
+def test_a_check_that_asks_for_what_is_no_option_is_one_line(own_modules):
+    @registry.register("loss", "curious")
+    class Curious:
+        def __init__(self, *, low: float = 0.0):
+            pass
+
+        @staticmethod
+        def check(*, lwo: float) -> list[str]:
+            return []
+
+    with pytest.raises(UserError, match=r"^loss.name=curious: its check asks for 'lwo', [^\n]*$"):
+        config.check_section("loss", {"name": "curious"}, "loss")

@@ -62,9 +62,30 @@ def test_a_base_model_is_sampled_from_its_file(program, merges, tmp_path):
     assert code == 0, err
     assert Image.open(tmp_path / "out/00001.png").size == (4 * SIDE, 4 * SIDE), "GLIDE enlarges four times"
     code, _, err = program("sample", "--checkpoint", tmp_path / "sr.pt", *common)
-    assert code == 2 and "upsampler" in err and err.count("\n") == 1
+    assert (
+        code == 2
+        and "upsampler" in err.splitlines()[-1]
+        and [line[:6] for line in err.splitlines()].count("error:") == 1
+    )
     code, _, err = program("sample", "--checkpoint", tmp_path / "base.pt", "--upsampler", tmp_path / "base.pt", *common)
-    assert code == 2 and "upsampler" in err and err.count("\n") == 1
+    assert (
+        code == 2
+        and "upsampler" in err.splitlines()[-1]
+        and [line[:6] for line in err.splitlines()].count("error:") == 1
+    )
+
+
+def test_what_is_assumed_of_a_file_is_said_with_the_way_out(program, tmp_path):
+    torch.save(small(upsampler=True), tmp_path / "sr.pt")
+    code, _, err = program("ldm_lab.__main__", "inspect", tmp_path / "sr.pt")
+    assert code == 0 and err.count("\n") == 1
+    assert "read as an upsampler of GLIDE's (64 channels, levels [1, 1])" in err
+    assert "assumed: head_width=64, text_heads=8, timesteps=1000, betas=linear, low_res.scale_factor=4" in err
+    assert f"python -m ldm_lab convert {tmp_path / 'sr.pt'} OUT.safetensors head_width=N" in err
+    said = ("head_width=32", "text_heads=4", "timesteps=100")
+    code, _, err = program("ldm_lab.__main__", "convert", tmp_path / "sr.pt", tmp_path / "sr.safetensors", *said)
+    assert code == 0 and not err, "all is said"
+    assert read_model(tmp_path / "sr.safetensors").config["denoiser"]["head_width"] == 32
 
 
 def test_inspect_and_convert(program, tmp_path):

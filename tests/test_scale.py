@@ -12,7 +12,7 @@ from ldm_lab.checkpoints.files import read_safetensors
 from ldm_lab.checkpoints.native import save_part
 from ldm_lab.checkpoints.parts import load_part
 from ldm_lab.commands.scale import image_batches
-from ldm_lab.config import build, to_yaml
+from ldm_lab.config import PartConfig, build, to_yaml
 from ldm_lab.data.shapes import write_shards
 from ldm_lab.errors import run_program
 from ldm_lab.interfaces import Autoencoder
@@ -62,7 +62,7 @@ def test_batches_are_full_whatever_the_readers_give(tmp_path):
         "batch_size": 1,
         "workers": 2,
     }
-    batches = list(image_batches(data, 0, 3, 7))  # each reader has 11 images: 7 and 4
+    batches = list(image_batches(PartConfig.from_dict("data", data), 0, 3, 7))  # each reader has 11 images: 7 and 4
     assert [tuple(b.shape) for b in batches] == [(7, 3, 32, 32)] * 3
     assert len({image.numpy().tobytes() for b in batches for image in b}) == 21, "no image twice"
 

@@ -5,6 +5,7 @@ beside them. The name `kl_f8` stands for the family: with other multipliers it i
 follows from their number.
 """
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from annotated_types import MinLen
@@ -12,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm_lab.config import Options, PositiveInt, check_options, register
+from ldm_lab.config import PositiveInt, check_options, register
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Autoencoder
 
@@ -77,9 +78,23 @@ class KLAutoencoder(Autoencoder):
         nn.init.constant_(last.bias[embed_dim:], INITIAL_LOGVAR)
 
     @staticmethod
-    def check(options: Options) -> list[str]:
+    def check(
+        *,
+        ch: int,
+        ch_mult: Sequence[int],
+        z_channels: int,
+        embed_dim: int,
+        norm_groups: int,
+        use_quant_conv: bool,
+        use_post_quant_conv: bool,
+    ) -> list[str]:
         """Return what is wrong across the options."""
-        return _problems(options)
+        for width in (ch, *(ch * multiplier for multiplier in ch_mult)):
+            if width % norm_groups:
+                return [f"ch: {ch} makes a level {width} wide, which is no multiple of norm_groups ({norm_groups})"]
+        if embed_dim != z_channels and not (use_quant_conv and use_post_quant_conv):
+            return [f"embed_dim: {embed_dim} is not z_channels ({z_channels}), and no 1x1 convolution is between them"]
+        return []
 
     def raw_moments(self, image: Tensor) -> Tensor:
         """Return mean and unclamped log variance in one tensor, [B, 2C, h, w], for an image [B, 3, H, W] in [-1, 1].
@@ -113,18 +128,6 @@ def split_moments(raw: Tensor) -> tuple[Tensor, Tensor]:
 def kl(mean: Tensor, logvar: Tensor) -> Tensor:
     """Return the KL divergence from the standard normal, [B], a sum per sample (Kingma & Welling 2014, appendix B)."""
     return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(1)  # [B]
-
-
-def _problems(sizes: Options) -> list[str]:
-    """Return what is wrong with a network's options, each as "key: what"."""
-    ch, ch_mult, norm_groups = sizes["ch"], sizes["ch_mult"], sizes["norm_groups"]
-    for width in (ch, *(ch * multiplier for multiplier in ch_mult)):
-        if width % norm_groups:
-            return [f"ch: {ch} makes a level {width} wide, which is no multiple of norm_groups ({norm_groups})"]
-    embed_dim, z_channels = sizes["embed_dim"], sizes["z_channels"]
-    if embed_dim != z_channels and not (sizes["use_quant_conv"] and sizes["use_post_quant_conv"]):
-        return [f"embed_dim: {embed_dim} is not z_channels ({z_channels}), and no 1x1 convolution is between them"]
-    return []
 
 
 class Encoder(nn.Module):

@@ -4,7 +4,7 @@ import os
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,7 +15,7 @@ from ldm_lab.checkpoints.lookalikes import check_is_weights
 from ldm_lab.errors import UserError, first_line
 from ldm_lab.io.atomic import atomic_write
 
-FORMAT = "ldm_lab"  # key of our own entries in checkpoints, and value of `format` in a safetensors file of ours
+FORMAT: Final = "ldm_lab"  # key of our own entries in checkpoints, and value of `format` in a safetensors file of ours
 
 # What torch.load raises, apart from UnpicklingError, for files that are no checkpoints or only parts of one.
 UNREADABLE = (

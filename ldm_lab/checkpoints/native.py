@@ -17,7 +17,7 @@ from ldm_lab.checkpoints.importer import (
 )
 from ldm_lab.checkpoints.opened import OpenedFile, TensorInfo
 from ldm_lab.checkpoints.third_party import strip_prefix
-from ldm_lab.config import FROZEN, check_section, use_keys
+from ldm_lab.config import FROZEN, Plain, check_section, use_keys
 from ldm_lab.errors import UserError
 
 # What a config inside a model file must not bring along: a data section may hold shell commands (`pipe:`), and the
@@ -34,7 +34,7 @@ NOT_FACTS = ("format", "role", "config")
 def save_part(
     path: str | Path,
     module: nn.Module,
-    section: Mapping,
+    section: Mapping[str, Plain],
     extra: dict[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
@@ -55,7 +55,7 @@ def save_part(
     write_safetensors(path, state, {"format": FORMAT, "role": role, "config": config, **(extra or {})})
 
 
-def save_model(path: str | Path, state: dict[str, Tensor], config: Mapping, extra: dict[str, str]) -> None:
+def save_model(path: str | Path, state: dict[str, Tensor], config: Mapping[str, Plain], extra: dict[str, str]) -> None:
     """Write a model's weights with the part of the config that rebuilds it."""
     kept = json.dumps(without_run_sections(config))
     write_safetensors(path, state, {"format": FORMAT, "role": "model", "config": kept, **extra})
@@ -66,7 +66,7 @@ def listed(statistic: Tensor) -> str:
     return ", ".join(f"{value:g}" for value in statistic.flatten().tolist())
 
 
-def without_run_sections(config: Mapping) -> Section:
+def without_run_sections(config: Mapping[str, Plain]) -> Section:
     """Return a config without the sections that concern the run alone."""
     return Section({key: value for key, value in config.items() if key not in RUN_SECTIONS})
 

@@ -5,7 +5,7 @@
 Of several copies of a network the averaged one (EMA) is taken, which is what people sample from, and that is said.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
@@ -84,7 +84,7 @@ def _plain(tensors: Mapping[str, T]) -> dict[str, T]:
     return {name: tensors[stored] for name, stored in plain_names(tensors)[0].items()}
 
 
-def plain_names(names: Mapping[str, Any]) -> tuple[dict[str, str], tuple[str, ...]]:
+def plain_names(names: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...]]:
     """Return the names of tensors without what DDP, torch.compile and averages put before them, and what to say.
 
     Args:

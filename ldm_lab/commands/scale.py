@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ldm_lab.checkpoints.native import save_part
 from ldm_lab.checkpoints.parts import load_part, read_part
 from ldm_lab.commands._arguments import add_imports_argument, safetensors_file, whole_number
-from ldm_lab.config import build, load
+from ldm_lab.config import PartConfig, build, load
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.errors import UserError
 from ldm_lab.training.scale import BATCHES, measure_scale
@@ -64,7 +64,7 @@ def architecture(section: Mapping[str, Any]) -> dict[str, Any]:
     return {**read_part(section["weights"], "autoencoder", section["name"]).config, **section}
 
 
-def image_batches(section: Mapping[str, Any], seed: int, batches: int, batch_size: int) -> Iterator[Tensor]:
+def image_batches(section: PartConfig, seed: int, batches: int, batch_size: int) -> Iterator[Tensor]:
     """Yield `batches` batches of different images, [batch_size, 3, H, W] in [-1, 1], in the order of training.
 
     Args:

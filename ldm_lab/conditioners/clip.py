@@ -29,7 +29,7 @@ from ldm_lab.conditioners.open_clip_config import (
     quiet,
     resolve_config,
 )
-from ldm_lab.config import Options, check_options, register
+from ldm_lab.config import check_options, register
 from ldm_lab.errors import UserError, first_line
 
 PREFIX = "clip."  # of open_clip's names in this module's state dict
@@ -70,6 +70,7 @@ class CLIP(EmbeddingConditioner):
         super().__init__()
         check_options(CLIP, model=model, pretrained=pretrained, architecture=architecture)
         import open_clip
+        from open_clip.transform import PreprocessCfg
 
         config = resolve_config(model, pretrained, architecture)
         self.built_in = model if architecture is None and not model.startswith(HUB) else None
@@ -77,14 +78,14 @@ class CLIP(EmbeddingConditioner):
         self.embed_dim = config["model_cfg"]["embed_dim"]
         self.text_cfg = config["model_cfg"]["text_cfg"]
         self.text_size = self.text_cfg.get("context_length", open_clip.CLIPTextCfg.context_length)
-        self.preprocessing = CLIPPreprocessing(open_clip.get_model_preprocess_cfg(self.clip))
+        self.preprocessing = CLIPPreprocessing(PreprocessCfg(**open_clip.get_model_preprocess_cfg(self.clip)))
         self.register_buffer("pixel_mean", self.preprocessing.mean, persistent=False)  # [3]
         self.register_buffer("pixel_std", self.preprocessing.std, persistent=False)  # [3]
 
     @staticmethod
-    def check(options: Options) -> list[str]:
+    def check(*, model: str | None, pretrained: str | None, architecture: dict[str, Any] | None) -> list[str]:
         """Return what is wrong across the options."""
-        return config_problems(options["model"], options["pretrained"], options["architecture"])
+        return config_problems(model, pretrained, architecture)
 
     @staticmethod
     def pretrained_path(config: dict[str, Any]) -> Path:

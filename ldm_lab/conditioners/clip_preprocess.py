@@ -1,7 +1,7 @@
 """What images have to look like for the towers of CLIP and CLOOB, tensors and Pillow images."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -9,6 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm_lab.io.images import center_crop_to, flatten_alpha, to_tensor
+
+if TYPE_CHECKING:
+    from open_clip.transform import PreprocessCfg
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of images in [0, 1]; CLIP's
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -37,12 +40,11 @@ class CLIPPreprocessing:
         mean, std: of images in [0, 1], [3] each.
     """
 
-    def __init__(self, config: dict[str, Any]) -> None:
-        """`config`: open_clip's `PreprocessCfg` of the model, as a dict."""
+    def __init__(self, config: "PreprocessCfg") -> None:
+        """Take what open_clip says of the model."""
         self.config = config
-        size = config["size"]
-        self.size = (size, size) if isinstance(size, int) else tuple(size)
-        self.mean, self.std = (torch.tensor(config[key], dtype=torch.float32) for key in ("mean", "std"))  # [3] each
+        self.size = (config.size, config.size) if isinstance(config.size, int) else tuple(config.size)
+        self.mean, self.std = (torch.tensor(its, dtype=torch.float32) for its in (config.mean, config.std))  # [3] each
 
     def resize(self, images: Tensor) -> Tensor:
         """Return images in [0, 1] of any size, [B, 3, H, W], as the tower's [B, 3, S, S], as the model was trained.
@@ -52,7 +54,7 @@ class CLIPPreprocessing:
         """
         from open_clip.transform import center_crop_or_pad
 
-        mode, (height, width) = self.config["resize_mode"], self.size
+        mode, (height, width) = self.config.resize_mode, self.size
         ratios = images.shape[-2] / height, images.shape[-1] / width
         if mode == "squash":
             sides = [height, width]
@@ -61,15 +63,15 @@ class CLIPPreprocessing:
         else:
             ratio = min(ratios) if mode == "shortest" else max(ratios)
             sides = [max(1, round(side / ratio)) for side in images.shape[-2:]]
-        bilinear = self.config["interpolation"] == "bilinear"
+        bilinear = self.config.interpolation == "bilinear"
         for step in ([images.shape[-2], sides[1]], sides):  # as Pillow: rows, then columns, both rounded to 8 bits
             images = F.interpolate(images, step, mode="bilinear" if bilinear else "bicubic", antialias=True)
             images = (images * 255).round().clamp(0, 255) / 255  # [B, 3, ...]
-        fill = self.config["fill_color"] / 255
+        fill = self.config.fill_color / 255
         return center_crop_or_pad(images, [height, width], fill=fill)  # [B, 3, S, S]
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """Return open_clip's transform of a Pillow image to normalized pixels, [3, S, S]."""
-        from open_clip.transform import PreprocessCfg, image_transform_v2
+        from open_clip.transform import image_transform_v2
 
-        return image_transform_v2(PreprocessCfg(**self.config), is_train=False)
+        return image_transform_v2(self.config, is_train=False)

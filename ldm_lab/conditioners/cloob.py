@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ldm_lab import clip_tokens
 from ldm_lab.conditioners.clip_preprocess import PIXEL_MEAN, PIXEL_STD, cropped, normalize_pixels
 from ldm_lab.conditioners.embedding import EmbeddingConditioner
-from ldm_lab.config import Options, PositiveInt, check_options, register
+from ldm_lab.config import PositiveInt, check_options, register
 
 HEAD_WIDTH = 64  # of all released towers
 
@@ -85,9 +85,26 @@ class CLOOB(EmbeddingConditioner):
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD), persistent=False)  # [3]
 
     @staticmethod
-    def check(options: Options) -> list[str]:
+    def check(
+        *,
+        image_size: int,
+        patch_size: int,
+        image_width: int,
+        image_heads: int | None,
+        text_width: int,
+        text_heads: int | None,
+    ) -> list[str]:
         """Return what is wrong across the options."""
-        return _problems(options)
+        problems = []
+        if image_size % patch_size:
+            problems.append(f"image_size: {image_size} is no multiple of patch_size ({patch_size})")
+        for tower, width, heads in (("image", image_width, image_heads), ("text", text_width, text_heads)):
+            if heads is None and width % HEAD_WIDTH:
+                where = f"{tower}_width ({width}) is no multiple of {HEAD_WIDTH}"
+                problems.append(f"{tower}_heads: has to be given, as {where}")
+            elif heads is not None and width % heads:
+                problems.append(f"{tower}_width: {width} is no multiple of {tower}_heads ({heads})")
+        return problems
 
     @property
     def image_transform(self) -> Callable[[Image.Image], Tensor]:
@@ -121,21 +138,6 @@ class CLOOB(EmbeddingConditioner):
     def normalize(self, images: Tensor) -> Tensor:
         """Return images in [0, 1], [B, 3, H, W], as the tower takes them."""
         return normalize_pixels(images, self.pixel_mean, self.pixel_std)  # [B, 3, H, W]
-
-
-def _problems(sizes: dict[str, int | None]) -> list[str]:
-    """Return what is wrong with the towers' sizes, all of the constructor's arguments, each as "key: what"."""
-    problems = []
-    if sizes["image_size"] % sizes["patch_size"]:
-        problems.append(f"image_size: {sizes['image_size']} is no multiple of patch_size ({sizes['patch_size']})")
-    for tower in ("image", "text"):
-        width, heads = sizes[f"{tower}_width"], sizes[f"{tower}_heads"]
-        if heads is None and width % HEAD_WIDTH:
-            where = f"{tower}_width ({width}) is no multiple of {HEAD_WIDTH}"
-            problems.append(f"{tower}_heads: has to be given, as {where}")
-        elif heads is not None and width % heads:
-            problems.append(f"{tower}_width: {width} is no multiple of {tower}_heads ({heads})")
-    return problems
 
 
 class ImageEncoder(nn.Module):

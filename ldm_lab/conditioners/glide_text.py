@@ -3,7 +3,7 @@
 import functools
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from PIL import Image
@@ -16,10 +16,13 @@ from ldm_lab.clip_tokens import (
     byte_letters,
 )
 from ldm_lab.clip_tokens import Encoding as CLIPEncoding
-from ldm_lab.config import Options, PositiveInt, check_options, register
+from ldm_lab.config import PositiveInt, check_options, register
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Batch, Conditioner, Conditions, ConditionSpec, TokenIds
 from ldm_lab.pretrained.resolve import fetch
+
+if TYPE_CHECKING:
+    import tiktoken
 
 GPT2_VOCAB_SIZE = 50257  # 256 bytes, 50,000 merges, one token for padding
 GPT2_SMALLEST = 257
@@ -68,14 +71,13 @@ class GlideText(Conditioner):
         self.warned_truncated = False
 
     @staticmethod
-    def check(section: Options) -> list[str]:
-        """Return what is wrong across the keys of a config section."""
-        gpt2 = section.get("vocabulary", "gpt2") == "gpt2"
+    def check(*, vocabulary: str, vocab_size: int | None) -> list[str]:
+        """Return what is wrong across the options."""
+        gpt2 = vocabulary == "gpt2"
         least, most = (GPT2_SMALLEST, GPT2_VOCAB_SIZE) if gpt2 else (SMALLEST_VOCAB_SIZE, CLIP_VOCAB_SIZE)
-        size, problems = section.get("vocab_size"), []
-        if size is not None and not least <= size <= most:
-            problems.append(f"vocab_size: this vocabulary has {least} to {most} ids, not {size}")
-        return problems
+        if vocab_size is not None and not least <= vocab_size <= most:
+            return [f"vocab_size: this vocabulary has {least} to {most} ids, not {vocab_size}"]
+        return []
 
     @property
     def spec(self) -> ConditionSpec:
@@ -136,7 +138,7 @@ class GlideText(Conditioner):
 
 
 @functools.lru_cache(maxsize=2)
-def gpt2_encoding(vocab_size: int = GPT2_VOCAB_SIZE) -> Any:
+def gpt2_encoding(vocab_size: int = GPT2_VOCAB_SIZE) -> "tiktoken.Encoding":
     """Return the tiktoken encoding of the first `vocab_size` - 1 of GPT-2's tokens; merges are fetched if need be.
 
     Raises:

@@ -15,7 +15,6 @@
 from ldm_lab.config.bounds import (
     NonNegativeFloat,
     NonNegativeInt,
-    Options,
     PartMapping,
     PartSection,
     Plain,
@@ -40,7 +39,6 @@ __all__ = [
     "ConditionerUse",
     "NonNegativeFloat",
     "NonNegativeInt",
-    "Options",
     "PartConfig",
     "PartMapping",
     "PartSection",

@@ -30,10 +30,6 @@ WORDS: dict[TypeForm, str] = {
 }  # fmt: skip
 
 
-class Options(dict[str, Any]):
-    """Options of a part by name."""
-
-
 @dataclass(frozen=True)
 class PartSection:
     """Marks an option that is a section `{name, options ...}` of a part.

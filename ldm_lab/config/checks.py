@@ -1,15 +1,15 @@
 """Checks of sections: keys, types, bounds and names from the parts' text; rules across keys by their classes.
 
-A part may have a static method `check(options) -> list[str]` for rules across keys. It gets all its options, those that
-were left out with their defaults, and is not asked about a section with `weights`, as a weights file brings its own
-architecture: then it is asked when that file is read.
+A part may have a static method `check(*, this, that) -> list[str]` for rules across keys. It gets the options that it
+names, those that were left out with their defaults, and is not asked about a section with `weights`, as a weights file
+brings its own architecture: then it is asked when that file is read.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from ldm_lab.config.bounds import Options, PartSection, Plain, converted, describe, marker, problem
+from ldm_lab.config.bounds import PartSection, Plain, converted, describe, marker, problem
 from ldm_lab.config.registry import MAPPINGS, PartInfo, known_elsewhere, part_info, use_keys
 from ldm_lab.errors import UserError, unknown
 
@@ -93,7 +93,7 @@ def check_rules_of(role: str, section: Any, path: str) -> list[str]:
             problems += _nested(option.annotation, section[key], f"{path}.{key}", across_keys=True)
     if section.get("weights") and "weights" in use_keys(role):
         return problems
-    return problems + [f"{path}.{found}" for found in _rule(info.load())(filled(info, section))]
+    return problems + [f"{path}.{found}" for found in _violations(info.load(), info, section)]
 
 
 def check_options(cls: type, **given: Plain) -> None:
@@ -106,22 +106,29 @@ def check_options(cls: type, **given: Plain) -> None:
     for key, value in given.items():
         if found := problem(list(value) if isinstance(value, tuple) else value, info.options[key].annotation):
             raise UserError(f"{info.role}.{key}: {found}")
-    for found in _rule(cls)(filled(info, given)):
+    for found in _violations(cls, info, given):
         raise UserError(f"{info.role}.{found}")
 
 
-def filled(info: PartInfo, section: Mapping[str, Plain]) -> Options:
-    """Return all options of a part: those that a section gives, and the defaults of the others."""
-    return Options(
-        (name, converted(section[name], option.annotation) if name in section else option.default)
-        for name, option in info.options.items()
-        if name in section or not option.required
-    )
+def _violations(cls: type, info: PartInfo, section: Mapping[str, Plain]) -> list[str]:
+    """Return what the static method `check` of a class finds in a section, with the defaults of what that leaves out.
 
-
-def _rule(cls: type) -> Callable[[Options], list[str]]:
-    """Return the static method `check` of a class, one that finds nothing for a class without."""
-    return dict(inspect.getmembers(cls, inspect.isfunction)).get("check", lambda options: [])
+    Raises:
+        UserError: it asks for what is no option of the part, and has no default of its own.
+    """
+    rule = dict(inspect.getmembers(cls, inspect.isfunction)).get("check")
+    if rule is None:
+        return []
+    asked = {}
+    for parameter in inspect.signature(rule).parameters.values():
+        option = info.options.get(parameter.name)
+        if option is not None and (parameter.name in section or not option.required):
+            given = parameter.name in section
+            asked[parameter.name] = converted(section[parameter.name], option.annotation) if given else option.default
+        elif parameter.default is parameter.empty:
+            raise UserError(f"{info.label}: its check asks for {parameter.name!r}, which is not among its options")
+    found: list[str] = rule(**asked)
+    return found
 
 
 def _nested(annotation: Any, value: Any, where: str, across_keys: bool = False) -> list[str]:

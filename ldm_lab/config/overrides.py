@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, DictKeyType, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
@@ -39,12 +39,8 @@ def values(words: Iterable[str], example: str) -> dict[str, Plain]:
     """Return key -> value of `key=value` words without sections. Raises UserError for a word that is none."""
     words = list(words)
     check_once(words)
-    given: dict[str, Plain] = {}
-    for word in words:
-        parsed = OmegaConf.to_container(parse(word, example)[1])
-        assert isinstance(parsed, dict)
-        given.update({str(key): value for key, value in parsed.items()})
-    return given
+    parsed = [OmegaConf.to_container(parse(word, example)[1]) for word in words]
+    return {str(key): value for mapping in parsed for key, value in mapping.items()}
 
 
 def split_name(word: str) -> tuple[str, str]:
@@ -89,7 +85,7 @@ def overlaid(config: DictConfig, overlay: DictConfig) -> DictConfig:
     return merged
 
 
-def _section(config: DictConfig, key: object) -> DictConfig | None:
+def _section(config: DictConfig, key: DictKeyType) -> DictConfig | None:
     if not OmegaConf.is_dict(config) or OmegaConf.is_missing(config, key):
         return None
     found = config._get_node(key)

@@ -73,8 +73,7 @@ class PartConfig(Mapping[str, Any]):
 
     def architecture(self) -> dict[str, Plain]:
         """Return what the part is, without how it is used: its name, unless its role has one part, and its options."""
-        name: dict[str, Plain] = {} if self.name == self.role else {"name": self.name}
-        return {**name, **self.options}
+        return {**({} if self.name == self.role else {"name": self.name}), **self.options}
 
     def __getitem__(self, key: str) -> Any:
         return self.to_dict()[key]
@@ -176,7 +175,7 @@ class RunConfig(Mapping[str, PartConfig]):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the run as plain data, as a YAML has it."""
-        config: dict[str, Any] = {"task": self.task, "run": self.run, "seed": self.seed}
+        config = {"task": self.task, "run": self.run, "seed": self.seed}
         if self.init_from is not None:
             config["init_from"] = self.init_from
         if self.imports:

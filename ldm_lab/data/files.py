@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ldm_lab.config import Options, PositiveInt, register
+from ldm_lab.config import PositiveInt, register
 from ldm_lab.data.order import Order
 from ldm_lab.data.samples import RawSample, Sample, SkippedSample
 from ldm_lab.data.source import ImageSource
@@ -154,10 +154,10 @@ class ClassFolders(Folder):
         self.caption = caption
 
     @staticmethod
-    def check(options: Options) -> list[str]:
-        """Return what is wrong across the options."""
-        if options["caption"].count("{}") != 1:
-            return [f"caption: one {{}} is needed, where the class goes, not {options['caption']!r}"]
+    def check(*, caption: str) -> list[str]:
+        """Return what is wrong with the caption."""
+        if caption.count("{}") != 1:
+            return [f"caption: one {{}} is needed, where the class goes, not {caption!r}"]
         return []
 
     def names(self) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, NamedTuple
 from annotated_types import Ge, Interval
 from PIL import Image, ImageDraw
 
-from ldm_lab.config import Options, PositiveInt, Share, register
+from ldm_lab.config import PositiveInt, Share, register
 from ldm_lab.data.shard_source import ShardSource
 from ldm_lab.data.tar import write_shard
 from ldm_lab.errors import UserError
@@ -254,9 +254,8 @@ class Shapes(ShardSource):
         self.drawing_seed, self.variety, self.wordings = drawing_seed, variety, wordings
 
     @staticmethod
-    def check(options: Options) -> list[str]:
+    def check(*, count: int, shards: int) -> list[str]:
         """Return what is wrong across the options."""
-        count, shards = options["count"], options["shards"]
         if count < shards:
             return [f"count: {count} images do not fill {shards} shards; at least one in each is needed"]
         return []

@@ -1,11 +1,11 @@
 """WebDataset shards, filtered by rules on what is known of each sample."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Annotated, Any
 
-from ldm_lab.config import Options, PartMapping, part_class, register
+from ldm_lab.config import PartMapping, Plain, part_class, register
 from ldm_lab.data.sample_metadata import metadata_of, read_scores, scores_path
 from ldm_lab.data.samples import FilteredOut, RawSample, SkippedSample
 from ldm_lab.data.shard_source import ShardSource
@@ -42,13 +42,12 @@ class WebDataset(ShardSource):
         self.rules, self.scores = build_rules(rules or {}), scores
 
     @staticmethod
-    def check(options: Options) -> list[str]:
+    def check(*, rules: Mapping[str, Mapping[str, Plain] | None] | None, scores: str | None) -> list[str]:
         """Return what is wrong across the options."""
-        rules = options["rules"] or {}
-        used = [name for name, its in rules.items() if its is not None]
+        used = [name for name, its in (rules or {}).items() if its is not None]
         across = [name for name in used if part_class("rule", name).compares_rows]
         problems = [f"rules.{name}: compares samples with each other, which a stream cannot" for name in across]
-        if options["scores"] is not None and not rules:
+        if scores is not None and not rules:
             problems.append("scores: only rules ask for them, and there are none")
         return problems
 

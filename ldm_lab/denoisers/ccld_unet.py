@@ -5,6 +5,7 @@ vector, made from the embedding and the time by a small mapping network, scales 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ldm_lab.config import Options, PositiveInt, check_options, register
+from ldm_lab.config import PositiveInt, check_options, register
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import ConditionSpec, Denoiser, Embedding, required_condition
 
@@ -78,9 +79,17 @@ class CCLDUNet(Denoiser):
                 parameter.mul_(math.sqrt(0.5))
 
     @staticmethod
-    def check(options: Options) -> list[str]:
+    def check(*, base_channels: int, multipliers: Sequence[int], head_width: int) -> list[str]:
         """Return what is wrong across the options."""
-        return _problems(options)
+        for width in sorted({base_channels * multiplier for multiplier in multipliers}):
+            heads = width // head_width
+            if heads == 0 or width % heads:
+                why = f"less than a head of {head_width}" if heads == 0 else f"not divisible by {heads} heads"
+                return [
+                    f"base_channels: {base_channels} makes a level {width} wide, {why}; widths that are multiples of "
+                    f"{head_width} work (base_channels times multiplier), or choose another head_width"
+                ]
+        return []
 
     def conditioning(self, t: Tensor, embed: Tensor) -> Tensor:
         """Return the vector that modulates every block, [B, mapping_width], for t [B] and embed [B, D].
@@ -105,20 +114,6 @@ class CCLDUNet(Denoiser):
         cond = self.conditioning(time, embed)  # [B, mapping_width]
         planes = repeat(self.timestep_embed(time), "b f -> b f h w", h=height, w=width)  # [B, 16, h, w]
         return self.net(torch.cat([x, planes], dim=1), cond)  # [B, C, h, w]
-
-
-def _problems(sizes: Options) -> list[str]:
-    """Return what is wrong with a network's options, each as "key: what"."""
-    base, multipliers, head_width = sizes["base_channels"], sizes["multipliers"], sizes["head_width"]
-    for width in sorted({base * multiplier for multiplier in multipliers}):
-        heads = width // head_width
-        if heads == 0 or width % heads:
-            why = f"less than a head of {head_width}" if heads == 0 else f"not divisible by {heads} heads"
-            return [
-                f"base_channels: {base} makes a level {width} wide, {why}; widths that are multiples of "
-                f"{head_width} work (base_channels times multiplier), or choose another head_width"
-            ]
-    return []
 
 
 class _Builder:

@@ -6,7 +6,7 @@ shifts every residual block; its whole sequence stands beside the pixels in ever
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ldm_lab.config import Options, PositiveInt, ShareBelowOne, check_options, register, signature_options
+from ldm_lab.config import PositiveInt, ShareBelowOne, check_options, register, signature_options
 from ldm_lab.denoisers.glide_layers import AttentionBlock, Builder, GroupNorm, LayerNorm, ResBlock, Transformer, zeroed
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import (
@@ -143,9 +143,11 @@ class GlideUNet(Denoiser):
         nn.init.normal_(self.padding_embedding, std=0.02)
 
     @staticmethod
-    def check(options: Options) -> list[str]:
+    def check(
+        *, base_channels: int, multipliers: Sequence[int], attention: Sequence[int], head_width: int, norm_groups: int,
+        text_width: int, text_heads: int) -> list[str]:  # fmt: skip
         """Return what is wrong across the options."""
-        return _problems(options)
+        return _problems(base_channels, multipliers, attention, head_width, norm_groups, text_width, text_heads)
 
     def freeze_groups(self) -> dict[str, list[nn.Parameter]]:
         """Return glide-finetune's parts to freeze; `encoder_kv`, by which a U-Net reads the text, is none of them."""
@@ -329,26 +331,26 @@ def _taken(conditions: ConditionSpec, channels: int, name: str) -> ConditionSpec
     return taken
 
 
-def _problems(sizes: Options) -> list[str]:
+def _problems(
+    base_channels: int,
+    multipliers: Sequence[int],
+    attention: Sequence[int],
+    head_width: int,
+    norm_groups: int,
+    text_width: int,
+    text_heads: int,
+) -> list[str]:
     """Return what is wrong with a network's options, each as "key: what"."""
-    problems = []
-    multipliers, attention = sizes["multipliers"], sizes["attention"]
-    if sizes["text_width"] % sizes["text_heads"]:
-        problems.append(f"text_heads: {sizes['text_heads']} heads do not divide text_width {sizes['text_width']}")
-    scales = [2**level for level in range(len(multipliers))]
+    widths = [base_channels * multiplier for multiplier in multipliers]
+    scales, problems = [2**level for level in range(len(widths))], []
+    if text_width % text_heads:
+        problems.append(f"text_heads: {text_heads} heads do not divide text_width {text_width}")
     if unknown := [scale for scale in attention if scale not in scales]:
-        problems.append(f"attention: {len(multipliers)} levels are at 1/{', 1/'.join(map(str, scales))}; not {unknown}")
-    for scale, multiplier in zip(scales, multipliers):
-        width = sizes["base_channels"] * multiplier
-        if width % sizes["norm_groups"]:
-            groups = sizes["norm_groups"]
-            return [
-                *problems,
-                f"base_channels: makes a level {width} wide, which is no multiple of {groups} (norm_groups)",
-            ]
-        if (scale in attention or scale == scales[-1]) and width % sizes["head_width"]:
-            problems.append(
-                f"head_width: {sizes['head_width']} does not divide {width}, a level's width with attention"
-            )
-            break
+        problems.append(f"attention: {len(widths)} levels are at 1/{', 1/'.join(map(str, scales))}; not {unknown}")
+    for scale, width in zip(scales, widths):
+        if width % norm_groups:
+            why = f"which is no multiple of {norm_groups} (norm_groups)"
+            return [*problems, f"base_channels: makes a level {width} wide, {why}"]
+        if (scale in attention or scale == scales[-1]) and width % head_width:
+            return [*problems, f"head_width: {head_width} does not divide {width}, a level's width with attention"]
     return problems

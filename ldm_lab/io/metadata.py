@@ -110,7 +110,7 @@ def jxl_size(data: bytes) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------- pictures without the rest
 
 
-class Plain(NamedTuple):
+class Stripped(NamedTuple):
     """An encoded picture without the metadata that it may have failed for.
 
     Attributes:
@@ -122,7 +122,7 @@ class Plain(NamedTuple):
     info: dict[str, bytes]
 
 
-def without_metadata(data: bytes) -> Plain | None:
+def without_metadata(data: bytes) -> Stripped | None:
     """Return a PNG or JPEG with hardly more than its pixels, profile and orientation; None for other formats."""
     if data.startswith(PNG):
         return _plain_png(data)
@@ -150,7 +150,7 @@ def png_chunk(data: bytes, wanted: bytes) -> bytes | None:
     return None
 
 
-def _plain_png(data: bytes) -> Plain:
+def _plain_png(data: bytes) -> Stripped:
     kept, info = [PNG], {}
     for kind, start, end in _chunks(data):
         chunk = data[start:end]
@@ -168,14 +168,14 @@ def _plain_png(data: bytes) -> Plain:
                 continue
             if not unpacker.unconsumed_tail:
                 info["icc_profile"] = profile
-    return Plain(b"".join(kept), info)
+    return Stripped(b"".join(kept), info)
 
 
 def _is_small_xmp(text: bytes) -> bool:
     return text.startswith(XMP) and len(text) < LARGEST_XMP
 
 
-def _plain_jpeg(data: bytes) -> Plain:
+def _plain_jpeg(data: bytes) -> Stripped:
     kept, info, place = [data[:2]], {}, 2
     profile: dict[int, bytes] = {}
     while place + 4 <= len(data) and data[place] == 0xFF:
@@ -196,4 +196,4 @@ def _plain_jpeg(data: bytes) -> Plain:
         place = end
     if profile:
         info["icc_profile"] = b"".join(profile[number] for number in sorted(profile))
-    return Plain(b"".join([*kept, data[place:]]), info)
+    return Stripped(b"".join([*kept, data[place:]]), info)

@@ -7,7 +7,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from ldm_lab.conditions import Conditions
-from ldm_lab.config import Options, PositiveFloat, register
+from ldm_lab.config import PositiveFloat, register
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Denoiser, Objective, Prediction, TimestepSampler
 from ldm_lab.objectives.variational_bound import variational_bound
@@ -54,10 +54,9 @@ class EpsHybrid(Objective):
         self._posteriors: dict[torch.device, Posterior] = {}  # the same on the devices that it was needed on
 
     @staticmethod
-    def check(options: Options) -> list[str]:
+    def check(*, betas: Betas, timesteps: int) -> list[str]:
         """Return what is wrong across the options."""
-        timesteps = options["timesteps"]
-        if options["betas"] == "linear" and timesteps < 21:
+        if betas == "linear" and timesteps < 21:
             return [f"timesteps: at least 21 are needed for linear betas, which reach 1 with fewer, not {timesteps}"]
         return []
 

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from ldm_lab.config import Options, register
+from ldm_lab.config import register
 from ldm_lab.rules.cell import Cell
 from ldm_lab.rules.rule import Row, Rule, V
 
@@ -30,10 +30,10 @@ class Limits(Rule):
         self.above, self.at_least, self.below, self.at_most = above, at_least, below, at_most
 
     @staticmethod
-    def check(section: Options) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        limits = [key for key in ("above", "at_least", "below", "at_most") if section.get(key) is not None]
-        return [] if limits else ["above: this, at_least, below or at_most is needed"]
+    def check(*, above: float | None, at_least: float | None, below: float | None, at_most: float | None) -> list[str]:
+        """Return what is wrong across the options."""
+        is_limited = any(limit is not None for limit in (above, at_least, below, at_most))
+        return [] if is_limited else ["above: this, at_least, below or at_most is needed"]
 
     @property
     def needs(self) -> tuple[str, ...]:

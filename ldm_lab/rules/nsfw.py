@@ -1,6 +1,8 @@
 """The NSFW tag of LAION's base collections."""
 
-from ldm_lab.config import Options, register
+from collections.abc import Sequence
+
+from ldm_lab.config import register
 from ldm_lab.rules.rule import Row, Rule, V
 
 
@@ -20,10 +22,11 @@ class NSFW(Rule):
         self.keep = None if keep is None else [tag.strip().lower() for tag in keep]
 
     @staticmethod
-    def check(section: Options) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        given = [key for key in ("drop", "keep") if section.get(key)]
-        return [] if len(given) == 1 else ["drop: either this or keep is needed, a list such as [NSFW, LIKELY]"]
+    def check(*, drop: Sequence[str], keep: Sequence[str] | None) -> list[str]:
+        """Return what is wrong across the options."""
+        if bool(drop) == bool(keep):
+            return ["drop: either this or keep is needed, a list such as [NSFW, LIKELY]"]
+        return []
 
     def violations(self, row: Row[V]) -> dict[str, V]:
         tag = row.text("nsfw").strip().lower()

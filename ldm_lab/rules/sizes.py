@@ -1,6 +1,6 @@
 """The image's size as it was on the web, in pixels, and its shape."""
 
-from ldm_lab.config import NonNegativeInt, Options, register
+from ldm_lab.config import NonNegativeInt, register
 from ldm_lab.rules.rule import Row, Rule, V
 
 
@@ -27,10 +27,11 @@ class Size(Rule):
         self.max_side = max_side
 
     @staticmethod
-    def check(section: Options) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        keys = ("min_side", "max_side", "min_width", "min_height")
-        if all(section.get(key) is None for key in keys):
+    def check(
+        *, min_side: int | None, max_side: int | None, min_width: int | None, min_height: int | None
+    ) -> list[str]:
+        """Return what is wrong across the options."""
+        if all(limit is None for limit in (min_side, max_side, min_width, min_height)):
             return ["min_side: this, max_side, min_width or min_height is needed"]
         return []
 
@@ -60,13 +61,12 @@ class AspectRatio(Rule):
         self.at_least, self.at_most = at_least, at_most
 
     @staticmethod
-    def check(section: Options) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        least, most = section.get("at_least"), section.get("at_most")
-        if least is None and most is None:
+    def check(*, at_least: float | None, at_most: float | None) -> list[str]:
+        """Return what is wrong across the options."""
+        if at_least is None and at_most is None:
             return ["at_least: this or at_most is needed"]
-        if least is not None and most is not None and least > most:
-            return [f"at_least: {least:g} is above at_most, {most:g}"]
+        if at_least is not None and at_most is not None and at_least > at_most:
+            return [f"at_least: {at_least:g} is above at_most, {at_most:g}"]
         return []
 
     def violations(self, row: Row[V]) -> dict[str, V]:

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ldm_lab.config import Options
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Callback, Noise, Predict, Prediction, Sampler, Schedule
 from ldm_lab.schedules import Posterior, Spacing, Steps, num_steps
@@ -86,10 +85,10 @@ class GridSampler(Sampler):
         self.respacing, self.steps, self.spacing = steps, num_steps(steps), spacing
 
     @staticmethod
-    def check(options: Options) -> list[str]:
-        """Return what is wrong across the options: `steps` may be a text that is no respacing."""
+    def check(*, steps: Steps = 1) -> list[str]:
+        """Return what is wrong with `steps`, which may be a text that is no respacing; a sampler may fix them."""
         try:
-            num_steps(options.get("steps", 1))
+            num_steps(steps)
         except UserError as error:
             return [str(error)]
         return []

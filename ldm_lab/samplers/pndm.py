@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from ldm_lab.config import Options, register
+from ldm_lab.config import register
 from ldm_lab.interfaces import Noise, Predict, Schedule
 from ldm_lab.samplers.base import GridSampler, Run, Step
 from ldm_lab.schedules import RespacedSchedule, Steps, num_steps
@@ -130,13 +130,11 @@ class GlideVariant(PseudoNumerical):
             self.steps -= 2
 
     @staticmethod
-    def check(options: Options) -> list[str]:
+    def check(*, steps: Steps = 50, variant: str | None = None) -> list[str]:
         """Return what is wrong across the options."""
-        problems = PseudoNumerical.check(options)
-        if not problems and options.get("variant") == "glide" and num_steps(options.get("steps", 50)) < 3:
-            problems.append(
-                f"steps: variant glide leaves out two of them, so at least 3 are needed, not {options['steps']}"
-            )
+        problems = PseudoNumerical.check(steps=steps)
+        if not problems and variant == "glide" and num_steps(steps) < 3:
+            problems.append(f"steps: variant glide leaves out two of them, so at least 3 are needed, not {steps}")
         return problems
 
     def times(self, schedule: Schedule) -> Tensor:

@@ -25,15 +25,6 @@ Precision = Literal["fp32", "bf16", "fp16"]
 MIN_TIMESTEPS_FAST27 = 50  # that GLIDE's respacing for upsampling needs
 DEFAULT_UPSAMPLER = "ddim"
 DEFAULT_SAMPLER = "unipc"  # nearest to the converged picture for its model calls (docs/measured.md)
-BELONGS_TO = {  # an option -> the one without which it means nothing
-    "strength": "init_image",
-    "mask": "init_image",
-    "invert_mask": "mask",
-    "mask_blur": "init_image",
-    "resize": "init_image",
-    "aesthetic_weight": "aesthetic",
-    "aesthetic_embeddings": "aesthetic",
-}
 # Options that make no sense between prompts (`ldm_lab.sampling.interpolation`).
 NOT_INTERPOLATED = (
     *("negative", "init_image", "mask", "invert_mask", "mask_blur", "resize", "strength"),
@@ -113,21 +104,40 @@ class SamplingOptions:
         object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
 
     @staticmethod
-    def check(options: OptionValues) -> list[str]:
+    def check(
+        *,
+        guidance_interval: Sequence[float],
+        size: int | str | Sequence[int] | None,
+        init_image: ImageFile | None,
+        strength: float | None,
+        mask: ImageFile | None,
+        invert_mask: bool | None,
+        mask_blur: float | None,
+        resize: str | None,
+        aesthetic: int | None,
+        aesthetic_weight: float | None,
+        aesthetic_embeddings: str | Path | None,
+    ) -> list[str]:
         """Return what is wrong across the options, of which each for itself is right."""
+        belongs = {  # an option -> the one without which it means nothing
+            "strength": (strength, "init_image", init_image),
+            "mask": (mask, "init_image", init_image),
+            "invert_mask": (invert_mask, "mask", mask),
+            "mask_blur": (mask_blur, "init_image", init_image),
+            "resize": (resize, "init_image", init_image),
+            "aesthetic_weight": (aesthetic_weight, "aesthetic", aesthetic),
+            "aesthetic_embeddings": (aesthetic_embeddings, "aesthetic", aesthetic),
+        }
         problems = [
             f"{key}: belongs to {other}, which is not given"
-            for key, other in BELONGS_TO.items()
-            if options[key] is not None and options[other] is None
+            for key, (value, other, its) in belongs.items()
+            if value is not None and its is None
         ]
-        interval, size = options["guidance_interval"], options["size"]
-        if isinstance(interval, list | tuple) and not interval[0] <= interval[1]:
-            problems.append(
-                "guidance_interval: two times 0 <= first <= last <= 1 are needed, not {:g} {:g}".format(*interval)
-            )
+        first, last = guidance_interval
+        if not first <= last:
+            problems.append(f"guidance_interval: two times 0 <= first <= last <= 1 are needed, not {first:g} {last:g}")
         try:
-            if isinstance(size, int | str | list | tuple):
-                parse_size(size)
+            parse_size(size)
         except UserError as error:
             problems.append(str(error))
         return problems

@@ -4,18 +4,16 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias
 
 from PIL import Image
 
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import atomic_write
 from ldm_lab.io.images import grid, save_png
+from ldm_lab.io.json_files import JsonObject
 
-Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
-
-class Entry(dict[str, Json]):
+class Entry(JsonObject):
     """What samples.json tells of a picture: its file, prompts, seed, size, and how it was made."""
 
 
@@ -41,12 +39,12 @@ class SampleFolder:
         self.captions: list[str] = []
 
     def _read_list(self) -> list[Entry]:
-        entries: list[Entry] | None = []
-        if self.list_path.exists():
-            try:
-                entries = json.loads(self.list_path.read_text(encoding="utf-8"))
-            except (ValueError, OSError):
-                entries = None
+        if not self.list_path.exists():
+            return []
+        try:
+            entries = json.loads(self.list_path.read_text(encoding="utf-8"))
+        except (ValueError, OSError):
+            entries = None
         if not isinstance(entries, list):
             raise UserError(f"{self.list_path}: not a list of samples; move it away, or choose another --out")
         return entries

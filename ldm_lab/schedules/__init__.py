@@ -1,6 +1,6 @@
 """Noise schedules: t -> (alpha, sigma), and the grids of times that samplers visit. t runs from 1 (noise) to 0 (data).
 
-A noised sample is x = alpha * x0 + sigma * eps; the contract is `ldm_lab.interfaces.Schedule`. With most schedules
+A noised sample is x = alpha * x0 + sigma * eps; the contract is `ldm_lab.predictions.Schedule`. With most schedules
 alpha^2 + sigma^2 = 1 (variance preserving), but no sampler and no guidance takes it for granted.
 
 `cosine`      continuous, of cloob-latent-diffusion

@@ -9,7 +9,7 @@ step), and the loss is divided by the number of values of an image, which Adam d
 
 from collections import deque
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from pytorch_lightning import Callback
@@ -160,7 +160,10 @@ class AutoencoderTask(PartTask):
         return [*super().trained_modules(), *([self.discriminator] if self.discriminator is not None else [])]
 
     def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip each network's gradient by its own norm: one must not shrink the other's."""
         for module in self.trained_modules() if gradient_clip_val else []:

@@ -2,17 +2,19 @@
 
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.plugins.io import CheckpointIO
+from pytorch_lightning.utilities.types import STEP_OUTPUT
 
+from ldm_lab.batch import Batch
 from ldm_lab.checkpoints.files import FORMAT, read_pickled
-from ldm_lab.config import NonNegativeInt, Options, PositiveFloat, PositiveInt, register
+from ldm_lab.config import NonNegativeInt, PositiveFloat, PositiveInt, register
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import atomic_write, existing_file
 from ldm_lab.training.nan_guard import FiniteGuard
+from ldm_lab.training.run_state import Checkpoint
 
 LAST = "last.ckpt"
 DEFAULT_EVERY = 1000  # optimizer steps
@@ -22,11 +24,13 @@ ASK_EVERY = 10  # optimizer steps between questions for the time among several p
 class SafeCheckpointIO(CheckpointIO):
     """Atomic writing and reading that never executes code, in place of Lightning's."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: Checkpoint, path: str, storage_options: None = None) -> None:
         with atomic_write(path) as file:
             torch.save(checkpoint, file)
 
-    def load_checkpoint(self, path: str, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: str, map_location: torch.device | str | None = None, weights_only: bool | None = None
+    ) -> Checkpoint:
         content = read_pickled(existing_file(path, "resume.checkpoint"))
         if FORMAT not in content:
             raise UserError(f"{path}: not a checkpoint of a run of ldm_lab; for other weights use init_from")
@@ -69,9 +73,8 @@ class Checkpointing(Callback):
         self.saved_when = 0.0  # on the monotonic clock
 
     @staticmethod
-    def check(options: Options) -> list[str]:
-        """Return what is wrong across keys."""
-        every, seconds, keep_every = (options[key] for key in ("every", "seconds", "keep_every"))
+    def check(*, every: int | None, seconds: float | None, keep_every: int | None) -> list[str]:
+        """Return what is wrong across the options."""
         every = every or (DEFAULT_EVERY if seconds is None else 1)
         if keep_every is not None and keep_every % every:
             return [f"keep_every: {keep_every} is not a multiple of every ({every})"]
@@ -81,7 +84,9 @@ class Checkpointing(Callback):
         self.saved_at = trainer.global_step  # nothing new yet
         self.saved_when = time.monotonic()
 
-    def on_train_batch_end(self, trainer: Trainer, task: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, task: LightningModule, outputs: STEP_OUTPUT, batch: Batch, index: int
+    ) -> None:
         if trainer.global_step != self.saved_at and self.is_due(trainer):
             self.save(trainer, task)
 

@@ -1,7 +1,6 @@
 """The main task: a denoiser in the latent space of a frozen autoencoder, told what conditioner and sources give."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from pytorch_lightning import Callback
@@ -35,6 +34,7 @@ from ldm_lab.training.initial import (
     source_conditions,
 )
 from ldm_lab.training.logs import print_rank_zero
+from ldm_lab.training.run_state import Checkpoint
 from ldm_lab.training.task import Task
 from ldm_lab.training.timesteps import TIMESTEP_SAMPLERS
 
@@ -157,7 +157,7 @@ class DiffusionTask(Task):
             raise UserError(
                 f"init_from: {path} holds the denoiser {theirs.get('name')!r}, denoiser.name is {ours['name']!r}"
             )
-        given = source_conditions(loaded)
+        given = source_conditions(build_sources(loaded.get("condition_sources")))
         check_forms(path, given, self.model.spec)
         if differing := differing_architecture(type(self.model), theirs, ours):
             raise UserError(f"init_from: {path} is of another size: {'; '.join(differing)}")
@@ -178,7 +178,7 @@ class DiffusionTask(Task):
 
     # ------------------------------------------------------------------------------------------------ what it leaves
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: Checkpoint) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint[FORMAT]["model"] = self.model_config().to_dict()
 

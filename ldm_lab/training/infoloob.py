@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from ldm_lab.config import Options, PositiveFloat, register
+from ldm_lab.config import PositiveFloat, register
 
 MAX_INV_TAU = 100.0
 
@@ -68,10 +68,9 @@ class CLOOBLoss(nn.Module):
         self.fixed_inv_tau = None if learn_inv_tau else inv_tau  # exp(log(30)) would be 29.999998
 
     @staticmethod
-    def check(options: Options) -> list[str]:
+    def check(*, inv_tau: float, learn_inv_tau: bool) -> list[str]:
         """Return what is wrong across the options."""
-        inv_tau = options["inv_tau"]
-        if options["learn_inv_tau"] and not 1 <= inv_tau <= MAX_INV_TAU:
+        if learn_inv_tau and not 1 <= inv_tau <= MAX_INV_TAU:
             return [f"inv_tau: {inv_tau} is outside 1..{MAX_INV_TAU:g}, where a learned one is kept"]
         return []
 

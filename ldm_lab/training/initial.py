@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm_lab.checkpoints.native import listed
-from ldm_lab.condition_sources import build_sources
+from ldm_lab.condition_sources import ConditionSources
 from ldm_lab.config import RunConfig, part_class, signature_options, use_keys
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Autoencoder, ConditionSpec, Denoiser, ImageCondition, is_upsampler
@@ -29,9 +29,8 @@ def section_of(config: Mapping[str, Any], role: str) -> dict[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-def source_conditions(config: Mapping[str, Any]) -> ConditionSpec:
-    """Return what the condition sources of a config give. Raises UserError for sources that are not known."""
-    sources = build_sources(config.get("condition_sources"))
+def source_conditions(sources: ConditionSources) -> ConditionSpec:
+    """Return what condition sources give."""
     return {name: kind for source in sources.values() for name, kind in source.spec.items()}
 
 

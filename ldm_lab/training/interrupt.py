@@ -3,12 +3,14 @@
 import re
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities.types import STEP_OUTPUT
 
+from ldm_lab.batch import Batch
 from ldm_lab.errors import UserError
 
 AGREE_EVERY = 8  # batches between asking the other ranks whether one of them was told to stop
@@ -16,6 +18,7 @@ AGREE_EVERY = 8  # batches between asking the other ranks whether one of them wa
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 STOPPED = 75  # exit code of a run that was told to stop, and saved: EX_TEMPFAIL, going on is useful
 CLOCK = re.compile(r"(?:(\d+):)?(\d+):([0-5]?\d):([0-5]?\d)")
+Handler = Callable[[int, FrameType | None], None] | signal.Handlers | None  # of a signal
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 
@@ -37,7 +40,7 @@ class Interrupt(Callback):
         self.time_is_up = False
         self.stopping = False  # all ranks have agreed
         self.began = 0.0  # on the monotonic clock
-        self.before: dict[int, Any] = {}
+        self.before: dict[int, Handler] = {}
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         self.began = time.monotonic()
@@ -49,7 +52,9 @@ class Interrupt(Callback):
         self.received = number
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
-    def on_train_batch_end(self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, index: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, task: LightningModule, outputs: STEP_OUTPUT, batch: Batch, index: int
+    ) -> None:
         self.time_is_up = self.max_time is not None and time.monotonic() - self.began >= self.max_time
         if trainer.world_size == 1:
             self.stopping = self.received is not None or self.time_is_up

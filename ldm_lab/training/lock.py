@@ -1,6 +1,7 @@
 """One process of a run at a time, and no rest of a killed one: two would write the same files."""
 
 from pathlib import Path
+from types import TracebackType
 
 from filelock import FileLock, Timeout
 
@@ -21,7 +22,9 @@ class RunLock:
     def __enter__(self) -> "RunLock":
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.lock.release()
 
     def acquire(self) -> None:

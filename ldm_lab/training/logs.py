@@ -13,8 +13,10 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from pytorch_lightning.utilities.types import STEP_OUTPUT
 from tqdm import tqdm
 
+from ldm_lab.batch import Batch
 from ldm_lab.config import PositiveInt, register
 from ldm_lab.errors import UserError, first_line
 from ldm_lab.io.atomic import atomic_write
@@ -120,7 +122,7 @@ class CSVLog(Logger):
         with open(self.path, "a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(row)
 
-    def _rewrite(self, rows: list[dict[str, Any]], columns: list[str]) -> None:
+    def _rewrite(self, rows: list[dict[str, str]], columns: list[str]) -> None:
         self.columns = columns
         with atomic_write(self.path) as file:
             text = io.TextIOWrapper(file, newline="", write_through=True)
@@ -182,7 +184,9 @@ class StepProgress(ProgressBar):
             self.bar = tqdm(total=total, initial=trainer.global_step, unit="step", dynamic_ncols=True, desc="train")
         self.since = self.seen_at = time.monotonic()
 
-    def on_train_batch_end(self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, index: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, task: LightningModule, outputs: STEP_OUTPUT, batch: Batch, index: int
+    ) -> None:
         self.images += len(batch) * trainer.world_size
         now = time.monotonic()
         if self.bar is None or (now - self.seen_at < self.REFRESH and trainer.global_step != trainer.max_steps):

@@ -1,7 +1,8 @@
 """The optimizer and the learning rate over time."""
 
 import math
-from typing import Annotated, Any, Literal
+from types import ModuleType
+from typing import Annotated, Literal
 
 import torch
 from annotated_types import Len
@@ -108,7 +109,7 @@ class Optim:
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.factor(step, max_steps))
 
 
-def _bitsandbytes() -> Any:
+def _bitsandbytes() -> ModuleType:
     """Return the optimizers of bitsandbytes. Raises UserError where it is not installed."""
     try:
         import bitsandbytes

@@ -2,16 +2,17 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from ldm_lab.batch import Batch
 from ldm_lab.checkpoints.importer import Section, detect_format
 from ldm_lab.checkpoints.native import save_part
 from ldm_lab.checkpoints.parts import read_part
-from ldm_lab.config import PartConfig, RunConfig, use_keys
+from ldm_lab.config import PartConfig, Plain, RunConfig, use_keys
 from ldm_lab.errors import UserError
 from ldm_lab.training.initial import differing_part, section_of
 from ldm_lab.training.logs import print_rank_zero
@@ -51,7 +52,7 @@ class PartTask(Task):
         batch.require_image("train this network")
         return batch
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.optim.optimizer(nn.ModuleList(self.trained_modules()))
         scheduler = self.optim.scheduler(optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -76,7 +77,7 @@ class PartTask(Task):
         self._say_differences(section_of(run.config, self.PART))
         return run.state, f"weights of {path} (step {run.extra['step']})"
 
-    def _say_differences(self, theirs: Mapping[str, Any]) -> None:
+    def _say_differences(self, theirs: Mapping[str, Plain]) -> None:
         """Say in what a checkpoint's section of this part differs from the run's, though its weights may fit."""
         for line in differing_part(self.PART, theirs, self.run_config[self.PART].to_dict()):
             print_rank_zero(f"init_from: {line}")

@@ -1,12 +1,12 @@
 """Going on from a checkpoint, and what may change on the way: the learning rate, the precision, the devices."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from ldm_lab.checkpoints.files import FORMAT, read_pickled
-from ldm_lab.config import NonNegativeFloat, RunConfig, register
+from ldm_lab.config import NonNegativeFloat, Plain, RunConfig, register
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import existing_file
 from ldm_lab.training.checkpointing import LAST
@@ -62,7 +62,7 @@ class Resume(Callback):
         if FORMAT not in content:
             raise UserError(f"{self.path}: not a checkpoint of a run of ldm_lab; for other weights use init_from")
         stored = RunConfig.from_checkpoint(content[FORMAT]["config"])
-        old, new = (_flat({k: v for k, v in c.to_dict().items() if k not in QUIET}) for c in (stored, config))
+        old, new = (dict(_flat({k: v for k, v in c.to_dict().items() if k not in QUIET})) for c in (stored, config))
         changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
         fixed = [key for key in changed if key.split(".")[0] in ("task", *network) or key in FIXED]
         if fixed:
@@ -95,8 +95,10 @@ class Resume(Callback):
             print_rank_zero(f"learning rate: {before:g} -> {self.lr:g} (resume.lr)")
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flat(tree: Mapping[str, Plain], prefix: str = "") -> Iterator[tuple[str, Plain]]:
+    """Yield (key path, value) of all that is no mapping."""
     for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pytorch_lightning import Callback, Trainer
@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm_lab.checkpoints.files import FORMAT, read_pickled
 from ldm_lab.checkpoints.parts import load_fitting
 from ldm_lab.config import NonNegativeFloat, PositiveInt, RunConfig, register, to_yaml
-from ldm_lab.data.datamodule import DataModule
+from ldm_lab.data.datamodule import DataModule, RankState
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Batch
 from ldm_lab.io.atomic import atomic_write
@@ -78,13 +78,12 @@ class TrainerOptions:
         }  # fmt: skip
 
     @staticmethod
-    def check(options: dict[str, Any]) -> list[str]:
+    def check(*, max_time: str | int | None) -> list[str]:
         """Return what is wrong with a duration; YAML itself makes a number of some that are written with colons."""
-        duration = options["max_time"]
-        if isinstance(duration, int):
-            return [f"max_time: a duration such as 90m, 11h, 2d or '11:30:00' in quotes is needed, not {duration}"]
+        if isinstance(max_time, int):
+            return [f"max_time: a duration such as 90m, 11h, 2d or '11:30:00' in quotes is needed, not {max_time}"]
         try:
-            _ = duration is None or seconds(duration)
+            _ = max_time is None or seconds(max_time)
         except UserError as error:
             return [f"max_time: {error}"]
         return []
@@ -112,7 +111,7 @@ class Bookkeeping(Callback):
         data_states: at the end of training, where each rank stands in the data and what it skipped.
     """
 
-    data_states: list[dict[str, Any]] | None = None
+    data_states: list[RankState] | None = None
 
     def __init__(self, folder: Path, lock: RunLock) -> None:
         self.folder, self.lock = folder, lock

@@ -1,19 +1,26 @@
 """The base class of tasks: optimizer, EMA, random numbers that a resumed run repeats, checkpoint contents."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
 from pytorch_lightning import Callback, LightningModule
+from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from ldm_lab import ema
+from ldm_lab.batch import Batch
 from ldm_lab.checkpoints.files import FORMAT
 from ldm_lab.checkpoints.parts import load_strictly, weights_sha256
 from ldm_lab.config import FROZEN, RunConfig
 from ldm_lab.training.optim import Optim
+from ldm_lab.training.run_state import Checkpoint, RunState
+
+T = TypeVar("T")
 
 
 class Task(LightningModule):
@@ -92,16 +99,22 @@ class Task(LightningModule):
         for module in self.frozen.values():
             module.to(self.device)
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         torch.manual_seed(batch_seed(self.seed, self.global_rank, self.batches_seen))
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.optim.optimizer(self.model)
         scheduler = self.optim.scheduler(optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: torch.optim.Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Tensor | None] | None = None,
+    ) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.after_optimizer_step(self.trainer.global_step + 1)  # Lightning counts the step when this returns
 
     def after_optimizer_step(self, steps_done: int) -> None:
@@ -109,16 +122,16 @@ class Task(LightningModule):
         if self.model_ema is not None:
             ema.update(self.model_ema, self.model, self.ema_schedule.at(steps_done))
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[FORMAT] = {
-            "config": self.run_config.to_dict(),
-            "frozen": self.frozen_sha256,
-            "batches_seen": self.batches_seen,
-            "data": gather(self.trainer.datamodule.rank_state()),
-            "wandb_id": next((log.version for log in self.trainer.loggers if isinstance(log, WandbLogger)), None),
-        }
+    def on_save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        checkpoint[FORMAT] = RunState(
+            config=self.run_config.to_dict(),
+            frozen=self.frozen_sha256,
+            batches_seen=self.batches_seen,
+            data=gather(self.trainer.datamodule.rank_state()),
+            wandb_id=next((log.version for log in self.trainer.loggers if isinstance(log, WandbLogger)), None),
+        )
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, checkpoint: Checkpoint) -> None:
         trained = {n.removeprefix("model."): t for n, t in checkpoint["state_dict"].items() if n.startswith("model.")}
         load_strictly(self.model, trained, "resume.checkpoint")  # in one clear line what Lightning says in hundreds
         run = checkpoint[FORMAT]
@@ -139,10 +152,10 @@ def batch_seed(seed: int, rank: int, batch: int) -> int:
     return int(np.random.SeedSequence([seed, rank, batch]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: T) -> list[T]:
     """Return every rank's value, in rank order, on every rank."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
+    values = [value] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values

@@ -8,6 +8,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -214,8 +215,10 @@ def _statistics(loaded: Section, channels: int, path: Path) -> dict[str, Tensor]
     if means is None and stds is None:
         return {"latent_mean": torch.tensor(shift), "latent_std": torch.tensor(1.0 / scale)}  # [] each
     for key, values in (("latents_mean", means), ("latents_std", stds)):
-        right = isinstance(values, list) and len(values) == channels and all(_is_number(value) for value in values)
-        if not right or (key == "latents_std" and min(values) <= 0):
+        listed = values if isinstance(values, list) else []
+        numbers = [value for value in listed if _is_number(value)]
+        right = len(numbers) == len(listed) == channels
+        if not right or (key == "latents_std" and min(numbers) <= 0):
             raise UserError(f"{path}: {key} has to be a list of {channels} numbers, not {str(values)[:100]}")
     if shift:
         raise UserError(f"{path}: shift_factor: {shift} beside latents_mean is not supported")
@@ -230,7 +233,7 @@ def _number(loaded: Section, key: str, default: float, path: Path) -> float:
     return default if value is None else float(value)
 
 
-def _is_number(value: Json) -> bool:
+def _is_number(value: Json) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

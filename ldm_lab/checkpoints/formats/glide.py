@@ -15,10 +15,12 @@ from ldm_lab.checkpoints.importer import (
     LoadedModel,
     Section,
     register_importer,
+    say_once,
 )
 from ldm_lab.checkpoints.opened import OpenedFile, Shapes
 from ldm_lab.conditions import ConditionKind, ConditionSpec, Embedding, ImageCondition, TokenIds
 from ldm_lab.errors import UserError, unknown
+from ldm_lab.pretrained.resolve import cache_folder
 
 FIRST, LAST, TEXT = "input_blocks.0.0.weight", "out.2.weight", "transformer_proj.weight"
 PREFIXES = ("_orig_mod.", "module.")  # of torch.compile, of DistributedDataParallel
@@ -201,6 +203,26 @@ def unsaid(overrides: Section, base_channels: int, path: str | Path) -> Section:
     return Section({**PRESETS[preset], "preset": preset, **overrides})
 
 
+def assumed(config: Section, path: Path, overrides: Section) -> str:
+    """Return a line on what was read of a file and what had to be assumed, and the way out; "" of a released one."""
+    if cache_folder() in path.parents:
+        return ""
+    denoiser, objective = Section(config["denoiser"]), Section(config["objective"])
+    unknown_keys = [key for key in GLIDE if key not in overrides]
+    if not unknown_keys:
+        return ""
+    values = {**denoiser, **objective}
+    shown = ", ".join(f"{key}={values[key]}" for key in unknown_keys)
+    form = "an upsampler" if "low_res" in config.get("condition_sources", {}) else "a base model"
+    factor = f", low_res.scale_factor={SCALE_FACTOR}" * (form == "an upsampler")
+    sizes = f"{denoiser['base_channels']} channels, levels {denoiser['multipliers']}"
+    return (
+        f"{path}: read as {form} of GLIDE's ({sizes}); not in the file, and assumed: {shown}, "
+        f"betas={objective['betas']}{factor}; for another: python -m ldm_lab convert {path} OUT.safetensors "
+        f"{unknown_keys[0]}=N, then take OUT.safetensors"
+    )
+
+
 @register_importer
 class Glide(Importer):
     """A network of GLIDE's: a flat state dict, or one in a dict under "state_dict", "model" or "weights"."""
@@ -216,8 +238,11 @@ class Glide(Importer):
         return is_glide(file.tensors)
 
     def read_model(self, file: OpenedFile, ema: bool, overrides: Section) -> LoadedModel:
-        """Return the model; a file holds one set of weights."""
-        return model(file.read(), file.path, overrides)
+        """Return the model; a file holds one set of weights. What is assumed of a file that is not released is said."""
+        loaded = model(file.read(), file.path, overrides)
+        if line := assumed(loaded.config, file.path, overrides):
+            say_once(line)
+        return loaded
 
     def denoiser_shape(self, file: OpenedFile, ema: bool) -> DenoiserShape:
         """Return channels and conditions."""

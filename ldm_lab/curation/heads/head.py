@@ -11,7 +11,6 @@ from ldm_lab.checkpoints import embedders
 from ldm_lab.checkpoints.importer import detect_format
 from ldm_lab.checkpoints.native import part_config, save_part
 from ldm_lab.checkpoints.parts import load_module
-from ldm_lab.config import Options
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Part
 from ldm_lab.io.atomic import sha256
@@ -81,10 +80,10 @@ def l2_normalize(embeds: Tensor) -> Tensor:
     return rows / divisor  # [N, D]
 
 
-def check_options(section: Options) -> list[str]:
-    """Return what is wrong with the keys that all heads have."""
-    problems = embedders.problems(section["embedder"]) if "embedder" in section else []
-    if not section.get("column", "score").strip():
+def option_problems(embedder: dict[str, str], column: str) -> list[str]:
+    """Return what is wrong with the options that all heads have."""
+    problems = embedders.problems(embedder)
+    if not column.strip():
         problems.append("column: a name is needed")
     return problems
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm_lab.config import Options, PositiveInt, register
-from ldm_lab.curation.heads.head import Head, Output, check_options
+from ldm_lab.config import PositiveInt, register
+from ldm_lab.curation.heads.head import Head, Output, option_problems
 
 
 @register("head", "linear")
@@ -28,9 +28,9 @@ class Linear(Head):
         self.bias = nn.Parameter(torch.zeros(1))  # [1]
 
     @staticmethod
-    def check(section: Options) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        return check_options(section)
+    def check(*, embedder: dict[str, str], column: str) -> list[str]:
+        """Return what is wrong with the options."""
+        return option_problems(embedder, column)
 
     def raw(self, embeds: Tensor) -> Tensor:
         return F.linear(embeds, self.weight, self.bias)[:, 0]  # [N]

@@ -1,5 +1,6 @@
 """An MLP head: the improved aesthetic predictor (christophschuhmann/improved-aesthetic-predictor) and its like."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -7,8 +8,8 @@ import torch
 from annotated_types import MinLen
 from torch import Tensor, nn
 
-from ldm_lab.config import NonNegativeInt, Options, PositiveInt, ShareBelowOne, register
-from ldm_lab.curation.heads.head import Head, Output, check_options
+from ldm_lab.config import NonNegativeInt, PositiveInt, ShareBelowOne, register
+from ldm_lab.curation.heads.head import Head, Output, option_problems
 from ldm_lab.curation.heads.linear import Linear
 
 
@@ -46,17 +47,25 @@ class MLP(Head):
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     @staticmethod
-    def check(section: Options) -> list[str]:
-        """Return what is wrong with the values of a section."""
-        problems, widths, dropout = check_options(section), section.get("widths", [1, 1]), section.get("dropout", ())
+    def check(
+        *,
+        widths: Sequence[int],
+        embedder: dict[str, str],
+        activation: str,
+        column: str,
+        dropout: Sequence[float],
+        bare: Sequence[int],
+    ) -> list[str]:
+        """Return what is wrong with the options, and across them."""
+        problems = option_problems(embedder, column)
         if widths[-1] != 1:
             problems.append(f"widths: of the embedding, of hidden layers, and 1 at the end are needed, not {widths}")
         if len(dropout) > len(widths) - 2:
             problems.append(f"dropout: at most one share per hidden layer is needed, not {list(dropout)}")
-        hidden, bare = set(range(len(widths) - 2)), set(section.get("bare", ()))
-        if not bare <= hidden:
-            problems.append(f"bare: hidden layers are {sorted(hidden)}, not {sorted(bare)}")
-        if hidden and bare == hidden and section.get("activation") == "relu":
+        hidden = set(range(len(widths) - 2))
+        if not set(bare) <= hidden:
+            problems.append(f"bare: hidden layers are {sorted(hidden)}, not {sorted(set(bare))}")
+        if hidden and set(bare) == hidden and activation == "relu":
             problems.append(
                 "activation: 'relu' has no place, each layer follows directly on the one before; it is none"
             )

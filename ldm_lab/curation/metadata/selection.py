@@ -9,7 +9,7 @@ import ibis
 import ibis.expr.types as ir
 from annotated_types import MinLen
 
-from ldm_lab.config import Options, PartMapping, PartSection, PositiveInt, build, register
+from ldm_lab.config import PartMapping, PartSection, PositiveInt, build, register
 from ldm_lab.curation.metadata.engine import Engine
 from ldm_lab.curation.metadata.inputs import Broken, Files, broken_files, find_files
 from ldm_lab.curation.metadata.joined_scores import join_scores
@@ -72,10 +72,10 @@ class Selection:
         self.tags = {quantity: files for quantity, files in (tags or {}).items() if files is not None}
 
     @staticmethod
-    def check(section: Options) -> list[str]:
-        """Return what is wrong with the values of a section."""
+    def check(*, tags: dict[str, Any] | None) -> list[str]:
+        """Return what is wrong with `tags`."""
         problems = []
-        for quantity, files in (section.get("tags") or {}).items():
+        for quantity, files in (tags or {}).items():
             if quantity not in TAG_QUANTITIES:
                 problems.append(f"tags.{quantity}: {unknown('tag', quantity, TAG_QUANTITIES)}")
             elif not isinstance(files, str | list | None):

@@ -85,14 +85,11 @@ def build_store(
         spill = tempfile.TemporaryDirectory(dir=temporary or out.parent, prefix=f".{out.name}.", suffix=".sort")
     except OSError as error:
         raise UserError(f"{temporary or out.parent}: cannot be written: {error.strerror}") from None
-    config = {"memory_limit": memory, "temp_directory": spill.name, "preserve_insertion_order": False}
-    if threads is not None:
-        config["threads"] = threads
     try:
-        with spill, _connected(config) as database, StoreWriter(out, len(scores), unique) as writer:
-            rows = _select(database, paths, key, url, text, scores)
-            counts = _count(database, rows, len(scores), paths[0])
-            _write(database, rows, writer, counts, progress)
+        with spill, _connected(spill.name, memory, threads) as db, StoreWriter(out, len(scores), unique) as writer:
+            rows = _select(db, paths, key, url, text, scores)
+            counts = _count(db, rows, len(scores), paths[0])
+            _write(db, rows, writer, counts, progress)
     except duckdb.OutOfMemoryException as error:
         if "offload" in str(error):  # so it says when the disk is full
             folder = Path(spill.name).parent
@@ -149,14 +146,18 @@ def _write(database: "DuckDBPyConnection", rows: str, writer: StoreWriter, count
             bar.update(len(keys))
 
 
-def _connected(config: dict[str, str | int | bool]) -> "DuckDBPyConnection":
-    """Return DuckDB. Raises UserError about its settings."""
+def _connected(spill: str, memory: str, threads: int | None) -> "DuckDBPyConnection":
+    """Return DuckDB, with a folder for what does not fit into memory. Raises UserError about its settings."""
     import duckdb
+
+    config = {"memory_limit": memory, "temp_directory": spill, "preserve_insertion_order": False}
+    if threads is not None:
+        config["threads"] = threads
 
     try:
         return duckdb.connect(config=config)
     except duckdb.Error as error:
-        given = f"--memory {config['memory_limit']}, --threads {config.get('threads', 'as many as cores')}"
+        given = f"--memory {memory}, --threads {'as many as cores' if threads is None else threads}"
         raise UserError(f"{given}: {first_line(error)}") from None
 
 

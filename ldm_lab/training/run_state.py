@@ -1,0 +1,42 @@
+"""What a run's checkpoint holds, by name: Lightning's entries that are read here, and ours under `FORMAT`."""
+
+from typing import TypedDict
+
+from torch import Tensor
+
+from ldm_lab.data.datamodule import RankState
+from ldm_lab.io.json_files import JsonObject
+
+
+class RunState(TypedDict, total=False):
+    """Our entry.
+
+    Attributes:
+        config: the run's, as a YAML has it.
+        model: of a diffusion model, the config that rebuilds it, with what the run's left open.
+        frozen: role -> sha256 of the frozen parts' weights.
+        batches_seen: on the first rank, since the run's very first batch.
+        data: where each rank stands in the data.
+        wandb_id: of the run at wandb, None without.
+    """
+
+    config: JsonObject
+    model: JsonObject
+    frozen: dict[str, str]
+    batches_seen: int
+    data: list[RankState]
+    wandb_id: str | None
+
+
+class Checkpoint(TypedDict, total=False):
+    """The whole file.
+
+    Attributes:
+        state_dict: name -> weights of the task.
+        global_step: optimizer steps done.
+        ldm_lab: our entry.
+    """
+
+    state_dict: dict[str, Tensor]
+    global_step: int
+    ldm_lab: RunState
