@@ -236,11 +236,12 @@ def test_a_line_of_another_number_of_columns_is_named(select, tmp_path, above):
     lines = [f"http://a/{number}\tcaption\n" for number in range(above + 2)]
     lines[above + 1] = "http://b\ty\tz\n"
     (tmp_path / "list.tsv").write_text("".join(lines))
-    code, _, err = select("cc12m", f"input={tmp_path / 'list.tsv'}", f"out={tmp_path / 'out'}")
-    assert code == 2 and f"list.tsv, line {above + 2}: Expected Number of Columns: 2 Found: 3" in one_line(err)
+    command = ("cc12m", f"input={tmp_path / 'list.tsv'}", f"out={tmp_path / 'out'}")
+    code, _, err = select(*command, "bad_lines=error")
+    assert code == 2 and f"list.tsv, line {above + 2}: 3 fields instead of 2" in one_line(err)
     (tmp_path / "list.tsv").write_text("")
-    code, _, err = select("cc12m", f"input={tmp_path / 'list.tsv'}", f"out={tmp_path / 'out'}")
-    assert code == 2 and "list.tsv: begins with an empty line, or is empty" in one_line(err)
+    code, _, err = select(*command)
+    assert code == 2 and "list.tsv: is empty, or begins with empty lines" in one_line(err)
     assert not (tmp_path / "out").exists()
 
 

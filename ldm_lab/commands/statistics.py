@@ -31,7 +31,12 @@ QUANTITIES = ("aesthetic", "punsafe", "pwatermark", "similarity")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add = parser.add_argument
-    add("tables", nargs="*", metavar="[NAME=]FILES", help="a collection: Parquet, TSV, a folder, a glob")
+    add(
+        "tables",
+        nargs="*",
+        metavar="[NAME=]FILES",
+        help="a collection: Parquet, TSV, CSV, JSON lines, a folder, a glob",
+    )
     add("--shards", nargs="+", default=[], metavar="TAR", help="shards, scored in their json")
     add("--scores", metavar="ENDING", help="of Parquet files beside the shards, in the place of .tar")
     add("--out", required=True, metavar="DIR", help="folder for what is written")
@@ -79,6 +84,8 @@ def table_histograms(args: argparse.Namespace, buckets: "Buckets") -> "dict[str,
     """Return the histograms of the collections of tables, by name."""
     from ldm_lab.curation.metadata.histogram import histogram_of
     from ldm_lab.curation.metadata.inputs import find_files
+    from ldm_lab.curation.metadata.layouts import missing_notes
+    from ldm_lab.curation.metadata.text_files import BadLines, as_parquet
 
     tables = {}
     for given in args.tables:
@@ -92,6 +99,11 @@ def table_histograms(args: argparse.Namespace, buckets: "Buckets") -> "dict[str,
     spark = {"name": "spark", "master": args.spark}
     section = spark if args.spark else {"name": "duckdb", "memory_limit": args.memory_limit}
     with tempfile.TemporaryDirectory() as spill, build("engine", section).open(spill) as engine:
+        for number, (name, files) in enumerate(list(tables.items())):
+            bad = BadLines()
+            tables[name] = as_parquet(files, Path(spill) / f"text{number}", bad, name)
+            for note in (*bad.notes(), *missing_notes(tables[name].names, tables[name].layouts)):
+                print(f"note: {name}: {note}")
         return {
             name: histogram_of(engine, files, args.quantity, buckets, args.samples, args.seed)
             for name, files in tables.items()

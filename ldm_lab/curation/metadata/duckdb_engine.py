@@ -3,8 +3,7 @@
 import contextlib
 import json
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import duckdb
@@ -15,11 +14,11 @@ import pyarrow.parquet as pq
 from ldm_lab.config import PositiveInt, register
 from ldm_lab.curation import sql
 from ldm_lab.curation.metadata.engine import Engine, ResultRow
-from ldm_lab.curation.metadata.inputs import DISK_FULL, Files
+from ldm_lab.curation.metadata.inputs import DISK_FULL
+from ldm_lab.curation.metadata.layouts import unique_names
 from ldm_lab.errors import UserError, first_line
 
 BATCH = 50_000  # rows that are held while a file is cut into parts
-WRONG_LINE = re.compile(r"CSV Error on Line: (\d+)\nOriginal Line: .*\n(.+)")
 
 
 @register("engine", "duckdb")
@@ -63,21 +62,11 @@ class DuckDB(Engine):
         finally:
             self.ibis.disconnect()
 
-    def read(self, files: Files) -> ir.Table:
-        if files.delimiter:
-            return self.ibis.read_csv(
-                list(files.paths),
-                delim=files.delimiter,
-                quote="" if files.delimiter == "\t" else '"',  # a TSV has no quotes: a " is a character of the caption
-                escape="" if files.delimiter == "\t" else '"',
-                header=files.header,
-                columns=dict.fromkeys(files.unique_names, "VARCHAR"),
-                auto_detect=False,  # it guesses by the first lines, and names no line that is wrong among them
-                strict_mode=True,
-            )
+    def read_parquet(self, paths: Sequence[str], names: Sequence[str]) -> ir.Table:
         # Without can_have_nan the statistics in the file make `isnan(x)` false: they leave NaN out (duckdb #25521).
-        table = self.ibis.read_parquet(list(files.paths), can_have_nan=True)
-        return table.rename(dict(zip(files.unique_names or table.columns, table.columns)))
+        elsewhere = any("://" in path for path in paths)
+        table = self.ibis.read_parquet(list(paths), can_have_nan=True, union_by_name=elsewhere)
+        return table.rename(dict(zip(unique_names(names) or table.columns, table.columns)))
 
     def rows(self, expression: ir.Table) -> list[ResultRow]:
         return expression.to_pyarrow().to_pylist()
@@ -120,9 +109,6 @@ def cut(whole: Path, rows: int, parts: int) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    if line := WRONG_LINE.search(str(error)):
-        file = re.search(r"^  file = (.+)$", str(error), re.MULTILINE)
-        return f"{file[1] if file else 'a text file'}, line {line[1]}: {line[2]}"[:300]
     text = first_line(error, 3000)
     with contextlib.suppress(ValueError):
         text = json.loads(text)["exception_message"] if text.startswith("{") else text

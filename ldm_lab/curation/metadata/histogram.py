@@ -70,7 +70,7 @@ def histogram_of(engine: Engine, files: Files, quantity: str, buckets: Buckets, 
         quantity: such as "aesthetic".
         shown: rows to draw per bucket, by a hash of seed and url.
     """
-    row = TableRow(engine.read(files), files.columns, where=files.paths[0])
+    row = TableRow(engine.read(files), files.columns, where=files.given[0])
     score = row.number(quantity)
     place = ibis.ifelse(score.isnull(), ibis.null("int64"), place_of(score, buckets))
     counted = row.table.select(place=place).group_by("place").agg(count=ibis._.count())

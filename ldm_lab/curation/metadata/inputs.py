@@ -1,23 +1,36 @@
 """Files of metadata: which ones a pattern stands for, their columns, and what is wrong with them."""
 
 import glob
-import gzip
-from collections.abc import Sequence
-from dataclasses import dataclass
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ldm_lab.curation.metadata.layouts import Layout, layouts_of, table_types, unique_names
+from ldm_lab.curation.metadata.text_lines import BadLine, csv_fields, open_bytes, read_lines
 from ldm_lab.errors import UserError, first_line
 
-TEXTS = {".tsv": "\t", ".csv": ","}  # ending -> delimiter; also with .gz behind it
+FORMATS = {".tsv": "tsv", ".csv": "csv", ".jsonl": "jsonl", ".txt": "txt"}  # by ending; also with .gz behind it
+HEAD_LINES = 100  # that are looked at to see how many columns a text file without names has
 DISK_FULL = (
     "No space left",
     "File too large",
     "quota exceeded",
 )  # in an engine's errors that are not the input's fault
 UNNAMED = ["url", "caption"]  # the columns of a text file without a header line, as CC12M comes
+
+
+class TextHead(NamedTuple):
+    """The columns of a text file; `is_line`: they are the file's first line."""
+
+    names: tuple[str, ...]
+    is_line: bool
 
 
 @dataclass(frozen=True)
@@ -27,34 +40,48 @@ class Files:
     Attributes:
         paths: local paths or addresses, in a fixed order.
         names: the columns as the files spell them.
-        delimiter: of a text file, "" for Parquet.
-        header: whether a text file begins with the columns' names.
+        format: of text files, one of `FORMATS`; "" for Parquet.
+        heads: of each text file but JSON lines.
+        sources: the files that these were made of; () where they are their own.
         rows: how many there are, if that is known without reading them.
+        layouts: of Parquet files, by the columns that they have; () where they cannot be read from here.
+        types: column -> its type in the whole table.
     """
 
     paths: tuple[str, ...]
     names: tuple[str, ...]
-    delimiter: str = ""
-    header: bool = True
+    format: str = ""
+    heads: tuple[TextHead, ...] = ()
+    sources: tuple[str, ...] = ()
     rows: int | None = None
+    layouts: tuple[Layout, ...] = ()
+    types: Mapping[str, pa.DataType] = field(default_factory=dict)
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The files as the user knows them."""
+        return self.sources or self.paths
 
     @property
     def unique_names(self) -> list[str]:
-        """The columns, made different in more than case: img2dataset's tables may hold `WIDTH` and `width`."""
-        seen: set[str] = set()
-        unique = []
-        for name in self.names:
-            candidate, number = name, 1
-            while candidate.lower() in seen:
-                candidate, number = f"{name}_{number}", number + 1
-            seen.add(candidate.lower())
-            unique.append(candidate)
-        return unique
+        """The columns, made different in more than case."""
+        return unique_names(self.names)
 
     @property
     def columns(self) -> dict[str, str]:
         """The column of an engine's table for each name in the files."""
         return dict(zip(self.names, self.unique_names))
+
+    def without(self, broken: "Sequence[Broken]") -> "Files":
+        """Return the table without some of its files."""
+        gone = {one.path for one in broken}
+        left = [replace(one, paths=tuple(path for path in one.paths if path not in gone)) for one in self.layouts]
+        return replace(
+            self,
+            paths=tuple(path for path in self.paths if path not in gone),
+            layouts=tuple(one for one in left if one.paths),
+            rows=None if self.rows is None else self.rows - sum(one.rows for one in broken),
+        )
 
 
 def find_files(patterns: str | Sequence[str], where: str) -> Files:
@@ -68,30 +95,31 @@ def find_files(patterns: str | Sequence[str], where: str) -> Files:
         paths += _expand(pattern, where)
     if not paths:
         raise UserError(f"{where}: no file is given")
-    kinds = {_delimiter(path) for path in paths}
+    kinds = {_format(path) for path in paths}
     if len(kinds) > 1:
-        raise UserError(f"{where}: Parquet and text files cannot be mixed in one table")
-    delimiter = kinds.pop()
+        said = " and ".join(sorted(kind.upper() or "Parquet" for kind in kinds))
+        raise UserError(f"{where}: {said} files cannot be mixed in one table")
+    kind = kinds.pop()
     local = [path for path in paths if "://" not in path]
-    if delimiter:
-        if not local:
+    if kind:
+        if len(local) < len(paths):
             raise UserError(f"{where}: text files have to lie on a local disk")
-        return _text_files(paths, delimiter, where)
+        return _text_files(paths, kind, where)
     if not local:
         return Files(tuple(paths), ())
     return _parquet_files(paths, local, where)
 
 
 def _expand(pattern: str, where: str) -> list[str]:
+    if pattern.startswith("file:///"):
+        pattern = pattern.removeprefix("file://")
     if "://" in pattern:
         return [pattern]
     path = Path(pattern).expanduser()
     if path.is_dir():
-        found = sorted(map(str, path.glob("*.parquet"))) or sorted(
-            str(file) for file in path.iterdir() if _is_text(str(file))
-        )
+        found = sorted(map(str, path.glob("*.parquet"))) or _texts_in(path)
         if not found:
-            raise UserError(f"{where}: {path}: no .parquet, .tsv or .csv file in this folder")
+            raise UserError(f"{where}: {path}: no .parquet, .tsv, .csv, .jsonl or .txt file in this folder")
         return found
     if glob.has_magic(str(path)) and not path.exists():
         found = sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
@@ -103,57 +131,78 @@ def _expand(pattern: str, where: str) -> list[str]:
     return [str(path)]
 
 
-def _is_text(path: str) -> bool:
-    return Path(path.lower().removesuffix(".gz")).suffix in TEXTS
+def _texts_in(folder: Path) -> list[str]:
+    """Return the text files in a folder of the first format that is there: a README.txt is no table."""
+    names = sorted(str(path) for path in folder.iterdir() if path.is_file())
+    return next((found for kind in FORMATS.values() if (found := [n for n in names if _format(n) == kind])), [])
 
 
-def _delimiter(path: str) -> str:
-    return TEXTS[Path(path.lower().removesuffix(".gz")).suffix] if _is_text(path) else ""
+def _format(path: str) -> str:
+    return FORMATS.get(Path(path.lower().removesuffix(".gz")).suffix, "")
 
 
-def _text_files(paths: list[str], delimiter: str, where: str) -> Files:
-    """Return text files with their columns: those of the first line, unless that holds an address."""
-    heads = []
+def _text_files(paths: list[str], kind: str, where: str) -> Files:
+    """Return text files with their columns, as far as their beginnings say them."""
+    if kind == "jsonl":
+        return Files(tuple(paths), (), kind)
+    heads: list[TextHead] = []
     for path in paths:
         try:
-            with (gzip.open if path.lower().endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
-                heads.append(file.readline().rstrip("\r\n").split(delimiter))
-        except (OSError, UnicodeDecodeError, EOFError) as error:
-            raise UserError(f"{where}: {path}: not a readable text file ({error})") from None
-        if heads[-1] == [""]:
-            raise UserError(f"{where}: {path}: begins with an empty line, or is empty")
-    header = not any("://" in value for value in heads[0])
-    if header and any(head != heads[0] for head in heads):
-        odd = paths[next(i for i, head in enumerate(heads) if head != heads[0])]
-        raise UserError(f"{where}: {odd} has other columns than {paths[0]}")
-    if not header and len(heads[0]) != len(UNNAMED):
-        raise UserError(
-            f"{where}: {paths[0]} has no line with the columns' names, and {len(heads[0])} columns; without names it "
-            f"is taken for {' and '.join(UNNAMED)}"
-        )
-    return Files(tuple(paths), tuple(heads[0] if header else UNNAMED), delimiter, header)
+            with open_bytes(path) as file:
+                begin = [line.decode(errors="replace") for _, line in islice(read_lines(file), HEAD_LINES) if line]
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{where}: {path}: not a readable text file ({first_line(error)})") from None
+        if not begin:
+            raise UserError(f"{where}: {path}: is empty, or begins with empty lines")
+        heads.append(_head(path, kind, begin, heads[0].names if heads else (), where))
+    names = dict.fromkeys(name for head in heads for name in head.names)
+    return Files(tuple(paths), tuple(names), kind, tuple(heads))
+
+
+def _head(path: str, kind: str, lines: list[str], others: tuple[str, ...], where: str) -> TextHead:
+    """Return a file's columns: those of its first line, unless that holds an address; then those of the first file, if
+    they are as many, or url and caption."""
+    if kind == "txt":
+        return TextHead(("url",), lines[0].strip().lower() == "url")
+    rows = [row for line in lines if (row := _fields(line, kind))]
+    first = rows[0] if rows else []
+    if first and not any("://" in value for value in first):
+        return TextHead(tuple(first), True)
+    width = Counter(len(row) for row in rows).most_common(1)[0][0] if rows else 0
+    for names in (others, UNNAMED):
+        if len(names) == width:
+            return TextHead(tuple(names), False)
+    raise UserError(
+        f"{where}: {path} has no line with the columns' names, and {width} columns; without names it is taken for "
+        f"{' and '.join(UNNAMED)}"
+    )
+
+
+def _fields(line: str, kind: str) -> list[str]:
+    try:
+        return line.split("\t") if kind == "tsv" else csv_fields(line) or []
+    except BadLine:
+        return []
 
 
 def _parquet_files(paths: list[str], local: list[str], where: str) -> Files:
-    names: tuple[str, ...] = ()
-    rows = 0
+    schemas, rows = [], 0
     for path in local:
         try:
             metadata = pq.read_metadata(path)
+            schemas.append((path, metadata.schema.to_arrow_schema()))
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{where}: {path}: not a readable Parquet file: {first_line(error)}") from None
-        there = tuple(metadata.schema.to_arrow_schema().names)
-        names = names or there
-        if set(there) != set(names):
-            odd = sorted(set(there) ^ set(names))
-            raise UserError(
-                f"{where}: {path} has other columns than {local[0]}: {', '.join(odd)} only in one of them; select from "
-                "releases of different columns one by one"
-            )
         rows += metadata.num_rows
+    names, layouts = layouts_of(schemas)
     if not names:
         raise UserError(f"{where}: {local[0]} has no columns")
-    return Files(tuple(paths), names, rows=rows if len(local) == len(paths) else None)
+    kinds = table_types(names, layouts, where)
+    if len(local) < len(paths):  # what lies elsewhere is taken for files like the first
+        elsewhere = tuple(path for path in paths if "://" in path)
+        layouts[0] = replace(layouts[0], paths=layouts[0].paths + elsewhere)
+    known = rows if len(local) == len(paths) else None
+    return Files(tuple(paths), tuple(names), rows=known, layouts=tuple(layouts), types=kinds)
 
 
 @dataclass(frozen=True)
@@ -174,7 +223,7 @@ def broken_files(files: Files, columns: Sequence[str] | None = None) -> list[Bro
     """Return the local Parquet files that cannot be read to their end. Reads all of them."""
     broken = []
     for path in files.paths:
-        if "://" in path or files.delimiter:
+        if "://" in path or files.format:
             continue
         with pq.ParquetFile(path) as file:
             for group in range(file.num_row_groups):

@@ -7,10 +7,10 @@ import ibis.expr.types as ir
 
 from ldm_lab.curation.metadata.engine import Engine
 from ldm_lab.curation.metadata.inputs import Files
-from ldm_lab.curation.metadata.tables import as_number
+from ldm_lab.curation.metadata.tables import as_hash, as_number, is_unsigned_hash
 from ldm_lab.errors import UserError
 from ldm_lab.rules.limits import Limits
-from ldm_lab.rules.quantities import find, require
+from ldm_lab.rules.quantities import find, matches, require
 from ldm_lab.rules.rule import Rule
 
 TAG_HASH = "ldm_lab_tag_hash"  # the hashes beside joined scores
@@ -32,10 +32,13 @@ def join_scores(
     """
     table = engine.read(files)
     columns = files.columns or {name: name for name in table.columns}
+    for name in matches("hash", columns):
+        if is_unsigned_hash(table[columns[name]].type()):
+            table = table.mutate(**{columns[name]: as_hash(table[columns[name]])})
     for quantity, tag_files in tags.items():
         if own := find(quantity, columns):  # the tags take its place
             table = table.drop(columns.pop(own))
-        key = _hashes(table, columns, f"{files.paths[0]}: to be joined with tags.{quantity}")
+        key = _hashes(table, columns, f"{files.given[0]}: to be joined with tags.{quantity}")
         score = _scores(engine.read(tag_files), tag_files, quantity, rules)
         table = table.left_join(score, key == score[TAG_HASH]).drop(TAG_HASH)
         columns[quantity] = f"ldm_lab_{quantity}"
@@ -49,7 +52,7 @@ def _scores(tags: ir.Table, files: Files, quantity: str, rules: Sequence[Rule]) 
     outside the limits can be told from one without any.
     """
     columns = files.columns or {name: name for name in tags.columns}
-    where = f"tags.{quantity}: {files.paths[0]}"
+    where = f"tags.{quantity}: {files.given[0]}"
     name = find(quantity, columns) or find("prediction", columns) or require(quantity, columns, where)
     key, score = _hashes(tags, columns, where), tags[columns[name]]
     number = as_number(score)
@@ -70,11 +73,10 @@ def _hashes(table: ir.Table, columns: dict[str, str], where: str) -> ir.Column:
     """
     name = require("hash", columns, where)
     hashes = table[columns[name]]
-    if hashes.type().is_string():
-        return hashes.try_cast("int64")
-    if not hashes.type().is_integer():
+    kind = hashes.type()
+    if not (kind.is_string() or kind.is_integer() or is_unsigned_hash(kind)):
         raise UserError(
-            f"{where}: the column {name!r} is {hashes.type()}; a hash is a signed integer of 64 bits, which this type "
+            f"{where}: the column {name!r} is {kind}; a hash is a signed integer of 64 bits, which this type "
             "cannot hold exactly: rows would get scores of others"
         )
-    return hashes
+    return as_hash(hashes)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import ibis
 import ibis.expr.types as ir
 
-from ldm_lab.curation.metadata.tables import TableRow
+from ldm_lab.curation.metadata.tables import TableRow, as_hash
 from ldm_lab.errors import UserError, unknown
 from ldm_lab.rules.quantities import find
 
@@ -30,7 +30,7 @@ def output_table(row: TableRow, kept: ir.Table, wanted: Sequence[str] | None, sh
     values = {name: kept[column] for name, column in chosen.items()}
     for name, value in values.items():
         if value.type().is_string() and find("hash", [name]):
-            values[name] = value.try_cast("int64")  # out of a text file
+            values[name] = as_hash(value)  # out of a text file
         elif value.type().is_string() and any(find(quantity, [name]) for quantity in NUMBERS):
             values[name] = value.try_cast("float64")
         elif value.type().is_string() and name in ("WIDTH", "HEIGHT"):
@@ -57,8 +57,8 @@ def _names(row: TableRow, wanted: Sequence[str] | None) -> dict[str, str]:
             names[taken[name]] = column
         elif name == "__index_level_0__" or (downloaded and name in BOOKKEEPING):
             continue
-        elif name.upper() in standard.values() and downloaded:
-            continue  # the sizes of the crawl beside those that were measured
+        elif name.upper() in taken.values():
+            continue  # such as the sizes of the crawl beside those that were measured: rules judge what is written
         else:
             names[name] = column
     if wanted is None:

@@ -45,6 +45,7 @@ class Report:
     Attributes:
         rows: read; kept: written.
         rules: name -> options.
+        bad_lines: reason -> lines of text files that were left out.
         columns: quantity -> the column that held it.
         output: columns written.
     """
@@ -57,6 +58,7 @@ class Report:
     columns: dict[str, str | None]
     swapped_sizes: bool
     engine: dict[str, Any]
+    bad_lines: dict[str, int]
     broken: list[str]
     broken_rows: int
     output: list[str]
@@ -87,6 +89,7 @@ class Report:
             "columns": self.columns,
             "swapped_sizes": self.swapped_sizes,
             "engine": self.engine,
+            "bad_lines": self.bad_lines,
             "broken_files": self.broken,
             "broken_rows": self.broken_rows,
             "output_columns": self.output,

@@ -3,7 +3,7 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import ibis
 import ibis.expr.types as ir
@@ -13,9 +13,11 @@ from ldm_lab.config import PartMapping, PartSection, PositiveInt, build, registe
 from ldm_lab.curation.metadata.engine import Engine
 from ldm_lab.curation.metadata.inputs import Broken, Files, broken_files, find_files
 from ldm_lab.curation.metadata.joined_scores import join_scores
+from ldm_lab.curation.metadata.layouts import missing_notes
 from ldm_lab.curation.metadata.output import KEY, output_table
 from ldm_lab.curation.metadata.report import Report, RuleCounts
 from ldm_lab.curation.metadata.tables import TableRow, bit_mask, kept_by, may_be_swapped, sizes_are_swapped
+from ldm_lab.curation.metadata.text_files import BadLines, as_parquet
 from ldm_lab.errors import UserError, unknown
 from ldm_lab.io.atomic import replaced_folder
 from ldm_lab.rules.duplicates import Duplicates
@@ -33,7 +35,8 @@ class Selection:
     """What `python -m ldm_lab select` does.
 
     Args:
-        input: Parquet, TSV or CSV: paths, folders, globs, or addresses that the engine knows.
+        input: Parquet, TSV, CSV, JSON lines, lists of urls (.txt): paths, folders, globs; or addresses
+            of Parquet that the engine knows.
         out: folder for the selected rows and _report.json.
         rules: {name: options}, in the order of the report. A name with null switches a rule of `defaults:` off.
         tags: {aesthetic: files, ...}: tables of `hash` and a score, which are joined by hash. Of several scores for one
@@ -44,6 +47,7 @@ class Selection:
         shuffle: order the rows by a hash of this seed, url and caption; null keeps their order.
         parts: files to write; null is one with DuckDB.
         skip_broken: leave out Parquet files with damaged row groups, and count them, instead of stopping.
+        bad_lines: of text files: "skip" leaves them out and counts them, "error" stops at the first.
         overwrite: replace an earlier selection in `out`.
         engine: where it runs.
     """
@@ -61,12 +65,13 @@ class Selection:
         shuffle: int | None = None,
         parts: PositiveInt | None = None,
         skip_broken: bool = False,
+        bad_lines: Literal["skip", "error"] = "skip",
         overwrite: bool = False,
         engine: Annotated[dict[str, Any] | None, PartSection("engine")] = None,
     ):
         self.input, self.out, self.columns, self.language = input, Path(out).expanduser(), columns, language
         self.swapped_sizes, self.shuffle, self.parts = swapped_sizes, shuffle, parts
-        self.skip_broken, self.overwrite = skip_broken, overwrite
+        self.skip_broken, self.bad_lines, self.overwrite = skip_broken, bad_lines, overwrite
         self.rules_section, self.engine_section = rules, engine or {"name": "duckdb"}
         self.rules = build_rules(rules)
         self.tags = {quantity: files for quantity, files in (tags or {}).items() if files is not None}
@@ -97,9 +102,7 @@ class Selection:
             if not damaged:
                 raise
             if self.skip_broken and broken == damaged and len(broken) < len(files.paths):
-                paths = tuple(path for path in files.paths if path not in {one.path for one in broken})
-                rows = None if files.rows is None else files.rows - sum(one.rows for one in broken)
-                return self._select(Files(paths, files.names, rows=rows), tags, broken)
+                return self._select(files.without(broken), tags, broken)
             whole = f"; {len(files.paths) - len(broken)} of {len(files.paths)} files are whole" if broken else ""
             remedy = ", skip_broken=true leaves out the damaged ones" if 0 < len(broken) < len(files.paths) else ""
             raise UserError(f"{damaged[0]}{whole}{remedy}. Nothing was written.") from None
@@ -120,7 +123,13 @@ class Selection:
 
     def _select(self, files: Files, tags: dict[str, Files], broken: list[Broken]) -> Report:
         engine = build("engine", self.engine_section)
+        bad = BadLines(as_error=self.bad_lines == "error")
         with replaced_folder(self.out) as folder, engine.open(folder / SPILL):
+            files = as_parquet(files, folder / SPILL / "input", bad, "input")
+            tags = {
+                quantity: as_parquet(table, folder / SPILL / quantity, bad, f"tags.{quantity}")
+                for quantity, table in tags.items()
+            }
             row = self._row(engine, files, tags)
             rules = self._with_downloaded(row)
             counts = self._count(engine, row, rules)
@@ -131,7 +140,8 @@ class Selection:
                 kept=0,
                 counts=counts,
                 rules={rule.part_name: self.rules_section.get(rule.part_name) or {} for rule in rules},
-                input=list(files.paths),
+                input=list(files.given),
+                bad_lines=dict(bad.counts),
                 columns={quantity: row.name(quantity) for rule in rules for quantity in rule.needs},
                 swapped_sizes=row.swapped_sizes,
                 engine=self.engine_section,
@@ -139,7 +149,7 @@ class Selection:
                 broken_rows=sum(one.rows for one in broken),
                 output=[name for name in table.columns if name != KEY],
             )
-            report.notes += self._notes(row)
+            report.notes += [*bad.notes(), *self._notes(row), *missing_notes(files.names, files.layouts)]
             if counts.kept == 0:
                 raise UserError(f"the selection is empty, nothing was written:\n{report}")
             report.kept = engine.write(
@@ -160,8 +170,10 @@ class Selection:
     def _row(self, engine: Engine, files: Files, tags: dict[str, Files]) -> TableRow:
         """Return the table as rules see it, with the scores of the tags."""
         table, columns = join_scores(engine, files, tags, self.rules)
-        swapped = sizes_are_swapped(list(columns)) if self.swapped_sizes is None else self.swapped_sizes
-        where = files.paths[0] if len(files.paths) == 1 else f"{files.paths[0]} (and {len(files.paths) - 1} more)"
+        row_names = list(files.names or columns)
+        swapped = _sizes_are_swapped(files, row_names) if self.swapped_sizes is None else self.swapped_sizes
+        first, *more = files.given
+        where = f"{first} (and {len(more)} more)" if more else first
         if self.language is not None and find("language", columns) is None:
             columns["LANGUAGE"] = "LANGUAGE"
             table = table.mutate(LANGUAGE=ibis.literal(self.language))
@@ -216,3 +228,18 @@ def _first_of_each(table: ir.Table, column: str) -> ir.Table:
     place = ibis.row_number().over(ibis.window(group_by=table[column], order_by=rest))
     numbered = table.mutate(ldm_lab_place=place)
     return numbered.filter((numbered.ldm_lab_place == 0) | numbered[column].isnull()).drop("ldm_lab_place")
+
+
+def _sizes_are_swapped(files: Files, names: list[str]) -> bool:
+    """Return whether HEIGHT holds the width. Raises UserError if it does in some files only."""
+    swapped = {sizes_are_swapped(list(one.columns)): one for one in files.layouts}
+    if len(swapped) > 1:
+        first, other = swapped[False], swapped[True]
+        if first.paths[0] != files.paths[0]:
+            first, other = other, first
+        odd = sorted(set(first.columns) ^ set(other.columns))
+        raise UserError(
+            f"input: {other.paths[0]} has other columns than {first.paths[0]}: {', '.join(odd)} only in one of them, "
+            "and WIDTH and HEIGHT are swapped in one; select from such releases one by one, or give swapped_sizes"
+        )
+    return next(iter(swapped)) if swapped else sizes_are_swapped(names)

@@ -1,6 +1,9 @@
 """A table as rules see it: quantities under their own names, sizes the right way round, NaN as unknown."""
 
+from decimal import Decimal
+
 import ibis
+import ibis.expr.datatypes as dt
 import ibis.expr.types as ir
 
 from ldm_lab.rules.quantities import find, require
@@ -9,6 +12,8 @@ from ldm_lab.rules.rule import Rule
 BASE_ONLY = ("sample_id", "license", "nsfw")  # columns that no other release has
 BASE_COLUMNS = BASE_ONLY[:2]  # of the base collections, whose sizes are swapped ...
 JOINED_COLUMNS = ("hash", "punsafe", "original_width")  # ... and of those that were made right
+
+WIDE = "decimal(20, 0)"  # holds signed and unsigned integers of 64 bits
 
 
 def sizes_are_swapped(names: list[str]) -> bool:
@@ -75,6 +80,26 @@ def as_number(column: ir.Column) -> ir.NumericValue:
         return column.cast("float64")
     number = column.try_cast("float64") if kind.is_string() else column.cast("float64")
     return ibis.ifelse(number.isnan(), ibis.null("float64"), number)
+
+
+def is_unsigned_hash(kind: dt.DataType) -> bool:
+    """Return whether a column's type holds hashes of 64 bits that may be unsigned; Spark reads such as decimals."""
+    return isinstance(kind, dt.UInt64) or (isinstance(kind, dt.Decimal) and kind.scale == 0)
+
+
+def as_hash(column: ir.Column) -> ir.IntegerValue:
+    """Return a column of hashes as signed integers of 64 bits, as LAION's are; a text that is none is null.
+
+    One that is written without a sign, above 2^63, is the signed one of the same bits.
+    """
+    kind = column.type()
+    if kind.is_string():
+        return ibis.coalesce(column.try_cast("int64"), as_hash(column.try_cast(WIDE)))
+    if not is_unsigned_hash(kind):
+        return column
+    wide = column.cast(WIDE)
+    turns = ibis.ifelse(wide >= ibis.literal(Decimal(2**63), WIDE), ibis.literal(Decimal(2**64), WIDE), 0)
+    return (wide - turns).try_cast("int64")  # null beyond 64 bits
 
 
 def bit_mask(row: TableRow, rules: list[Rule]) -> tuple[ir.IntegerValue, list[tuple[Rule, str]]]:

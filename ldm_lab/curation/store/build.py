@@ -76,7 +76,7 @@ def build_store(
     import duckdb
 
     files = find_files(list(map(str, sources)), "tables")
-    if files.delimiter:
+    if files.format:
         raise UserError(f"{files.paths[0]}: a store is built from Parquet tables")
     paths = files.paths
     out = Path(out).expanduser()

@@ -53,6 +53,8 @@ def add_scores(
     files = find_files(str(table), "table")
     if len(files.paths) > 1 or "://" in files.paths[0]:
         raise UserError(f"table: {table}: one file is looked up at a time")
+    if files.format in ("jsonl", "txt"):
+        raise UserError(f"table: {table}: a .parquet, .csv or .tsv is looked up")
     schema, batches = _read(files)
     lower = {column.lower(): column for column in schema.names}
     taken = [lower[name.lower()] for name in names if name.lower() in lower]
@@ -91,15 +93,15 @@ def _read(files: Files) -> tuple[pyarrow.Schema, Iterator[pyarrow.RecordBatch]]:
             raise broken(error) from None
 
     try:
-        if not files.delimiter:
+        if not files.format:
             file = ParquetFile(files.paths[0])
             return file.schema_arrow, guarded(file.iter_batches(BATCH))
         # Texts stay texts, as guessed types would turn 007 into 7; a TSV has no quotes.
-        quote = "" if files.delimiter == "\t" else '"'
+        delimiter, quote = ("\t", "") if files.format == "tsv" else (",", '"')
         columns = ", ".join(f"{literal(name)}: 'VARCHAR'" for name in files.unique_names)
         query = (
-            f"SELECT * FROM read_csv({literal(files.paths[0])}, delim = {literal(files.delimiter)}, quote = '{quote}', "
-            f"escape = '{quote}', header = {files.header}, columns = {{{columns}}}, auto_detect = false)"
+            f"SELECT * FROM read_csv({literal(files.paths[0])}, delim = {literal(delimiter)}, quote = '{quote}', "
+            f"escape = '{quote}', header = {files.heads[0].is_line}, columns = {{{columns}}}, auto_detect = false)"
         )
         reader = duckdb.connect().sql(query).to_arrow_reader(BATCH)
         return reader.schema, guarded(reader)
