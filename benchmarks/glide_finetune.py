@@ -1,4 +1,4 @@
-"""Whether fine-tuning the quickstart GLIDE for a tenth of its steps adapts it to pictures of other colours.
+"""Whether fine-tuning the quickstart GLIDE for a tenth of its steps adapts it to pictures of other colors.
 
     python benchmarks/glide_finetune.py --checkpoint runs/glide_quickstart/ema.safetensors
 
@@ -43,8 +43,8 @@ TEXT = ("token_embedding", "positional_", "padding_", "transformer.", "final_ln"
 
 def turned(names: Names) -> Names:
     """Return what the pictures of a caption with these names show in the shifted set."""
-    colour, shape, background = names
-    return TURN.get(colour, colour), shape, TURN.get(background, background)
+    color, shape, background = names
+    return TURN.get(color, color), shape, TURN.get(background, background)
 
 
 def samples(shard: int) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -66,7 +66,7 @@ def part_of(tensor: str) -> str | None:
 
 
 def measure(checkpoint: Path) -> list[float]:
-    """Return the shares of colour, shape, background, and all three that are right by the shifted set."""
+    """Return the shares of color, shape, background, and all three that are right by the shifted set."""
     wanted = kinds()[:COUNT]
     texts = [say(names, wording) for names, wording in zip(wanted, itertools.cycle(WORDINGS[:TRAINED]))]
     options = SamplingOptions(sampler={"name": "ddim", "steps": 25}, batch_size=COUNT)
@@ -88,11 +88,11 @@ def main() -> None:
     for shard in range(SHARDS):
         write_shard(folder / f"{shard:05}.tar", samples(shard))
     before = load_file(checkpoint)
-    print(f"{'share right, shifted':28}{'colour':>10}{'shape':>10}{'background':>12}{'all three':>11}")
+    print(f"{'share right, shifted':28}{'color':>10}{'shape':>10}{'background':>12}{'all three':>11}")
 
     def row(name: str, path: Path) -> None:
-        colour, shape, background, everything = measure(path)
-        print(f"{name:28}{colour:10.1%}{shape:10.1%}{background:12.1%}{everything:11.1%}", flush=True)
+        color, shape, background, everything = measure(path)
+        print(f"{name:28}{color:10.1%}{shape:10.1%}{background:12.1%}{everything:11.1%}", flush=True)
 
     row("before", checkpoint)
     for name, parts in FROZEN.items():

@@ -3,7 +3,7 @@
     python benchmarks/glide_quickstart.py --checkpoint runs/glide_quickstart/ema.safetensors \\
         --upsampler runs/glide_quickstart_upsampler/ema.safetensors
 
-48 prompts, 8 colours x 6 shapes, each with one background, in wordings of the training captions; judged by
+48 prompts, 8 colors x 6 shapes, each with one background, in wordings of the training captions; judged by
 `ldm_lab.evaluation.shapes_checker`. Rows: ancestral steps with the learned variance and with the two fixed ones, DDIM,
 and what the upsampler makes of the first. The last column is the time per picture.
 """
@@ -42,14 +42,14 @@ def main() -> None:
     add("--steps", type=int, default=25, metavar="N", help="default: %(default)s")
     add("--seed", type=int, default=0, metavar="N", help="of the first picture; default: %(default)s")
     add("--only", metavar="ROW", help="this row alone, such as 'ddpm learned'")
-    add("--grids", metavar="DIR", help="write the pictures there, labelled with their prompts")
+    add("--grids", metavar="DIR", help="write the pictures there, labeled with their prompts")
     args = parser.parse_args()
     base = Pipeline.from_checkpoint(args.checkpoint)
     options = SamplingOptions(guidance=args.guidance, seed=args.seed, batch_size=COUNT)
     wanted = kinds()[:COUNT]
     texts = [say(names, wording) for names, wording in zip(wanted, itertools.cycle(WORDINGS[:TRAINED]))]
 
-    print(f"{'share right':24}{'colour':>10}{'shape':>10}{'background':>12}{'all three':>11}{'seconds':>10}")
+    print(f"{'share right':24}{'color':>10}{'shape':>10}{'background':>12}{'all three':>11}{'seconds':>10}")
 
     def row(name: str, pictures: list[Image.Image], true: list, seconds: float = 0.0) -> None:
         cells = shares([tuple(check(picture)) for picture in pictures], true)

@@ -6,9 +6,9 @@ All rows use one network, the same steps and the same noise. Columns:
 
     bits     the variational bound of the walk on freshly drawn pictures and their captions, bits per element, without
              the constant term of the prior (Nichol & Dhariwal 2021, arXiv 2102.09672, section 3.1); lower is better
-    texture  Frechet distance of the 5x5 patches, less their mean colours, of sampled and of drawn pictures of the same
+    texture  Frechet distance of the 5x5 patches, less their mean colors, of sampled and of drawn pictures of the same
              prompts, without guidance; lower is better
-    right    share of prompts whose colour and shape the checker reads off the pictures, with guidance
+    right    share of prompts whose color and shape the checker reads off the pictures, with guidance
 """
 
 import argparse
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a checkout that is not installed
 
-from ldm_lab.data.shapes import COLOURS, SHAPES, WORDINGS, Attributes, caption, draw
+from ldm_lab.data.shapes import COLORS, SHAPES, WORDINGS, Attributes, caption, draw
 from ldm_lab.errors import UserError, run_program
 from ldm_lab.evaluation.shapes_checker import check
 from ldm_lab.io.images import to_tensor
@@ -124,7 +124,7 @@ def main() -> None:
     model = pipeline.model
     images, _, captions = drawings(args.drawings, model.image_size[0], args.variety)
     bound = bits(model, args.steps, images, captions)
-    names = list(COLOURS)
+    names = list(COLORS)
     kinds = [(c, s, names[(i + 3) % len(names)]) for s in SHAPES for i, c in enumerate(names)]  # the 48 prompts
     prompts = [caption(Attributes(*kind, extent=0.65, x=0.5, y=0.5, angle=0.0), WORDINGS[0]) for kind in kinds]
     print(f"{args.steps} ancestral steps, {args.drawings} drawings, {len(prompts)} prompts")

@@ -1,8 +1,8 @@
-"""How often the quickstart's pictures show what the prompt says: colour, shape and background, judged by a checker.
+"""How often the quickstart's pictures show what the prompt says: color, shape and background, judged by a checker.
 
     python benchmarks/quickstart_accuracy.py --checkpoint runs/quickstart/ema.safetensors
 
-Two sets of 96 prompts, 8 colours x 6 shapes x 2 backgrounds each: in wordings of CLOOB's training captions, and in
+Two sets of 96 prompts, 8 colors x 6 shapes x 2 backgrounds each: in wordings of CLOOB's training captions, and in
 wordings that it never saw. The other rows tell where mistakes come from: the checker on freshly drawn images (its own
 accuracy), the checker on the autoencoder's reconstructions of them (all that sampling can reach), and CLOOB on them:
 the most alike of the 336 captions.
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a checkout that is not installed
 
-from ldm_lab.data.shapes import COLOURS, HELD_OUT_WORDINGS, SHAPES, WORDINGS, Attributes, caption, draw
+from ldm_lab.data.shapes import COLORS, HELD_OUT_WORDINGS, SHAPES, WORDINGS, Attributes, caption, draw
 from ldm_lab.errors import run_program
 from ldm_lab.evaluation.shapes_checker import check
 from ldm_lab.io.images import grid, save_png, to_tensor
@@ -31,20 +31,20 @@ from ldm_lab.sampling.decode import decode
 
 VARIETY = 0.5  # of the fresh drawings: that of configs/quickstart.yaml
 FRESH = "quickstart_accuracy"  # seeds of the fresh drawings begin with this, those of data sets with a number
-BACKGROUNDS = (3, 5)  # a colour's two backgrounds, as places further on in COLOURS
+BACKGROUNDS = (3, 5)  # a color's two backgrounds, as places further on in COLORS
 CHUNK = 50  # drawings that go through a network at once
 
-Names = tuple[str, str, str]  # colour, shape, background
+Names = tuple[str, str, str]  # color, shape, background
 
 
 def kinds() -> list[Names]:
-    """Return colour, shape and background of the 96 prompts."""
-    names = list(COLOURS)
+    """Return color, shape and background of the 96 prompts."""
+    names = list(COLORS)
     return [
-        (colour, shape, names[(i + further) % len(names)])
+        (color, shape, names[(i + further) % len(names)])
         for further in BACKGROUNDS
         for shape in SHAPES
-        for i, colour in enumerate(names)
+        for i, color in enumerate(names)
     ]
 
 
@@ -59,7 +59,7 @@ def say(names: Names, wording: str) -> str:
 
 
 def shares(read: Iterable[Names], true: Iterable[Names]) -> list[float]:
-    """Return the shares that are right in colour, in shape, in background, and in all three."""
+    """Return the shares that are right in color, in shape, in background, and in all three."""
     right = [[a == b for a, b in zip(r, t)] for r, t in zip(read, true)]
     return [sum(column) / len(right) for column in zip(*([*row, all(row)] for row in right))]
 
@@ -77,7 +77,7 @@ def reconstruct(model: Model, images: list[Image.Image]) -> list[Image.Image]:
 @torch.no_grad()
 def classify(model: Model, images: list[Image.Image]) -> list[Names]:
     """Return for each image the names whose caption, in the first training wording, CLOOB finds most alike."""
-    every = [(c, s, b) for c, s, b in itertools.product(COLOURS, SHAPES, COLOURS) if c != b]
+    every = [(c, s, b) for c, s, b in itertools.product(COLORS, SHAPES, COLORS) if c != b]
     texts = model.conditioner.encode_text([say(names, WORDINGS[0]) for names in every])  # [336, D]
     best = [
         (model.conditioner.encode_image(_batch(chunk).to(model.device)) @ texts.T).argmax(1)  # [chunk]
@@ -100,7 +100,7 @@ def measure(
     drawings: int,
     show: Callable[[str, list[Image.Image], list[str]], None] = lambda *_: None,
 ) -> dict[str, list[float]]:
-    """Return {row: [colour, shape, background, all three]}, shares in [0, 1].
+    """Return {row: [color, shape, background, all three]}, shares in [0, 1].
 
     Args:
         pipeline: of the model.
@@ -142,7 +142,7 @@ def main() -> None:
     add("--seed", type=int, default=0, metavar="N", help="of the first picture; default: %(default)s")
     add("--batch-size", type=int, default=48, metavar="N", help="pictures at once; default: %(default)s")
     add("--drawings", type=int, default=1000, metavar="N", help="fresh ones; default: %(default)s")
-    add("--grids", metavar="DIR", help="write the pictures there, labelled with their prompts")
+    add("--grids", metavar="DIR", help="write the pictures there, labeled with their prompts")
     args = parser.parse_args()
 
     def show(row: str, pictures: list[Image.Image], texts: list[str]) -> None:
@@ -161,10 +161,10 @@ def main() -> None:
         args.drawings,
         show,
     )
-    print(f"{'share right':24}{'colour':>10}{'shape':>10}{'background':>12}{'all three':>11}{'of':>7}")
-    for row, (colour, shape, background, everything) in rows.items():
+    print(f"{'share right':24}{'color':>10}{'shape':>10}{'background':>12}{'all three':>11}{'of':>7}")
+    for row, (color, shape, background, everything) in rows.items():
         count = len(kinds()) if row.startswith("prompts") else args.drawings
-        print(f"{row:24}{colour:10.1%}{shape:10.1%}{background:12.1%}{everything:11.1%}{count:7}")
+        print(f"{row:24}{color:10.1%}{shape:10.1%}{background:12.1%}{everything:11.1%}{count:7}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 Writes what the recipes begin with, in the layout of the real files: `cc12m/cc12m.tsv`, lines of url and caption without
 a header, and `laion/laion2B-en-aesthetic/*.parquet`. The urls are of this server. As in the real files some are dead,
 some lead to no image, some come twice, and some captions begin with a quotation mark. In the place of an aesthetic
-score stands how warm the shape's colour is, from 2 (black) to 9 (red), with some noise.
+score stands how warm the shape's color is, from 2 (black) to 9 (red), with some noise.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def write_lists(folder: Path, address: str, count: int) -> list[Path]:
     urls = [f"{address}/{number}.jpg" for number in range(1, count + 1)]
     texts = [random_caption(attributes, rng) for attributes in shown]
     texts = [f'"{text[0].upper()}{text[1:]}", as it says' if n % 10 == 0 else text for n, text in enumerate(texts)]
-    scores = np.array([WARMTH[attributes.colour] for attributes in shown]) + noise.normal(0, 0.3, count)
+    scores = np.array([WARMTH[attributes.color] for attributes in shown]) + noise.normal(0, 0.3, count)
     order = [*range(count), *range(0, count, TWICE)]
     rng.shuffle(order)
 

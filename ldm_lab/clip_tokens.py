@@ -105,7 +105,7 @@ class Encoding:
         return self.known[word]
 
     def _pieces(self, word: str) -> list[str]:
-        """Return a word as pieces of the vocabulary: of all pairs of neighbours the earliest merge goes first."""
+        """Return a word as pieces of the vocabulary: of all pairs of neighbors the earliest merge goes first."""
         if word in SPECIAL:
             return [word]
         pieces = [self.letters[byte] for byte in word.encode("utf-8")]

@@ -22,7 +22,7 @@ class EMASchedule:
         """Set the stages; the defaults are cloob-latent-diffusion's.
 
         Args:
-            from_step: optimizer steps at which the stages begin, the first one at 0; finetunes of n steps want them
+            from_step: optimizer steps at which the stages begin, the first one at 0; fine-tunes of n steps want them
                 scaled to n.
             decay: of each stage: the share of the average that stays in a step.
         """
@@ -49,7 +49,7 @@ def averaged_copy(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def update(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move `average` towards `model`: average * decay + model * (1 - decay).
+    """Move `average` toward `model`: average * decay + model * (1 - decay).
 
     Buffers and frozen parameters are copied: what does not move must not change by rounding either.
     """

@@ -1,4 +1,4 @@
-"""Small data sets for the tests of ldm_lab.data: every image is of one colour that tells its number."""
+"""Small data sets for the tests of ldm_lab.data: every image is of one color that tells its number."""
 
 import io
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Aesthetics in sampling: prompts led to a rating, and what is refused."""
+"""Aesthetics in sampling: prompts guided toward a rating, and what is refused."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Models of cloob-latent-diffusion, sampled and finetuned from files in its own layouts."""
+"""Models of cloob-latent-diffusion, sampled and fine-tuned from files in its own layouts."""
 
 import argparse
 import json
@@ -92,7 +92,7 @@ def test_a_training_checkpoint_brings_its_cloob(trained, layouts):
     assert all(torch.equal(value, expected[name]) for name, value in part.state_dict().items())
 
 
-def test_finetuning_a_ccld_model(program, trained, layouts):
+def test_fine_tuning_a_ccld_model(program, trained, layouts):
     """Nothing moves at learning rate 0, so the first checkpoint shows what was taken over."""
     still = ["optim.lr=0.0", "optim.weight_decay=0.0", "trainer.max_steps=1", "checkpoint.every=1"]
     yaml = trained / "tiny.yaml"

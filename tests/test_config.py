@@ -201,7 +201,7 @@ def test_bounds_in_words(annotation, value, words):
     assert bounds.problem(value, annotation) == words
 
 
-def test_a_missing_file_names_its_neighbours(tmp_path):
+def test_a_missing_file_names_its_neighbors(tmp_path):
     with pytest.raises(UserError, match=r"no such config.*yfcc_cfg\.yaml"):
         config.load(YFCC.with_name("yfc_cfg.yaml"))
     with pytest.raises(UserError, match="no such config"):

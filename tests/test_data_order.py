@@ -83,7 +83,7 @@ def test_the_order_depends_on_the_seed_alone(sections, kind):
 
 
 def test_shards_mix_within_the_buffer(sections):
-    """With a large buffer neighbours come from different shards; without one, shards stay whole."""
+    """With a large buffer neighbors come from different shards; without one, shards stay whole."""
     for buffer, mixed in ((100, True), (0, False)):
         read = keys(take(module({**sections["webdataset"], "shuffle_buffer": buffer}), COUNT // 4))
         shards = [int(key) // 4 for key in read]

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from data_sets import keys, module, samples, take, write_shards
 
-from ldm_lab.data.addresses import expand
 from ldm_lab.data.samples import RawSample, SkippedSample
+from ldm_lab.data.shard_urls import expand
 from ldm_lab.data.tar import read_shard, write_shard
 from ldm_lab.errors import UserError
 

@@ -32,8 +32,8 @@ def palette(transparency: int | bytes | None) -> bytes:
     return stored(image, transparency=transparency) if transparency is not None else stored(image)
 
 
-def animated(*colours: str) -> bytes:
-    first, *others = (Image.new("RGB", (4, 4), colour) for colour in colours)
+def animated(*colors: str) -> bytes:
+    first, *others = (Image.new("RGB", (4, 4), color) for color in colors)
     return stored(first, "gif", save_all=True, append_images=others)
 
 
@@ -78,7 +78,7 @@ def test_sixteen_bit_integers():
 
 
 def test_transparency_goes_before_the_resize():
-    """A transparent pixel has a colour of its own, which must not bleed into its neighbours."""
+    """A transparent pixel has a color of its own, which must not bleed into its neighbors."""
     image = Image.new("RGBA", (64, 64), (255, 0, 0, 255))
     image.paste((0, 0, 255, 0), (32, 0, 64, 64))
     shrunk = np.asarray(resize_and_crop(to_rgb(decode_image(stored(image))), 8))  # [8, 8, 3]
@@ -114,7 +114,7 @@ def test_orientation(orientation):
         ((32, 35), (32, 35), 0, 2),  # 1.5 rounds to even
     ],
 )
-def test_resize_and_centre_crop_are_the_originals(given, resized, left, top):
+def test_resize_and_center_crop_are_the_originals(given, resized, left, top):
     """Torchvision's: the long side rounded down, the crop's place to the nearest, halves to even."""
     image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (*given[::-1], 3), dtype=np.uint8))
     reference = image.resize(resized, Image.Resampling.LANCZOS).crop((left, top, left + 32, top + 32))

@@ -97,7 +97,7 @@ def test_long_texts_are_cut_with_a_warning(caplog):
 
 
 def test_images_are_no_prompts(merges):
-    with pytest.raises(UserError, match="asked in words"):
+    with pytest.raises(UserError, match="prompted with text"):
         small().from_prompts([], [object()])
 
 

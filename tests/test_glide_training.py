@@ -89,7 +89,7 @@ def test_a_base_model_is_trained_and_sampled_in_words(tmp_path):
     asked = run_program(
         ROOT / "sample.py", "--checkpoint", "runs/tiny/ema.safetensors", "--images", "out/00000.png", cwd=tmp_path
     )
-    assert asked.returncode == 2 and "asked in words" in asked.stderr and "Traceback" not in asked.stderr
+    assert asked.returncode == 2 and "prompted with text" in asked.stderr and "Traceback" not in asked.stderr
 
 
 def test_an_upsampler_is_trained_and_draws_what_it_makes(tmp_path):

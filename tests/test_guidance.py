@@ -163,11 +163,11 @@ def test_autoguidance_puts_the_worse_model_in_place_of_the_null_condition(inputs
 
     weights = torch.tensor([[3.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
     out = guided(Stand(), cond, null, weights, guide_model=worse)(x, t)
-    towards = [Stand()(x, t, {"embed": cond["embed"][:, k]}) for k in range(K)]
+    toward = [Stand()(x, t, {"embed": cond["embed"][:, k]}) for k in range(K)]
     away = [worse(x, t, {"embed": cond["embed"][:, k]}) for k in range(K)]
-    assert close(out.x0[0], 3 * towards[0].x0[0] - 2 * away[0].x0[0])
-    assert close(out.eps[1], (towards[0].eps + towards[1].eps - (away[0].eps + away[1].eps) / 2)[1])
-    assert close(out.x0[2], towards[0].x0[2])  # weight 1: no guidance
+    assert close(out.x0[0], 3 * toward[0].x0[0] - 2 * away[0].x0[0])
+    assert close(out.eps[1], (toward[0].eps + toward[1].eps - (away[0].eps + away[1].eps) / 2)[1])
+    assert close(out.x0[2], toward[0].x0[2])  # weight 1: no guidance
 
 
 class Named(Wrapper):

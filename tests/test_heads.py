@@ -69,7 +69,7 @@ def test_a_head_out_of_the_cache(tmp_path, monkeypatch, golden_heads):
 
 
 @torch.no_grad()
-def test_a_head_normalises_by_itself(tmp_path):
+def test_a_head_normalizes_by_itself(tmp_path):
     head = linear(tmp_path / "h.safetensors")
     embeds = torch.randn(5, 6)
     embeds[2] = 0

@@ -290,7 +290,7 @@ def test_pngs_of_twelve_bits_in_sixteen(bits):
 
 
 def test_a_transparent_value_of_sixteen_bits():
-    """Only that very value is transparent, not its neighbours of the same 8-bit level."""
+    """Only that very value is transparent, not its neighbors of the same 8-bit level."""
     values = np.full((4, 4), 1000, np.uint16)
     values[:, 2:] = 1001
     found = pixels(png16(values, png_chunk(b"tRNS", struct.pack(">H", 1000))))

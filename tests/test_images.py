@@ -46,12 +46,12 @@ def test_unusable_sizes(written):
         parse_size(written)
 
 
-def colours(count, size=(8, 6)):
+def colors(count, size=(8, 6)):
     return [Image.new("RGB", size, (10 * i, 255 - 10 * i, 99)) for i in range(count)]
 
 
 def test_a_plain_grid_has_the_images_pixels_row_by_row():
-    page = grid(colours(16))
+    page = grid(colors(16))
     assert page.size == (32, 24)
     assert page.getpixel((0, 0)) == (0, 255, 99)
     assert page.getpixel((31, 0)) == (30, 225, 99)
@@ -59,14 +59,14 @@ def test_a_plain_grid_has_the_images_pixels_row_by_row():
 
 
 def test_columns_and_a_last_row_that_is_not_full():
-    assert grid(colours(5)).size == (24, 12)
-    assert grid(colours(5), columns=2).size == (16, 18)
-    assert grid(colours(2), columns=9).size == (16, 6)
-    assert grid(colours(5), columns=2).getpixel((15, 17)) == (255, 255, 255)
+    assert grid(colors(5)).size == (24, 12)
+    assert grid(colors(5), columns=2).size == (16, 18)
+    assert grid(colors(2), columns=9).size == (16, 6)
+    assert grid(colors(5), columns=2).getpixel((15, 17)) == (255, 255, 255)
 
 
 def test_captions_stand_below_enlarged_images():
-    page = grid(colours(2, (64, 64)), captions=["a red square", ""])
+    page = grid(colors(2, (64, 64)), captions=["a red square", ""])
     pixels = np.array(page)
     inside = (pixels == (0, 255, 99)).all(-1)
     assert inside.sum() == 192 * 192  # 64 pixels, three times
@@ -78,9 +78,9 @@ def test_captions_stand_below_enlarged_images():
 
 def test_large_images_keep_their_pixels_and_rows_their_own_label_heights():
     one, four = "short", "a caption that is long enough " * 4
-    pages = [grid(colours(2, (200, 64)), columns=1, captions=captions) for captions in ([one, one], [one, four])]
+    pages = [grid(colors(2, (200, 64)), columns=1, captions=captions) for captions in ([one, one], [one, four])]
     assert (np.array(pages[0]) == (0, 255, 99)).all(-1).sum() == 200 * 64
-    assert pages[0].height < pages[1].height < grid(colours(2, (200, 64)), columns=1, captions=[four] * 2).height
+    assert pages[0].height < pages[1].height < grid(colors(2, (200, 64)), columns=1, captions=[four] * 2).height
 
 
 def test_long_captions_are_wrapped_and_end_in_an_ellipsis():
@@ -95,13 +95,13 @@ def test_long_captions_are_wrapped_and_end_in_an_ellipsis():
 
 
 def test_other_scripts_do_not_fail():
-    page = np.array(grid(colours(1, (160, 16)), captions=["größe 猫 🦊"]))
+    page = np.array(grid(colors(1, (160, 16)), captions=["größe 猫 🦊"]))
     assert (page[30:] < 100).all(-1).sum() > 50
 
 
 def test_png_with_metadata(tmp_path):
     path = tmp_path / "new" / "a.png"
-    save_png(path, colours(1)[0], {"Description": "ein Bär: 猫", "seed": "3"})
+    save_png(path, colors(1)[0], {"Description": "ein Bär: 猫", "seed": "3"})
     with Image.open(path) as image:
         assert image.text == {"Description": "ein Bär: 猫", "seed": "3"}
         assert image.getpixel((0, 0)) == (0, 255, 99)
@@ -110,7 +110,7 @@ def test_png_with_metadata(tmp_path):
 
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
-    save_png(path, colours(1)[0])
+    save_png(path, colors(1)[0])
     before = path.read_bytes()
 
     def full(*_):
@@ -118,9 +118,9 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"a\.png: cannot be written: No space left on device"):
-        save_png(path, colours(2)[1])
+        save_png(path, colors(2)[1])
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["a.png"]
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        save_png(tmp_path / "file" / "b.png", colours(1)[0])
+        save_png(tmp_path / "file" / "b.png", colors(1)[0])

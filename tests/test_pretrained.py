@@ -436,7 +436,7 @@ def test_a_checkpoint_that_names_an_address_is_refused_before_anything_is_fetche
 
 
 def test_wherever_weights_are_taken_a_name_will_do(release, mirror, tmp_path, monkeypatch, program):
-    """Training, finetuning, sampling, measuring, looking at and converting weights that are named, by the commands."""
+    """Training, fine-tuning, sampling, measuring, looking at and converting weights that are named, by the commands."""
     monkeypatch.chdir(tmp_path)
     yaml = make_run(tmp_path, images=8, trainer={"max_steps": 1}, checkpoint={"every": 1})
 

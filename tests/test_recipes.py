@@ -125,7 +125,7 @@ def test_from_urls_to_a_training_run(served):
     assert sorted(row["key"] for row in scores) == sorted(item.key for item in samples)
     table = pq.read_table(folder / "data/laion/laion2B-en-aesthetic").to_pylist()
     warm = {row["hash"]: row["aesthetic"] for row in table}
-    pairs = [(row["aesthetic"], warm[row["hash"]]) for row in scores]  # the head's, and what it was trained towards
+    pairs = [(row["aesthetic"], warm[row["hash"]]) for row in scores]  # the head's, and what it was trained toward
     assert sum(abs(ours - given) for ours, given in pairs) / len(pairs) < 1.5
 
     for run in ("cc12m", "laion"):

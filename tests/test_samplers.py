@@ -308,7 +308,7 @@ def test_the_right_variance_of_few_ancestral_steps_gives_the_right_spread():
     assert spreads["posterior"] < 0.97 * 0.5 and spreads["beta"] > 1.03 * 0.5
 
 
-class Towards2(Wrapper):
+class Toward2(Wrapper):
     """Adds the gradient of a likelihood."""
 
     order = 20
@@ -319,14 +319,14 @@ class Towards2(Wrapper):
 
 
 def test_gradients_are_followed_by_every_sampler():
-    """Data N(0, 1) and the likelihood of y = 2 under N(x_t, 1): samples move towards y, by shifted mean or score."""
+    """Data N(0, 1) and the likelihood of y = 2 under N(x_t, 1): samples move toward y, by shifted mean or score."""
     schedule = Discrete("linear")
     moved = {}
     for name in ("ddpm", "ddim", "unipc", "heun", "plms"):
         sampler = build("sampler", {"name": name, "steps": 50})
 
         predict = gaussian(schedule, std=1.0)
-        wrapped = stack(predict, [Towards2()], schedule=schedule, uses_gradient=sampler.uses_gradient)
+        wrapped = stack(predict, [Toward2()], schedule=schedule, uses_gradient=sampler.uses_gradient)
         out = sampler.sample(wrapped, normal(1, 1, 40, 40), schedule=schedule, noise=lambda x: normal(*x.shape, seed=5))
         moved[name] = out.mean().item()
     assert all(0.1 < mean < 2 for mean in moved.values()), moved

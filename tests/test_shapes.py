@@ -47,7 +47,7 @@ def test_checker_reads_what_was_drawn(degrade, least):
     right = 0
     for index in range(500):
         image, attributes = shapes.draw(f"checker/{index}")
-        right += check(degrade(image)) == (attributes.colour, attributes.shape, attributes.background)
+        right += check(degrade(image)) == (attributes.color, attributes.shape, attributes.background)
     assert right / 500 >= least
 
 
@@ -60,7 +60,7 @@ def test_checker_takes_every_size_and_tells_shapes_of_one_kind_apart():
 
 def test_checker_reads_an_image_without_a_shape():
     reading = check(Image.new("RGB", (64, 64), (240, 240, 240)))
-    assert reading.background == "white" and reading.colour != "white"
+    assert reading.background == "white" and reading.color != "white"
 
 
 def test_drawing_is_a_function_of_the_seed():
@@ -76,8 +76,8 @@ def test_drawings_stay_inside_and_cover_all_kinds():
     kinds = Counter()
     for index in range(4000):
         _, a = shapes.draw(f"kinds/{index}", 16)
-        kinds[a.colour, a.shape, a.background] += 1
-        assert a.colour != a.background
+        kinds[a.color, a.shape, a.background] += 1
+        assert a.color != a.background
         assert all(a.extent / 4 < middle < 1 - a.extent / 4 for middle in (a.x, a.y))
     assert len(kinds) == 8 * 6 * 7
     assert max(kinds.values()) < 10 * min(kinds.values())
@@ -88,7 +88,7 @@ def test_frame_is_background():
         image, a = shapes.draw(f"frame/{index}")
         frame = np.asarray(image).astype(int)  # [64, 64, 3]
         for edge in (frame[:2], frame[-2:], frame[:, :2], frame[:, -2:]):
-            assert np.abs(edge - shapes.COLOURS[a.background]).max() <= shapes.JITTER
+            assert np.abs(edge - shapes.COLORS[a.background]).max() <= shapes.JITTER
 
 
 def test_variety_says_how_much_images_of_a_kind_differ():
@@ -109,7 +109,7 @@ def test_captions_say_what_is_there_and_nothing_else():
             _, attributes = shapes.draw(f"caption/{index}", 16)
             words = re.findall(r"[a-z]+", shapes.caption(attributes, wording))
             assert [w for w in words if w in shapes.SHAPES] == [attributes.shape]
-            assert sorted(w for w in words if w in shapes.COLOURS) == sorted([attributes.colour, attributes.background])
+            assert sorted(w for w in words if w in shapes.COLORS) == sorted([attributes.color, attributes.background])
 
 
 def test_held_out_wordings_are_no_training_wordings():
@@ -138,7 +138,7 @@ def test_shards_have_img2dataset_layout(tmp_path):
                 text = archive.extractfile(f"{key}.txt").read().decode()
                 image = Image.open(archive.extractfile(f"{key}.png"))
                 assert image.size == (32, 32) and about["key"] == key and about["caption"] == text
-                assert {about["colour"], about["shape"], about["background"]} <= set(re.findall("[a-z]+", text))
+                assert {about["color"], about["shape"], about["background"]} <= set(re.findall("[a-z]+", text))
                 keys.append(key)
     assert len(set(keys)) == 10 and keys[:2] == ["000000000", "000000001"] and keys[3] == "000010000"
 
@@ -215,8 +215,8 @@ def test_benchmark_asks_for_everything_evenly():
     from benchmarks import quickstart_accuracy as benchmark
 
     kinds = benchmark.kinds()
-    assert len(set(kinds)) == 96 and all(colour != background for colour, _, background in kinds)
-    assert set(Counter((colour, shape) for colour, shape, _ in kinds).values()) == {2}
+    assert len(set(kinds)) == 96 and all(color != background for color, _, background in kinds)
+    assert set(Counter((color, shape) for color, shape, _ in kinds).values()) == {2}
     assert set(Counter(background for _, _, background in kinds).values()) == {12}
     for wordings in (shapes.WORDINGS, shapes.HELD_OUT_WORDINGS):
         prompts = benchmark.prompts(wordings)

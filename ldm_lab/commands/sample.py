@@ -14,7 +14,7 @@ Prompts on the command line, texts and images alike, are mixed with each other. 
 pictures of their own; prompts on the command line are then mixed into each of them.
 
 A prompt may have a weight, written text:weight; without one it has that of --guidance. Weight 1 is the plain model,
-more exaggerates, less than 0 leads away. What follows the last colon is a weight if it is a finite number; a backslash
+more exaggerates, less than 0 steers away. What follows the last colon is a weight if it is a finite number; a backslash
 before the colon makes it text, as in "meet at 12\\:30". A model without a conditioner takes "" with --guidance 1.
 
 Picture i has the seed SEED + i and depends on that, its own prompts and the settings alone, not on the batch size. It
@@ -35,7 +35,7 @@ from ldm_lab.commands._flags import FlagParser, add_flags, given
 from ldm_lab.config.reading import Option
 from ldm_lab.config.registry import add_imports, infos, part_info
 from ldm_lab.errors import UserError
-from ldm_lab.sampling.foreign_names import our_flag, our_sampler, weight_hint
+from ldm_lab.sampling.aliases import our_flag, our_sampler, weight_hint
 from ldm_lab.sampling.options import (
     DEFAULT_SAMPLER,
     DEFAULT_UPSAMPLER,

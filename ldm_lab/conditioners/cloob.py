@@ -152,7 +152,7 @@ class ImageEncoder(nn.Module):
         self.proj = nn.Linear(width, embed_dim)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return embeddings before normalisation, [B, D], for normalised pixels [B, 3, S, S]."""
+        """Return embeddings before normalization, [B, D], for normalized pixels [B, 3, S, S]."""
         patches = rearrange(self.embed(pixels), "b w h_p w_p -> b (h_p w_p) w")  # [B, patches, width]
         class_token = repeat(self.class_embed, "w -> b 1 w", b=len(patches))  # [B, 1, width]
         x = torch.cat([class_token, patches], dim=1) + self.pos_embed.weight  # [B, 1 + patches, width]
@@ -173,7 +173,7 @@ class TextEncoder(nn.Module):
         self.proj = nn.Linear(width, embed_dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return embeddings before normalisation, [B, D], for token ids [B, text_size], padded to the full length."""
+        """Return embeddings before normalization, [B, D], for token ids [B, text_size], padded to the full length."""
         is_end = (tokens == self.end_token).int()  # [B, L]
         # Up to and including the first end token; everything without one.
         valid = is_end.cumsum(1) - is_end == 0  # [B, L]

@@ -94,7 +94,7 @@ class GlideText(Conditioner):
             UserError: image prompts, which this model does not understand.
         """
         if images:
-            raise UserError("this model is asked in words: it takes no image prompts")
+            raise UserError("this model is prompted with text: it takes no image prompts")
         return self.tokenize(texts, warn="all")
 
     def null(self, conditions: Conditions) -> Conditions:

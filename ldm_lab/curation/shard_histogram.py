@@ -9,9 +9,9 @@ from tqdm import tqdm
 
 from ldm_lab.curation.buckets import Buckets
 from ldm_lab.curation.metadata.histogram import Histogram, Shown
-from ldm_lab.data.addresses import expand
 from ldm_lab.data.sample_metadata import metadata_of, read_scores, scores_path
 from ldm_lab.data.samples import RawSample, caption_of
+from ldm_lab.data.shard_urls import expand
 from ldm_lab.data.tar import read_shard
 from ldm_lab.errors import UserError
 from ldm_lab.io.images import BadImage, decode_image, to_rgb

@@ -12,7 +12,7 @@ a subclass of `source.ImageSource` (samples are images, with or without a captio
     to_device_format(batch) -> batch           in the training process
 
 and everything else is common: `order.py` decides who reads what and when, `loader.py` reads, counts and remembers the
-position, `datamodule.py` hands it to Lightning. Shards: `addresses.py` finds them, `streams.py` opens them, `tar.py`
+position, `datamodule.py` hands it to Lightning. Shards: `shard_urls.py` finds them, `streams.py` opens them, `tar.py`
 reads and writes them, `shard_source.py` puts them into order, `webdataset.py` is the part.
 
 A *pass* (`passes.py`) is the other way through data: every sample of some shards or images once, in no order that

@@ -1,7 +1,7 @@
 """What is known of a sample beside its image: its json, and the scores that lie beside its shard."""
 
-from ldm_lab.data.addresses import without_ending
 from ldm_lab.data.samples import RawSample, caption_of
+from ldm_lab.data.shard_urls import without_ending
 from ldm_lab.io.json_files import Json, parse_json
 
 Metadata = dict[str, Json]  # name, as its json or a table's column is called -> value

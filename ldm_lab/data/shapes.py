@@ -1,6 +1,6 @@
 """The built-in data set: captioned shapes, drawn deterministically and kept as shards in img2dataset's layout.
 
-One filled shape on a plain background of another colour: 8 colours x 6 shapes x 7 backgrounds = 336 kinds of image, and
+One filled shape on a plain background of another color: 8 colors x 6 shapes x 7 backgrounds = 336 kinds of image, and
 every image of a kind differs in size, place, angle and shade, by as much as `variety` says. Small enough to train on
 without a GPU, yet text and image can be compared attribute by attribute (`ldm_lab.evaluation.shapes_checker`).
 """
@@ -23,7 +23,7 @@ from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import new_folder
 
 # Near the corners of the RGB cube, so that jitter, blur and compression leave them apart.
-COLOURS = {
+COLORS = {
     "black": (20, 20, 20),
     "white": (240, 240, 240),
     "red": (220, 35, 35),
@@ -34,46 +34,46 @@ COLOURS = {
     "magenta": (215, 50, 200),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-JITTER = 12  # 8-bit levels that each channel of a colour may be off, either way
+JITTER = 12  # 8-bit levels that each channel of a color may be off, either way
 EXTENT = (0.5, 0.8)  # the longer side of the shape's bounding box, as a share of the image's side
 MARGIN = 1 / 32  # least distance between shape and border, as a share of the image's side
 ANGLE = 12  # degrees that a shape may be turned, either way
 SUPERSAMPLE = 4  # drawn at this multiple of the size and averaged down
 
-# Every wording names all three attributes. Short ones, so that a tiny text tower soon finds out which colour is the
+# Every wording names all three attributes. Short ones, so that a tiny text tower soon finds out which color is the
 # shape's and which the background's: that is said by the words around them alone.
 WORDINGS = (
-    "a {colour} {shape} on a {background} background",
-    "a {colour} {shape} on {background}",
-    "{colour} {shape} on {background}",
-    "the {colour} {shape} on the {background} background",
-    "a {colour} {shape} in front of a {background} background",
-    "a {colour} {shape} against a {background} background",
-    "{colour} {shape}, {background} background",
-    "one {colour} {shape} and a {background} background",
-    "a picture of a {colour} {shape} on a {background} background",
-    "a drawing of a {colour} {shape} on {background}",
-    "{background} background, {colour} {shape}",
-    "a {background} background with a {colour} {shape}",
-    "on a {background} background, a {colour} {shape}",
-    "a {shape} in {colour} on a {background} background",
-    "{shape}, {colour}, on {background}",
-    "the {shape} is {colour} and the background is {background}",
-    "the background is {background}, the {shape} is {colour}",
-    "{background} behind a {colour} {shape}",
-    "a {colour} {shape} with {background} all around",
-    "a {background} picture with a {colour} {shape} in it",
+    "a {color} {shape} on a {background} background",
+    "a {color} {shape} on {background}",
+    "{color} {shape} on {background}",
+    "the {color} {shape} on the {background} background",
+    "a {color} {shape} in front of a {background} background",
+    "a {color} {shape} against a {background} background",
+    "{color} {shape}, {background} background",
+    "one {color} {shape} and a {background} background",
+    "a picture of a {color} {shape} on a {background} background",
+    "a drawing of a {color} {shape} on {background}",
+    "{background} background, {color} {shape}",
+    "a {background} background with a {color} {shape}",
+    "on a {background} background, a {color} {shape}",
+    "a {shape} in {color} on a {background} background",
+    "{shape}, {color}, on {background}",
+    "the {shape} is {color} and the background is {background}",
+    "the background is {background}, the {shape} is {color}",
+    "{background} behind a {color} {shape}",
+    "a {color} {shape} with {background} all around",
+    "a {background} picture with a {color} {shape} in it",
 )
 # Never used in training: other orders and words, to see whether a text tower reads or has learned sentences by heart.
 HELD_OUT_WORDINGS = (
-    "a {colour} {shape} over {background}",
-    "there is a {colour} {shape} in the middle of a {background} field",
-    "a {background} canvas showing a {colour} {shape}",
-    "this {shape} is {colour}, what lies behind it is {background}",
-    "a poster: {colour} {shape}, all else {background}",
-    "{background} everywhere except for a {colour} {shape}",
-    "a {shape} coloured {colour}, surrounded by {background}",
-    "a {background} scene containing a single {colour} {shape}",
+    "a {color} {shape} over {background}",
+    "there is a {color} {shape} in the middle of a {background} field",
+    "a {background} canvas showing a {color} {shape}",
+    "this {shape} is {color}, what lies behind it is {background}",
+    "a poster: {color} {shape}, all else {background}",
+    "{background} everywhere except for a {color} {shape}",
+    "a {shape} coloured {color}, surrounded by {background}",
+    "a {background} scene containing a single {color} {shape}",
 )
 
 
@@ -81,15 +81,15 @@ class Attributes(NamedTuple):
     """What an image shows: three names, and where the shape lies.
 
     Attributes:
-        colour: of the shape, a key of COLOURS.
+        color: of the shape, a key of COLORS.
         shape: one of SHAPES.
-        background: another key of COLOURS.
+        background: another key of COLORS.
         extent: longer side of the shape's bounding box, as a share of the image's side.
         x, y: middle of the bounding box, from the left and from the top, as shares of the image's side.
         angle: degrees, clockwise.
     """
 
-    colour: str
+    color: str
     shape: str
     background: str
     extent: float
@@ -111,29 +111,29 @@ def draw(seed: int | str | random.Random, size: int = 64, variety: float = 1.0) 
     """
     rng = seed if isinstance(seed, random.Random) else random.Random(seed)
     # Everything comes from rng.random(), the one method whose numbers Python promises to keep.
-    colour = _choose(rng, tuple(COLOURS))
-    background = _choose(rng, tuple(name for name in COLOURS if name != colour))
+    color = _choose(rng, tuple(COLORS))
+    background = _choose(rng, tuple(name for name in COLORS if name != color))
     shape = _choose(rng, SHAPES)
     angle = _about(rng, 0, variety * ANGLE)
     extent = _about(rng, sum(EXTENT) / 2, variety * (EXTENT[1] - EXTENT[0]) / 2)
     width, height = (extent * side for side in _bounding_box(shape, angle))
     x = _about(rng, 0.5, variety * (0.5 - MARGIN - width / 2))
     y = _about(rng, 0.5, variety * (0.5 - MARGIN - height / 2))
-    attributes = Attributes(colour, shape, background, extent, x, y, angle)
-    shades = [_jittered(rng, COLOURS[name], variety * JITTER) for name in (colour, background)]
+    attributes = Attributes(color, shape, background, extent, x, y, angle)
+    shades = [_jittered(rng, COLORS[name], variety * JITTER) for name in (color, background)]
     return render(attributes, size, *shades), attributes
 
 
 def render(
     attributes: Attributes,
     size: int = 64,
-    colour: tuple[int, int, int] | None = None,
+    color: tuple[int, int, int] | None = None,
     background: tuple[int, int, int] | None = None,
 ) -> Image.Image:
-    """Draw what the attributes say, `size` pixels square, in their palette colours or in the RGB shades given."""
+    """Draw what the attributes say, `size` pixels square, in their palette colors or in the RGB shades given."""
     large = size * SUPERSAMPLE
-    foreground = colour or COLOURS[attributes.colour]
-    behind = background or COLOURS[attributes.background]
+    foreground = color or COLORS[attributes.color]
+    behind = background or COLORS[attributes.background]
     image = Image.new("RGB", (large, large), behind)
     pen = ImageDraw.Draw(image)
     left, top = _offset(attributes.shape, attributes.angle)
@@ -201,8 +201,8 @@ def _about(rng: random.Random, middle: float, off: float) -> float:
     return middle + off * (2 * rng.random() - 1)
 
 
-def _jittered(rng: random.Random, colour: tuple[int, int, int], jitter: float) -> tuple[int, int, int]:
-    return tuple(min(max(round(_about(rng, level, jitter)), 0), 255) for level in colour)
+def _jittered(rng: random.Random, color: tuple[int, int, int], jitter: float) -> tuple[int, int, int]:
+    return tuple(min(max(round(_about(rng, level, jitter)), 0), 255) for level in color)
 
 
 # ------------------------------------------------------------------------------------------------------ captions
@@ -215,7 +215,7 @@ def random_caption(attributes: Attributes, rng: random.Random, wordings: int | N
 
 def caption(attributes: Attributes, wording: str) -> str:
     """Return the caption in this wording, one of WORDINGS or HELD_OUT_WORDINGS."""
-    return wording.format(colour=attributes.colour, shape=attributes.shape, background=attributes.background)
+    return wording.format(color=attributes.color, shape=attributes.shape, background=attributes.background)
 
 
 # -------------------------------------------------------------------------------------------------------- shards

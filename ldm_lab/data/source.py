@@ -98,7 +98,7 @@ class ImageSource(Source):
     Args:
         image_size: side of the square that the model sees, pixels. The short side is resized to it (Lanczos).
         crop: which square of the resized image is taken.
-        flip: mirror every other image, by chance.
+        flip: mirror each image left to right with probability 0.5.
         min_size: images with a shorter side below this are skipped, pixels.
         max_pixels: images with more than that are skipped; null is Pillow's limit, 179 million.
         require_text: skip samples without a caption, "file" only those without any, not those with an empty one;

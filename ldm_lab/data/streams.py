@@ -5,7 +5,7 @@ from typing import Protocol
 
 from webdataset.gopen import gopen
 
-from ldm_lab.data.addresses import scheme_of
+from ldm_lab.data.shard_urls import scheme_of
 from ldm_lab.io.http import open_url
 
 CHUNK = 2**16  # bytes

@@ -6,10 +6,10 @@ from importlib.util import find_spec
 from typing import Annotated, Any
 
 from ldm_lab.config import PartMapping, Plain, part_class, register
-from ldm_lab.data.addresses import expand
 from ldm_lab.data.sample_metadata import metadata_of, read_scores, scores_path
 from ldm_lab.data.samples import FilteredOut, RawSample, SkippedSample
 from ldm_lab.data.shard_source import ShardSource
+from ldm_lab.data.shard_urls import expand
 from ldm_lab.data.tar import read_shard
 from ldm_lab.errors import UserError
 from ldm_lab.rules.rule import build_rules

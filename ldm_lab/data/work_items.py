@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ldm_lab.data.addresses import expand, is_remote, without_ending
 from ldm_lab.data.files import Folder
 from ldm_lab.data.samples import RawSample, SkippedSample
+from ldm_lab.data.shard_urls import expand, is_remote, without_ending
 from ldm_lab.data.tar import read_shard
 from ldm_lab.errors import UserError
 

@@ -6,6 +6,6 @@ objective's business: a denoiser knows no noise schedule. A new denoiser is one 
 `@register("denoiser", "name")`.
 
 `ccld_unet`   of cloob-latent-diffusion: takes an embedding
-`glide_unet`  of GLIDE: reads token ids; with a low-resolution image, an image to be filled in, or a CLIP vector besides
+`glide_unet`  of GLIDE: reads token ids; with a low-resolution image, an image to be filled in, or a CLIP vector, too
 `glide_layers` what glide_unet is built of
 """

@@ -1,7 +1,7 @@
 """The U-Net of cloob-latent-diffusion (JD-P/cloob-latent-diffusion@19d20a8), under its own parameter names.
 
 Each level halves the sides: the result of the level below is concatenated with what went into it. A conditioning
-vector, made from the embedding and the time by a small mapping network, scales and shifts every normalised feature map.
+vector, made from the embedding and the time by a small mapping network, scales and shifts every normalized feature map.
 """
 
 import math
@@ -145,7 +145,7 @@ class _Builder:
         return self.sequence([*down, self.lower_level(1), *up])
 
     def lower_level(self, level: int) -> "WithInput":
-        """Return one level below the first, with all that is below it; it ends in its upper neighbour's width."""
+        """Return one level below the first, with all that is below it; it ends in its upper neighbor's width."""
         above, width = self.widths[level - 1], self.widths[level]
         modules = [nn.AvgPool2d(2)]
         is_lowest = level == len(self.widths) - 1
@@ -193,7 +193,7 @@ class WithInput(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """Two 3x3 convolutions, each normalised, modulated and rectified, beside a skip connection."""
+    """Two 3x3 convolutions, each normalized, modulated and rectified, beside a skip connection."""
 
     def __init__(self, c_in: int, c_mid: int, c_out: int, cond_width: int, is_last: bool = False) -> None:
         """`is_last`: the net's last block ends with the second convolution, so that its output can take any sign."""

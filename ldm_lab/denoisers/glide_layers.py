@@ -64,7 +64,7 @@ class Builder:
 
 
 class GroupNorm(nn.GroupNorm):
-    """Normalises groups of channels, in float32 whatever comes in."""
+    """Normalizes groups of channels, in float32 whatever comes in."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [B, c, ...] in x's own precision for x [B, c, ...]."""
@@ -72,7 +72,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Normalises the last axis, in float32 whatever comes in."""
+    """Normalizes the last axis, in float32 whatever comes in."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., w] in x's own precision for x [..., w]."""
@@ -143,7 +143,7 @@ class Transformer(nn.Module):
 
 
 class TextBlock(nn.Module):
-    """Attention and MLP, each normalised before and added to its input."""
+    """Attention and MLP, each normalized before and added to its input."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

@@ -81,8 +81,8 @@ class GlideUNet(Denoiser):
             blocks_per_level: residual blocks on the way down; one more on the way up.
             attention: there is attention where height and width are 1/2, 1/4, ... (a number from here) of the image's.
             head_width: channels of an attention head of the U-Net.
-            norm_groups: groups of channels that are normalised together, 32 in all that was released. Where a group is
-                a single channel, every image's mean in it is lost, and with it the image's colour: take fewer for
+            norm_groups: groups of channels that are normalized together, 32 in all that was released. Where a group is
+                a single channel, every image's mean in it is lost, and with it the image's color: take fewer for
                 narrow networks.
             dropout: share of the features that training drops in each residual block.
             text_width: channels of the text transformer.

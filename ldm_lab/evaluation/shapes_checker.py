@@ -1,6 +1,6 @@
-"""Reads colour, shape and background off an image of the built-in shapes: the judge of the quickstart.
+"""Reads color, shape and background off an image of the built-in shapes: the judge of the quickstart.
 
-No learning: the background is the colour of the frame, the shape's colour that of the pixels farthest from it, and the
+No learning: the background is the color of the frame, the shape's color that of the pixels farthest from it, and the
 shape is the drawn one, in any angle, that covers the same pixels best. So it also reads blurred and noisy images.
 """
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ldm_lab.data.shapes import ANGLE, COLOURS, SHAPES, Attributes, render
+from ldm_lab.data.shapes import ANGLE, COLORS, SHAPES, Attributes, render
 
 GRID = 32  # pixels; masks are compared at this size
 PAD = 4  # pixels of background around the shape in that comparison
@@ -18,15 +18,15 @@ STEP = 3  # degrees between the templates of a shape
 
 
 class Reading(NamedTuple):
-    """What the checker saw: names out of COLOURS, SHAPES and COLOURS."""
+    """What the checker saw: names out of COLORS, SHAPES and COLORS."""
 
-    colour: str
+    color: str
     shape: str
     background: str
 
 
 def check(image: Image.Image | np.ndarray) -> Reading:
-    """Return what an image shows: `Reading(colour, shape, background)`.
+    """Return what an image shows: `Reading(color, shape, background)`.
 
     Args:
         image: a Pillow image of any mode, or RGB levels 0 to 255, [H, W, 3]. Square, at least 16 pixels.
@@ -44,22 +44,22 @@ def check(image: Image.Image | np.ndarray) -> Reading:
     distance = np.linalg.norm(pixels - background, axis=-1)  # [H, W]
     # The tenth percent is inside every shape, yet beyond single outliers; edges are nearer to the background.
     inside = distance >= 0.8 * np.quantile(distance, 0.95)  # [H, W]
-    colour = np.median(pixels[inside], axis=0)  # [3]
+    color = np.median(pixels[inside], axis=0)  # [3]
 
-    # How far a pixel is on the way from the background's colour to the shape's: 0 to 1, soft at edges.
-    way = colour - background  # [3]
+    # How far a pixel is on the way from the background's color to the shape's: 0 to 1, soft at edges.
+    way = color - background  # [3]
     mask = np.clip((pixels - background) @ way / max(way @ way, 1e-6), 0, 1)  # [H, W]
     names, templates = _templates()
     cut = _cut_out(mask)  # [GRID, GRID]
     error = ((templates - cut) ** 2).mean((1, 2))  # [templates]
     background_name = _nearest(background)
-    return Reading(_nearest(colour, other_than=background_name), names[int(error.argmin())], background_name)
+    return Reading(_nearest(color, other_than=background_name), names[int(error.argmin())], background_name)
 
 
-def _nearest(colour: np.ndarray, other_than: str | None = None) -> str:
-    """Return the palette's nearest colour, never the background's: one colour on itself would show no shape."""
-    names = [name for name in COLOURS if name != other_than]
-    return min(names, key=lambda name: np.linalg.norm(colour - np.array(COLOURS[name])))
+def _nearest(color: np.ndarray, other_than: str | None = None) -> str:
+    """Return the palette's nearest color, never the background's: one color on itself would show no shape."""
+    names = [name for name in COLORS if name != other_than]
+    return min(names, key=lambda name: np.linalg.norm(color - np.array(COLORS[name])))
 
 
 def _cut_out(mask: np.ndarray) -> np.ndarray:

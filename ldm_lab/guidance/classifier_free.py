@@ -41,9 +41,9 @@ def proportional_weights(weights: Tensor) -> Tensor:
 
     The prompts of weights above 0, in proportion; the null condition where all are 0 or below.
     """
-    towards = weights.double().clamp(min=0).T  # [k, B]
-    total = towards.sum(0)  # [B]
-    share = torch.where(total > 0, towards / total.clamp(min=1e-30), 0.0)  # [k, B]
+    toward = weights.double().clamp(min=0).T  # [k, B]
+    total = toward.sum(0)  # [B]
+    share = torch.where(total > 0, toward / total.clamp(min=1e-30), 0.0)  # [k, B]
     return torch.cat([(total == 0).double()[None], share])  # [1 + k, B]
 
 

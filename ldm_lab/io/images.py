@@ -1,4 +1,4 @@
-"""Images: from any file to RGB, resized and cropped; to and from tensors in [-1, 1]; labelled grids, PNG files."""
+"""Images: from any file to RGB, resized and cropped; to and from tensors in [-1, 1]; labeled grids, PNG files."""
 
 import contextlib
 import math
@@ -19,7 +19,7 @@ from ldm_lab.io.decoding import decode_image
 from ldm_lab.io.http import HTTPError, read_url
 
 BACKGROUND, INK = "white", "black"
-CELL = 160  # pixels; a labelled cell is at least this wide, so that its caption has room
+CELL = 160  # pixels; a labeled cell is at least this wide, so that its caption has room
 WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf")  # Linux, macOS, Windows
 LONGEST = 8  # short sides; a longer strip is cut before it is resized: 1 x 10000 would become 224 x 2240000
 CAPTION_LINES = 4  # a longer caption ends in an ellipsis

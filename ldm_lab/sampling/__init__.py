@@ -17,7 +17,7 @@ Three values come first, and everything else is a function of them:
 `stages`          models in a row: a base model and upsamplers
 `interpolation`   from one prompt to the next
 `rerank`          the best of several pictures
-`aesthetic`       prompts led to a rating, by mean embeddings of images of that rating
+`aesthetic`       prompts guided toward a rating, by mean embeddings of images of that rating
 `decode`          from latents to pictures, at once or in tiles
 `output`          a folder of numbered pictures, their settings, grids, films
 

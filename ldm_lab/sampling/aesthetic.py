@@ -4,7 +4,7 @@ LAION-Aesthetics published such embeddings for the ratings 0 to 9 of two CLIPs; 
 
     q' = (q + weight * rating embedding) / ||q + weight * rating embedding||
 
-row by row. A negative weight leads away.
+row by row. A negative weight steers away.
 """
 
 import json
@@ -96,12 +96,12 @@ class RatingEmbeddings:
 
 
 class Aesthetic:
-    """A rating to be led to, and how strongly.
+    """A rating to guide toward, and how strongly.
 
     Args:
         ratings: mean embeddings by rating.
         rating: which of them.
-        weight: of the rating's embedding against a prompt's, which has length 1; negative leads away.
+        weight: of the rating's embedding against a prompt's, which has length 1; negative steers away.
 
     Raises:
         UserError: a rating that is not among them, a weight that is no finite number.
@@ -150,7 +150,7 @@ class Aesthetic:
             )
 
     def guide(self, embeds: Tensor) -> Tensor:
-        """Return unit embeddings [N, D], led to the rating, again of unit length."""
+        """Return unit embeddings [N, D], guided toward the rating, again of unit length."""
         moved = embeds + self.weight * self.embed.to(embeds)  # [N, D]
         return moved / moved.norm(dim=-1, keepdim=True).clamp(min=1e-12)  # [N, D]
 

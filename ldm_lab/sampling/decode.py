@@ -71,14 +71,14 @@ def decode(model: Model, latents: Tensor, seeds: Sequence[int], tile: int | None
 def decode_in_tiles(autoencoder: Autoencoder, latents: Tensor, tile: int, overlap: int) -> Tensor:
     """Return the images [B, 3, H, W], on the CPU, of latents [B, C, h, w], decoded tile by tile.
 
-    A decoder's norms and attention see the whole of what they are given, so a tile's colours differ a little from the
+    A decoder's norms and attention see the whole of what they are given, so a tile's colors differ a little from the
     whole picture's; tiles overlap, and are blended across the overlap.
 
     Args:
         autoencoder: has `decode` and `downscale`.
         latents: of any size; not larger than a tile, they are decoded at once.
         tile: side of a tile in latent elements, above `overlap`.
-        overlap: latent elements that neighbouring tiles share.
+        overlap: latent elements that neighboring tiles share.
     """
     height, width = latents.shape[2:]
     if height <= tile and width <= tile:

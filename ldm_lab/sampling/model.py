@@ -25,7 +25,7 @@ class Model:
         objective: what its output means.
         autoencoder: decodes latents.
         conditioner: encodes prompts.
-        condition_sources: what the denoiser is told besides, by name.
+        condition_sources: what else the denoiser is conditioned on, by name.
         dropout: share of the conditions that were dropped in training; guidance needs more than 0.
         image_size: default height and width in pixels, those of training; None if nobody says.
         guide_model: a worse denoiser of the same kind, to guide away from (autoguidance); None without.

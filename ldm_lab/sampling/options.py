@@ -48,7 +48,7 @@ class SamplingOptions:
 
     Attributes:
         guidance: weight of prompts without one (default: 3; with CLIP guidance, and of an upsampler, 1)
-        negative: text that guidance leads away from (default: from no prompt at all)
+        negative: text that guidance steers away from (default: from no prompt at all)
         guidance_interval: guide between these two times only; 0 is the finished picture, 1 is noise
         guidance_rescale: bring the spread of guided predictions back, against burnt colors: 0 to 1
         sampler: name of the sampler (default: unipc; of an upsampler ddim in the steps fast27, or 27)
@@ -64,7 +64,7 @@ class SamplingOptions:
         resize: how the init image comes to the size: cropped, padded by its edges or stretched (default: crop, of a
             size with the image's own aspect)
         aesthetic: lead texts to the images of this rating, such as 9 of 0 to 9
-        aesthetic_weight: how strongly; negative leads away (default: 0.5)
+        aesthetic_weight: how strongly; negative steers away (default: 0.5)
         aesthetic_embeddings: file of `rating-embeddings`, folder of LAION's, or a released name (default: the
             released set of the model's CLIP)
         clip_guidance: make pictures more like their texts by a noised CLIP: factor of its gradient (GLIDE's: 3)

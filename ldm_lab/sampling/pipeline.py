@@ -176,7 +176,7 @@ class Pipeline:
                 alpha, sigma = schedule.alpha_sigma(request.sampler.times(schedule)[0])  # [], []
                 x = alpha * known + sigma * x  # [B, C, h, w]
 
-        # 4. What the denoiser is told besides, with prompts and without them, and how its predictions are guided.
+        # 4. What else the denoiser is conditioned on, with and without prompts, and how its predictions are guided.
         low_res = None if request.low_res is None else request.low_res[pictures]  # [B, 3, h', w']
         for source in model.condition_sources.values():
             given = source.from_request(ConditionRequest(x, low_res, known, mask))  # [B, ...] each

@@ -41,7 +41,7 @@ class Request:
         tile: side of a decoder's tile in latent elements; None decodes at once.
         low_res: what an upsampler is to enlarge, [N, 3, h, w] in [-1, 1]; None for a base model.
         init_image: what to begin with; None is noise.
-        aesthetic: what the texts are led to; None leaves them as they are.
+        aesthetic: what the texts are guided toward; None leaves them as they are.
     """
 
     mixes: list[list[Prompt]]
@@ -198,7 +198,7 @@ def _check_rerank(model: Model, options: SamplingOptions) -> None:
 
 
 def _aesthetic(model: Model, options: SamplingOptions) -> Aesthetic | None:
-    """Return what the texts are led to, for the embeddings of this model's conditioner."""
+    """Return what the texts are guided toward, for the embeddings of this model's conditioner."""
     if options.aesthetic is None or options.aesthetic_weight is None:
         return None
     if model.embed_width is None:

@@ -28,8 +28,8 @@ class Stage:
 
     Attributes:
         pipeline: of the model.
-        options: all choices. An upsampler's guidance is the weight of its prompts together: those that the base is led
-            towards, in proportion; 1 is the plain model. Where the base has an init image with a mask, the upsampler
+        options: all choices. An upsampler's guidance is the weight of its prompts together: those that it is guided
+            toward, in proportion; 1 is the plain model. Where the base has an init image with a mask, the upsampler
             keeps what it masks off, too.
     """
 
@@ -85,7 +85,7 @@ class Stages:
         """Return an iterator over the pictures of all stages, batch by batch, in the order of `prompts`.
 
         Args:
-            prompts: as for the base alone (`Pipeline.samples`); those that lead away are the base's only.
+            prompts: as for the base alone (`Pipeline.samples`); those that steer away are the base's only.
             seeds: of the base's pictures; by default they count on from its `options.seed`.
             progress: called after each step as `progress(steps done, steps in all)`, counted over all stages.
 
@@ -113,7 +113,7 @@ class Stages:
         for stage in self.upsamplers:
             low_res = torch.empty(len(base.mixes), 3, height, width, device="meta")  # [N, 3, h, w]
             options = _with_mask(stage.options, base, width * (stage.pipeline.model.upscale_factor or 1) / base_width)
-            mixes = [_led_towards(stage, mix, base.guidance) for mix in base.mixes]
+            mixes = [_guided_toward(stage, mix, base.guidance) for mix in base.mixes]
             requests.append(stage.pipeline.check(mixes, options, low_res=low_res))
             downscale = stage.pipeline.model.autoencoder.downscale
             height, width = (side * downscale for side in requests[-1].latent_size)
@@ -136,17 +136,17 @@ def _with_mask(options: SamplingOptions, base: Request, scale: float) -> Samplin
     )
 
 
-def _led_towards(stage: Stage, mix: Sequence[Prompt], guidance: float) -> list[Prompt]:
-    """Return the prompts that a picture is enlarged with: those that the base is led towards, in proportion."""
+def _guided_toward(stage: Stage, mix: Sequence[Prompt], guidance: float) -> list[Prompt]:
+    """Return the prompts that a picture is enlarged with: those that the base is guided toward, in proportion."""
     total = stage.options.resolved(upsampler=True).guidance
     assert total is not None, "it is resolved"
     shares = proportional_weights(prompt_weights([mix], guidance).float())[1:, 0].tolist()  # k numbers
-    towards = [(prompt, share) for prompt, share in zip(mix, shares, strict=True) if share > 0]
+    toward = [(prompt, share) for prompt, share in zip(mix, shares, strict=True) if share > 0]
     unconditional = stage.pipeline.model.conditioner.is_unconditional
-    if total != 1 and (unconditional or not any(prompt.text.strip() for prompt, _ in towards)):
+    if total != 1 and (unconditional or not any(prompt.text.strip() for prompt, _ in toward)):
         why = "it was trained without any" if unconditional else "this prompt is empty"
         raise UserError(f"guidance of the upsampler needs a text that it guides to, but {why}; leave it out")
-    return [replace(prompt, weight=share * total) for prompt, share in towards] or [Prompt("", 1.0)]
+    return [replace(prompt, weight=share * total) for prompt, share in toward] or [Prompt("", 1.0)]
 
 
 def _enlarged(

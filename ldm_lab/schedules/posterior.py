@@ -1,6 +1,6 @@
 """The steps of ancestral sampling between the times of a grid: q(x at the next time | x, x0).
 
-Every pair of neighbouring times of a schedule makes a step of a diffusion process x = kept * x_next + sqrt(beta) * eps
+Every pair of neighboring times of a schedule makes a step of a diffusion process x = kept * x_next + sqrt(beta) * eps
 with kept = alpha / alpha_next and beta = sigma^2 - kept^2 * sigma_next^2 (Kingma et al. 2021, arXiv 2107.00630, section
 3.1), so that a table of betas is "respaced" to any grid (Nichol & Dhariwal 2021, arXiv 2102.09672, section 4), and a
 continuous schedule has ancestral steps, too. Where variance is preserved, beta is 1 - kept^2.

@@ -9,11 +9,9 @@ from tqdm import tqdm
 
 from ldm_lab.checkpoints.parts import has_weights, load_part, weights_sha256
 from ldm_lab.config import PartConfig, RunConfig, register
-from ldm_lab.data.cache import META, CacheWriter, complete, read_meta
+from ldm_lab.data.cache import ENCODERS, META, CacheWriter, complete, read_meta
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.errors import UserError
-
-ENCODERS = ("autoencoder", "conditioner")
 
 
 @register("cache")

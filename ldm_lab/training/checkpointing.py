@@ -13,7 +13,7 @@ from ldm_lab.checkpoints.files import FORMAT, read_pickled
 from ldm_lab.config import NonNegativeInt, PositiveFloat, PositiveInt, register
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import atomic_write, existing_file
-from ldm_lab.training.finite import FiniteGuard
+from ldm_lab.training.nan_guard import FiniteGuard
 from ldm_lab.training.run_state import Checkpoint
 
 LAST = "last.ckpt"

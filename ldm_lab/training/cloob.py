@@ -42,7 +42,7 @@ class CLOOBTask(PartTask):
 
 
 def one_caption_each(batch: Batch) -> list[str]:
-    """Return one caption per sample; of a text of several lines, one line by chance, from torch's global generator.
+    """Return one caption per sample; of a text of several lines, one line at random, from torch's global generator.
 
     Raises:
         UserError: a sample has no caption.

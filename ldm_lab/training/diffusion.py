@@ -33,7 +33,7 @@ from ldm_lab.training.initial import (
     section_of,
     source_conditions,
 )
-from ldm_lab.training.logs import say
+from ldm_lab.training.logs import print_rank_zero
 from ldm_lab.training.run_state import Checkpoint
 from ldm_lab.training.task import Task
 from ldm_lab.training.timesteps import TIMESTEP_SAMPLERS
@@ -162,10 +162,10 @@ class DiffusionTask(Task):
         if differing := differing_architecture(type(self.model), theirs, ours):
             raise UserError(f"init_from: {path} is of another size: {'; '.join(differing)}")
         for line in differences(path, loaded, self.run_config, self.autoencoder):
-            say(f"init_from: {line}")
+            print_rank_zero(f"init_from: {line}")
         state, line = fitted(path, self.model, state, given)
         if line:
-            say(f"init_from: {line}")
+            print_rank_zero(f"init_from: {line}")
         return state, f"weights of {path} (step {extra.get('step', 'unknown')})"
 
     def callbacks(self, folder: Path) -> list[Callback]:

@@ -40,7 +40,7 @@ class Discriminator(nn.Module):
             layers: halvings of the side; 3 sees patches of 70x70 pixels.
             base_channels: channels after the first convolution; they double with each layer, up to eightfold.
             loss: "hinge" (Lim & Ye 2017, arXiv 1705.02894), or "vanilla", the cross-entropy.
-            weights: a checkpoint of latent-diffusion's whose trained discriminator is taken over, for finetuning.
+            weights: a checkpoint of latent-diffusion's whose trained discriminator is taken over, for fine-tuning.
         """
         super().__init__()
         self.start, self.weight, self.layers = start, weight, layers
@@ -55,7 +55,7 @@ class Discriminator(nn.Module):
                 nn.LeakyReLU(0.2, inplace=True),
             ]
         self.main = nn.Sequential(*stages, nn.Conv2d(widths[-1], 1, 4, stride=1, padding=1))
-        self.apply(_initialise)
+        self.apply(_initialize)
         if weights is not None:
             self.load_released(weights)
 
@@ -81,7 +81,7 @@ class Discriminator(nn.Module):
         load_strictly(self, state, path)
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):

@@ -146,7 +146,7 @@ def _read_rows(path: Path, before: int | None) -> list[dict[str, str]]:
 
 
 @rank_zero_only
-def say(text: str) -> None:
+def print_rank_zero(text: str) -> None:
     """Print a line, once for all ranks, without breaking a progress bar."""
     tqdm.write(text)
 

@@ -15,7 +15,7 @@ from ldm_lab.checkpoints.parts import read_part
 from ldm_lab.config import PartConfig, Plain, RunConfig, use_keys
 from ldm_lab.errors import UserError
 from ldm_lab.training.initial import differing_part, section_of
-from ldm_lab.training.logs import say
+from ldm_lab.training.logs import print_rank_zero
 from ldm_lab.training.task import Task
 
 
@@ -80,7 +80,7 @@ class PartTask(Task):
     def _say_differences(self, theirs: Mapping[str, Plain]) -> None:
         """Say in what a checkpoint's section of this part differs from the run's, though its weights may fit."""
         for line in differing_part(self.PART, theirs, self.run_config[self.PART].to_dict()):
-            say(f"init_from: {line}")
+            print_rank_zero(f"init_from: {line}")
 
     def export(self, folder: Path, dtype: torch.dtype) -> None:
         """Write the averaged network (the trained one if there is no average) as a part's file."""

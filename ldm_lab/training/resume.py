@@ -10,7 +10,7 @@ from ldm_lab.config import NonNegativeFloat, Plain, RunConfig, register
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import existing_file
 from ldm_lab.training.checkpointing import LAST
-from ldm_lab.training.logs import say
+from ldm_lab.training.logs import print_rank_zero
 
 # Sections whose keys may differ from those of the checkpoint without a word: where and how the run reports.
 QUIET = ("run", "logging", "resume", "init_from", "imports")
@@ -38,7 +38,7 @@ class Resume(Callback):
             self.path = last if last.exists() else None
             if self.path is None:
                 unused = "" if lr is None else f"; resume.lr={lr:g} is not used, optim.lr holds"
-                say(f"resume.checkpoint=last: there is no {last}: a fresh start{unused}")
+                print_rank_zero(f"resume.checkpoint=last: there is no {last}: a fresh start{unused}")
         elif checkpoint is not None:
             self.path = existing_file(checkpoint, "resume.checkpoint")
         elif last.exists():
@@ -82,7 +82,7 @@ class Resume(Callback):
             before = scheduler.base_lrs[0]
             if self.lr is None:
                 if before != task.optim.lr:
-                    say(
+                    print_rank_zero(
                         f"optim.lr: {task.optim.lr:g} is not used, the checkpoint's {before:g} holds "
                         f"(resume.lr={task.optim.lr:g} changes it)"
                     )
@@ -92,7 +92,7 @@ class Resume(Callback):
             for group in optimizer.param_groups:
                 group["initial_lr"], group["lr"] = self.lr, self.lr * factor
             scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
-            say(f"learning rate: {before:g} -> {self.lr:g} (resume.lr)")
+            print_rank_zero(f"learning rate: {before:g} -> {self.lr:g} (resume.lr)")
 
 
 def _flat(tree: Mapping[str, Plain], prefix: str = "") -> Iterator[tuple[str, Plain]]:

@@ -21,10 +21,10 @@ from ldm_lab.io.atomic import atomic_write
 from ldm_lab.processes import fail_together, quiet_lightning, trainer_options
 from ldm_lab.training.caching import training_data
 from ldm_lab.training.checkpointing import LAST, Checkpointing, SafeCheckpointIO
-from ldm_lab.training.finite import FiniteGuard
 from ldm_lab.training.interrupt import STOPPED, Interrupt, seconds
 from ldm_lab.training.lock import RunLock
-from ldm_lab.training.logs import Logging, StepProgress, say
+from ldm_lab.training.logs import Logging, StepProgress, print_rank_zero
+from ldm_lab.training.nan_guard import FiniteGuard
 from ldm_lab.training.resume import Resume
 from ldm_lab.training.task import Task, gather
 
@@ -50,7 +50,7 @@ class TrainerOptions:
         accumulate_grad_batches: PositiveInt = 1,
         gradient_clip_val: NonNegativeFloat | None = None,
         threads: PositiveInt | None = None,
-        matmul: Literal["highest", "high", "medium"] = "high",
+        matmul_precision: Literal["highest", "high", "medium"] = "high",
         channels_last: bool = False,
     ) -> None:
         """Set what Lightning's Trainer is given under the same names.
@@ -66,10 +66,10 @@ class TrainerOptions:
             accumulate_grad_batches: batches per optimizer step.
             gradient_clip_val: largest L2 norm of the gradient; null does not clip.
             threads: CPU threads per process; null leaves torch's choice.
-            matmul: precision of fp32 matrix products on GPUs ("highest", "high": TF32).
+            matmul_precision: precision of fp32 matrix products on GPUs ("highest", "high": TF32).
             channels_last: keep feature maps in the memory order that convolutions in half precision like best.
         """
-        self.threads, self.matmul, self.channels_last = threads, matmul, channels_last
+        self.threads, self.matmul_precision, self.channels_last = threads, matmul_precision, channels_last
         self.max_seconds = None if max_time is None else seconds(str(max_time))
         self.options = {
             "max_steps": max_steps, "accelerator": accelerator, "devices": devices,
@@ -92,7 +92,7 @@ class TrainerOptions:
         """Return the Trainer."""
         if self.threads:
             torch.set_num_threads(self.threads)
-        torch.set_float32_matmul_precision(self.matmul)
+        torch.set_float32_matmul_precision(self.matmul_precision)
         plugins: list[SafeCheckpointIO | ClusterEnvironment] = [SafeCheckpointIO()]
         if SLURMEnvironment.detect():  # Lightning would save in its signal handler, and requeue the job
             plugins.append(SLURMEnvironment(auto_requeue=False))
@@ -174,9 +174,9 @@ def build_task(config: RunConfig) -> Task:
         left = load_fitting(task.model, state, config.init_from)
         if task.model_ema is not None:
             task.model_ema.load_state_dict(task.model.state_dict())
-        say(f"init_from: {what}, fresh optimizer")
+        print_rank_zero(f"init_from: {what}, fresh optimizer")
         for line in left:
-            say(f"init_from: {line}")
+            print_rank_zero(f"init_from: {line}")
     return task
 
 

@@ -148,7 +148,7 @@ class Task(LightningModule):
 
 
 def batch_seed(seed: int, rank: int, batch: int) -> int:
-    """Return the seed of one batch of one rank: well mixed, so that neighbours are independent."""
+    """Return the seed of one batch of one rank: well mixed, so that neighbors are independent."""
     return int(np.random.SeedSequence([seed, rank, batch]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

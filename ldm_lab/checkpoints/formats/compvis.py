@@ -1,4 +1,4 @@
-"""Importer of the autoencoders of CompVis/latent-diffusion (kl-f4, f8, f16, f32) and of their finetunes."""
+"""Importer of the autoencoders of CompVis/latent-diffusion (kl-f4, f8, f16, f32) and of their fine-tunes."""
 
 from collections.abc import Mapping
 from typing import TypeVar

@@ -21,7 +21,7 @@ LOGISTIC_RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # tried for probabilities
 
 
 class Split(NamedTuple):
-    """Rated embeddings, divided by chance.
+    """Rated embeddings, divided at random.
 
     Attributes:
         train, held_out: (unit embeddings [n, D], ratings [n]), both float32.
@@ -92,7 +92,7 @@ def _fit_probability(head: Head, x: Tensor, y: Tensor, ridge: float | None) -> t
     head.double()
     x, y = x.double(), y.double()
     if ridge is None:
-        fifth = torch.arange(len(y)) % 5 == 0  # [n]; the images come in an order by chance
+        fifth = torch.arange(len(y)) % 5 == 0  # [n]; the images come in a random order
         errors = []
         for tried in LOGISTIC_RIDGES:
             _fit_logistic(head, x[~fifth], y[~fifth], tried)

@@ -84,7 +84,7 @@ class ScoreStore:
         if size:  # nothing cannot be mapped
             with open(self.path, "rb") as file:
                 self._buffer = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-            if sys.platform != "win32":  # else the kernel reads a whole neighbourhood for every entry
+            if sys.platform != "win32":  # else the kernel reads a whole neighborhood for every entry
                 self._buffer.madvise(mmap.MADV_RANDOM)
         self._entries = np.frombuffer(self._buffer, self._type)  # [N], a view
         self._keys = self._entries["key"]
@@ -133,7 +133,7 @@ class ScoreStore:
         """
         keys = _as_keys(keys)
         order = np.argsort(keys)
-        wanted = keys[order]  # [N], ascending: neighbours in a batch are neighbours in the file
+        wanted = keys[order]  # [N], ascending: neighbors in a batch are neighbors in the file
         self._asked += len(keys)
         scores = np.full((len(keys), self.scores), np.nan, dtype=np.float32)  # [N, V]
         found = np.zeros(len(keys), dtype=bool)  # [N]
