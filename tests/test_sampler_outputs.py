@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import shipped
 
-from ldm_lab.config import build, parts
+from ldm_lab.config import build
 from ldm_lab.interfaces import Prediction
 from ldm_lab.schedules import Cosine, Discrete
 
@@ -74,7 +75,7 @@ def test_outputs_are_what_they_were(config):
 
 
 def test_every_sampler_is_recorded():
-    assert {config["name"] for config in CONFIGS} == set(parts("sampler"))
+    assert {config["name"] for config in CONFIGS} == shipped("sampler")
 
 
 if __name__ == "__main__":

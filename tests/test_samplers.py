@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
+from tiny import shipped
 
-from ldm_lab.config import build, parts
+from ldm_lab.config import build
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.base import Wrapper
 from ldm_lab.guidance.stack import stack
@@ -132,7 +133,7 @@ def test_model_calls_and_times(name):
 
 
 def test_every_sampler_is_covered_here():
-    assert set(parts("sampler")) == set(CALLS)
+    assert shipped("sampler") == set(CALLS)
 
 
 @pytest.mark.parametrize("name", CALLS)

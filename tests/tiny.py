@@ -10,7 +10,7 @@ import torch
 
 from ldm_lab.checkpoints.native import save_part
 from ldm_lab.conditions import ConditionSpec, Embedding
-from ldm_lab.config import build, to_yaml
+from ldm_lab.config import build, parts, to_yaml
 from ldm_lab.data.shapes import write_shards
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,6 +20,11 @@ CLOOB = {
     "text_width": 32, "text_layers": 1, "text_heads": 2, "text_size": 24, "vocab_size": 600, "embed_dim": 16,
 }  # fmt: skip
 DENOISER = {"name": "ccld_unet", "base_channels": 16, "multipliers": [1, 2], "mapping_width": 32, "head_width": 16}
+
+
+def shipped(role: str) -> set[str]:
+    """Return the names of the package's own parts of a role: other tests may have registered more."""
+    return {name for name, cls in parts(role).items() if cls.__module__.partition(".")[0] == "ldm_lab"}
 
 
 def embedding(width: int) -> ConditionSpec:
