@@ -600,7 +600,7 @@ JXL = b"\xff\x0a" + bytes(100)
 @pytest.mark.parametrize(("data", "package", "name"), [(HEIC, "pillow_heif", "HEIC"), (JXL, "pillow_jxl", "JPEG XL")])
 def test_formats_that_take_another_package_are_refused_by_name(data, package, name, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(BadImage, match=rf"{name} image, which takes pip install 'ldm_lab\[images\]'"):
+    with pytest.raises(BadImage, match=rf"{name} image, which takes pip install -e '.\[images\]'"):
         decode_image(data)
     (tmp_path / "a").write_bytes(data)
     with pytest.raises(Exception, match=rf"a: not a readable image: {name} image, which takes pip install"):

@@ -370,7 +370,7 @@ def test_two_processes_share_weights_and_demos_but_not_samples(here, program):
         (["autoencoder.ch=64"], "autoencoder.ch: 64 is asked for"),
         (["init_from=autoencoder.safetensors"], "not a trained model"),
         (["resume.checkpoint=nothing.ckpt"], "nothing.ckpt: no such file"),
-        (["resume.checkpoint=tiny.yaml"], "not a readable checkpoint"),
+        (["resume.checkpoint=tiny.yaml"], "tiny.yaml: no weights: it is a text that begins"),
         (["resume.lr=1e-5"], "resume.lr: needs resume.checkpoint"),
         (["demo.prompts=nowhere.txt"], "nowhere.txt"),
         (["demo.prompts=empty.txt"], "empty.txt"),
