@@ -30,6 +30,17 @@ NOT_INTERPOLATED = (
     *("negative", "init_image", "mask", "invert_mask", "mask_blur", "resize", "strength"),
     *("clip_guidance", "rerank"),
 )
+# What makes no sense for an upsampler, or is the base's for both.
+BASE_ONLY = (
+    "negative", "size", "init_image", "strength", "mask", "invert_mask", "mask_blur", "resize",
+    "aesthetic", "aesthetic_weight", "aesthetic_embeddings",
+    "clip_guidance", "rerank", "seed", "batch_size",
+)  # fmt: skip
+UPSAMPLER = "upsampler_"  # prefix of what is said of upsamplers
+# Options that name a file, and those of `ModelOptions` that change pictures otherwise.
+IMAGE_FILES = ("init_image", "mask")
+MODEL_FILES = ("guide_model", "autoencoder", "conditioner", "aesthetic_embeddings")
+OF_LOADING = ("precision", "noised_clip_head_width")
 
 
 class OptionValues(dict[str, OptionValue]):
