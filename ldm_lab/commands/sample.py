@@ -258,7 +258,7 @@ def draw_pictures(
     stages = Stages([Stage(pipelines[0], options), *(Stage(pipeline, upsampling) for pipeline in pipelines[1:])])
     base = stages.check(mixes).base
     settings = described(args, options, base)
-    bar = Bar(f"{len(mixes)} pictures")
+    bar = Steps(f"{len(mixes)} pictures")
     for batch in stages.samples(mixes, seeds=base.seeds, progress=bar):
         for row in batch:
             mix = mixes[len(folder.images)]
@@ -289,7 +289,7 @@ def draw_film(
     request = interpolation.check(pipeline, mixes, args.interpolate, options)
     settings = described(args, options, request)
     prompts = [_prompt_entry(mix[0], request) for mix in mixes]
-    bar = Bar(f"{args.interpolate} pictures")
+    bar = Steps(f"{args.interpolate} pictures")
     with_seed = replace(options, seed=request.seeds[0])
     for batch in interpolation.interpolate(pipeline, mixes, args.interpolate, with_seed, bar):
         for sample in batch:
@@ -346,7 +346,7 @@ def _seed(options: SamplingOptions, request: "Request") -> str:
     return f" (seed {request.seeds[0]})" if options.seed == -1 else ""
 
 
-class Bar:
+class Steps:
     """A progress bar that appears with the first step: a request that is refused shows none."""
 
     def __init__(self, title: str) -> None:
@@ -354,10 +354,10 @@ class Bar:
 
     def __call__(self, done: int, total: int) -> None:
         """Show how many steps are done."""
-        from tqdm import tqdm
+        from ldm_lab.progress import Bar
 
         if self.bar is None:
-            self.bar = tqdm(desc=self.title, unit="step", total=total)
-        self.bar.update(done - self.bar.n)
+            self.bar = Bar(self.title, "step", total)
+        self.bar.advance(done)
         if done == total:
             self.bar.close()

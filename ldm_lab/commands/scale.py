@@ -4,7 +4,8 @@
         autoencoder.weights=kl-f8 data.shards='/data/yfcc/{00000..00009}.tar'
 
 Diffusion expects latents of unit variance; those of kl-f8 have a standard deviation of 2 to 10, depending on the
-images. Latents are divided by it. An autoencoder that was trained here brings its own.
+images. Latents are divided by it. Where there are fewer images than asked for, those that are there are measured. An
+autoencoder that was trained here brings its own.
 """
 
 import argparse
@@ -13,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm_lab.checkpoints.native import save_part
 from ldm_lab.checkpoints.parts import load_part, read_part
@@ -21,6 +21,7 @@ from ldm_lab.commands._arguments import add_imports_argument, safetensors_file, 
 from ldm_lab.config import PartConfig, build, load
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.errors import UserError
+from ldm_lab.progress import Bar
 from ldm_lab.training.scale import BATCHES, measure_scale
 
 
@@ -47,9 +48,13 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("autoencoder.weights: has to be given; an untrained autoencoder's latents say nothing")
     autoencoder.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     before = ", ".join(f"{value:.4f}" for value in autoencoder.latent_std.flatten().tolist())
-    images = image_batches(config["data"], config.seed, args.batches, args.batch_size)
-    std = measure_scale(autoencoder, tqdm(images, total=args.batches, unit="batch"))
-    count = args.batches * args.batch_size
+    wanted = args.batches * args.batch_size
+    with Bar("measure", "image", wanted) as bar:
+        batches = image_batches(config["data"], config.seed, args.batches, args.batch_size)
+        std = measure_scale(autoencoder, counted(batches, bar))
+    count = int(bar.n)
+    if count < wanted:
+        print(f"data: {wanted:,} images were asked for, all {count:,} that are there were measured")
     print(f"latent std {std:.4f} on {count:,} images (before: {before}); autoencoder.latent_std={std:.4f} uses it")
     if args.out is not None:
         autoencoder.set_latent_statistics(std=std)
@@ -67,28 +72,37 @@ def architecture(section: Mapping[str, Any]) -> dict[str, Any]:
 def image_batches(section: PartConfig, seed: int, batches: int, batch_size: int) -> Iterator[Tensor]:
     """Yield `batches` batches of different images, [batch_size, 3, H, W] in [-1, 1], in the order of training.
 
+    Where there are fewer images, all of them come, in the last batch what is left.
+
     Args:
         section: of the data.
         seed: of the run.
 
     Raises:
-        UserError: there are fewer images than that.
+        UserError: there is no image that can be used.
     """
     source = build("data", {**section, "batch_size": batch_size})
     data = DataModule(source, seed=seed, epochs=1)
     data.prepare_data()
     data.setup()
-    held, found, given = torch.empty(0), 0, 0
+    held, given = torch.empty(0), 0
     for batch in data.train_dataloader():
+        data.consumed(batch)
         image = batch.require_image("measure latents")  # [B, 3, H, W]
         held = torch.cat([held, image]) if len(held) else image  # [n, 3, H, W]
-        found += len(batch)
         while len(held) >= batch_size and given < batches:
             yield held[:batch_size]
             held, given = held[batch_size:], given + 1
         if given == batches:
             return
-    raise UserError(
-        f"data: {batches * batch_size:,} images are needed ({batches} batches of {batch_size}), there are only "
-        f"{found:,}: bring more, or lower --batches or --batch-size"
-    )
+    if len(held):
+        yield held
+    elif not given:
+        raise UserError(f"no image can be used: {data.summary()}")
+
+
+def counted(batches: Iterator[Tensor], bar: Bar) -> Iterator[Tensor]:
+    """Yield batches, [B, ...] each, and count what is done on a bar."""
+    for batch in batches:
+        yield batch
+        bar.update(len(batch))

@@ -13,10 +13,15 @@ BATCHES = 32  # as in cloob-latent-diffusion, whose batches had 64 images
 def latent_scale(latents: Iterable[Tensor]) -> float:
     """Return the scale of batches of raw latents, [B, C, h, w] each: the root of the mean of their variances.
 
-    Each batch's variance is the unbiased one over all its values (cloob-latent-diffusion, autoencoder_scale.py).
+    Each batch's variance is the unbiased one over all its values (cloob-latent-diffusion, autoencoder_scale.py). A
+    batch that is smaller than the first one counts for that much less.
     """
-    variances = [float(batch.double().var()) for batch in latents]
-    return (sum(variances) / len(variances)) ** 0.5
+    variances, weights, first = [], [], 0
+    for batch in latents:
+        first = first or len(batch)
+        weights.append(len(batch) / first)
+        variances.append(weights[-1] * float(batch.double().var()))
+    return (sum(variances) / sum(weights)) ** 0.5
 
 
 @torch.no_grad()
