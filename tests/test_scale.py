@@ -12,12 +12,11 @@ from ldm_lab import __main__ as commands
 from ldm_lab.checkpoints.files import read_safetensors
 from ldm_lab.checkpoints.native import save_part
 from ldm_lab.checkpoints.parts import load_part
-from ldm_lab.commands.scale import image_batches
 from ldm_lab.config import PartConfig, build, to_yaml
 from ldm_lab.data.shapes import write_shards
 from ldm_lab.errors import run_program
 from ldm_lab.interfaces import Autoencoder
-from ldm_lab.training.scale import latent_scale, measure_scale
+from ldm_lab.training.scale import image_batches, latent_scale, measure_scale
 
 
 class Known(Autoencoder):
