@@ -35,7 +35,7 @@ from ldm_lab.commands._flags import FlagParser, add_flags, given
 from ldm_lab.config.reading import Option
 from ldm_lab.config.registry import add_imports, infos, part_info
 from ldm_lab.errors import UserError
-from ldm_lab.sampling.aliases import our_flag, our_sampler, weight_hint
+from ldm_lab.sampling.aliases import our_flag, our_sampler
 from ldm_lab.sampling.options import (
     DEFAULT_SAMPLER,
     DEFAULT_UPSAMPLER,
@@ -200,7 +200,6 @@ def prompt_mixes(args: argparse.Namespace) -> list[list["Prompt"]]:
     common = command_line_prompts(args)
     if args.prompts:
         lines = read_prompts(args.prompts)
-        _tell_weights(lines)
         return [[parse_prompt(line), *common] for line in lines for _ in range(args.n or 1)]
     if not common:
         raise UserError("no prompt: give a text, --images IMAGE or --prompts FILE (--help explains)")
@@ -219,7 +218,6 @@ def command_line_prompts(args: argparse.Namespace) -> list["Prompt"]:
     """Return the texts and images of the command line."""
     from ldm_lab.prompts import parse_image_prompt, parse_prompt
 
-    _tell_weights(args.texts)
     prompts = [parse_prompt(text) for text in args.texts]
     for number, image in enumerate(args.images):
         try:
@@ -228,13 +226,6 @@ def command_line_prompts(args: argparse.Namespace) -> list["Prompt"]:
             hint = "" if number == 0 else "; texts go before --images, which takes all that follows"
             raise UserError(f"{error}{hint}") from None
     return prompts
-
-
-def _tell_weights(texts: Sequence[str]) -> None:
-    for text in texts:
-        if hint := weight_hint(text):
-            print(f"note: {hint}", file=sys.stderr)
-            return
 
 
 # -------------------------------------------------------------------------------------------------------- pictures
