@@ -97,7 +97,7 @@ def test_training_and_sampling_with_flow_matching(tmp_path, monkeypatch, program
     code, out, err = program("train", "--config", config, "trainer.max_steps=2", "checkpoint.every=2")
     assert code == 0, err
     for sampler in ("unipc", "heun", "ddim"):
-        code, out, err = program(
+        code, _, err = program(
             "sample", "--checkpoint", "runs/tiny", "a red circle", "--steps", "3", "--sampler", sampler,
             "--out", tmp_path / sampler,
         )  # fmt: skip
