@@ -94,7 +94,7 @@ def test_training_and_sampling_with_flow_matching(tmp_path, monkeypatch, program
 
     monkeypatch.chdir(tmp_path)
     config = make_run(tmp_path, images=16, objective={"name": "flow_matching", "weighting": "min_snr"})
-    code, out, err = program("train", "--config", config, "trainer.max_steps=2", "checkpoint.every=2")
+    code, _, err = program("train", "--config", config, "trainer.max_steps=2", "checkpoint.every=2")
     assert code == 0, err
     for sampler in ("unipc", "heun", "ddim"):
         code, _, err = program(
