@@ -284,6 +284,10 @@ class Objective(Part):
         """Raise UserError if a denoiser reads timesteps and the schedule has none."""
         self.schedule.time(torch.zeros(1), denoiser.time_input)
 
+    def times(self, u: Tensor) -> Tensor:
+        """Return the t to train at, [B] in [0, 1), of draws u [B] that are even in [0, 1); by default the same."""
+        return u
+
     def loss_terms(
         self, denoiser: Denoiser, x0: Tensor, conditions: Conditions, t: Tensor, noise: Tensor
     ) -> dict[str, Tensor]:

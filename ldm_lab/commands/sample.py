@@ -254,7 +254,7 @@ def draw_pictures(
     settings = described(args, options, base, pipelines[0].model.device.type)
     if repeat is not None:
         repeat.tell_differences(settings)
-    bar, order = Bar(f"{len(mixes)} pictures"), enumerate(mixes)
+    bar, order = Steps(f"{len(mixes)} pictures"), enumerate(mixes)
     for batch in stages.samples(mixes, seeds=base.seeds, progress=bar):
         for row, (i, mix) in zip(batch, order):
             if repeat is not None and not repeat.keeps(i):
@@ -288,7 +288,7 @@ def draw_film(
     settings = described(args, options, request, pipeline.model.device.type)
     prompts = [prompt_entry(mix[0], request) for mix in mixes]
     ends = f"{caption(mixes[0][0])} ... {caption(mixes[-1][0])}"
-    bar = Bar(f"{args.interpolate} pictures")
+    bar = Steps(f"{args.interpolate} pictures")
     with_seed = replace(options, seed=request.seeds[0])
     for batch in interpolation.interpolate(pipeline, mixes, args.interpolate, with_seed, bar):
         for sample in batch:
@@ -315,7 +315,7 @@ def _seed(options: SamplingOptions, request: "Request") -> str:
     return f" (seed {request.seeds[0]})" if options.seed == -1 else ""
 
 
-class Bar:
+class Steps:
     """A progress bar that appears with the first step: a request that is refused shows none."""
 
     def __init__(self, title: str) -> None:
@@ -323,10 +323,10 @@ class Bar:
 
     def __call__(self, done: int, total: int) -> None:
         """Show how many steps are done."""
-        from tqdm import tqdm
+        from ldm_lab.progress import Bar
 
         if self.bar is None:
-            self.bar = tqdm(desc=self.title, unit="step", total=total)
-        self.bar.update(done - self.bar.n)
+            self.bar = Bar(self.title, "step", total)
+        self.bar.advance(done)
         if done == total:
             self.bar.close()

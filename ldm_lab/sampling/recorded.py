@@ -44,7 +44,7 @@ class Taken(OptionValues):
     """Options out of a picture, by the names of their flags."""
 
 
-Value = int | float | str | tuple[float, float]
+TakenValue = int | float | str | tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _flags(entry: Entry) -> Iterator[str]:
         yield from (UPSAMPLER + option for options in of_samplers.values() for option in options)
 
 
-def _value(entry: Entry, key: str) -> Value:
+def _value(entry: Entry, key: str) -> TakenValue:
     """Return an option's value; whether it fits the option is checked as if it stood on the command line."""
     value = entry[key]
     if isinstance(value, list):
