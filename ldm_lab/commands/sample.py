@@ -9,6 +9,7 @@
     python sample.py --checkpoint F "a hat" --init-image dog.jpg --mask hat.png             inpainting
     python sample.py --checkpoint F "a fox" "a dog" --interpolate 16                        from one to the other
     python sample.py --checkpoint F "a fox" --upsampler G                                   small pictures, then large
+    python sample.py --from samples/00003.png                                               a picture once more
 
 Prompts on the command line, texts and images alike, are mixed with each other. The lines of a --prompts file are
 pictures of their own; prompts on the command line are then mixed into each of them.

@@ -13,7 +13,7 @@ from ldm_lab.io.images import to_images, to_tensor
 from ldm_lab.sampling.image_to_image import InitImage
 from ldm_lab.sampling.model import Model
 
-CURE = "another sampler, a guidance nearer to 1, or precision fp32 in place of fp16 may help"
+CURE = "another sampler, a guidance nearer to 1, or precision 32-true in place of 16-mixed may help"
 DECODE_BATCH = 8  # pictures; the autoencoder's full-size feature maps need far more memory than the denoiser's
 
 

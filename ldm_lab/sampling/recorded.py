@@ -160,7 +160,7 @@ def _flags(entry: Entry) -> Iterator[str]:
     yield from (*kept, *OF_LOADING)
     for prefix in ("", UPSAMPLER):
         name = entry.get(f"{prefix}sampler")
-        if name is not None and name not in of_samplers:
+        if name is not None and not (isinstance(name, str) and name in of_samplers):
             raise UserError(f"no sampler {str(name)[:60]!r} here; if it is of your own, --imports its module")
         yield from (prefix + option for option in (of_samplers[name] if isinstance(name, str) else []))
     yield from (UPSAMPLER + name for name in sampling if name not in BASE_ONLY)
