@@ -383,7 +383,7 @@ def test_reranking_and_the_options_of_guidance(call, tmp_path, checkpoint):
         assert (entry["negative"], entry["rerank"], entry["precision"]) == ("blurry", 3, "bf16-mixed")
         assert (entry["guidance_interval"], entry["guidance_rescale"]) == ([0.1, 0.9], 0.5)
     code, _, _ = call(*FAST, "a dog", "-n", "1", "--guide-model", str(checkpoint))
-    assert code == 0 and entries(tmp_path)[2]["guide_model"] == str(checkpoint)
+    assert code == 0 and entries(tmp_path)[2]["guide_model"] == "ema.safetensors"
 
 
 @pytest.mark.parametrize(
