@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -123,6 +124,14 @@ def test_help_names_every_option_of_every_sampler():
         assert name in text
     for option in fields(SamplingOptions):
         assert f"--{option.name.replace('_', '-')}" in text
+
+
+def test_the_docs_name_every_flag():
+    docs = (ROOT / "docs" / "sampling.md").read_text(encoding="utf-8")
+    flags = {flag for action in sample.parser()._actions for flag in action.option_strings if "upsampler-" not in flag}
+    own = set(signature_options(parts("sampler")["mine"])) if "mine" in parts("sampler") else set()  # of another test
+    missing = {flag for flag in flags - {"-h", "--help"} if not re.search(rf"`{re.escape(flag)}\b", docs)}
+    assert missing <= {f"--{name}" for name in own}
 
 
 def test_help_is_told_without_torch():
