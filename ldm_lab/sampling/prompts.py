@@ -19,6 +19,8 @@ OnePrompt = str | Prompt | Image.Image
 PromptMix = OnePrompt | Sequence[OnePrompt]
 Prompts = OnePrompt | Sequence[PromptMix]  # of any number of pictures; a prompt by itself is one picture's
 
+NO_PROMPT = "a prompt is a text, a Prompt, a Pillow image, or a list of these, not {}"
+
 
 def parse_prompts(prompts: Prompts) -> list[list[Prompt]]:
     """Return the prompts of each picture. Raises UserError for a picture without any, or a weight that is not finite.
@@ -30,7 +32,7 @@ def parse_prompts(prompts: Prompts) -> list[list[Prompt]]:
     if isinstance(prompts, OnePrompt):
         return [parse_mix(prompts)]
     if isinstance(prompts, bytes | dict) or not isinstance(prompts, Iterable):
-        return [parse_mix(prompts)]  # says what a prompt is
+        raise UserError(NO_PROMPT.format(type(prompts).__name__))
     return [parse_mix(entry) for entry in prompts]
 
 
@@ -43,7 +45,7 @@ def parse_mix(entry: PromptMix) -> list[Prompt]:
     if isinstance(entry, Image.Image):
         return [Prompt("image", image=entry)]
     if not isinstance(entry, list | tuple):
-        raise UserError(f"a prompt is a text, a Prompt, a Pillow image, or a list of these, not {type(entry).__name__}")
+        raise UserError(NO_PROMPT.format(type(entry).__name__))
     if not entry:
         raise UserError("a picture needs at least one prompt")
     return [prompt for part in entry for prompt in parse_mix(part)]
