@@ -17,7 +17,6 @@ from functools import partial
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
-from tqdm import tqdm
 
 from ldm_lab.data.counts import Counts
 from ldm_lab.data.loader_processes import (
@@ -36,6 +35,7 @@ from ldm_lab.data.source import Item, Source
 from ldm_lab.data.waiting import ReadingError, Wait, WaitingEnded
 from ldm_lab.errors import UserError, first_line
 from ldm_lab.interfaces import Batch, ReaderState
+from ldm_lab.progress import print_line
 
 CHECK_AFTER = 500  # samples that a rank reads before the share of skipped ones is judged
 # A reader that finds nothing usable has to end, too. It gives up after this many unusable samples in a row if it has
@@ -43,7 +43,7 @@ CHECK_AFTER = 500  # samples that a rank reads before the share of skipped ones 
 CONSECUTIVE_FAILURES = 1000
 SHARD_FAILURE = 100  # what an unreadable shard counts as there
 PASS_FAILURE = 200  # likewise a whole pass without a usable sample; more than one, as some readers have a single shard
-FILTERED_FAILURE = 0.1  # likewise a sample that a rule leaves out
+FILTERED_FAILURE = 0.1  # likewise a sample that is left out as asked
 
 
 class FailureWatch:
@@ -254,7 +254,7 @@ class Loader:
                     raise ReadingError(batch.message, batch.may_pass)
                 batch = batch.unpack() if isinstance(batch, Piped) else batch
                 if not told and (lack := lack_of_shared_memory(batch, workers, free)):
-                    tqdm.write(lack)
+                    print_line(lack)
                 told = True
                 yield batch
         finally:

@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
-from tqdm import tqdm
-
 from ldm_lab.errors import UserError
+from ldm_lab.progress import print_line
 
 LOOK_EVERY = 1.0  # seconds between looks
 SAY_AFTER = 30.0  # seconds without a batch, and again after twice, four times, ... as many
@@ -78,4 +77,4 @@ class Wait:
             raise WaitingEnded(f"no batch for {waited:.0f} s{at}")
         if waited >= self.say_at:
             self.say_at *= 2
-            tqdm.write(f"data: no batch for {waited:.0f} s, still waiting{at}; data.timeout={self.timeout:g} ends it")
+            print_line(f"data: no batch for {waited:.0f} s, still waiting{at}; data.timeout={self.timeout:g} ends it")
