@@ -2,9 +2,9 @@
 
     python benchmarks/first_level.py --checkpoint runs/quickstart/ema.safetensors
 
-Beginning later leaves more steps for what can be seen, and loses what the noise did not hide any more: the mean color of
-a picture first. So there are three tables. On a model: the share of prompts whose picture is right, how far latents are
-from those of many steps from the schedule's start on (relative, the median over pictures), and the contrast of the
+Beginning later leaves more steps for what can be seen, and loses what the noise did not hide any more: the mean color
+of a picture first. So there are three tables. On a model: the share of prompts whose picture is right, how far latents
+are from those of many steps from the schedule's start on (relative, the median over pictures), and the contrast of the
 pictures' mean latents, 1 being that of these. On mixtures with known scores (`benchmarks/samplers.py`): the distance.
 On pictures of one gray each, normally distributed, with the exact denoiser: the contrast that is left, by side.
 """

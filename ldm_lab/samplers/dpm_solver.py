@@ -41,8 +41,8 @@ class DPMSolverSDE(GridSampler):
             steps: model calls.
             eta: how much of the noise is fresh, from 0 (none: DPM-Solver++(2M)) to 1 (the diffusion SDE).
             spacing: how the steps are spread over the noise levels (`ldm_lab.schedules`).
-            sigma_max: noise level (sigma / alpha) of the first step: by default 50 for 8x8 latents, more for larger ones
-                in proportion to their side, and at most where the model's noise schedule begins.
+            sigma_max: noise level (sigma / alpha) of the first step (default: 50 for 8x8 latents, for larger ones more
+                in proportion to their side, and at most where the model's noise schedule begins).
         """
         super().__init__(steps, spacing, sigma_max)
         self.eta = eta
@@ -78,8 +78,8 @@ class DPMSolver(DPMSolverSDE):
         Args:
             steps: model calls.
             spacing: how the steps are spread over the noise levels (`ldm_lab.schedules`).
-            sigma_max: noise level (sigma / alpha) of the first step: by default 50 for 8x8 latents, more for larger ones
-                in proportion to their side, and at most where the model's noise schedule begins.
+            sigma_max: noise level (sigma / alpha) of the first step (default: 50 for 8x8 latents, for larger ones more
+                in proportion to their side, and at most where the model's noise schedule begins).
         """
         super().__init__(steps=steps, eta=0.0, spacing=spacing, sigma_max=sigma_max)
 
@@ -105,8 +105,8 @@ class UniPC(GridSampler):
             steps: model calls.
             order: p, of predictor and corrector, 1 to 4; with few steps and guidance 2 is best (docs/measured.md).
             spacing: how the steps are spread over the noise levels (`ldm_lab.schedules`).
-            sigma_max: noise level (sigma / alpha) of the first step: by default 50 for 8x8 latents, more for larger ones
-                in proportion to their side, and at most where the model's noise schedule begins.
+            sigma_max: noise level (sigma / alpha) of the first step (default: 50 for 8x8 latents, for larger ones more
+                in proportion to their side, and at most where the model's noise schedule begins).
         """
         super().__init__(steps, spacing, sigma_max)
         self.order = self.history = order

@@ -37,8 +37,8 @@ class ProbabilityFlow(GridSampler):
         Args:
             steps: of one model call each (euler), or two each but for the last one (heun).
             spacing: how the steps are spread over the noise levels (`ldm_lab.schedules`).
-            sigma_max: noise level (sigma / alpha) of the first step: by default 50 for 8x8 latents, more for larger ones
-                in proportion to their side, and at most where the model's noise schedule begins.
+            sigma_max: noise level (sigma / alpha) of the first step (default: 50 for 8x8 latents, for larger ones more
+                in proportion to their side, and at most where the model's noise schedule begins).
             churn: fresh noise that is mixed in at each step, 0 (deterministic) to 1 (the most that the paper allows).
         """
         super().__init__(steps, spacing, sigma_max)
