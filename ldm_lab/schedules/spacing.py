@@ -38,7 +38,7 @@ def default_sigma_max(size: Sequence[int] | None, sigma_max: float) -> float:
     """
     if size is None:
         return sigma_max
-    side = math.prod(size) ** 0.5
+    side = math.sqrt(math.prod(size))
     return min(SIGMA_MAX * max(side / SIGMA_MAX_SIDE, 1.0), sigma_max)
 
 
