@@ -54,7 +54,7 @@ def test_samples_are_filtered_and_counted_by_rule(shards, workers, shuffle_buffe
         "rule aesthetic": sum(n % 7 > 0 and n % 10 != 3 and n != 17 and n <= 50 for n in range(100) if n != 42),
     }
     assert not data.skipped and sum(data.filtered.values()) == 100 - len(kept)
-    assert "100 samples read" in data.summary() and f"{100 - len(kept)} left out by rules" in data.summary()
+    assert "100 samples read" in data.summary() and f"{100 - len(kept)} left out as asked" in data.summary()
     assert "rule punsafe 14 (e.g. " in data.summary() and "; none skipped" in data.summary()
 
 
@@ -126,7 +126,7 @@ def test_filtered_samples_are_no_reason_to_stop(shards, monkeypatch):
 def test_rules_that_leave_nothing_stop_the_run(shards):
     data = module(section(shards, rules={"pwatermark": {"below": 0.5}}))
     with pytest.raises(
-        UserError, match=r"no usable sample in a long time: .*left out by rules \(100.0%\): .*missing_tag"
+        UserError, match=r"no usable sample in a long time: .*left out as asked \(100.0%\): .*missing_tag"
     ):
         take(data, 1)
 

@@ -45,7 +45,8 @@ def test_counts_by_reason(broken, workers, require_text):
     read = keys(take(data))
     bad = {3, 7, 12, 15} | ({21, 22, 23} if require_text else set())
     assert sorted(read) == [f"{n:05d}" for n in range(36) if n not in bad]
-    assert dict(data.skipped) == {**EXPECTED, **({"no caption": 3} if require_text else {})}
+    assert dict(data.skipped) == EXPECTED
+    assert dict(data.filtered) == ({"no caption": 3} if require_text else {})
     state = data.rank_state()["counts"]
     assert state["read"] == 37  # 36 samples and a broken shard
     assert state["examples"]["too small"] == ["00012"]
@@ -74,7 +75,7 @@ def test_files(tmp_path, name):
     data = module({"name": name, "path": str(tmp_path / path), "require_text": True, "max_skipped": 0.9}, epochs=1)
     assert len(keys(take(data))) == 17
     more = {"missing file": 1, "unreadable file": 1} if name == "image_list" else {}
-    assert dict(data.skipped) == {"truncated image": 1, "no caption": 1, "too small": 1, **more}
+    assert dict(data.skipped) == {"truncated image": 1, "too small": 1, **more} and data.filtered == {"no caption": 1}
 
 
 def test_of_samples_with_one_key_the_first_counts(tmp_path, monkeypatch):
@@ -102,10 +103,23 @@ def test_a_shard_without_an_end_is_cut(tmp_path):
 def test_an_empty_caption_is_no_missing_one(broken):
     """23 has a caption file of blanks, 21 and 22 have none."""
     data = module({"name": "webdataset", "shards": f"{broken}/2.tar", "require_text": "file"}, epochs=1)
-    assert len(keys(take(data))) == 8 and dict(data.skipped) == {"no caption": 2}
+    assert len(keys(take(data))) == 8 and dict(data.filtered) == {"no caption": 2} and not data.skipped
     data = module({"name": "webdataset", "shards": f"{broken}/2.tar", "max_pixels": 28 * 20 - 1, "max_skipped": 0.9})
     with pytest.raises(UserError, match="too many pixels"):
         take(data, 1)
+
+
+def test_a_wish_for_captions_is_no_fault_of_the_images(tmp_path, monkeypatch):
+    """40 captions among 200 images train, in shards and in a folder; one image that is truncated counts for itself."""
+    monkeypatch.setattr(loader, "CHECK_AFTER", 50)
+    few = [(key, parts if n % 5 == 0 else {"png": parts["png"]}) for n, (key, parts) in enumerate(samples(range(200)))]
+    few[0][1]["png"] = few[0][1]["png"][:60]
+    write_shard(tmp_path / "0.tar", few)
+    data = module({"name": "webdataset", "shards": f"{tmp_path}/0.tar", "require_text": True}, epochs=3)
+    assert set(keys(take(data))) == {key for key, parts in few[1:] if "txt" in parts}
+    assert data.filtered == {"no caption": 480} and data.skipped == {"truncated image": 3}
+    assert "480 left out as asked (80.0%): no caption 480 (e.g." in data.summary()
+    assert "3 skipped (2.5%): truncated image 3" in data.summary(), "a share of those that are wanted"
 
 
 def test_counts_survive_a_resume(broken):

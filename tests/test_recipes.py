@@ -130,7 +130,7 @@ def test_from_urls_to_a_training_run(served):
 
     for run in ("cc12m", "laion"):
         out = next(out for command, out in outputs.items() if f"run={run}" in command)
-        assert "left out by rules" in out and "rule aesthetic" in out, out
+        assert "left out as asked" in out and "rule aesthetic" in out, out
     assert (folder / "runs/cc12m/ema.safetensors").is_file() and (folder / "runs/laion/ema.safetensors").is_file()
     assert (folder / "out/cc12m/grid.png").is_file()
     store = ScoreStore(folder / "data/laion/aesthetic-tags-kv")

@@ -15,6 +15,7 @@ import json
 import re
 import shlex
 
+from ldm_lab.commands._arguments import add_imports_argument
 from ldm_lab.config import build, read
 from ldm_lab.errors import UserError
 from ldm_lab.rules.names import ASK, Names
@@ -28,6 +29,7 @@ NO_URL = "it has no column URL, so there is nothing to download"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
+    add_imports_argument(parser)
     parser.add_argument("--config", required=True, metavar="YAML", help="such as configs/select/laion_aesthetic.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the YAML's")
 

@@ -10,7 +10,7 @@ EXAMPLES = 3  # keys kept per reason
 
 
 class CountsState(TypedDict, total=False):
-    """`Counts` as plain values, for files and checkpoints; `filtered` is only there when a rule filtered something."""
+    """`Counts` as plain values, for files and checkpoints; `filtered` is only there when something was left out."""
 
     read: int
     skipped: dict[str, int]
@@ -20,13 +20,13 @@ class CountsState(TypedDict, total=False):
 
 @dataclass
 class Counts:
-    """How many samples were read, how many of them skipped for which reason, and how many filtered out by which rule.
+    """How many samples were read, how many of them skipped for which reason, how many left out as the config asks.
 
     Attributes:
         read: samples, the skipped and filtered ones included; a broken shard counts as one.
         skipped: reason -> samples.
-        examples: reason or rule -> the first few keys.
-        filtered: rule -> samples; a sample that violates several counts for the first.
+        examples: reason -> the first few keys.
+        filtered: "rule ..." or "no caption" -> samples; a sample that violates several rules counts for the first.
     """
 
     read: int = 0
@@ -79,7 +79,7 @@ class Counts:
 
     @property
     def wanted(self) -> int:
-        """Samples that no rule filtered out."""
+        """Samples that the config does not leave out."""
         return self.read - sum(self.filtered.values())
 
     @property
@@ -92,7 +92,7 @@ class Counts:
         text = f"{self.read:,} samples read, "
         if filtered:
             share = filtered / max(self.read, 1)
-            text += f"{filtered:,} left out by rules ({share:.1%}): {self._reasons(self.filtered)}; "
+            text += f"{filtered:,} left out as asked ({share:.1%}): {self._reasons(self.filtered)}; "
         return text + (
             f"{skipped:,} skipped ({self.share:.1%}): {self._reasons(self.skipped)}" if skipped else "none skipped"
         )

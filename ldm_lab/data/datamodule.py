@@ -90,7 +90,7 @@ class DataModule(LightningDataModule):
 
     @property
     def filtered(self) -> Counter:
-        """Samples of this rank that a rule filtered out so far, by rule."""
+        """Samples of this rank that were left out as the config asks so far, by rule; "no caption" is one."""
         return Counter(self._progress.counts.filtered)
 
     def summary(self, states: list[RankState] | None = None) -> str:

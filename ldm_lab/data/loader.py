@@ -28,7 +28,7 @@ CHECK_AFTER = 500  # samples that a rank reads before the share of skipped ones 
 CONSECUTIVE_FAILURES = 1000
 SHARD_FAILURE = 100  # what an unreadable shard counts as there
 PASS_FAILURE = 200  # likewise a whole pass without a usable sample; more than one, as some readers have a single shard
-FILTERED_FAILURE = 0.1  # likewise a sample that a rule leaves out
+FILTERED_FAILURE = 0.1  # likewise a sample that is left out as asked
 
 
 class FailureWatch:

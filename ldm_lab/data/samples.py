@@ -50,7 +50,7 @@ class SkippedSample(Exception):
     """A sample (or a whole shard) that cannot be used.
 
     Args:
-        reason: a few words that the counts are kept by: "truncated image", "no caption", "broken shard", ...
+        reason: a few words that the counts are kept by: "truncated image", "too small", "broken shard", ...
         key: which one, for the report.
     """
 
@@ -60,7 +60,7 @@ class SkippedSample(Exception):
 
 
 class FilteredOut(SkippedSample):
-    """A sample that a rule of the user's leaves out: counted by rule, and no sign that something is wrong."""
+    """A sample that the config leaves out, by a rule or for want of a caption: no sign that something is wrong."""
 
 
 def caption_of(sample: RawSample) -> str:

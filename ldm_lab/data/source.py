@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm_lab.config import NonNegativeInt, PositiveInt, ShareBelowOne
 from ldm_lab.data.order import Order
-from ldm_lab.data.samples import RawSample, Sample, SkippedSample, caption_of
+from ldm_lab.data.samples import FilteredOut, RawSample, Sample, SkippedSample, caption_of
 from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import BadImage, decode_image, resize_and_crop, to_rgb
 
@@ -101,8 +101,8 @@ class ImageSource(Source):
         flip: mirror each image left to right with probability 0.5.
         min_size: images with a shorter side below this are skipped, pixels.
         max_pixels: images with more than that are skipped; null is Pillow's limit, 179 million.
-        require_text: skip samples without a caption, "file" only those without any, not those with an empty one;
-            otherwise their text is "".
+        require_text: leave out samples without a caption, "file" only those without any, not those with an empty one;
+            otherwise their text is "". They are counted apart from unusable ones.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class ImageSource(Source):
             raise SkippedSample("no image", item.key)
         text = caption_of(item)
         if self.require_text and not text and not (self.require_text == "file" and item.text is not None):
-            raise SkippedSample("no caption", item.key)
+            raise FilteredOut("no caption", item.key)  # the user asked for that: nothing is wrong with the image
         random = order.random("augment", item.key)
         across, down, mirror = random.random(), random.random(), random.random()
         if self.crop == "center":
