@@ -54,6 +54,8 @@ IDLE = [
     ("a fox", {"guidance": 1.0, "guidance_rescale": 0.7}, "guidance_rescale: without effect"),
     ("a fox", {"guidance_interval": (0.5, 0.5)}, "guidance_interval: no step begins between 0.5 and 0.5"),
     ("a fox", {"guidance_interval": (0.0, 0.9999)}, "guidance_interval: without effect: every step begins"),
+    ("a fox", {"guidance": 0.0}, "prompts: without effect at a weight of 0"),
+    ([["a fox:0", "a dog:0"]], {}, "prompts: without effect at a weight of 0"),
     ("a fox:2", {"guidance": 5.0}, "guidance: 5 is without effect, since every prompt has a weight of its own"),
     ("a fox", {"tile": 32}, "tile: without effect: 32x32 pixels fit into one of 32"),
     ("a fox", {"init_image": Image.new("RGB", (32, 32)), "mask_blur": 2.0}, "mask_blur: without effect"),

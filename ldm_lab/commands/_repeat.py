@@ -159,8 +159,10 @@ def _found(repeat: Repeat, key: str, record: FileRecord) -> str | Path:
     found = record.find(repeat.folders)
     if found is not None:
         return found
-    name = record.name if record.name in catalogue() else "FILE"
-    raise UserError(f"{repeat.path}: {key.replace('_', ' ')} {record} is not here; give it by {_flag(key)} {name}")
+    others = record.namesakes(repeat.folders)
+    name = record.name if record.name in catalogue() else others[0] if others else "FILE"
+    why = f"is not here ({others[0]} is another one)" if others else "is not here"
+    raise UserError(f"{repeat.path}: its {key.replace('_', ' ')} {record} {why}; give one by {_flag(key)} {name}")
 
 
 def _flag(key: str) -> str:

@@ -140,7 +140,7 @@ def _own(entry: Entry) -> Recorded:
     for key, value in entry.items():
         if key in known and isinstance(value, str | int | float | list):
             values[key] = _value(entry, key)
-        elif key not in (*TOLD, "seed", *FILE_LISTS, *(f"{name}_sha256" for name in FILE_LISTS)):
+        elif value is not None and key not in (*TOLD, "seed", *FILE_LISTS, *(f"{name}_sha256" for name in FILE_LISTS)):
             left_out.append(key)
     return Recorded(
         prompts=_prompts(entry),
