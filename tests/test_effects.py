@@ -142,6 +142,12 @@ def test_what_is_no_prompt_is_refused(pipeline, prompts):
         pipeline.check(prompts)
 
 
+@pytest.mark.parametrize("seed", [1.5, "1", 2**64, -(2**70), None])
+def test_what_is_no_seed_is_refused(pipeline, seed):
+    with pytest.raises(UserError, match="seeds: whole numbers of at most 64 bits are needed"):
+        pipeline.check(["a fox"], seeds=[seed])
+
+
 def test_guidance_of_an_upsampler(caplog):
     base, upsampler = tiny_glide.pipeline(), tiny_glide.pipeline(upsampler=True)
     for choices, line in (

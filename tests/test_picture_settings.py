@@ -15,7 +15,7 @@ from ldm_lab.config import build
 from ldm_lab.errors import UserError
 from ldm_lab.io.metadata import PNG, texts_of
 from ldm_lab.sampling.names import FileRecord, model_name, public_name
-from ldm_lab.sampling.parameters import Parameters, escaped, unescaped, written_prompt
+from ldm_lab.sampling.parameters import Parameters, escaped, read_prompt, unescaped, written_prompt
 from ldm_lab.sampling.recorded import read_recorded
 
 FAST = ("--steps", "2", "--device", "cpu")
@@ -155,6 +155,18 @@ def test_prompts_in_their_notation(texts, guidance, written):
     assert written_prompt(texts, guidance) == written
 
 
+def test_several_prompts_of_their_notation_are_several_here(tmp_path):
+    texts = [("a fox", 4.0), ("rain: (heavy)", 2.0), ("old", -1.0)]
+    written, scale = written_prompt(texts, 4.0)
+    assert read_prompt(written, scale) == texts
+    assert read_prompt("a cat AND a dog :1.5 AND x : -.5", 2.0) == [("a cat", 2.0), ("a dog", 3.0), ("x", -1.0)]
+    assert read_prompt("one :2", 3.0) == [("one :2", 3.0)] and read_prompt("SAND and AND", 1.0)[0] == ("SAND and", 1.0)
+    path = png(tmp_path / "theirs.png", parameters=f"{written}\nSteps: 3, CFG scale: 4, Seed: 1, Size: 16x16")
+    assert [(prompt.text, prompt.weight) for prompt in read_recorded(path).prompts] == texts
+    with pytest.raises(UserError, match="prompts: 100 at most"):
+        read_recorded(png(tmp_path / "many.png", parameters=" AND ".join("a" * 200)))
+
+
 def test_that_text_is_read_back():
     for negative in ("", "blurry\nold"):
         fields = {"Steps": "20", "Sampler": "Euler a", "Odd": 'a "b", c: d', "Seed": "5", "Size": "64x64"}
@@ -176,13 +188,13 @@ REPEATED = [
     ("a fox", "--images", "home/somebody/dog.png:0.5", "-n", "2"),
     ("a fox", *DOG, "--strength", "0.5", "-n", "2"),
     ("a fox", *DOG, *MASK, "--mask-blur", "1", "-n", "2"),
-    ("a fox", "--rerank", "2", "-n", "2"),
+    ("a fox:2", "--rerank", "2", "-n", "2"),
     ("a fox", "--sampler", "ddpm", "--temperature", "0.9", "-n", "1"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("args", REPEATED, ids=lambda args: " ".join(args)[:50])
-def test_a_picture_is_made_once_more_bit_for_bit(call, files, tmp_path, args):
+def test_a_picture_is_made_once_more_bit_for_bit(call, files, tmp_path, caplog, args):
     code, _, err = call(*FAST, *args, "--out", "out")
     assert code == 0, err
     last = sorted(path for path in (tmp_path / "out").glob("0*.png"))[-1]
@@ -191,6 +203,7 @@ def test_a_picture_is_made_once_more_bit_for_bit(call, files, tmp_path, args):
     code, out, err = call("--from", last, "--device", "cpu", "--out", "again")
     assert code == 0 and "1 pictures from 00000.png" in out, err
     assert pixels("again/00000.png") == pixels(last)
+    assert "without effect" not in caplog.text
     before, after = entry(last), entry("again/00000.png")
     for changed in ("file", "rerank", "similarity"):
         before.pop(changed, None), after.pop(changed, None)
@@ -320,7 +333,7 @@ GOOD = {"prompts": [{"text": "a fox", "weight": 3.0}], "seed": 1, "sampler": "dd
         ({"prompts": [{"image": 5}]}, "image: the name of a file is needed"),
         ({"guidance_interval": [0, "1"]}, "last: a finite number is needed"),
         ({"guidance_interval": [0]}, "last: a finite number is needed"),
-        ({"guidance": "much"}, "--guidance: number or null is needed"),
+        ({"guidance_rescale": "much"}, "--guidance-rescale: "),
         ({"eta": 7}, "a number from 0 to 1 is needed"),
         ({"tile": -3}, "--tile: "),
         ({"precision": "fp3"}, "precision: "),
