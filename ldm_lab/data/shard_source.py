@@ -7,10 +7,13 @@ import numpy as np
 
 from ldm_lab.config import NonNegativeInt
 from ldm_lab.data.order import Order, shuffled
-from ldm_lab.data.samples import FilteredOut, RawSample, SkippedSample
-from ldm_lab.data.source import ImageSource
+from ldm_lab.data.samples import FilteredOut, Judged, RawSample, SkippedSample
+from ldm_lab.data.shards_found import describe_shards
+from ldm_lab.data.source import ImageSource, Unusable
 from ldm_lab.data.tar import read_shard
+from ldm_lab.data.tar_files import KeyUntil
 
+PAST = (FilteredOut, Judged)  # what goes past the shuffle buffer
 GROUP = 4  # shards that are shuffled together: a group ends once it has this many times the shuffle buffer
 
 
@@ -23,6 +26,7 @@ class ShardSource(ImageSource):
     """
 
     unit = "shards"
+    key_until: KeyUntil = "first_dot"  # which dot of a file's name ends its sample's key
 
     def __init__(self, *, shuffle_buffer: NonNegativeInt = 1000, **common: Any):
         super().__init__(**common)
@@ -36,7 +40,10 @@ class ShardSource(ImageSource):
         self.addresses = self.list_shards()
         self.count = len(self.addresses)
 
-    def items(self, order: Order, start: int = 0) -> Iterator[tuple[int, RawSample | SkippedSample]]:
+    def found(self) -> list[str]:
+        return describe_shards(self.addresses, self.captions, self.key_until)
+
+    def items(self, order: Order, start: int = 0) -> Iterator[tuple[int, RawSample | Unusable]]:
         """Yield the samples; a restart point is the place of the first shard of a group.
 
         The shuffle buffer is emptied at the end of every group, so that resuming reads at most one group again and not
@@ -46,20 +53,24 @@ class ShardSource(ImageSource):
         places = iter(range(start, len(share)))
         for first in places:
             group = self._shard_group(share, first, places)
-            for item in shuffled(group, self.shuffle_buffer, order.random("run", order.reader, first), FilteredOut):
+            for item in shuffled(group, self.shuffle_buffer, order.random("run", order.reader, first), PAST):
                 yield first, item
 
     def _shard_group(
         self, share: np.ndarray, place: int | None, places: Iterator[int]
-    ) -> Iterator[RawSample | SkippedSample]:
+    ) -> Iterator[RawSample | Unusable]:
         """Yield the samples of the shard at `place` and of further shards until there are enough of them."""
         samples = 0
         while place is not None:
             for item in self.samples(self.addresses[share[place]]):
-                samples += not isinstance(item, FilteredOut)
+                samples += not isinstance(item, PAST)
                 yield item
             place = next(places, None) if samples < GROUP * self.shuffle_buffer else None
 
-    def samples(self, address: str) -> Iterator[RawSample | SkippedSample]:
+    def samples(self, address: str) -> Iterator[RawSample | Unusable]:
         """Yield the samples of a shard."""
-        return read_shard(address)
+        return self.read_shard(address)
+
+    def read_shard(self, address: str) -> Iterator[RawSample | SkippedSample]:
+        """Yield the samples of a shard, with their captions where `captions` says."""
+        return read_shard(address, self.captions.endings, self.key_until)
