@@ -20,7 +20,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a checkout that is not installed
 
@@ -29,6 +28,7 @@ from ldm_lab.errors import UserError, run_program
 from ldm_lab.evaluation.shapes_checker import check
 from ldm_lab.io.images import to_tensor
 from ldm_lab.objectives.variational_bound import variational_bound
+from ldm_lab.progress import Bar
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling import Model, Pipeline, SamplingOptions
 from ldm_lab.schedules import Posterior
@@ -54,7 +54,9 @@ def bits(model: Model, steps: int, images: list[Image.Image], captions: list[str
     walk = Posterior.from_times(schedule, times)
     totals = dict.fromkeys(FRACTIONS, 0.0)
     generator = torch.Generator().manual_seed(0)
-    for first in tqdm(range(0, len(images), CHUNK), desc="bound", unit="batch"):
+    bar = Bar("bound", "image", len(images))
+    for first in range(0, len(images), CHUNK):
+        bar.advance(first)
         x0 = torch.stack([to_tensor(image) for image in images[first : first + CHUNK]])  # [B, 3, H, W]
         cond = model.conditioner.from_prompts(captions[first : first + CHUNK], [])
         for i in range(steps):
@@ -71,6 +73,8 @@ def bits(model: Model, steps: int, images: list[Image.Image], captions: list[str
                 fraction = learned if fixed is None else torch.full_like(learned, fixed)  # [B, 3, H, W]
                 terms = variational_bound(rows, x0, x, prediction.x0.clamp(-1, 1), fraction, last)  # [B]
                 totals[variance] += terms.sum().item()
+    bar.advance(len(images))
+    bar.close()
     return {variance: total / len(images) for variance, total in totals.items()}
 
 
@@ -92,11 +96,11 @@ def frechet(a: Tensor, b: Tensor) -> float:
 
 def sample(pipeline: Pipeline, captions: list[str], variance: str, steps: int, guidance: float) -> list[Image.Image]:
     """Return a picture for each caption; picture i has the seed i."""
-    with tqdm(desc=f"{variance}, guidance {guidance:g}", unit="step") as bar:
+    with Bar(f"{variance}, guidance {guidance:g}", "step") as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
-            bar.update(done - bar.n)
+            bar.advance(done)
 
         ddpm = {"name": "ddpm", "steps": steps, "variance": variance}
         options = SamplingOptions(sampler=ddpm, guidance=guidance, batch_size=CHUNK)

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a checkout that is not installed
 
@@ -25,6 +24,7 @@ from ldm_lab.data.shapes import COLORS, HELD_OUT_WORDINGS, SHAPES, WORDINGS, Att
 from ldm_lab.errors import run_program
 from ldm_lab.evaluation.shapes_checker import check
 from ldm_lab.io.images import grid, save_png, to_tensor
+from ldm_lab.progress import Bar
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling import Model, Pipeline, SamplingOptions
 from ldm_lab.sampling.decode import decode
@@ -118,11 +118,11 @@ def measure(
     }
     for row, wordings in (("prompts", WORDINGS), ("prompts, other wordings", HELD_OUT_WORDINGS)):
         texts = prompts(wordings)
-        with tqdm(desc=row, unit="step") as bar:
+        with Bar(row, "step") as bar:
 
-            def progress(done: int, total: int, bar: tqdm = bar) -> None:
+            def progress(done: int, total: int, bar: Bar = bar) -> None:
                 bar.total = total
-                bar.update(done - bar.n)
+                bar.advance(done)
 
             as_they_are = [Prompt(text) for text in texts]  # a colon is no weight
             pictures = pipeline(as_they_are, options, progress=progress)

@@ -4,6 +4,7 @@ import argparse
 import ast
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +15,15 @@ from ldm_lab.commands._arguments import Parser
 from ldm_lab.errors import UserError, run_program
 
 PROGRAMS = ("train", "sample")  # commands that read their words themselves; also train.py and sample.py
+QUIET = "60"  # seconds between states of other libraries' bars where nobody watches: tqdm takes it from the environment
 NEEDED = ("omegaconf", "torch", "pytorch_lightning")  # if one of them is missing, this is another Python
 
 
 def start(command: str | None = None) -> None:
     """Run a command with the words of the command line, and leave; None takes the command's name from there, too."""
+    if sys.stderr is None or not sys.stderr.isatty():  # our own bars print lines then; see QUIET
+        os.environ.setdefault("TQDM_MININTERVAL", QUIET)
+        os.environ.setdefault("TQDM_MAXINTERVAL", QUIET)
     words = sys.argv[1:]
     run_program(lambda: main(words if command is None else [command, *words]))
 

@@ -233,6 +233,8 @@ class Denoiser(Part, nn.Module):
         architecture_keys: options that a checkpoint to begin with has to share, because with others its tensors are of
             other places.
         unordered_keys: those of them that are lists whose order has no meaning.
+        most_guidance: the largest guidance that models of this kind are known to take, above which users are warned;
+            16, of fine-tuned GLIDEs, where nothing else is known.
     """
 
     spec: ConditionSpec
@@ -240,6 +242,7 @@ class Denoiser(Part, nn.Module):
     multiple_of: int = 1
     architecture_keys: ClassVar[tuple[str, ...]] = ()
     unordered_keys: ClassVar[tuple[str, ...]] = ()
+    most_guidance: ClassVar[float] = 16.0
 
     def adapt_state_dict(self, state: dict[str, Tensor], spec: ConditionSpec) -> dict[str, Tensor]:
         """Return weights of a network that is told less than this one, with places for what it is not told.
@@ -280,6 +283,10 @@ class Objective(Part):
     def check_denoiser(self, denoiser: Denoiser) -> None:
         """Raise UserError if a denoiser reads timesteps and the schedule has none."""
         self.schedule.time(torch.zeros(1), denoiser.time_input)
+
+    def times(self, u: Tensor) -> Tensor:
+        """Return the t to train at, [B] in [0, 1), of draws u [B] that are even in [0, 1); by default the same."""
+        return u
 
     def loss_terms(
         self, denoiser: Denoiser, x0: Tensor, conditions: Conditions, t: Tensor, noise: Tensor

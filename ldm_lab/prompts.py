@@ -5,6 +5,8 @@ no number, the colon belongs to the text ("a photo: of a cat"). A backslash righ
 too: `meet at 12\\:30` is the text "meet at 12:30". Image prompts are written alike: a path or an http(s) address.
 """
 
+import codecs
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,17 @@ from PIL import Image
 
 from ldm_lab.errors import UserError
 from ldm_lab.io.images import open_image
+
+BYTE_ORDER_MARKS = {  # the longer ones first: UTF-32's begins with UTF-16's
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+SHOWN = 60  # characters of a line that a warning quotes
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,23 +67,35 @@ def parse_prompt(written: str) -> Prompt:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Return the prompts of a UTF-8 text file as they are written, one per line; only blank lines are dropped.
+    """Return the prompts of a text file as they are written, one per line; only blank lines are dropped.
+
+    The file is UTF-8, or what its byte order mark says. A line that looks like a comment is a prompt, which is said.
 
     Raises:
-        UserError: no such file, not UTF-8 text, no prompt in it.
+        UserError: no such file, not such text, no prompt in it.
     """
     path = Path(path).expanduser()
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        data = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such prompts file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: a prompts file is UTF-8 text, this one is not (byte {error.start})") from None
     except OSError as error:
         raise UserError(f"{path}: prompts file cannot be read: {error.strerror}") from None
-    prompts = [line.strip() for line in text.split("\n") if line.strip()]
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        marked = "" if encoding == "utf-8" else f", or what its byte order mark says ({encoding.upper()})"
+        raise UserError(f"{path}: a prompts file is UTF-8 text{marked}; this one is not (byte {error.start})") from None
+    if "\0" in text:
+        raise UserError(f"{path}: a prompts file is UTF-8 text, this one has zero bytes in it; save it as UTF-8")
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"{path}: no prompt in this file; one per line is needed")
+    comments = [line for line in prompts if line.startswith(("#", "//"))]
+    if comments:
+        log.warning("%s: there are no comments in a prompts file: %r is a prompt", path, comments[0][:SHOWN])
     return prompts
 
 

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [  # a module may import from its own line only what is in its own package, and from any line above
     {"errors"},
-    {"conditions", "predictions"},
+    {"conditions", "predictions", "progress"},
     {"batch"},
     {"interfaces", "io", "processes"},
     {"config"},
@@ -72,6 +72,7 @@ def test_imports_go_one_way(path):
         ("omegaconf", {"config"}),
         ("pytorch_lightning", {"training", "data", "processes"}),
         ("webdataset", {"data"}),
+        ("tqdm", {"progress"}),
         ("wandb", {"training"}),
         ("ibis", {"curation"}),
         ("duckdb", {"curation"}),

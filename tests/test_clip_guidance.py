@@ -11,7 +11,6 @@ from tiny_glide import SIDE
 
 from ldm_lab.autoencoders.identity import IdentityAutoencoder
 from ldm_lab.autoencoders.kl_f8 import KLAutoencoder
-from ldm_lab.checkpoints.formats import noised_clip
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.clip import ClipGradient, ClipGuidance
 from ldm_lab.guidance.noised_clip import NoisedCLIP
@@ -39,6 +38,9 @@ class Bright:
 
     def text_embedding(self, texts):
         return torch.tensor([[{"bright": 1.0, "dark": -1.0}[text], 0.0] for text in texts])
+
+    def check_size(self, height, width):
+        assert height == width == SIDE
 
     def to(self, device):
         return self
@@ -147,20 +149,19 @@ def test_the_real_network_finds_its_pictures_more_like_the_text(base):
         return (clip.image_embedding(pixels, torch.full((4,), 0.01)) @ target[0]).mean().item()
 
     assert likeness(3.0) > likeness(None) + 0.02
-    with pytest.raises(UserError, match=f"the noised CLIP sees 3x{SIDE}x{SIDE} pixels"):
-        led_by(base, clip)(["a cat"], SamplingOptions(size=2 * SIDE, clip_guidance=3.0, sampler=FAST))
+    with pytest.raises(UserError, match=f"the noised CLIP sees {SIDE}x{SIDE} pixels, not {2 * SIDE}x{2 * SIDE}"):
+        led_by(base, clip).check(["a cat"], SamplingOptions(size=2 * SIDE, clip_guidance=3.0, sampler=FAST))
 
 
-def test_the_command(program, tmp_path, monkeypatch):
+def test_the_command(program, tmp_path):
     clip = tiny_clip()
-    load = noised_clip.load
-    monkeypatch.setattr(noised_clip, "load", lambda image, text: load(image, text, head_width=16))
     for tower in ("image", "text"):
         torch.save(getattr(clip, f"{tower}_encoder").state_dict(), tmp_path / f"{tower}.pt")
     checkpoint = tiny_glide.write(tmp_path / "base.safetensors")
     pictures = []
     for scale, out in ((3, "led"), (None, "plain")):
-        options = ("--clip-guidance", scale, "--noised-clip", tmp_path / "image.pt", tmp_path / "text.pt")
+        towers = ("--noised-clip", tmp_path / "image.pt", tmp_path / "text.pt", "--noised-clip-head-width", 16)
+        options = ("--clip-guidance", scale, *towers)
         code, _, err = program(
             "sample", "--checkpoint", checkpoint, "a cat", "-n", 1, *(options if scale else ("--guidance", 1)),
             "--sampler", "ddpm", "--steps", 5, "--out", tmp_path / out, "--device", "cpu",

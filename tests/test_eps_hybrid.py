@@ -100,7 +100,8 @@ def test_min_snr_weighs_low_noise_down(batch):
     x0, noise, t = batch
     net = Fixed(torch.zeros(B, C, 4, 4))
     plain, weighted = (
-        made(bound=False, min_snr=gamma).loss_terms(net, x0, {}, t, noise)["loss"] for gamma in (None, 5.0)
+        made(bound=False, weighting=weighting).loss_terms(net, x0, {}, t, noise)["loss"]
+        for weighting in ("uniform", "min_snr")
     )
     alpha, sigma = made().schedule.alpha_sigma(net.t)
     snr = (alpha / sigma) ** 2
@@ -132,7 +133,7 @@ def test_half_precision_outputs_are_read_in_float32(batch):
     [
         ({"timesteps": 1}, "timesteps: at least 2 is needed, not 1"),
         ({"timesteps": 20, "betas": "linear"}, "timesteps: at least 21 are needed for linear betas"),
-        ({"min_snr": 0.0}, "min_snr: a number above 0 is needed, not 0.0"),
+        ({"gamma": 0.0}, "gamma: a number above 0 is needed, not 0.0"),
         ({"betas": "cosine"}, "betas: one of 'squaredcos_cap_v2', 'linear', 'linear_latent' is needed, not 'cosine'"),
         ({"steps": 10}, "no such key: 'steps'"),
     ],

@@ -65,13 +65,31 @@ def test_prompts_file(tmp_path):
     assert read_prompts(path) == ["a cat:2", "# not a comment", "ein Bär\u2028im Wald"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_prompts_files_of_other_programs(tmp_path, encoding, end):
+    path = tmp_path / "prompts.txt"
+    mark = "\ufeff" if encoding.endswith(("le", "be")) else ""
+    path.write_bytes((mark + end.join(["a cat:2", "", "ein Bär", "猫", ""])).encode(encoding))
+    assert read_prompts(path) == ["a cat:2", "ein Bär", "猫"]
+
+
+def test_comments_in_a_prompts_file_are_prompts_which_is_said(tmp_path, caplog):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\n# colors\n")
+    assert read_prompts(path) == ["a cat", "# colors"]
+    assert "no comments in a prompts file: '# colors' is a prompt" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ("a cat\n".encode("utf-16-le"), "this one has zero bytes in it; save it as UTF-8"),
+        (b"\xff\xfea cat", r"what its byte order mark says \(UTF-16\); this one is not"),
         (None, "no such prompts file"),
         (b"", "no prompt in this file"),
         (b" \n\t\n", "no prompt in this file"),
-        (b"caf\xe9\n", "UTF-8 text, this one is not"),
+        (b"caf\xe9\n", "UTF-8 text; this one is not"),
     ],
 )
 def test_unusable_prompts_files(tmp_path, content, message):

@@ -207,9 +207,10 @@ def test_names_of_other_programs_are_answered_with_ours(call, tmp_path, args, me
     assert code == 2 and len(err.splitlines()) == 1 and err.startswith("error: ") and message in err
 
 
-def test_a_weight_inside_a_prompt_is_noticed(call):
-    code, _, err = call(*FAST, "(a red car:1.2) in the rain", "-n", "1")
-    assert code == 0 and "(a red car:1.2) is taken as plain text; here a whole prompt has a weight" in err
+def test_a_weight_inside_a_prompt_is_noticed(call, caplog):
+    caplog.set_level("WARNING")
+    assert call(*FAST, "(a red car:1.2) in the rain", "-n", "1")[0] == 0
+    assert "is taken as plain words; here a whole prompt has a weight: 'a red car:1.2'" in caplog.text
 
 
 MISTAKES = [

@@ -1,5 +1,6 @@
 """The latent scale: the recorded statistic, its measuring, the command."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,11 @@ from ldm_lab import __main__ as commands
 from ldm_lab.checkpoints.files import read_safetensors
 from ldm_lab.checkpoints.native import save_part
 from ldm_lab.checkpoints.parts import load_part
-from ldm_lab.commands.scale import image_batches
 from ldm_lab.config import PartConfig, build, to_yaml
 from ldm_lab.data.shapes import write_shards
 from ldm_lab.errors import run_program
 from ldm_lab.interfaces import Autoencoder
-from ldm_lab.training.scale import latent_scale, measure_scale
+from ldm_lab.training.scale import image_batches, latent_scale, measure_scale
 
 
 class Known(Autoencoder):
@@ -112,10 +112,28 @@ def test_the_command_measures_and_stores(scale, tmp_path):
     assert f"latent std {float(tensors['latent_std']):.4f}" in again
 
 
+def test_the_command_takes_the_images_that_are_there(scale):
+    """24 of the 2,048 that it asks for: as a whole batch and a part of one, or all in one."""
+    code, out, err = scale()
+    assert code == 0, err
+    assert "data: 2,048 images were asked for, all 24 that are there were measured" in out
+    whole = float(re.search(r"latent std (\S+) on 24 images", out)[1])
+    code, out, _ = scale("--batch-size", "16", "--out", "scaled.safetensors")
+    assert code == 0 and "512 images were asked for, all 24" in out
+    assert float(re.search(r"latent std (\S+) on 24 images", out)[1]) == pytest.approx(whole, rel=0.02)
+    assert read_safetensors(Path("scaled.safetensors"))[1]["scale_images"] == "24"
+    code, _, err = scale("data.min_size=100")
+    assert code == 2 and "no image can be used: data: 24 samples read, 24 skipped (100.0%): too small 24" in err
+
+
+def test_a_smaller_batch_counts_for_less():
+    batches = [torch.tensor([0.0, 2.0, 0.0, 2.0]), torch.tensor([10.0, 16.0])]  # unbiased variances 4/3 and 18
+    assert latent_scale(batches) == pytest.approx(((4 / 3 + 18 / 2) / 1.5) ** 0.5)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--batches", "4", "--batch-size", "8"], "data: 32 images are needed (4 batches of 8), there are only 24"),
         (["--batches", "0"], "--batches: at least 1 is needed, not 0"),
         (["--out", "scaled.ckpt"], "--out: the file is written as .safetensors, so its name"),
         (["autoencoder.weights=null", "autoencoder.ch=32"], "autoencoder.weights: has to be given"),

@@ -116,7 +116,11 @@ def test_grids_of_the_other_kind_of_schedule_are_refused():
         Discrete().grid(10, "spliced")
 
 
-@pytest.mark.parametrize("schedule", [Cosine(), Discrete("linear"), Discrete("squaredcos_cap_v2", 100)], ids=str)
+@pytest.mark.parametrize(
+    "schedule",
+    [Cosine(), Discrete("linear"), Discrete("squaredcos_cap_v2", 100)],
+    ids=["cosine", "linear", "cosine betas"],
+)
 def test_ancestral_steps_are_those_of_bayes(schedule):
     """q(x_next | x, x0) is proportional to q(x | x_next) q(x_next | x0), all of them normal."""
     grid = schedule.grid(6)

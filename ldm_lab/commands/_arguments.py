@@ -3,18 +3,38 @@
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from functools import cached_property
+from typing import NoReturn, TypeAlias
 
 from ldm_lab.errors import UserError
 
+Parsed: TypeAlias = "int | float | str | bool | Sequence[Parsed] | None"
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
 
+REPEATED = (argparse._AppendAction, argparse._ExtendAction, argparse._CountAction)  # flags that may be given again
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as all others are, without the usage above it."""
+    """A parser whose errors are one line, without the usage above it; a flag that takes one value is given once."""
+
+    @cached_property
+    def _given(self) -> dict[argparse.Action, list[str]]:
+        """The flags met so far, with what stood behind them."""
+        return {}
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Parsed:
+        """Return the values of an argument: argparse asks for each time that it stands on the command line."""
+        if action.option_strings and not isinstance(action, REPEATED):
+            before = self._given.setdefault(action, arg_strings)
+            if before is not arg_strings and (before or isinstance(action, argparse.BooleanOptionalAction)):
+                flag = "/".join(action.option_strings)
+                values = f", {' '.join(before)!r} and {' '.join(arg_strings)!r}" if before else ""
+                raise UserError(f"{flag}: is given twice{values}; which one is meant?")
+        return super()._get_values(action, arg_strings)
 
 
 def whole_number(least: int) -> Callable[[str], int]:
@@ -67,7 +87,7 @@ def safetensors_file(text: str) -> str:
     return text
 
 
-class _Imports(argparse.Action):
+class _Imports(argparse._AppendAction):
     """Makes the parts of the named modules known as soon as the flag is read."""
 
     def __call__(

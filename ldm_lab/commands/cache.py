@@ -14,7 +14,6 @@ from pathlib import Path
 from ldm_lab.commands._arguments import add_imports_argument
 from ldm_lab.config import load
 from ldm_lab.errors import UserError
-from ldm_lab.training.caching import make_cache
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Encode, with a progress bar; say what was skipped."""
+    from ldm_lab.training.caching import make_cache  # not before: it imports torch, which takes seconds
+
     config = load(args.config, args.overrides)
     if config.task != "diffusion":
         raise UserError(f"{args.config}: a cache is made from a diffusion config, with its autoencoder and conditioner")

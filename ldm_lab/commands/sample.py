@@ -35,7 +35,7 @@ from ldm_lab.commands._flags import FlagParser, add_flags, given
 from ldm_lab.config.reading import Option
 from ldm_lab.config.registry import add_imports, infos, part_info
 from ldm_lab.errors import UserError
-from ldm_lab.sampling.aliases import our_flag, our_sampler, weight_hint
+from ldm_lab.sampling.aliases import our_flag, our_sampler
 from ldm_lab.sampling.options import (
     DEFAULT_SAMPLER,
     DEFAULT_UPSAMPLER,
@@ -200,7 +200,6 @@ def prompt_mixes(args: argparse.Namespace) -> list[list["Prompt"]]:
     common = command_line_prompts(args)
     if args.prompts:
         lines = read_prompts(args.prompts)
-        _tell_weights(lines)
         return [[parse_prompt(line), *common] for line in lines for _ in range(args.n or 1)]
     if not common:
         raise UserError("no prompt: give a text, --images IMAGE or --prompts FILE (--help explains)")
@@ -219,7 +218,6 @@ def command_line_prompts(args: argparse.Namespace) -> list["Prompt"]:
     """Return the texts and images of the command line."""
     from ldm_lab.prompts import parse_image_prompt, parse_prompt
 
-    _tell_weights(args.texts)
     prompts = [parse_prompt(text) for text in args.texts]
     for number, image in enumerate(args.images):
         try:
@@ -228,13 +226,6 @@ def command_line_prompts(args: argparse.Namespace) -> list["Prompt"]:
             hint = "" if number == 0 else "; texts go before --images, which takes all that follows"
             raise UserError(f"{error}{hint}") from None
     return prompts
-
-
-def _tell_weights(texts: Sequence[str]) -> None:
-    for text in texts:
-        if hint := weight_hint(text):
-            print(f"note: {hint}", file=sys.stderr)
-            return
 
 
 # -------------------------------------------------------------------------------------------------------- pictures
@@ -258,7 +249,7 @@ def draw_pictures(
     stages = Stages([Stage(pipelines[0], options), *(Stage(pipeline, upsampling) for pipeline in pipelines[1:])])
     base = stages.check(mixes).base
     settings = described(args, options, base)
-    bar = Bar(f"{len(mixes)} pictures")
+    bar = Steps(f"{len(mixes)} pictures")
     for batch in stages.samples(mixes, seeds=base.seeds, progress=bar):
         for row in batch:
             mix = mixes[len(folder.images)]
@@ -289,7 +280,7 @@ def draw_film(
     request = interpolation.check(pipeline, mixes, args.interpolate, options)
     settings = described(args, options, request)
     prompts = [_prompt_entry(mix[0], request) for mix in mixes]
-    bar = Bar(f"{args.interpolate} pictures")
+    bar = Steps(f"{args.interpolate} pictures")
     with_seed = replace(options, seed=request.seeds[0])
     for batch in interpolation.interpolate(pipeline, mixes, args.interpolate, with_seed, bar):
         for sample in batch:
@@ -346,7 +337,7 @@ def _seed(options: SamplingOptions, request: "Request") -> str:
     return f" (seed {request.seeds[0]})" if options.seed == -1 else ""
 
 
-class Bar:
+class Steps:
     """A progress bar that appears with the first step: a request that is refused shows none."""
 
     def __init__(self, title: str) -> None:
@@ -354,10 +345,10 @@ class Bar:
 
     def __call__(self, done: int, total: int) -> None:
         """Show how many steps are done."""
-        from tqdm import tqdm
+        from ldm_lab.progress import Bar
 
         if self.bar is None:
-            self.bar = tqdm(desc=self.title, unit="step", total=total)
-        self.bar.update(done - self.bar.n)
+            self.bar = Bar(self.title, "step", total)
+        self.bar.advance(done)
         if done == total:
             self.bar.close()

@@ -4,24 +4,18 @@
         autoencoder.weights=kl-f8 data.shards='/data/yfcc/{00000..00009}.tar'
 
 Diffusion expects latents of unit variance; those of kl-f8 have a standard deviation of 2 to 10, depending on the
-images. Latents are divided by it. An autoencoder that was trained here brings its own.
+images. Latents are divided by it. Where there are fewer images than asked for, those that are there are measured. An
+autoencoder that was trained here brings its own.
 """
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-from ldm_lab.checkpoints.native import save_part
-from ldm_lab.checkpoints.parts import load_part, read_part
 from ldm_lab.commands._arguments import add_imports_argument, safetensors_file, whole_number
-from ldm_lab.config import PartConfig, build, load
-from ldm_lab.data.datamodule import DataModule
+from ldm_lab.config import load
 from ldm_lab.errors import UserError
-from ldm_lab.training.scale import BATCHES, measure_scale
+from ldm_lab.progress import Bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", required=True, metavar="YAML", help="a config with sections data and autoencoder")
     add("--out", type=safetensors_file, metavar="FILE", help="write the weights with it stored (.safetensors)")
-    add("--batches", type=whole_number(1), default=BATCHES, metavar="N", help="batches to measure (%(default)s)")
+    add("--batches", type=whole_number(1), default=32, metavar="N", help="batches to measure (%(default)s)")
     add("--batch-size", type=whole_number(1), default=64, metavar="N", help="images in a batch (%(default)s)")
     add("--device", metavar="NAME", help="cpu, cuda:0, ... (default: cuda if there is one)")
     add("overrides", nargs="*", metavar="key=value", help="values that replace the YAML's")
@@ -38,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, print, and write if asked to."""
+    import torch  # not before: it takes seconds, and --help needs none of these
+
+    from ldm_lab.checkpoints.native import save_part
+    from ldm_lab.checkpoints.parts import load_part
+    from ldm_lab.training.scale import counted, image_batches, measure_scale
+
     config = load(args.config, args.overrides)
     section = config.get("autoencoder")
     if section is None:
@@ -47,9 +47,13 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("autoencoder.weights: has to be given; an untrained autoencoder's latents say nothing")
     autoencoder.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     before = ", ".join(f"{value:.4f}" for value in autoencoder.latent_std.flatten().tolist())
-    images = image_batches(config["data"], config.seed, args.batches, args.batch_size)
-    std = measure_scale(autoencoder, tqdm(images, total=args.batches, unit="batch"))
-    count = args.batches * args.batch_size
+    wanted = args.batches * args.batch_size
+    with Bar("measure", "image", wanted) as bar:
+        batches = image_batches(config["data"], config.seed, args.batches, args.batch_size)
+        std = measure_scale(autoencoder, counted(batches, bar))
+    count = int(bar.n)
+    if count < wanted:
+        print(f"data: {wanted:,} images were asked for, all {count:,} that are there were measured")
     print(f"latent std {std:.4f} on {count:,} images (before: {before}); autoencoder.latent_std={std:.4f} uses it")
     if args.out is not None:
         autoencoder.set_latent_statistics(std=std)
@@ -59,36 +63,8 @@ def run(args: argparse.Namespace) -> None:
 
 def architecture(section: Mapping[str, Any]) -> dict[str, Any]:
     """Return an autoencoder's section with what its weights file says about its architecture."""
+    from ldm_lab.checkpoints.parts import read_part
+
     if not section.get("weights"):
         return dict(section)
     return {**read_part(section["weights"], "autoencoder", section["name"]).config, **section}
-
-
-def image_batches(section: PartConfig, seed: int, batches: int, batch_size: int) -> Iterator[Tensor]:
-    """Yield `batches` batches of different images, [batch_size, 3, H, W] in [-1, 1], in the order of training.
-
-    Args:
-        section: of the data.
-        seed: of the run.
-
-    Raises:
-        UserError: there are fewer images than that.
-    """
-    source = build("data", {**section, "batch_size": batch_size})
-    data = DataModule(source, seed=seed, epochs=1)
-    data.prepare_data()
-    data.setup()
-    held, found, given = torch.empty(0), 0, 0
-    for batch in data.train_dataloader():
-        image = batch.require_image("measure latents")  # [B, 3, H, W]
-        held = torch.cat([held, image]) if len(held) else image  # [n, 3, H, W]
-        found += len(batch)
-        while len(held) >= batch_size and given < batches:
-            yield held[:batch_size]
-            held, given = held[batch_size:], given + 1
-        if given == batches:
-            return
-    raise UserError(
-        f"data: {batches * batch_size:,} images are needed ({batches} batches of {batch_size}), there are only "
-        f"{found:,}: bring more, or lower --batches or --batch-size"
-    )

@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm_lab.commands._arguments import add_clip_arguments, add_pass_arguments
+from ldm_lab.commands._arguments import add_clip_arguments, add_imports_argument, add_pass_arguments
 from ldm_lab.config.overrides import split_name
 from ldm_lab.errors import UserError
 
@@ -29,6 +29,7 @@ AGAIN = "the same command tries again"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
+    add_imports_argument(parser)
     add = parser.add_argument
     add("--shards", nargs="+", default=[], metavar="TAR", help="paths, {00000..00099} braces, globs, http(s) addresses")
     add("--images", metavar="DIR", help="instead of shards, all images below a folder")

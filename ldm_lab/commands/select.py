@@ -15,6 +15,7 @@ import json
 import re
 import shlex
 
+from ldm_lab.commands._arguments import add_imports_argument
 from ldm_lab.config import build, read
 from ldm_lab.errors import UserError
 
@@ -23,6 +24,7 @@ RESERVED = {"url", "caption", "text", "sha256", "md5", "sha512"}  # img2dataset'
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
+    add_imports_argument(parser)
     parser.add_argument("--config", required=True, metavar="YAML", help="such as configs/select/laion_aesthetic.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the YAML's")
 

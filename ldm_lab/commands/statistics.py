@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm_lab.commands._arguments import whole_number
+from ldm_lab.commands._arguments import add_imports_argument, whole_number
 from ldm_lab.config import build
 from ldm_lab.config.overrides import split_name
 from ldm_lab.errors import UserError
@@ -30,6 +30,7 @@ QUANTITIES = ("aesthetic", "punsafe", "pwatermark", "similarity")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
+    add_imports_argument(parser)
     add = parser.add_argument
     add(
         "tables",

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from ldm_lab.commands._arguments import (
     add_clip_arguments,
+    add_imports_argument,
     add_pass_arguments,
     not_negative,
     positive,
@@ -40,6 +41,7 @@ CLIP = {"name": "clip", "model": "ViT-L-14-quickgelu", "pretrained": "openai"}  
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
+    add_imports_argument(parser)
     add = parser.add_argument
     add("--shards", nargs="+", default=[], metavar="TAR", help="rated images")
     add("--embeddings", nargs="+", default=[], metavar="FILE", help="instead: .embeddings.safetensors files, or .npy")

@@ -5,8 +5,6 @@ import io
 from collections import Counter
 from random import Random
 
-from tqdm import tqdm
-
 from ldm_lab.curation.buckets import Buckets
 from ldm_lab.curation.metadata.histogram import Histogram, Shown
 from ldm_lab.data.sample_metadata import metadata_of, read_scores, scores_path
@@ -15,6 +13,7 @@ from ldm_lab.data.shard_urls import expand
 from ldm_lab.data.tar import read_shard
 from ldm_lab.errors import UserError
 from ldm_lab.io.images import BadImage, decode_image, to_rgb
+from ldm_lab.progress import Bar
 from ldm_lab.rules.sample import SampleRow
 
 THUMBNAIL = 160  # pixels, both sides at most
@@ -34,7 +33,9 @@ def histogram_of_shards(
     counts: Counter[int | None] = Counter()
     drawn: dict[int, list[tuple[float, RawSample]]] = {}
     skipped = Counter[str]()
-    for address in tqdm(expand(shards), "shards", unit="shard", disable=None):
+    addresses = expand(shards)
+    bar = Bar("shards", "shard", len(addresses))
+    for address in addresses:
         beside = {}
         if scores is not None:
             try:
@@ -58,6 +59,8 @@ def histogram_of_shards(
                 chosen.append((score, item))
             elif (rank := random.randrange(counts[place])) < shown:
                 chosen[rank] = (score, item)
+        bar.update()
+    bar.close()
     histogram = Histogram.of(buckets, dict(counts))
     for place, chosen in drawn.items():
         for score, item in chosen:

@@ -8,7 +8,6 @@ read and skipped. An item is done when its last file is there, which the job wri
 with the items that are not done. Lightning's Trainer predicts, so its devices, nodes, torchrun and SLURM work.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,7 +19,6 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from tqdm import tqdm
 
 from ldm_lab.data.counts import Counts
 from ldm_lab.data.loader import leave_signals_to_parent
@@ -28,9 +26,9 @@ from ldm_lab.data.samples import BROKEN, DUPLICATE, UNREACHABLE, RawSample, Skip
 from ldm_lab.data.work_items import Content, WorkItem
 from ldm_lab.errors import UserError
 from ldm_lab.processes import fail_together, quiet_lightning, trainer_options
+from ldm_lab.progress import Bar
 
 LONGEST_WAIT = timedelta(days=30)  # of one process for another one that has more to do
-REFRESH = 0.5  # seconds between updates of the bar
 
 Fingerprint = dict[str, str]  # what makes results what they are -> its value, as a text
 One = TypeVar("One")  # a sample, prepared
@@ -324,12 +322,11 @@ class _Bar(Callback):
 
     def __init__(self, task: str) -> None:
         self.task = task
-        self.bar = tqdm(disable=True)  # until it begins
+        self.bar = Bar(task, "image", shown=False)  # until it begins
         self.samples = self.items = 0
-        self.seen_at = 0.0
 
     def on_predict_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.bar = tqdm(desc=self.task, unit="image", dynamic_ncols=True, disable=not trainer.is_global_zero)
+        self.bar = Bar(self.task, "image", shown=trainer.is_global_zero)
 
     def on_predict_batch_end(
         self,
@@ -342,11 +339,8 @@ class _Bar(Callback):
     ) -> None:
         self.samples += outputs
         self.items += batch.counts is not None
-        now = time.monotonic()
-        if now - self.seen_at > REFRESH or batch.counts is not None:
-            self.bar.set_postfix(shards=self.items * trainer.world_size, refresh=False)
-            self.bar.update(self.samples * trainer.world_size - self.bar.n)
-            self.seen_at = now
+        self.bar.set_postfix(shards=self.items * trainer.world_size, refresh=False)
+        self.bar.advance(self.samples * trainer.world_size)
 
     def on_predict_end(self, trainer: Trainer, module: LightningModule) -> None:
         self.bar.close()

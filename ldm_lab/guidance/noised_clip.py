@@ -64,12 +64,16 @@ class NoisedCLIP(nn.Module):
         Raises:
             UserError: images of another size.
         """
-        if x.shape[1:] != (3, self.image_size, self.image_size):
-            size = "x".join(map(str, x.shape[1:]))
-            raise UserError(f"the noised CLIP sees 3x{self.image_size}x{self.image_size} pixels, not {size}")
+        self.check_size(*x.shape[2:])
         index = (t.float() * self.timesteps - 1).round().long().clamp(0, self.timesteps - 1)  # [B]
         embedding: Tensor = self.image_encoder(x.float(), index)  # [B, D]
         return embedding
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise UserError for images of another size than it sees."""
+        side = self.image_size
+        if (height, width) != (side, side):
+            raise UserError(f"CLIP guidance: the noised CLIP sees {side}x{side} pixels, not {width}x{height}")
 
     def text_embedding(self, texts: list[str]) -> Tensor:
         """Return the embeddings of texts, [n, D], unit rows; a text that is too long is cut with a warning."""

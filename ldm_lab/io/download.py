@@ -19,6 +19,7 @@ from ldm_lab.io import http
 from ldm_lab.io.atomic import move_into_place, sha256
 from ldm_lab.io.http import ConnectionBroken, HTTPError, Response
 from ldm_lab.io.json_files import read_json, write_json
+from ldm_lab.progress import Bar, print_line
 
 LIMIT = 64 << 30  # bytes; nothing released is larger, and a server could send without end
 
@@ -133,10 +134,8 @@ def _checked(url: str, part: PartialDownload, wanted: Wanted) -> str:
     part.remove()
     if continued:  # the beginning may have been of another version, or another mirror's
         return _checked(url, part, wanted)
-    from tqdm import tqdm
-
     line = f"{wanted.name}: {url} gave a file with sha256 {checksum}, not {wanted.sha256}; it is removed"
-    tqdm.write(line, file=sys.stderr)
+    print_line(line, file=sys.stderr)
     raise MirrorFailed(f"wrong checksum {checksum}, not {wanted.sha256}")
 
 
@@ -185,10 +184,7 @@ def _continue(url: str, part: PartialDownload, wanted: Wanted) -> None:
 
 def _append(response: Response, path: Path, name: str, have: int, total: int | None) -> int:
     """Append what a server sends to a file, with a progress bar, and return how many bytes there are then."""
-    from tqdm import tqdm
-
-    bar = tqdm(desc=name, total=total, initial=have, unit="B", unit_scale=True, unit_divisor=1024)
-    with bar, open(path, "ab") as file:
+    with Bar(name, "B", total, initial=have) as bar, open(path, "ab") as file:
         try:
             while have <= (total or LIMIT) and (chunk := response.read(http.CHUNK)):
                 have += len(chunk)

@@ -11,6 +11,7 @@ from ldm_lab.config import PositiveFloat, register
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Denoiser, Objective, Prediction, TimestepSampler
 from ldm_lab.objectives.variational_bound import variational_bound
+from ldm_lab.objectives.weighting import Weighting, loss_weight
 from ldm_lab.schedules import Betas, Discrete, Posterior
 
 BOUND = 1 / 1000  # weight of the whole bound, the sum over its T terms, beside the mean squared error
@@ -33,7 +34,8 @@ class EpsHybrid(Objective):
         betas: Betas = "squaredcos_cap_v2",
         timesteps: Annotated[int, Ge(2)] = 1000,
         bound: bool = True,
-        min_snr: PositiveFloat | None = None,
+        weighting: Weighting = "uniform",
+        gamma: PositiveFloat = 5.0,
         timestep_sampler: TimestepSampler = "sobol",
     ) -> None:
         """Set what is trained.
@@ -42,14 +44,15 @@ class EpsHybrid(Objective):
             betas: the noise schedule (`ldm_lab.schedules.Discrete`).
             timesteps: T of the schedule; training draws all of them, 0 to T - 1.
             bound: train the variance; otherwise its channels get no gradient, as in glide-finetune.
-            min_snr: gamma of Min-SNR weighting: the error counts by min(SNR, gamma) / SNR, so that timesteps with
-                hardly any noise weigh less (Hang et al. 2023, arXiv 2303.09556, section 3.4, where it is 5). null: all
-                count alike.
+            weighting: what noise levels count in the error of eps (`ldm_lab.objectives.weighting`): with min_snr and
+                soft_min_snr timesteps with hardly any noise weigh less.
+            gamma: of the weighting: the SNR above which a level counts no more.
             timestep_sampler: how training draws them (`training/timesteps.py`): evenly spread Sobol points, or
                 independently.
         """
         self.schedule = Discrete(betas, timesteps)
-        self.bound, self.min_snr, self.timestep_sampler = bound, min_snr, timestep_sampler
+        self.bound, self.timestep_sampler = bound, timestep_sampler
+        self.weighting, self.gamma = weighting, gamma
         self.posterior = Posterior.from_times(self.schedule, self.schedule.grid(timesteps))
         self._posteriors: dict[torch.device, Posterior] = {}  # the same on the devices that it was needed on
 
@@ -83,9 +86,8 @@ class EpsHybrid(Objective):
         output = denoiser(x, self.schedule.time(t, denoiser.time_input), **conditions)  # [B, C or 2C, h, w]
         eps, fraction = self.read(output, x.shape[1])  # [B, C, h, w] each
         mse = (eps - noise).square().flatten(1).mean(1)  # [B]
-        if self.min_snr is not None:
-            snr = (alpha / sigma).square().flatten()  # [B]
-            mse = mse * (self.min_snr / snr).clamp(max=1)  # [B]
+        if self.weighting != "uniform":
+            mse = mse * loss_weight(self.weighting, self.gamma, self.schedule.log_snr(t), "eps")  # [B]
         if not self.bound:
             return {"loss": mse}
         if fraction is None:

@@ -1,6 +1,7 @@
 """Names of other programs' options and samplers, and what they are called here. For messages alone."""
 
 import re
+from collections.abc import Iterable
 
 # Flags as diffusers, the CompVis and Stability programs, ComfyUI, A1111, InvokeAI and GLIDE's write them.
 FLAGS = {
@@ -79,8 +80,27 @@ SAMPLERS = {
     **dict.fromkeys(["p", "psample", "ancestral"], "--sampler ddpm"),
 }
 WITH_SPACING = {f"--sampler {name}" for name in ("euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc")}
-# "(a red car:1.2)": a weight as A1111 and ComfyUI write it.
-INNER_WEIGHT = re.compile(r"\([^()]+:\d+(\.\d+)?\)")
+# What other programs read in a prompt and this one does not: a pattern -> what it is meant to do there.
+SYNTAX = {
+    r"\([^()]*:\s*\d*\.?\d+\s*\)": "a weight inside a prompt",
+    r"\([^()]*\)(?:\d*\.\d+|\d+|\++|-+)(?!\w)": "a weight inside a prompt",
+    r"\(\(.*?\)\)": "stress",
+    r"\{\{.*?\}\}": "stress",
+    r"\[[^\[\]]*:[^\[\]]*:?\s*\d*\.?\d+\s*\]": "a prompt that changes on the way",
+    r"\[[^\[\]]*\|[^\[\]]*\]": "prompts in turn",
+    r"\[+[^\[\]:|]+\]+": "less stress",
+    r"<(?:lora|lyco|hypernet|ti|embedding)\s*:[^<>]*>": "an addition to the model",
+    r"\bembedding:[\w.-]+": "a learned word",
+    r"__[\w/*-]+__": "a word from a list",
+    r"\{[^{}]*(?:\||\$\$)[^{}]*\}": "one of several words",
+    r"\bBREAK\b": "a new part of a prompt",
+    r"\bAND\b": "several prompts in one",
+    r"(?<=\w\w)(?:\+\+|--)(?=[\s,.]|$)": "a weight inside a prompt",
+    r"(?<!\S)--(?:ar|v|no|s|q|c|iw|niji|seed|style|stylize|chaos|quality|stop|tile|weird|sref|cref)\b.*": "options",
+    r"\w\s*::\s*-?\d*\.?\d*(?=\s|$)": "weights of parts",
+}
+MORE_LETTERS = {"BREAK", "AND"}  # words in a text of capitals alone
+SHOWN = 60  # characters of what is quoted
 
 
 def our_flag(flag: str) -> str | None:
@@ -101,10 +121,25 @@ def our_sampler(name: str) -> str | None:
     return f"--sampler {name!r}: here it is {SAMPLERS[spaced]}{spacing}"
 
 
-def weight_hint(text: str) -> str | None:
-    """Return how a weight is written here, for a prompt with one in another program's way; None without."""
-    match = INNER_WEIGHT.search(text)
-    if match is None:
-        return None
-    inner, _, weight = match[0].strip("()").rpartition(":")
-    return f"{match[0]} is taken as plain text; here a whole prompt has a weight: {f'{inner}:{weight}'!r}"
+def syntax_hints(texts: Iterable[str]) -> list[str]:
+    """Return lines about what other programs read in a prompt and this one takes as words: one of each kind."""
+    hints: dict[str, str] = {}
+    for text in texts:
+        for pattern, meaning in SYNTAX.items():
+            match = None if meaning in hints else re.search(pattern, text)
+            if match is None or (match[0] in MORE_LETTERS and text.isupper()):
+                continue
+            found = match[0].strip()
+            shown = found if len(found) <= SHOWN else found[:SHOWN] + "..."
+            hints[meaning] = f"prompt: {shown} ({meaning}, in other programs) is taken as plain words{_our_way(found)}"
+    return list(hints.values())
+
+
+def _our_way(found: str) -> str:
+    """Return how what was found is written here."""
+    weighted = re.fullmatch(r"\(([^()]+):\s*([\d.]+)\s*\)", found)
+    if weighted:
+        return f"; here a whole prompt has a weight: {f'{weighted[1].strip()}:{weighted[2]}'!r}"
+    if found.startswith(("<", "embedding", "__", "{", "--")) and not found.startswith("{{"):
+        return ""
+    return "; here several prompts are given, each perhaps with a weight: 'a red car:3' 'rain:1.5'"

@@ -53,14 +53,17 @@ def load_model(path: str | Path, options: ModelOptions) -> Model:
     denoiser = _load_denoiser(config, state, path, autoencoder.channels, given)
     guide_model = None
     if options.guide_model is not None:
-        guide_config, guide_state, _ = read_model(locate_model(options.guide_model))
+        if (guide_path := locate_model(options.guide_model)).samefile(path):
+            log.warning("guide_model: without effect: it is the model itself")
+        guide_config, guide_state, _ = read_model(guide_path)
         if guide_config.get("objective") != config["objective"]:
             raise UserError(f"{options.guide_model}: its objective is another than that of {path}")
         guide_model = _load_denoiser(guide_config, guide_state, options.guide_model, autoencoder.channels, given)
-    clip = None if options.noised_clip is None else noised_clip.load(*options.noised_clip)
+    towers, head_width = options.noised_clip, options.noised_clip_head_width
+    clip = None if towers is None else noised_clip.load(*towers, head_width)
     if options.compile:
         denoiser.compile()
-    waiting = torch.device("cpu") if options.offload else device
+    waiting = _waiting_device(options.offload, device)
     for part in (denoiser, autoencoder, conditioner, guide_model, clip, *sources.values()):
         if part is not None:
             part.to(waiting)
@@ -101,6 +104,13 @@ def pick_device(name: str | None) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name}: {first_line(error)}") from None
+
+
+def _waiting_device(offload: bool, device: torch.device) -> torch.device:
+    """Return where parts are until they work."""
+    if offload and device.type == "cpu":
+        log.warning("offload: without effect on the device cpu: main memory is where the parts are anyway")
+    return torch.device("cpu") if offload else device
 
 
 def _load_denoiser(

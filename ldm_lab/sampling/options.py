@@ -195,6 +195,7 @@ class ModelOptions:
         autoencoder: its weights file, if not where the checkpoint says
         conditioner: its weights file, if not where the checkpoint says
         noised_clip: image and text tower of the CLIP of CLIP guidance (default: GLIDE's, released)
+        noised_clip_head_width: channels of an attention head in these (default: 64)
     """
 
     device: str | None = None
@@ -205,6 +206,18 @@ class ModelOptions:
     autoencoder: str | Path | None = None
     conditioner: str | Path | None = None
     noised_clip: tuple[str | Path, str | Path] | None = None
+    noised_clip_head_width: PositiveInt | None = None
+
+    @staticmethod
+    def check(*, noised_clip: Sequence[str | Path] | None, noised_clip_head_width: int | None) -> list[str]:
+        """Return what is wrong across the options."""
+        if noised_clip_head_width is not None and noised_clip is None:
+            return ["noised_clip_head_width: belongs to noised_clip, which is not given"]
+        return []
+
+    def __post_init__(self) -> None:
+        if problems := self.check(noised_clip=self.noised_clip, noised_clip_head_width=self.noised_clip_head_width):
+            raise UserError(problems[0])
 
 
 def _check(values: Mapping[str, OptionValue]) -> None:

@@ -155,17 +155,27 @@ def target_embeddings(model: Model, mixes: Sequence[Sequence[Prompt]], guidance:
     return torch.stack(rows)  # [N, D]
 
 
-def check_target_embeddings(model: Model, mixes: Sequence[Sequence[Prompt]], guidance: float) -> None:
-    """Raise UserError for pictures that CLIP guidance has no text for, and for a model of anything but GLIDE's pixels.
+def check_target_embeddings(
+    model: Model, mixes: Sequence[Sequence[Prompt]], guidance: float, height: int, width: int
+) -> None:
+    """Check that CLIP guidance has a text for each picture, and that the noised CLIP can see these pictures.
 
-    The noised CLIP was trained on pixels in [-1, 1].
+    It was trained on pixels in [-1, 1], of one size.
+
+    Raises:
+        UserError: no text, an empty one, latents, other pixels, another size.
     """
     pixel_range = model.autoencoder.pixel_range
     if pixel_range != (-1, 1):
         made = "latents" if pixel_range is None else f"pixels in [{pixel_range[0]:g}, {pixel_range[1]:g}]"
         raise UserError(f"CLIP guidance: the noised CLIP reads pixels in [-1, 1], and this model makes {made}")
+    if model.noised_clip is not None:
+        model.noised_clip.check_size(height, width)
     for mix in mixes:
-        _text_shares(mix, guidance)
+        shares = _text_shares(mix, guidance)  # [k]
+        texts = [prompt.text for prompt in mix if prompt.image is None]
+        if not all(text.strip() for text, share in zip(texts, shares.tolist(), strict=True) if share):
+            raise UserError("CLIP guidance: it leads to a text, and this prompt is empty")
 
 
 def _text_shares(mix: Sequence[Prompt], guidance: float) -> Tensor:

@@ -1,5 +1,6 @@
 """A request for pictures, checked against the model before any work."""
 
+import functools
 import logging
 import math
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from ldm_lab.interfaces import Sampler
 from ldm_lab.io.images import own_size, to_tensor
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling.aesthetic import Aesthetic
+from ldm_lab.sampling.effects import Asked, remarks
 from ldm_lab.sampling.image_to_image import InitImage
 from ldm_lab.sampling.model import Model
 from ldm_lab.sampling.options import SamplingOptions, parse_size
@@ -89,6 +91,7 @@ def checked_request(
             network's embeddings, ...
     """
     schedule = model.objective.schedule
+    asked = options
     options = options.resolved(model.upscale_factor is not None, schedule.timesteps)
     seeds = range(options.seed, options.seed + len(mixes)) if seeds is None else seeds
     if len(seeds) != len(mixes):
@@ -104,9 +107,11 @@ def checked_request(
     _check_guidance(model, mixes, options, guidance)
     _check_rerank(model, options)
     latent_size = model.latent_size(_size(model, options, given, init_image))
-    remarks = _remarks(init_image, sampler, *(side * model.autoencoder.downscale for side in latent_size))
-    for remark in remarks if given is None else []:  # a base model has made them before an upsampler
-        log.warning("%s", remark)
+    height, width = (side * model.autoencoder.downscale for side in latent_size)
+    if options.clip_guidance is not None:
+        check_target_embeddings(model, mixes, guidance, height, width)
+    for line in remarks(Asked(model, mixes, asked, options, guidance, sampler, init_image, height, width)):
+        _tell_once(line)
     return Request(
         mixes=mixes,
         seeds=seeds,
@@ -157,15 +162,10 @@ def _size(
     return None
 
 
-def _remarks(init_image: InitImage | None, sampler: Sampler, height: int, width: int) -> list[str]:
-    """Return what a user should know of an init image at a size in pixels, a line each. Raises UserError."""
-    if init_image is None:
-        return []
-    remarks = init_image.remarks(height, width)
-    if init_image.strength > 0 and init_image.num_steps(sampler.steps) == 0:
-        share = f"strength: {init_image.strength:g} of {sampler.steps} steps"
-        remarks.append(f"{share} is none: the image comes back as the autoencoder gives it")
-    return remarks
+@functools.cache
+def _tell_once(line: str) -> None:
+    """Log a line the first time that it is said: the grids of a run are asked for again and again."""
+    log.warning("%s", line)
 
 
 def _tile(model: Model, pixels: int | None) -> int | None:
@@ -179,6 +179,11 @@ def _tile(model: Model, pixels: int | None) -> int | None:
 
 
 def _check_guidance(model: Model, mixes: list[list[Prompt]], options: SamplingOptions, guidance: float) -> None:
+    if options.negative is not None and model.guide_model is not None:
+        raise UserError(
+            "negative: does not go with a guide model (autoguidance): guidance leads away from one of the two; beside "
+            "a guide model a prompt of a negative weight, such as 'blurry:-0.5', is steered away from"
+        )
     weights = prompt_weights(mixes, guidance)  # [N, k]
     unconditional_known = model.dropout or model.guide_model is not None or options.negative is not None
     if not unconditional_known and len(mixes) and null_condition_weight(weights).any():
@@ -186,8 +191,6 @@ def _check_guidance(model: Model, mixes: list[list[Prompt]], options: SamplingOp
             "guidance needs a model that was trained with dropped conditions (conditioner.dropout above 0); "
             "with this one the weights of an image have to add up to 1, as a single prompt's with --guidance 1 do"
         )
-    if options.clip_guidance is not None:
-        check_target_embeddings(model, mixes, guidance)
 
 
 def _check_rerank(model: Model, options: SamplingOptions) -> None:

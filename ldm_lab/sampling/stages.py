@@ -94,7 +94,7 @@ class Stages:
         """
         plan = self.check(prompts, seeds=seeds)
         base, counter = plan.base, _Counter(progress, plan.total_steps)
-        batches = self.base.pipeline.samples(base.mixes, base.options, seeds=base.seeds, progress=counter.step)
+        batches = self.base.pipeline.samples(base.mixes, self.base.options, seeds=base.seeds, progress=counter.step)
         rows: Iterator[tuple[Sample, ...]] = ((sample,) for batch in batches for sample in batch)
         for number, (stage, request) in enumerate(zip(self.upsamplers, plan.upsampling, strict=True), start=1):
             rows = _enlarged(rows, stage.pipeline, request, number * SEED_OFFSET, counter.step)

@@ -22,6 +22,7 @@ from ldm_lab.config import NonNegativeFloat, PartConfig, RunConfig, register
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Batch
 from ldm_lab.training.discriminator import adaptive_weight
+from ldm_lab.training.logs import print_rank_zero
 from ldm_lab.training.part_task import PartTask
 from ldm_lab.training.perceptual import pretrained_features
 from ldm_lab.training.scale import BATCHES, measure_scale
@@ -183,6 +184,8 @@ class AutoencoderTask(PartTask):
         images = (levels.to(self.device).float() / 127.5 - 1 for levels in self.recent)  # [B, 3, H, W] each
         trained = self.best_model.training
         std = measure_scale(self.best_model.eval(), images)
+        count = sum(map(len, self.recent))
+        print_rank_zero(f"{self.FILE}: latent std {std:.4f}, measured on the last {count:,} images")
         before = self.best_model.latent_std.clone()  # []
         self.best_model.latent_std.fill_(std)
         super().export(folder, dtype)

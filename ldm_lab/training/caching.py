@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ldm_lab.checkpoints.parts import has_weights, load_part, weights_sha256
 from ldm_lab.config import PartConfig, RunConfig, register
 from ldm_lab.data.cache import ENCODERS, META, CacheWriter, complete, read_meta
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.errors import UserError
+from ldm_lab.progress import Bar
 
 
 @register("cache")
@@ -81,7 +81,7 @@ def make_cache(config: RunConfig, folder: Path, device: str | None = None) -> st
     writer = CacheWriter(folder, description(config))
     if writer.state:
         data.load_rank_states([writer.state], 0)
-    with tqdm(initial=writer.written, unit="image", desc="encode", dynamic_ncols=True) as bar:
+    with Bar("encode", "image", initial=writer.written) as bar:
         for batch in data.train_dataloader():
             data.consumed(batch)
             batch.image = batch.require_image("make a cache").to(device)  # [B, 3, H, W]

@@ -83,7 +83,7 @@ class DiffusionTask(Task):
         keep = torch.rand(len(x0), device=self.device) > self.dropout  # [B]
         conditions = drop(conditions, self.conditioner.null(conditions), keep)
         conditions |= self.from_sources(batch, x0)
-        t = self.timesteps(self.batches_seen, len(x0)).to(x0)  # [B]
+        t = self.objective.times(self.timesteps(self.batches_seen, len(x0))).to(x0)  # [B]
         noise = torch.randn_like(x0)  # [B, C, h, w]
         terms = self.objective.loss_terms(self.model, x0, conditions, t, noise)  # {"loss": [B], ...}
         self.log_means({name: term.mean() for name, term in terms.items()}, len(x0))

@@ -14,12 +14,12 @@ from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from pytorch_lightning.utilities.types import STEP_OUTPUT
-from tqdm import tqdm
 
 from ldm_lab.batch import Batch
 from ldm_lab.config import PositiveInt, register
 from ldm_lab.errors import UserError, first_line
 from ldm_lab.io.atomic import atomic_write
+from ldm_lab.progress import Bar, print_line
 
 
 @register("logging")
@@ -148,7 +148,7 @@ def _read_rows(path: Path, before: int | None) -> list[dict[str, str]]:
 @rank_zero_only
 def print_rank_zero(text: str) -> None:
     """Print a line, once for all ranks, without breaking a progress bar."""
-    tqdm.write(text)
+    print_line(text)
 
 
 def log_images(trainer: Trainer, name: str, images: list[Image.Image], captions: list[str]) -> None:
@@ -159,14 +159,15 @@ def log_images(trainer: Trainer, name: str, images: list[Image.Image], captions:
 
 
 class StepProgress(ProgressBar):
-    """One bar over the whole run: optimizer steps, loss, learning rate, images per second over all devices."""
+    """Progress over the whole run: optimizer steps, loss, learning rate, images per second over all devices."""
 
-    REFRESH = 0.5  # seconds; reading the loss waits for the device
+    RATE_OVER = 30  # seconds at least, for a rate that follows what is happening now
 
     def __init__(self) -> None:
         super().__init__()
-        self.bar: tqdm | None = None
-        self.images, self.since, self.seen_at = 0, 0.0, 0.0
+        self.bar: Bar | None = None
+        self.images, self.since = 0, 0.0
+        self.last: STEP_OUTPUT = None
 
     def disable(self) -> None:
         """Called by Lightning on every rank but the first."""
@@ -181,36 +182,42 @@ class StepProgress(ProgressBar):
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         if self.is_enabled:
             total = trainer.max_steps if trainer.max_steps > 0 else None
-            self.bar = tqdm(total=total, initial=trainer.global_step, unit="step", dynamic_ncols=True, desc="train")
-        self.since = self.seen_at = time.monotonic()
+            self.bar = Bar("train", "step", total, initial=trainer.global_step)
+        self.since = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: Trainer, task: LightningModule, outputs: STEP_OUTPUT, batch: Batch, index: int
     ) -> None:
         self.images += len(batch) * trainer.world_size
-        now = time.monotonic()
-        if self.bar is None or (now - self.seen_at < self.REFRESH and trainer.global_step != trainer.max_steps):
+        self.last = outputs
+        if self.bar is not None and self.bar.is_due:  # reading the loss waits for the device
+            self.show(trainer)
+
+    def show(self, trainer: Trainer) -> None:
+        """Bring the bar to where the run is."""
+        if self.bar is None:
             return
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        now = time.monotonic()
+        loss = self.last["loss"] if isinstance(self.last, dict) else self.last
         shown = {
             "loss": f"{float(loss):.4f}" if isinstance(loss, torch.Tensor) else None,
             "lr": f"{trainer.optimizers[0].param_groups[0]['lr']:.2e}",
             "images/s": f"{self.images / (now - self.since):.1f}",
         }
         self.bar.set_postfix({k: v for k, v in shown.items() if v is not None}, refresh=False)
-        self.bar.update(trainer.global_step - self.bar.n)
-        self.seen_at = now
-        if now - self.since > 30:  # a rate over the last half minute follows what is happening now
+        self.bar.advance(trainer.global_step)
+        if now - self.since > self.RATE_OVER:
             self.images, self.since = 0, now
 
     def on_train_end(self, trainer: Trainer, task: LightningModule) -> None:
+        self.show(trainer)
         self.close()
 
     def on_exception(self, trainer: Trainer, task: LightningModule, exception: BaseException) -> None:
         self.close()
 
     def close(self) -> None:
-        """Leave the bar's last state on the screen."""
+        """Leave the bar's last state behind."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from ldm_lab.checkpoints.importer import Importer, detect_format, register_importer
+from ldm_lab.checkpoints.importer import Importer, detect_format, register_importer, say_once
 from ldm_lab.checkpoints.opened import OpenedFile, Shapes
 from ldm_lab.checkpoints.parts import load_strictly
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.noised_clip import IMAGE_ONLY, TEXT_ONLY, NoisedCLIP
 
 RELEASED = ("glide/clip-image-enc", "glide/clip-text-enc")  # names of `ldm_lab.pretrained.resolve`
+HEAD_WIDTH, RELEASED_WIDTHS = 64, (768, 512)  # of a head; of both towers
 
 
 @register_importer
@@ -29,16 +30,18 @@ def tower(tensors: Shapes) -> str | None:
     return "image" if IMAGE_ONLY in tensors else "text" if TEXT_ONLY in tensors else None
 
 
-def load(image: str | Path = RELEASED[0], text: str | Path = RELEASED[1], head_width: int = 64) -> NoisedCLIP:
+def load(image: str | Path = RELEASED[0], text: str | Path = RELEASED[1], head_width: int | None = None) -> NoisedCLIP:
     """Return the noised CLIP with the weights of two files, frozen, on the CPU.
 
     Args:
         image: the image tower's file, or its name in `ldm_lab.pretrained.resolve`.
         text: the text tower's.
-        head_width: channels of an attention head, which no shape tells.
+        head_width: channels of an attention head, which no shape tells; None: as the released ones, and of towers of
+            other widths that is said.
 
     Raises:
-        UserError: missing or damaged file, one that is not that tower, towers that do not belong together.
+        UserError: missing or damaged file, one that is not that tower, towers that do not belong together, a width that
+            such heads do not divide.
     """
     states = {}
     for wanted, name in (("image", image), ("text", text)):
@@ -49,12 +52,31 @@ def load(image: str | Path = RELEASED[0], text: str | Path = RELEASED[1], head_w
             raise UserError(f"{detected.path}: {what}; the {wanted} tower is needed here")
         states[wanted] = detected.file.read()
     try:
-        net = NoisedCLIP(**infer_config(**states), head_width=head_width)
-    except (KeyError, IndexError, ValueError) as error:
+        config = infer_config(**states)
+        net = NoisedCLIP(**config, head_width=_head_width(config, head_width))
+    except UserError as error:
+        raise UserError(f"{image}, {text}: {error}") from None
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{image}, {text}: no complete noised CLIP ({error} is missing or misshapen)") from None
     load_strictly(net.image_encoder, states["image"], image)
     load_strictly(net.text_encoder, states["text"], text)
     return net.eval().requires_grad_(False)
+
+
+def _head_width(config: dict[str, int], said: int | None) -> int:
+    """Return the channels of an attention head. Raises UserError for a width that they do not divide."""
+    widths = {f"{tower} tower": config[f"{tower}_width"] for tower in ("image", "text")}
+    width = said or HEAD_WIDTH
+    for name, channels in widths.items():
+        if channels % width:
+            raise UserError(
+                f"the {name} is {channels} channels wide, which heads of {width} do not divide; how wide they are "
+                "stands in no file: --noised-clip-head-width says it"
+            )
+    if said is None and tuple(widths.values()) != RELEASED_WIDTHS:
+        heads = ", ".join(f"{channels // width} in the {name}" for name, channels in widths.items())
+        say_once(f"noised CLIP: attention heads of {width} channels are assumed: {heads}; no file tells that")
+    return width
 
 
 def infer_config(image: Shapes, text: Shapes) -> dict[str, int]:

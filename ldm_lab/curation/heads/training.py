@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional import mean_absolute_error, mean_squared_error, pearson_corrcoef, spearman_corrcoef
-from tqdm import tqdm
 
 from ldm_lab.checkpoints.importer import Section
 from ldm_lab.config import build
 from ldm_lab.curation.heads.head import Head, l2_normalize
 from ldm_lab.errors import UserError
+from ldm_lab.progress import Bar
 
 LEAST = 10  # rated images, below which nothing can be said
 RIDGES = torch.logspace(-8, 2, 41, dtype=torch.float64)  # tried, in units of the mean eigenvalue
@@ -142,8 +142,8 @@ def fit_mlp(section: Section, x: Tensor, y: Tensor, options: MLPOptions) -> tupl
     optimizer = torch.optim.Adam(head.parameters(), lr=options.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs)
     loss_of = F.mse_loss if is_number else F.binary_cross_entropy_with_logits
-    with tqdm(range(options.epochs), desc="train", unit="epoch", dynamic_ncols=True) as bar:
-        for _ in bar:
+    with Bar("train", "epoch", options.epochs) as bar:
+        for _ in range(options.epochs):
             for rows in torch.randperm(len(x)).split(options.batch_size):
                 loss = loss_of(head.raw(x[rows]), target[rows])
                 optimizer.zero_grad()
@@ -151,6 +151,7 @@ def fit_mlp(section: Section, x: Tensor, y: Tensor, options: MLPOptions) -> tupl
                 optimizer.step()
             schedule.step()
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+            bar.update()
     with torch.no_grad():
         last = head.layers[-1]
         last.weight.mul_(deviation)

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow
-from tqdm import tqdm
 
 from ldm_lab.curation.metadata.inputs import find_files
 from ldm_lab.curation.sql import identifier, literal
 from ldm_lab.curation.store.columns import Columns, named, not_a_hash
 from ldm_lab.curation.store.format import StoreWriter, hashes_of
 from ldm_lab.errors import UserError, first_line
+from ldm_lab.progress import Bar
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -139,7 +139,7 @@ def _write(database: "DuckDBPyConnection", rows: str, writer: StoreWriter, count
     database.execute("SET enable_progress_bar = true; SET enable_progress_bar_print = false")
     with _sorting(database, progress):
         batches = database.sql(query).to_arrow_reader(BATCH)
-    with tqdm(desc="writing", total=counts.whole, unit="row", unit_scale=True, disable=not progress) as bar:
+    with Bar("writing", "row", counts.whole, scaled=True, shown=progress) as bar:
         for batch in batches:
             keys, *values = (column.to_numpy(zero_copy_only=False) for column in batch.columns)
             writer.add(keys, np.stack(values, axis=1))  # [n], [n, V]
@@ -203,10 +203,10 @@ def _sorting(database: "DuckDBPyConnection", progress: bool) -> Iterator[None]:
     done = threading.Event()
 
     def watch() -> None:
-        with tqdm(desc="sorting", total=100, unit="%", bar_format="{l_bar}{bar}| {elapsed}") as bar:
+        with Bar("sorting", "%", 100) as bar:
             while not done.wait(0.5):
-                bar.update(max(database.query_progress(), bar.n) - bar.n)
-            bar.update(100 - bar.n)
+                bar.advance(max(round(database.query_progress()), bar.n))
+            bar.advance(100)
 
     watcher = threading.Thread(target=watch, daemon=True) if progress else None
     if watcher:

@@ -8,7 +8,6 @@ import pyarrow
 from numpy.typing import NDArray
 from pyarrow import compute, types
 from pyarrow.parquet import ParquetFile, ParquetWriter
-from tqdm import tqdm
 
 from ldm_lab.curation.metadata.inputs import Files, find_files
 from ldm_lab.curation.sql import literal
@@ -16,6 +15,7 @@ from ldm_lab.curation.store.columns import Columns, not_a_hash
 from ldm_lab.curation.store.format import ScoreStore, hashes_of
 from ldm_lab.errors import UserError, first_line
 from ldm_lab.io.atomic import atomic_write
+from ldm_lab.progress import Bar
 
 BATCH = 2**17  # rows
 Keys = Callable[[pyarrow.RecordBatch], tuple[NDArray[np.int64], NDArray[np.bool_]]]
@@ -63,7 +63,7 @@ def add_scores(
     keys_of = _key_reader(schema, Columns.of(schema.names, str(table), key, url, text))
     added = [pyarrow.field(name, pyarrow.float32()) for name in names]
     whole = pyarrow.schema([*schema, *added], metadata=schema.metadata)
-    bar = tqdm(desc="looking up", total=files.rows, unit="row", unit_scale=True, disable=not progress)
+    bar = Bar("looking up", "row", files.rows, scaled=True, shown=progress)
     with bar, atomic_write(Path(out).expanduser()) as file, ParquetWriter(file, whole, compression="zstd") as writer:
         for batch in batches:
             keys, known = keys_of(batch)

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
 from ldm_lab.curation.buckets import Buckets
 from ldm_lab.curation.store.format import ScoreStore
+from ldm_lab.progress import Bar
 
 BATCH = 2**17  # entries
 BUCKETS = Buckets(0, 10, 1)
@@ -59,7 +59,7 @@ def store_statistics(store: ScoreStore, progress: bool = False) -> StoreStatisti
     counts = np.zeros((store.scores, len(BUCKETS.edges) + 2), dtype=np.int64)  # [V, below, 0-1 ... 9-10, above, NaN]
     low, high = np.full(store.scores, np.inf), np.full(store.scores, -np.inf)  # [V]
     sums = np.zeros(store.scores)  # [V]
-    bar = tqdm(desc="reading", total=len(store), unit="entry", unit_scale=True, disable=not progress)
+    bar = Bar("reading", "entry", len(store), scaled=True, shown=progress)
     with bar:
         for keys, scores in store.blocks(BATCH):
             repeated += int((keys[1:] == keys[:-1]).sum()) + (ends[-1:] == [int(keys[0])])

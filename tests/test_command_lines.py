@@ -1,0 +1,96 @@
+"""What all command lines have in common: flags that are given twice, parts of one's own, help that is told at once."""
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+from tiny import ROOT
+
+from ldm_lab import __main__ as commands
+from ldm_lab.commands import sample
+from ldm_lab.commands._arguments import Parser
+from ldm_lab.errors import UserError
+
+REPEATED = {"imports", "head", "upsampler"}  # flags of which several are meant
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """Return the parser of a command."""
+    if command == "sample":
+        return sample.parser()
+    parser = Parser(prog=command)
+    commands._module(command).add_arguments(parser)
+    return parser
+
+
+@pytest.mark.parametrize(
+    "command", ["sample", "cache", "scale", "score", "scores", "select", "statistics", "train-head"]
+)
+def test_a_flag_given_twice_is_refused(command):
+    """Of `--checkpoint a --checkpoint b` the last one would win, unsaid."""
+    parser = parser_of(command)
+    for action in parser._actions:
+        if not action.option_strings or action.dest in {"help", *REPEATED} or action.nargs == 0:
+            continue
+        flag = action.option_strings[-1]
+        parser._given.clear()
+        value = str(next(iter(action.choices))) if action.choices else "0.5"
+        count = action.nargs if isinstance(action.nargs, int) else 1
+        for words in ([value] * count, ["1"] * count, [value.upper()] * count):  # one of them is of its type
+            try:
+                parser._get_values(action, words)
+                break
+            except (argparse.ArgumentError, UserError):
+                parser._given.clear()
+        else:
+            parser._given[action] = ["a"]
+        with pytest.raises(UserError, match=rf"{flag}: is given twice, '.+' and 'again'; which one is meant\?"):
+            parser._get_values(action, ["again"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--config", "a.yaml", "--config=b.yaml"], "--config: is given twice, 'a.yaml' and 'b.yaml'"),
+        (["sample", "--checkpoint", "a", "--checkpoint", "a", "red"], "--checkpoint: is given twice, 'a' and 'a'"),
+        (["sample", "--checkpoint", "a", "--steps", "3", "red", "--steps=4"], "--steps: is given twice, '3' and '4'"),
+        (["scale", "--config", "a", "--out", "a.safetensors", "--out", "b.safetensors"], "--out: is given twice"),
+        (["score", "--shards", "a.tar", "--shards", "b.tar"], "--shards: is given twice, 'a.tar' and 'b.tar'"),
+        (["downloads", "d", "--worst", "3", "--worst", "4"], "--worst: is given twice, '3' and '4'"),
+    ],
+)
+def test_it_is_told_before_anything_else(program, words, message):
+    code, out, err = program("ldm_lab.__main__", *words)
+    assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+
+
+def test_flags_that_say_the_opposite_are_refused():
+    parser = Parser()
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--head", action="append")
+    with pytest.raises(UserError, match="--compile/--no-compile: is given twice"):
+        parser.parse_args(["--compile", "--no-compile"])
+    parser._given.clear()
+    assert parser.parse_args(["--json", "--json", "--head", "a", "--head", "b"]).head == ["a", "b"]
+
+
+@pytest.mark.parametrize("command", ["score", "train-head", "statistics", "select"])
+def test_parts_of_one_s_own_have_a_flag(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parser = parser_of(command)
+    with pytest.raises(UserError, match="imports: no module 'my_rules_and_heads' here"):
+        parser.parse_args(["--imports", "my_rules_and_heads"])
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from ldm_lab.__main__ import main\n"
+        "for name in ('cache', 'scale', 'score', 'select', 'train-head'):\n"
+        "    try: main([name, '--help'])\n"
+        "    except SystemExit: pass\n"
+        "sys.exit(bool({'torch', 'pytorch_lightning', 'webdataset'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "--batch-size" in done.stdout, done.stderr
