@@ -83,7 +83,7 @@ class CaptionFiles:
         stems = {composed(os.path.splitext(image)[0]) for image in images}
         whole = {composed(image) for image in images}
         strange = []
-        for name in others:
+        for name in sorted(others):
             stem, ending = os.path.splitext(composed(name))
             ending = ending.lower()
             if ending in TEXT_ENDINGS and stem in stems:

@@ -281,7 +281,7 @@ class ClassFolders(Folder):
             shallow, deep = (sorted({class_name(path[-1]) for path in paths}) for paths in (first, second))
             raise UserError(
                 f"data.path: no image lies directly in a class folder: {names[0]}. data.level=last takes as classes "
-                f"the folders that images lie in ({', '.join(deep[:3])}, ...: {len(deep)}); data.level=first the folders "
+                f"the folders that images lie in ({', '.join(deep[:3])}, ...: {len(deep)}); data.level=first those "
                 f"directly below {self.path} ({', '.join(shallow[:3])})"
             )
 

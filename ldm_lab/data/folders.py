@@ -40,9 +40,9 @@ class Listing:
     def lines(self) -> list[str]:
         """Return what was left out or followed, in words, a line each."""
         lines = []
-        kinds = [f"{count:,} {f'.{ending}' if ending else 'without an ending'}"
-                 for ending, count in self.left_out.most_common(MOST_ENDINGS)]  # fmt: skip
-        more = sum(self.left_out.values()) - sum(count for _, count in self.left_out.most_common(MOST_ENDINGS))
+        by_count = sorted(self.left_out.items(), key=lambda pair: (-pair[1], pair[0]))
+        kinds = [f"{count:,} {f'.{e}' if e else 'without an ending'}" for e, count in by_count[:MOST_ENDINGS]]
+        more = sum(count for _, count in by_count[MOST_ENDINGS:])
         kinds += [f"{more:,} others"] if more else []
         kinds += [f"{self.hidden:,} hidden (.name, {', '.join(DROPPINGS)})"] if self.hidden else []
         if kinds:

@@ -1,17 +1,20 @@
 """What the sources that read shards have in common: the order of shards and samples, found again on resume."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ldm_lab.config import NonNegativeInt
+from ldm_lab.data.caption_tables import CaptionTable
 from ldm_lab.data.order import Order, shuffled
 from ldm_lab.data.samples import FilteredOut, Judged, RawSample, SkippedSample
 from ldm_lab.data.shards_found import describe_shards
 from ldm_lab.data.source import ImageSource, Unusable
 from ldm_lab.data.tar import read_shard
 from ldm_lab.data.tar_files import KeyUntil
+from ldm_lab.errors import UserError
 
 PAST = (FilteredOut, Judged)  # what goes past the shuffle buffer
 GROUP = 4  # shards that are shuffled together: a group ends once it has this many times the shuffle buffer
@@ -39,6 +42,17 @@ class ShardSource(ImageSource):
     def open(self) -> None:
         self.addresses = self.list_shards()
         self.count = len(self.addresses)
+        if self.captions.metadata is not None:
+            self.captions.table = self.read_table(self.captions.metadata)
+
+    def read_table(self, name: str) -> CaptionTable:
+        """Return the table of captions, which lies here or beside the first shard. Raises UserError without one."""
+        path = Path(name).expanduser()
+        beside = Path(self.addresses[0]).parent / path
+        found = next((its for its in (path, beside) if its.is_file()), None)
+        if found is None:
+            raise UserError(f"data.captions.metadata: no such file: {path}, nor {beside}")
+        return CaptionTable.read([("", found)], self.captions.column, self.captions.encoding)
 
     def found(self) -> list[str]:
         return describe_shards(self.addresses, self.captions, self.key_until)

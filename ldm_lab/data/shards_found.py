@@ -53,7 +53,7 @@ def files_of(address: str, key_until: KeyUntil, most: int) -> ShardFiles | None:
     for its in listed.by_key(key_until).values():
         image = next((extension for extension in IMAGE_ENDINGS if extension in its), None)
         if image is None:
-            found.others.update(its)
+            found.others.update(list(its))
             continue
         found.images += 1
         found.names.append(its[image].name)
@@ -101,13 +101,13 @@ def describe_first(address: str, files: ShardFiles, captions: Captions, key_unti
         others = ", ".join(f"{count:,} .{kind}" for kind, count in files.others.most_common(4))
         lines.append(f"{name}: files without an image: {others}")
     if files.links:
-        lines.append(f"{name}: {files.links:,} links to files that are not in it; tar -h stores the files")
+        lines.append(f"{name}: {count_of(files.links, 'link')} to files that are not in it; tar -h stores the files")
     if plugins := need_plugins(files.names):
         lines.append(f"{name}: {plugins}")
     if not files.images:
         return lines
     read = itertools.islice(read_shard(address, captions.endings, key_until), LOOKED_AT)
-    samples = [item for item in read if isinstance(item, RawSample)]
+    samples = [item for item in read if isinstance(item, RawSample) and item.image is not None]
     found = [(sample.key, caption_of(sample, captions)) for sample in samples]
     places = Counter(caption.place for _, caption in found)
     told = ", ".join(f"{count} {place}" for place, count in places.most_common() if place != NONE) or "none"

@@ -4,14 +4,16 @@ The files of one sample share their name up to the first dot of the base name: `
 The format, the names and the writer are webdataset's. Reading is ours, because webdataset's `tar_file_expander` takes a
 shard that is cut off, or damaged in the middle, for a whole one, and `group_by_keys` loses the sample at the break.
 
-The files of a sample should follow on one another. Where the first samples look as if they did not (`tar cf x.tar *.jpg
-*.txt`), a local shard is read by its list of files, and of a stream so much is held as `HELD` allows.
+The files of a sample should follow on one another. Where they do not (`tar cf x.tar *.jpg *.txt`), a local shard is
+read by its list of files, and of a stream so much is held as `HELD` allows. A large shard, or a stream, is suspected by
+its first samples.
 """
 
 import itertools
 import os
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -41,6 +43,7 @@ from ldm_lab.io.decoding import IMAGE_ENDINGS
 
 LARGEST_MEMBER = 2**28  # bytes; a larger file inside a shard is no image of ours
 HELD = 2**27  # bytes of a stream's samples that wait for further files
+LISTED = 2**26  # bytes of a local shard whose files are listed before it is read
 FIRST = 8  # samples that tell whether the files of one follow on one another
 DAMAGES = (tarfile.TarError, OSError, EOFError, zlib.error, LZMAError)
 
@@ -135,6 +138,7 @@ class _ShardReader:
     def __init__(self, address: str, extensions: tuple[str, ...] | None, key_until: KeyUntil) -> None:
         self.address, self.extensions, self.key_until = address, extensions, key_until
         self.list: TarList | None = None
+        self.every: frozenset[str] = frozenset()  # extensions that the first samples have
         self.completed: set[str] = set()  # keys of samples that got files from elsewhere in the shard
 
     def samples(self) -> Iterator[Found]:
@@ -152,7 +156,10 @@ class _ShardReader:
                 if isinstance(item, SkippedSample):
                     yield item
                     continue
-                key, has = composed(item.key), frozenset(item.kinds)
+                key = composed(item.key)
+                if key not in seen and not self.every <= item.kinds:
+                    self._complete(item)
+                has = frozenset(item.kinds)
                 if key in seen and not (key in self.completed and has <= seen[key]):
                     yield SkippedSample(DUPLICATE if seen[key] & has else APART, item.key)
                 elif key not in seen and item.links and not item.files:
@@ -214,10 +221,13 @@ class _ShardReader:
 
     def _together(self, groups: Iterator[Found]) -> Iterator[Found]:
         """Yield the groups, joined where the files of one sample lie apart."""
+        if self._is_small() and (files := self._list()) is not None and files.are_apart(self.key_until):
+            yield from self._by_list(files)
+            return
         first = list(itertools.islice(groups, FIRST))
         kinds = [frozenset(item.kinds) for item in first if isinstance(item, _Group)]
-        every = frozenset[str]().union(*kinds)
-        if len(kinds) > 1 and (len(every) == 1 or any(its != every for its in kinds)):
+        self.every = frozenset[str]().union(*kinds)
+        if len(kinds) > 1 and (len(self.every) == 1 or any(its != self.every for its in kinds)):
             files = self._list()
             if files is None:
                 yield from self._held(itertools.chain(first, groups))
@@ -225,10 +235,14 @@ class _ShardReader:
             if files.are_apart(self.key_until):
                 yield from self._by_list(files)
                 return
-        for item in itertools.chain(first, groups):
-            if isinstance(item, _Group) and not every <= item.kinds:
-                self._complete(item)
-            yield item
+        yield from itertools.chain(first, groups)
+
+    def _is_small(self) -> bool:
+        """Return whether this is a local shard whose files are quickly listed."""
+        try:
+            return os.path.getsize(self.address) <= LISTED
+        except (OSError, ValueError):
+            return False
 
     def _complete(self, group: _Group) -> None:
         """Give a sample that lacks what others have the files that lie elsewhere in a local shard."""
@@ -255,16 +269,20 @@ class _ShardReader:
             keys.setdefault(composed(key), key)
             if extension and its[extension] is not member and extension == next(iter(its)):
                 again.append(SkippedSample(DUPLICATE, key))  # another sample of this key begins
+        every = {extension for its in samples.values() for extension in its}
+        links = Counter(composed(split_name(name, self.key_until)[0]) for name in files.links)
         for key, its in samples.items():
+            if files.is_broken and its.keys() < every:
+                continue  # what it lacks was behind the break
             wanted = {e: m for e, m in its.items() if self.extensions is None or e in self.extensions}
             try:
                 contents = {e: m.read(self.address) for e, m in wanted.items() if m.size <= LARGEST_MEMBER}
             except DAMAGES:
                 yield SkippedSample(BROKEN, self.address)
                 return
-            yield _Group(keys[key], contents, set(its))
+            yield _Group(keys[key], contents, set(its), links[key])
         yield from again
-        yield from (SkippedSample(LINK, name) for name in files.links)
+        yield from (SkippedSample(LINK, key) for key in links if key not in samples)
         if files.is_broken:
             yield SkippedSample(BROKEN, self.address)
 

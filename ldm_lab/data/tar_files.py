@@ -153,5 +153,7 @@ def list_files(path: str, most: int | None = None) -> TarList | None:
         if not found.members and not links:
             return None
         found.is_broken = True
+        size = os.path.getsize(path)
+        found.members = [member for member in found.members if member.offset + member.size <= size]
     found.links = [link.name for link in links if not is_linked(link)]
     return found

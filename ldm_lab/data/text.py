@@ -12,6 +12,9 @@ MARKS = (  # the longer ones first: UTF-32's begins with UTF-16's
 )
 # Encodings whose bytes may be those of another text in UTF-8: what the user says goes before it.
 NOT_TOLD_FROM_UTF8 = ("utf-16", "utf-32", "utf-7", "iso2022", "iso-2022", "hz")
+# Encodings of two bytes a letter: short texts in them may look like UTF-8 of two bytes a letter, as a Chinese cat does.
+OF_TWO_BYTES = ("gb", "big5", "cp950", "cp932", "shift-jis", "euc-", "cp949", "johab", "hz")
+THREE_BYTES = "\u0800"  # the first letter that takes three bytes in UTF-8
 
 
 def decode_text(data: bytes, encoding: str | None = None) -> str | None:
@@ -25,15 +28,22 @@ def decode_text(data: bytes, encoding: str | None = None) -> str | None:
         if data.startswith(mark):
             return _strictly(data[len(mark) :], name)
     named = _strictly(data, encoding) if encoding is not None else None
-    if encoding is not None and is_not_told_from_utf8(encoding):
+    if _starts(encoding, NOT_TOLD_FROM_UTF8):
         return named
     text = _strictly(data, "utf-8")
+    if (
+        text is not None
+        and named is not None
+        and _starts(encoding, OF_TWO_BYTES)
+        and max(text, default="") < THREE_BYTES
+    ):
+        return named
     return named if text is None else text
 
 
-def is_not_told_from_utf8(encoding: str) -> bool:
-    """Return whether an encoding's bytes may look like UTF-8 though they are another text."""
-    return codecs.lookup(encoding).name.replace("_", "-").startswith(NOT_TOLD_FROM_UTF8)
+def _starts(encoding: str | None, names: tuple[str, ...]) -> bool:
+    """Return whether an encoding is one of some families."""
+    return encoding is not None and codecs.lookup(encoding).name.replace("_", "-").startswith(names)
 
 
 def _strictly(data: bytes, encoding: str) -> str | None:
