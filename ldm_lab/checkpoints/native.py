@@ -22,7 +22,10 @@ from ldm_lab.errors import UserError
 
 # What a config inside a model file must not bring along: a data section may hold shell commands (`pipe:`), and the
 # rest concerns the run alone.
-RUN_SECTIONS = ("data", "resume", "init_from", "logging", "trainer", "checkpoint", "demo", "enlargements", "imports")
+RUN_SECTIONS = (
+    *("data", "resume", "init_from", "logging", "trainer", "checkpoint", "imports"),
+    *("demo", "enlargements", "inpaintings"),
+)
 AVERAGED, RAW = "model_ema.", "model."  # prefixes of the trained network's tensors in a run's checkpoint
 LATENT_STATISTICS = ("latent_mean", "latent_std")  # an autoencoder's buffers, [] or [C]
 NOT_FACTS = ("format", "role", "config")
@@ -45,13 +48,13 @@ def save_part(
         module: the part; its class is registered.
         section: its config section, of which the keys of its architecture are stored.
         extra: further text metadata, such as what was measured.
-        dtype: of the stored weights; float16 halves the file. Single numbers and statistics of latents stay exact.
+        dtype: of the stored weights; float16 halves the file. Single numbers, statistics and tables stay exact.
     """
     role, name = module.part_role, module.part_name
     architecture = {key: value for key, value in section.items() if key not in ("name", *use_keys(role))}
     config = json.dumps({"name": name, **architecture})
-    exact = [name for name, value in module.state_dict().items() if not value.ndim or name in LATENT_STATISTICS]
-    state = {name: value if name in exact else value.to(dtype) for name, value in module.state_dict().items()}
+    weights = {name for name, value in module.named_parameters() if value.ndim}
+    state = {name: value.to(dtype) if name in weights else value for name, value in module.state_dict().items()}
     write_safetensors(path, state, {"format": FORMAT, "role": role, "config": config, **(extra or {})})
 
 
