@@ -39,6 +39,12 @@ def read_beside(image: Path, ending: str) -> bytes | None:
     return None
 
 
+def path_beside(image: Path, ending: str) -> Path | None:
+    """Return the path of the file beside an image; None if there is none."""
+    paths = (image.parent / name for name in names_beside(image.name, ending))
+    return next((path for path in paths if os.path.isfile(path)), None)
+
+
 class CaptionFiles:
     """Counts what lies beside images, folder by folder, without opening it.
 

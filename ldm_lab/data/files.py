@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from ldm_lab.config import PositiveInt, register
-from ldm_lab.data.beside import CaptionFiles, lines_about, read_beside
+from ldm_lab.data.beside import CaptionFiles, lines_about, path_beside, read_beside
 from ldm_lab.data.caption_tables import CaptionTable
 from ldm_lab.data.captions import NONE, Caption, class_name
 from ldm_lab.data.folders import Listing, ending_of, is_image, need_plugins, walk
@@ -57,6 +57,7 @@ class FileSource(ImageSource):
         super().__init__(**common)
         self.path, self.limit = Path(path).expanduser(), limit
         self.beside = CaptionFiles(self.captions, fallback=self.fallback is not None)
+        self._tables: list[Path] = []
 
     @property
     def root(self) -> Path:
@@ -108,6 +109,7 @@ class FileSource(ImageSource):
             files = [("", path)]
         if not files:
             raise UserError(f"data.captions.metadata: no {name} in {self.root}, nor in a folder of images below it")
+        self._tables = [path for _, path in files]
         return CaptionTable.read(files, self.captions.column, self.captions.encoding)
 
     def found(self) -> list[str]:
@@ -149,6 +151,17 @@ class FileSource(ImageSource):
         """Return the caption of an image. Raises OSError."""
         name = self._names[index]
         return self.captions.find(name, lambda ending: read_beside(self.root / name, ending), self.fallback)
+
+    def files(self) -> list[tuple[str, Path | None]]:
+        found: list[tuple[str, Path | None]] = []
+        for name in self.names:
+            found.append((name, self.root / name))
+            found += [
+                (os.path.join(os.path.dirname(name), path.name), path)
+                for ending in self.beside.endings
+                if (path := path_beside(self.root / name, ending)) is not None
+            ]
+        return found + [(os.path.relpath(path, self.root), path) for path in self._tables]
 
     def decode(self, item: int, order: Order) -> Sample:
         return super().decode(self.read(item), order)

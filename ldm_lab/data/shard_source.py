@@ -1,5 +1,6 @@
 """What the sources that read shards have in common: the order of shards and samples, found again on resume."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from ldm_lab.config import NonNegativeInt
 from ldm_lab.data.caption_tables import CaptionTable
 from ldm_lab.data.order import Order, shuffled
 from ldm_lab.data.samples import FilteredOut, Judged, RawSample, SkippedSample
+from ldm_lab.data.shard_urls import is_remote, scheme_of
 from ldm_lab.data.shards_found import describe_shards
 from ldm_lab.data.source import ImageSource, Unusable
 from ldm_lab.data.tar import read_shard
@@ -56,6 +58,13 @@ class ShardSource(ImageSource):
 
     def found(self) -> list[str]:
         return describe_shards(self.addresses, self.captions, self.key_until)
+
+    def files(self) -> list[tuple[str, Path | None]]:
+        local = [os.path.abspath(a) for a in self.addresses if not is_remote(a) and not scheme_of(a)]
+        common = os.path.commonpath([os.path.dirname(path) for path in local]) if local else ""
+        found: list[tuple[str, Path | None]] = [(os.path.relpath(path, common), Path(path)) for path in local]
+        found += [(a, None) for a in self.addresses if is_remote(a) or scheme_of(a)]
+        return found
 
     def items(self, order: Order, start: int = 0) -> Iterator[tuple[int, RawSample | Unusable]]:
         """Yield the samples; a restart point is the place of the first shard of a group.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
@@ -54,6 +55,14 @@ class Source:
 
     def found(self) -> list[str]:
         """Return what `open` found, a line each, for the start of a run; samples are not decoded for it."""
+        return []
+
+    def files(self) -> list[tuple[str, Path | None]]:
+        """Return what `open` found on the disk, by which a cache is known to be stale.
+
+        (name, path) of each file: names do not depend on how the data's own folder is written, the path of what is
+        elsewhere is None. None at all where the options say everything, or nobody knows.
+        """
         return []
 
     def items(self, order: Order, start: int = 0) -> Iterator[tuple[int, Item | Unusable]]:
