@@ -140,8 +140,10 @@ class FileSource(ImageSource):
     def read(self, index: int) -> RawSample:
         """Return the file of an index and its caption. Raises SkippedSample."""
         name = self._names[index]
+        path = self.root / name
+        self.note(str(path))
         try:
-            return RawSample(name, (self.root / name).read_bytes(), caption=self.caption_of(index))
+            return RawSample(name, path.read_bytes(), caption=self.caption_of(index))
         except FileNotFoundError:
             raise SkippedSample("missing file", name) from None
         except OSError:

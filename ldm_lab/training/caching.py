@@ -49,7 +49,7 @@ def training_data(config: RunConfig) -> PartConfig:
         print(f"encoding the data once, into {folder}/")
         print(make_cache(config, folder))
     data = config["data"]
-    loading = {key: data[key] for key in ("batch_size", "workers") if key in data}
+    loading = {key: data[key] for key in ("batch_size", "workers", "timeout") if key in data}
     return PartConfig("data", "cache", {"path": str(folder), **loading})
 
 
@@ -140,7 +140,7 @@ def description(config: RunConfig, files: Files) -> dict[str, Any]:
         files: of its data, which tell more than how their folder is written.
     """
     data = config["data"]
-    left_out = {"batch_size", "max_skipped", "workers", *(PATHS if files else ())}
+    left_out = {"batch_size", "max_skipped", "workers", "timeout", *(PATHS if files else ())}
     options = {f"data.{key}": data.option(key) for key in signature_options(data.load()) if key not in left_out}
     architecture = {  # a file need not say it all: the same CLIP with another activation gives other embeddings
         f"{role}.{key}": value for role in ENCODERS for key, value in config[role].options.items()
