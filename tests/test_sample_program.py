@@ -273,7 +273,7 @@ def test_too_little_memory_is_one_line(call, monkeypatch):
 
     monkeypatch.setattr("ldm_lab.sampling.pipeline.stack", fail)
     code, _, err = call(*FAST, "red")
-    assert code == 2 and "out of memory; try less than --batch-size 16" in err
+    assert code == 2 and "out of the device's memory while" in err and "less than --batch-size 16" in err
     assert not os.path.exists("samples")
 
 

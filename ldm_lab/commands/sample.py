@@ -37,7 +37,7 @@ from ldm_lab.commands._repeat import Repeat, fill_in, seeds
 from ldm_lab.commands._settings import caption, described, parameters, prompt_entry
 from ldm_lab.config.reading import Option
 from ldm_lab.config.registry import add_imports, infos, part_info
-from ldm_lab.errors import UserError
+from ldm_lab.errors import UserError, told_in_one_line
 from ldm_lab.sampling.aliases import our_flag, our_sampler
 from ldm_lab.sampling.options import (
     BASE_ONLY,
@@ -78,14 +78,11 @@ def run(args: argparse.Namespace) -> int:
 
     folder = SampleFolder(Path(args.out))
     mixes = keyframes(args) if args.interpolate else prompt_mixes(args, repeat)
-    try:
+    less = f"less than --batch-size {options.batch_size}, --offload or --precision bf16 need less"
+    with told_in_one_line(lambda: "loading the model and drawing pictures", less):
         if args.interpolate:
             return draw_film(args, folder, mixes, options, loading)
         return draw_pictures(args, folder, mixes, options, upsampling, loading, repeat)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        raise UserError(f"out of memory; try less than --batch-size {options.batch_size}") from None
 
 
 # ------------------------------------------------------------------------------------------------- the command line
