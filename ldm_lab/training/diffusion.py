@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm_lab.checkpoints.files import FORMAT
+from ldm_lab.checkpoints.importer import Section
 from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.native import save_model
 from ldm_lab.checkpoints.parts import load_part
@@ -47,7 +48,7 @@ class DiffusionTask(Task):
 
     ROLES = (
         *("autoencoder", "conditioner", "condition_sources", "denoiser", "objective"),
-        *("cache", "demo", "enlargements", "inpaintings"),
+        *("cache", "demo", "enlargements", "inpaintings", "ema_snapshots"),
     )
     REQUIRED = ("data", "autoencoder", "conditioner", "denoiser", "objective")
     NETWORK = ("denoiser", "objective")
@@ -163,7 +164,7 @@ class DiffusionTask(Task):
 
     def initial_weights(self, path: str) -> tuple[dict[str, Tensor], str]:
         loaded, state, extra = read_model(path)
-        theirs, ours = section_of(loaded, "denoiser"), self.run_config["denoiser"]
+        theirs, ours = section_of(loaded, "denoiser"), Section(self.run_config["denoiser"].to_dict())
         if theirs.get("name") != ours["name"]:
             raise UserError(
                 f"init_from: {path} holds the denoiser {theirs.get('name')!r}, denoiser.name is {ours['name']!r}"
@@ -180,7 +181,8 @@ class DiffusionTask(Task):
         return state, f"weights of {path} (step {extra.get('step', 'unknown')})"
 
     def callbacks(self, folder: Path) -> list[Callback]:
-        sections = {role: self.run_config.get(role) for role in ("demo", "enlargements", "inpaintings")}
+        named = ("demo", "enlargements", "inpaintings", "ema_snapshots")
+        sections = {role: self.run_config.get(role) for role in named}
         if sections["demo"] is not None and is_upsampler(self.model.spec):
             raise UserError("demo: an upsampler makes no picture of a prompt alone; `enlargements` draws what it makes")
         if sections["enlargements"] is not None and not is_upsampler(self.model.spec):
@@ -197,10 +199,14 @@ class DiffusionTask(Task):
 
     def export(self, folder: Path, dtype: torch.dtype) -> None:
         """Write `ema.safetensors`: the averaged denoiser with the config that rebuilds it."""
+        self.write_model(folder / "ema.safetensors", self.best_model.state_dict(), dtype, {})
+
+    def write_model(self, path: Path, state: dict[str, Tensor], dtype: torch.dtype, facts: dict[str, str]) -> None:
+        """Write weights of the denoiser with the config that rebuilds it, and further facts."""
         size = self.trainer.datamodule.source.image_size
-        extra = {"step": str(self.trainer.global_step), "image_size": str(size), **self.frozen_sha256}
-        state = {name: value.to(dtype) for name, value in self.best_model.state_dict().items()}
-        save_model(folder / "ema.safetensors", state, self.model_config().to_dict(), extra)
+        facts = {"step": str(self.trainer.global_step), "image_size": str(size), **self.frozen_sha256, **facts}
+        state = {name: value.to(dtype) for name, value in state.items()}
+        save_model(path, state, self.model_config().to_dict(), facts)
 
     def model_config(self) -> RunConfig:
         """Return the run's config with what the model was trained with written out, whatever the config left open."""
