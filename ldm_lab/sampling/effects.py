@@ -92,6 +92,9 @@ def _of_weights(asked: Asked) -> Iterator[str]:
         for name, is_given in (("negative", options.negative), ("guide_model", model.guide_model)):
             if is_given is not None:
                 yield f"{name}: {why}"
+    texts = [prompt.text.strip() or prompt.image for mix in asked.mixes for prompt in mix]
+    if not weights.any() and any(texts):
+        yield "prompts: without effect at a weight of 0"
     is_guided = leads_away or bool((weights < 0).any())
     idle = {
         "guidance_interval": options.guidance_interval != (0.0, 1.0),
