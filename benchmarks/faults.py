@@ -224,7 +224,7 @@ def signals(folder: Path) -> list[Result]:
         for environment in ({}, SLURM):
             result = Result(f"{number.name}{' under SLURM' if environment else ''}, then resumed")
             for _ in range(2):
-                run = Run(folder, *SELDOM, "resume.checkpoint=last", **environment)
+                run = Run(folder, *SELDOM, "data.workers=1", "resume.checkpoint=last", **environment)
                 run.wait_for_steps(3)
                 run.send(number)
                 result.look(run.run, run.wait())
@@ -253,7 +253,12 @@ def stall(folder: Path) -> list[Result]:
     """Read from a pipe that gives nothing after its first shard, and be told to stop, and be killed."""
     os.mkfifo(folder / "nothing.tar")
     shard = next((folder / "shards").glob("*.tar"))
-    data = [f"data.shards=['pipe:cat {shard} {folder}/nothing.tar']", "data.shuffle_buffer=0", "resume.checkpoint=last"]
+    data = [
+        "data.workers=1",
+        f"data.shards=['pipe:cat {shard} {folder}/nothing.tar']",
+        "data.shuffle_buffer=0",
+        "resume.checkpoint=last",
+    ]
     results = []
     for number in (signal.SIGTERM, signal.SIGKILL):
         result = Result(f"stalled pipe, {number.name} after 5 s")

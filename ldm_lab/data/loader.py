@@ -271,8 +271,9 @@ class Loader:
                         batch = next(batches, None)
                 except WaitingEnded as ended:
                     raise ReadingError(str(ended), may_pass=True) from None
-                except RuntimeError as error:  # so DataLoader says that a process has left
-                    raise ReadingError(death(processes, whereabouts) or first_line(error), may_pass=True) from None
+                except (RuntimeError, OSError, EOFError) as error:  # what DataLoader raises for a process that has left
+                    said = death(processes, whereabouts, patience=2.0) or f"batches stopped coming: {first_line(error)}"
+                    raise ReadingError(said, may_pass=True) from None
                 if batch is None:
                     return
                 if isinstance(batch, _Failure):
