@@ -107,7 +107,9 @@ def read_part(found: DetectedFile | str | Path, role: str, name: str) -> LoadedP
         readable = [other.title for other in importers_of(role, name)]
         if not readable:
             raise UserError(f"{found.path}: not a file of ldm_lab's, and no importer reads the {role} {name!r}")
-        raise UserError(f"{found.path}: not {' or '.join(readable)}: it holds {found.title}")
+        other = importer.parts.get(role)
+        hint = f" ({role}.name: {other} takes it)" if other else ""
+        raise UserError(f"{found.path}: not {' or '.join(readable)}: it holds {found.title}{hint}")
     part = importer.read(found.file, role)
     if part.config.get("name") != name:
         raise UserError(f"{found.path}: holds the {role} {part.config.get('name')!r}, but {role}.name is {name!r}")
