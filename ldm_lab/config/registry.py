@@ -85,6 +85,7 @@ ROLES = {
     "discriminator": Role("ldm_lab.training.discriminator"),
     "reconstructions": Role("ldm_lab.training.reconstructions"),
     "enlargements": Role("ldm_lab.training.enlargements"),
+    "inpaintings": Role("ldm_lab.training.inpaintings"),
     "head": Role("ldm_lab.curation.heads", use=PartUse),
 }
 FROZEN = tuple(name for name, role in ROLES.items() if role.use is not None)  # roles of parts with weights of their own

@@ -1,7 +1,7 @@
 """Every choice about how pictures are made: its meaning, default and bounds, declared once. Imports no torch.
 
-The flags of `sample.py`, `demo.sampling` and `enlargements.sampling` of a YAML, the stages of a cascade and the Python
-API all take them from here.
+The flags of `sample.py`, the section `sampling` of a YAML's `demo`, `enlargements` and `inpaintings`, the stages of a
+cascade and the Python API all take them from here.
 """
 
 import secrets

@@ -19,7 +19,10 @@ QUIET = {
     "denoiser": ("dropout", "gradient_checkpointing"),
     "objective": ("bound", "weighting", "gamma", "timestep_sampler", "logit_mean", "logit_std"),
     "autoencoder": ("resolution", "attn_resolutions"),
-    "condition_source": ("known_share",),
+    "condition_source": (
+        *("rectangle", "strokes", "whole", "outside"),
+        *("smallest", "largest", "thinnest", "thickest", "most_strokes"),
+    ),
 }
 
 
