@@ -24,6 +24,7 @@ from typing import ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from ldm_lab.checkpoints.folders import weights_in
 from ldm_lab.checkpoints.opened import OpenedFile, Shapes, TensorInfo, open_weights
 from ldm_lab.conditions import ConditionSpec
 from ldm_lab.config import MAPPINGS, check_mapping, check_section
@@ -255,7 +256,7 @@ class DetectedFile:
 
     @property
     def title(self) -> str:
-        return self.importer.title
+        return f"{self.importer.title} ({self.file.container})" if self.file.container else self.importer.title
 
 
 def detect_format(path: str | Path, what: str = "weights") -> DetectedFile:
@@ -287,15 +288,10 @@ def find_weights(name: str | Path, what: str = "weights") -> Path:
 
 def _file_in(folder: Path) -> Path:
     """Return the file with the weights in a folder. Raises UserError if there is none."""
-    formats = [importer.folder_files for importer in importers() if importer.folder_files]
-    known = [name for names in formats for name in names]
-    for name in known:
-        if (folder / name).is_file():
-            return folder / name
-    near = [sub for sub in sorted(folder.iterdir()) if sub.is_dir() and any((sub / name).is_file() for name in known)]
-    hint = f"; did you mean {near[0]}?" if near else ""
-    usual = " or ".join(names[0] for names in formats)
-    raise UserError(f"{folder}: a folder of weights has a {usual} in it, this one has none{hint}")
+    path, note = weights_in(folder, [name for importer in importers() for name in importer.folder_files])
+    if note:
+        say_once(note)
+    return path
 
 
 def config_problems(config: Json) -> list[str]:
