@@ -322,8 +322,16 @@ class Sampler(Part):
     steps: int
     uses_gradient: ClassVar[bool] = False
 
-    def times(self, schedule: Schedule) -> Tensor:
-        """Return the times at which the steps begin, falling, float32 [steps]. Raises UserError as `Schedule.grid`."""
+    def times(self, schedule: Schedule, size: Sequence[int] | None = None) -> Tensor:
+        """Return the times at which the steps begin, falling, float32 [steps].
+
+        Args:
+            schedule: of the model.
+            size: height and width of x, where the first time depends on them; None: of large latents.
+
+        Raises:
+            UserError: as `Schedule.grid`.
+        """
         raise NotImplementedError
 
     def sample(

@@ -183,6 +183,18 @@ def test_a_noised_clip_of_other_heads(tmp_path, capsys):
         ModelOptions(noised_clip_head_width=16)
 
 
+def test_how_a_model_is_loaded_is_checked_from_python_too():
+    assert ModelOptions(noised_clip=("a", "b"), precision="16-mixed", device="cpu").noised_clip == ("a", "b")
+    for choices, message in (
+        ({"precision": "fp16"}, "precision: one of '32-true', '16-mixed', 'bf16-mixed' is needed, not 'fp16'"),
+        ({"noised_clip": ("a",)}, "noised_clip: "),
+        ({"offload": "yes"}, "offload: true or false is needed"),
+        ({"device": 0}, "device: text or null is needed"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ModelOptions(**choices)
+
+
 # ------------------------------------------------------------------------------------------- other programs' syntax
 
 

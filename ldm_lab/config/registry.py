@@ -70,6 +70,7 @@ ROLES = {
     "cache": Role("ldm_lab.training.caching"),
     "optim": Role("ldm_lab.training.optim"),
     "ema": Role("ldm_lab.ema"),
+    "ema_snapshots": Role("ldm_lab.training.ema_snapshots"),
     "checkpoint": Role("ldm_lab.training.checkpointing"),
     "demo": Role("ldm_lab.training.demo"),
     "sampling": Role("ldm_lab.sampling.options"),

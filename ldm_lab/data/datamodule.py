@@ -1,10 +1,10 @@
 """The data of a run for Lightning, with a position that can be saved and gone back to."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import TypedDict
 
 from pytorch_lightning import LightningDataModule
-from pytorch_lightning.utilities import rank_zero_info
 
 from ldm_lab.data.counts import Counts, CountsState
 from ldm_lab.data.loader import Loader, Progress
@@ -51,6 +51,9 @@ class DataModule(LightningDataModule):
         rank, world_size: for use without a Trainer, which knows them otherwise.
         epochs: passes over the data; None is without end, as training wants it. With a number, the last batch of a
             reader may be smaller.
+
+    Attributes:
+        told_to_stop: whether the run is to end; whoever trains with the batches sets it.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class DataModule(LightningDataModule):
         self.source, self.seed, self.epochs = source, seed, epochs
         self._rank, self._world_size = rank, world_size
         self._progress = Progress([Position()] * self.workers)
+        self.told_to_stop: Callable[[], bool] = lambda: False
         self._restored: tuple[list[RankState], int] | None = None
 
     @property
@@ -131,6 +135,7 @@ class DataModule(LightningDataModule):
             world_size=self.world_size,
             progress=self._progress,
             epochs=self.epochs,
+            told_to_stop=lambda: self.told_to_stop(),
         )
 
     def consumed(self, batch: Batch) -> None:
@@ -177,7 +182,8 @@ class DataModule(LightningDataModule):
             self._progress = Progress(positions, states[rank]["turn"], Counts.of(states[rank]["counts"]))
             return
         epoch = 1 + max(position[0] for state in states for position in state["positions"])
-        rank_zero_info(f"data: {', '.join(changes)}: another order, so this run goes on with epoch {epoch} of it")
+        if rank == 0:
+            print(f"data: {', '.join(changes)}: another order, so this run goes on with epoch {epoch} of it")
         self._progress = Progress([Position(epoch)] * self.workers)
         if rank == 0:  # what all ranks have counted so far lives on in one of them
             for state in states:

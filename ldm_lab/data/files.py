@@ -58,6 +58,7 @@ class FileSource(ImageSource):
         """Return the file of an index and its caption. Raises SkippedSample."""
         name = self._names[index]
         path = self.root / name
+        self.note(str(path))
         try:
             return RawSample(name, path.read_bytes(), self.text_of(path))
         except FileNotFoundError:

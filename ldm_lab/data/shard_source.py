@@ -55,6 +55,7 @@ class ShardSource(ImageSource):
         """Yield the samples of the shard at `place` and of further shards until there are enough of them."""
         samples = 0
         while place is not None:
+            self.note(self.addresses[share[place]])
             for item in self.samples(self.addresses[share[place]]):
                 samples += not isinstance(item, FilteredOut)
                 yield item

@@ -1,6 +1,6 @@
 """What all sources have in common: their options, and how an image sample is made of its raw parts."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Literal
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm_lab.config import NonNegativeInt, PositiveInt, ShareBelowOne
+from ldm_lab.config import NonNegativeInt, PositiveFloat, PositiveInt, ShareBelowOne
 from ldm_lab.data.order import Order
 from ldm_lab.data.samples import FilteredOut, RawSample, Sample, SkippedSample, caption_of
 from ldm_lab.interfaces import Batch
@@ -27,11 +27,13 @@ class Source:
         batch_size: samples per batch and device.
         workers: loader processes per device; 0 reads in the training process itself.
         max_skipped: share of the samples read that may be unusable, in [0, 1); beyond it the run stops.
+        timeout: seconds without a batch after which training saves and leaves.
 
     Attributes:
         unit: what is dealt out to the readers, in the plural.
         count: units; None before `open`.
         image_size: side of the square images that samples were made of, pixels; None if nobody has said it.
+        note: told what is about to be read, for the message of a wait that takes long.
         encoded_by: of a cache, role -> sha256 of the part that made its latents and conditions.
     """
 
@@ -40,8 +42,17 @@ class Source:
     image_size: int | None = None
     encoded_by: Mapping[str, str] = MappingProxyType({})
 
-    def __init__(self, *, batch_size: PositiveInt, workers: NonNegativeInt = 4, max_skipped: ShareBelowOne = 0.1):
+    def __init__(
+        self,
+        *,
+        batch_size: PositiveInt,
+        workers: NonNegativeInt = 4,
+        max_skipped: ShareBelowOne = 0.1,
+        timeout: PositiveFloat = 1800.0,
+    ):
         self.batch_size, self.workers, self.max_skipped = batch_size, workers, max_skipped
+        self.timeout = timeout
+        self.note: Callable[[str], None] = noted_nowhere
 
     def prepare(self) -> None:
         """Make what has to be on disk before reading. Called in one process per node, before `open`."""
@@ -84,6 +95,10 @@ class Source:
     def to_device_format(self, batch: Batch) -> Batch:
         """Return the batch as the model gets it; runs in the training process."""
         return batch
+
+
+def noted_nowhere(name: str) -> None:
+    """Forget what is about to be read."""
 
 
 def _stacked(rows: list[Tensor | None]) -> Tensor | None:

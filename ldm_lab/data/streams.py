@@ -1,5 +1,6 @@
 """Streams of bytes: local files, HTTP, the output of a command, and what else webdataset opens."""
 
+import os
 import subprocess
 from typing import Protocol
 
@@ -42,10 +43,19 @@ def drain(stream: ByteStream) -> None:
 
 
 class CommandOutput:
-    """The standard output of a shell command; OSError at its end if the command failed."""
+    """The standard output of a shell command; OSError at its end if the command failed.
+
+    The command has a session of its own, so that Ctrl-C does not reach it, and does not outlive whoever reads from it,
+    however that ends: what its guard waits for ends with the reader.
+    """
+
+    GUARDED = "exec 3<&0 0</dev/null; (read _ <&3; kill -9 -$$) >/dev/null 2>&1 & exec 3<&-; "
 
     def __init__(self, command: str):
-        self.process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+        guard = self.GUARDED if os.name == "posix" else ""
+        self.process = subprocess.Popen(
+            guard + command, shell=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
 
     def read(self, size: int) -> bytes:
         data = self.process.stdout.read(size)
@@ -54,6 +64,7 @@ class CommandOutput:
         return data
 
     def close(self) -> None:
+        self.process.stdin.close()
         self.process.stdout.close()
         self.process.kill()
         self.process.wait()

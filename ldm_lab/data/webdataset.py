@@ -12,6 +12,7 @@ from ldm_lab.data.shard_source import ShardSource
 from ldm_lab.data.shard_urls import expand
 from ldm_lab.data.tar import read_shard
 from ldm_lab.errors import UserError
+from ldm_lab.rules.names import ASK, Names, check_names
 from ldm_lab.rules.rule import build_rules
 from ldm_lab.rules.sample import SampleRow, violated_rules
 
@@ -25,6 +26,8 @@ class WebDataset(ShardSource):
             `pipe:` and a shell command that writes a tar file to its standard output.
         rules: {name: options}, as in `python -m ldm_lab select`: which samples are left out, by their json. They are
             counted by rule, apart from the skipped ones.
+        names: {aesthetic: aesthetic_score_laion_v2, ...}: which name of the json, or column of the scores, holds which
+            quantity, where there are several for one, or one of another name than the public tables.
         scores: the ending of a Parquet file beside each shard, in the place of `.tar`, with columns such as `key` and
             `aesthetic`: what it says of a sample goes before what its json says.
     """
@@ -34,21 +37,31 @@ class WebDataset(ShardSource):
         *,
         shards: str | list[str],
         rules: Annotated[dict[str, Any] | None, PartMapping("rule")] = None,
+        names: dict[str, str | None] | None = None,
         scores: str | None = None,
         **common: Any,
     ):
         super().__init__(**common)
         self.shards = [shards] if isinstance(shards, str) else shards
         self.rules, self.scores = build_rules(rules or {}), scores
+        self.names = Names.of(names, f"data.{ASK}")
 
     @staticmethod
-    def check(*, rules: Mapping[str, Mapping[str, Plain] | None] | None, scores: str | None) -> list[str]:
+    def check(
+        *,
+        rules: Mapping[str, Mapping[str, Plain] | None] | None,
+        names: Mapping[str, str | None] | None,
+        scores: str | None,
+    ) -> list[str]:
         """Return what is wrong across the options."""
         used = [name for name, its in (rules or {}).items() if its is not None]
         across = [name for name in used if part_class("rule", name).compares_rows]
         problems = [f"rules.{name}: compares samples with each other, which a stream cannot" for name in across]
         if scores is not None and not rules:
             problems.append("scores: only rules ask for them, and there are none")
+        if (names or {}).get("caption") is not None:
+            problems.append("names.caption: rules judge the caption that is trained on, whatever else the json has")
+        problems += check_names(names)
         return problems
 
     def list_shards(self) -> list[str]:
@@ -75,7 +88,8 @@ class WebDataset(ShardSource):
             return
         for item in read_shard(address):
             if isinstance(item, RawSample):
-                violated = violated_rules(self.rules, SampleRow(metadata_of(item), before=scores.get(item.key)))
+                row = SampleRow(metadata_of(item), before=scores.get(item.key), names=self.names)
+                violated = violated_rules(self.rules, row)
                 if violated:
                     rule, reason = violated[0]
                     item = FilteredOut(f"rule {rule}" if reason == rule else f"rule {rule}: {reason}", item.key)

@@ -156,6 +156,7 @@ class TruncatedSchedule(Schedule):
     def __init__(self, schedule: Schedule, skip: int) -> None:
         self.schedule, self.skip = schedule, skip
         self.variance_preserving, self.timesteps = schedule.variance_preserving, schedule.timesteps
+        self.sigma_max = schedule.sigma_max
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the whole schedule's alpha and sigma, each of t's shape."""
@@ -169,6 +170,6 @@ class TruncatedSchedule(Schedule):
         """Return the whole schedule's t, of ratio's shape."""
         return self.schedule.t_of_sigma_over_alpha(ratio)
 
-    def grid(self, steps: int | str, spacing: str | None = None) -> Tensor:
+    def grid(self, steps: int | str, spacing: str | None = None, sigma_max: float | None = None) -> Tensor:
         """Return the times that are left, float32 [steps - skip]."""
-        return self.schedule.grid(steps, spacing)[self.skip :]
+        return self.schedule.grid(steps, spacing, sigma_max)[self.skip :]

@@ -173,7 +173,7 @@ class Pipeline:
                 return known.expand_as(x)  # [B, C, h, w]
             if request.steps < request.sampler.steps:  # at full strength only the mask keeps something of it
                 schedule = TruncatedSchedule(schedule, request.sampler.steps - request.steps)
-                alpha, sigma = schedule.alpha_sigma(request.sampler.times(schedule)[0])  # [], []
+                alpha, sigma = schedule.alpha_sigma(request.sampler.times(schedule, request.latent_size)[0])  # [], []
                 x = alpha * known + sigma * x  # [B, C, h, w]
 
         # 4. What else the denoiser is conditioned on, with and without prompts, and how its predictions are guided.

@@ -103,10 +103,10 @@ def checked_request(
     guidance, temperature = options.guidance, options.temperature
     assert guidance is not None and temperature is not None and isinstance(options.sampler, dict), "they are resolved"
     sampler: Sampler = build("sampler", options.sampler)
-    sampler.times(schedule)  # refuses steps that this schedule does not have
     _check_guidance(model, mixes, options, guidance)
     _check_rerank(model, options)
     latent_size = model.latent_size(_size(model, options, given, init_image))
+    sampler.times(schedule, latent_size)  # refuses steps that this schedule does not have
     height, width = (side * model.autoencoder.downscale for side in latent_size)
     if options.clip_guidance is not None:
         check_target_embeddings(model, mixes, guidance, height, width)

@@ -42,7 +42,7 @@ def training_data(config: RunConfig) -> PartConfig:
         print(f"encoding the data once, into {folder}/")
         print(make_cache(config, folder))
     data = config["data"]
-    loading = {key: data[key] for key in ("batch_size", "workers") if key in data}
+    loading = {key: data[key] for key in ("batch_size", "workers", "timeout") if key in data}
     return PartConfig("data", "cache", {"path": str(folder), **loading})
 
 
@@ -97,7 +97,7 @@ def make_cache(config: RunConfig, folder: Path, device: str | None = None) -> st
 
 def description(config: RunConfig) -> dict[str, Any]:
     """Return what a cache is made with: the images, the parts that encode them, and the checksums of their weights."""
-    loading = ("batch_size", "workers", "max_skipped")
+    loading = ("batch_size", "workers", "max_skipped", "timeout")
     architecture = {  # a file need not say it all: the same CLIP with another activation gives other embeddings
         f"{role}.{key}": value for role in ENCODERS for key, value in config[role].options.items()
     }

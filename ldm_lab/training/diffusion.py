@@ -47,7 +47,7 @@ class DiffusionTask(Task):
 
     ROLES = (
         *("autoencoder", "conditioner", "condition_sources", "denoiser", "objective"),
-        *("cache", "demo", "enlargements", "inpaintings"),
+        *("cache", "demo", "enlargements", "inpaintings", "ema_snapshots"),
     )
     REQUIRED = ("data", "autoencoder", "conditioner", "denoiser", "objective")
     NETWORK = ("denoiser", "objective")
@@ -180,7 +180,8 @@ class DiffusionTask(Task):
         return state, f"weights of {path} (step {extra.get('step', 'unknown')})"
 
     def callbacks(self, folder: Path) -> list[Callback]:
-        sections = {role: self.run_config.get(role) for role in ("demo", "enlargements", "inpaintings")}
+        named = ("demo", "enlargements", "inpaintings", "ema_snapshots")
+        sections = {role: self.run_config.get(role) for role in named}
         if sections["demo"] is not None and is_upsampler(self.model.spec):
             raise UserError("demo: an upsampler makes no picture of a prompt alone; `enlargements` draws what it makes")
         if sections["enlargements"] is not None and not is_upsampler(self.model.spec):
@@ -197,10 +198,14 @@ class DiffusionTask(Task):
 
     def export(self, folder: Path, dtype: torch.dtype) -> None:
         """Write `ema.safetensors`: the averaged denoiser with the config that rebuilds it."""
+        self.write_model(folder / "ema.safetensors", self.best_model.state_dict(), dtype, {})
+
+    def write_model(self, path: Path, state: dict[str, Tensor], dtype: torch.dtype, facts: dict[str, str]) -> None:
+        """Write weights of the denoiser with the config that rebuilds it, and further facts."""
         size = self.trainer.datamodule.source.image_size
-        extra = {"step": str(self.trainer.global_step), "image_size": str(size), **self.frozen_sha256}
-        state = {name: value.to(dtype) for name, value in self.best_model.state_dict().items()}
-        save_model(folder / "ema.safetensors", state, self.model_config().to_dict(), extra)
+        facts = {"step": str(self.trainer.global_step), "image_size": str(size), **self.frozen_sha256, **facts}
+        state = {name: value.to(dtype) for name, value in state.items()}
+        save_model(path, state, self.model_config().to_dict(), facts)
 
     def model_config(self) -> RunConfig:
         """Return the run's config with what the model was trained with written out, whatever the config left open."""
