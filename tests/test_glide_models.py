@@ -49,16 +49,14 @@ def test_a_base_model_is_sampled_from_its_file(program, merges, tmp_path):
     code, _, err = program("sample", "--checkpoint", tmp_path / "base.pt", *common)
     assert code == 0, err
     assert Image.open(tmp_path / "out/00000.png").size == (SIDE, SIDE)
-    code, _, err = program(
-        "sample",
-        "--checkpoint",
-        tmp_path / "base.pt",
-        "--upsampler",
-        tmp_path / "sr.pt",
-        "--upsampler-steps",
-        "2",
-        *common,
-    )
+    cascade = ("sample", "--checkpoint", tmp_path / "base.pt", "--upsampler")
+    code, _, err = program(*cascade, tmp_path / "sr.pt", "--upsampler-steps", "2", *common)
+    assert code == 2 and "trained to enlarge 4 px to 16" in err, "so much is assumed of a file with two levels"
+    assert err.count("not in the file, and assumed") == 1 and "image_size=16" in err
+    converted = tmp_path / "sr.safetensors"
+    code, _, err = program("ldm_lab.__main__", "convert", tmp_path / "sr.pt", converted, f"image_size={4 * SIDE}")
+    assert code == 0 and "image_size" not in err.partition("assumed")[2], err
+    code, _, err = program(*cascade, converted, "--upsampler-steps", "2", *common)
     assert code == 0, err
     assert Image.open(tmp_path / "out/00001.png").size == (4 * SIDE, 4 * SIDE), "GLIDE enlarges four times"
     code, _, err = program("sample", "--checkpoint", tmp_path / "sr.pt", *common)
@@ -81,11 +79,11 @@ def test_what_is_assumed_of_a_file_is_said_with_the_way_out(program, tmp_path):
     assert code == 0 and err.count("\n") == 1
     assert "read as an upsampler of GLIDE's (64 channels, levels [1, 1], 261 tokens)" in err
     assumed = ("head_width=64 text_heads=8 norm_groups=32 timesteps=1000 scale_factor=4 zero_to_one=false "
-               "vocabulary=gpt2 image_size=16 betas=linear")  # fmt: skip
+               "betas=linear vocabulary=gpt2 image_size=16")  # fmt: skip
     assert f"assumed: {assumed}; where one is another: python -m ldm_lab convert {tmp_path / 'sr.pt'} OUT" in err
     said = {
         **{"head_width": 32, "text_heads": 4, "norm_groups": 16, "timesteps": 100, "scale_factor": 2},
-        **{"zero_to_one": True, "vocabulary": "clip", "image_size": 32, "betas": "squaredcos_cap_v2"},
+        **{"zero_to_one": True, "vocabulary": "gpt2", "image_size": 32, "betas": "squaredcos_cap_v2"},
     }
     words = [f"{key}={str(value).lower()}" for key, value in said.items()]
     code, _, err = program("ldm_lab.__main__", "convert", tmp_path / "sr.pt", tmp_path / "sr.safetensors", *words)
@@ -96,7 +94,7 @@ def test_what_is_assumed_of_a_file_is_said_with_the_way_out(program, tmp_path):
     }
     assert config["objective"] == {"name": "eps_hybrid", "betas": "squaredcos_cap_v2", "timesteps": 100}
     assert config["condition_sources"] == {"low_res": {"scale_factor": 2}} and extra["image_size"] == "32"
-    assert config["autoencoder"]["zero_to_one"] is True and config["conditioner"]["vocabulary"] == "clip"
+    assert config["autoencoder"] == {"name": "identity", "zero_to_one": True}
     code, _, err = program("ldm_lab.__main__", "convert", tmp_path / "sr.pt", tmp_path / "b.safetensors", *words[:-1])
     assert code == 0 and "assumed: betas=linear; where" in err, "what is left"
 
@@ -223,7 +221,7 @@ def test_the_towers_of_the_noised_clip(tmp_path, program):
     assert torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1]), "it sees the time"
     assert loaded.image_embedding(x, t).sum().backward() is None and x.grad.any()
     assert loaded.text_embedding(["a", "b c"]).norm(dim=1).allclose(torch.ones(2))
-    with pytest.raises(UserError, match="the noised CLIP sees 3x8x8 pixels, not 3x16x16"):
+    with pytest.raises(UserError, match="the noised CLIP sees 8x8 pixels, not 16x16"):
         loaded.image_embedding(torch.zeros(1, 3, 16, 16), t[:1])
     with pytest.raises(UserError, match="holds the text tower; the image tower is needed"):
         noised_clip.load(tmp_path / "text.pt", tmp_path / "text.pt")

@@ -267,8 +267,8 @@ def assumed(loaded: LoadedModel, form: Form, path: Path, overrides: Section) -> 
     values = {key: value for key, value in unsaid(overrides, form, path).items() if key not in ("preset", *overrides)}
     if not values:
         return ""
-    shown = " ".join(f"{key}={str(value).lower()[:9]}" for key, value in values.items() if key != "betas")
-    shown += f" betas={values['betas']}" if "betas" in values else ""
+    texts = {key: f"{value:g}" if type(value) is float else str(value).lower() for key, value in values.items()}
+    shown = " ".join(f"{key}={text}" for key, text in texts.items())
     denoiser = Section(loaded.config["denoiser"])
     kind = "an upsampler" if form.upsampler else "a base model"
     return (
