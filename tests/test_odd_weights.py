@@ -66,6 +66,15 @@ def test_what_is_around_a_state_dict(tmp_path, wrap):
     assert_read(tmp_path / "a.pt")
 
 
+def test_an_attribute_that_all_names_begin_with(tmp_path, capsys):
+    state = {f"net.{name}": value for name, value in STATE.items()}
+    torch.save({"state_dict": state}, tmp_path / "a.ckpt")
+    save_file(state, tmp_path / "a.safetensors")
+    for name in ("a.ckpt", "a.safetensors"):
+        assert_read(tmp_path / name)
+        assert "'net.', which all names in it begin with, is left out" in capsys.readouterr().err
+
+
 def test_two_networks_under_names_of_their_own_are_not_chosen_from(tmp_path):
     torch.save({"vae": STATE, "vae2": STATE}, tmp_path / "a.pt")
     assert "no tensors of a network in it: it holds vae, vae2" in refused(tmp_path / "a.pt")

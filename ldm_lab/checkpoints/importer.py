@@ -25,7 +25,7 @@ from typing import ClassVar, NamedTuple, TypeVar
 from torch import Tensor
 
 from ldm_lab.checkpoints.folders import weights_in
-from ldm_lab.checkpoints.opened import OpenedFile, Shapes, TensorInfo, open_weights
+from ldm_lab.checkpoints.opened import OpenedFile, Shapes, TensorInfo, below_attribute, open_weights
 from ldm_lab.conditions import ConditionSpec
 from ldm_lab.config import MAPPINGS, check_mapping, check_section
 from ldm_lab.config.registry import imports
@@ -266,9 +266,13 @@ def detect_format(path: str | Path, what: str = "weights") -> DetectedFile:
         UserError: missing or damaged file, one that is no file of weights, one whose loading could run code.
     """
     file = open_weights(find_weights(path, what))
+    importer = next((i for i in importers() if i.matches(file)), None)
+    if importer is None and (inner := below_attribute(file)) is not None:  # perhaps of a module of somebody's own
+        importer = next((i for i in importers() if i.matches(inner)), None)
+        file = file if importer is None else inner
     for note in file.notes:
         say_once(f"{file.path}: {note}")
-    return DetectedFile(file, next((i for i in importers() if i.matches(file)), Unknown()))
+    return DetectedFile(file, importer or Unknown())
 
 
 @functools.cache

@@ -202,6 +202,25 @@ def _open_safetensors(path: Path, yaml: bytes | None) -> OpenedFile:
         raise damaged_safetensors(path, error) from None
 
 
+def below_attribute(file: OpenedFile) -> OpenedFile | None:
+    """Return a file with the names of its tensors as below the one attribute that they all have first, such as "net".
+
+    None if there is no such attribute, or the tensors are in several files.
+    """
+    tops = {name.partition(".")[0] for name in file.tensors}
+    if len(tops) != 1 or file.shards or not all("." in name for name in file.tensors):
+        return None
+    prefix = f"{tops.pop()}."
+    names = {name.removeprefix(prefix): name for name in file.tensors}
+    return replace(
+        file,
+        tensors={short: file.tensors[name] for short, name in names.items()},
+        loaded=file.loaded and {short: file.loaded[name] for short, name in names.items()},
+        stored={short: file.stored.get(name, name) for short, name in names.items()},
+        notes=(*file.notes, f"{prefix!r}, which all names in it begin with, is left out"),
+    )
+
+
 def infos(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
     """Return shapes and types of tensors."""
     return {
