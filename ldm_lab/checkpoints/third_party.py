@@ -2,7 +2,7 @@
 
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,11 +60,11 @@ def read_state_dict(path: str | Path, what: str) -> Unwrapped:
     return found
 
 
-def _holds(content: dict[str, Any]) -> str:
-    """Return what a checkpoint without a network has, in words."""
-    if {"state", "param_groups"} <= set(content):
+def _holds(keys: Iterable[str]) -> str:
+    """Return what a checkpoint without a network has, in words, by the keys of its dict."""
+    names = [str(key)[:40] for key in keys]
+    if {"state", "param_groups"} <= set(names):
         return ": it is the state of an optimizer; the weights are in another file"
-    names = [str(key)[:40] for key in content]
     return f": it holds {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}" if names else ": it is empty"
 
 

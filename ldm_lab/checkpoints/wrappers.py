@@ -87,7 +87,7 @@ def _inner(content: Mapping[str, Any], own: bool = False, depth: int = 0) -> dic
     return others[0] if len(others) == 1 else {}
 
 
-def _others(content: Mapping[str, Any]) -> list[str]:
+def _others(content: Mapping[str, T]) -> list[str]:
     """Return the keys of dicts that may hold a network under a name of their own, such as "vae"."""
     return [
         key
