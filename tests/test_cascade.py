@@ -189,7 +189,7 @@ def test_mistakes(base, upsampler):
         (lambda: stages(base, base), "upsampler: this is a base model"),
         (lambda: upsampler(["a"]), "this model is an upsampler: it enlarges the pictures of a base model"),
         (lambda: base(["a"], low_res=low_res), "this model is no upsampler"),
-        (lambda: upsampler(["a", "b"], low_res=low_res), "low_res: 1 pictures for 2 images"),
+        (lambda: upsampler(["a", "b"], low_res=low_res), "low_res: 1 images to enlarge for 2 pictures"),
         (lambda: upsampler(["a", "b"], low_res=[*low_res, Image.new("RGB", (8, 8))]), "have to be of one size"),
         (lambda: SamplingOptions(temperature=float("nan")), "temperature: "),
         (lambda: SamplingOptions(guidance=float("inf")), "guidance: number or null is needed"),

@@ -54,10 +54,17 @@ IDLE = [
     ("a fox", {"guidance": 1.0, "guidance_rescale": 0.7}, "guidance_rescale: without effect"),
     ("a fox", {"guidance_interval": (0.5, 0.5)}, "guidance_interval: no step begins between 0.5 and 0.5"),
     ("a fox", {"guidance_interval": (0.0, 0.9999)}, "guidance_interval: without effect: every step begins"),
+    ("a fox", {"guidance": 0.0}, "prompts: without effect at a weight of 0"),
+    ([["a fox:0", "a dog:0"]], {}, "prompts: without effect at a weight of 0"),
     ("a fox:2", {"guidance": 5.0}, "guidance: 5 is without effect, since every prompt has a weight of its own"),
     ("a fox", {"tile": 32}, "tile: without effect: 32x32 pixels fit into one of 32"),
     ("a fox", {"init_image": Image.new("RGB", (32, 32)), "mask_blur": 2.0}, "mask_blur: without effect"),
     ("a fox", {"init_image": Image.new("RGB", (32, 32)), "strength": 0.1}, "strength: 0.1 of 4 steps is none"),
+    (
+        "a fox",
+        {"init_image": Image.new("RGBA", (32, 32), (9, 9, 9, 0)), "mask": Image.new("L", (32, 32), 255)},
+        "init_image: its transparent part is laid over white",
+    ),
     (
         "a fox",
         {"init_image": Image.new("RGB", (32, 32)), "strength": 0.0, "mask": Image.new("L", (32, 32), 255)},
@@ -113,6 +120,34 @@ def test_guidance_far_above_what_was_tried(said, pipeline, prompts):
     assert said(pipeline, "a fox", guidance=16.0) == []
 
 
+def test_a_spacing_beside_a_respacing(said):
+    options = {"sampler": {"name": "unipc", "steps": "fast27", "spacing": "karras"}}
+    (line,) = said(tiny_glide.pipeline(), "a fox", **options)
+    assert line.startswith("spacing: without effect: steps fast27 say themselves")
+
+
+def test_an_upsampler_is_not_asked_for_what_is_the_base_s():
+    base, upsampler = tiny_glide.pipeline(), tiny_glide.pipeline(upsampler=True)
+    for choices in ({"negative": "old"}, {"size": 64}, {"seed": 3}, {"rerank": 2}, {"clip_guidance": 3.0}):
+        (name,) = choices
+        with pytest.raises(UserError, match=f"upsampler: {name} belongs to the base model's options"):
+            Stages([Stage(base), Stage(upsampler, SamplingOptions(**choices))])
+
+
+@pytest.mark.parametrize(
+    "prompts", [5, None, b"a fox", {"a fox": 3}, [5], ["a fox", None], [["a fox", b"x"]], [{"a": 1}]]
+)
+def test_what_is_no_prompt_is_refused(pipeline, prompts):
+    with pytest.raises(UserError, match="a prompt is a text, a Prompt, a Pillow image, or a list of these, not "):
+        pipeline.check(prompts)
+
+
+@pytest.mark.parametrize("seed", [1.5, "1", 2**64, -(2**70), None])
+def test_what_is_no_seed_is_refused(pipeline, seed):
+    with pytest.raises(UserError, match="seeds: whole numbers of at most 64 bits are needed"):
+        pipeline.check(["a fox"], seeds=[seed])
+
+
 def test_guidance_of_an_upsampler(caplog):
     base, upsampler = tiny_glide.pipeline(), tiny_glide.pipeline(upsampler=True)
     for choices, line in (
@@ -150,7 +185,7 @@ def test_clip_guidance_by_an_empty_prompt(said):
     for prompts in ("", "  ", [["a fox", ""]], [["a fox:-1", ":1"]]):
         with pytest.raises(UserError, match="CLIP guidance: it leads to a text, and this prompt is empty"):
             led.check(prompts, SamplingOptions(clip_guidance=3.0))
-    with pytest.raises(UserError, match="each image needs a text with a weight above 0"):
+    with pytest.raises(UserError, match="each picture needs a text with a weight above 0"):
         led.check(Image.new("RGB", (8, 8)), SamplingOptions(clip_guidance=3.0))
     assert said(led, "a fox", clip_guidance=3.0) == []
     assert "clip_guidance: 0 leads nowhere" in said(led, "a fox", clip_guidance=0.0)[0]
@@ -222,6 +257,7 @@ def test_how_a_model_is_loaded_is_checked_from_python_too():
         ("a {2$$red|blue} fox", "one of several words"),
         ("a fox --ar 16:9 --v 6", "--ar 16:9 --v 6 (options"),
         ("hot::2 dog", "weights of parts"),
+        ('--prompt "a fox" --steps 20', "options"),
     ],
 )
 def test_other_programs_syntax_is_noticed(text, found):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import DENOISER, ROOT, embedding, make_parts, run_program
+from tiny import DENOISER, ROOT, embedding, make_parts, run_program, shipped
 
 from ldm_lab.checkpoints.native import save_model
 from ldm_lab.commands import sample
@@ -123,6 +124,14 @@ def test_help_names_every_option_of_every_sampler():
         assert name in text
     for option in fields(SamplingOptions):
         assert f"--{option.name.replace('_', '-')}" in text
+
+
+def test_the_docs_name_every_flag():
+    docs = (ROOT / "docs" / "sampling.md").read_text(encoding="utf-8")
+    flags = {flag for action in sample.parser()._actions for flag in action.option_strings if "upsampler-" not in flag}
+    ours = {name for sampler in shipped("sampler") for name in signature_options(parts("sampler")[sampler])}
+    flags -= {f"--{name}" for name in sample.sampler_options() if name not in ours}  # of other tests' samplers
+    assert {flag for flag in flags - {"-h", "--help"} if not re.search(rf"`{re.escape(flag)}\b", docs)} == set()
 
 
 def test_help_is_told_without_torch():

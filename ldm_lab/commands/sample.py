@@ -99,11 +99,11 @@ def parser() -> FlagParser:
         "--from", dest="repeat", metavar="PICTURE",
         help="make this picture of sample.py's once more; what is given beside it is changed",
     )  # fmt: skip
-    add("--prompts", metavar="FILE", help="UTF-8 text, a picture for each line; only blank lines are dropped")
+    add("--prompts", metavar="FILE", help="text (UTF-8), a picture for each line; only blank lines are dropped")
     add(
         "--images", nargs="+", default=[], metavar="IMAGE", help="image prompts: paths, http(s) addresses; also :weight"
     )
-    add("-n", **whole, help="pictures of the mix, or of each line of --prompts (default: 4, or 1)")
+    add("-n", **whole, help="pictures of the mix, or of each line of --prompts (default: 4, or 1; with --from 1)")
     add("--interpolate", **whole, help="N pictures on the way from each PROMPT to the next; strip.png, film.gif")
     add("--out", default="samples", metavar="DIR", help="where the pictures go (default: samples)")
     add_imports_argument(p)

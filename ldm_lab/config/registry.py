@@ -61,6 +61,7 @@ class Role:
 ROLES = {
     "task": Role("ldm_lab.training"),
     "data": Role("ldm_lab.data"),
+    "captions": Role("ldm_lab.data.captions"),
     "autoencoder": Role("ldm_lab.autoencoders", "Autoencoder", AutoencoderUse),
     "conditioner": Role("ldm_lab.conditioners", "Conditioner", ConditionerUse),
     "condition_source": Role("ldm_lab.condition_sources", "ConditionSource"),

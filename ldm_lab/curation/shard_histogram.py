@@ -77,7 +77,7 @@ def histogram_of_shards(
             except BadImage as problem:
                 skipped[str(problem)] += 1
                 continue
-            histogram.shown.setdefault(buckets.names[place - 1], []).append(Shown(score, image, caption_of(item)))
+            histogram.shown.setdefault(buckets.names[place - 1], []).append(Shown(score, image, caption_of(item).first))
     return histogram, skipped
 
 

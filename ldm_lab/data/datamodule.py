@@ -9,6 +9,7 @@ from pytorch_lightning import LightningDataModule
 from ldm_lab.data.counts import Counts, CountsState
 from ldm_lab.data.loader import Loader, Progress
 from ldm_lab.data.order import Position
+from ldm_lab.data.samples import as_utf8
 from ldm_lab.data.source import Source
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Batch
@@ -69,6 +70,7 @@ class DataModule(LightningDataModule):
         self.source, self.seed, self.epochs = source, seed, epochs
         self._rank, self._world_size = rank, world_size
         self._progress = Progress([Position()] * self.workers)
+        self._is_described = False
         self.told_to_stop: Callable[[], bool] = lambda: False
         self._restored: tuple[list[RankState], int] | None = None
 
@@ -114,6 +116,10 @@ class DataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """List the data. Raises UserError if there is none, or too little for the number of readers."""
         self.source.open()
+        if self.rank == 0 and not self._is_described:
+            self._is_described = True
+            for line in self.source.found():
+                print(f"data: {as_utf8(line)}")
         readers, count, unit = self.workers * self.world_size, self.source.count or 0, self.source.unit
         if count < readers:
             most = count // self.world_size

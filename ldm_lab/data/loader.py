@@ -30,8 +30,8 @@ from ldm_lab.data.loader_processes import (
     ready_to_send,
 )
 from ldm_lab.data.order import Order, Position
-from ldm_lab.data.samples import DUPLICATE, FilteredOut, Sample, SkippedSample
-from ldm_lab.data.source import Item, Source
+from ldm_lab.data.samples import OF_SHARDS, FilteredOut, Judged, Sample, SkippedSample
+from ldm_lab.data.source import Item, Source, Unusable
 from ldm_lab.data.waiting import ReadingError, Wait, WaitingEnded
 from ldm_lab.errors import UserError, first_line
 from ldm_lab.interfaces import Batch, ReaderState
@@ -71,14 +71,14 @@ class FailureWatch:
         """Note that it can be used."""
         self.since_usable, self.consecutive_failures = Counts(), 0.0
 
-    def skip(self, problem: SkippedSample, is_undecoded: bool) -> None:
-        """Note that it cannot. Undecoded are what could not even be read: broken shards, but for repeated keys."""
+    def skip(self, problem: SkippedSample) -> None:
+        """Note that it cannot."""
         self.total.skip(problem)
         self.since_usable.skip(problem)
         if isinstance(problem, FilteredOut):
             self.consecutive_failures += FILTERED_FAILURE
         else:
-            self.consecutive_failures += SHARD_FAILURE if is_undecoded and problem.reason != DUPLICATE else 1
+            self.consecutive_failures += SHARD_FAILURE if problem.reason in OF_SHARDS else 1
 
     @property
     def gives_up(self) -> bool:
@@ -104,6 +104,9 @@ def read(
         order = Order(seed, epoch, reader, readers)
         usable = False
         for after, item in walk(source, order, position):
+            if isinstance(item, Judged):
+                counts.judged += item.count
+                continue
             counts.read += 1
             watch.read()
             try:
@@ -112,12 +115,13 @@ def read(
                 samples.append(source.decode(item, order))
             except SkippedSample as problem:
                 counts.skip(problem)
-                watch.skip(problem, problem is item)
+                watch.skip(problem)
                 if watch.gives_up:
                     break
                 continue
             usable = True
             watch.usable()
+            counts.caption(samples[-1])
             if len(samples) == source.batch_size:
                 yield replace(source.collate(samples), state=reader_state(after, counts))
                 samples, counts = [], Counts()
@@ -133,11 +137,12 @@ def read(
 def reader_state(position: Position, counts: Counts) -> ReaderState:
     """Return where a reader stands, with what it read since its last batch."""
     return ReaderState(
-        position, read=counts.read, skipped=counts.skipped, filtered=counts.filtered, examples=counts.examples
-    )
+        position, read=counts.read, skipped=counts.skipped, filtered=counts.filtered, examples=counts.examples,
+        judged=counts.judged, captions=counts.captions,
+    )  # fmt: skip
 
 
-def walk(source: Source, order: Order, position: Position) -> Iterator[tuple[Position, Item | SkippedSample]]:
+def walk(source: Source, order: Order, position: Position) -> Iterator[tuple[Position, Item | Unusable]]:
     """Yield (position after it, item) of what a reader still has to read of an epoch."""
     start, offset = position.start, 0
     for point, item in source.items(order, position.start):

@@ -2,20 +2,23 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ldm_lab.config import NonNegativeInt, PositiveFloat, PositiveInt, ShareBelowOne
+from ldm_lab.config import NonNegativeInt, PartSection, Plain, PositiveFloat, PositiveInt, ShareBelowOne, build
+from ldm_lab.data.captions import Captions
 from ldm_lab.data.order import Order
-from ldm_lab.data.samples import FilteredOut, RawSample, Sample, SkippedSample, caption_of
+from ldm_lab.data.samples import FilteredOut, Judged, RawSample, Sample, SkippedSample, caption_of
 from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import BadImage, decode_image, resize_and_crop, to_rgb
 
 Item = int | RawSample  # what `decode` takes: the number of a unit, or bytes
+Unusable = SkippedSample | Judged  # what `items` gives in the place of an item
 
 
 class Source:
@@ -61,7 +64,19 @@ class Source:
         """List the units and set `count`; called in every process. Raises UserError where there is nothing to read."""
         raise NotImplementedError
 
-    def items(self, order: Order, start: int = 0) -> Iterator[tuple[int, Item | SkippedSample]]:
+    def found(self) -> list[str]:
+        """Return what `open` found, a line each, for the start of a run; samples are not decoded for it."""
+        return []
+
+    def files(self) -> list[tuple[str, Path | None]]:
+        """Return what `open` found on the disk, by which a cache is known to be stale.
+
+        (name, path) of each file: names do not depend on how the data's own folder is written, the path of what is
+        elsewhere is None. None at all where the options say everything, or nobody knows.
+        """
+        return []
+
+    def items(self, order: Order, start: int = 0) -> Iterator[tuple[int, Item | Unusable]]:
         """Yield (restart point, item) of one reader's share of one epoch, from the restart point `start` on.
 
         Restart points never fall; `items(order, p)` must give the very items that `items(order, 0)` gives from its
@@ -118,6 +133,7 @@ class ImageSource(Source):
         max_pixels: images with more than that are skipped; null is Pillow's limit, 179 million.
         require_text: leave out samples without a caption, "file" only those without any, not those with an empty one;
             otherwise their text is "". They are counted apart from unusable ones.
+        captions: where captions are, and how they are read.
     """
 
     def __init__(
@@ -129,9 +145,11 @@ class ImageSource(Source):
         min_size: NonNegativeInt = 16,
         max_pixels: PositiveInt | None = None,
         require_text: bool | Literal["file"] = False,
+        captions: Annotated[dict[str, Plain] | None, PartSection("captions")] = None,
         **common: Any,
     ):
         super().__init__(**common)
+        self.captions: Captions = build("captions", captions)
         self.image_size, self.crop, self.flip = image_size, crop, flip
         self.min_size, self.max_pixels, self.require_text = min_size, max_pixels, require_text
 
@@ -139,9 +157,12 @@ class ImageSource(Source):
         """Return the sample with its image, uint8 [3, S, S]. Raises SkippedSample."""
         if item.image is None:
             raise SkippedSample("no image", item.key)
-        text = caption_of(item)
-        if self.require_text and not text and not (self.require_text == "file" and item.text is not None):
+        caption = caption_of(item, self.captions)
+        if self.require_text and caption.problem:
+            raise SkippedSample(caption.problem, item.key)
+        if self.require_text and not caption.texts and not (self.require_text == "file" and caption.exists):
             raise FilteredOut("no caption", item.key)  # the user asked for that: nothing is wrong with the image
+        text = caption.draw(order.random("caption", item.key))
         random = order.random("augment", item.key)
         across, down, mirror = random.random(), random.random(), random.random()
         if self.crop == "center":
@@ -154,7 +175,7 @@ class ImageSource(Source):
         if self.flip and mirror < 0.5:
             pixels = pixels[:, ::-1]  # [S, S, 3]
         image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())  # [3, S, S]
-        return Sample(item.key, text, image)
+        return Sample(item.key, text, caption.problem or caption.place, image)
 
     def to_device_format(self, batch: Batch) -> Batch:
         """Bring the image to float32 in [-1, 1]; as bytes it took a quarter of the room on its way here."""

@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 from ldm_lab.config import PartMapping, Plain, part_class, register
 from ldm_lab.data.sample_metadata import metadata_of, read_scores, scores_path
-from ldm_lab.data.samples import FilteredOut, RawSample, SkippedSample
+from ldm_lab.data.samples import UNREADABLE_SCORES, FilteredOut, Judged, RawSample, SkippedSample
 from ldm_lab.data.shard_source import ShardSource
 from ldm_lab.data.shard_urls import expand
-from ldm_lab.data.tar import read_shard
+from ldm_lab.data.source import Unusable
+from ldm_lab.data.tar_files import KeyUntil
 from ldm_lab.errors import UserError
 from ldm_lab.rules.names import ASK, Names, check_names
 from ldm_lab.rules.rule import build_rules
@@ -30,6 +31,8 @@ class WebDataset(ShardSource):
             quantity, where there are several for one, or one of another name than the public tables.
         scores: the ending of a Parquet file beside each shard, in the place of `.tar`, with columns such as `key` and
             `aesthetic`: what it says of a sample goes before what its json says.
+        key_until: which dot of a file's name ends the key that a sample's files share: 1.5.jpg is the file 5.jpg of
+            sample 1, or by the last dot the image of sample 1.5.
     """
 
     def __init__(
@@ -39,9 +42,11 @@ class WebDataset(ShardSource):
         rules: Annotated[dict[str, Any] | None, PartMapping("rule")] = None,
         names: dict[str, str | None] | None = None,
         scores: str | None = None,
+        key_until: KeyUntil = "first_dot",
         **common: Any,
     ):
         super().__init__(**common)
+        self.key_until = key_until
         self.shards = [shards] if isinstance(shards, str) else shards
         self.rules, self.scores = build_rules(rules or {}), scores
         self.names = Names.of(names, f"data.{ASK}")
@@ -76,21 +81,25 @@ class WebDataset(ShardSource):
                 )
         return addresses
 
-    def samples(self, address: str) -> Iterator[RawSample | SkippedSample]:
+    def samples(self, address: str) -> Iterator[RawSample | Unusable]:
         """Yield the samples of a shard, with FilteredOut in the place of those that violate a rule."""
         if not self.rules:
-            yield from read_shard(address)
+            yield from self.read_shard(address)
             return
         try:
             scores = read_scores(scores_path(address, self.scores)) if self.scores is not None else {}
         except OSError:
-            yield SkippedSample("unreadable scores", address)
+            yield SkippedSample(UNREADABLE_SCORES, address)
             return
-        for item in read_shard(address):
+        judged = 0  # since the last one that was left out
+        for item in self.read_shard(address):
             if isinstance(item, RawSample):
-                row = SampleRow(metadata_of(item), before=scores.get(item.key), names=self.names)
-                violated = violated_rules(self.rules, row)
-                if violated:
+                judged += 1
+                row = SampleRow(metadata_of(item, self.captions), before=scores.get(item.key), names=self.names)
+                if violated := violated_rules(self.rules, row):
                     rule, reason = violated[0]
-                    item = FilteredOut(f"rule {rule}" if reason == rule else f"rule {rule}: {reason}", item.key)
+                    item = FilteredOut(f"rule {rule}" if reason == rule else f"rule {rule}: {reason}", item.key, judged)
+                    judged = 0
             yield item
+        if judged:
+            yield Judged(judged)

@@ -96,7 +96,8 @@ SYNTAX = {
     r"\bBREAK\b": "a new part of a prompt",
     r"\bAND\b": "several prompts in one",
     r"(?<=\w\w)(?:\+\+|--)(?=[\s,.]|$)": "a weight inside a prompt",
-    r"(?<!\S)--(?:ar|v|no|s|q|c|iw|niji|seed|style|stylize|chaos|quality|stop|tile|weird|sref|cref)\b.*": "options",
+    r"(?<!\S)--(?:ar|v|no|s|q|c|iw|niji|seed|style|stylize|chaos|quality|stop|tile|weird|sref|cref"
+    r"|prompt|negative_prompt|steps|cfg_scale|sampler_name|width|height|batch_size|n_iter)\b.*": "options",
     r"\w\s*::\s*-?\d*\.?\d*(?=\s|$)": "weights of parts",
 }
 MORE_LETTERS = {"BREAK", "AND"}  # words in a text of capitals alone

@@ -72,7 +72,7 @@ class SampleFolder:
         if steps:
             entry["base"] = steps[0]
         if len(steps) > 1:
-            entry["stages"] = steps[1:]
+            entry["stages"] = [*steps[1:]]
         for file, picture in zip([*files, name], images, strict=True):
             # First of all, as some programs read the first text alone.
             known = {"parameters": str(parameters.sized(*picture.size))} if parameters else {}

@@ -17,6 +17,7 @@ SAMPLER_NAMES = {  # those that mean the same there
 }  # fmt: skip
 NEGATIVE = "Negative prompt:"
 FIELD = re.compile(r'\s*([A-Za-z][\w /-]{0,60}):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
+PART = re.compile(r"(.*?)(?:\s*:\s*([-+]?(?:\d+\.?\d*|\.\d+)))?", re.DOTALL)  # of a prompt with AND: text and weight
 FEWEST_FIELDS = 3  # in the last line; with fewer it belongs to the prompt
 LONGEST_LINE = 20_000  # characters of that line that are read
 
@@ -68,6 +69,14 @@ def written_prompt(texts: Sequence[tuple[str, float]], guidance: float) -> tuple
     scale = guidance or 1.0
     shares = [f"{escaped(text)} :{weight / scale:g}" for text, weight in texts]
     return " AND ".join(shares), scale
+
+
+def read_prompt(written: str, scale: float) -> list[tuple[str, float]]:
+    """Return the weighted texts that a prompt in A1111's notation means at a CFG scale: those of `written_prompt`."""
+    parts = [PART.fullmatch(part.strip()) for part in re.split(r"\bAND\b", written)]
+    if len(parts) == 1:
+        return [(unescaped(written), scale)]
+    return [(unescaped(part[1]), scale * float(part[2] or 1)) for part in parts if part is not None]
 
 
 def escaped(text: str) -> str:

@@ -19,13 +19,14 @@ from ldm_lab.sampling.aliases import our_sampler
 from ldm_lab.sampling.names import FileRecord
 from ldm_lab.sampling.options import (
     BASE_ONLY,
+    DEFAULT_GUIDANCE,
     IMAGE_FILES,
     MODEL_FILES,
     OF_LOADING,
     UPSAMPLER,
     OptionValues,
 )
-from ldm_lab.sampling.parameters import Parameters, unescaped
+from ldm_lab.sampling.parameters import Parameters, read_prompt, unescaped
 
 SETTINGS = "ldm_lab"  # keyword of the settings in a picture
 LARGEST_FILE = 2**28  # bytes
@@ -140,7 +141,7 @@ def _own(entry: Entry) -> Recorded:
     for key, value in entry.items():
         if key in known and isinstance(value, str | int | float | list):
             values[key] = _value(entry, key)
-        elif key not in (*TOLD, "seed", *FILE_LISTS, *(f"{name}_sha256" for name in FILE_LISTS)):
+        elif value is not None and key not in (*TOLD, "seed", *FILE_LISTS, *(f"{name}_sha256" for name in FILE_LISTS)):
             left_out.append(key)
     return Recorded(
         prompts=_prompts(entry),
@@ -260,9 +261,13 @@ def _foreign(parameters: Parameters) -> Recorded:
             left_out.append(name)
     if "spacing" in values and "sampler" not in values:
         del values["spacing"]
-    return Recorded(
-        prompts=[RecordedPrompt(unescaped(parameters.prompt))], values=values, left_out=left_out, is_ours=False
-    )
+    guidance = values.get("guidance")
+    scale = guidance if isinstance(guidance, float) else DEFAULT_GUIDANCE
+    texts = read_prompt(parameters.prompt, scale)
+    if len(texts) > MOST_PROMPTS:
+        raise UserError(f"prompts: {MOST_PROMPTS} at most are repeated, not {len(texts)}")
+    prompts = [RecordedPrompt(text, weight if len(texts) > 1 else None) for text, weight in texts]
+    return Recorded(prompts=prompts, values=values, left_out=left_out, is_ours=False)
 
 
 def _foreign_value(name: str, text: str) -> Taken:

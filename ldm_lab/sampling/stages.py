@@ -13,7 +13,7 @@ from ldm_lab.io.images import round_to_uint8
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling.decode import Sample
 from ldm_lab.sampling.model import Model
-from ldm_lab.sampling.options import SamplingOptions
+from ldm_lab.sampling.options import BASE_ONLY, SamplingOptions
 from ldm_lab.sampling.pipeline import Pipeline, Progress
 from ldm_lab.sampling.prompts import Prompts, prompt_weights
 from ldm_lab.sampling.request import Request
@@ -65,13 +65,17 @@ class Stages:
         """Take them in the order in which they work.
 
         Raises:
-            UserError: the first one is an upsampler, or another one is none.
+            UserError: the first one is an upsampler, or another one is none; an upsampler's options have what is the
+                base model's alone.
         """
         self.base, *self.upsamplers = stages
         if self.upsamplers and self.base.pipeline.model.upscale_factor is not None:
             raise UserError("base model: this is an upsampler, which enlarges pictures of a base model's")
         if any(stage.pipeline.model.upscale_factor is None for stage in self.upsamplers):
             raise UserError("upsampler: this is a base model, which takes no picture to be enlarged")
+        for stage in self.upsamplers:
+            if unfit := [name for name in stage.options.given() if name in BASE_ONLY and name != "batch_size"]:
+                raise UserError(f"upsampler: {unfit[0]} belongs to the base model's options, which hold for all stages")
 
     def __call__(
         self, prompts: Prompts, *, seeds: Sequence[int] | None = None, progress: Progress | None = None
