@@ -83,7 +83,7 @@ class SamplingOptions:
         rerank: make so many pictures for each, keep the one most like its prompts
         seed: of the first picture, the others count on from it; -1 draws one
         batch_size: pictures at once
-        tile: decode larger pictures in overlapping tiles of this side, pixels
+        tile: decode larger pictures in tiles of this side, pixels; the same pictures, with less memory on the device
     """
 
     guidance: float | None = None
