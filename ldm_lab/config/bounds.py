@@ -5,6 +5,7 @@ annotated_types. The common ones have names here, which parts import from `ldm_l
 another part says so: `Annotated[dict | None, PartSection("sampler")]`.
 """
 
+import contextlib
 import math
 import types
 import typing
@@ -68,7 +69,8 @@ def describe(annotation: TypeForm) -> str:
         bounds = _bounds(annotation)
         return describe(args[0]) + (f" ({bounds.removeprefix('a number ')})" if bounds else "")
     if origin is Literal:
-        return "one of " + ", ".join(repr(choice) for choice in args)
+        names = [str(choice) for choice in args]  # of '16' and 16 the first one is enough
+        return "one of " + ", ".join(repr(c) for place, c in enumerate(args) if names.index(names[place]) == place)
     if origin in (Union, types.UnionType):
         return " or ".join(describe(member) for member in args)
     if origin in (list, dict):
@@ -99,6 +101,37 @@ def problem(value: Plain, annotation: TypeForm) -> str | None:
     else:
         needed = describe(annotation)
     return f"{needed} {'are' if needed.endswith('entries') else 'is'} needed, not {value!r}"
+
+
+class Interpolated(str):
+    """A text that an interpolation gave, such as ${oc.env:N}; `settled` reads it as what its option takes."""
+
+
+def settled(value: Plain, annotation: TypeForm) -> Plain:
+    """Return a value with the texts of interpolations in it read as a type takes them, if it takes them at all."""
+    if isinstance(value, list):
+        bases = [typing.get_args(m)[0] if typing.get_origin(m) is Annotated else m for m in _members(annotation)]
+        forms = [typing.get_args(base)[0] for base in bases if typing.get_origin(base) in (list, tuple)]
+        return [settled(entry, forms[0] if forms else Plain) for entry in value]
+    if isinstance(value, dict):
+        return {key: settled(entry, Plain) for key, entry in value.items()}
+    if not isinstance(value, Interpolated):
+        return value
+    text = str(value)
+    return next((reading for reading in _readings(text) if fits(reading, annotation)), text)
+
+
+def _readings(text: str) -> Iterator[Plain]:
+    """Yield what a text may mean, as YAML would: a number, true or false, nothing, and itself at last."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            yield kind(text)
+    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    if text.lower() in words:
+        yield words[text.lower()]
+    if text.lower() in ("null", "~", ""):
+        yield None
+    yield text
 
 
 def converted(value: Plain, annotation: TypeForm) -> Plain:

@@ -9,9 +9,48 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from ldm_lab.config.bounds import PartSection, Plain, converted, describe, marker, problem
-from ldm_lab.config.registry import MAPPINGS, PartInfo, known_elsewhere, part_info, use_keys
+from ldm_lab.config.bounds import PartSection, Plain, converted, describe, marker, problem, settled
+from ldm_lab.config.registry import MAPPINGS, PartInfo, infos, known_elsewhere, part_info, use_keys
 from ldm_lab.errors import UserError, unknown
+
+EPOCHS = "a run's length is in optimizer steps, trainer.max_steps (an epoch has images / data.batch_size), or max_time"
+ELSEWHERE = {  # (role, key of other programs) -> what stands for it here
+    **{("trainer", key): EPOCHS for key in ("max_epochs", "min_epochs", "num_epochs", "epochs")},
+    **{("trainer", key): "the number of devices is trainer.devices" for key in ("gpus", "num_gpus", "num_processes")},
+    ("optim", "learning_rate"): "the learning rate is optim.lr",
+}
+
+
+def settled_section(role: str, section: Any, name: str | None = None) -> Any:
+    """Return a section with the texts of interpolations in it, such as ${oc.env:N}, read as its options take them.
+
+    Args:
+        role: of the part.
+        section: what the config has there.
+        name: of the part if the section does not say it.
+    """
+    if not isinstance(section, Mapping):
+        return settled(section, Plain)
+    try:
+        options = part_info(role, settled(section.get("name", name), str)).options
+    except UserError:
+        options = {}  # the check says what is wrong
+    types = {**use_keys(role), **{key: option.annotation for key, option in options.items()}, "name": str}
+    return {key: _settled_value(value, types.get(key, Plain)) for key, value in section.items()}
+
+
+def settled_mapping(role: str, sections: Any) -> Any:
+    """Return a mapping {part name: options} as `settled_section` does a section."""
+    if not isinstance(sections, Mapping):
+        return settled(sections, Plain)
+    return {name: settled_section(role, options, name) for name, options in sections.items()}
+
+
+def _settled_value(value: Any, annotation: Any) -> Any:
+    mark = marker(annotation)
+    if isinstance(mark, PartSection):
+        return settled_section(mark.role, value, mark.name)
+    return settled(value, annotation) if mark is None else settled_mapping(mark.role, value)
 
 
 def check_keys(role: str, section: Any, path: str) -> list[str]:
@@ -68,11 +107,12 @@ def check_mapping(role: str, sections: Any, path: str, across_keys: bool = False
         return [f"{path}: a mapping of {role} names to their options is needed, not {sections!r}"]
     problems = []
     for name, options in sections.items():
-        if options is None:
+        if options is None and name in infos(role):
             continue
-        if not isinstance(options, Mapping):
-            problems.append(f"{path}.{name}: options are needed, such as {{}}, not {options!r}")
+        if not isinstance(options, Mapping) and name in infos(role):
+            problems.append(f"{path}.{name}: options are needed, such as {path}.{name}={{}}, not {options!r}")
             continue
+        options = options if isinstance(options, Mapping) else {}
         if options.get("name", name) != name:
             problems.append(f"{path}.{name}.name: the key says which part this is, {name!r}, not {options['name']!r}")
             continue
@@ -145,6 +185,8 @@ def _nested(annotation: Any, value: Any, where: str, across_keys: bool = False) 
 
 def _unknown_key(info: PartInfo, key: str, known: list[str]) -> str:
     """Return that a part does not know a key, with the part that does, or the nearest match."""
+    if hint := ELSEWHERE.get((info.role, key)):
+        return f"no such key: {hint}"
     message = unknown("key", key, known, info.label)
     others = known_elsewhere(info, key)
     return f"{message} {', '.join(others)} {'has' if len(others) == 1 else 'have'} it." if others else message
