@@ -54,6 +54,8 @@ def test_released_rating_embeddings_have_the_checksums_of_their_entries(golden_h
     assert [name for name, entry in catalogue().items() if entry.config] == [
         *(f"aesthetic/{size}" for size in ("vit_b_16", "vit_b_32", "vit_l_14")),
         "aesthetic/improved_vit_l_14",
+        *(f"nsfw/{size}" for size in ("vit_b_32", "vit_l_14", "vit_h_14")),
+        *(f"violence/{size}" for size in ("vit_b_32", "vit_l_14")),
     ]
 
 

@@ -45,13 +45,13 @@ def save_part(
         module: the part; its class is registered.
         section: its config section, of which the keys of its architecture are stored.
         extra: further text metadata, such as what was measured.
-        dtype: of the stored weights; float16 halves the file. Single numbers and statistics of latents stay exact.
+        dtype: of the stored weights; float16 halves the file. Single numbers, statistics and tables stay exact.
     """
     role, name = module.part_role, module.part_name
     architecture = {key: value for key, value in section.items() if key not in ("name", *use_keys(role))}
     config = json.dumps({"name": name, **architecture})
-    exact = [name for name, value in module.state_dict().items() if not value.ndim or name in LATENT_STATISTICS]
-    state = {name: value if name in exact else value.to(dtype) for name, value in module.state_dict().items()}
+    weights = {name for name, value in module.named_parameters() if value.ndim}
+    state = {name: value.to(dtype) if name in weights else value for name, value in module.state_dict().items()}
     write_safetensors(path, state, {"format": FORMAT, "role": role, "config": config, **(extra or {})})
 
 

@@ -16,11 +16,14 @@ from ldm_lab.checkpoints.files import FORMAT, damaged_safetensors, is_safetensor
 from ldm_lab.checkpoints.lookalikes import check_is_weights
 from ldm_lab.checkpoints.released_zip import is_release, unpacked
 from ldm_lab.checkpoints.safe_pickle import load_arrays
+from ldm_lab.checkpoints.saved_model import SavedModel, is_saved_model, read_saved_model
 from ldm_lab.checkpoints.sharded import is_index, shards
+from ldm_lab.checkpoints.tensor_bundle import kind_of
 from ldm_lab.checkpoints.third_party import read_state_dict
 from ldm_lab.checkpoints.torchscript import is_torchscript, read_torchscript
 from ldm_lab.checkpoints.wrappers import Unwrapped, plain_names
 from ldm_lab.errors import UserError
+from ldm_lab.io.arrays import is_npy, native, open_npy
 from ldm_lab.io.atomic import existing_file
 
 DTYPES = {
@@ -28,6 +31,8 @@ DTYPES = {
     **{"I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool},
 }  # safetensors' names
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before its zips: the pickle of a magic number
+ARRAY = ".npy"  # the name of the one tensor in a `.npy`, which no state dict has
+LARGEST_ARRAY = 64 << 20  # bytes: a larger one is no head
 LARGEST_TEXT = 1 << 20  # bytes of a YAML beside weights
 
 
@@ -59,6 +64,7 @@ class OpenedFile:
         metadata: text beside the tensors of a safetensors file.
         extra: what else a pickled checkpoint holds, by name.
         pickled: what a pickle holds that is no checkpoint: containers, numbers, strings and arrays; None otherwise.
+    keras: of a SavedModel the Keras model in it; None otherwise.
         yaml: the first mebibyte of the YAML beside it under the same name, or with it in a zip; None without.
         loaded: its tensors, if opening it has read them.
         handle: reads them otherwise.
@@ -72,6 +78,7 @@ class OpenedFile:
     metadata: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, object] = field(default_factory=dict)
     pickled: object = None
+    keras: SavedModel | None = None
     yaml: bytes | None = None
     loaded: Mapping[str, Tensor] | None = None
     handle: safe_open | None = None
@@ -100,6 +107,10 @@ def open_weights(path: Path) -> OpenedFile:
     path = existing_file(path, "weights")
     if is_index(path):
         return _open_shards(path)
+    if is_saved_model(path):
+        model = read_saved_model(path)
+        variables = {name: TensorInfo(entry.shape, kind_of(entry)) for name, entry in model.variables().items()}
+        return OpenedFile(path, variables, keras=model)
     if is_release(path):
         with unpacked(path) as weights:
             try:
@@ -120,6 +131,8 @@ def _open(path: Path) -> OpenedFile:
         return _open_safetensors(path, yaml)
     if is_torchscript(path):
         return _of_tensors(path, Unwrapped(read_torchscript(path), {}), yaml)
+    if is_npy(path):
+        return _of_tensors(path, Unwrapped({ARRAY: _read_array(path)}, {}), None)
     if _is_plain_pickle(path):
         pickled = load_arrays(path)
         return OpenedFile(path, {}, pickled=pickled)
@@ -132,6 +145,16 @@ def _of_tensors(path: Path, found: Unwrapped, yaml: bytes | None) -> OpenedFile:
     tensors = {name: found.tensors[stored] for name, stored in names.items()}
     notes = (*found.notes, *notes)
     return OpenedFile(path, infos(tensors), extra=found.rest, yaml=yaml, loaded=tensors, notes=notes)
+
+
+def _read_array(path: Path) -> Tensor:
+    """Return the array in a `.npy`. Raises UserError for one of other things than numbers, or one that is too large."""
+    array = open_npy(path)
+    if array.nbytes > LARGEST_ARRAY:
+        raise UserError(f"{path}: no weights: an array of {' x '.join(map(str, array.shape))}, such as embeddings")
+    if array.dtype.kind not in "fiub":
+        raise UserError(f"{path}: no weights: an array of {array.dtype}, which are no numbers")
+    return torch.from_numpy(native(array))  # the array's shape
 
 
 def _open_shards(path: Path) -> OpenedFile:

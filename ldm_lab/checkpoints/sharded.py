@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from ldm_lab.checkpoints.lookalikes import check_is_weights
+from ldm_lab.checkpoints.saved_model import PROGRAM, files_of
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import sha256
 from ldm_lab.io.json_files import parse_json
@@ -46,7 +47,9 @@ def shards(path: Path) -> dict[Path, list[str]]:
 
 
 def weights_files(path: Path) -> list[Path]:
-    """Return the files with the weights that a path stands for: itself, or an index and what it names."""
+    """Return the files with the weights that a path stands for: itself, an index and what it names, or a SavedModel."""
+    if path.name == PROGRAM:
+        return files_of(path)
     return [path, *shards(path)] if is_index(path) else [path]
 
 

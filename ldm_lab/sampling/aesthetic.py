@@ -20,7 +20,8 @@ from ldm_lab.checkpoints import embedders
 from ldm_lab.checkpoints.embedders import OPENAI
 from ldm_lab.checkpoints.files import FORMAT, is_safetensors, read_safetensors, write_safetensors
 from ldm_lab.checkpoints.importer import Section
-from ldm_lab.errors import UserError, first_line, unknown
+from ldm_lab.errors import UserError, unknown
+from ldm_lab.io.arrays import open_npy
 from ldm_lab.io.atomic import existing_file, sha256
 from ldm_lab.pretrained.catalogue import catalogue
 from ldm_lab.pretrained.resolve import resolve_weights
@@ -187,11 +188,8 @@ def _read_folder(path: Path) -> RatingEmbeddings:
 
 def _read_npy(path: Path) -> Tensor:
     """Return the embedding in a .npy file, float32 [D]."""
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not a readable .npy file ({first_line(error)})") from None
-    if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.size != array.shape[-1]:
+    array = open_npy(path)
+    if array.dtype.kind != "f" or array.ndim == 0 or array.size != array.shape[-1]:
         raise UserError(f"{path}: one embedding is needed, [1, D] of floating-point numbers")
     embed = torch.from_numpy(array.reshape(-1).astype(np.float32))  # [D]
     _check(embed, path)

@@ -11,9 +11,9 @@ from ldm_lab.checkpoints import embedders
 from ldm_lab.checkpoints.importer import detect_format
 from ldm_lab.checkpoints.native import part_config, save_part
 from ldm_lab.checkpoints.parts import load_module
+from ldm_lab.checkpoints.sharded import weights_checksum
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Part
-from ldm_lab.io.atomic import sha256
 from ldm_lab.io.json_files import Json, parse_json
 
 Output = Literal["number", "probability"]
@@ -136,7 +136,7 @@ def load_head(name: str | Path) -> LoadedHead:
     module = module.fused()
     if not all(p.isfinite().all() for p in module.parameters()):
         raise UserError(f"{path}: its weights are not finite numbers")
-    return LoadedHead(module, str(name), sha256(path), trained)
+    return LoadedHead(module, str(name), weights_checksum(path), trained)
 
 
 def save_head(path: str | Path, head: Head, section: dict[str, Any], trained: dict[str, float]) -> None:

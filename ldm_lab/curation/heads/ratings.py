@@ -12,6 +12,7 @@ from ldm_lab.curation.scoring.files import read_embeddings
 from ldm_lab.data.samples import SkippedSample
 from ldm_lab.data.tar import read_files
 from ldm_lab.errors import UserError, first_line, unknown
+from ldm_lab.io.arrays import open_npy
 from ldm_lab.io.json_files import parse_json
 
 TABLES = (".parquet", ".csv", ".tsv")
@@ -130,10 +131,7 @@ class Rated:
 
 def read_rating_rows(path: Path) -> np.ndarray:
     """Return the ratings in a .npy, float64 [N]. Raises UserError if it is none."""
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not a readable .npy file ({first_line(error)})") from None
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+    array = open_npy(path)
+    if array.dtype.kind not in "fiu":
         raise UserError(f"{path}: numbers are needed as ratings")
     return array.reshape(-1).astype(np.float64) if array.ndim == 2 and array.shape[1] == 1 else array.astype(np.float64)

@@ -24,6 +24,7 @@ from ldm_lab.checkpoints.files import FORMAT, is_safetensors, read_safetensors
 from ldm_lab.data.strings import Strings
 from ldm_lab.data.work_items import Content
 from ldm_lab.errors import UserError, first_line, unknown
+from ldm_lab.io.arrays import native, open_npy
 from ldm_lab.io.atomic import atomic_write
 from ldm_lab.io.json_files import Json, parse_json
 
@@ -156,14 +157,11 @@ def read_embeddings(path: Path) -> tuple[Tensor, list[str] | None, dict[str, str
     if not path.is_file():
         raise UserError(f"{path}: no such file (embeddings)")
     if not is_safetensors(path):
-        try:
-            array = np.load(path, allow_pickle=False, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path}: not a readable .npy file ({first_line(error)})") from None
-        if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f":
+        array = open_npy(path)
+        if array.ndim != 2 or array.dtype.kind != "f":
             raise UserError(f"{path}: embeddings are [N, D] floating-point numbers")
         array = array if array.dtype in (np.float16, np.float32) else array.astype(np.float32)
-        return torch.from_numpy(np.array(array)), None, None  # [N, D]
+        return torch.from_numpy(native(array)), None, None  # [N, D]
     tensors, metadata = read_safetensors(path)
     if metadata.get("format") != FORMAT or metadata.get("role") != ROLE:
         raise UserError(f"{path}: no embeddings of ldm_lab's: it holds {str(metadata.get('role'))[:50]}")
