@@ -75,10 +75,12 @@ def run(args: argparse.Namespace) -> int:
     loading = ModelOptions(**given(args, part_info("model_options", None).options))
     check_together(args, options)
 
-    from ldm_lab.sampling.output import SampleFolder  # not before: it imports torch, which takes seconds
+    from ldm_lab.sampling.needs import announce_models  # not before: it imports torch, which takes seconds
+    from ldm_lab.sampling.output import SampleFolder
 
     folder = SampleFolder(Path(args.out))
     mixes = keyframes(args) if args.interpolate else prompt_mixes(args)
+    announce_models(args.checkpoint, args.upsampler, loading, options)
     try:
         if args.interpolate:
             return draw_film(args, folder, mixes, options, loading)

@@ -104,34 +104,27 @@ def problem(value: Plain, annotation: TypeForm) -> str | None:
 
 
 class Interpolated(str):
-    """A text that an interpolation gave, such as ${oc.env:N}; `settled` reads it as what its option takes."""
+    """A text that an interpolation gave, such as ${oc.env:N}: its option knows whether it is a number."""
 
-
-def settled(value: Plain, annotation: TypeForm) -> Plain:
-    """Return a value with the texts of interpolations in it read as a type takes them, if it takes them at all."""
-    if isinstance(value, list):
-        bases = [typing.get_args(m)[0] if typing.get_origin(m) is Annotated else m for m in _members(annotation)]
-        forms = [typing.get_args(base)[0] for base in bases if typing.get_origin(base) in (list, tuple)]
-        return [settled(entry, forms[0] if forms else Plain) for entry in value]
-    if isinstance(value, dict):
-        return {key: settled(entry, Plain) for key, entry in value.items()}
-    if not isinstance(value, Interpolated):
-        return value
-    text = str(value)
-    return next((reading for reading in _readings(text) if fits(reading, annotation)), text)
-
-
-def _readings(text: str) -> Iterator[Plain]:
-    """Yield what a text may mean, as YAML would: a number, true or false, nothing, and itself at last."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            yield kind(text)
-    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-    if text.lower() in words:
-        yield words[text.lower()]
-    if text.lower() in ("null", "~", ""):
-        yield None
-    yield text
+    def read_as(self, annotation: TypeForm) -> int | float | bool | str | None:
+        """Return it as an annotation takes it: a number, true or false, nothing; the plain text if all that fails."""
+        words = {
+            "true": True,
+            "yes": True,
+            "on": True,
+            "1": True,
+            "false": False,
+            "no": False,
+            "off": False,
+            "0": False,
+        }
+        readings: list[int | float | bool | None] = []
+        for kind in (int, float):
+            with contextlib.suppress(ValueError):
+                readings.append(kind(self))
+        readings += [words[self.lower()]] if self.lower() in words else []
+        readings += [None] if self.lower() in ("null", "~", "") else []
+        return next((reading for reading in readings if fits(reading, annotation)), str(self))
 
 
 def converted(value: Plain, annotation: TypeForm) -> Plain:
@@ -140,6 +133,12 @@ def converted(value: Plain, annotation: TypeForm) -> Plain:
     if isinstance(value, int) and not isinstance(value, bool) and float in bases and int not in bases:
         return float(value)
     return value
+
+
+def entries_form(annotation: TypeForm) -> TypeForm:
+    """Return the annotation of a list's entries, of a union the first list's; anything fits if it takes no list."""
+    bases = [typing.get_args(m)[0] if typing.get_origin(m) is Annotated else m for m in _members(annotation)]
+    return next((typing.get_args(base)[0] for base in bases if typing.get_origin(base) in (list, tuple)), Plain)
 
 
 def _members(annotation: TypeForm) -> Iterator[TypeForm]:

@@ -5,11 +5,23 @@ names, those that were left out with their defaults, and is not asked about a se
 brings its own architecture: then it is asked when that file is read.
 """
 
+import contextlib
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from ldm_lab.config.bounds import PartSection, Plain, converted, describe, marker, problem, settled
+from ldm_lab.config.bounds import (
+    Interpolated,
+    PartMapping,
+    PartSection,
+    Plain,
+    TypeForm,
+    converted,
+    describe,
+    entries_form,
+    marker,
+    problem,
+)
 from ldm_lab.config.registry import MAPPINGS, PartInfo, infos, known_elsewhere, part_info, use_keys
 from ldm_lab.errors import UserError, unknown
 
@@ -21,36 +33,33 @@ ELSEWHERE = {  # (role, key of other programs) -> what stands for it here
 }
 
 
-def settled_section(role: str, section: Any, name: str | None = None) -> Any:
-    """Return a section with the texts of interpolations in it, such as ${oc.env:N}, read as its options take them.
+def settled(value: Any, annotation: TypeForm) -> Any:
+    """Return what a config has in a place, with the texts of interpolations in it read as the place takes them.
 
     Args:
-        role: of the part.
-        section: what the config has there.
-        name: of the part if the section does not say it.
+        value: a section, a mapping of parts, a list, a single value.
+        annotation: of the place: an option's, or that of a whole section (`section_form`).
     """
-    if not isinstance(section, Mapping):
-        return settled(section, Plain)
-    try:
-        options = part_info(role, settled(section.get("name", name), str)).options
-    except UserError:
-        options = {}  # the check says what is wrong
-    types = {**use_keys(role), **{key: option.annotation for key, option in options.items()}, "name": str}
-    return {key: _settled_value(value, types.get(key, Plain)) for key, value in section.items()}
+    if isinstance(value, Interpolated):
+        return value.read_as(annotation)
+    if isinstance(value, list):
+        return [settled(entry, entries_form(annotation)) for entry in value]
+    if not isinstance(value, Mapping):
+        return value
+    mark, types = marker(annotation), {}
+    if isinstance(mark, PartMapping):
+        types = {name: section_form(mark.role, name) for name in value}
+    elif mark is not None:
+        with contextlib.suppress(UserError):  # the check says what is wrong
+            known = part_info(mark.role, settled(value.get("name", mark.name), str)).options
+            types = {**use_keys(mark.role), **{key: option.annotation for key, option in known.items()}, "name": str}
+    return {key: settled(its, types.get(key, Plain)) for key, its in value.items()}
 
 
-def settled_mapping(role: str, sections: Any) -> Any:
-    """Return a mapping {part name: options} as `settled_section` does a section."""
-    if not isinstance(sections, Mapping):
-        return settled(sections, Plain)
-    return {name: settled_section(role, options, name) for name, options in sections.items()}
-
-
-def _settled_value(value: Any, annotation: Any) -> Any:
-    mark = marker(annotation)
-    if isinstance(mark, PartSection):
-        return settled_section(mark.role, value, mark.name)
-    return settled(value, annotation) if mark is None else settled_mapping(mark.role, value)
+def section_form(role: str, name: str | None = None) -> TypeForm:
+    """Return the annotation of a section of a role, or of the mapping of its parts that a config calls by this key."""
+    form: TypeForm = Annotated[dict, PartMapping(MAPPINGS[role]) if role in MAPPINGS else PartSection(role, name)]
+    return form
 
 
 def check_keys(role: str, section: Any, path: str) -> list[str]:

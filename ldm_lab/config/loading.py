@@ -1,6 +1,8 @@
 """YAML files to plain data: `defaults:` laid under, `key=value` laid over, interpolations resolved."""
 
-from collections.abc import Mapping, Sequence
+import functools
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +45,20 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         config = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {yaml_error(error)}") from None
-    _mark_interpolated(merged, config)
+    for *above, key in _interpolated(merged):
+        holder = functools.reduce(operator.getitem, above, config)
+        holder[key] = Interpolated(holder[key]) if isinstance(holder[key], str) else holder[key]
     return {str(key): value for key, value in config.items()}
 
 
-def _mark_interpolated(node: DictConfig | ListConfig, resolved: Any) -> None:
-    """Mark the texts that interpolations gave: of ${oc.env:N} only the option knows whether it is a number."""
+def _interpolated(node: DictConfig | ListConfig, above: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Yield the places of interpolations below a node."""
     entries = node._content.items() if isinstance(node, DictConfig) else enumerate(node._content)
     for key, child in entries:
         if child._is_interpolation():
-            resolved[key] = Interpolated(resolved[key]) if isinstance(resolved[key], str) else resolved[key]
+            yield (*above, key)
         elif isinstance(child, DictConfig | ListConfig) and isinstance(child._content, dict | list):
-            _mark_interpolated(child, resolved[key])
+            yield from _interpolated(child, (*above, key))
 
 
 def _chain(path: Path, seen: tuple[Path, ...]) -> dict[Path, DictConfig]:

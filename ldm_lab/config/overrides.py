@@ -99,13 +99,14 @@ def overlaid(config: DictConfig, overlay: DictConfig, what: str) -> DictConfig:
 def _list_beside_section(below: DictConfig, above: DictConfig, path: str = "") -> str:
     """Return at which key path one of two configs has a list and the other a section, in words; "" if nowhere."""
     for key in above:
-        one, other, inner = _section_or_list(below, key), _section_or_list(above, key), f"{path}{key}"
+        one, other, inner = _section_or_list(below, key), _section_or_list(above, key), f"{path}{key!s}"
         if isinstance(one, ListConfig) and isinstance(other, DictConfig):
             return f"{inner} is a list, {list(one)}, and a section is given; give all of the list: {inner}=[...]"
         if isinstance(one, DictConfig) and isinstance(other, ListConfig):
             return f"{inner} is a section of key: value lines, and a list is given, {list(other)}"
-        deeper = isinstance(one, DictConfig) and isinstance(other, DictConfig)
-        if deeper and (found := _list_beside_section(one, other, f"{inner}.")):
+        if not (isinstance(one, DictConfig) and isinstance(other, DictConfig)):
+            continue
+        if found := _list_beside_section(one, other, f"{inner}."):
             return found
     return ""
 
@@ -113,8 +114,9 @@ def _list_beside_section(below: DictConfig, above: DictConfig, path: str = "") -
 def _section_or_list(config: DictConfig, key: DictKeyType) -> DictConfig | ListConfig | None:
     """Return what a key has if that is a section or a list."""
     found = config._get_node(key)
-    is_there = isinstance(found, DictConfig | ListConfig) and isinstance(found._content, dict | list)
-    return found if is_there else None
+    if isinstance(found, DictConfig | ListConfig) and isinstance(found._content, dict | list):
+        return found
+    return None
 
 
 def _section(config: DictConfig, key: DictKeyType) -> DictConfig | None:

@@ -109,7 +109,8 @@ class DataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """List the data. Raises UserError if there is none, or too little for the number of readers."""
-        self.source.open()
+        if self.source.count is None:
+            self.source.open()
         readers, count, unit = self.workers * self.world_size, self.source.count or 0, self.source.unit
         if count < readers:
             most = count // self.world_size

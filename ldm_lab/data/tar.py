@@ -17,7 +17,8 @@ from webdataset.tariterators import base_plus_ext
 from webdataset.writer import TarWriter
 
 from ldm_lab.data.samples import BROKEN, DUPLICATE, UNREACHABLE, RawSample, SkippedSample
-from ldm_lab.data.streams import drain, open_stream
+from ldm_lab.data.shard_urls import scheme_of
+from ldm_lab.data.streams import drain, open_stream, reason_of
 from ldm_lab.io.atomic import atomic_write
 from ldm_lab.io.decoding import IMAGE_ENDINGS
 
@@ -41,10 +42,10 @@ class _Member(tarfile.TarInfo):
 def read_shard(address: str) -> Iterator[RawSample | SkippedSample]:
     """Yield the samples of a shard, in its order.
 
-    A shard that cannot be opened gives one SkippedSample "unreachable shard". One that breaks off gives the samples
-    before the break and then one SkippedSample "broken shard"; the sample at the break counts as one of them when it
-    has all the files that the one before it had. Of samples with the same key the first one counts; the others give
-    "duplicate key".
+    A shard that cannot be opened gives one SkippedSample "unreachable shard", with the reason beside its address. One
+    that breaks off gives the samples before the break and then one SkippedSample "broken shard"; the sample at the
+    break counts as one of them when it has all the files that the one before it had. Of samples with the same key the
+    first one counts; the others give "duplicate key".
     """
     for item in read_files(address, (*IMAGE_ENDINGS, "txt", "json")):
         yield item if isinstance(item, SkippedSample) else _raw_sample(*item)
@@ -59,8 +60,8 @@ def read_files(address: str, extensions: tuple[str, ...] | None = None) -> Itera
     """
     try:
         stream = open_stream(address)
-    except (OSError, ValueError):
-        yield SkippedSample(UNREACHABLE, address)
+    except (OSError, ValueError) as error:
+        yield SkippedSample(UNREACHABLE, f"{address}: {reason_of(error)}")
         return
     previous: dict[str, bytes] = {}
     files: dict[str, bytes] = {}
@@ -89,10 +90,10 @@ def read_files(address: str, extensions: tuple[str, ...] | None = None) -> Itera
                 if (extensions is None or extension in extensions) and member.size <= LARGEST_MEMBER:
                     files[extension] = archive.extractfile(member).read()
             drain(stream)
-    except (tarfile.TarError, OSError, EOFError, zlib.error, LZMAError):
+    except (tarfile.TarError, OSError, EOFError, zlib.error, LZMAError) as error:
         if begun and previous and previous.keys() <= files.keys():
             yield finished()
-        yield SkippedSample(BROKEN, address)
+        yield SkippedSample(BROKEN, f"{address}: {reason_of(error)}" if scheme_of(address) else address)
         return
     if begun:
         yield finished()
