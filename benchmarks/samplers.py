@@ -4,8 +4,8 @@
 
 The mixtures have known scores (`tests/test_samplers.py` measures orders of convergence on such). On the model the
 solution is that of its guided probability-flow ODE, by Runge-Kutta with many steps; all samplers start from the same
-noise, and the distance is of latents, relative, the median over pictures. Stochastic samplers have no solution to be
-near to.
+noise and at the schedule's first noise level (`benchmarks/first_level.py` measures others), and the distance is of
+latents, relative, the median over pictures. Stochastic samplers have no solution to be near to.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from ldm_lab.sampling import Pipeline, SamplingOptions
 from ldm_lab.sampling.pipeline import Draw
 from ldm_lab.schedules import Cosine
 
+FROM_THE_START = ("log_snr", "karras", "uniform")  # spacings that would begin by the latents' size
 REFERENCE = {"name": "prk", "steps": 300}  # model calls: four times as many
 ROWS = [
     *({"name": name} for name in ("ddim", "plms", "plms2", "iplms", "pie", "prk")),
@@ -110,8 +111,9 @@ def main() -> None:
         for row in ROWS:
             name = " ".join(str(value) for value in row.values())
             cells = []
+            start = {"sigma_max": Cosine.sigma_max} if row.get("spacing") in FROM_THE_START else {}
             for steps in args.steps:
-                latents, calls = sample({**row, "steps": steps})
+                latents, calls = sample({**row, **start, "steps": steps})
                 cells.append(f"{distance(latents, solution):.1e} ({calls})")
             print(f"{name:28}" + "".join(f"{cell:>18}" for cell in cells), flush=True)
 

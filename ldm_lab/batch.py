@@ -19,6 +19,8 @@ class ReaderState:
         skipped: reason -> samples that could not be used.
         filtered: rule -> samples that a rule of the user's leaves out.
         examples: reason or rule -> the first few keys.
+        judged: samples that rules have looked at, those ahead in the shuffle buffer included.
+        captions: where captions came from, or why they cannot be read -> samples.
     """
 
     position: tuple[int, int, int]
@@ -27,6 +29,8 @@ class ReaderState:
     skipped: dict[str, int] = field(default_factory=dict)
     filtered: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    judged: int = 0
+    captions: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass

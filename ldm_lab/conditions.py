@@ -125,7 +125,8 @@ class ConditionRequest:
     Attributes:
         x: where sampling starts, [B, C, h, w].
         low_res: what is to be enlarged, [B, 3, h', w'] in [-1, 1]; None without.
-        known: latents of an image of which a part is kept, [1 or B, C, h, w]; None without.
+        known: latents of an image of which a part is kept, [1 or B, C, h, w]; where the mask is true they mean nothing.
+            None without.
         mask: where it is to be painted anew, bool [1 or B, 1, h, w]; None without.
     """
 

@@ -1,8 +1,15 @@
-"""Exponential moving average of a model's weights, with a decay that tightens in stages."""
+"""Moving averages of a model's weights: exponential ones with a decay that tightens in stages, and power-function ones.
+
+A power-function average (Karras et al. 2024, arXiv 2312.02696, section 3.1) weighs the weights after update u of t by
+(u / t)^exponent: it forgets the beginning however long training goes on, and its width, the standard deviation of that
+profile as a share of t, stays the same. From snapshots of two of them one of any other width is put together later.
+"""
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -63,3 +70,50 @@ def update(average: nn.Module, model: nn.Module, decay: float) -> None:
     torch._foreach_add_(ours, theirs, alpha=1 - decay)
     for mine, its in zip(average.buffers(), model.buffers()):
         mine.copy_(its)
+
+
+WIDEST = 0.28  # width of a power-function average; with exponent 0, the plain mean, it is 0.289
+
+
+@dataclass(frozen=True)
+class PowerAverage:
+    """Which average a snapshot holds.
+
+    Attributes:
+        width: the standard deviation of its profile, as a share of the time since the beginning.
+        updates: optimizer steps that it has seen.
+    """
+
+    width: float
+    updates: int
+
+    @property
+    def exponent(self) -> float:
+        """The exponent of the profile (arXiv 2312.02696, appendix C.2)."""
+        inverse = self.width**-2
+        return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
+
+    def decay(self) -> float:
+        """Return the share of the average that stays in update number `updates`, 0 in the first (section 3.1)."""
+        return (1 - 1 / self.updates) ** (self.exponent + 1)
+
+    def overlap(self, other: "PowerAverage") -> float:
+        """Return the inner product of two profiles (arXiv 2312.02696, appendix C.3)."""
+        early, late = (self, other) if self.updates < other.updates else (other, self)
+        shrunk = (early.updates / late.updates) ** late.exponent
+        return (early.exponent + 1) * (late.exponent + 1) * shrunk / (early.exponent + late.exponent + 1) / late.updates
+
+
+def combination(snapshots: Sequence[PowerAverage], wanted: PowerAverage) -> tuple[list[float], float]:
+    """Return by what to multiply snapshots so that they add up to another average, and what is missing.
+
+    Returns:
+        A factor for each snapshot (least squares over the profiles, arXiv 2312.02696, section 3.2), and the distance of
+        the sum from the wanted profile as a share of the wanted one, 0 to 1.
+    """
+    between = np.array([[one.overlap(other) for other in snapshots] for one in snapshots])  # [n, n]
+    toward = np.array([one.overlap(wanted) for one in snapshots])  # [n]
+    factors = np.linalg.lstsq(between, toward, rcond=1e-14)[0]  # [n]
+    whole = wanted.overlap(wanted)
+    left = whole - 2 * factors @ toward + factors @ between @ factors
+    return factors.tolist(), float(np.sqrt(max(left, 0.0) / whole))

@@ -1,9 +1,12 @@
 """The exceptions that end a program in one line, and the words of messages."""
 
 import difflib
+import io
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -35,12 +38,48 @@ def first_line(error: Exception, limit: int = 200) -> str:
     return lines[0][:limit] if lines else type(error).__name__
 
 
+# What libraries say when memory has run out, in lower case; classes of their own they have for some of it only.
+MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "unable to allocate")
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """Return what an exception says of memory that has run out, in one line; None if that is not what it is about."""
+    if isinstance(error, MemoryError):
+        return "out of main memory"
+    said = str(error).lower()
+    if not isinstance(error, RuntimeError) or not any(words in said for words in MEMORY_WORDS):
+        return None
+    where = "main" if "cpuallocator" in said else "the device's"
+    size = re.search(r"tr(?:ied|ying) to allocate ([\d.]+ ?\w+)", str(error), re.IGNORECASE)
+    return f"out of {where} memory" + (f" ({size[1]} more were asked for)" if size else "")
+
+
+@contextmanager
+def told_in_one_line(doing: Callable[[], str], advice: str) -> Iterator[None]:
+    """Turn the hundreds of lines of memory that runs out into a UserError that says what was being done.
+
+    Args:
+        doing: what that is, asked when it happens.
+        advice: what needs less.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        lack = out_of_memory(error)
+        if lack is None:
+            raise
+        raise UserError(f"{lack} while {doing()}; {advice}") from None
+
+
 def run_program(main: Callable[[], int | None]) -> None:
     """Run a command-line program.
 
-    Exit codes: 0 done, 2 for what the user can mend and a full disk, 3 for NaN and infinity, 130 after Ctrl-C; errors
-    end in one line.
+    Exit codes: 0 done, 2 for what the user can mend and a full disk or memory, 3 for NaN and infinity, 130 after
+    Ctrl-C; errors end in one line.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may be bytes that are no text
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -57,6 +96,12 @@ def run_program(main: Callable[[], int | None]) -> None:
         if error.errno is None or (error.filename is None and error.errno != 28):  # ENOSPC
             raise
         print(f"error: {error.strerror}: {error.filename or 'no space left for an output file'}", file=sys.stderr)
+        code = 2
+    except (MemoryError, RuntimeError) as error:
+        lack = out_of_memory(error)
+        if lack is None:
+            raise
+        print(f"error: {lack}; smaller batches or fewer processes at once need less", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

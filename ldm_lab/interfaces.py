@@ -204,12 +204,15 @@ class ConditionSource(Part, nn.Module):
     def spec(self) -> ConditionSpec:
         raise NotImplementedError
 
-    def from_batch(self, batch: Batch, x0: Tensor, generator: torch.Generator | None) -> Conditions:
+    def from_batch(
+        self, batch: Batch, x0: Tensor, autoencoder: Autoencoder, generator: torch.Generator | None
+    ) -> Conditions:
         """Return the conditions of a training batch, [B, ...] each.
 
         Args:
             batch: its images, or what a cache has of them.
             x0: the batch's latents, [B, C, h, w].
+            autoencoder: that made them, frozen, for sources that change an image and want its latents.
             generator: of the random numbers, on the device of x0; None is torch's global one.
 
         Raises:
@@ -331,8 +334,16 @@ class Sampler(Part):
     steps: int
     uses_gradient: ClassVar[bool] = False
 
-    def times(self, schedule: Schedule) -> Tensor:
-        """Return the times at which the steps begin, falling, float32 [steps]. Raises UserError as `Schedule.grid`."""
+    def times(self, schedule: Schedule, size: Sequence[int] | None = None) -> Tensor:
+        """Return the times at which the steps begin, falling, float32 [steps].
+
+        Args:
+            schedule: of the model.
+            size: height and width of x, where the first time depends on them; None: of large latents.
+
+        Raises:
+            UserError: as `Schedule.grid`.
+        """
         raise NotImplementedError
 
     def sample(

@@ -42,10 +42,13 @@ class Schedule:
 
     Attributes:
         variance_preserving: whether alpha^2 + sigma^2 is exactly 1, which no sampler takes for granted.
+        sigma_max: sigma / alpha where the grids begin that only the noise levels decide; there is more noise than data
+            can be told from, and divisions by alpha stay finite.
         timesteps: T of a table of betas; None for a continuous schedule.
     """
 
     variance_preserving: bool = False
+    sigma_max: float
     timesteps: int | None = None
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,12 +82,14 @@ class Schedule:
             raise UserError("objective.name: this denoiser reads timesteps, and the objective's schedule is continuous")
         return t * self.timesteps - 1
 
-    def grid(self, steps: int | str, spacing: str | None = None) -> Tensor:
+    def grid(self, steps: int | str, spacing: str | None = None, sigma_max: float | None = None) -> Tensor:
         """Return the times that a sampler visits, float32 [steps], falling; the final 0 is not among them.
 
         Args:
             steps: how many, or a respacing (`ldm_lab.schedules.respacing`).
             spacing: how they are spread (`ldm_lab.schedules.spacing`); None is the schedule's own way.
+            sigma_max: sigma / alpha of the first one, in grids that only the noise levels decide; None and what is
+                above the schedule's own `sigma_max` stand for that.
 
         Raises:
             UserError: steps or a spacing that this schedule does not have.

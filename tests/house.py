@@ -284,7 +284,9 @@ def declares(node: ast.AST) -> Iterator[str]:
         yield from (flag.lstrip("-").replace("-", "_") for flag in flags)
 
 
-SAMPLING_ROOMS = re.compile(r"sample\.py|ldm_lab/(sampling/|commands/sample\.py|app/|training/(demo|enlargements)\.py)")
+SAMPLING_ROOMS = re.compile(
+    r"sample\.py|ldm_lab/(sampling/|commands/sample\.py|app/|training/(demo|enlargements|inpaintings)\.py)"
+)
 
 
 def sampling_options_declared_again() -> list[str]:

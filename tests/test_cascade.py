@@ -91,6 +91,27 @@ def test_other_sizes_are_enlarged_by_the_same_factor(base, upsampler):
     assert small.size == (20, 12) and large.size == (40, 24)
 
 
+def test_sizes_that_do_not_meet_are_refused(base, upsampler):
+    """The upsampler was trained to enlarge pictures of 16 px to 32."""
+    large = tiny_glide.pipeline()
+    large.model.image_size = (32, 32)
+    with pytest.raises(UserError) as error:
+        stages(large, upsampler).check(["a cat"])
+    assert str(error.value) == (
+        "upsampler: it was trained to enlarge 16 px to 32, and gets 32x32 of a model of 32 px; take an upsampler of "
+        "32 px, or make the small pictures at 16 (size)"
+    )
+    with pytest.raises(UserError, match="gets 32x48 of a model of 32 px"):
+        stages(large, upsampler, size=(48, 32)).check(["a cat"])
+    with pytest.raises(UserError, match="enlarge 16 px to 32, and gets 32x32 of a model of 32 px"):
+        Stages([Stage(base, options()), Stage(upsampler, options()), Stage(upsampler, options())]).check(["a cat"])
+    stages(large, upsampler, size=16).check(["a cat"])
+    stages(large, upsampler, size=(16, 24)).check(["a cat"])
+    stages(base, upsampler, size=64).check(["a cat"])  # models of one another make larger ones than they were shown
+    large.model.image_size = None
+    stages(large, upsampler, size=32).check(["a cat"])  # nobody says
+
+
 def test_three_stages(base, upsampler, monkeypatch):
     further = tiny_glide.pipeline(upsampler=True)
     seen = [watch(monkeypatch, pipeline) for pipeline in (upsampler, further)]
@@ -168,7 +189,7 @@ def test_mistakes(base, upsampler):
         (lambda: stages(base, base), "upsampler: this is a base model"),
         (lambda: upsampler(["a"]), "this model is an upsampler: it enlarges the pictures of a base model"),
         (lambda: base(["a"], low_res=low_res), "this model is no upsampler"),
-        (lambda: upsampler(["a", "b"], low_res=low_res), "low_res: 1 pictures for 2 images"),
+        (lambda: upsampler(["a", "b"], low_res=low_res), "low_res: 1 images to enlarge for 2 pictures"),
         (lambda: upsampler(["a", "b"], low_res=[*low_res, Image.new("RGB", (8, 8))]), "have to be of one size"),
         (lambda: SamplingOptions(temperature=float("nan")), "temperature: "),
         (lambda: SamplingOptions(guidance=float("inf")), "guidance: number or null is needed"),
@@ -233,6 +254,7 @@ def files(tmp_path_factory):
     return {
         "base": tiny_glide.write(folder / "base.safetensors"),
         "upsampler": tiny_glide.write(folder / "upsampler.safetensors", upsampler=True),
+        "large_base": tiny_glide.write(folder / "large_base.safetensors", side=64),
     }
 
 
@@ -272,6 +294,10 @@ def test_the_command_keeps_both_sizes(program, files, tmp_path):
         (("--checkpoint", "{upsampler}", "--upsampler", "{upsampler}"), "error: base model: this is an upsampler"),
         (("--checkpoint", "{base}", "--upsampler", "{base}"), "error: upsampler: this is a base model"),
         (("--checkpoint", "{base}", "--upsampler", "none.pt"), "none.pt"),
+        (
+            ("--checkpoint", "{large_base}", "--upsampler", "{upsampler}"),
+            "upsampler: it was trained to enlarge 16 px to 32, and gets 64x64 of a model of 64 px",
+        ),
         (
             ("--checkpoint", "{base}", "--upsampler-temperature", "1"),
             "--upsampler-temperature belongs to an --upsampler",

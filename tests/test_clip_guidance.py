@@ -116,7 +116,7 @@ def test_weighted_texts_lead_in_proportion_and_prompts_without_weight_do_not(bas
     bright = led_by(base, Bright())
     targets = target_embeddings(bright.model, [[Prompt("bright", 3.0), Prompt("dark", 1.0)]], 1.0)
     assert targets[0].tolist() == pytest.approx([0.5, 0.0])
-    with pytest.raises(UserError, match="CLIP guidance: each image needs a text with a weight above 0"):
+    with pytest.raises(UserError, match="CLIP guidance: each picture needs a text with a weight above 0"):
         bright.check(["bright:0"], SamplingOptions(clip_guidance=3.0))
     scaled = tiny_glide.pipeline().model.autoencoder
     scaled.latent_std.fill_(2.0)

@@ -23,6 +23,7 @@ from ldm_lab.conditions import (
     is_upsampler,
     required_condition,
 )
+from ldm_lab.config import build
 from ldm_lab.denoisers.ccld_unet import CCLDUNet
 from ldm_lab.denoisers.glide_unet import GlideUNet
 from ldm_lab.errors import UserError
@@ -127,7 +128,8 @@ def test_conditioner_and_sources_give_their_union():
         ({"low_res": {"noise": -1.0}}, "condition_sources.low_res.noise: "),
         ({"low_res": 4}, "condition_sources.low_res: "),
         ({"low_res": {"name": "inpaint"}}, "condition_sources.low_res.name: "),
-        ({"inpaint": {"known_share": 2.0}}, "condition_sources.inpaint.known_share: "),
+        ({"inpaint": {"rectangle": -1.0}}, "condition_sources.inpaint.rectangle: "),
+        ({"inpaint": {"thickest": 1.5}}, "condition_sources.inpaint.thickest: "),
         ([1], "condition_sources: "),
     ],
 )
@@ -139,6 +141,8 @@ def test_sources_that_cannot_be(section, message):
 
 # ------------------------------------------------------------------------------------------------------ the sources
 
+PIXELS = build("autoencoder", {"name": "identity"})
+
 
 def batch(image: Tensor | None) -> Batch:
     count = 3 if image is None else len(image)
@@ -147,16 +151,19 @@ def batch(image: Tensor | None) -> Batch:
 
 def test_a_low_res_condition_is_made_with_the_random_numbers_that_are_handed_in():
     image = torch.rand(3, 3, 16, 16) * 2 - 1
-    assert torch.equal(LowRes(scale_factor=2).from_batch(batch(image), image, None)["low_res"], shrink(image, 2))
+    assert torch.equal(
+        LowRes(scale_factor=2).from_batch(batch(image), image, PIXELS, None)["low_res"], shrink(image, 2)
+    )
     source = LowRes(scale_factor=2, noise=0.3, blur=2.0)
     made = [
-        source.from_batch(batch(image), image, torch.Generator().manual_seed(seed))["low_res"] for seed in (1, 1, 2)
+        source.from_batch(batch(image), image, PIXELS, torch.Generator().manual_seed(seed))["low_res"]
+        for seed in (1, 1, 2)
     ]
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
     torch.manual_seed(1)
-    assert torch.equal(source.from_batch(batch(image), image, None)["low_res"], made[0]), "or with torch's own"
+    assert torch.equal(source.from_batch(batch(image), image, PIXELS, None)["low_res"], made[0]), "or with torch's own"
     with pytest.raises(UserError, match="data: images are needed to train an upsampler, and a cache holds none"):
-        source.from_batch(batch(None), torch.zeros(3, 4, 2, 2), None)
+        source.from_batch(batch(None), torch.zeros(3, 4, 2, 2), PIXELS, None)
 
 
 def test_what_is_enlarged_comes_from_the_request():
@@ -168,28 +175,12 @@ def test_what_is_enlarged_comes_from_the_request():
         source.from_request(ConditionRequest(x))
 
 
-def test_nothing_is_known_in_training_unless_it_is_asked_for():
-    x0, generator = torch.randn(200, 3, 8, 12), torch.Generator().manual_seed(0)
-    state = torch.get_rng_state()
-    given = Inpaint().from_batch(batch(x0), x0, None)
-    assert not given["inpaint_image"].any() and not given["inpaint_mask"].any()
-    assert given["inpaint_image"].shape == x0.shape and given["inpaint_mask"].shape == (200, 1, 8, 12)
-    assert torch.equal(torch.get_rng_state(), state), "and nothing is drawn"
-    given = Inpaint(known_share=0.5).from_batch(batch(x0), x0, generator)
-    mask, image = given["inpaint_mask"], given["inpaint_image"]
-    assert set(mask.unique().tolist()) == {0.0, 1.0} and torch.equal(image, x0 * mask)
-    rows, columns = mask.amax(3), mask.amax(2)  # [B, 1, h], [B, 1, w]
-    assert torch.equal(mask, rows[..., None] * columns[:, :, None]), "a rectangle"
-    assert 0.25 < mask.flatten(1).any(1).float().mean() < 0.5, "of half of the images, but for the empty ones"
-    assert not Inpaint(known_share=0.0001).from_batch(batch(x0), x0, generator)["inpaint_mask"].any()
-
-
 def test_what_is_kept_comes_from_the_request():
     x, known = torch.zeros(2, 3, 4, 4), torch.randn(1, 3, 4, 4)
     anew = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
     anew[..., :2] = True
     given = Inpaint().from_request(ConditionRequest(x, known=known, mask=anew))
-    assert torch.equal(given["inpaint_image"], known.expand(2, -1, -1, -1))
+    assert torch.equal(given["inpaint_image"], (known * ~anew).expand(2, -1, -1, -1)), "nothing under the mask"
     assert torch.equal(given["inpaint_mask"], (~anew).float().expand(2, -1, -1, -1))
     whole = Inpaint(channels=4).from_request(ConditionRequest(torch.zeros(2, 4, 4, 4)))
     assert whole["inpaint_image"].shape == (2, 4, 4, 4) and not whole["inpaint_mask"].any()

@@ -175,7 +175,7 @@ class Lazy(Sampler):
     def __init__(self, *, steps: PositiveInt = 5):
         self.steps = steps
 
-    def times(self, schedule):
+    def times(self, schedule, size=None):
         return schedule.grid(self.steps)
 
     def sample(self, predict, x, *, schedule, noise=None, callback=None):

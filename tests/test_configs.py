@@ -87,11 +87,13 @@ def test_ccld_finetune_goes_on_with_the_released_model():
     [
         ("glide_finetune_base", 385_030_726),
         ("glide_finetune_upsampler", 398_361_286),
+        ("glide_finetune_inpaint", 385_037_638),
         ("miniglide", 156_947_494),
         ("miniglide_1m5", 1_495_814),
         ("dogglide", 156_947_494),
         ("glide_quickstart", 3_637_254),
         ("glide_quickstart_upsampler", 1_210_886),
+        ("glide_quickstart_inpaint", 3_638_406),
     ],
 )
 def test_parameter_counts_of_the_recipes_of_glide(recipe, parameters):

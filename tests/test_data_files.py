@@ -34,14 +34,22 @@ def test_the_files_layout_of_img2dataset(tmp_path):
     }
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"caption": null}', '{"caption": 3}', "{}", "\udcff"])
-def test_metadata_without_a_caption(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        *((content, "") for content in ("", "[1]", '{"caption": null}', '{"caption": 3}', "{}")),
+        ("{", "json of the caption is not readable"),
+        ("\udcff", "caption is not UTF-8 (data.captions.encoding names its encoding)"),
+    ],
+)
+def test_metadata_without_a_caption(tmp_path, content, problem):
     (tmp_path / "a.png").write_bytes(encoded(1))
     (tmp_path / "a.json").write_bytes(content.encode(errors="surrogateescape"))
     assert captions({"name": "folder", "path": str(tmp_path)}) == {"a.png": ""}
     data = module({"name": "folder", "path": str(tmp_path), "require_text": True, "batch_size": 1}, epochs=1)
     take(data)
-    assert data.filtered == {"no caption": 1} and not data.skipped
+    assert data.filtered == ({} if problem else {"no caption": 1})
+    assert data.skipped == ({problem: 1} if problem else {})
 
 
 def test_stanford_dogs(tmp_path):

@@ -60,6 +60,11 @@ IDLE = [
     ("a fox", {"init_image": Image.new("RGB", (32, 32)), "strength": 0.1}, "strength: 0.1 of 4 steps is none"),
     (
         "a fox",
+        {"init_image": Image.new("RGBA", (32, 32), (9, 9, 9, 0)), "mask": Image.new("L", (32, 32), 255)},
+        "init_image: its transparent part is laid over white",
+    ),
+    (
+        "a fox",
         {"init_image": Image.new("RGB", (32, 32)), "strength": 0.0, "mask": Image.new("L", (32, 32), 255)},
         "strength: 0 paints nothing where the mask is white",
     ),
@@ -113,6 +118,28 @@ def test_guidance_far_above_what_was_tried(said, pipeline, prompts):
     assert said(pipeline, "a fox", guidance=16.0) == []
 
 
+def test_a_spacing_beside_a_respacing(said):
+    options = {"sampler": {"name": "unipc", "steps": "fast27", "spacing": "karras"}}
+    (line,) = said(tiny_glide.pipeline(), "a fox", **options)
+    assert line.startswith("spacing: without effect: steps fast27 say themselves")
+
+
+def test_an_upsampler_is_not_asked_for_what_is_the_base_s():
+    base, upsampler = tiny_glide.pipeline(), tiny_glide.pipeline(upsampler=True)
+    for choices in ({"negative": "old"}, {"size": 64}, {"seed": 3}, {"rerank": 2}, {"clip_guidance": 3.0}):
+        (name,) = choices
+        with pytest.raises(UserError, match=f"upsampler: {name} belongs to the base model's options"):
+            Stages([Stage(base), Stage(upsampler, SamplingOptions(**choices))])
+
+
+@pytest.mark.parametrize(
+    "prompts", [5, None, b"a fox", {"a fox": 3}, [5], ["a fox", None], [["a fox", b"x"]], [{"a": 1}]]
+)
+def test_what_is_no_prompt_is_refused(pipeline, prompts):
+    with pytest.raises(UserError, match="a prompt is a text, a Prompt, a Pillow image, or a list of these, not "):
+        pipeline.check(prompts)
+
+
 def test_guidance_of_an_upsampler(caplog):
     base, upsampler = tiny_glide.pipeline(), tiny_glide.pipeline(upsampler=True)
     for choices, line in (
@@ -150,7 +177,7 @@ def test_clip_guidance_by_an_empty_prompt(said):
     for prompts in ("", "  ", [["a fox", ""]], [["a fox:-1", ":1"]]):
         with pytest.raises(UserError, match="CLIP guidance: it leads to a text, and this prompt is empty"):
             led.check(prompts, SamplingOptions(clip_guidance=3.0))
-    with pytest.raises(UserError, match="each image needs a text with a weight above 0"):
+    with pytest.raises(UserError, match="each picture needs a text with a weight above 0"):
         led.check(Image.new("RGB", (8, 8)), SamplingOptions(clip_guidance=3.0))
     assert said(led, "a fox", clip_guidance=3.0) == []
     assert "clip_guidance: 0 leads nowhere" in said(led, "a fox", clip_guidance=0.0)[0]
@@ -183,6 +210,18 @@ def test_a_noised_clip_of_other_heads(tmp_path, capsys):
         ModelOptions(noised_clip_head_width=16)
 
 
+def test_how_a_model_is_loaded_is_checked_from_python_too():
+    assert ModelOptions(noised_clip=("a", "b"), precision="16-mixed", device="cpu").noised_clip == ("a", "b")
+    for choices, message in (
+        ({"precision": "fp16"}, "precision: one of '32-true', '16-mixed', 'bf16-mixed' is needed, not 'fp16'"),
+        ({"noised_clip": ("a",)}, "noised_clip: "),
+        ({"offload": "yes"}, "offload: true or false is needed"),
+        ({"device": 0}, "device: text or null is needed"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ModelOptions(**choices)
+
+
 # ------------------------------------------------------------------------------------------- other programs' syntax
 
 
@@ -210,6 +249,7 @@ def test_a_noised_clip_of_other_heads(tmp_path, capsys):
         ("a {2$$red|blue} fox", "one of several words"),
         ("a fox --ar 16:9 --v 6", "--ar 16:9 --v 6 (options"),
         ("hot::2 dog", "weights of parts"),
+        ('--prompt "a fox" --steps 20', "options"),
     ],
 )
 def test_other_programs_syntax_is_noticed(text, found):

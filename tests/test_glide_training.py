@@ -104,6 +104,31 @@ def test_an_upsampler_is_trained_and_draws_what_it_makes(tmp_path):
     assert refused.returncode == 2 and "upsampler" in refused.stderr and refused.stderr.count("\n") == 1
 
 
+def test_an_upsampler_is_not_shown_images_that_are_smaller_than_what_it_makes(tmp_path, program, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i in range(20):
+        folder = tmp_path / "pairs"
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (16, 24) if i % 2 else (15, 40)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text("a cat")
+    overrides = {"name": "folder", "path": str(folder), "image_size": 16, "batch_size": 2, "workers": 0}
+    config = {**glide_config(tmp_path, **UPSAMPLER), "data": {**overrides, "max_skipped": 0.9}}
+    (tmp_path / "up.yaml").write_text(to_yaml(config))
+    warning = (
+        "data.min_size: 8: images of less than 16 px are enlarged first, and an upsampler learns to make blurred ones"
+    )
+    code, out, err = program("train", "--config", "up.yaml", "data.min_size=8")
+    assert code == 0 and f"{warning}; data.min_size=16 skips them" in out + err
+    code, out, err = program("train", "--config", "up.yaml", "run=skips", "data.min_size=16")
+    assert code == 0 and "data.min_size: " not in out + err and "too small" in out + err
+    code, out, err = program("train", "--config", "up.yaml", "run=base", "condition_sources=null", "data.min_size=8")
+    assert code == 0 and "data.min_size: " not in out + err, "a base model's are as they are"
+    for recipe in ("glide_finetune_upsampler", "glide_quickstart_upsampler"):
+        given = ["data.path=/data"] if "finetune" in recipe else []
+        data = load(ROOT / f"configs/{recipe}.yaml", [*given, "data.image_size=128"])["data"]
+        assert data["min_size"] == data["image_size"] == 128
+
+
 @pytest.mark.slow
 def test_stop_resume_and_lower_lr(tmp_path):
     whole = train(tmp_path, "trainer.max_steps=4", "run=whole")

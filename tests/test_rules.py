@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from ldm_lab.config import check_mapping, check_section, parts
 from ldm_lab.errors import UserError
 from ldm_lab.rules.cell import Cell
-from ldm_lab.rules.quantities import NAMES, RELEASES, find, require
+from ldm_lab.rules.names import QUANTITIES, Names
+from ldm_lab.rules.quantities import RELEASES
 from ldm_lab.rules.rule import build_rules
 from ldm_lab.rules.sample import SampleRow, violated_rules
 from ldm_lab.rules.slurs import pattern_of
@@ -128,17 +129,20 @@ def test_numbers_of_all_kinds():
 
 
 def test_columns_of_all_releases():
-    assert find("aesthetic", ["hash", "AESTHETIC_SCORE"]) == "AESTHETIC_SCORE"
-    assert find("aesthetic", ["hash", "prediction"]) == "prediction"
-    assert find("width", ["WIDTH", "width", "original_width"]) == "original_width"
-    with pytest.raises(UserError, match="'WIDTH' and 'width' differ in case only"):
-        find("width", ["WIDTH", "width"])
+    names = Names()
+    assert names.find("aesthetic", ["hash", "AESTHETIC_SCORE"]) == "AESTHETIC_SCORE"
+    assert names.find("aesthetic", ["hash", "prediction"]) == "prediction"
+    assert names.find("width", ["WIDTH", "width", "original_width"]) == "original_width"
+    with pytest.raises(
+        UserError, match=r"'WIDTH' and 'width'; say which one: names\.width=WIDTH or names\.width=width"
+    ):
+        names.find("width", ["WIDTH", "width"])
     with pytest.raises(UserError) as error:
-        require("punsafe", ["URL", "TEXT", "NSFW"], "part-0.parquet: rule punsafe")
+        names.require("punsafe", ["URL", "TEXT", "NSFW"], "part-0.parquet: rule punsafe")
     message = str(error.value)
     assert "part-0.parquet: rule punsafe" in message and "there are: URL, TEXT, NSFW" in message
     assert "-joined" in message and "base collections have NSFW" in message
-    assert set(NAMES) - {"url", "caption", "prediction"} == set(RELEASES)
+    assert set(QUANTITIES) - {"url", "caption"} == set(RELEASES)
 
 
 @pytest.mark.parametrize(

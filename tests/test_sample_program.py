@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import DENOISER, ROOT, embedding, make_parts, run_program
+from tiny import DENOISER, ROOT, embedding, make_parts, run_program, shipped
 
 from ldm_lab.checkpoints.native import save_model
 from ldm_lab.commands import sample
@@ -59,13 +60,19 @@ def test_a_mix_of_texts_and_images(call, checkpoint, tmp_path):
             {"text": "a red fox", "weight": 1.5},
             {"text": "watercolor", "weight": 2.0},
             {"text": "blurry", "weight": -0.5},
-            {"image": "fox.png", "weight": 0.75},
+            {
+                "image": "fox.png",
+                "image_sha256": hashlib.sha256((tmp_path / "fox.png").read_bytes()).hexdigest(),
+                "weight": 0.75,
+            },
         ],
         "seed": 8,
+        "batch": [0, 1],
         "sampler": "plms2",
         "steps": 2,
         "guidance": 2.0,
-        "checkpoint": str(checkpoint),
+        "device": "cpu",
+        "checkpoint": "ema.safetensors",
         "checkpoint_sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
         "width": 16,
         "height": 16,
@@ -117,6 +124,14 @@ def test_help_names_every_option_of_every_sampler():
         assert name in text
     for option in fields(SamplingOptions):
         assert f"--{option.name.replace('_', '-')}" in text
+
+
+def test_the_docs_name_every_flag():
+    docs = (ROOT / "docs" / "sampling.md").read_text(encoding="utf-8")
+    flags = {flag for action in sample.parser()._actions for flag in action.option_strings if "upsampler-" not in flag}
+    ours = {name for sampler in shipped("sampler") for name in signature_options(parts("sampler")[sampler])}
+    flags -= {f"--{name}" for name in sample.sampler_options() if name not in ours}  # of other tests' samplers
+    assert {flag for flag in flags - {"-h", "--help"} if not re.search(rf"`{re.escape(flag)}\b", docs)} == set()
 
 
 def test_help_is_told_without_torch():
@@ -267,7 +282,7 @@ def test_too_little_memory_is_one_line(call, monkeypatch):
 
     monkeypatch.setattr("ldm_lab.sampling.pipeline.stack", fail)
     code, _, err = call(*FAST, "red")
-    assert code == 2 and "out of memory; try less than --batch-size 16" in err
+    assert code == 2 and "out of the device's memory while" in err and "less than --batch-size 16" in err
     assert not os.path.exists("samples")
 
 
@@ -369,15 +384,15 @@ def test_interpolation(call, tmp_path):
 def test_reranking_and_the_options_of_guidance(call, tmp_path, checkpoint):
     code, _, _ = call(
         *FAST, "a dog", "-n", "2", "--rerank", "3", "--negative", "blurry", "--guidance-interval", "0.1", "0.9",
-        "--guidance-rescale", "0.5", "--precision", "bf16", "--offload", "--tile", "32",
+        "--guidance-rescale", "0.5", "--precision", "bf16-mixed", "--offload", "--tile", "32",
     )  # fmt: skip
     assert code == 0
     for i, entry in enumerate(entries(tmp_path)):
         assert -1 <= entry["similarity"] <= 1 and entry["seed"] in (i, i + 2, i + 4)
-        assert (entry["negative"], entry["rerank"], entry["precision"]) == ("blurry", 3, "bf16")
+        assert (entry["negative"], entry["rerank"], entry["precision"]) == ("blurry", 3, "bf16-mixed")
         assert (entry["guidance_interval"], entry["guidance_rescale"]) == ([0.1, 0.9], 0.5)
     code, _, _ = call(*FAST, "a dog", "-n", "1", "--guide-model", str(checkpoint))
-    assert code == 0 and entries(tmp_path)[2]["guide_model"] == str(checkpoint)
+    assert code == 0 and entries(tmp_path)[2]["guide_model"] == "ema.safetensors"
 
 
 @pytest.mark.parametrize(

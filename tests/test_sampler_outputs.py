@@ -15,6 +15,7 @@ from ldm_lab.config import build
 from ldm_lab.interfaces import Prediction
 from ldm_lab.schedules import Cosine, Discrete
 
+WITH_SPACING = ("euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
 RECORDED = Path(__file__).parent / "data" / "sampler_outputs.npz"
 SPACINGS = ("log_snr", "karras", "uniform")
 CONFIGS = [
@@ -23,9 +24,10 @@ CONFIGS = [
     *({"name": name} for name in ("ddim_extrapolated", "pie", "plms2", "iplms", "plms", "prk")),
     *({"name": name, "variant": "glide"} for name in ("plms", "prk")),
     *({"name": name, "churn": churn} for name in ("euler", "heun") for churn in (0.0, 0.6)),
-    *({"name": n, "spacing": s} for n in ("euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc") for s in SPACINGS),
+    *({"name": name, "spacing": spacing} for name in WITH_SPACING for spacing in SPACINGS),
     {"name": "dpmpp_2m_sde", "eta": 0.3},
     *({"name": "unipc", "order": order} for order in (1, 2, 3, 4)),
+    *({"name": name, "sigma_max": None} for name in WITH_SPACING),
 ]
 SCHEDULES = {"cosine": Cosine(), "linear": Discrete("linear"), "squaredcos_cap_v2": Discrete("squaredcos_cap_v2", 100)}
 
@@ -43,7 +45,12 @@ def model(schedule):
 
 
 def sampled(schedule: str, steps: int | str, config: dict) -> np.ndarray:
-    """Return what a sampler makes of the noise of a seed, [2, 1, 2, 2]."""
+    """Return what a sampler makes of the noise of a seed, [2, 1, 2, 2], from the schedule's own first level on.
+
+    `sigma_max: null` stands for the default.
+    """
+    if config["name"] in WITH_SPACING and not isinstance(steps, str):
+        config = {"sigma_max": SCHEDULES[schedule].sigma_max, **config}
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(2, 1, 2, 2, generator=generator, dtype=torch.float64)
     made = build("sampler", {**config, "steps": steps}).sample(

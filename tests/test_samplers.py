@@ -12,7 +12,7 @@ from ldm_lab.errors import UserError
 from ldm_lab.guidance.base import Wrapper
 from ldm_lab.guidance.stack import stack
 from ldm_lab.interfaces import Prediction
-from ldm_lab.schedules import Cosine, Discrete, Posterior
+from ldm_lab.schedules import Cosine, Discrete, Linear, Posterior
 
 SCHEDULE = Cosine()
 WEIGHTS, MEANS, STDS = (torch.tensor(v, dtype=torch.float64) for v in ([0.35, 0.65], [-1.0, 0.8], [0.45, 0.6]))
@@ -21,6 +21,7 @@ CALLS = {  # model calls for n steps
     "plms": lambda n: n + 9, "prk": lambda n: 4 * n, "euler": lambda n: n, "heun": lambda n: 2 * n - 1,
     "dpmpp_2m": lambda n: n, "ddim_extrapolated": lambda n: n, "dpmpp_2m_sde": lambda n: n, "unipc": lambda n: n,
 }  # fmt: skip
+WITH_SPACING = ("euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
 ORDERS = {"ddim": 1, "pie": 2, "plms2": 2, "iplms": 2, "plms": 2, "prk": 2}
 
 
@@ -105,13 +106,70 @@ def test_the_stochastic_solver_samples_the_mixture():
         assert drawn.var().item() == pytest.approx(variance.item(), rel=0.02), name
 
 
-@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"])
+@pytest.mark.parametrize("name", WITH_SPACING)
 @pytest.mark.parametrize("spacing", ["spliced", "log_snr", "karras", "uniform"])
 def test_every_spacing_falls_from_the_same_start(name, spacing):
     times = SCHEDULE.grid(12, spacing)
     assert times[0].item() == pytest.approx(0.995711, abs=1e-6)
     assert (times.diff() < 0).all() and times[-1] > 0
     assert sample(name, 12, normal(1, 2, 4, 4), noise=torch.randn_like, spacing=spacing).isfinite().all()
+
+
+def first_level(schedule, size, **config):
+    alpha, sigma = schedule.alpha_sigma(build("sampler", config).times(schedule, size)[0].double())
+    return (sigma / alpha).item()
+
+
+@pytest.mark.parametrize("name", WITH_SPACING)
+def test_the_first_level_grows_with_the_side_up_to_the_schedule_s_own(name):
+    """A mean color hidden in the noise of 8x8 latents stands out of that of 64x64, eight times as clearly."""
+    for size, level in (((8, 8), 50), ((4, 2), 50), ((16, 16), 100), ((8, 32), 100), ((64, 64), 148.417)):
+        assert first_level(SCHEDULE, size, name=name) == pytest.approx(level, rel=1e-4)
+    assert first_level(SCHEDULE, None, name=name) == pytest.approx(148.417, rel=1e-4)
+    assert first_level(SCHEDULE, (8, 8), name=name, sigma_max=20) == pytest.approx(20, rel=1e-4)
+    assert first_level(SCHEDULE, (64, 64), name=name, sigma_max=20, spacing="uniform") == pytest.approx(20, rel=1e-4)
+    assert first_level(SCHEDULE, (8, 8), name=name, spacing="spliced") == pytest.approx(148.417, rel=1e-4)
+    assert first_level(Discrete("linear"), (8, 8), name=name) == pytest.approx(50, rel=1e-4)
+    assert first_level(Discrete("linear_latent"), (8, 8), name=name) == pytest.approx(14.6146, rel=1e-4)
+    assert first_level(Linear(), (16, 16), name=name) == pytest.approx(100, rel=1e-4)
+    assert first_level(Discrete("linear"), (8, 8), name=name, steps="fast27") > 100  # a respacing says it by itself
+
+
+@pytest.mark.parametrize("name", sorted(shipped("sampler") - set(WITH_SPACING)))
+def test_recorded_samplers_begin_where_the_originals_do(name):
+    assert first_level(SCHEDULE, (8, 8), name=name) == pytest.approx(148.417, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sigma_max": 0.5}, "sigma_max: a number from 1 to 1_000 is needed, not 0.5"),
+        ({"sigma_max": 30, "spacing": "spliced"}, "sigma_max: spacing spliced says by itself where it begins"),
+        ({"sigma_max": 30, "steps": "fast27"}, "sigma_max: steps fast27 says by itself where it begins"),
+        ({"sigma_max": 200}, "sigma_max: 200 is more noise than this model begins with; up to 148.4"),
+    ],
+)
+def test_first_levels_that_cannot_be(options, message):
+    with pytest.raises(UserError) as error:
+        build("sampler", {"name": "unipc", **options}).times(SCHEDULE, (8, 8))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(("side", "steps"), [(8, 8), (16, 20), (32, 20)])
+def test_light_and_dark_pictures_keep_their_contrast(side, steps):
+    """Pictures of one gray each, N(0, 1/4), exact denoiser: their spread is what it is from the schedule's start on."""
+
+    def predict(x, t):
+        alpha, sigma = (level[:, None, None, None] for level in SCHEDULE.alpha_sigma(t.double()))  # [B, 1, 1, 1]
+        mean = x.mean((2, 3), keepdim=True)  # [B, 1, 1, 1]
+        x0 = (alpha * 0.25 / (alpha**2 * 0.25 + sigma**2 / side**2) * mean).expand_as(x)
+        return Prediction(x0, (x - alpha * x0) / sigma)
+
+    x = normal(500, 1, side, side)
+    shares = [
+        sample("unipc", steps, x, predict, sigma_max=level).mean((1, 2, 3)).std() / 0.5 for level in (None, 148.4)
+    ]
+    assert shares[0] == pytest.approx(shares[1].item(), rel=0.02), shares
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -127,7 +185,8 @@ def test_model_calls_and_times(name):
     reported = []
     sample(name, 10, normal(2, 1, 2, 2), predict, noise=torch.randn_like, callback=lambda i, x, x0: reported.append(i))
     assert len(times) == CALLS[name](10)
-    assert times[0] == pytest.approx(0.995711, abs=1e-6)
+    first = math.atan(50) * 2 / math.pi if name in WITH_SPACING else 0.995711
+    assert times[0] == pytest.approx(first, abs=1e-6)
     assert times == sorted(times, reverse=True)
     assert reported == list(range(10))
 

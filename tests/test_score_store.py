@@ -227,8 +227,11 @@ def test_tables_that_cannot_be_built_from(tmp_path):
     out = tmp_path / "kv"
     for columns, message in (
         ({"hash": [1.0], "aesthetic": [5.0]}, r"column 'hash': .*DOUBLE, which cannot hold one exactly"),
-        ({"hash": ["a"], "aesthetic": [5.0]}, r"column 'hash': .*VARCHAR; --url"),
-        ({"hash": [1], "aesthetic": ["5"]}, r"column 'aesthetic': a score is a number"),
+        ({"hash": ["a"], "aesthetic": [5.0]}, r"no row to build from: of 1 rows 1 have no hash"),
+        ({"hash": [[1]], "aesthetic": [5.0]}, r"column 'hash': .*BIGINT\[\]; --url"),
+        ({"hash": [1], "aesthetic": [True]}, r"column 'aesthetic': a score is a number"),
+        ({"hash": [1], "aesthetic": [5.0], "AESTHETIC_SCORE": [4.0]}, r"--score aesthetic or --score AESTHETIC_SCORE"),
+        ({"hash": [1], "HASH": [2], "aesthetic": [5.0]}, r"which one: --key hash or --key HASH"),
         ({"hash": [1], "score": [5.0]}, r"no column aesthetic or .* for 'aesthetic'; there are: hash, score"),
         ({"url": ["a"], "aesthetic": [5.0]}, r"no column caption or text"),
         ({"hash": [1], "aesthetic": [1e6]}, r"half float"),
@@ -246,9 +249,9 @@ def test_tables_that_cannot_be_built_from(tmp_path):
     for source, message in (
         (tmp_path / "*.none", "matches no file"),
         (tmp_path / "none.parquet", "no such file or folder"),
-        (tmp_path / "t.csv", "a store is built from Parquet tables"),
+        (tmp_path / "t.csv", "t.csv: no row to build from: of 1 rows 0 have no hash, 1 have one and no score"),
     ):
-        (tmp_path / "t.csv").write_text("hash,aesthetic\n1,2\n")
+        (tmp_path / "t.csv").write_text("hash,aesthetic\n1,much\n")
         with pytest.raises(UserError, match=message):
             build_store([source], out)
     with pytest.raises(UserError, match=r"good.parquet: no such column: 'score'. Known: aesthetic, hash"):
@@ -337,7 +340,7 @@ def test_hashes_in_a_text_table(small, tmp_path):
     add_scores(ScoreStore(small), tmp_path / "t.csv", tmp_path / "o.parquet", names=["s"])
     assert pq.read_table(tmp_path / "o.parquet")["s"].to_pylist() == [5.0, None, None]
     (tmp_path / "t.csv").write_text("id,hash\na,4.6e18\n")
-    with pytest.raises(UserError, match="column 'hash': a hash is a signed integer"):
+    with pytest.raises(UserError, match="column 'hash': a hash is an integer of 64 bits"):
         add_scores(ScoreStore(small), tmp_path / "t.csv", tmp_path / "o2.parquet")
     assert not (tmp_path / "o2.parquet").exists()
 

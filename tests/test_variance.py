@@ -72,7 +72,7 @@ def test_samplers_on_the_schedule_s_own_grid_converge_with_their_order(schedule,
     x, errors = normal(1, 4, 8, 8), []
     for steps in (40, 80, 160):
         sampler = build("sampler", {"name": name, "steps": steps})
-        solution = flow(schedule, x, sampler.times(schedule)[0].item(), 0.0)
+        solution = flow(schedule, x, sampler.times(schedule, x.shape[2:])[0].item(), 0.0)
         errors.append(
             ((sampler.sample(gaussian(schedule), x, schedule=schedule) - solution).norm() / solution.norm()).item()
         )
@@ -93,7 +93,7 @@ def test_samplers_on_grids_of_noise_levels_converge_with_their_order(schedule, n
     x, errors = normal(1, 4, 8, 8), []
     for steps in (40, 80, 160):
         sampler = build("sampler", {"name": name, "steps": steps, "spacing": spacing, **options})
-        times = sampler.times(schedule)
+        times = sampler.times(schedule, x.shape[2:])
         last = flow(schedule, x, times[0].item(), times[-1].item())
         solution = gaussian(schedule)(last, times[-1:]).x0
         errors.append(
@@ -108,7 +108,7 @@ def test_samplers_on_grids_of_noise_levels_converge_with_their_order(schedule, n
 def test_samplers_on_the_uniform_grid_come_to_the_same_end(schedule, name):
     x = normal(1, 4, 8, 8)
     sampler = build("sampler", {"name": name, "steps": 320, "spacing": "uniform"})
-    solution = flow(schedule, x, sampler.times(schedule)[0].item(), 0.0)
+    solution = flow(schedule, x, sampler.times(schedule, x.shape[2:])[0].item(), 0.0)
     error = (sampler.sample(gaussian(schedule), x, schedule=schedule) - solution).norm() / solution.norm()
     assert error < (5e-3 if name == "euler" else 3e-4)
 
@@ -146,7 +146,7 @@ STOCHASTIC = [
 def test_stochastic_samplers_end_in_the_data_s_distribution(schedule, config):
     """Mean and variance of 10 000 draws, within 3 standard errors, from the marginal at the first time on."""
     sampler = build("sampler", config)
-    times = sampler.times(schedule)
+    times = sampler.times(schedule, (SIDE, SIDE))
     posterior = Posterior.from_times(schedule, times) if config.get("variance") == "learned" else None
     alpha, sigma = levels(schedule, times[:1])
     x = alpha * MEAN + (alpha**2 * STD**2 + sigma**2).sqrt() * normal(1, 1, SIDE, SIDE)

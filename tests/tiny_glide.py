@@ -81,9 +81,9 @@ def pipeline(**form: bool) -> Pipeline:
     return Pipeline(model)
 
 
-def write(path: Path, **form: bool) -> Path:
-    """Write one of the forms as a run's `ema.safetensors`."""
+def write(path: Path, *, side: int | None = None, **form: bool) -> Path:
+    """Write one of the forms as a run's `ema.safetensors`, trained at `side` pixels."""
     whole = config(**form)
-    side = SIDE * FACTOR if form.get("upsampler") else SIDE
+    side = side or (SIDE * FACTOR if form.get("upsampler") else SIDE)
     save_model(path, network(whole).state_dict(), whole, {"image_size": str(side)})
     return path

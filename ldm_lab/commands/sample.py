@@ -9,6 +9,7 @@
     python sample.py --checkpoint F "a hat" --init-image dog.jpg --mask hat.png             inpainting
     python sample.py --checkpoint F "a fox" "a dog" --interpolate 16                        from one to the other
     python sample.py --checkpoint F "a fox" --upsampler G                                   small pictures, then large
+    python sample.py --from samples/00003.png                                               a picture once more
 
 Prompts on the command line, texts and images alike, are mixed with each other. The lines of a --prompts file are
 pictures of their own; prompts on the command line are then mixed into each of them.
@@ -32,14 +33,18 @@ from typing import TYPE_CHECKING
 
 from ldm_lab.commands._arguments import add_imports_argument, whole_number
 from ldm_lab.commands._flags import FlagParser, add_flags, given
+from ldm_lab.commands._repeat import Repeat, fill_in, seeds
+from ldm_lab.commands._settings import caption, described, parameters, prompt_entry
 from ldm_lab.config.reading import Option
 from ldm_lab.config.registry import add_imports, infos, part_info
-from ldm_lab.errors import UserError
+from ldm_lab.errors import UserError, told_in_one_line
 from ldm_lab.sampling.aliases import our_flag, our_sampler
 from ldm_lab.sampling.options import (
+    BASE_ONLY,
     DEFAULT_SAMPLER,
     DEFAULT_UPSAMPLER,
     NOT_INTERPOLATED,
+    UPSAMPLER,
     ModelOptions,
     OptionValues,
     SamplingOptions,
@@ -47,18 +52,11 @@ from ldm_lab.sampling.options import (
 
 if TYPE_CHECKING:  # these import torch, which takes seconds
     from ldm_lab.prompts import Prompt
-    from ldm_lab.sampling.output import Entry, SampleFolder
+    from ldm_lab.sampling.output import SampleFolder
     from ldm_lab.sampling.request import Request
 
-UPSAMPLER = "upsampler_"  # prefix of what is said of upsamplers
 STEPS = """Of a model with timesteps, --steps also takes which of them are visited: fast27, ddim50, 10,10,3,2,2, ...
 `python train.py --parts` tells the defaults."""
-# What makes no sense for an upsampler, or is the base's for both.
-BASE_ONLY = (
-    "negative", "size", "init_image", "strength", "mask", "invert_mask", "mask_blur", "resize",
-    "aesthetic", "aesthetic_weight", "aesthetic_embeddings",
-    "clip_guidance", "rerank", "seed", "batch_size",
-)  # fmt: skip
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -70,6 +68,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Make the pictures that a parsed command line asks for."""
+    repeat = fill_in(args)
     options = base_options(args)
     upsampling = upsampler_options(args, options.batch_size)
     loading = ModelOptions(**given(args, part_info("model_options", None).options))
@@ -79,16 +78,13 @@ def run(args: argparse.Namespace) -> int:
     from ldm_lab.sampling.output import SampleFolder
 
     folder = SampleFolder(Path(args.out))
-    mixes = keyframes(args) if args.interpolate else prompt_mixes(args)
+    mixes = keyframes(args) if args.interpolate else prompt_mixes(args, repeat)
     announce_models(args.checkpoint, args.upsampler, loading, options)
-    try:
+    less = f"less than --batch-size {options.batch_size}, --offload or --precision bf16 need less"
+    with told_in_one_line(lambda: "loading the model and drawing pictures", less):
         if args.interpolate:
             return draw_film(args, folder, mixes, options, loading)
-        return draw_pictures(args, folder, mixes, options, upsampling, loading)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        raise UserError(f"out of memory; try less than --batch-size {options.batch_size}") from None
+        return draw_pictures(args, folder, mixes, options, upsampling, loading, repeat)
 
 
 # ------------------------------------------------------------------------------------------------- the command line
@@ -100,14 +96,16 @@ def parser() -> FlagParser:
     whole = {"type": whole_number(1), "metavar": "N"}
     add = p.add_argument
     add("texts", nargs="*", metavar="PROMPT", help="text or text:weight; several are mixed")
+    add("--checkpoint", metavar="FILE", help="a run's folder, ema.safetensors, or .ckpt; a released name")
     add(
-        "--checkpoint", required=True, metavar="FILE", help="a run's folder, ema.safetensors, or .ckpt; a released name"
-    )
-    add("--prompts", metavar="FILE", help="UTF-8 text, a picture for each line; only blank lines are dropped")
+        "--from", dest="repeat", metavar="PICTURE",
+        help="make this picture of sample.py's once more; what is given beside it is changed",
+    )  # fmt: skip
+    add("--prompts", metavar="FILE", help="text (UTF-8), a picture for each line; only blank lines are dropped")
     add(
         "--images", nargs="+", default=[], metavar="IMAGE", help="image prompts: paths, http(s) addresses; also :weight"
     )
-    add("-n", **whole, help="pictures of the mix, or of each line of --prompts (default: 4, or 1)")
+    add("-n", **whole, help="pictures of the mix, or of each line of --prompts (default: 4, or 1; with --from 1)")
     add("--interpolate", **whole, help="N pictures on the way from each PROMPT to the next; strip.png, film.gif")
     add("--out", default="samples", metavar="DIR", help="where the pictures go (default: samples)")
     add_imports_argument(p)
@@ -195,7 +193,7 @@ def _imports(words: Sequence[str]) -> list[str]:
 # --------------------------------------------------------------------------------------------------------- prompts
 
 
-def prompt_mixes(args: argparse.Namespace) -> list[list["Prompt"]]:
+def prompt_mixes(args: argparse.Namespace, repeat: Repeat | None) -> list[list["Prompt"]]:
     """Return the prompts of each picture. Raises UserError without any."""
     from ldm_lab.prompts import parse_prompt, read_prompts
 
@@ -203,9 +201,11 @@ def prompt_mixes(args: argparse.Namespace) -> list[list["Prompt"]]:
     if args.prompts:
         lines = read_prompts(args.prompts)
         return [[parse_prompt(line), *common] for line in lines for _ in range(args.n or 1)]
+    if not common and repeat is not None:
+        return [repeat.prompts()] * (repeat.batch[1] if repeat.batch else args.n or 1)
     if not common:
         raise UserError("no prompt: give a text, --images IMAGE or --prompts FILE (--help explains)")
-    return [common] * (args.n or 4)
+    return [common] * (args.n or (4 if repeat is None else 1))
 
 
 def keyframes(args: argparse.Namespace) -> list[list["Prompt"]]:
@@ -240,6 +240,7 @@ def draw_pictures(
     options: SamplingOptions,
     upsampling: SamplingOptions,
     loading: ModelOptions,
+    repeat: Repeat | None = None,
 ) -> int:
     """Make a picture of each mix, of several stages all sizes, and a grid."""
     from ldm_lab.sampling import Pipeline, Stage, Stages
@@ -249,15 +250,19 @@ def draw_pictures(
     pipelines = [Pipeline.from_checkpoint(files[0], loading)]
     pipelines += [Pipeline.from_checkpoint(file, upsampler_loading(loading)) for file in args.upsampler]
     stages = Stages([Stage(pipelines[0], options), *(Stage(pipeline, upsampling) for pipeline in pipelines[1:])])
-    base = stages.check(mixes).base
-    settings = described(args, options, base)
-    bar = Steps(f"{len(mixes)} pictures")
+    base = stages.check(mixes, seeds=seeds(repeat, options.seed)).base
+    settings = described(args, options, base, pipelines[0].model.device.type)
+    if repeat is not None:
+        repeat.tell_differences(settings)
+    bar, order = Steps(f"{len(mixes)} pictures"), enumerate(mixes)
     for batch in stages.samples(mixes, seeds=base.seeds, progress=bar):
-        for row in batch:
-            mix = mixes[len(folder.images)]
-            prompts = [_prompt_entry(prompt, base) for prompt in mix]
-            entry = Entry({"prompts": prompts, **row[0].image.info, **settings})
-            folder.add([sample.image for sample in row], " + ".join(map(str, mix)), entry)
+        for row, (i, mix) in zip(batch, order):
+            if repeat is not None and not repeat.keeps(i):
+                continue
+            told = row[0].image.info | {"batch": list(row[0].batch)}
+            entry = Entry({"prompts": [prompt_entry(prompt, base) for prompt in mix], **told, **settings})
+            shown = " + ".join(map(caption, mix))
+            folder.add([s.image for s in row], shown, entry, parameters(mix, base, settings, row[0].seed))
         folder.write_list()
     each = args.n or 1
     grid = folder.add_grid(each if args.prompts and each > 1 else None)  # a row for each line of the file
@@ -280,15 +285,17 @@ def draw_film(
 
     pipeline = Pipeline.from_checkpoint(args.checkpoint, loading)
     request = interpolation.check(pipeline, mixes, args.interpolate, options)
-    settings = described(args, options, request)
-    prompts = [_prompt_entry(mix[0], request) for mix in mixes]
+    settings = described(args, options, request, pipeline.model.device.type)
+    prompts = [prompt_entry(mix[0], request) for mix in mixes]
+    ends = f"{caption(mixes[0][0])} ... {caption(mixes[-1][0])}"
     bar = Steps(f"{args.interpolate} pictures")
     with_seed = replace(options, seed=request.seeds[0])
     for batch in interpolation.interpolate(pipeline, mixes, args.interpolate, with_seed, bar):
         for sample in batch:
             frame = len(folder.images)
-            caption = f"{mixes[0][0]} ... {mixes[-1][0]}, {frame}"
-            folder.add([sample.image], caption, Entry({"prompts": prompts, "frame": frame, **settings}))
+            told = Entry(seed=sample.seed, frame=frame, frames=args.interpolate)
+            entry = Entry({"prompts": prompts, **told, **settings})
+            folder.add([sample.image], f"{ends}, {frame}", entry)
     folder.write_list()
     strip, gif = folder.add_film()
     print(
@@ -302,37 +309,6 @@ def upsampler_loading(loading: ModelOptions) -> ModelOptions:
     """Return how an upsampler is loaded: where and how precisely it runs; its parts are its own."""
     own = ModelOptions(device=loading.device, precision=loading.precision)
     return replace(own, compile=loading.compile, offload=loading.offload)
-
-
-def described(args: argparse.Namespace, options: SamplingOptions, base: "Request") -> "Entry":
-    """Return the settings that are not at their defaults, and those that name the model, for samples.json."""
-    from ldm_lab.io.atomic import sha256
-    from ldm_lab.sampling.loading import locate_model
-    from ldm_lab.sampling.output import Entry
-
-    of_sampler = {**base.options.sampler}
-    name = of_sampler.pop("name")
-    settings = Entry({"sampler": name, **of_sampler, "steps": of_sampler.get("steps", base.sampler.steps)})
-    settings["guidance"] = base.guidance
-    others = {**options.given(), "strength": base.options.strength}
-    others |= {key: value for key, value in args._get_kwargs() if key.startswith(UPSAMPLER)}
-    others |= {key: value for key, value in args._get_kwargs() if key in ("precision", "guide_model")}
-    unsaid = ("sampler", "guidance", "seed", "batch_size", "size")
-    settings |= {key: value for key, value in others.items() if key not in unsaid and value is not None}
-    settings |= {"checkpoint": args.checkpoint, "checkpoint_sha256": sha256(locate_model(args.checkpoint))}
-    if args.upsampler:
-        sums = [sha256(locate_model(file)) for file in args.upsampler]
-        settings["upsampler"] = args.upsampler[0] if len(sums) == 1 else args.upsampler
-        settings["upsampler_sha256"] = sums[0] if len(sums) == 1 else sums
-    return settings
-
-
-def _prompt_entry(prompt: "Prompt", request: "Request") -> "Entry":
-    """Return a prompt as it stands in samples.json, with the weight that it really had."""
-    from ldm_lab.sampling.output import Entry
-
-    kind = "text" if prompt.image is None else "image"
-    return Entry({kind: prompt.text, "weight": request.guidance if prompt.weight is None else prompt.weight})
 
 
 def _seed(options: SamplingOptions, request: "Request") -> str:

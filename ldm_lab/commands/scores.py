@@ -22,7 +22,7 @@ from ldm_lab.errors import UserError
 if TYPE_CHECKING:
     from ldm_lab.curation.store.statistics import ScoreStatistics
 
-BUILD = """Build a store from Parquet tables with a hash, or url and text, and a score.
+BUILD = """Build a store from tables (Parquet, TSV, CSV, JSON lines) with a hash, or url and text, and a score.
 
 The tables may be larger than memory: they are sorted in --memory and spilled beyond it. Rows without a hash or a score
 are left out and counted. The result appears when all of it is written."""
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int | None:
 
 def _build_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("tables", nargs="+", metavar="PARQUET", help="files, globs, folders")
+    add("tables", nargs="+", metavar="TABLE", help="files, globs, folders")
     add("--out", required=True, metavar="FILE", help="the store")
     _column_arguments(parser)
     add("--score", nargs="+", metavar="COLUMN", help="one column per score of an entry (default: the aesthetic score)")
@@ -109,11 +109,14 @@ def _quiet_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _build(args: argparse.Namespace) -> None:
+    from ldm_lab.curation.metadata.text_files import BadLines
     from ldm_lab.curation.store.build import build_store
 
+    bad = BadLines()
     built = build_store(
         args.tables,
         args.out,
+        bad=bad,
         key=args.key,
         url=args.url,
         text=args.text,
@@ -133,6 +136,8 @@ def _build(args: argparse.Namespace) -> None:
     ):
         if count:
             print(f"  {count:,} {what}")
+    for note in bad.notes():
+        print(f"note: {note}")
 
 
 def _get(args: argparse.Namespace) -> int | None:
@@ -153,13 +158,13 @@ def _get(args: argparse.Namespace) -> int | None:
 
 def _get_keys(args: argparse.Namespace) -> int | None:
     """Print the scores of some hashes. Returns 1 if one is absent."""
-    from ldm_lab.curation.store.format import ScoreStore, hash_of
+    from ldm_lab.curation.store.format import ScoreStore, hash_of, signed
 
     store = ScoreStore(args.store, args.scores)
     absent = 0
     for key in args.hash if args.hash is not None else [hash_of(args.url, args.text)]:
         try:
-            scores = store[key]
+            scores = store[signed(key)]
         except KeyError:
             absent += 1
             print(f"{key}\tabsent")
@@ -170,19 +175,24 @@ def _get_keys(args: argparse.Namespace) -> int | None:
 
 def _get_table(args: argparse.Namespace) -> None:
     """Write a table with a column of scores."""
+    from ldm_lab.curation.metadata.text_files import BadLines
     from ldm_lab.curation.store.format import ScoreStore
     from ldm_lab.curation.store.lookup import add_scores
 
+    bad = BadLines()
     rows, found = add_scores(
         ScoreStore(args.store, args.scores),
         args.table,
         args.out,
+        bad=bad,
         names=args.name or (["aesthetic"] if args.scores == 1 else [f"score{n}" for n in range(args.scores)]),
         key=args.key,
         url=args.url,
         text=args.text,
         progress=not args.quiet,
     )
+    for note in bad.notes():
+        print(f"note: {note}")
     print(f"{args.out}: {rows:,} rows, {found:,} with a score, {rows - found:,} absent from the store")
 
 

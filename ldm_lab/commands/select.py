@@ -18,8 +18,13 @@ import shlex
 from ldm_lab.commands._arguments import add_imports_argument
 from ldm_lab.config import build, read
 from ldm_lab.errors import UserError
+from ldm_lab.rules.names import ASK, Names
 
-RESERVED = {"url", "caption", "text", "sha256", "md5", "sha512"}  # img2dataset's own, or taken otherwise
+RESERVED = {"url", "caption", "text", "sha256", "md5", "sha512"}  # img2dataset's own in any case, or taken otherwise
+OWN = {"key", "status", "error_message", "exif", "width", "height", "original_width", "original_height"}
+
+CAPTIONS = ("text", "caption")
+NO_URL = "it has no column URL, so there is nothing to download"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,14 +42,22 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(re.sub(r"(?m)^(\s*)selection\.", r"\1", str(error))) from None
     report = selection.run()
     print(report)
-    print(f"written to {selection.out}; to download it:\n  {img2dataset(str(selection.out), report.output)}")
+    command = img2dataset(str(selection.out), report.output)
+    print(f"written to {selection.out}; " + (f"to download it:\n  {command}" if command else NO_URL))
+    names = [(quantity, name) for quantity, name in selection.names.given if name in report.output]
+    if command and names:
+        words = " ".join(Names(ask=f"data.{ASK}").answer(quantity, name) for quantity, name in names)
+        print(f"for the same rules in training, by the same columns:\n  {words}")
 
 
-def img2dataset(folder: str, columns: list[str]) -> str:
-    """Return the command that downloads a selection."""
-    additional = [name for name in columns if name.lower() not in RESERVED]
-    command = ["img2dataset", "--url_list", folder, "--input_format", "parquet", "--url_col", "URL"]
-    command += ["--caption_col", "TEXT"] if "TEXT" in columns else []
+def img2dataset(folder: str, columns: list[str]) -> str | None:
+    """Return the command that downloads a selection; None for one without addresses."""
+    additional = [name for name in columns if name.lower() not in RESERVED and name not in OWN]
+    url, caption = (next((one for one in columns if one.lower() in names), None) for names in (("url",), CAPTIONS))
+    if url is None:
+        return None
+    command = ["img2dataset", "--url_list", folder, "--input_format", "parquet", "--url_col", url]
+    command += ["--caption_col", caption] if caption else []
     command += ["--output_format", "webdataset", "--output_folder", f"{folder}_images", "--image_size", "256"]
     command += ["--resize_mode", "keep_ratio", "--save_additional_columns", json.dumps(additional)]
     return shlex.join(command)

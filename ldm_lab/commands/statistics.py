@@ -24,6 +24,7 @@ from ldm_lab.io.atomic import atomic_write
 if TYPE_CHECKING:
     from ldm_lab.curation.buckets import Buckets
     from ldm_lab.curation.metadata.histogram import Histogram
+    from ldm_lab.rules.names import Names
 
 QUANTITIES = ("aesthetic", "punsafe", "pwatermark", "similarity")
 
@@ -42,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scores", metavar="ENDING", help="of Parquet files beside the shards, in the place of .tar")
     add("--out", required=True, metavar="DIR", help="folder for what is written")
     add("--quantity", default=QUANTITIES[0], choices=QUANTITIES, help="what is counted (%(default)s)")
+    add(
+        "--names",
+        nargs="+",
+        default=[],
+        metavar="QUANTITY=COLUMN",
+        help="which column holds it, where a table has several or one of another name",
+    )
     add("--low", type=float, default=0.0, help="lower end of the first bucket (default: 0)")
     add("--high", type=float, default=10.0, help="upper end of the last bucket (default: 10)")
     add("--width", type=float, default=1.0, help="of a bucket (default: 1)")
@@ -76,16 +84,28 @@ def run(args: argparse.Namespace) -> None:
         with atomic_write(out / name) as file:
             file.write(content)
     for name, one in histograms.items():
+        if one.column is not None:
+            table = f"{one.table}, by its columns; " if one.table else ""
+            print(f"table: {name}: {table}{args.quantity} is {one.column}")
         print(f"{name}: { {bucket: short(count) for bucket, count in one.buckets.items()} }")
         print(f"  below {one.below:,}, above {one.above:,}, without a score {one.missing:,}, rows {one.rows:,}")
     print(f"written: {', '.join(str(out / name) for name in written)}")
 
 
+def names_of(args: argparse.Namespace) -> "Names":
+    """Return the names that --names gives. Raises UserError."""
+    from ldm_lab.rules.names import Names, check_names
+
+    pairs = dict(map(split_name, args.names))
+    if problems := check_names(pairs):
+        raise UserError(f"--{problems[0]}".replace(".", " ", 1))
+    return Names.of(pairs, "--names {quantity}={column}")
+
+
 def table_histograms(args: argparse.Namespace, buckets: "Buckets") -> "dict[str, Histogram]":
     """Return the histograms of the collections of tables, by name."""
     from ldm_lab.curation.metadata.histogram import histogram_of
-    from ldm_lab.curation.metadata.inputs import find_files
-    from ldm_lab.curation.metadata.layouts import missing_notes
+    from ldm_lab.curation.metadata.inputs import find_files, table_notes
     from ldm_lab.curation.metadata.text_files import BadLines, as_parquet
 
     tables = {}
@@ -103,10 +123,10 @@ def table_histograms(args: argparse.Namespace, buckets: "Buckets") -> "dict[str,
         for number, (name, files) in enumerate(list(tables.items())):
             bad = BadLines()
             tables[name] = as_parquet(files, Path(spill) / f"text{number}", bad, name)
-            for note in (*bad.notes(), *missing_notes(tables[name].names, tables[name].layouts)):
+            for note in (*bad.notes(), *table_notes(tables[name])):
                 print(f"note: {name}: {note}")
         return {
-            name: histogram_of(engine, files, args.quantity, buckets, args.samples, args.seed)
+            name: histogram_of(engine, files, args.quantity, buckets, args.samples, args.seed, names_of(args))
             for name, files in tables.items()
         }
 
@@ -117,7 +137,9 @@ def shard_histograms(args: argparse.Namespace, buckets: "Buckets") -> "dict[str,
 
     if not args.shards:
         return {}
-    histogram, skipped = histogram_of_shards(args.shards, args.quantity, buckets, args.samples, args.scores, args.seed)
+    histogram, skipped = histogram_of_shards(
+        args.shards, args.quantity, buckets, args.samples, args.scores, args.seed, names_of(args)
+    )
     if skipped:
         print("not usable: " + ", ".join(f"{reason} {count:,}" for reason, count in skipped.most_common()))
     return {"shards": histogram}

@@ -4,7 +4,15 @@ import torch
 from torch import Tensor
 
 from ldm_lab.config import PositiveInt, register
-from ldm_lab.interfaces import Batch, ConditionRequest, Conditions, ConditionSource, ConditionSpec, Embedding
+from ldm_lab.interfaces import (
+    Autoencoder,
+    Batch,
+    ConditionRequest,
+    Conditions,
+    ConditionSource,
+    ConditionSpec,
+    Embedding,
+)
 
 
 @register("condition_source", "clip_embed")
@@ -24,7 +32,9 @@ class ClipEmbed(ConditionSource):
     def spec(self) -> ConditionSpec:
         return {"clip_embed": Embedding(self.width, optional=True)}
 
-    def from_batch(self, batch: Batch, x0: Tensor, generator: torch.Generator | None) -> Conditions:
+    def from_batch(
+        self, batch: Batch, x0: Tensor, autoencoder: Autoencoder, generator: torch.Generator | None
+    ) -> Conditions:
         """Return nothing: the network leaves its layers for the vector out."""
         return {}
 

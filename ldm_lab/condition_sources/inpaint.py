@@ -1,53 +1,117 @@
 """What an inpainting model is told: the known part of an image, and where it is known."""
 
-import torch
-from torch import Tensor
+from typing import Annotated
 
-from ldm_lab.config import PositiveInt, Share, register
-from ldm_lab.interfaces import Batch, ConditionRequest, Conditions, ConditionSource, ConditionSpec, ImageCondition
+import torch
+from annotated_types import Interval
+from torch import Tensor
+from torch.nn import functional as F
+
+from ldm_lab.condition_sources.random_masks import random_kinds, rectangles, strokes
+from ldm_lab.config import NonNegativeFloat, PositiveInt, register
+from ldm_lab.interfaces import (
+    Autoencoder,
+    Batch,
+    ConditionRequest,
+    Conditions,
+    ConditionSource,
+    ConditionSpec,
+    ImageCondition,
+)
+
+ShareAboveZero = Annotated[float, Interval(gt=0, le=1)]
 
 
 @register("condition_source", "inpaint")
 class Inpaint(ConditionSource):
-    """The known part of an image in z, [B, C, h, w], and 1 where it is known, 0 elsewhere, [B, 1, h, w]."""
+    """The known part of an image in z, [B, C, h, w], 0 elsewhere, and 1 where it is known, 0 elsewhere, [B, 1, h, w].
 
-    def __init__(self, *, channels: PositiveInt = 3, known_share: Share = 0.0) -> None:
-        """Set what training shows of an image.
+    In training a random region of each image is erased (Nichol et al. 2022, arXiv 2112.10741, section on inpainting).
+    A model of latents is told the latents of the image with that region in grey, as far as none of it is in them.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: PositiveInt = 3,
+        rectangle: NonNegativeFloat = 0.4,
+        strokes: NonNegativeFloat = 0.3,
+        whole: NonNegativeFloat = 0.2,
+        outside: NonNegativeFloat = 0.1,
+        smallest: ShareAboveZero = 0.25,
+        largest: ShareAboveZero = 1.0,
+        thinnest: ShareAboveZero = 0.05,
+        thickest: ShareAboveZero = 0.3,
+        most_strokes: PositiveInt = 4,
+    ) -> None:
+        """Set what training erases. The first four after `channels` are shares of the images, taken in proportion.
 
         Args:
             channels: C of the latents; 3 for models of pixels.
-            known_share: share of the training images of which a part is known, a rectangle of any size; of the others
-                nothing is, as when such a model draws a whole picture.
+            rectangle: of which a rectangle is erased.
+            strokes: of which is erased what strokes of a brush cover.
+            whole: of which all is erased, so that the model still makes whole pictures.
+            outside: of which all is erased but for a rectangle.
+            smallest: side of a rectangle, at least, as a share of the image's.
+            largest: likewise, at most.
+            thinnest: width of a stroke, at least, as a share of the image's shorter side.
+            thickest: likewise, at most.
+            most_strokes: in an image; each gets one to this many.
         """
         super().__init__()
-        self.channels, self.known_share = channels, known_share
+        self.channels, self.most_strokes = channels, most_strokes
+        self.shares = (whole, rectangle, strokes, outside)  # in the order of random_masks.KINDS
+        self.sides, self.widths = (smallest, largest), (thinnest, thickest)
+
+    @staticmethod
+    def check(
+        *, rectangle: float, strokes: float, whole: float, outside: float,
+        smallest: float, largest: float, thinnest: float, thickest: float) -> list[str]:  # fmt: skip
+        """Return what is wrong across the options."""
+        problems = []
+        if not (rectangle or strokes or whole or outside):
+            problems.append("whole: at least one of whole, rectangle, strokes and outside has to be above 0")
+        if smallest > largest:
+            problems.append(f"smallest: {smallest} is above largest, {largest}")
+        if thinnest > thickest:
+            problems.append(f"thinnest: {thinnest} is above thickest, {thickest}")
+        return problems
 
     @property
     def spec(self) -> ConditionSpec:
         return {"inpaint_image": ImageCondition(self.channels), "inpaint_mask": ImageCondition(1)}
 
-    def from_batch(self, batch: Batch, x0: Tensor, generator: torch.Generator | None) -> Conditions:
-        """Return image and mask of a batch: nothing known, or a random rectangle."""
-        mask = torch.zeros_like(x0[:, :1])  # [B, 1, h, w]
-        if self.known_share:
-            mask = self.random_mask(x0, generator)  # [B, 1, h, w]
-        return {"inpaint_image": x0 * mask, "inpaint_mask": mask}
+    def from_batch(
+        self, batch: Batch, x0: Tensor, autoencoder: Autoencoder, generator: torch.Generator | None
+    ) -> Conditions:
+        """Return image and mask of a batch, with a random region of each image erased."""
+        if autoencoder.pixel_range is not None:
+            return known_part(x0, self.erased(x0, generator))
+        image = batch.require_image("train an inpainting model of latents")  # [B, 3, H, W]
+        erased = self.erased(image, generator)  # [B, 1, H, W]
+        visible = autoencoder.encode(image * ~erased)  # [B, C, h, w]; grey is 0
+        return known_part(visible, F.max_pool2d(erased.float(), autoencoder.downscale) > 0)
 
     def from_request(self, request: ConditionRequest) -> Conditions:
         """Return image and mask of what is to be kept; nothing is known where nothing is given."""
         x = request.x
         if request.known is None or request.mask is None:
             return {"inpaint_image": torch.zeros_like(x), "inpaint_mask": torch.zeros_like(x[:, :1])}
-        known_mask = (~request.mask).to(x).expand(len(x), -1, -1, -1)  # [B, 1, h, w]
-        return {"inpaint_image": request.known.expand_as(x), "inpaint_mask": known_mask}
+        return known_part(request.known.expand_as(x), request.mask.expand(len(x), -1, -1, -1))
 
-    def random_mask(self, x0: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Return masks [B, 1, h, w]: 1 in a random rectangle of `known_share` of the images, else 0."""
-        draws = torch.rand(5, len(x0), device=x0.device, generator=generator)  # [5, B]
-        rows, columns = (torch.arange(side, device=x0.device) for side in x0.shape[2:])  # [h], [w]
-        top, bottom = (draws[:2] * (len(rows) + 1)).long().sort(dim=0).values  # [B] each
-        left, right = (draws[2:4] * (len(columns) + 1)).long().sort(dim=0).values  # [B] each
-        down = (rows >= top[:, None]) & (rows < bottom[:, None])  # [B, h]
-        across = (columns >= left[:, None]) & (columns < right[:, None])  # [B, w]
-        known: Tensor = down[:, :, None] & across[:, None] & (draws[4] < self.known_share)[:, None, None]  # [B, h, w]
-        return known[:, None].to(x0)  # [B, 1, h, w]
+    def erased(self, image: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Return where training erases images [B, ., H, W], bool [B, 1, H, W], on their device."""
+        count, _, height, width = image.shape
+        device = image.device
+        kinds = random_kinds(count, torch.tensor(self.shares, device=device), generator)  # [B]
+        kinds = kinds[:, None, None]  # [B, 1, 1]
+        boxes = rectangles(count, height, width, self.sides, device, generator)  # [B, H, W]
+        brushed = strokes(count, height, width, self.most_strokes, self.widths, device, generator)  # [B, H, W]
+        region = torch.where(kinds == 1, boxes, torch.where(kinds == 2, brushed, ~boxes))  # [B, H, W]
+        return (region | (kinds == 0))[:, None]  # [B, 1, H, W]
+
+
+def known_part(image: Tensor, erased: Tensor) -> Conditions:
+    """Return the conditions of latents [B, C, h, w] of which a part, bool [B, 1, h, w], is not known."""
+    mask = (~erased).to(image)  # [B, 1, h, w]
+    return {"inpaint_image": image * mask, "inpaint_mask": mask}

@@ -9,7 +9,15 @@ from torch.nn import functional as F
 
 from ldm_lab.config import NonNegativeFloat, register
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Batch, ConditionRequest, Conditions, ConditionSource, ConditionSpec, ImageCondition
+from ldm_lab.interfaces import (
+    Autoencoder,
+    Batch,
+    ConditionRequest,
+    Conditions,
+    ConditionSource,
+    ConditionSpec,
+    ImageCondition,
+)
 
 RGB = 3
 
@@ -36,7 +44,9 @@ class LowRes(ConditionSource):
     def spec(self) -> ConditionSpec:
         return {"low_res": ImageCondition(RGB, self.scale_factor)}
 
-    def from_batch(self, batch: Batch, x0: Tensor, generator: torch.Generator | None) -> Conditions:
+    def from_batch(
+        self, batch: Batch, x0: Tensor, autoencoder: Autoencoder, generator: torch.Generator | None
+    ) -> Conditions:
         """Return {"low_res": [B, 3, H / scale_factor, W / scale_factor]} of a batch's images."""
         return {"low_res": self.reduce(batch.require_image("train an upsampler"), generator)}
 

@@ -61,6 +61,7 @@ class Role:
 ROLES = {
     "task": Role("ldm_lab.training"),
     "data": Role("ldm_lab.data"),
+    "captions": Role("ldm_lab.data.captions"),
     "autoencoder": Role("ldm_lab.autoencoders", "Autoencoder", AutoencoderUse),
     "conditioner": Role("ldm_lab.conditioners", "Conditioner", ConditionerUse),
     "condition_source": Role("ldm_lab.condition_sources", "ConditionSource"),
@@ -70,6 +71,7 @@ ROLES = {
     "cache": Role("ldm_lab.training.caching"),
     "optim": Role("ldm_lab.training.optim"),
     "ema": Role("ldm_lab.ema"),
+    "ema_snapshots": Role("ldm_lab.training.ema_snapshots"),
     "checkpoint": Role("ldm_lab.training.checkpointing"),
     "demo": Role("ldm_lab.training.demo"),
     "sampling": Role("ldm_lab.sampling.options"),
@@ -85,6 +87,7 @@ ROLES = {
     "discriminator": Role("ldm_lab.training.discriminator"),
     "reconstructions": Role("ldm_lab.training.reconstructions"),
     "enlargements": Role("ldm_lab.training.enlargements"),
+    "inpaintings": Role("ldm_lab.training.inpaintings"),
     "head": Role("ldm_lab.curation.heads", use=PartUse),
 }
 FROZEN = tuple(name for name, role in ROLES.items() if role.use is not None)  # roles of parts with weights of their own

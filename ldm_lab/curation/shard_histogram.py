@@ -14,13 +14,20 @@ from ldm_lab.data.tar import read_shard
 from ldm_lab.errors import UserError
 from ldm_lab.io.images import BadImage, decode_image, to_rgb
 from ldm_lab.progress import Bar
-from ldm_lab.rules.sample import SampleRow
+from ldm_lab.rules.names import Names
+from ldm_lab.rules.sample import NO_NAMES, SampleRow
 
 THUMBNAIL = 160  # pixels, both sides at most
 
 
 def histogram_of_shards(
-    shards: list[str], quantity: str, buckets: Buckets, shown: int, scores: str | None = None, seed: int = 0
+    shards: list[str],
+    quantity: str,
+    buckets: Buckets,
+    shown: int,
+    scores: str | None = None,
+    seed: int = 0,
+    names: Names = NO_NAMES,
 ) -> tuple[Histogram, Counter]:
     """Return the histogram of shards, and how many images and shards could not be shown or read, by reason.
 
@@ -28,6 +35,7 @@ def histogram_of_shards(
         shards: patterns, as in `data.shards`.
         scores: the ending of Parquet files beside the shards, as in `data.scores`.
         shown: images to draw per bucket.
+        names: which column of the json or the scores holds which quantity, where a doubt may be.
     """
     random = Random(seed)
     counts: Counter[int | None] = Counter()
@@ -48,7 +56,7 @@ def histogram_of_shards(
             if not isinstance(item, RawSample):
                 skipped[item.reason] += 1
                 continue
-            row = SampleRow(metadata_of(item), before=beside.get(item.key))
+            row = SampleRow(metadata_of(item), before=beside.get(item.key), names=names)
             score = row.number(quantity).value
             place = None if score is None else int(buckets.places([score])[0])
             counts[place] += 1
@@ -69,7 +77,7 @@ def histogram_of_shards(
             except BadImage as problem:
                 skipped[str(problem)] += 1
                 continue
-            histogram.shown.setdefault(buckets.names[place - 1], []).append(Shown(score, image, caption_of(item)))
+            histogram.shown.setdefault(buckets.names[place - 1], []).append(Shown(score, image, caption_of(item).first))
     return histogram, skipped
 
 

@@ -1,14 +1,15 @@
 """The data of a run for Lightning, with a position that can be saved and gone back to."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import TypedDict
 
 from pytorch_lightning import LightningDataModule
-from pytorch_lightning.utilities import rank_zero_info
 
 from ldm_lab.data.counts import Counts, CountsState
 from ldm_lab.data.loader import Loader, Progress
 from ldm_lab.data.order import Position
+from ldm_lab.data.samples import as_utf8
 from ldm_lab.data.source import Source
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Batch
@@ -51,6 +52,9 @@ class DataModule(LightningDataModule):
         rank, world_size: for use without a Trainer, which knows them otherwise.
         epochs: passes over the data; None is without end, as training wants it. With a number, the last batch of a
             reader may be smaller.
+
+    Attributes:
+        told_to_stop: whether the run is to end; whoever trains with the batches sets it.
     """
 
     def __init__(
@@ -66,6 +70,8 @@ class DataModule(LightningDataModule):
         self.source, self.seed, self.epochs = source, seed, epochs
         self._rank, self._world_size = rank, world_size
         self._progress = Progress([Position()] * self.workers)
+        self._is_described = False
+        self.told_to_stop: Callable[[], bool] = lambda: False
         self._restored: tuple[list[RankState], int] | None = None
 
     @property
@@ -111,6 +117,10 @@ class DataModule(LightningDataModule):
         """List the data. Raises UserError if there is none, or too little for the number of readers."""
         if self.source.count is None:
             self.source.open()
+        if self.rank == 0 and not self._is_described:
+            self._is_described = True
+            for line in self.source.found():
+                print(f"data: {as_utf8(line)}")
         readers, count, unit = self.workers * self.world_size, self.source.count or 0, self.source.unit
         if count < readers:
             most = count // self.world_size
@@ -132,6 +142,7 @@ class DataModule(LightningDataModule):
             world_size=self.world_size,
             progress=self._progress,
             epochs=self.epochs,
+            told_to_stop=lambda: self.told_to_stop(),
         )
 
     def consumed(self, batch: Batch) -> None:
@@ -178,7 +189,8 @@ class DataModule(LightningDataModule):
             self._progress = Progress(positions, states[rank]["turn"], Counts.of(states[rank]["counts"]))
             return
         epoch = 1 + max(position[0] for state in states for position in state["positions"])
-        rank_zero_info(f"data: {', '.join(changes)}: another order, so this run goes on with epoch {epoch} of it")
+        if rank == 0:
+            print(f"data: {', '.join(changes)}: another order, so this run goes on with epoch {epoch} of it")
         self._progress = Progress([Position(epoch)] * self.workers)
         if rank == 0:  # what all ranks have counted so far lives on in one of them
             for state in states:

@@ -7,20 +7,35 @@ rank's loader processes take turns. So a rank's next batch follows from its read
 import itertools
 import os
 import signal
-import sys
 import threading
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ldm_lab.data.counts import Counts
+from ldm_lab.data.loader_processes import (
+    PREFETCH,
+    Piped,
+    Whereabouts,
+    death,
+    free_shared_memory,
+    lack_of_shared_memory,
+    leave_signals_to_parent,
+    ready_to_send,
+)
 from ldm_lab.data.order import Order, Position
-from ldm_lab.data.samples import DUPLICATE, FilteredOut, Sample, SkippedSample
-from ldm_lab.data.source import Item, Source
-from ldm_lab.errors import UserError
+from ldm_lab.data.samples import OF_SHARDS, FilteredOut, Judged, Sample, SkippedSample
+from ldm_lab.data.source import Item, Source, Unusable
+from ldm_lab.data.waiting import ReadingError, Wait, WaitingEnded
+from ldm_lab.errors import UserError, first_line
 from ldm_lab.interfaces import Batch, ReaderState
+from ldm_lab.progress import print_line
 
 CHECK_AFTER = 500  # samples that a rank reads before the share of skipped ones is judged
 # A reader that finds nothing usable has to end, too. It gives up after this many unusable samples in a row if it has
@@ -56,14 +71,14 @@ class FailureWatch:
         """Note that it can be used."""
         self.since_usable, self.consecutive_failures = Counts(), 0.0
 
-    def skip(self, problem: SkippedSample, is_undecoded: bool) -> None:
-        """Note that it cannot. Undecoded are what could not even be read: broken shards, but for repeated keys."""
+    def skip(self, problem: SkippedSample) -> None:
+        """Note that it cannot."""
         self.total.skip(problem)
         self.since_usable.skip(problem)
         if isinstance(problem, FilteredOut):
             self.consecutive_failures += FILTERED_FAILURE
         else:
-            self.consecutive_failures += SHARD_FAILURE if is_undecoded and problem.reason != DUPLICATE else 1
+            self.consecutive_failures += SHARD_FAILURE if problem.reason in OF_SHARDS else 1
 
     @property
     def gives_up(self) -> bool:
@@ -89,6 +104,9 @@ def read(
         order = Order(seed, epoch, reader, readers)
         usable = False
         for after, item in walk(source, order, position):
+            if isinstance(item, Judged):
+                counts.judged += item.count
+                continue
             counts.read += 1
             watch.read()
             try:
@@ -97,12 +115,13 @@ def read(
                 samples.append(source.decode(item, order))
             except SkippedSample as problem:
                 counts.skip(problem)
-                watch.skip(problem, problem is item)
+                watch.skip(problem)
                 if watch.gives_up:
                     break
                 continue
             usable = True
             watch.usable()
+            counts.caption(samples[-1])
             if len(samples) == source.batch_size:
                 yield replace(source.collate(samples), state=reader_state(after, counts))
                 samples, counts = [], Counts()
@@ -118,11 +137,12 @@ def read(
 def reader_state(position: Position, counts: Counts) -> ReaderState:
     """Return where a reader stands, with what it read since its last batch."""
     return ReaderState(
-        position, read=counts.read, skipped=counts.skipped, filtered=counts.filtered, examples=counts.examples
-    )
+        position, read=counts.read, skipped=counts.skipped, filtered=counts.filtered, examples=counts.examples,
+        judged=counts.judged, captions=counts.captions,
+    )  # fmt: skip
 
 
-def walk(source: Source, order: Order, position: Position) -> Iterator[tuple[Position, Item | SkippedSample]]:
+def walk(source: Source, order: Order, position: Position) -> Iterator[tuple[Position, Item | Unusable]]:
     """Yield (position after it, item) of what a reader still has to read of an epoch."""
     start, offset = position.start, 0
     for point, item in source.items(order, position.start):
@@ -167,85 +187,139 @@ class Loader:
         rank, world_size: this process among those of the run.
         progress: every iteration goes on from where it stands; whoever uses a batch advances it.
         epochs: passes over the data; None is without end.
+        told_to_stop: whether the run is to end, so that it is no use to wait long for another batch.
 
     Raises:
-        UserError: while iterating, when more than the allowed share of samples had to be skipped.
+        ReadingError: while iterating, when more than the allowed share of samples had to be skipped, a loader process
+            was killed or crashed, or no batch came for a long time.
     """
 
     def __init__(
-        self, source: Source, *, seed: int, rank: int, world_size: int, progress: Progress, epochs: int | None = None
+        self,
+        source: Source,
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+        progress: Progress,
+        epochs: int | None = None,
+        told_to_stop: Callable[[], bool] = lambda: False,
     ):
         self.source, self.seed, self.rank, self.world_size = source, seed, rank, world_size
-        self.progress, self.epochs = progress, epochs
+        self.progress, self.epochs, self.told_to_stop = progress, epochs, told_to_stop
 
     def __iter__(self) -> Iterator[Batch]:
         ahead = self.progress.copy()
-        loader = DataLoader(
-            _Readers(self, ahead.copy()),
-            batch_size=None,  # the readers make whole batches
-            num_workers=self.source.workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=leave_signals_to_parent,
-            generator=torch.Generator(),  # else it draws from the global one, which belongs to the training
-        )
-        for batch in loader:
-            if isinstance(batch, _Failure):
-                raise UserError(batch.message)
+        for batch in self.delivered(ahead.copy()):
             ahead.advance(batch)
             if ahead.counts.wanted >= CHECK_AFTER and ahead.counts.share > self.source.max_skipped:
                 allowed = f"data.max_skipped allows {self.source.max_skipped:.1%}"
-                raise UserError(f"too many unusable samples: {ahead.counts}. {allowed}")
+                raise ReadingError(f"too many unusable samples: {ahead.counts}. {allowed}")
             if len(batch):
                 yield self.source.to_device_format(batch)
             else:
                 self.progress.advance(batch)
 
+    def delivered(self, progress: Progress) -> Iterator[Batch]:
+        """Yield the batches as the readers make them, from where `progress` stands."""
+        workers = self.source.workers
+        whereabouts = Whereabouts(workers)
+        loader = DataLoader(
+            _Readers(self, progress, whereabouts),
+            batch_size=None,  # the readers make whole batches
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=leave_signals_to_parent,
+            prefetch_factor=PREFETCH if workers else None,
+            generator=torch.Generator(),  # else it draws from the global one, which belongs to the training
+        )
+        free = free_shared_memory()
+        with _without_interruption():
+            batches = iter(loader)
+        processes = batches._workers if isinstance(batches, _MultiProcessingDataLoaderIter) else []
+        wait = Wait(
+            at=lambda: str(whereabouts),
+            died=lambda: death(processes, whereabouts),
+            told_to_stop=self.told_to_stop,
+            timeout=self.source.timeout,
+        )
+        told = not workers
+        try:
+            while True:
+                try:
+                    with wait:
+                        batch = next(batches, None)
+                except WaitingEnded as ended:
+                    raise ReadingError(str(ended), may_pass=True) from None
+                except RuntimeError as error:  # so DataLoader says that a process has left
+                    raise ReadingError(death(processes, whereabouts) or first_line(error), may_pass=True) from None
+                if batch is None:
+                    return
+                if isinstance(batch, _Failure):
+                    raise ReadingError(batch.message, batch.may_pass)
+                batch = batch.unpack() if isinstance(batch, Piped) else batch
+                if not told and (lack := lack_of_shared_memory(batch, workers, free)):
+                    print_line(lack)
+                told = True
+                yield batch
+        finally:
+            for process in processes:  # one that is stuck in a pipe would be waited for
+                process.terminate()
+
+
+@contextmanager
+def _without_interruption() -> Iterator[None]:
+    """Undo what DataLoader installs in it: a SIGCHLD handler that raises in the midst of whatever is being done."""
+    if threading.current_thread() is not threading.main_thread() or os.name != "posix":
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    signal.signal(signal.SIGCHLD, before)
+
 
 @dataclass
 class _Failure:
-    """What a loader process delivers in place of a UserError: raised there, it would come with a traceback in it."""
+    """What a reader delivers in place of an exception: raised there, it would come with a traceback in it."""
 
     message: str
+    may_pass: bool = False
 
 
 class _Readers(IterableDataset):
     """The readers of a rank as the data set of a DataLoader: each of its processes iterates over one of them."""
 
-    def __init__(self, loader: Loader, progress: Progress):
-        self.loader, self.progress = loader, progress
+    def __init__(self, loader: Loader, progress: Progress, whereabouts: Whereabouts):
+        self.source, self.seed, self.epochs = loader.source, loader.seed, loader.epochs
+        self.rank, self.world_size = loader.rank, loader.world_size
+        self.progress, self.whereabouts = progress, whereabouts
 
-    def __iter__(self) -> Iterator[Batch | _Failure]:
-        loader, process = self.loader, get_worker_info()
+    def __iter__(self) -> Iterator[Batch | Piped | _Failure]:
+        process = get_worker_info()
+        number = process.id if process else 0
+        self.source.note = partial(self.whereabouts.note, number)
         workers = len(self.progress.positions)
         # DataLoader always begins with its process 0, so that one takes over the reader whose turn it is.
-        mine = ((process.id if process else 0) + self.progress.turn) % workers
-        readers = workers * loader.world_size
-        position = self.progress.positions[mine]
-        reader = loader.rank * workers + mine
+        mine = (number + self.progress.turn) % workers
+        reader, readers = self.rank * workers + mine, workers * self.world_size
         try:
-            for batch in read(loader.source, loader.seed, reader, readers, position, loader.epochs):
+            for batch in read(self.source, self.seed, reader, readers, self.progress.positions[mine], self.epochs):
                 batch.state.reader = mine
-                yield batch
+                yield ready_to_send(batch) if process else batch
         except UserError as error:
             yield _Failure(str(error))
+        except Exception as error:
+            yield _failure(error, f"loader process {number} of {workers}" if process else "reading the data")
 
 
-def _as_it_is(delivered: Batch | _Failure) -> Batch | _Failure:
+def _failure(error: Exception, who: str) -> _Failure:
+    """Return what is said of an exception that a reader did not expect: what it is and where it came from."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{place.filename}:{place.lineno}, in {place.name}"
+    if isinstance(error, MemoryError):
+        return _Failure(f"{who} ran out of memory ({where}); fewer data.workers need less", may_pass=True)
+    return _Failure(f"{who} failed with {type(error).__name__}: {first_line(error)} ({where})")
+
+
+def _as_it_is(delivered: Batch | Piped | _Failure) -> Batch | Piped | _Failure:
     return delivered
-
-
-def leave_signals_to_parent(process: int) -> None:
-    """Leave it to the training process to act on Ctrl-C and SIGTERM, which may reach the whole process group.
-
-    It saves a checkpoint then, for which its loader processes have to live on, and stops them itself.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":  # macOS has no sigwaitinfo
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _obey_parent(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        continue
-    os._exit(0)

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ldm_lab.data.counts import Counts
-from ldm_lab.data.loader import leave_signals_to_parent
+from ldm_lab.data.loader_processes import leave_signals_to_parent
 from ldm_lab.data.samples import BROKEN, DUPLICATE, UNREACHABLE, RawSample, SkippedSample, as_utf8
 from ldm_lab.data.work_items import Content, WorkItem
 from ldm_lab.errors import UserError

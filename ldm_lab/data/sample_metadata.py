@@ -1,15 +1,16 @@
 """What is known of a sample beside its image: its json, and the scores that lie beside its shard."""
 
-from ldm_lab.data.samples import RawSample, caption_of
+from ldm_lab.data.captions import Captions
+from ldm_lab.data.samples import DEFAULT_CAPTIONS, RawSample, caption_of
 from ldm_lab.data.shard_urls import without_ending
 from ldm_lab.io.json_files import Json, parse_json
 
 Metadata = dict[str, Json]  # name, as its json or a table's column is called -> value
 
 
-def metadata_of(sample: RawSample) -> Metadata:
-    """Return what a sample's json says, if it can be read, with the caption that training takes."""
-    return {**parse_json(sample.json), "caption": caption_of(sample)}
+def metadata_of(sample: RawSample, captions: Captions = DEFAULT_CAPTIONS) -> Metadata:
+    """Return what a sample's json says, if it can be read, with the caption that training takes; of several all."""
+    return {**parse_json(sample.json), "caption": caption_of(sample, captions).whole}
 
 
 def scores_path(address: str, ending: str) -> str:

@@ -5,9 +5,21 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-DUPLICATE = "duplicate key"  # the reason of a single sample; all others come from decoding, or stand for a shard
+from ldm_lab.data.captions import Caption, Captions
+
+# Reasons of whole shards.
 UNREACHABLE = "unreachable shard"  # it could not be opened
 BROKEN = "broken shard"  # it breaks off
+EMPTY = "shard without a sample"
+OF_LINKS = "shard of links alone (tar -h stores the files)"
+UNSORTED = "unsorted shard (mkdir d; tar xf SHARD -C d; tar cf SHARD --sort=name -C d . sorts it)"
+UNREADABLE_SCORES = "unreadable scores"
+OF_SHARDS = (UNREACHABLE, BROKEN, EMPTY, OF_LINKS, UNSORTED, UNREADABLE_SCORES)
+# Reasons of samples that do not come from decoding.
+DUPLICATE = "duplicate key"
+APART = "files of one sample lie apart (mkdir d; tar xf SHARD -C d; tar cf SHARD --sort=name -C d . sorts them)"
+LINK = "link in place of a file (tar -h stores the files)"
+DOTTED = "no image (a dot within its name? data.key_until=last_dot takes names up to the last one)"
 
 
 class RawSample(NamedTuple):
@@ -16,14 +28,22 @@ class RawSample(NamedTuple):
     Attributes:
         key: its name, unique in the data set as far as the user keeps it so.
         image: an encoded image of any format that Pillow reads.
-        text: the caption, UTF-8.
+        text: the file with the caption.
         json: metadata, as img2dataset writes them.
+        ending: of the caption's file.
+        caption: what was found to be the caption; None leaves it to `caption_of`.
     """
 
     key: str
     image: bytes | None
     text: bytes | None = None
     json: bytes | None = None
+    ending: str = ".txt"
+    caption: Caption | None = None
+
+    def read(self, ending: str) -> bytes | None:
+        """Return the file of the sample that has an ending, .json or that of the caption."""
+        return self.json if ending == ".json" else self.text if ending == self.ending else None
 
 
 @dataclass
@@ -33,6 +53,7 @@ class Sample:
     Attributes:
         key: its name.
         text: the caption; "" where there is none.
+        caption_place: where it came from, or why it cannot be read; "" if nobody knows.
         image: uint8 [3, S, S], or None.
         mean, logvar: of the posterior of the autoencoder's raw latent, [C, h, w] each, or None.
         conditions: name -> [...], of a cache.
@@ -40,6 +61,7 @@ class Sample:
 
     key: str
     text: str = ""
+    caption_place: str = ""
     image: Tensor | None = None
     mean: Tensor | None = None
     logvar: Tensor | None = None
@@ -60,12 +82,31 @@ class SkippedSample(Exception):
 
 
 class FilteredOut(SkippedSample):
-    """A sample that the config leaves out, by a rule or for want of a caption: no sign that something is wrong."""
+    """A sample that the config leaves out, by a rule or for want of a caption: no sign that something is wrong.
+
+    Args:
+        judged: samples that the rules have judged since the one before it that was left out, itself included; 0 if
+            no rule did it.
+    """
+
+    def __init__(self, reason: str, key: str, judged: int = 0):
+        super().__init__(reason, key)
+        self.judged = judged
 
 
-def caption_of(sample: RawSample) -> str:
-    """Return a sample's caption, stripped; "" if it has none."""
-    return (sample.text or b"").decode("utf-8-sig", errors="replace").strip()
+@dataclass(frozen=True)
+class Judged:
+    """How many samples rules have judged and kept since the last one that was left out; not a sample itself."""
+
+    count: int
+
+
+DEFAULT_CAPTIONS = Captions()
+
+
+def caption_of(sample: RawSample, captions: Captions = DEFAULT_CAPTIONS) -> Caption:
+    """Return a sample's caption."""
+    return captions.find(sample.key, sample.read) if sample.caption is None else sample.caption
 
 
 def as_utf8(text: str) -> str:

@@ -263,6 +263,9 @@ class Shapes(ShardSource):
     def prepare(self) -> None:
         self.list_shards()
 
+    def files(self) -> list[tuple[str, Path | None]]:
+        return []  # the options tell every pixel
+
     def list_shards(self) -> list[str]:
         made_with = (self.image_size, self.drawing_seed, self.variety, self.wordings)
         return [str(path) for path in write_shards(self.folder, self.images, self.shards, *made_with)]

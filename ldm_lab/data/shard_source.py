@@ -1,16 +1,24 @@
 """What the sources that read shards have in common: the order of shards and samples, found again on resume."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ldm_lab.config import NonNegativeInt
+from ldm_lab.data.caption_tables import CaptionTable
 from ldm_lab.data.order import Order, shuffled
-from ldm_lab.data.samples import FilteredOut, RawSample, SkippedSample
-from ldm_lab.data.source import ImageSource
+from ldm_lab.data.samples import FilteredOut, Judged, RawSample, SkippedSample
+from ldm_lab.data.shard_urls import is_remote, scheme_of
+from ldm_lab.data.shards_found import describe_shards
+from ldm_lab.data.source import ImageSource, Unusable
 from ldm_lab.data.tar import read_shard
+from ldm_lab.data.tar_files import KeyUntil
+from ldm_lab.errors import UserError
 
+PAST = (FilteredOut, Judged)  # what goes past the shuffle buffer
 GROUP = 4  # shards that are shuffled together: a group ends once it has this many times the shuffle buffer
 
 
@@ -23,6 +31,7 @@ class ShardSource(ImageSource):
     """
 
     unit = "shards"
+    key_until: KeyUntil = "first_dot"  # which dot of a file's name ends its sample's key
 
     def __init__(self, *, shuffle_buffer: NonNegativeInt = 1000, **common: Any):
         super().__init__(**common)
@@ -35,8 +44,29 @@ class ShardSource(ImageSource):
     def open(self) -> None:
         self.addresses = self.list_shards()
         self.count = len(self.addresses)
+        if self.captions.metadata is not None:
+            self.captions.table = self.read_table(self.captions.metadata)
 
-    def items(self, order: Order, start: int = 0) -> Iterator[tuple[int, RawSample | SkippedSample]]:
+    def read_table(self, name: str) -> CaptionTable:
+        """Return the table of captions, which lies here or beside the first shard. Raises UserError without one."""
+        path = Path(name).expanduser()
+        beside = Path(self.addresses[0]).parent / path
+        found = next((its for its in (path, beside) if its.is_file()), None)
+        if found is None:
+            raise UserError(f"data.captions.metadata: no such file: {path}, nor {beside}")
+        return CaptionTable.read([("", found)], self.captions.column, self.captions.encoding)
+
+    def found(self) -> list[str]:
+        return describe_shards(self.addresses, self.captions, self.key_until)
+
+    def files(self) -> list[tuple[str, Path | None]]:
+        local = [os.path.abspath(a) for a in self.addresses if not is_remote(a) and not scheme_of(a)]
+        common = os.path.commonpath([os.path.dirname(path) for path in local]) if local else ""
+        found: list[tuple[str, Path | None]] = [(os.path.relpath(path, common), Path(path)) for path in local]
+        found += [(a, None) for a in self.addresses if is_remote(a) or scheme_of(a)]
+        return found
+
+    def items(self, order: Order, start: int = 0) -> Iterator[tuple[int, RawSample | Unusable]]:
         """Yield the samples; a restart point is the place of the first shard of a group.
 
         The shuffle buffer is emptied at the end of every group, so that resuming reads at most one group again and not
@@ -46,20 +76,25 @@ class ShardSource(ImageSource):
         places = iter(range(start, len(share)))
         for first in places:
             group = self._shard_group(share, first, places)
-            for item in shuffled(group, self.shuffle_buffer, order.random("run", order.reader, first), FilteredOut):
+            for item in shuffled(group, self.shuffle_buffer, order.random("run", order.reader, first), PAST):
                 yield first, item
 
     def _shard_group(
         self, share: np.ndarray, place: int | None, places: Iterator[int]
-    ) -> Iterator[RawSample | SkippedSample]:
+    ) -> Iterator[RawSample | Unusable]:
         """Yield the samples of the shard at `place` and of further shards until there are enough of them."""
         samples = 0
         while place is not None:
+            self.note(self.addresses[share[place]])
             for item in self.samples(self.addresses[share[place]]):
-                samples += not isinstance(item, FilteredOut)
+                samples += not isinstance(item, PAST)
                 yield item
             place = next(places, None) if samples < GROUP * self.shuffle_buffer else None
 
-    def samples(self, address: str) -> Iterator[RawSample | SkippedSample]:
+    def samples(self, address: str) -> Iterator[RawSample | Unusable]:
         """Yield the samples of a shard."""
-        return read_shard(address)
+        return self.read_shard(address)
+
+    def read_shard(self, address: str) -> Iterator[RawSample | SkippedSample]:
+        """Yield the samples of a shard, with their captions where `captions` says."""
+        return read_shard(address, self.captions.endings, self.key_until)

@@ -1,21 +1,24 @@
 """What all sources have in common: their options, and how an image sample is made of its raw parts."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ldm_lab.config import NonNegativeInt, PositiveInt, ShareBelowOne
+from ldm_lab.config import NonNegativeInt, PartSection, Plain, PositiveFloat, PositiveInt, ShareBelowOne, build
+from ldm_lab.data.captions import Captions
 from ldm_lab.data.order import Order
-from ldm_lab.data.samples import FilteredOut, RawSample, Sample, SkippedSample, caption_of
+from ldm_lab.data.samples import FilteredOut, Judged, RawSample, Sample, SkippedSample, caption_of
 from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import BadImage, decode_image, resize_and_crop, to_rgb
 
 Item = int | RawSample  # what `decode` takes: the number of a unit, or bytes
+Unusable = SkippedSample | Judged  # what `items` gives in the place of an item
 
 
 class Source:
@@ -27,11 +30,13 @@ class Source:
         batch_size: samples per batch and device.
         workers: loader processes per device; 0 reads in the training process itself.
         max_skipped: share of the samples read that may be unusable, in [0, 1); beyond it the run stops.
+        timeout: seconds without a batch after which training saves and leaves.
 
     Attributes:
         unit: what is dealt out to the readers, in the plural.
         count: units; None before `open`.
         image_size: side of the square images that samples were made of, pixels; None if nobody has said it.
+        note: told what is about to be read, for the message of a wait that takes long.
         encoded_by: of a cache, role -> sha256 of the part that made its latents and conditions.
     """
 
@@ -40,8 +45,17 @@ class Source:
     image_size: int | None = None
     encoded_by: Mapping[str, str] = MappingProxyType({})
 
-    def __init__(self, *, batch_size: PositiveInt, workers: NonNegativeInt = 4, max_skipped: ShareBelowOne = 0.1):
+    def __init__(
+        self,
+        *,
+        batch_size: PositiveInt,
+        workers: NonNegativeInt = 4,
+        max_skipped: ShareBelowOne = 0.1,
+        timeout: PositiveFloat = 1800.0,
+    ):
         self.batch_size, self.workers, self.max_skipped = batch_size, workers, max_skipped
+        self.timeout = timeout
+        self.note: Callable[[str], None] = noted_nowhere
 
     def prepare(self) -> None:
         """Make what has to be on disk before reading. Called in one process per node, before `open`."""
@@ -50,7 +64,19 @@ class Source:
         """List the units and set `count`; called in every process. Raises UserError where there is nothing to read."""
         raise NotImplementedError
 
-    def items(self, order: Order, start: int = 0) -> Iterator[tuple[int, Item | SkippedSample]]:
+    def found(self) -> list[str]:
+        """Return what `open` found, a line each, for the start of a run; samples are not decoded for it."""
+        return []
+
+    def files(self) -> list[tuple[str, Path | None]]:
+        """Return what `open` found on the disk, by which a cache is known to be stale.
+
+        (name, path) of each file: names do not depend on how the data's own folder is written, the path of what is
+        elsewhere is None. None at all where the options say everything, or nobody knows.
+        """
+        return []
+
+    def items(self, order: Order, start: int = 0) -> Iterator[tuple[int, Item | Unusable]]:
         """Yield (restart point, item) of one reader's share of one epoch, from the restart point `start` on.
 
         Restart points never fall; `items(order, p)` must give the very items that `items(order, 0)` gives from its
@@ -86,6 +112,10 @@ class Source:
         return batch
 
 
+def noted_nowhere(name: str) -> None:
+    """Forget what is about to be read."""
+
+
 def _stacked(rows: list[Tensor | None]) -> Tensor | None:
     """Return [B, ...] of rows [...]; None unless all of them are there."""
     there = [row for row in rows if row is not None]
@@ -103,6 +133,7 @@ class ImageSource(Source):
         max_pixels: images with more than that are skipped; null is Pillow's limit, 179 million.
         require_text: leave out samples without a caption, "file" only those without any, not those with an empty one;
             otherwise their text is "". They are counted apart from unusable ones.
+        captions: where captions are, and how they are read.
     """
 
     def __init__(
@@ -114,9 +145,11 @@ class ImageSource(Source):
         min_size: NonNegativeInt = 16,
         max_pixels: PositiveInt | None = None,
         require_text: bool | Literal["file"] = False,
+        captions: Annotated[dict[str, Plain] | None, PartSection("captions")] = None,
         **common: Any,
     ):
         super().__init__(**common)
+        self.captions: Captions = build("captions", captions)
         self.image_size, self.crop, self.flip = image_size, crop, flip
         self.min_size, self.max_pixels, self.require_text = min_size, max_pixels, require_text
 
@@ -124,9 +157,12 @@ class ImageSource(Source):
         """Return the sample with its image, uint8 [3, S, S]. Raises SkippedSample."""
         if item.image is None:
             raise SkippedSample("no image", item.key)
-        text = caption_of(item)
-        if self.require_text and not text and not (self.require_text == "file" and item.text is not None):
+        caption = caption_of(item, self.captions)
+        if self.require_text and caption.problem:
+            raise SkippedSample(caption.problem, item.key)
+        if self.require_text and not caption.texts and not (self.require_text == "file" and caption.exists):
             raise FilteredOut("no caption", item.key)  # the user asked for that: nothing is wrong with the image
+        text = caption.draw(order.random("caption", item.key))
         random = order.random("augment", item.key)
         across, down, mirror = random.random(), random.random(), random.random()
         if self.crop == "center":
@@ -139,7 +175,7 @@ class ImageSource(Source):
         if self.flip and mirror < 0.5:
             pixels = pixels[:, ::-1]  # [S, S, 3]
         image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())  # [3, S, S]
-        return Sample(item.key, text, image)
+        return Sample(item.key, text, caption.problem or caption.place, image)
 
     def to_device_format(self, batch: Batch) -> Batch:
         """Bring the image to float32 in [-1, 1]; as bytes it took a quarter of the room on its way here."""

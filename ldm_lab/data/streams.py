@@ -3,11 +3,11 @@
 What is on another machine is given up after a while: a run must not wait for it for minutes, or for ever, unsaid.
 """
 
-import contextlib
 import os
 import re
 import select
-import signal
+import shlex
+import shutil
 import subprocess
 from typing import Protocol
 from urllib.parse import unquote
@@ -89,10 +89,19 @@ def drain(stream: ByteStream) -> None:
 
 
 class CommandOutput:
-    """The standard output of a shell command; OSError at its end if the command failed."""
+    """The standard output of a shell command; OSError at its end if the command failed.
+
+    The command has a session of its own, so that Ctrl-C does not reach it, and does not outlive whoever reads from it,
+    however that ends: what its guard waits for ends with the reader.
+    """
+
+    GUARDED = "exec 3<&0 0</dev/null; (read _ <&3; kill -9 -$$) >/dev/null 2>&1 & exec 3<&-; "
 
     def __init__(self, command: str):
-        self.process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+        guard = self.GUARDED if os.name == "posix" else ""
+        self.process = subprocess.Popen(
+            guard + command, shell=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
 
     def read(self, size: int) -> bytes:
         data = self.process.stdout.read(size)
@@ -101,21 +110,20 @@ class CommandOutput:
         return data
 
     def close(self) -> None:
+        self.process.stdin.close()
         self.process.stdout.close()
         self.process.kill()
         self.process.wait()
 
 
-class ToolOutput:
+class ToolOutput(CommandOutput):
     """What a cloud's own tool prints, such as gsutil; OSError if it fails, or says nothing for too long."""
 
     def __init__(self, command: list[str]):
-        """Start it, in a session of its own: such tools are scripts that start others, and all of them have to end."""
-        self.name, quiet = command[0], subprocess.DEVNULL
-        try:
-            self.process = subprocess.Popen(command, stdin=quiet, stdout=subprocess.PIPE, start_new_session=True)
-        except FileNotFoundError:
-            raise OSError(f"{self.name} is not installed") from None
+        self.name = command[0]
+        if shutil.which(self.name) is None:
+            raise OSError(f"{self.name} is not installed")
+        super().__init__(shlex.join(command))
 
     def read(self, size: int) -> bytes:
         ready, _, _ = select.select([self.process.stdout], [], [], SILENCE)
@@ -125,9 +133,3 @@ class ToolOutput:
         if not data and self.process.wait() != 0:
             raise OSError(f"{self.name} ended with status {self.process.returncode}")
         return data
-
-    def close(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.stdout.close()
-        self.process.wait()

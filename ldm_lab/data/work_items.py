@@ -139,7 +139,7 @@ def file_batches(path: str, out: Path | None) -> list[FileBatch]:
         raise UserError("--images: --out has to say where the scores go")
     folder = Folder(path=path, image_size=1, batch_size=1)
     folder.open()
-    names = folder.names()
+    names = folder.names
     return [
         FileBatch(out / f"{number:05d}", folder, first, tuple(names[first : first + FILES]))
         for number, first in enumerate(range(0, len(names), FILES))

@@ -36,6 +36,8 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     except (OSError, RuntimeError) as error:
         # torch.save raises a RuntimeError about its zip file while it handles the OSError of a failed write.
         cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, KeyboardInterrupt):  # in the midst of a write, likewise
+            raise cause from None
         if not isinstance(cause, OSError):
             raise
         hint = "; free some space (the file that was there before is untouched)" if cause.errno == errno.ENOSPC else ""

@@ -1,4 +1,4 @@
-"""What image files hold beside the picture: the orientation, and how a picture is read without the rest of it."""
+"""What image files hold beside the picture: the orientation, texts, and how a picture is read without all that."""
 
 import struct
 import zlib
@@ -16,6 +16,7 @@ LARGEST_PROFILE = 16 * 2**20  # bytes, unpacked
 KEPT_CHUNKS = {b"tRNS": 1, b"eXIf": 0, b"sRGB": 1, b"gAMA": 4, b"cHRM": 32, b"cICP": 4}
 XMP = b"XML:com.adobe.xmp\0\0\0"  # the beginning of a PNG text that is not compressed
 LARGEST_XMP = 2**20  # bytes
+LARGEST_TEXT, MOST_TEXTS = 4 * 2**20, 100  # bytes of a text, unpacked; texts of a file
 EXIF_HEADER, ICC_HEADER = b"Exif\0\0", b"ICC_PROFILE\0"
 BYTE, SHORT, LONG, SIGNED_BYTE = 1, 3, 4, 6  # types of EXIF values
 TURNS = {
@@ -148,6 +149,74 @@ def png_chunk(data: bytes, wanted: bytes) -> bytes | None:
             if kind == b"IDAT":
                 return None
     return None
+
+
+def texts_of(data: bytes) -> dict[str, str]:
+    """Return keyword -> text of a PNG's text chunks, and what the EXIF comment of a JPEG or WebP says as "parameters".
+
+    What is damaged, or longer than 4 MiB, is left out.
+    """
+    if not data.startswith(PNG):
+        comment = _comment(_exif_of(data))
+        return {"parameters": comment} if comment else {}
+    found: dict[str, str] = {}
+    for kind, start, end in _chunks(data):
+        keyword, separator, content = data[start + 8 : end - 4].partition(b"\0")
+        if separator and kind in (b"tEXt", b"zTXt", b"iTXt") and len(content) <= LARGEST_TEXT:
+            text = _text(kind, content)
+            if text is not None and len(found) < MOST_TEXTS:
+                found.setdefault(keyword.decode("latin-1"), text)
+    return found
+
+
+def _text(kind: bytes, content: bytes) -> str | None:
+    """Return the text of a PNG's chunk without its keyword; None for what is damaged or too long."""
+    packed = kind == b"zTXt"
+    if kind == b"iTXt":
+        packed, content = content[:1] == b"\1", content[2:].partition(b"\0")[2].partition(b"\0")[2]
+    elif packed:
+        content = content[1:]
+    if packed:
+        unpacker = zlib.decompressobj()
+        try:
+            content = unpacker.decompress(content, LARGEST_TEXT)
+        except zlib.error:
+            return None
+        if unpacker.unconsumed_tail:
+            return None
+    return content.decode("utf-8" if kind == b"iTXt" else "latin-1", errors="replace")
+
+
+def _exif_of(data: bytes) -> bytes:
+    """Return the EXIF data of a JPEG or WebP; nothing without."""
+    if data.startswith(JPEG):
+        return _plain_jpeg(data).info.get("exif", b"")
+    place = 12
+    while data.startswith(b"RIFF") and data[8:12] == b"WEBP" and place + 8 <= len(data):
+        size = int.from_bytes(data[place + 4 : place + 8], "little")
+        if data[place : place + 4] == b"EXIF":
+            return data[place + 8 : place + 8 + size]
+        place += 8 + size + size % 2
+    return b""
+
+
+def _comment(exif: bytes) -> str:
+    """Return the user comment in EXIF data, "" without one."""
+    found: str | bytes = b""
+    if exif:
+        block = Image.Exif()
+        try:
+            block.load(exif)
+            found = block.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
+        except Exception:  # on malformed bytes Pillow raises all kinds
+            return ""
+    if not isinstance(found, bytes):
+        return str(found)
+    code, text = found[:8], found[8 : 8 + LARGEST_TEXT]
+    if code != b"UNICODE\0":
+        return (text if code.startswith((b"ASCII", b"JIS", b"\0")) else found).decode("utf-8", "replace").strip("\0")
+    little = text[1::2].count(0) > text[::2].count(0)  # most letters have a byte of 0, at one side or the other
+    return text.decode("utf-16-le" if little else "utf-16-be", errors="replace").strip("\ufeff\0")
 
 
 def _plain_png(data: bytes) -> Stripped:

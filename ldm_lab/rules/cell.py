@@ -4,6 +4,8 @@ import operator
 import re
 from collections.abc import Callable, Container
 
+# Texts that are numbers, in RE2, Java and Python alike; what is left over, such as NaN and 1_000, is unknown.
+NUMBER = r"(?i)^[ \t\n\r\f\v]*[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|inf|infinity)[ \t\n\r\f\v]*$"
 Scalar = str | float | bool | None
 
 

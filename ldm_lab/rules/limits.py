@@ -58,7 +58,7 @@ class Limits(Rule):
 
     def violations(self, row: Row[V]) -> dict[str, V]:
         value = self.value(row)
-        return {self.quantity: self.outside(value), "missing_tag": value.isnull()}
+        return {self.part_name: self.outside(value), "missing_tag": value.isnull()}
 
 
 @register("rule", "aesthetic")
@@ -66,8 +66,8 @@ class Aesthetic(Limits):
     """The aesthetic score, of whichever predictor.
 
     Args:
-        predictor: whose scale the limits are on, for the report: "v1" (the linear heads) or "v2" (the improved
-            predictor). They differ: v2's 5.0 lies near v1's 6.
+        predictor: whose scale the limits are on, and whose scores are judged where a table has both: "v1" (the linear
+            heads) or "v2" (the improved predictor). They differ: v2's 5.0 lies near v1's 6.
     """
 
     quantity = "aesthetic"
@@ -80,6 +80,8 @@ class Aesthetic(Limits):
     ):
         super().__init__(**common)
         self.predictor = predictor
+        if predictor is not None:
+            self.quantity = f"aesthetic_{predictor}"
 
 
 @register("rule", "punsafe")

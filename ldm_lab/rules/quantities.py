@@ -1,77 +1,63 @@
-"""What the releases of LAION and img2dataset call the quantities that rules speak of."""
+"""What public tables call the quantities that rules speak of: LAION's, COYO-700M, DataComp, img2dataset's, CC12M."""
 
-from collections.abc import Iterable
+OF_COYO = (
+    *("clip_similarity_vitb32", "clip_similarity_vitl14", "nsfw_score_opennsfw2", "nsfw_score_gantman"),
+    *("watermark_score", "aesthetic_score_laion_v2"),
+)
+OF_DATACOMP = ("clip_b32_similarity_score", "clip_l14_similarity_score")
+V1 = ("aesthetic",)  # columns with scores of LAION's linear heads
+V2 = ("aesthetic_score", "aesthetic_score_laion_v2")  # and with those of the improved predictor
+UNSAID = ("prediction",)  # what LAION's scoring writes, whatever it scored
 
-from ldm_lab.errors import UserError
-
-# quantity -> column names, in lower case, the first one that is there counts.
-NAMES = {
-    "url": ("url",),
-    "caption": ("caption", "text"),
-    "width": ("original_width", "width"),  # img2dataset's `width` is that of the resized image
-    "height": ("original_height", "height"),
-    "similarity": ("similarity",),
-    "hash": ("hash",),
-    "punsafe": ("punsafe",),
-    "pwatermark": ("pwatermark",),
-    "aesthetic": ("aesthetic", "aesthetic_score", "prediction"),
-    "prediction": ("prediction",),  # what LAION's scoring writes, whatever it scored
-    "nsfw": ("nsfw",),
-    "language": ("language",),
-    "status": ("status",),
-    "sha256": ("sha256",),
-    "md5": ("md5",),
+# quantity -> names of columns, in lower case, in groups: of the first group that is there, one column is the quantity,
+# and several are a doubt.
+NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "url": (("url",),),
+    "caption": (("caption",), ("text",)),
+    "width": (("original_width",), ("width",)),  # img2dataset's `width` is that of the resized image
+    "height": (("original_height",), ("height",)),
+    "similarity": (("similarity", *OF_COYO[:2], *OF_DATACOMP),),
+    "hash": (("hash",),),
+    "punsafe": (("punsafe", *OF_COYO[2:4]),),
+    "pwatermark": (("pwatermark", "watermark_score"),),
+    "aesthetic": ((*V1, *V2, *UNSAID),),
+    "aesthetic_v1": (V1, (*UNSAID, *V2)),
+    "aesthetic_v2": (V2, (*V1, *UNSAID)),
+    "prediction": (UNSAID,),
+    "nsfw": (("nsfw",),),
+    "language": (("language",),),
+    "status": (("status",),),
+    "sha256": (("sha256",),),
+    "md5": (("md5",),),
 }
+# quantity -> the one that users name
+PLAIN = {"aesthetic_v1": "aesthetic", "aesthetic_v2": "aesthetic"}
+STANDARD = {"url": "URL", "caption": "TEXT", "width": "WIDTH", "height": "HEIGHT"}  # quantity -> column of a selection
+
+SIZES = "all releases of LAION (WIDTH, HEIGHT), COYO-700M, DataComp and img2dataset's output (original_width, ...)"
 # quantity -> who has it, for messages
 RELEASES = {
-    "width": "all releases of LAION (WIDTH, HEIGHT), img2dataset's output (original_width, original_height)",
-    "height": "all releases of LAION (WIDTH, HEIGHT), img2dataset's output (original_width, original_height)",
-    "similarity": "all releases of LAION",
+    "width": SIZES,
+    "height": SIZES,
+    "similarity": "all releases of LAION, COYO-700M, DataComp",
     "hash": "the -joined, -aesthetic and -aesthetic-tags tables, laion-art, laion-high-resolution, improved_aesthetics",
-    "punsafe": "the -joined and -aesthetic tables, laion-art, laion-high-resolution, improved_aesthetics; "
-    "the base collections have NSFW instead",
-    "pwatermark": "the -joined and -aesthetic tables, laion-art, laion-high-resolution, improved_aesthetics",
-    "aesthetic": "the -aesthetic tables and laion-art (aesthetic), improved_aesthetics (AESTHETIC_SCORE), the "
-    "-aesthetic-tags (aesthetic or prediction, to be joined with `tags:`), what `python -m ldm_lab score` writes",
+    "punsafe": "the -joined and -aesthetic tables, laion-art, laion-high-resolution, improved_aesthetics, COYO-700M "
+    "(nsfw_score_opennsfw2, nsfw_score_gantman); the base collections have NSFW instead",
+    "pwatermark": "the -joined and -aesthetic tables, laion-art, laion-high-resolution, improved_aesthetics, COYO-700M "
+    "(watermark_score)",
+    "aesthetic": "the -aesthetic tables and laion-art (aesthetic), improved_aesthetics (AESTHETIC_SCORE), COYO-700M "
+    "(aesthetic_score_laion_v2), the -aesthetic-tags (aesthetic or prediction, to be joined with `tags:`), what "
+    "`python -m ldm_lab score` writes",
     "nsfw": "the base collections: laion400m, laion2B-en, laion2B-multi, laion1B-nolang; the -joined tables have "
     "punsafe instead",
     "language": "laion2B-multi and its -joined and -aesthetic tables, laion-art, laion-high-resolution; `language: en` "
     "says it for a table of one language",
     "status": "img2dataset's output",
-    "sha256": "img2dataset's output, by its default compute_hash",
+    "sha256": "DataComp, and img2dataset's output by its default compute_hash",
     "md5": "img2dataset's output, with compute_hash md5",
 }
 
 
-def find(quantity: str, columns: Iterable[str]) -> str | None:
-    """Return the column that holds a quantity, in whatever case; None if there is none.
-
-    Raises:
-        UserError: two columns differ in case only.
-    """
-    found = matches(quantity, columns)
-    if len(found) > 1:
-        raise UserError(f"{quantity}: the columns {' and '.join(map(repr, found))} differ in case only")
-    return found[0] if found else None
-
-
-def matches(quantity: str, columns: Iterable[str]) -> list[str]:
-    """Return the columns that may hold a quantity: those with the first of its names that is there."""
-    columns = list(columns)
-    for name in NAMES[quantity]:
-        if found := [column for column in columns if column.lower() == name]:
-            return found
-    return []
-
-
-def require(quantity: str, columns: Iterable[str], where: str) -> str:
-    """Return the column that holds a quantity. Raises UserError that says which releases have it."""
-    columns = list(columns)
-    found = find(quantity, columns)
-    if found is None:
-        names = " or ".join(NAMES[quantity])
-        has = f" It is in {RELEASES[quantity]}." if quantity in RELEASES else ""
-        raise UserError(
-            f"{where}: no column {names} (in any case) for '{quantity}'; there are: {', '.join(columns)}.{has}"
-        )
-    return found
+def plain(quantity: str) -> str:
+    """Return the name that users have for a quantity, whichever predictor's it is."""
+    return PLAIN.get(quantity, quantity)

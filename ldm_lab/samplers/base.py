@@ -1,5 +1,6 @@
 """The loop that all samplers share: one step after another along a falling grid of times. A family gives the step."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -8,7 +9,9 @@ from torch import Tensor
 
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Callback, Noise, Predict, Prediction, Sampler, Schedule
-from ldm_lab.schedules import Posterior, Spacing, Steps, num_steps
+from ldm_lab.schedules import NoiseLevel, Posterior, Spacing, Steps, default_sigma_max, num_steps
+
+OWN_GRIDS = (None, "spliced", "respaced")  # of schedules: they begin where the original programs' do
 
 
 class Step(NamedTuple):
@@ -76,26 +79,40 @@ class GridSampler(Sampler):
         steps: how many steps there are.
         respacing: what the schedule's grid is asked for: a number, or a respacing (`ldm_lab.schedules.respacing`).
         spacing: of the grid; None is the schedule's own.
+        sigma_max: sigma / alpha of the first time; None: by the size of x (`ldm_lab.schedules.default_sigma_max`). The
+            schedule's own grids keep theirs.
         history: how many past steps a step looks back on.
     """
 
     history: int = 0
 
-    def __init__(self, steps: Steps, spacing: Spacing | None = None) -> None:
-        self.respacing, self.steps, self.spacing = steps, num_steps(steps), spacing
+    def __init__(self, steps: Steps, spacing: Spacing | None = None, sigma_max: NoiseLevel | None = None) -> None:
+        self.respacing, self.steps = steps, num_steps(steps)
+        self.spacing, self.sigma_max = spacing, sigma_max
 
     @staticmethod
-    def check(*, steps: Steps = 1) -> list[str]:
-        """Return what is wrong with `steps`, which may be a text that is no respacing; a sampler may fix them."""
+    def check(*, steps: Steps = 1, spacing: str | None = None, sigma_max: float | None = None) -> list[str]:
+        """Return what is wrong: `steps` may be a text that is no respacing, and not every grid can begin anywhere."""
         try:
             num_steps(steps)
         except UserError as error:
             return [str(error)]
+        own = f"steps {steps}" if isinstance(steps, str) else f"spacing {spacing}" if spacing in OWN_GRIDS else None
+        if sigma_max is not None and own is not None:
+            return [f"sigma_max: {own} says by itself where it begins; spacing log_snr, karras or uniform goes with it"]
         return []
 
-    def times(self, schedule: Schedule) -> Tensor:
-        """Return the times at which the steps begin, falling, float32 [steps]. Raises UserError as `Schedule.grid`."""
-        return schedule.grid(self.respacing, self.spacing)
+    def times(self, schedule: Schedule, size: Sequence[int] | None = None) -> Tensor:
+        """Return the times at which the steps begin, falling, float32 [steps]; see `ldm_lab.interfaces.Sampler`.
+
+        Raises:
+            UserError: steps, a spacing or a noise level that the schedule does not have.
+        """
+        if self.sigma_max is not None and self.sigma_max > schedule.sigma_max * 1.001:
+            most = f"{schedule.sigma_max:.1f}"
+            raise UserError(f"sigma_max: {self.sigma_max:g} is more noise than this model begins with; up to {most}")
+        first = default_sigma_max(size, schedule.sigma_max) if self.sigma_max is None else self.sigma_max
+        return schedule.grid(self.respacing, self.spacing, first)
 
     def sample(
         self,
@@ -107,7 +124,7 @@ class GridSampler(Sampler):
         callback: Callback | None = None,
     ) -> Tensor:
         """Return x0 [B, C, h, w]; see `ldm_lab.interfaces.Sampler`."""
-        run = self.begin(predict, schedule, noise)
+        run = self.begin(predict, schedule, x.shape[2:], noise)
         state = self.to_state(run, x)  # [B, C, h, w]
         for i in range(len(run)):
             step = self.step(run, i, state)
@@ -117,9 +134,9 @@ class GridSampler(Sampler):
             state = step.x  # [B, C, h, w]
         return state
 
-    def begin(self, predict: Predict, schedule: Schedule, noise: Noise | None) -> Run:
-        """Return a new run along the grid and on to t = 0."""
-        return Run(predict, schedule, torch.cat([self.times(schedule), torch.zeros(1)]), noise)
+    def begin(self, predict: Predict, schedule: Schedule, size: Sequence[int], noise: Noise | None) -> Run:
+        """Return a new run along the grid for x of a height and width, and on to t = 0."""
+        return Run(predict, schedule, torch.cat([self.times(schedule, size), torch.zeros(1)]), noise)
 
     def step(self, run: Run, i: int, x: Tensor) -> Step:
         """Return step i, from x [B, C, h, w] at `run.times[i]` to `run.times[i + 1]`; the last one makes the result."""

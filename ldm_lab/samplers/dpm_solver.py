@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ldm_lab.config import Share, register
 from ldm_lab.samplers.base import GridSampler, Run, Step
-from ldm_lab.schedules import Spacing, Steps
+from ldm_lab.schedules import NoiseLevel, Spacing, Steps
 
 
 @register("sampler", "dpmpp_2m_sde")
@@ -27,15 +27,24 @@ class DPMSolverSDE(GridSampler):
 
     history = 1
 
-    def __init__(self, *, steps: Steps = 25, eta: Share = 1.0, spacing: Spacing = "log_snr") -> None:
+    def __init__(
+        self,
+        *,
+        steps: Steps = 25,
+        eta: Share = 1.0,
+        spacing: Spacing = "log_snr",
+        sigma_max: NoiseLevel | None = None,
+    ) -> None:
         """Set the grid and the fresh noise.
 
         Args:
             steps: model calls.
             eta: how much of the noise is fresh, from 0 (none: DPM-Solver++(2M)) to 1 (the diffusion SDE).
             spacing: how the steps are spread over the noise levels (`ldm_lab.schedules`).
+            sigma_max: noise level (sigma / alpha) of the first step (default: 50 for 8x8 latents, for larger ones more
+                in proportion to their side, and at most where the model's noise schedule begins).
         """
-        super().__init__(steps, spacing)
+        super().__init__(steps, spacing, sigma_max)
         self.eta = eta
 
     def step(self, run: Run, i: int, x: Tensor) -> Step:
@@ -63,14 +72,16 @@ class DPMSolverSDE(GridSampler):
 class DPMSolver(DPMSolverSDE):
     """DPM-Solver++(2M): second-order multistep, deterministic, one model call a step (Lu et al. 2022, algorithm 2)."""
 
-    def __init__(self, *, steps: Steps = 20, spacing: Spacing = "log_snr") -> None:
+    def __init__(self, *, steps: Steps = 20, spacing: Spacing = "log_snr", sigma_max: NoiseLevel | None = None) -> None:
         """Set the grid.
 
         Args:
             steps: model calls.
             spacing: how the steps are spread over the noise levels (`ldm_lab.schedules`).
+            sigma_max: noise level (sigma / alpha) of the first step (default: 50 for 8x8 latents, for larger ones more
+                in proportion to their side, and at most where the model's noise schedule begins).
         """
-        super().__init__(steps=steps, eta=0.0, spacing=spacing)
+        super().__init__(steps=steps, eta=0.0, spacing=spacing, sigma_max=sigma_max)
 
 
 @register("sampler", "unipc")
@@ -81,7 +92,12 @@ class UniPC(GridSampler):
     """
 
     def __init__(
-        self, *, steps: Steps = 20, order: Annotated[int, Interval(ge=1, le=4)] = 2, spacing: Spacing = "log_snr"
+        self,
+        *,
+        steps: Steps = 20,
+        order: Annotated[int, Interval(ge=1, le=4)] = 2,
+        spacing: Spacing = "log_snr",
+        sigma_max: NoiseLevel | None = None,
     ) -> None:
         """Set the grid and the order.
 
@@ -89,8 +105,10 @@ class UniPC(GridSampler):
             steps: model calls.
             order: p, of predictor and corrector, 1 to 4; with few steps and guidance 2 is best (docs/measured.md).
             spacing: how the steps are spread over the noise levels (`ldm_lab.schedules`).
+            sigma_max: noise level (sigma / alpha) of the first step (default: 50 for 8x8 latents, for larger ones more
+                in proportion to their side, and at most where the model's noise schedule begins).
         """
-        super().__init__(steps, spacing)
+        super().__init__(steps, spacing, sigma_max)
         self.order = self.history = order
 
     def step(self, run: Run, i: int, x: Tensor) -> Step:

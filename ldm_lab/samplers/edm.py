@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm_lab.config import Share, register
 from ldm_lab.interfaces import Prediction
 from ldm_lab.samplers.base import GridSampler, Run, Step
-from ldm_lab.schedules import Spacing, Steps
+from ldm_lab.schedules import NoiseLevel, Spacing, Steps
 
 MOST_CHURN = 2**0.5 - 1  # share by which the noise is lifted at churn 1: the most that the paper allows
 
@@ -24,15 +24,24 @@ class ProbabilityFlow(GridSampler):
 
     order: ClassVar[int]
 
-    def __init__(self, *, steps: Steps = 30, spacing: Spacing = "karras", churn: Share = 0.0) -> None:
+    def __init__(
+        self,
+        *,
+        steps: Steps = 30,
+        spacing: Spacing = "karras",
+        sigma_max: NoiseLevel | None = None,
+        churn: Share = 0.0,
+    ) -> None:
         """Set the grid and the fresh noise.
 
         Args:
             steps: of one model call each (euler), or two each but for the last one (heun).
             spacing: how the steps are spread over the noise levels (`ldm_lab.schedules`).
+            sigma_max: noise level (sigma / alpha) of the first step (default: 50 for 8x8 latents, for larger ones more
+                in proportion to their side, and at most where the model's noise schedule begins).
             churn: fresh noise that is mixed in at each step, 0 (deterministic) to 1 (the most that the paper allows).
         """
-        super().__init__(steps, spacing)
+        super().__init__(steps, spacing, sigma_max)
         self.churn = churn
 
     def step(self, run: Run, i: int, y: Tensor) -> Step:

@@ -9,6 +9,7 @@ Where sigma / alpha is very large, as at the first timestep of many tables of be
 they say of x0 is divided by alpha. A run that begins there takes its first step as DDIM does.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from torch import Tensor
@@ -137,16 +138,16 @@ class GlideVariant(PseudoNumerical):
             problems.append(f"steps: variant glide leaves out two of them, so at least 3 are needed, not {steps}")
         return problems
 
-    def times(self, schedule: Schedule) -> Tensor:
+    def times(self, schedule: Schedule, size: Sequence[int] | None = None) -> Tensor:
         """Return the times at which the steps begin, falling, float32 [steps]."""
-        times = super().times(schedule)  # [steps or steps + 2]
+        times = super().times(schedule, size)  # [steps or steps + 2]
         return times[1:-1] if self.variant == "glide" else times
 
-    def begin(self, predict: Predict, schedule: Schedule, noise: Noise | None) -> Run:
+    def begin(self, predict: Predict, schedule: Schedule, size: Sequence[int], noise: Noise | None) -> Run:
         """Return a new run; in the variant, between the grid's second and last time."""
         if self.variant != "glide":
-            return super().begin(predict, schedule, noise)
-        times = super().times(schedule)  # [steps + 2]
+            return super().begin(predict, schedule, size, noise)
+        times = super().times(schedule, size)  # [steps + 2]
         return Run(predict, RespacedSchedule(schedule, times), times[1:], noise)
 
 

@@ -153,7 +153,8 @@ class Aesthetic:
     def guide(self, embeds: Tensor) -> Tensor:
         """Return unit embeddings [N, D], guided toward the rating, again of unit length."""
         moved = embeds + self.weight * self.embed.to(embeds)  # [N, D]
-        return moved / moved.norm(dim=-1, keepdim=True).clamp(min=1e-12)  # [N, D]
+        unit: Tensor = moved / moved.norm(dim=-1, keepdim=True).clamp(min=1e-12)  # [N, D]
+        return unit
 
 
 def released() -> list[str]:

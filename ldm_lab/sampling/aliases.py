@@ -48,8 +48,8 @@ FLAGS = {
     **dict.fromkeys(["vae", "vae-path", "first-stage"], "--autoencoder"),
     **dict.fromkeys(["text-encoder", "clip-path", "clip-model"], "--conditioner"),
     **dict.fromkeys(["lowvram", "medvram", "low-memory", "cpu-offload", "sequential-offload"], "--offload"),
-    **dict.fromkeys(["fp16", "half"], "--precision fp16"),
-    "bf16": "--precision bf16",
+    **dict.fromkeys(["fp16", "half"], "--precision 16-mixed"),
+    "bf16": "--precision bf16-mixed",
     "dtype": "--precision",
     **dict.fromkeys(["bs", "batch"], "--batch-size"),
     **dict.fromkeys(["upscaler", "upscale", "sr-model", "super-resolution"], "--upsampler"),
@@ -96,7 +96,8 @@ SYNTAX = {
     r"\bBREAK\b": "a new part of a prompt",
     r"\bAND\b": "several prompts in one",
     r"(?<=\w\w)(?:\+\+|--)(?=[\s,.]|$)": "a weight inside a prompt",
-    r"(?<!\S)--(?:ar|v|no|s|q|c|iw|niji|seed|style|stylize|chaos|quality|stop|tile|weird|sref|cref)\b.*": "options",
+    r"(?<!\S)--(?:ar|v|no|s|q|c|iw|niji|seed|style|stylize|chaos|quality|stop|tile|weird|sref|cref"
+    r"|prompt|negative_prompt|steps|cfg_scale|sampler_name|width|height|batch_size|n_iter)\b.*": "options",
     r"\w\s*::\s*-?\d*\.?\d*(?=\s|$)": "weights of parts",
 }
 MORE_LETTERS = {"BREAK", "AND"}  # words in a text of capitals alone

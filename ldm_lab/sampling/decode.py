@@ -13,7 +13,7 @@ from ldm_lab.io.images import to_images, to_tensor
 from ldm_lab.sampling.image_to_image import InitImage
 from ldm_lab.sampling.model import Model
 
-CURE = "another sampler, a guidance nearer to 1, or precision fp32 in place of fp16 may help"
+CURE = "another sampler, a guidance nearer to 1, or precision 32-true in place of 16-mixed may help"
 DECODE_BATCH = 8  # pictures; the autoencoder's full-size feature maps need far more memory than the denoiser's
 
 
@@ -26,12 +26,14 @@ class Sample:
         pixels: the same before it was rounded, [3, H, W]; about [-1, 1], not clamped.
         seed: of its noise.
         similarity: if it was chosen among several: how like its prompts it is, -1 to 1.
+        batch: its place in the batch that it was made in, and how many were in that: others round otherwise.
     """
 
     image: Image.Image
     pixels: Tensor
     seed: int
     similarity: float | None = None
+    batch: tuple[int, int] = (0, 1)
 
     def restored(self, init_image: InitImage) -> "Sample":
         """Return the picture with what the init image's mask keeps as it was."""
@@ -65,7 +67,7 @@ def decode(model: Model, latents: Tensor, seeds: Sequence[int], tile: int | None
             samples += map(Sample, to_images(pixels, rounded), pixels.float().cpu(), seeds[first:])
     for sample in samples:
         sample.image.info["seed"] = sample.seed
-    return samples
+    return [replace(sample, batch=(place, len(samples))) for place, sample in enumerate(samples)]
 
 
 def decode_in_tiles(autoencoder: Autoencoder, latents: Tensor, tile: int, overlap: int) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ldm_lab.guidance.classifier_free import null_condition_weight
 from ldm_lab.interfaces import Sampler
+from ldm_lab.io.masks import hole_of
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling.aliases import syntax_hints
 from ldm_lab.sampling.image_to_image import InitImage
@@ -57,7 +58,7 @@ def remarks(asked: Asked) -> list[str]:
     Raises:
         UserError: a mask of which nothing is left.
     """
-    found = [*_of_weights(asked), *_of_tiles(asked)]
+    found = [*_of_weights(asked), *_of_grid(asked), *_of_tiles(asked)]
     if asked.is_upsampling:
         return [f"upsampler: {line}" for line in found]
     return [*_of_prompts(asked), *found, *_of_init_image(asked)]
@@ -126,6 +127,12 @@ def _of_interval(asked: Asked) -> Iterator[str]:
         yield f"guidance_interval: without effect: every step begins between {first:g} and {last:g}"
 
 
+def _of_grid(asked: Asked) -> Iterator[str]:
+    section = asked.given.sampler
+    if isinstance(section, dict) and isinstance(section.get("steps"), str) and section.get("spacing") is not None:
+        yield f"spacing: without effect: steps {section['steps']} say themselves which timesteps they are"
+
+
 def _of_tiles(asked: Asked) -> Iterator[str]:
     tile = asked.options.tile
     if tile is None:
@@ -142,6 +149,8 @@ def _of_init_image(asked: Asked) -> Iterator[str]:
     if image is None:
         return
     yield from image.remarks(asked.height, asked.width)
+    if not image.is_hole and image.mask is not None and hole_of(image.image) is not None:
+        yield "init_image: its transparent part is laid over white, since the mask says what is painted anew"
     if asked.options.mask_blur and image.mask is None:
         yield "mask_blur: without effect: there is no mask, and the image has no transparent part"
     idle = "the image comes back as the autoencoder gives it"

@@ -7,6 +7,7 @@ with the known one (`ldm_lab.guidance.inpaint`).
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -21,6 +22,21 @@ from ldm_lab.sampling.options import ImageFile, SamplingOptions
 
 STRENGTH, MASKED_STRENGTH = 0.7, 1.0  # where none is given
 TOLD = 0.01  # share of a mask whose loss is told
+
+
+class EncodedImage(NamedTuple):
+    """Latents of an image to begin with.
+
+    Attributes:
+        known: of the image, the posterior's mean, [1, C, h, w].
+        mask: where it is painted anew, bool [1, 1, h, w]; None: everywhere.
+        visible: what a model that was trained for inpainting is told where the mask is false, [1, C, h, w]. Latents
+            are of the image with all that is painted anew in grey, as in training: none of it is in them.
+    """
+
+    known: Tensor
+    mask: Tensor | None
+    visible: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,18 +119,20 @@ class InitImage:
             return None
         return blur_mask(fit_mask(self.mask, height, width, self.resize), self.mask_blur)  # [height, width]
 
-    def encode(self, model: Model, latent_size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-        """Return the image's latent, the posterior's mean, [1, C, h, w], and its mask.
-
-        The mask is bool [1, 1, h, w], true in the elements with any pixel that is not black: they are painted anew.
-        """
-        downscale = model.autoencoder.downscale
-        height, width = (side * downscale for side in latent_size)
+    def encode(self, model: Model, latent_size: tuple[int, int]) -> EncodedImage:
+        """Return the image's latents. The mask's true elements are those with any pixel that is not black."""
+        autoencoder = model.autoencoder
+        height, width = (side * autoencoder.downscale for side in latent_size)
         pixels = to_tensor(self.fitted(height, width))[None].to(model.device)  # [1, 3, H, W]
-        with model.on_device(model.autoencoder):
-            known = model.autoencoder.encode(pixels).float()  # [1, C, h, w]
         mask = self.fitted_mask(height, width)
-        return known, None if mask is None else (latent_mask(mask, downscale) > 0).to(model.device)  # [1, 1, h, w]
+        with model.on_device(autoencoder):
+            known = autoencoder.encode(pixels).float()  # [1, C, h, w]
+            if mask is None:
+                return EncodedImage(known, None, known)
+            visible = known
+            if "inpaint_image" in model.denoiser.spec and autoencoder.pixel_range is None:
+                visible = autoencoder.encode(pixels * (mask == 0).to(pixels)).float()  # [1, C, h, w]; grey is 0
+        return EncodedImage(known, (latent_mask(mask, autoencoder.downscale) > 0).to(model.device), visible)
 
     def restore(self, painted: Image.Image) -> Image.Image:
         """Return the image with the painted one where the mask is white, and a blend of both where it is grey.
@@ -138,6 +156,7 @@ class TruncatedSchedule(Schedule):
     def __init__(self, schedule: Schedule, skip: int) -> None:
         self.schedule, self.skip = schedule, skip
         self.variance_preserving, self.timesteps = schedule.variance_preserving, schedule.timesteps
+        self.sigma_max = schedule.sigma_max
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the whole schedule's alpha and sigma, each of t's shape."""
@@ -151,6 +170,6 @@ class TruncatedSchedule(Schedule):
         """Return the whole schedule's t, of ratio's shape."""
         return self.schedule.t_of_sigma_over_alpha(ratio)
 
-    def grid(self, steps: int | str, spacing: str | None = None) -> Tensor:
+    def grid(self, steps: int | str, spacing: str | None = None, sigma_max: float | None = None) -> Tensor:
         """Return the times that are left, float32 [steps - skip]."""
-        return self.schedule.grid(steps, spacing)[self.skip :]
+        return self.schedule.grid(steps, spacing, sigma_max)[self.skip :]

@@ -20,7 +20,7 @@ from ldm_lab.sampling.model import Model
 from ldm_lab.sampling.options import ModelOptions
 
 MODEL_FILE = "ema.safetensors"  # in the folder of a run
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """Every choice about how pictures are made: its meaning, default and bounds, declared once. Imports no torch.
 
-The flags of `sample.py`, `demo.sampling` and `enlargements.sampling` of a YAML, the stages of a cascade and the Python
-API all take them from here.
+The flags of `sample.py`, the section `sampling` of a YAML's `demo`, `enlargements` and `inpaintings`, the stages of a
+cascade and the Python API all take them from here.
 """
 
 import secrets
@@ -20,7 +20,7 @@ SamplerConfig = dict[str, str | int | float | bool | None]  # a sampler's name a
 ImageFile = str | Path | Image.Image
 OptionValue = str | int | float | bool | Path | Image.Image | tuple[float, float] | SamplerConfig | None
 Resize = Literal["crop", "pad", "stretch"]
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["32-true", "16-mixed", "bf16-mixed"]  # as the trainer calls them
 
 MIN_TIMESTEPS_FAST27 = 50  # that GLIDE's respacing for upsampling needs
 DEFAULT_UPSAMPLER = "ddim"
@@ -30,6 +30,17 @@ NOT_INTERPOLATED = (
     *("negative", "init_image", "mask", "invert_mask", "mask_blur", "resize", "strength"),
     *("clip_guidance", "rerank"),
 )
+# What makes no sense for an upsampler, or is the base's for both.
+BASE_ONLY = (
+    "negative", "size", "init_image", "strength", "mask", "invert_mask", "mask_blur", "resize",
+    "aesthetic", "aesthetic_weight", "aesthetic_embeddings",
+    "clip_guidance", "rerank", "seed", "batch_size",
+)  # fmt: skip
+UPSAMPLER = "upsampler_"  # prefix of what is said of upsamplers
+# Options that name a file, and those of `ModelOptions` that change pictures otherwise.
+IMAGE_FILES = ("init_image", "mask")
+MODEL_FILES = ("guide_model", "autoencoder", "conditioner", "aesthetic_embeddings")
+OF_LOADING = ("precision", "noised_clip_head_width")
 
 
 class OptionValues(dict[str, OptionValue]):
@@ -188,7 +199,7 @@ class ModelOptions:
 
     Attributes:
         device: cpu, cuda, cuda:1, mps, ... (default: the accelerator, if there is one)
-        precision: of the denoiser's arithmetic
+        precision: of the denoiser's arithmetic, in the trainer's words
         compile: compile the denoiser: slow to start, faster for many pictures
         offload: keep each part in main memory while it does not work
         guide_model: autoguidance: a worse checkpoint, such as an earlier one, to guide away from instead of no prompt
@@ -199,7 +210,7 @@ class ModelOptions:
     """
 
     device: str | None = None
-    precision: Precision = "fp32"
+    precision: Precision = "32-true"
     compile: bool = False
     offload: bool = False
     guide_model: str | Path | None = None
@@ -208,16 +219,18 @@ class ModelOptions:
     noised_clip: tuple[str | Path, str | Path] | None = None
     noised_clip_head_width: PositiveInt | None = None
 
+    def __post_init__(self) -> None:
+        values = asdict(self)
+        given = {field.name: values[field.name] for field in fields(self) if values[field.name] != field.default}
+        if given and (problems := check_section("model_options", given, "model_options")):
+            raise UserError("; ".join(problem.removeprefix("model_options.") for problem in problems))
+
     @staticmethod
     def check(*, noised_clip: Sequence[str | Path] | None, noised_clip_head_width: int | None) -> list[str]:
         """Return what is wrong across the options."""
         if noised_clip_head_width is not None and noised_clip is None:
             return ["noised_clip_head_width: belongs to noised_clip, which is not given"]
         return []
-
-    def __post_init__(self) -> None:
-        if problems := self.check(noised_clip=self.noised_clip, noised_clip_head_width=self.noised_clip_head_width):
-            raise UserError(problems[0])
 
 
 def _check(values: Mapping[str, OptionValue]) -> None:

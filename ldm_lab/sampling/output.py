@@ -10,12 +10,8 @@ from PIL import Image
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import atomic_write
 from ldm_lab.io.images import grid, save_png
-from ldm_lab.io.json_files import JsonObject
-
-
-class Entry(JsonObject):
-    """What samples.json tells of a picture: its file, prompts, seed, size, and how it was made."""
-
+from ldm_lab.sampling.parameters import Parameters
+from ldm_lab.sampling.recorded import SETTINGS, Entry
 
 GRID_LIMIT = 400  # pictures; of more the grid shows the first ones
 SOFTWARE = "ldm_lab"
@@ -53,7 +49,9 @@ class SampleFolder:
         """Return the file name of this run's picture i."""
         return f"{self.first + i:05d}.png"
 
-    def add(self, images: Sequence[Image.Image], caption: str, settings: Entry) -> None:
+    def add(
+        self, images: Sequence[Image.Image], caption: str, settings: Entry, parameters: Parameters | None = None
+    ) -> None:
         """Write the next picture with its settings as metadata, and remember them for the list.
 
         Args:
@@ -61,6 +59,7 @@ class SampleFolder:
                 first one is written beside it as NUMBER_base.png, those between as NUMBER_stage1.png, ...
             caption: its prompts.
             settings: what it was made with.
+            parameters: the same as other programs read it; None writes nothing of the kind.
         """
         name = self.name(len(self.images))
         *smaller, image = images
@@ -73,11 +72,15 @@ class SampleFolder:
         if steps:
             entry["base"] = steps[0]
         if len(steps) > 1:
-            entry["stages"] = steps[1:]
-        text = {"Description": caption, "Software": SOFTWARE, "ldm_lab": json.dumps(entry)}
-        for file, small in zip(files, smaller, strict=True):
-            save_png(self.path / file, small, text)
-        save_png(self.path / name, image, text)
+            entry["stages"] = [*steps[1:]]
+        for file, picture in zip([*files, name], images, strict=True):
+            # First of all, as some programs read the first text alone.
+            known = {"parameters": str(parameters.sized(*picture.size))} if parameters else {}
+            save_png(
+                self.path / file,
+                picture,
+                {**known, "Description": caption, "Software": SOFTWARE, SETTINGS: json.dumps(entry)},
+            )
         self.entries.append(entry)
         self.images.append(image)
         self.captions.append(caption)
@@ -92,16 +95,21 @@ class SampleFolder:
         free = self.first == 0 and not (self.path / "grid.png").exists()
         path = self.path / ("grid.png" if free else f"grid_{self.first:05d}.png")
         shown = slice(GRID_LIMIT)
-        save_png(path, grid(self.images[shown], columns, self.captions[shown]), {"Software": SOFTWARE})
+        self._save_page(path, grid(self.images[shown], columns, self.captions[shown]))
         return path
 
     def add_film(self) -> tuple[Path, Path]:
         """Write this run's pictures side by side, and as a film; return both paths."""
         number = "" if self.first == 0 else f"_{self.first:05d}"
         strip, gif = self.path / f"strip{number}.png", self.path / f"film{number}.gif"
-        save_png(strip, grid(self.images, columns=len(self.images)), {"Software": SOFTWARE})
+        self._save_page(strip, grid(self.images, columns=len(self.images)))
         save_gif(gif, self.images)
         return strip, gif
+
+    def _save_page(self, path: Path, page: Image.Image) -> None:
+        """Write a page of this run's pictures, with their files' names."""
+        names = [self.name(i) for i in range(min(len(self.images), GRID_LIMIT))]
+        save_png(path, page, {"Software": SOFTWARE, SETTINGS: json.dumps({"files": names})})
 
 
 def save_gif(path: str | Path, images: Sequence[Image.Image], seconds: float = 3.0) -> None:

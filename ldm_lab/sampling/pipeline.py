@@ -166,20 +166,20 @@ class Pipeline:
         x = noise(x) * request.temperature  # [B, C, h, w]
 
         # 3. An image to begin with: sampling starts later, from the image under less noise.
-        known = mask = None
+        known = mask = visible = None
         if request.init_image is not None:
-            known, mask = request.init_image.encode(model, request.latent_size)  # [1, C, h, w], [1, 1, h, w] or None
+            known, mask, visible = request.init_image.encode(model, request.latent_size)  # [1, C, h, w], [1, 1, h, w]
             if request.steps == 0:
                 return known.expand_as(x)  # [B, C, h, w]
             if request.steps < request.sampler.steps:  # at full strength only the mask keeps something of it
                 schedule = TruncatedSchedule(schedule, request.sampler.steps - request.steps)
-                alpha, sigma = schedule.alpha_sigma(request.sampler.times(schedule)[0])  # [], []
+                alpha, sigma = schedule.alpha_sigma(request.sampler.times(schedule, request.latent_size)[0])  # [], []
                 x = alpha * known + sigma * x  # [B, C, h, w]
 
         # 4. What else the denoiser is conditioned on, with and without prompts, and how its predictions are guided.
         low_res = None if request.low_res is None else request.low_res[pictures]  # [B, 3, h', w']
         for source in model.condition_sources.values():
-            given = source.from_request(ConditionRequest(x, low_res, known, mask))  # [B, ...] each
+            given = source.from_request(ConditionRequest(x, low_res, visible, mask))  # [B, ...] each
             null |= source.null(given)
             conditions |= {name: repeat(value, "b ... -> b k ...", k=weights.shape[1]) for name, value in given.items()}
         predict = self._classifier_free(options, schedule, conditions, null, weights)

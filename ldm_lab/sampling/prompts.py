@@ -1,6 +1,6 @@
 """Weighted prompts, encoded: the conditions of all pictures, which of them each has, and how much they count."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,8 @@ OnePrompt = str | Prompt | Image.Image
 PromptMix = OnePrompt | Sequence[OnePrompt]
 Prompts = OnePrompt | Sequence[PromptMix]  # of any number of pictures; a prompt by itself is one picture's
 
+NO_PROMPT = "a prompt is a text, a Prompt, a Pillow image, or a list of these, not {}"
+
 
 def parse_prompts(prompts: Prompts) -> list[list[Prompt]]:
     """Return the prompts of each picture. Raises UserError for a picture without any, or a weight that is not finite.
@@ -29,6 +31,8 @@ def parse_prompts(prompts: Prompts) -> list[list[Prompt]]:
     """
     if isinstance(prompts, OnePrompt):
         return [parse_mix(prompts)]
+    if isinstance(prompts, bytes | dict) or not isinstance(prompts, Iterable):
+        raise UserError(NO_PROMPT.format(type(prompts).__name__))
     return [parse_mix(entry) for entry in prompts]
 
 
@@ -40,8 +44,10 @@ def parse_mix(entry: PromptMix) -> list[Prompt]:
         return [entry]
     if isinstance(entry, Image.Image):
         return [Prompt("image", image=entry)]
+    if not isinstance(entry, list | tuple):
+        raise UserError(NO_PROMPT.format(type(entry).__name__))
     if not entry:
-        raise UserError("an image needs at least one prompt")
+        raise UserError("a picture needs at least one prompt")
     return [prompt for part in entry for prompt in parse_mix(part)]
 
 
@@ -184,5 +190,5 @@ def _text_shares(mix: Sequence[Prompt], guidance: float) -> Tensor:
     weights = torch.tensor([[guidance if prompt.weight is None else prompt.weight for prompt in texts]])  # [1, k]
     shares = proportional_weights(weights)[1:, 0]  # [k]
     if not shares.any():
-        raise UserError("CLIP guidance: each image needs a text with a weight above 0")
+        raise UserError("CLIP guidance: each picture needs a text with a weight above 0")
     return shares

@@ -95,7 +95,7 @@ def checked_request(
     options = options.resolved(model.upscale_factor is not None, schedule.timesteps)
     seeds = range(options.seed, options.seed + len(mixes)) if seeds is None else seeds
     if len(seeds) != len(mixes):
-        raise UserError(f"seeds: {len(seeds)} for {len(mixes)} images; one per image is needed")
+        raise UserError(f"seeds: {len(seeds)} for {len(mixes)} pictures; one for each is needed")
     given = _low_res(model, low_res, len(mixes))  # [N, 3, h, w] or None
     init_image = InitImage.from_options(options)
     if init_image is not None:
@@ -103,10 +103,10 @@ def checked_request(
     guidance, temperature = options.guidance, options.temperature
     assert guidance is not None and temperature is not None and isinstance(options.sampler, dict), "they are resolved"
     sampler: Sampler = build("sampler", options.sampler)
-    sampler.times(schedule)  # refuses steps that this schedule does not have
     _check_guidance(model, mixes, options, guidance)
     _check_rerank(model, options)
     latent_size = model.latent_size(_size(model, options, given, init_image))
+    sampler.times(schedule, latent_size)  # refuses steps that this schedule does not have
     height, width = (side * model.autoencoder.downscale for side in latent_size)
     if options.clip_guidance is not None:
         check_target_embeddings(model, mixes, guidance, height, width)
@@ -139,11 +139,11 @@ def _low_res(model: Model, low_res: Sequence[Image.Image] | Tensor | None, pictu
     if low_res is None or isinstance(low_res, Tensor):
         given = low_res
     elif len({image.size for image in low_res}) > 1:
-        raise UserError("low_res: the pictures have to be of one size")
+        raise UserError("low_res: the images have to be of one size")
     else:
         given = torch.stack([to_tensor(image) for image in low_res])  # [N, 3, h, w]
     if given is not None and len(given) != pictures:
-        raise UserError(f"low_res: {len(given)} pictures for {pictures} images; one for each is needed")
+        raise UserError(f"low_res: {len(given)} images to enlarge for {pictures} pictures; one for each is needed")
     return given
 
 
@@ -189,7 +189,7 @@ def _check_guidance(model: Model, mixes: list[list[Prompt]], options: SamplingOp
     if not unconditional_known and len(mixes) and null_condition_weight(weights).any():
         raise UserError(
             "guidance needs a model that was trained with dropped conditions (conditioner.dropout above 0); "
-            "with this one the weights of an image have to add up to 1, as a single prompt's with --guidance 1 do"
+            "with this one the weights of a picture have to add up to 1, as a single prompt's with --guidance 1 do"
         )
 
 

@@ -12,7 +12,8 @@ from ldm_lab.guidance.classifier_free import proportional_weights
 from ldm_lab.io.images import round_to_uint8
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling.decode import Sample
-from ldm_lab.sampling.options import SamplingOptions
+from ldm_lab.sampling.model import Model
+from ldm_lab.sampling.options import BASE_ONLY, SamplingOptions
 from ldm_lab.sampling.pipeline import Pipeline, Progress
 from ldm_lab.sampling.prompts import Prompts, prompt_weights
 from ldm_lab.sampling.request import Request
@@ -64,13 +65,17 @@ class Stages:
         """Take them in the order in which they work.
 
         Raises:
-            UserError: the first one is an upsampler, or another one is none.
+            UserError: the first one is an upsampler, or another one is none; an upsampler's options have what is the
+                base model's alone.
         """
         self.base, *self.upsamplers = stages
         if self.upsamplers and self.base.pipeline.model.upscale_factor is not None:
             raise UserError("base model: this is an upsampler, which enlarges pictures of a base model's")
         if any(stage.pipeline.model.upscale_factor is None for stage in self.upsamplers):
             raise UserError("upsampler: this is a base model, which takes no picture to be enlarged")
+        for stage in self.upsamplers:
+            if unfit := [name for name in stage.options.given() if name in BASE_ONLY and name != "batch_size"]:
+                raise UserError(f"upsampler: {unfit[0]} belongs to the base model's options, which hold for all stages")
 
     def __call__(
         self, prompts: Prompts, *, seeds: Sequence[int] | None = None, progress: Progress | None = None
@@ -104,13 +109,16 @@ class Stages:
         """Return the request with all defaults filled in; nothing is encoded or sampled yet.
 
         Raises:
-            UserError: guidance of an upsampler by no text; what `Pipeline.check` raises, for any of the models.
+            UserError: an upsampler of pictures of another size, guidance of one by no text; what `Pipeline.check`
+                raises, for any of the models.
         """
         base = self.base.pipeline.check(prompts, self.base.options, seeds=seeds)
         downscale = self.base.pipeline.model.autoencoder.downscale
         height, width = (side * downscale for side in base.latent_size)
-        requests, base_width = [], width
+        requests, base_width, before = [], width, self.base
         for stage in self.upsamplers:
+            _check_sizes(before.pipeline.model, stage.pipeline.model, height, width)
+            before = stage
             low_res = torch.empty(len(base.mixes), 3, height, width, device="meta")  # [N, 3, h, w]
             options = _with_mask(stage.options, base, width * (stage.pipeline.model.upscale_factor or 1) / base_width)
             mixes = [_guided_toward(stage, mix, base.guidance) for mix in base.mixes]
@@ -118,6 +126,27 @@ class Stages:
             downscale = stage.pipeline.model.autoencoder.downscale
             height, width = (side * downscale for side in requests[-1].latent_size)
         return Plan(base, requests)
+
+
+def _check_sizes(before: Model, upsampler: Model, height: int, width: int) -> None:
+    """Raise UserError for an upsampler of smaller, or larger, pictures than it is to get.
+
+    Models that were trained for one another may be asked for any size; others have to meet in the size that is asked.
+
+    Args:
+        before: the model whose pictures it enlarges.
+        upsampler: the upsampler.
+        height, width: of these pictures.
+    """
+    if upsampler.image_size is None or before.image_size is None or upsampler.upscale_factor is None:
+        return
+    small, large, made = (min(side) for side in (upsampler.image_size, upsampler.image_size, before.image_size))
+    small //= upsampler.upscale_factor
+    if small not in (made, min(height, width)):
+        raise UserError(
+            f"upsampler: it was trained to enlarge {small} px to {large}, and gets {width}x{height} of a model of "
+            f"{made} px; take an upsampler of {made} px, or make the small pictures at {small} (size)"
+        )
 
 
 def _with_mask(options: SamplingOptions, base: Request, scale: float) -> SamplingOptions:

@@ -18,16 +18,18 @@ from ldm_lab.schedules.linear import Linear
 from ldm_lab.schedules.posterior import Posterior
 from ldm_lab.schedules.respaced import RespacedSchedule
 from ldm_lab.schedules.respacing import Steps, num_steps
-from ldm_lab.schedules.spacing import Spacing
+from ldm_lab.schedules.spacing import NoiseLevel, Spacing, default_sigma_max
 
 __all__ = [
     "Betas",
     "Cosine",
     "Discrete",
     "Linear",
+    "NoiseLevel",
     "Posterior",
     "RespacedSchedule",
     "Spacing",
     "Steps",
+    "default_sigma_max",
     "num_steps",
 ]

@@ -14,12 +14,14 @@ from ldm_lab.schedules.spacing import LAST_RATIO, ratios
 # (v-diffusion-pytorch, `get_spliced_ddpm_cosine_schedule`).
 DDPM_CROSSOVER = 0.48536712
 COSINE_CROSSOVER = 0.80074257
+FIRST_RATIO = 148.4172  # sigma / alpha where the spliced grid begins
 
 
 class Cosine(Schedule):
     """alpha = cos(pi t / 2), sigma = sin(pi t / 2) (Salimans & Ho 2022, arXiv 2202.00512, section 2)."""
 
     variance_preserving = True
+    sigma_max = FIRST_RATIO
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha and sigma, each of t's shape, for t in [0, 1]."""
@@ -29,12 +31,12 @@ class Cosine(Schedule):
         """Return the t, of any shape, at which sigma / alpha is `ratio`, 0 or above."""
         return torch.atan(ratio) / (math.pi / 2)
 
-    def grid(self, steps: Steps, spacing: str | None = None) -> Tensor:
-        """Return the times to visit, float32 [steps], falling from 0.995711; the final 0 is not among them.
+    def grid(self, steps: Steps, spacing: str | None = None, sigma_max: float | None = None) -> Tensor:
+        """Return the times to visit, float32 [steps], falling; the final 0 is not among them.
 
         By default the spliced DDPM/cosine grid of the original: equal steps of the cosine schedule at low noise, of the
-        DDPM schedule's log SNR at high noise. It starts below 1, where alpha is 0.0067 and divisions by it stay finite;
-        so do all the other grids.
+        DDPM schedule's log SNR at high noise. It starts at 0.995711, where alpha is 0.0067 and divisions by it stay
+        finite; so do the other grids, or later, at `sigma_max`.
 
         Raises:
             UserError: steps or a spacing that only a table of betas has.
@@ -50,10 +52,13 @@ class Cosine(Schedule):
         spliced = torch.where(stretched < COSINE_CROSSOVER, stretched, _ddpm_time(shifted))  # [steps]
         if spacing in (None, "spliced"):
             return spliced
-        if spacing == "uniform":
-            return u * spliced[0]  # [steps]
         alpha, sigma = self.alpha_sigma(spliced[0].double())  # [], []
-        visited = ratios((sigma / alpha).item(), LAST_RATIO, steps, spacing)  # [steps]
+        first = sigma / alpha  # []
+        if sigma_max is not None:
+            first = first.clamp(max=sigma_max)  # []
+        if spacing == "uniform":
+            return (u * self.t_of_sigma_over_alpha(first)).float()  # [steps]
+        visited = ratios(first.item(), LAST_RATIO, steps, spacing)  # [steps]
         return self.t_of_sigma_over_alpha(visited).float()  # [steps]
 
 

@@ -37,10 +37,12 @@ class Discrete(Schedule):
             timesteps: T.
         """
         self.timesteps = timesteps
-        alpha2 = torch.cumprod(1 - beta_table(betas, timesteps), 0)  # [T]
-        one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)  # [1] each
-        self._squares = torch.stack([torch.cat([one, alpha2]), torch.cat([zero, 1 - alpha2])])  # [2, 1 + T]
+        with torch.device("cpu"):  # whatever torch's default is: networks are built without memory on "meta"
+            alpha2 = torch.cumprod(1 - beta_table(betas, timesteps), 0)  # [T]
+            one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)  # [1] each
+            self._squares = torch.stack([torch.cat([one, alpha2]), torch.cat([zero, 1 - alpha2])])  # [2, 1 + T]
         self._on: dict[torch.device, Tensor] = {}  # the same on the devices that it was asked for on
+        self.sigma_max = min(((1 - alpha2[-1]) / alpha2[-1]).sqrt().item(), FIRST_RATIO)
 
     def index(self, t: Tensor) -> Tensor:
         """Return the timestep, int64 0 .. T - 1 of t's shape, that t in [0, 1] belongs to: the next one not below it.
@@ -73,12 +75,13 @@ class Discrete(Schedule):
         low, high = sigma2[above - 1], sigma2[above]  # ratio's shape each
         return ((above - 1 + (wanted - low) / (high - low)) / self.timesteps).to(ratio.dtype)
 
-    def grid(self, steps: Steps, spacing: str | None = None) -> Tensor:
+    def grid(self, steps: Steps, spacing: str | None = None, sigma_max: float | None = None) -> Tensor:
         """Return the times to visit, float32 [steps], falling; the final 0 is not among them.
 
         By default whole timesteps, evenly spread from T - 1 to 0. A respacing (`ldm_lab.schedules.respacing`) says by
-        itself which timesteps they are, whatever the spacing. The other grids begin where alpha is 0.0067, or at the
-        last timestep if that has more, and end no earlier than timestep 0: below it no network was trained.
+        itself which timesteps they are, whatever the spacing. The other grids begin at `sigma_max`, or where alpha is
+        0.0067, or at the last timestep if that has more, and end no earlier than timestep 0: below it no network was
+        trained.
 
         Raises:
             UserError: more steps than there are timesteps, or a respacing that does not divide them.
@@ -90,10 +93,9 @@ class Discrete(Schedule):
             )
         if isinstance(steps, str) or spacing in (None, "respaced"):
             return self.at(torch.tensor(kept_timesteps(self.timesteps, steps)).flip(0))  # [steps]
-        ends = torch.tensor([1.0, 1 / self.timesteps], dtype=torch.float64)  # [2]
-        alpha, sigma = self.alpha_sigma(ends)  # [2], [2]
-        first, last = (sigma / alpha).tolist()
-        first, last = min(first, FIRST_RATIO), max(last, LAST_RATIO)
+        first = self.sigma_max if sigma_max is None else min(sigma_max, self.sigma_max)
+        alpha, sigma = self.alpha_sigma(torch.tensor(1 / self.timesteps, dtype=torch.float64))  # [], []
+        last = max((sigma / alpha).item(), LAST_RATIO)
         if spacing == "uniform":
             start = self.t_of_sigma_over_alpha(torch.tensor(first, dtype=torch.float64))  # []
             return torch.linspace(start.item(), 1 / self.timesteps, steps)  # [steps]

@@ -14,6 +14,7 @@ class Linear(Schedule):
     """alpha = 1 - t, sigma = t (Liu et al. 2022, arXiv 2209.03003, section 2; Lipman et al. 2022, arXiv 2210.02747)."""
 
     variance_preserving = False
+    sigma_max = FIRST_TIME / (1 - FIRST_TIME)
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha and sigma, each of t's shape, for t in [0, 1]."""
@@ -23,10 +24,10 @@ class Linear(Schedule):
         """Return the t, of any shape, at which sigma / alpha is `ratio`, 0 or above."""
         return ratio / (1 + ratio)
 
-    def grid(self, steps: int | str, spacing: str | None = None) -> Tensor:
-        """Return the times to visit, float32 [steps], falling from 0.999; the final 0 is not among them.
+    def grid(self, steps: int | str, spacing: str | None = None, sigma_max: float | None = None) -> Tensor:
+        """Return the times to visit, float32 [steps], falling from 0.999 or `sigma_max`; the final 0 is not among them.
 
-        By default evenly spread in t.
+        By default evenly spread in t, from 0.999.
 
         Raises:
             UserError: steps or a spacing that other schedules have.
@@ -36,7 +37,10 @@ class Linear(Schedule):
                 f"{f'steps {steps!r}' if isinstance(steps, str) else f'spacing {spacing}'}: this model's noise "
                 "schedule is linear; give a number of steps, and spacing uniform, log_snr or karras"
             )
+        if spacing is None or sigma_max is None:
+            sigma_max = self.sigma_max
+        first = min(sigma_max, self.sigma_max)
         if spacing in (None, "uniform"):
-            return torch.linspace(1, 0, steps + 1)[:-1] * FIRST_TIME  # [steps]
-        visited = ratios(FIRST_TIME / (1 - FIRST_TIME), LAST_RATIO, steps, spacing)  # [steps]
+            return torch.linspace(1, 0, steps + 1)[:-1] * (first / (1 + first))  # [steps]
+        visited = ratios(first, LAST_RATIO, steps, spacing)  # [steps]
         return self.t_of_sigma_over_alpha(visited).float()  # [steps]

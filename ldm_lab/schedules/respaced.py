@@ -20,6 +20,8 @@ class RespacedSchedule(Schedule):
         self.times = times.double().flip(0)  # [S], rising
         self.power = 2 if schedule.variance_preserving else 1
         self.values = torch.stack(schedule.alpha_sigma(self.times)) ** self.power  # [2, S]
+        alpha, sigma = schedule.alpha_sigma(self.times[-1])  # [], []
+        self.sigma_max = (sigma / alpha).item()
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha and sigma, each of t's shape and dtype and where t is, for t between the grid's ends."""
@@ -40,7 +42,7 @@ class RespacedSchedule(Schedule):
         share = (low / (low - high)).clamp(0, 1)  # ratio's shape
         return torch.lerp(self.times[above - 1], self.times[above], share).to(ratio.dtype)
 
-    def grid(self, steps: int | str, spacing: str | None = None) -> Tensor:
+    def grid(self, steps: int | str, spacing: str | None = None, sigma_max: float | None = None) -> Tensor:
         """Return the grid's own times but the last, float32 [S - 1], falling.
 
         Raises:

@@ -11,8 +11,10 @@ from pytorch_lightning.utilities.types import STEP_OUTPUT
 from ldm_lab.batch import Batch
 from ldm_lab.checkpoints.files import FORMAT, read_pickled
 from ldm_lab.config import NonNegativeInt, PositiveFloat, PositiveInt, register
+from ldm_lab.data.waiting import ReadingError
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import atomic_write, existing_file
+from ldm_lab.training.logs import log_before_saving, print_rank_zero
 from ldm_lab.training.nan_guard import FiniteGuard
 from ldm_lab.training.run_state import Checkpoint
 
@@ -70,6 +72,7 @@ class Checkpointing(Callback):
         self.every, self.seconds = every or (DEFAULT_EVERY if seconds is None else None), seconds
         self.export_dtype = torch.float16 if half_export else torch.float32
         self.saved_at = -1
+        self.saved_here = False  # by this job
         self.saved_when = 0.0  # on the monotonic clock
 
     @staticmethod
@@ -102,6 +105,12 @@ class Checkpointing(Callback):
         if trainer.global_step != self.saved_at:
             self.save(trainer, task)
 
+    def on_exception(self, trainer: Trainer, task: LightningModule, exception: BaseException) -> None:
+        """Save what was trained before the data stopped coming; several processes cannot, as the others wait."""
+        if isinstance(exception, ReadingError) and trainer.world_size == 1 and trainer.global_step > self.saved_at >= 0:
+            self.save(trainer, task)
+            print_rank_zero(f"saved at step {trainer.global_step} before leaving")
+
     def save(self, trainer: Trainer, task: LightningModule) -> None:
         """Write `last.ckpt`, the numbered checkpoint if one is due, and the export; then delete the oldest.
 
@@ -111,7 +120,9 @@ class Checkpointing(Callback):
         self.finite.check_before_saving(task)
         step = self.saved_at = trainer.global_step
         self.saved_when = time.monotonic()
+        log_before_saving(trainer)
         trainer.save_checkpoint(self.folder / LAST, weights_only=False)
+        self.saved_here = True
         if not trainer.is_global_zero:
             return
         verify(self.folder / LAST, step)
@@ -129,6 +140,15 @@ class Checkpointing(Callback):
                         file.write(chunk)
             for old in sorted(self.folder.glob("step=*.ckpt"))[: -self.keep]:
                 old.unlink()
+
+    def most_kept(self, max_steps: int) -> int:
+        """Return how many checkpoints lie on the disk at most; `max_steps` is the run's, -1 without end."""
+        every = self.keep_every or self.every
+        if every is None or max_steps < 0:
+            return max(self.keep, 1) + (self.keep_every is not None)
+        numbered = min(self.keep, max_steps // every)
+        alone = not self.keep or max_steps % every or self.keep_every or self.seconds  # last.ckpt is none of them
+        return numbered + bool(alone)
 
     def is_numbered(self, step: int) -> bool:
         """Return whether the checkpoint of a step also gets a file of its own."""

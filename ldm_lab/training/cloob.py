@@ -22,7 +22,7 @@ class CLOOBTask(PartTask):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         image = self.model.encode_image(batch.image).float()  # [B, D]
-        tokens = self.model.tokenize(one_caption_each(batch)).to(self.device)  # [B, text_size]
+        tokens = self.model.tokenize(required_captions(batch)).to(self.device)  # [B, text_size]
         text = F.normalize(self.model.encode_tokens(tokens).float(), dim=-1)  # [B, D]
         image, text = gather_rows(image), gather_rows(text)  # [N, D] each, the rows of all ranks
         if len(image) < 2:
@@ -41,19 +41,12 @@ class CLOOBTask(PartTask):
         self.loss.clamp()
 
 
-def one_caption_each(batch: Batch) -> list[str]:
-    """Return one caption per sample; of a text of several lines, one line at random, from torch's global generator.
-
-    Raises:
-        UserError: a sample has no caption.
-    """
-    captions = []
+def required_captions(batch: Batch) -> list[str]:
+    """Return the captions of a batch. Raises UserError where a sample has none."""
     for key, text in zip(batch.key, batch.text):
-        lines = [line for line in text.splitlines() if line.strip()]
-        if not lines:
+        if not text.strip():
             raise UserError(f"data: {key} has no caption; data.require_text=true leaves such samples out")
-        captions.append(lines[int(torch.rand(()) * len(lines))] if len(lines) > 1 else lines[0])
-    return captions
+    return batch.text
 
 
 def agreement(image: Tensor, text: Tensor) -> dict[str, Tensor]:

@@ -8,11 +8,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm_lab.checkpoints.files import FORMAT
+from ldm_lab.checkpoints.importer import Section
 from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.native import save_model
 from ldm_lab.checkpoints.parts import load_part
 from ldm_lab.condition_sources import build_sources, given_conditions
-from ldm_lab.config import ConditionerUse, RunConfig, register
+from ldm_lab.config import ConditionerUse, PartConfig, RunConfig, register
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import (
     Autoencoder,
@@ -47,7 +48,7 @@ class DiffusionTask(Task):
 
     ROLES = (
         *("autoencoder", "conditioner", "condition_sources", "denoiser", "objective"),
-        *("cache", "demo", "enlargements"),
+        *("cache", "demo", "enlargements", "inpaintings", "ema_snapshots"),
     )
     REQUIRED = ("data", "autoencoder", "conditioner", "denoiser", "objective")
     NETWORK = ("denoiser", "objective")
@@ -108,8 +109,9 @@ class DiffusionTask(Task):
     def from_sources(self, batch: Batch, x0: Tensor) -> Conditions:
         """Return what the condition sources give, name -> [B, ...]; it is never dropped."""
         given: Conditions = {}
-        for source in self.sources.values():
-            given |= source.from_batch(batch, x0, None)
+        with torch.autocast(self.device.type, enabled=False):  # the frozen parts stay in fp32
+            for source in self.sources.values():
+                given |= source.from_batch(batch, x0, self.autoencoder, None)
         return given
 
     def log_by_time(self, loss: Tensor, t: Tensor) -> None:
@@ -141,8 +143,18 @@ class DiffusionTask(Task):
                     where = f"condition_sources.{name}.scale_factor"
                     raise UserError(f"data.image_size: {size} is not a multiple of {where}, {kind.scale_factor}")
 
+    def check_least_size(self, data: PartConfig) -> None:
+        """Say that an upsampler is trained on images which are enlarged themselves, if they are let through."""
+        size, least = data.get("image_size"), data.option("min_size")
+        if is_upsampler(self.model.spec) and isinstance(size, int) and isinstance(least, int) and least < size:
+            print_rank_zero(
+                f"data.min_size: {least}: images of less than {size} px are enlarged first, and an upsampler learns to "
+                f"make blurred ones; data.min_size={size} skips them"
+            )
+
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        self.check_least_size(self.run_config["data"])
         made_with = self.trainer.datamodule.source.encoded_by
         for role, checksum in self.frozen_sha256.items():
             if made_with.get(role, checksum) != checksum:
@@ -152,7 +164,7 @@ class DiffusionTask(Task):
 
     def initial_weights(self, path: str) -> tuple[dict[str, Tensor], str]:
         loaded, state, extra = read_model(path)
-        theirs, ours = section_of(loaded, "denoiser"), self.run_config["denoiser"]
+        theirs, ours = section_of(loaded, "denoiser"), Section(self.run_config["denoiser"].to_dict())
         if theirs.get("name") != ours["name"]:
             raise UserError(
                 f"init_from: {path} holds the denoiser {theirs.get('name')!r}, denoiser.name is {ours['name']!r}"
@@ -169,11 +181,14 @@ class DiffusionTask(Task):
         return state, f"weights of {path} (step {extra.get('step', 'unknown')})"
 
     def callbacks(self, folder: Path) -> list[Callback]:
-        sections = {role: self.run_config.get(role) for role in ("demo", "enlargements")}
+        named = ("demo", "enlargements", "inpaintings", "ema_snapshots")
+        sections = {role: self.run_config.get(role) for role in named}
         if sections["demo"] is not None and is_upsampler(self.model.spec):
             raise UserError("demo: an upsampler makes no picture of a prompt alone; `enlargements` draws what it makes")
         if sections["enlargements"] is not None and not is_upsampler(self.model.spec):
             raise UserError("enlargements: are an upsampler's; `demo` draws what a base model makes")
+        if sections["inpaintings"] is not None and "inpaint" not in self.sources:
+            raise UserError("inpaintings: are an inpainting model's, which condition_sources.inpaint makes")
         return [section.build(folder) for section in sections.values() if section is not None]
 
     # ------------------------------------------------------------------------------------------------ what it leaves
@@ -184,10 +199,14 @@ class DiffusionTask(Task):
 
     def export(self, folder: Path, dtype: torch.dtype) -> None:
         """Write `ema.safetensors`: the averaged denoiser with the config that rebuilds it."""
+        self.write_model(folder / "ema.safetensors", self.best_model.state_dict(), dtype, {})
+
+    def write_model(self, path: Path, state: dict[str, Tensor], dtype: torch.dtype, facts: dict[str, str]) -> None:
+        """Write weights of the denoiser with the config that rebuilds it, and further facts."""
         size = self.trainer.datamodule.source.image_size
-        extra = {"step": str(self.trainer.global_step), "image_size": str(size), **self.frozen_sha256}
-        state = {name: value.to(dtype) for name, value in self.best_model.state_dict().items()}
-        save_model(folder / "ema.safetensors", state, self.model_config().to_dict(), extra)
+        facts = {"step": str(self.trainer.global_step), "image_size": str(size), **self.frozen_sha256, **facts}
+        state = {name: value.to(dtype) for name, value in state.items()}
+        save_model(path, state, self.model_config().to_dict(), facts)
 
     def model_config(self) -> RunConfig:
         """Return the run's config with what the model was trained with written out, whatever the config left open."""

@@ -26,7 +26,7 @@ DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 class Interrupt(Callback):
     """Stop after the optimizer step during which a signal came or the job's time was up, on all ranks at the same one.
 
-    A second signal meets the handlers that were there before: it kills.
+    A second signal meets the handlers that were there before: it kills. Only a second Ctrl-C still tidies up.
 
     Attributes:
         received: the signal's number, or None.
@@ -39,25 +39,41 @@ class Interrupt(Callback):
         self.received: int | None = None
         self.time_is_up = False
         self.stopping = False  # all ranks have agreed
-        self.began = 0.0  # on the monotonic clock
+        self.began: float | None = None  # on the monotonic clock
         self.before: dict[int, Handler] = {}
+
+    def on_fit_start(self, trainer: Trainer, task: LightningModule) -> None:
+        self.install()  # for the wait for the first batch
+        trainer.datamodule.told_to_stop = self.told_to_stop
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         self.began = time.monotonic()
-        for number in SIGNALS:  # after Lightning's own handlers, which do not save, or save in the midst of a step
-            self.before[number] = signal.signal(number, self.handle)
+        self.install()  # after Lightning's own handlers, which do not save, or save in the midst of a step
+
+    def install(self) -> None:
+        """Handle signals; `restore` undoes it."""
+        for number in SIGNALS:
+            if self.received != number:
+                before = signal.signal(number, self.handle)
+                self.before.setdefault(number, before)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Note the signal; the next one meets the handlers that were there before."""
         self.received = number
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
+    def told_to_stop(self) -> bool:
+        """Return whether this process has had a signal, or its time is up."""
+        since = None if self.began is None else time.monotonic() - self.began
+        self.time_is_up = self.max_time is not None and since is not None and since >= self.max_time
+        return self.received is not None or self.time_is_up
+
     def on_train_batch_end(
         self, trainer: Trainer, task: LightningModule, outputs: STEP_OUTPUT, batch: Batch, index: int
     ) -> None:
-        self.time_is_up = self.max_time is not None and time.monotonic() - self.began >= self.max_time
+        told = self.told_to_stop()
         if trainer.world_size == 1:
-            self.stopping = self.received is not None or self.time_is_up
+            self.stopping = told
         elif index % AGREE_EVERY == 0:
             heard = torch.tensor([self.received or 0, self.time_is_up], dtype=torch.int64, device=task.device)  # [2]
             torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MAX)
@@ -66,17 +82,15 @@ class Interrupt(Callback):
         if self.stopping and (index + 1) % trainer.accumulate_grad_batches == 0:
             trainer.should_stop = True
 
-    def on_train_end(self, trainer: Trainer, task: LightningModule) -> None:
-        self.restore()
-
-    def on_exception(self, trainer: Trainer, task: LightningModule, exception: BaseException) -> None:
-        self.restore()
-
     def restore(self) -> None:
         """Put back the handlers that were there before training."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
         self.before = {}
+
+    def why(self) -> str:
+        """Return what told the run to stop, in words."""
+        return f"signal {self.received}" if self.received else "trainer.max_time"
 
 
 def seconds(duration: str) -> float:

@@ -84,6 +84,7 @@ class CSVLog(Logger):
         self.path, self.resumed_step = path, resumed_step
         self.columns: list[str] | None = None
         self.waiting: dict[str, float] = {}
+        self.written = -1  # step of the last row in the file
 
     @property
     def name(self) -> str:
@@ -103,24 +104,30 @@ class CSVLog(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Add one row; metrics of the same step that come separately share it."""
+        """Add one row; metrics of the same step that come separately share it, until it is in the file."""
+        if step == self.written:
+            return
         if self.waiting and self.waiting["step"] != step:
             self.save()
         self.waiting.update({"step": step, **{k: v for k, v in metrics.items() if k != "epoch"}})
 
     @rank_zero_only
     def save(self) -> None:
-        """Write the waiting row."""
+        """Write the waiting row. Raises UserError where it cannot be written."""
         if not self.waiting:
             return
         row, self.waiting = self.waiting, {}
         if self.columns is None:
-            rows = _read_rows(self.path, self.resumed_step) if self.resumed_step is not None else []
+            rows = read_rows(self.path, self.resumed_step) if self.resumed_step is not None else []
             self._rewrite(rows, list(dict.fromkeys(k for r in [*rows, row] for k in r)))
         elif new := [key for key in row if key not in self.columns]:
-            self._rewrite(_read_rows(self.path, None), self.columns + new)
-        with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, self.columns).writerow(row)
+            self._rewrite(read_rows(self.path, None), self.columns + new)
+        try:
+            with open(self.path, "a", newline="") as file:
+                csv.DictWriter(file, self.columns).writerow(row)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
+        self.written = int(row["step"])
 
     def _rewrite(self, rows: list[dict[str, str]], columns: list[str]) -> None:
         self.columns = columns
@@ -137,12 +144,35 @@ class CSVLog(Logger):
         self.save()
 
 
-def _read_rows(path: Path, before: int | None) -> list[dict[str, str]]:
+def read_rows(path: Path, before: int | None) -> list[dict[str, str]]:
+    """Return the rows of a `metrics.csv`, of steps before `before`; what is torn is left out, which is said.
+
+    A row that a full disk or a power failure has cut off lacks fields, or the end of its line.
+    """
     if not path.exists():
         return []
-    with open(path, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("step")]
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        lines = file.readlines()
+    columns, *records = csv.reader(lines) if lines else [[]]
+    step = columns.index("step") if "step" in columns else None
+    whole = [r for r in records if step is not None and len(r) == len(columns) and r[step].isdecimal()]
+    if whole and not lines[-1].endswith("\n") and whole[-1] is records[-1]:
+        whole.pop()
+    if torn := len(records) - len(whole):
+        print_rank_zero(f"{path}: {torn} torn row{'s' * (torn > 1)}, of a run that broke off, left out")
+    rows = [dict(zip(columns, record)) for record in whole]
     return rows if before is None else [row for row in rows if int(row["step"]) < before]
+
+
+def log_before_saving(trainer: Trainer) -> None:
+    """Write the row of the step that is about to be saved: Lightning logs it afterwards, and may never come to it."""
+    if trainer.global_step % trainer.log_every_n_steps:
+        return
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLog):
+            values = {name: float(value) for name, value in trainer.logged_metrics.items()}
+            logger.log_metrics(values, trainer.global_step - 1)  # steps are counted from 0 there
+            logger.save()
 
 
 @rank_zero_only

@@ -72,6 +72,16 @@ class Optim:
             factor *= floor + (1 - floor) * left
         return factor
 
+    def course(self, max_steps: int) -> str:
+        """Return how the learning rate goes, in words: all that `factor` depends on but the step."""
+        words = [self.schedule]
+        if self.schedule != "constant":
+            total = self.schedule_steps or max_steps
+            words += [f"over {total:,} steps" if total > 0 else "without end", f"to {self.final_lr:g}"]
+        if self.warmup_steps:
+            words.append(f"after {self.warmup_steps:,} steps of {self.warmup} warm-up")
+        return " ".join(words)
+
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """Return AdamW over the trained parameters of a model."""
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

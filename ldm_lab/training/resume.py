@@ -1,5 +1,6 @@
 """Going on from a checkpoint, and what may change on the way: the learning rate, the precision, the devices."""
 
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -7,10 +8,12 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from ldm_lab.checkpoints.files import FORMAT, read_pickled
 from ldm_lab.config import NonNegativeFloat, Plain, RunConfig, register
-from ldm_lab.errors import UserError
+from ldm_lab.errors import UserError, first_line
 from ldm_lab.io.atomic import existing_file
 from ldm_lab.training.checkpointing import LAST
 from ldm_lab.training.logs import print_rank_zero
+from ldm_lab.training.optim import Optim
+from ldm_lab.training.run_state import Checkpoint
 
 # Sections whose keys may differ from those of the checkpoint without a word: where and how the run reports.
 QUIET = ("run", "logging", "resume", "init_from", "imports")
@@ -33,6 +36,7 @@ class Resume(Callback):
         """
         self.lr = lr
         self.path: Path | None = None
+        self.stored: RunConfig | None = None  # the checkpoint's
         last = folder / LAST
         if checkpoint == "last":
             self.path = last if last.exists() else None
@@ -58,10 +62,10 @@ class Resume(Callback):
         Raises:
             UserError: the checkpoint is of another architecture or task, or not readable.
         """
-        content = read_pickled(self.path, mmap=True)
+        content = read_whole(self.path)
         if FORMAT not in content:
             raise UserError(f"{self.path}: not a checkpoint of a run of ldm_lab; for other weights use init_from")
-        stored = RunConfig.from_checkpoint(content[FORMAT]["config"])
+        stored = self.stored = RunConfig.from_checkpoint(content[FORMAT]["config"])
         old, new = (dict(_flat({k: v for k, v in c.to_dict().items() if k not in QUIET})) for c in (stored, config))
         changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
         fixed = [key for key in changed if key.split(".")[0] in ("task", *network) or key in FIXED]
@@ -80,19 +84,85 @@ class Resume(Callback):
         for optimizer, scheduler in zip(trainer.optimizers, trainer.lr_scheduler_configs):
             scheduler = scheduler.scheduler
             before = scheduler.base_lrs[0]
-            if self.lr is None:
-                if before != task.optim.lr:
-                    print_rank_zero(
-                        f"optim.lr: {task.optim.lr:g} is not used, the checkpoint's {before:g} holds "
-                        f"(resume.lr={task.optim.lr:g} changes it)"
-                    )
-                continue
-            scheduler.base_lrs = [self.lr] * len(scheduler.base_lrs)
+            if self.lr is None and before != task.optim.lr:
+                print_rank_zero(
+                    f"optim.lr: {task.optim.lr:g} is not used, the checkpoint's {before:g} holds "
+                    f"(resume.lr={task.optim.lr:g} changes it)"
+                )
+            peak = before if self.lr is None else self.lr
             factor = task.optim.factor(scheduler.last_epoch, trainer.max_steps)
+            bent = self.bent_schedule(task.optim, scheduler.last_epoch, trainer.max_steps, peak)
+            if self.lr is None and bent is None:
+                continue
+            scheduler.base_lrs = [peak] * len(scheduler.base_lrs)
             for group in optimizer.param_groups:
-                group["initial_lr"], group["lr"] = self.lr, self.lr * factor
+                group["initial_lr"], group["lr"] = peak, peak * factor
             scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
-            print_rank_zero(f"learning rate: {before:g} -> {self.lr:g} (resume.lr)")
+            if self.lr is not None:
+                print_rank_zero(f"learning rate: {before:g} -> {self.lr:g} (resume.lr)")
+            if bent:
+                print_rank_zero(bent)
+
+    def bent_schedule(self, optim: Optim, step: int, max_steps: int, peak: float) -> str | None:
+        """Return a line if the learning rate's course from here on is another one than the checkpoint's was.
+
+        Args:
+            optim: of the run that goes on.
+            step: optimizer steps done.
+            max_steps: of the run that goes on.
+            peak: learning rate that the schedules are factors on.
+        """
+        if self.stored is None:
+            return None
+        old: Optim = self.stored.part("optim").build()
+        old_steps = int(self.stored["trainer"].get("max_steps", -1)) if "trainer" in self.stored else -1
+        was, now = old.course(old_steps), optim.course(max_steps)
+        if was == now:
+            return None
+        factors = old.factor(step, old_steps), optim.factor(step, max_steps)
+        before, after = (f"{round(factor * peak, 12):.3g}" for factor in factors)  # a cosine ends near 0
+        return f"learning rate: {was} -> {now}: at step {step:,} it goes from {before} to {after}"
+
+
+def read_whole(path: Path) -> Checkpoint:
+    """Return a checkpoint's content, lazily, after all of it has been read once.
+
+    Raises:
+        UserError: it is damaged; the intact ones beside it are named.
+    """
+    try:
+        content = read_pickled(path, mmap=True)
+        check_sums(path)
+    except UserError as error:
+        others = [p for p in sorted(path.parent.glob("step=*.ckpt"), reverse=True) if p != path and is_whole(p)]
+        if not others:
+            raise UserError(f"{error}; no intact checkpoint lies beside it") from None
+        more = f" ({len(others) - 1} older ones are intact, too)" if others[1:] else ""
+        raise UserError(f"{error}; resume.checkpoint={others[0]} goes on with the newest intact one{more}") from None
+    return content
+
+
+def is_whole(path: Path) -> bool:
+    """Return whether a checkpoint can be read to its end."""
+    try:
+        read_pickled(path, mmap=True)
+        check_sums(path)
+    except UserError:
+        return False
+    return True
+
+
+def check_sums(path: Path) -> None:
+    """Raise UserError if the bytes of a checkpoint are not those that were written; torch does not look."""
+    if not zipfile.is_zipfile(path):  # of an old torch
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError) as error:
+        damaged = first_line(error)
+    if damaged is not None:
+        raise UserError(f"{path}: damaged: {damaged} is not what was written")
 
 
 def _flat(tree: Mapping[str, Plain], prefix: str = "") -> Iterator[tuple[str, Plain]]:

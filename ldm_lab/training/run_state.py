@@ -28,15 +28,40 @@ class RunState(TypedDict, total=False):
     wandb_id: str | None
 
 
+BatchCounts = dict[str, int]  # ready, started, processed, completed -> batches
+
+
+class BatchProgress(TypedDict):
+    total: BatchCounts
+    current: BatchCounts
+
+
+FitLoop = TypedDict("FitLoop", {"epoch_loop.batch_progress": BatchProgress})
+
+
+class Loops(TypedDict):
+    fit_loop: FitLoop
+
+
 class Checkpoint(TypedDict, total=False):
     """The whole file.
 
     Attributes:
         state_dict: name -> weights of the task.
         global_step: optimizer steps done.
+        loops: what Lightning counts.
         ldm_lab: our entry.
     """
 
     state_dict: dict[str, Tensor]
     global_step: int
+    loops: Loops
     ldm_lab: RunState
+
+
+def take_back(checkpoint: Checkpoint, batches: int) -> None:
+    """Uncount the last batches: those of an optimizer step that was not completed are trained on again."""
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        for name in counts:
+            counts[name] -= batches

@@ -15,12 +15,14 @@ from ldm_lab.checkpoints.files import FORMAT, read_pickled
 from ldm_lab.checkpoints.parts import load_fitting
 from ldm_lab.config import NonNegativeFloat, PositiveInt, RunConfig, register, to_yaml
 from ldm_lab.data.datamodule import DataModule, RankState
-from ldm_lab.errors import UserError
+from ldm_lab.data.waiting import ReadingError
+from ldm_lab.errors import UserError, told_in_one_line
 from ldm_lab.interfaces import Batch
 from ldm_lab.io.atomic import atomic_write
 from ldm_lab.processes import fail_together, quiet_lightning, trainer_options
 from ldm_lab.training.caching import training_data
 from ldm_lab.training.checkpointing import LAST, Checkpointing, SafeCheckpointIO
+from ldm_lab.training.disk import check_space
 from ldm_lab.training.interrupt import STOPPED, Interrupt, seconds
 from ldm_lab.training.lock import RunLock
 from ldm_lab.training.logs import Logging, StepProgress, print_rank_zero
@@ -30,6 +32,10 @@ from ldm_lab.training.start import check_start
 from ldm_lab.training.task import Task, gather
 
 RUNS = Path("runs")
+LESS_MEMORY = (
+    "a smaller data.batch_size with more trainer.accumulate_grad_batches, trainer.precision=bf16-mixed or "
+    "optim.state=8bit need less"
+)
 # None whose weights, and so whose average, are halved.
 Precision = Literal["32-true", "16-mixed", "bf16-mixed", "64-true", "32", "16", "64", "bf16", 32, 16, 64]
 
@@ -127,8 +133,7 @@ class Bookkeeping(Callback):
         self.data_states = gather(trainer.datamodule.rank_state())
 
     def on_train_batch_end(self, trainer: Trainer, task: Task, outputs: Tensor, batch: Batch, index: int) -> None:
-        task.batches_seen += 1
-        trainer.datamodule.consumed(batch)
+        task.count_batch(batch, completes_step=(index + 1) % trainer.accumulate_grad_batches == 0)
 
 
 @dataclass(frozen=True)
@@ -217,14 +222,43 @@ def _run(config: RunConfig, folder: Path, lock: RunLock) -> int:
     trainer = options.trainer(callbacks.in_order(), loggers, logging.every, folder)
     if options.channels_last:
         task.to(memory_format=torch.channels_last)
+    check_space(folder, task, callbacks.checkpoint, trainer.max_steps)
     announce(config, folder, resume.path, changes, task)
-    with fail_together(trainer):
-        trainer.fit(task, datamodule=data, ckpt_path=resume.path, weights_only=True)
+    stopped = fit(trainer, task, data, callbacks)
     summary = data.summary(callbacks.bookkeeping.data_states)
-    report(trainer, folder, summary, callbacks.interrupt, before.get("global_step", 0))
+    report(trainer, folder, summary, stopped, before.get("global_step", 0), callbacks.checkpoint.saved_at)
     leave_process_group()
     # Only the first rank tells: Lightning kills it, perhaps while it saves, when another one leaves with a code.
-    return STOPPED if callbacks.interrupt.stopping and trainer.is_global_zero else 0
+    return STOPPED if stopped and trainer.is_global_zero else 0
+
+
+def fit(trainer: Trainer, task: Task, data: DataModule, callbacks: RunCallbacks) -> str | None:
+    """Train. Returns why the run was stopped early and should go on later, in words; None if it is done.
+
+    Raises:
+        UserError: the data ended, or memory did; what was trained before the data ended is saved.
+        KeyboardInterrupt: Ctrl-C for the second time.
+    """
+    interrupt, resume = callbacks.interrupt, callbacks.resume
+    try:
+        with fail_together(trainer), told_in_one_line(lambda: training_now(trainer), LESS_MEMORY):
+            trainer.fit(task, datamodule=data, ckpt_path=resume.path, weights_only=True)
+    except ReadingError as error:
+        if not (interrupt.told_to_stop() or (error.may_pass and callbacks.checkpoint.saved_here)):
+            raise
+        why = interrupt.why() if interrupt.told_to_stop() else "the data"
+        return f"{why} ({error})"
+    except SystemExit:  # Lightning's, in place of Ctrl-C
+        raise KeyboardInterrupt from None
+    finally:
+        interrupt.restore()
+    return interrupt.why() if interrupt.stopping else None
+
+
+def training_now(trainer: Trainer) -> str:
+    """Return what a Trainer is doing, in words."""
+    batch = trainer.datamodule.source.batch_size
+    return f"training at step {trainer.global_step + 1} with batches of {batch}"
 
 
 def leave_process_group() -> None:
@@ -246,13 +280,15 @@ def announce(config: RunConfig, folder: Path, resumed: Path | None, changes: lis
 
 
 @rank_zero_only
-def report(trainer: Trainer, folder: Path, data: str, interrupt: Interrupt, resumed_step: int) -> None:
+def report(trainer: Trainer, folder: Path, data: str, stopped: str | None, resumed_step: int, saved_step: int) -> None:
     """Say where the run ended, what was read and skipped, and where the results are."""
     print(data)
-    if interrupt.stopping:
-        why = f"signal {interrupt.received}" if interrupt.received else "trainer.max_time"
-        print(f"stopped by {why} at step {trainer.global_step} and saved: resume.checkpoint=last goes on")
-    if trainer.global_step == resumed_step:
-        print(f"step {resumed_step}: nothing was left to do, trainer.max_steps={trainer.max_steps} is reached")
-    else:
-        print(f"step {trainer.global_step}: {folder / LAST}, logs in {folder / 'metrics.csv'}")
+    step, max_steps = trainer.global_step, trainer.max_steps
+    if stopped:
+        saved = "and saved" if saved_step in (step, -1) else f"where it could not save; {LAST} is of step {saved_step}"
+        print(f"stopped by {stopped} at step {step} {saved}: resume.checkpoint=last goes on")
+    elif step == resumed_step:
+        reached = "is reached" if step == max_steps else "is less"
+        print(f"step {step}: nothing was left to do, trainer.max_steps={max_steps} {reached}")
+    if step != resumed_step:
+        print(f"step {step}: {folder / LAST}, logs in {folder / 'metrics.csv'}")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,10 +17,23 @@ from ldm_lab.batch import Batch
 from ldm_lab.checkpoints.files import FORMAT
 from ldm_lab.checkpoints.parts import load_strictly, weights_sha256
 from ldm_lab.config import FROZEN, RunConfig
+from ldm_lab.data.datamodule import RankState
 from ldm_lab.training.optim import Optim
-from ldm_lab.training.run_state import Checkpoint, RunState
+from ldm_lab.training.run_state import Checkpoint, RunState, take_back
 
 T = TypeVar("T")
+
+
+class AtStep(NamedTuple):
+    """Where a rank stood at the end of an optimizer step.
+
+    Attributes:
+        batches_seen: since the run's very first batch.
+        data: its place in the data.
+    """
+
+    batches_seen: int
+    data: RankState
 
 
 class Task(LightningModule):
@@ -65,6 +78,7 @@ class Task(LightningModule):
         checksums = {role: weights_sha256(role, section) for role, section in sections.items()}
         self.frozen_sha256 = {role: checksum for role, checksum in checksums.items() if checksum is not None}
         self.batches_seen = 0  # on this rank, since the run's very first batch
+        self.at_step: AtStep | None = None  # while the batches of a step are incomplete, where the one before ended
 
     def set_model(self, model: nn.Module) -> None:
         """Take a network as the one to be trained, and start its average if the config has a section `ema`."""
@@ -122,12 +136,25 @@ class Task(LightningModule):
         if self.model_ema is not None:
             ema.update(self.model_ema, self.model, self.ema_schedule.at(steps_done))
 
+    def count_batch(self, batch: Batch, completes_step: bool) -> None:
+        """Note that a batch was trained on, and whether an optimizer step ended with it."""
+        data = self.trainer.datamodule
+        if self.at_step is None and not completes_step:
+            self.at_step = AtStep(self.batches_seen, data.rank_state())
+        self.batches_seen += 1
+        data.consumed(batch)
+        if completes_step:
+            self.at_step = None
+
     def on_save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        now = self.at_step or AtStep(self.batches_seen, self.trainer.datamodule.rank_state())
+        if now.batches_seen != self.batches_seen:
+            take_back(checkpoint, self.batches_seen - now.batches_seen)
         checkpoint[FORMAT] = RunState(
             config=self.run_config.to_dict(),
             frozen=self.frozen_sha256,
-            batches_seen=self.batches_seen,
-            data=gather(self.trainer.datamodule.rank_state()),
+            batches_seen=now.batches_seen,
+            data=gather(now.data),
             wandb_id=next((log.version for log in self.trainer.loggers if isinstance(log, WandbLogger)), None),
         )
 

@@ -12,6 +12,8 @@ from ldm_lab.curation.buckets import Buckets
 from ldm_lab.curation.metadata.engine import Engine
 from ldm_lab.curation.metadata.inputs import Files
 from ldm_lab.curation.metadata.tables import TableRow
+from ldm_lab.rules.known_tables import known_as
+from ldm_lab.rules.names import QUANTITIES, Names
 
 CANDIDATES = 20  # rows looked at for one that is shown, as far as there are so many
 
@@ -33,6 +35,8 @@ class Histogram:
         below, above: rows outside the buckets.
         missing: rows without a score: null, NaN, not there.
         shown: bucket -> rows to show.
+        column: of the scores; None for shards, whose samples have a json each.
+        table: which public table it is, by its columns; None for one that is not known.
     """
 
     buckets: dict[str, int]
@@ -40,6 +44,8 @@ class Histogram:
     above: int = 0
     missing: int = 0
     shown: dict[str, list[Shown]] = field(default_factory=dict)
+    column: str | None = None
+    table: str | None = None
 
     @classmethod
     def of(cls, buckets: Buckets, counts: dict[int | None, int]) -> "Histogram":
@@ -62,20 +68,26 @@ class Histogram:
         return {"buckets": self.buckets, **rest}
 
 
-def histogram_of(engine: Engine, files: Files, quantity: str, buckets: Buckets, shown: int, seed: int = 0) -> Histogram:
+def histogram_of(
+    engine: Engine, files: Files, quantity: str, buckets: Buckets, shown: int, seed: int = 0, names: Names | None = None
+) -> Histogram:
     """Return the histogram of a table.
 
     Args:
         engine: opened.
         quantity: such as "aesthetic".
         shown: rows to draw per bucket, by a hash of seed and url.
+        names: which column holds which quantity, where a doubt may be.
     """
-    row = TableRow(engine.read(files), files.columns, where=files.given[0])
+    table = engine.read(files)
+    row = TableRow(table, files.columns or {one: one for one in table.columns}, names=names, where=files.given[0])
+    row.names.check_there(row.columns, QUANTITIES, row.where)
     score = row.number(quantity)
     place = ibis.ifelse(score.isnull(), ibis.null("int64"), place_of(score, buckets))
     counted = row.table.select(place=place).group_by("place").agg(count=ibis._.count())
     counts = {entry["place"]: int(entry["count"]) for entry in engine.rows(counted)}
     histogram = Histogram.of(buckets, {None if place is None else int(place): n for place, n in counts.items()})
+    histogram.column, histogram.table = row.name(quantity), known_as(row.columns)
     if shown and row.name("url"):
         caption = row.text("caption") if row.name("caption") else ibis.literal("")
         key = (ibis.literal(f"{seed} ") + row.text("url")).hash()
@@ -119,8 +131,8 @@ def summed(histograms: Iterable[Histogram]) -> Histogram:
 
 
 def short(count: int) -> str:
-    """Return a count as LAION writes it, such as "26.99M"."""
-    for unit, letter in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
-        if count >= unit:
+    """Return a count as LAION writes it, such as "26.99M" and "0.02M"; one below 10,000 as it is."""
+    for least, unit, letter in ((10**9, 10**9, "B"), (10**4, 10**6, "M")):
+        if count >= least:
             return f"{count / unit:.2f}{letter}"
     return str(count)

@@ -12,18 +12,19 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ldm_lab.curation.metadata.layouts import Layout, layouts_of, table_types, unique_names
+from ldm_lab.curation.metadata.layouts import Layout, check_columns, is_index, layouts_of, table_types, unique_names
 from ldm_lab.curation.metadata.text_lines import BadLine, csv_fields, open_bytes, read_lines
 from ldm_lab.errors import UserError, first_line
 
-FORMATS = {".tsv": "tsv", ".csv": "csv", ".jsonl": "jsonl", ".txt": "txt"}  # by ending; also with .gz behind it
+# ending -> format, also with .gz behind it
+FORMATS = {".tsv": "tsv", ".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "txt"}
 HEAD_LINES = 100  # that are looked at to see how many columns a text file without names has
 DISK_FULL = (
     "No space left",
     "File too large",
     "quota exceeded",
 )  # in an engine's errors that are not the input's fault
-UNNAMED = ["url", "caption"]  # the columns of a text file without a header line, as CC12M comes
+UNNAMED = ("url", "caption")  # the columns of a text file without a header line, as CC12M comes; CC3M the other way
 
 
 class TextHead(NamedTuple):
@@ -42,7 +43,7 @@ class Files:
         names: the columns as the files spell them.
         format: of text files, one of `FORMATS`; "" for Parquet.
         heads: of each text file but JSON lines.
-        sources: the files that these were made of; () where they are their own.
+        sources: the text files that these were made of, which their names number; () where they are their own.
         rows: how many there are, if that is known without reading them.
         layouts: of Parquet files, by the columns that they have; () where they cannot be read from here.
         types: column -> its type in the whole table.
@@ -71,6 +72,10 @@ class Files:
     def columns(self) -> dict[str, str]:
         """The column of an engine's table for each name in the files."""
         return dict(zip(self.names, self.unique_names))
+
+    def known(self, path: str) -> str:
+        """Return a file as the user knows it, which is another if this one was made of it."""
+        return self.sources[int(Path(path).stem[:6])] if self.sources else path
 
     def without(self, broken: "Sequence[Broken]") -> "Files":
         """Return the table without some of its files."""
@@ -150,10 +155,14 @@ def _text_files(paths: list[str], kind: str, where: str) -> Files:
         try:
             with open_bytes(path) as file:
                 begin = [line.decode(errors="replace") for _, line in islice(read_lines(file), HEAD_LINES) if line]
-        except (OSError, EOFError, zlib.error) as error:
+        except (OSError, EOFError, zlib.error, UnicodeError) as error:
             raise UserError(f"{where}: {path}: not a readable text file ({first_line(error)})") from None
         if not begin:
             raise UserError(f"{where}: {path}: is empty, or begins with empty lines")
+        if begin[0].startswith("PAR1"):
+            raise UserError(f"{where}: {path}: is a Parquet file; its name has to end in .parquet")
+        if len(begin) == 1 and begin[0].count("\r") > 1:
+            raise UserError(f"{where}: {path}: its lines end in carriage returns alone; line feeds are needed")
         heads.append(_head(path, kind, begin, heads[0].names if heads else (), where))
     names = dict.fromkeys(name for head in heads for name in head.names)
     return Files(tuple(paths), tuple(names), kind, tuple(heads))
@@ -167,9 +176,12 @@ def _head(path: str, kind: str, lines: list[str], others: tuple[str, ...], where
     rows = [row for line in lines if (row := _fields(line, kind))]
     first = rows[0] if rows else []
     if first and not any("://" in value for value in first):
-        return TextHead(tuple(first), True)
+        names = tuple(name.strip() for name in first)
+        check_columns(names, f"{where}: {path}")
+        return TextHead(names, True)
     width = Counter(len(row) for row in rows).most_common(1)[0][0] if rows else 0
-    for names in (others, UNNAMED):
+    first_of_two, second = (sum("://" in row[place] for row in rows if len(row) == 2) for place in (0, 1))
+    for names in (others, UNNAMED if first_of_two >= second else UNNAMED[::-1]):
         if len(names) == width:
             return TextHead(tuple(names), False)
     raise UserError(
@@ -194,6 +206,8 @@ def _parquet_files(paths: list[str], local: list[str], where: str) -> Files:
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{where}: {path}: not a readable Parquet file: {first_line(error)}") from None
         rows += metadata.num_rows
+    for path, schema in schemas:
+        check_columns(schema.names, f"{where}: {path}")
     names, layouts = layouts_of(schemas)
     if not names:
         raise UserError(f"{where}: {local[0]} has no columns")
@@ -203,6 +217,26 @@ def _parquet_files(paths: list[str], local: list[str], where: str) -> Files:
         layouts[0] = replace(layouts[0], paths=layouts[0].paths + elsewhere)
     known = rows if len(local) == len(paths) else None
     return Files(tuple(paths), tuple(names), rows=known, layouts=tuple(layouts), types=kinds)
+
+
+def table_notes(files: Files) -> list[str]:
+    """Return what to say of a table's columns: assumed names, those left out, those that some files do not have."""
+    notes = []
+    unnamed = [path for path, head in zip(files.given, files.heads) if not head.is_line and head.names != ("url",)]
+    if unnamed:
+        names = next(head.names for head in files.heads if not head.is_line)
+        more = f" (and {len(unnamed) - 1} more)" if len(unnamed) > 1 else ""
+        notes.append(f"{unnamed[0]}{more} has no line with the columns' names; taken for {', '.join(names)}")
+    indices = dict.fromkeys(name for one in files.layouts for name in one.names if is_index(name))
+    if indices:
+        notes.append(f"left out, as an index of pandas': {', '.join(name or repr(name) for name in indices)}")
+    total = sum(len(layout.paths) for layout in files.layouts)
+    for name in files.names:
+        without = [path for layout in files.layouts if name not in layout.columns for path in layout.paths]
+        if without:
+            where = files.known(without[0])
+            notes.append(f"the column {name} is not in {len(without)} of {total} files, such as {where}: unknown")
+    return notes
 
 
 @dataclass(frozen=True)

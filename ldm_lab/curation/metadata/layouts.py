@@ -11,7 +11,8 @@ from pyarrow import types
 from ldm_lab.errors import UserError
 
 MOST_RUNS = 64  # of files with equal columns, up to which their order is kept
-PANDAS_INDEX = re.compile(r"__index_level_\d+__")  # a column that pandas writes for itself
+PANDAS_INDEX = re.compile(r"__index_level_\d+__|unnamed: 0(\.\d+)?|", re.I)  # columns that pandas writes for itself
+OWN = "ldm_lab_"  # begins the names of columns that a selection adds for itself
 NOTHING = pa.int32()  # type of a column that is null everywhere, as Parquet stores it
 
 
@@ -26,6 +27,20 @@ def unique_names(names: Iterable[str]) -> list[str]:
         seen.add(candidate.lower())
         unique.append(candidate)
     return unique
+
+
+def is_index(name: str) -> bool:
+    """Return whether a column is one that pandas writes for itself: in Parquet, and without a name in a CSV."""
+    return PANDAS_INDEX.fullmatch(name) is not None
+
+
+def check_columns(names: Sequence[str], where: str) -> None:
+    """Raise UserError if two columns of a file have the same name, or one a name that selections use for their own."""
+    for name in names:
+        if names.count(name) > 1 and not is_index(name):
+            raise UserError(f"{where}: the column {name!r} is there twice")
+        if name.lower().startswith(OWN):
+            raise UserError(f"{where}: the column {name!r} has a name of the kind {OWN}..., which is taken")
 
 
 @dataclass(frozen=True)
@@ -63,7 +78,7 @@ def layouts_of(schemas: Sequence[tuple[str, pa.Schema]]) -> tuple[list[str], lis
         own = [name for name, _ in fields]
         columns = {}
         for name, kind in fields:
-            if PANDAS_INDEX.fullmatch(name):
+            if is_index(name):
                 continue
             others = [known for known in names if known.lower() == name.lower() and known not in own]
             column = name if name in names or len(others) != 1 else others[0]
@@ -116,15 +131,22 @@ def common_type(kinds: Sequence[pa.DataType]) -> pa.DataType | None:
     there = [kind for kind in dict.fromkeys(kinds) if not types.is_null(kind)]
     if len(there) <= 1:
         return there[0] if there else NOTHING
+    there = [kind for kind in there if not types.is_boolean(kind)] or there  # true and false as 1 and 0
+    if len(there) == 1:
+        return there[0] if _holds_flags(there[0]) else None
     if all(types.is_integer(kind) for kind in there):
         return _common_integer(there)
     if all(types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind) for kind in there):
         return _common_number(there)
     if all(types.is_string(kind) or types.is_integer(kind) or types.is_floating(kind) for kind in there):
         return pa.string()
-    if all(types.is_timestamp(kind) for kind in there):
+    if all(types.is_timestamp(kind) for kind in there) and len({kind.tz is None for kind in there}) == 1:
         return pa.timestamp("us", tz=there[0].tz)
     return None
+
+
+def _holds_flags(kind: pa.DataType) -> bool:
+    return types.is_integer(kind) or types.is_floating(kind) or types.is_string(kind)
 
 
 def _common_integer(kinds: Sequence[pa.DataType]) -> pa.DataType:
@@ -144,14 +166,3 @@ def _common_number(kinds: Sequence[pa.DataType]) -> pa.DataType:
     scale = max(kind.scale if types.is_decimal(kind) else 0 for kind in kinds)
     whole = max(kind.precision - kind.scale if types.is_decimal(kind) else 20 for kind in kinds)
     return pa.decimal128(whole + scale, scale) if whole + scale <= 38 else pa.float64()
-
-
-def missing_notes(names: Iterable[str], layouts: Sequence[Layout]) -> list[str]:
-    """Return what to say of columns that some files do not have."""
-    total = sum(len(layout.paths) for layout in layouts)
-    notes = []
-    for name in names:
-        without = [path for layout in layouts if name not in layout.columns for path in layout.paths]
-        if without:
-            notes.append(f"the column {name} is not in {len(without)} of {total} files, such as {without[0]}: unknown")
-    return notes

@@ -1,40 +1,61 @@
 """The columns of a selection: which ones, under which names and types, in which order the rows come."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import ibis
 import ibis.expr.types as ir
 
-from ldm_lab.curation.metadata.tables import TableRow, as_hash
+from ldm_lab.curation.metadata.layouts import unique_names
+from ldm_lab.curation.metadata.tables import TableRow, as_hash, as_number, is_unsigned_hash
 from ldm_lab.errors import UserError, unknown
-from ldm_lab.rules.quantities import find
+from ldm_lab.rules.names import alternatives, is_downloaded
+from ldm_lab.rules.quantities import STANDARD
 
 KEY = "ldm_lab_order"  # the column that a shuffled table is ordered by
+HASH = "hash"
+SIZES = ("WIDTH", "HEIGHT")
 NUMBERS = ("aesthetic", "punsafe", "pwatermark", "similarity")  # quantities that a text file has as texts
-BOOKKEEPING = {  # columns of img2dataset's output that are about the download, and one of pandas'
+BOOKKEEPING = {  # columns of img2dataset's output that are about the download
     "key", "status", "error_message", "exif", "width", "height", "original_width", "original_height",
-    "__index_level_0__",
 }  # fmt: skip
 
 
-def output_table(row: TableRow, kept: ir.Table, wanted: Sequence[str] | None, shuffle: int | None) -> ir.Table:
+@dataclass
+class OutputColumns:
+    """The columns of a selection.
+
+    Attributes:
+        names: column of the output -> column of the engine's table.
+        notes: which columns of the input are not written, and why.
+    """
+
+    names: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+
+
+def output_table(row: TableRow, kept: ir.Table, columns: Mapping[str, str], shuffle: int | None) -> ir.Table:
     """Return the kept rows under the names that img2dataset takes, the sizes the right way round.
 
     Args:
         row: of the table before rows were dropped.
         kept: the rows to write.
-        wanted: the columns in their order; None is all that say something of the image.
+        columns: column of the output -> column of the table, see `output_columns`.
         shuffle: seed of the hash in the column `KEY`; None for no such column.
     """
-    chosen = _names(row, wanted)
-    values = {name: kept[column] for name, column in chosen.items()}
+    values = {name: kept[column] for name, column in columns.items()}
+    hashes, numbers = _columns_of(row, (HASH,)), _columns_of(row, NUMBERS)
     for name, value in values.items():
-        if value.type().is_string() and find("hash", [name]):
+        if name.upper() in SIZES and is_unsigned_hash(value.type()):  # which engines write as types of their own
+            values[name] = as_number(value).try_cast("int32")
+        if not value.type().is_string():
+            continue
+        if columns[name] in hashes:
             values[name] = as_hash(value)  # out of a text file
-        elif value.type().is_string() and any(find(quantity, [name]) for quantity in NUMBERS):
+        elif columns[name] in numbers:
             values[name] = value.try_cast("float64")
-        elif value.type().is_string() and name in ("WIDTH", "HEIGHT"):
-            values[name] = value.try_cast("int32")
+        elif name.upper() in SIZES:
+            values[name] = as_number(value).floor().try_cast("int32")  # engines round in ways of their own
     if shuffle is None:
         return kept.select(**values)
     texts = [kept[row.columns[row.name(q)]].cast("string").fill_null("") for q in ("url", "caption") if row.name(q)]
@@ -46,25 +67,83 @@ def output_table(row: TableRow, kept: ir.Table, wanted: Sequence[str] | None, sh
     return kept.select(**values, **{KEY: seeded.hash()})
 
 
-def _names(row: TableRow, wanted: Sequence[str] | None) -> dict[str, str]:
-    """Return {column of the output: the table's column}."""
+def _columns_of(row: TableRow, quantities: Sequence[str]) -> set[str]:
+    """Return the table's columns that hold some quantities, or may."""
+    found = {name for quantity in quantities for name in alternatives(quantity, row.columns)}
+    found |= {name for q in quantities if (name := row.names.given_for(q, row.columns))}
+    return {row.columns[name] for name in found}
+
+
+def output_columns(row: TableRow, wanted: Sequence[str] | None, judged: Mapping[str, str]) -> OutputColumns:
+    """Return the columns to write, the standard ones under the names that img2dataset's users know.
+
+    Args:
+        wanted: the columns in their order; None is all that say something of the image, one for each quantity of a
+            standard column.
+        judged: quantity -> the column that rules judge.
+
+    Raises:
+        UserError: a column is not there, or of a type that it cannot be written in.
+    """
+    taken = {name: standard for quantity, standard in STANDARD.items() if (name := row.name(quantity))}
+    for quantity in ("url", "caption"):
+        if row.name(quantity):
+            row.text(quantity)  # raises for bytes
+    if wanted is not None:
+        standard = {standard: row.columns[name] for name, standard in taken.items()}
+        other = {quantity: row.columns[name] for quantity, name in judged.items()}
+        names = _wanted({**standard, **row.columns}, wanted, other)
+        return OutputColumns(names, _judged_elsewhere(row, names, judged))
+    about = [name for name in row.columns if is_downloaded(row.columns) and name in BOOKKEEPING and name not in taken]
+    twins = {
+        name: (quantity, row.name(quantity))
+        for quantity in STANDARD
+        for name in alternatives(quantity, row.columns)
+        if name not in taken and name not in about
+    }
+    notes = [
+        f"the column {name} is not written: {STANDARD[quantity]} holds {own}, which rules judge, too; "
+        f"{row.names.answer(quantity, name)} takes {name} instead"
+        for name, (quantity, own) in twins.items()
+    ]
+    if about:
+        notes.append(f"columns about the earlier download are not written: {', '.join(about)}")
+    written = {name: column for name, column in row.columns.items() if name not in {*twins, *about}}
+    first = {name: taken.get(name, name) for name in written if name in taken or name in judged.values()}
+    others = [name for name in written if name not in first]
+    unique = dict(zip((*first, *others), unique_names((*first.values(), *others))))
+    notes += [
+        f"the column {name} is written as {unique[name]}: another's name differs from it in case only"
+        for name in others
+        if unique[name] != name
+    ]
+    return OutputColumns({unique[name]: column for name, column in written.items()}, notes)
+
+
+def _judged_elsewhere(row: TableRow, names: Mapping[str, str], judged: Mapping[str, str]) -> list[str]:
+    """Return what to say of columns that rules judge while others of the same quantity are written."""
+    written = set(names.values())
+    return [
+        f"rules judge {own}; the columns that are written have {name} for '{quantity}' instead"
+        for quantity, own in judged.items()
+        if row.columns[own] not in written
+        for name in alternatives(quantity, row.columns)
+        if row.columns[name] in written
+    ]
+
+
+def _wanted(available: Mapping[str, str], wanted: Sequence[str], judged: Mapping[str, str]) -> dict[str, str]:
+    """Return the columns that a user asks for, in whatever case, under the names that he writes.
+
+    A quantity that rules judge is the column that they take for it, unless one has its name.
+    """
     names: dict[str, str] = {}
-    standard = {"url": "URL", "caption": "TEXT", "width": "WIDTH", "height": "HEIGHT"}
-    taken = {row.name(quantity): name for quantity, name in standard.items() if row.name(quantity)}
-    downloaded = {"status", "error_message"} <= {name.lower() for name in row.columns}
-    for name, column in row.columns.items():
-        if name in taken:
-            names[taken[name]] = column
-        elif name == "__index_level_0__" or (downloaded and name in BOOKKEEPING):
-            continue
-        elif name.upper() in taken.values():
-            continue  # such as the sizes of the crawl beside those that were measured: rules judge what is written
-        else:
-            names[name] = column
-    if wanted is None:
-        return names
-    lower = {name.lower(): name for name in names}
-    wrong = [name for name in wanted if name.lower() not in lower]
-    if wrong:
-        raise UserError(f"columns: {unknown('column', wrong[0], names)}")
-    return {name: names[lower[name.lower()]] for name in wanted}
+    available = {**{q: column for q, column in judged.items() if q not in map(str.lower, available)}, **available}
+    for name in wanted:
+        found = [one for one in available if one == name] or [one for one in available if one.lower() == name.lower()]
+        if not found:
+            raise UserError(f"columns: {unknown('column', name, available)}")
+        if name.lower() in {one.lower() for one in names}:
+            raise UserError(f"columns: {name!r} is there twice, in whatever case")
+        names[name] = available[found[0]]
+    return names

@@ -46,6 +46,7 @@ class Report:
         rows: read; kept: written.
         rules: name -> options.
         bad_lines: reason -> lines of text files that were left out.
+        table: which public table it was, by its columns; None for one that is not known.
         columns: quantity -> the column that held it.
         output: columns written.
     """
@@ -55,6 +56,7 @@ class Report:
     counts: RuleCounts
     rules: dict[str, dict[str, Any]]
     input: list[str]
+    table: str | None
     columns: dict[str, str | None]
     swapped_sizes: bool
     engine: dict[str, Any]
@@ -86,6 +88,7 @@ class Report:
             "kept": self.kept,
             "rules": rules,
             "input": self.input,
+            "table": self.table,
             "columns": self.columns,
             "swapped_sizes": self.swapped_sizes,
             "engine": self.engine,
@@ -99,7 +102,9 @@ class Report:
     def __str__(self) -> str:
         report = self.as_dict()
         width = max([len(name) for name in self.rules] + [4])
+        columns = ", ".join(f"{quantity} is {column}" for quantity, column in self.columns.items())
         lines = [
+            f"table: {f'{self.table}, by its columns; ' if self.table else ''}{columns}",
             *(f"note: {note}" for note in self.notes),
             *(["sizes: WIDTH and HEIGHT are swapped in this release; taken the other way round"] * self.swapped_sizes),
             *(f"left out: {one}" for one in self.broken),

@@ -6,23 +6,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import ibis
+import ibis.expr.datatypes as dt
 import ibis.expr.types as ir
 from annotated_types import MinLen
 
 from ldm_lab.config import PartMapping, PartSection, PositiveInt, build, register
 from ldm_lab.curation.metadata.engine import Engine
-from ldm_lab.curation.metadata.inputs import Broken, Files, broken_files, find_files
+from ldm_lab.curation.metadata.inputs import Broken, Files, broken_files, find_files, table_notes
 from ldm_lab.curation.metadata.joined_scores import join_scores
-from ldm_lab.curation.metadata.layouts import missing_notes
-from ldm_lab.curation.metadata.output import KEY, output_table
+from ldm_lab.curation.metadata.output import KEY, output_columns, output_table
 from ldm_lab.curation.metadata.report import Report, RuleCounts
 from ldm_lab.curation.metadata.tables import TableRow, bit_mask, kept_by, may_be_swapped, sizes_are_swapped
 from ldm_lab.curation.metadata.text_files import BadLines, as_parquet
 from ldm_lab.errors import UserError, unknown
 from ldm_lab.io.atomic import replaced_folder
 from ldm_lab.rules.duplicates import Duplicates
+from ldm_lab.rules.known_tables import known_as
 from ldm_lab.rules.limits import Aesthetic
-from ldm_lab.rules.quantities import find, require
+from ldm_lab.rules.names import Names, check_names, is_downloaded, is_of_predictor
+from ldm_lab.rules.quantities import STANDARD, plain
 from ldm_lab.rules.rule import Rule, build_rules
 
 TAG_QUANTITIES = ("aesthetic", "punsafe", "pwatermark")
@@ -41,6 +43,8 @@ class Selection:
         rules: {name: options}, in the order of the report. A name with null switches a rule of `defaults:` off.
         tags: {aesthetic: files, ...}: tables of `hash` and a score, which are joined by hash. Of several scores for one
             hash the highest that the rule keeps counts.
+        names: {aesthetic: aesthetic_score_laion_v2, ...}: which column holds which quantity, for rules and the output,
+            where a table has several for one, or one of another name than the public tables.
         columns: the columns of the output in their order; null is all that say something of the image.
         language: what the LANGUAGE column says where the table has none.
         swapped_sizes: HEIGHT holds the width; null tells it from the columns.
@@ -59,6 +63,7 @@ class Selection:
         out: str,
         rules: Annotated[dict[str, Any], PartMapping("rule")],
         tags: dict[str, Any] | None = None,
+        names: dict[str, str | None] | None = None,
         columns: Annotated[list[str], MinLen(1)] | None = None,
         language: str | None = None,
         swapped_sizes: bool | None = None,
@@ -75,11 +80,12 @@ class Selection:
         self.rules_section, self.engine_section = rules, engine or {"name": "duckdb"}
         self.rules = build_rules(rules)
         self.tags = {quantity: files for quantity, files in (tags or {}).items() if files is not None}
+        self.names = Names.of(names)
 
     @staticmethod
-    def check(*, tags: dict[str, Any] | None) -> list[str]:
-        """Return what is wrong with `tags`."""
-        problems = []
+    def check(*, tags: dict[str, Any] | None, names: dict[str, str | None] | None) -> list[str]:
+        """Return what is wrong with `tags` and `names`."""
+        problems = check_names(names)
         for quantity, files in (tags or {}).items():
             if quantity not in TAG_QUANTITIES:
                 problems.append(f"tags.{quantity}: {unknown('tag', quantity, TAG_QUANTITIES)}")
@@ -130,11 +136,12 @@ class Selection:
                 quantity: as_parquet(table, folder / SPILL / quantity, bad, f"tags.{quantity}")
                 for quantity, table in tags.items()
             }
-            row = self._row(engine, files, tags)
+            row, notes = self._row(engine, files, tags)
             rules = self._with_downloaded(row)
+            judged = {plain(q): name for rule in rules for q in rule.needs if (name := row.name(q))}
+            chosen = output_columns(row, self.columns, judged)
             counts = self._count(engine, row, rules)
-            kept = self._kept(row, rules)
-            table = output_table(row, kept, self.columns, self.shuffle)
+            table = output_table(row, self._kept(row, rules), chosen.names, self.shuffle)
             report = Report(
                 rows=counts.rows,
                 kept=0,
@@ -142,14 +149,15 @@ class Selection:
                 rules={rule.part_name: self.rules_section.get(rule.part_name) or {} for rule in rules},
                 input=list(files.given),
                 bad_lines=dict(bad.counts),
-                columns={quantity: row.name(quantity) for rule in rules for quantity in rule.needs},
+                table=known_as(row.columns),
+                columns=_quantities(row, rules),
                 swapped_sizes=row.swapped_sizes,
                 engine=self.engine_section,
                 broken=[str(one) for one in broken],
                 broken_rows=sum(one.rows for one in broken),
                 output=[name for name in table.columns if name != KEY],
             )
-            report.notes += [*bad.notes(), *self._notes(row), *missing_notes(files.names, files.layouts)]
+            report.notes += [*notes, *bad.notes(), *self._notes(row), *chosen.notes, *table_notes(files)]
             if counts.kept == 0:
                 raise UserError(f"the selection is empty, nothing was written:\n{report}")
             report.kept = engine.write(
@@ -167,22 +175,22 @@ class Selection:
             (folder / REPORT).write_text(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n")
         return report
 
-    def _row(self, engine: Engine, files: Files, tags: dict[str, Files]) -> TableRow:
-        """Return the table as rules see it, with the scores of the tags."""
-        table, columns = join_scores(engine, files, tags, self.rules)
+    def _row(self, engine: Engine, files: Files, tags: dict[str, Files]) -> tuple[TableRow, list[str]]:
+        """Return the table as rules see it, with the scores of the tags, and what they took the place of."""
+        table, columns, names, notes = join_scores(engine, files, tags, self.rules, self.names)
         row_names = list(files.names or columns)
         swapped = _sizes_are_swapped(files, row_names) if self.swapped_sizes is None else self.swapped_sizes
+        swapped = swapped and not (names.has("width") or names.has("height"))
         first, *more = files.given
         where = f"{first} (and {len(more)} more)" if more else first
-        if self.language is not None and find("language", columns) is None:
+        if self.language is not None and names.find("language", columns, where) is None:
             columns["LANGUAGE"] = "LANGUAGE"
             table = table.mutate(LANGUAGE=ibis.literal(self.language))
-        return TableRow(table, columns, swapped_sizes=swapped, where=where)
+        return TableRow(table, columns, names=names, swapped_sizes=swapped, where=where), notes
 
     def _with_downloaded(self, row: TableRow) -> list[Rule]:
         """Return the rules; a table that img2dataset wrote gets the one about failed downloads."""
-        lower = {name.lower() for name in row.columns}
-        if {"status", "error_message"} <= lower and "downloaded" not in self.rules_section:
+        if is_downloaded(row.columns) and "downloaded" not in self.rules_section:
             return [build("rule", {"name": "downloaded"}), *self.rules]
         return self.rules
 
@@ -198,7 +206,7 @@ class Selection:
         kept = row.table.filter(conditions) if conditions else row.table
         for rule in rules:
             if isinstance(rule, Duplicates):
-                require(rule.by, row.columns, f"{row.where}: rule {rule.part_name}")
+                row.names.require(rule.by, row.columns, f"{row.where}: rule {rule.part_name}")
                 kept = _first_of_each(kept, row.columns[row.name(rule.by)])
         return kept
 
@@ -212,9 +220,9 @@ class Selection:
             )
         for rule in self.rules:
             predictor = rule.predictor if isinstance(rule, Aesthetic) else None
-            name = row.name("aesthetic") if predictor else None
-            if name and (name == "AESTHETIC_SCORE") != (predictor == "v2"):
-                usual = "v2" if name == "AESTHETIC_SCORE" else "v1"
+            name = row.name(rule.quantity) if predictor and not row.names.has("aesthetic") else None
+            usual = next((one for one in ("v1", "v2") if name and is_of_predictor(f"aesthetic_{one}", name)), predictor)
+            if usual != predictor:
                 notes.append(
                     f"the column {name} usually holds scores of the predictor {usual}; the limits of "
                     f"rules.aesthetic are meant for {predictor}, whose scale is another"
@@ -222,12 +230,28 @@ class Selection:
         return notes
 
 
+def _quantities(row: TableRow, rules: list[Rule]) -> dict[str, str | None]:
+    """Return the columns of the quantities that rules judge, and of those that the standard columns hold."""
+    needed = [quantity for rule in rules for quantity in rule.needs]
+    written = [quantity for quantity in STANDARD if row.name(quantity)]
+    return {plain(quantity): row.name(quantity) for quantity in (*needed, *written)}
+
+
 def _first_of_each(table: ir.Table, column: str) -> ir.Table:
     """Return the table with one row per value of a column, all rows where it is null: the first by all columns."""
-    rest = [table[name] for name in table.columns if name != column]
+    rest = [table[name] for name in table.columns if name != column and _has_order(table[name].type())]
     place = ibis.row_number().over(ibis.window(group_by=table[column], order_by=rest))
     numbered = table.mutate(ldm_lab_place=place)
     return numbered.filter((numbered.ldm_lab_place == 0) | numbered[column].isnull()).drop("ldm_lab_place")
+
+
+def _has_order(kind: dt.DataType) -> bool:
+    """Return whether all engines can order a column's values; they cannot those of maps."""
+    if isinstance(kind, dt.Array):
+        return _has_order(kind.value_type)
+    if isinstance(kind, dt.Struct):
+        return all(map(_has_order, kind.types))
+    return not isinstance(kind, dt.Map)
 
 
 def _sizes_are_swapped(files: Files, names: list[str]) -> bool:

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import ibis
 import ibis.expr.types as ir
+import pyarrow as pa
+from pyarrow import types
 
 from ldm_lab.config import Plain, register
 from ldm_lab.curation.metadata.engine import Engine, ResultRow
-from ldm_lab.curation.metadata.inputs import DISK_FULL
+from ldm_lab.curation.metadata.inputs import DISK_FULL, Files
 from ldm_lab.curation.metadata.layouts import unique_names
 from ldm_lab.curation.sql import identifier
 from ldm_lab.errors import UserError, first_line
@@ -111,6 +113,17 @@ class Spark(Engine):
         finally:
             self.session.stop()
 
+    def read(self, files: Files) -> ir.Table:
+        """Return the table in Parquet files; see `Engine.read`. Raises UserError for a type that Spark cannot read."""
+        for layout in files.layouts:
+            for name, kind in layout.columns.values():
+                if _is_foreign(kind):
+                    raise UserError(
+                        f"engine: Spark cannot read the column {name!r}, which is {kind}, in {layout.paths[0]}; "
+                        "engine.name=duckdb can"
+                    )
+        return super().read(files)
+
     def read_parquet(self, paths: Sequence[str], names: Sequence[str]) -> ir.Table:
         elsewhere = any("://" in path for path in paths)
         frame = self.session.read.option("mergeSchema", elsewhere).parquet(*map(_address, paths))
@@ -151,6 +164,13 @@ class Spark(Engine):
         import pyarrow.parquet as pq
 
         return sum(pq.read_metadata(path).num_rows for path in folder.glob("part-*.parquet"))
+
+
+def _is_foreign(kind: pa.DataType) -> bool:
+    """Return whether Spark has no type for a column's, or for what is in it."""
+    if types.is_float16(kind) or types.is_time(kind) or (types.is_timestamp(kind) and kind.unit == "ns"):
+        return True
+    return any(_is_foreign(kind.field(number).type) for number in range(kind.num_fields))
 
 
 def _address(path: str) -> str:

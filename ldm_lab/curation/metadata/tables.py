@@ -6,7 +6,10 @@ import ibis
 import ibis.expr.datatypes as dt
 import ibis.expr.types as ir
 
-from ldm_lab.rules.quantities import find, require
+from ldm_lab.errors import UserError
+from ldm_lab.rules.cell import NUMBER
+from ldm_lab.rules.names import Names
+from ldm_lab.rules.quantities import plain
 from ldm_lab.rules.rule import Rule
 
 BASE_ONLY = ("sample_id", "license", "nsfw")  # columns that no other release has
@@ -36,49 +39,77 @@ class TableRow:
     Args:
         table: its columns' names are unique in any case.
         columns: the table's column for each name that the files have.
+        names: which column holds which quantity, where a doubt may be.
         swapped_sizes: HEIGHT holds the width.
         where: of messages, such as the files' name.
     """
 
     WORD = r"\p{L}\p{N}_"
 
-    def __init__(self, table: ir.Table, columns: dict[str, str], *, swapped_sizes: bool = False, where: str = "table"):
+    def __init__(
+        self,
+        table: ir.Table,
+        columns: dict[str, str],
+        *,
+        names: Names | None = None,
+        swapped_sizes: bool = False,
+        where: str = "table",
+    ):
         self.table, self.columns, self.swapped_sizes, self.where = table, columns, swapped_sizes, where
+        self.names = names or Names()
 
     def name(self, quantity: str) -> str | None:
-        """Return the name that the files have for the column with a quantity, None if there is none."""
-        found = find(quantity, self.columns)
+        """Return the name that the files have for the column with a quantity, None if there is none.
+
+        Raises UserError if several may be meant.
+        """
+        found = self.names.find(quantity, self.columns, self.where)
         if self.swapped_sizes and found is not None and found.lower() in ("width", "height"):
-            found = find({"width": "height", "height": "width"}[quantity], self.columns)
+            found = self.names.find({"width": "height", "height": "width"}[quantity], self.columns, self.where)
         return found
 
     def column(self, quantity: str) -> ir.Column:
         """Return the column with a quantity, as it is. Raises UserError if there is none."""
-        name = self.name(quantity) or require(quantity, self.columns, self.where)
+        name = self.name(quantity) or self.names.require(quantity, self.columns, self.where)
         return self.table[self.columns[name]]
 
     def number(self, quantity: str) -> ir.NumericValue:
         """Return a number; null if it is unknown, NaN, or none."""
-        return as_number(self.column(quantity))
+        return as_number(self._checked(quantity, "number"))
 
     def text(self, quantity: str) -> ir.StringValue:
         """Return a text, or null."""
-        column = self.column(quantity)
+        column = self._checked(quantity, "text")
         return column if column.type().is_string() else column.cast("string")
+
+    def _checked(self, quantity: str, what: str) -> ir.Column:
+        """Return a column. Raises UserError if its type is neither a number nor a text: engines differ in those."""
+        column = self.column(quantity)
+        kind = column.type()
+        if not (kind.is_string() or kind.is_numeric() or kind.is_boolean() or kind.is_null()):
+            name = self.name(quantity)
+            raise UserError(f"{self.where}: the column {name!r} is {kind}; for '{plain(quantity)}' a {what} is needed")
+        return column
 
     def violations(self, rule: Rule) -> dict[str, ir.BooleanValue]:
         """Return {reason: condition} of a rule, conditions never null."""
         for quantity in rule.needs:
-            require(quantity, self.columns, f"{self.where}: rule {rule.part_name}")
+            self.names.require(quantity, self.columns, f"{self.where}: rule {rule.part_name}")
         return {reason: condition.fill_null(False) for reason, condition in rule.violations(self).items()}
 
 
 def as_number(column: ir.Column) -> ir.NumericValue:
     """Return a column as double precision, NaN and what is no number as null: engines call NaN greater than all."""
     kind = column.type()
+    if kind.is_boolean() or kind.is_null():  # true is no score
+        return ibis.null("float64")
     if kind.is_integer():
         return column.cast("float64")
-    number = column.try_cast("float64") if kind.is_string() else column.cast("float64")
+    if kind.is_string():  # engines alone take 8.0f, 1_000 and others for numbers, each its own
+        column = ibis.ifelse(column.re_search(NUMBER), column, ibis.null("string")).strip()
+        number = column.try_cast("float64")
+    else:
+        number = column.cast("float64")
     return ibis.ifelse(number.isnan(), ibis.null("float64"), number)
 
 

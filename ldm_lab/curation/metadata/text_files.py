@@ -77,7 +77,7 @@ def as_parquet(files: Files, folder: Path, bad: BadLines, where: str) -> Files:
                 _write_json(path, target, bad)
             else:
                 _write_rows(path, files.format, files.heads[number], target, bad)
-        except (EOFError, zlib.error) as error:
+        except (EOFError, zlib.error, UnicodeError) as error:
             raise UserError(f"{where}: {path}: not a readable text file ({error})") from None
         except OSError as error:
             if error.errno is not None:
@@ -87,7 +87,7 @@ def as_parquet(files: Files, folder: Path, bad: BadLines, where: str) -> Files:
     if read is None or not read.rows:
         said = "; ".join(bad.notes())
         raise UserError(f"{where}: {files.paths[0]}: no row in it{': ' if said else ''}{said}")
-    return replace(read, sources=files.paths)
+    return replace(read, sources=files.paths, heads=files.heads)
 
 
 def _text_lines(path: str, bad: BadLines) -> Iterator[Line]:

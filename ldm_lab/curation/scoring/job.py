@@ -52,7 +52,7 @@ class PreparedImage(NamedTuple):
 
     Attributes:
         pixels: [3, S, S].
-        text: the caption; "" where there is none.
+        text: the caption, the first of several; "" where there is none.
         key, url, hash: of the sample.
     """
 
@@ -90,7 +90,7 @@ class ImagePreparation:
         fields = {name.lower(): value for name, value in parse_json(sample.json).items()}
         url = fields.get("url")
         url = as_utf8(url) if isinstance(url, str) else None
-        return PreparedImage(pixels, caption_of(sample), as_utf8(sample.key), url, sample_hash(fields))
+        return PreparedImage(pixels, caption_of(sample).first, as_utf8(sample.key), url, sample_hash(fields))
 
     def collate(self, samples: list[PreparedImage]) -> ImageBatch:
         """Return the batch of some images."""

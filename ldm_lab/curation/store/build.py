@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pyarrow
 
-from ldm_lab.curation.metadata.inputs import find_files
+from ldm_lab.curation.metadata.inputs import Files, find_files
+from ldm_lab.curation.metadata.text_files import BadLines, as_parquet
 from ldm_lab.curation.sql import identifier, literal
 from ldm_lab.curation.store.columns import Columns, named, not_a_hash
 from ldm_lab.curation.store.format import StoreWriter, hashes_of
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 BATCH = 2**17  # rows
 INTEGERS = ("BIGINT", "INTEGER", "SMALLINT", "TINYINT")
+UNSIGNED = ("HUGEINT", "UBIGINT", "UINTEGER", "USMALLINT", "UTINYINT")  # or of wider types than a hash's
 
 
 @dataclass
@@ -55,8 +57,9 @@ def build_store(
     threads: int | None = None,
     temporary: str | Path | None = None,
     progress: bool = False,
+    bad: BadLines | None = None,
 ) -> Built:
-    """Write a store of the rows of Parquet tables.
+    """Write a store of the rows of tables: Parquet, TSV, CSV, JSON lines.
 
     Args:
         sources: files, globs, folders.
@@ -68,6 +71,7 @@ def build_store(
         threads: of DuckDB; None is one per core.
         temporary: folder to spill to; by default the one of `out`. Takes about 30 bytes per row.
         progress: show progress bars.
+        bad: counts the lines of text files that are left out.
 
     Raises:
         UserError: no files, damaged ones, missing columns, hashes that are no integers, a score that no half float
@@ -76,9 +80,6 @@ def build_store(
     import duckdb
 
     files = find_files(list(map(str, sources)), "tables")
-    if files.format:
-        raise UserError(f"{files.paths[0]}: a store is built from Parquet tables")
-    paths = files.paths
     out = Path(out).expanduser()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -87,8 +88,9 @@ def build_store(
         raise UserError(f"{temporary or out.parent}: cannot be written: {error.strerror}") from None
     try:
         with spill, _connected(spill.name, memory, threads) as db, StoreWriter(out, len(scores), unique) as writer:
-            rows = _select(db, paths, key, url, text, scores)
-            counts = _count(db, rows, len(scores), paths[0])
+            tables = as_parquet(files, Path(spill.name) / "text", bad or BadLines(), "tables")
+            rows = _select(db, tables, key, url, text, scores)
+            counts = _count(db, rows, len(scores), files.paths[0])
             _write(db, rows, writer, counts, progress)
     except duckdb.OutOfMemoryException as error:
         if "offload" in str(error):  # so it says when the disk is full
@@ -96,7 +98,8 @@ def build_store(
             raise UserError(f"{folder}: no space left to sort in; --temporary names another folder") from None
         raise UserError(f"--memory {memory}: too little to sort in ({first_line(error)})") from None
     except duckdb.Error as error:
-        raise UserError(f"{paths[0]}{f' and {len(paths) - 1} more' * (len(paths) > 1)}: {first_line(error)}") from None
+        more = f" and {len(files.paths) - 1} more" if len(files.paths) > 1 else ""
+        raise UserError(f"{files.paths[0]}{more}: {first_line(error)}") from None
     no_key, no_score = counts.total - counts.keyed, counts.keyed - counts.whole
     return Built(counts.total, no_key, no_score, writer.count, writer.repeated, writer.nan)
 
@@ -163,7 +166,7 @@ def _connected(spill: str, memory: str, threads: int | None) -> "DuckDBPyConnect
 
 def _select(
     database: "DuckDBPyConnection",
-    paths: Sequence[str],
+    tables: Files,
     key: str | None,
     url: str | None,
     text: str | None,
@@ -171,26 +174,35 @@ def _select(
 ) -> str:
     """Return the query of key, score0, score1, ... and of each row's place. Raises UserError about columns."""
     # By name: the first file's types would be those of all, and a float32 among them would round.
-    table = f"read_parquet([{', '.join(map(literal, paths))}], union_by_name = true)"
+    table = f"read_parquet([{', '.join(map(literal, tables.paths))}], union_by_name = true)"
     types = {name: kind for name, kind, *_ in database.sql(f"DESCRIBE SELECT * FROM {table}").fetchall()}
-    keys = Columns.of(types, paths[0], key, url, text)
+    where, names = tables.given[0], tables.names or tuple(types)
+    keys = Columns.of(names, where, key, url, text)
     if keys.hash is None:
         options = {"type": "arrow", "null_handling": "special"}
         database.create_function("ldm_hash", _hash_columns, ["VARCHAR", "VARCHAR"], "BIGINT", **options)
         keyed = f"ldm_hash({', '.join(f'CAST({identifier(name)} AS VARCHAR)' for name in (keys.url, keys.text))})"
     else:
-        kind = types[keys.hash]
-        if kind not in INTEGERS:
-            raise not_a_hash(keys.hash, kind, kind in ("DOUBLE", "FLOAT"))
-        keyed = identifier(keys.hash)
+        keyed = _signed(keys.hash, types[keys.hash])
     picked = []
     for number, given in enumerate(scores):
-        name = named(given, "aesthetic", list(types), paths[0])
+        name = named(given, "aesthetic", names, where)
         kind = types[name]
-        if kind not in ("FLOAT", "DOUBLE", *INTEGERS) and not kind.startswith("DECIMAL"):
+        if kind not in ("FLOAT", "DOUBLE", "VARCHAR", *INTEGERS, *UNSIGNED) and not kind.startswith("DECIMAL"):
             raise UserError(f"column {name!r}: a score is a number, this column is {kind}")
-        picked.append(f"CAST({identifier(name)} AS {'FLOAT' if kind == 'FLOAT' else 'DOUBLE'}) AS score{number}")
+        cast, to = "TRY_CAST" if kind == "VARCHAR" else "CAST", "FLOAT" if kind == "FLOAT" else "DOUBLE"
+        picked.append(f"{cast}({identifier(name)} AS {to}) AS score{number}")
     return f"SELECT {keyed} AS key, {', '.join(picked)}, file_index, file_row_number FROM {table}"
+
+
+def _signed(name: str, kind: str) -> str:
+    """Return the expression of a column of hashes as signed integers. Raises UserError for one of another type."""
+    if kind in INTEGERS:
+        return identifier(name)
+    if kind not in (*UNSIGNED, "VARCHAR") and not (kind.startswith("DECIMAL") and kind.endswith(",0)")):
+        raise not_a_hash(name, kind, kind in ("DOUBLE", "FLOAT"))
+    wide = f"TRY_CAST({identifier(name)} AS HUGEINT)"
+    return f"TRY_CAST({wide} - CASE WHEN {wide} >= {2**63} THEN {2**64}::HUGEINT ELSE 0 END AS BIGINT)"
 
 
 def _hash_columns(urls: pyarrow.ChunkedArray, texts: pyarrow.ChunkedArray) -> pyarrow.Array:

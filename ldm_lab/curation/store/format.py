@@ -38,6 +38,11 @@ def hash_of(url: str | None, text: str | None) -> int:
     return int(hashes_of([url], [text])[0])
 
 
+def signed(key: int) -> int:
+    """Return a hash as stores have it: one without a sign is the signed one of the same bits."""
+    return key - 2**64 if 2**63 <= key < 2**64 else key
+
+
 def hashes_of(urls: Iterable[str | None], texts: Iterable[str | None]) -> NDArray[np.int64]:
     """Return the keys of many urls and texts, int64 [N]."""
     from mmh3 import hash64

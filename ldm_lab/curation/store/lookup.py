@@ -1,5 +1,6 @@
 """A column of scores out of a store for each row of a table."""
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -10,9 +11,9 @@ from pyarrow import compute, types
 from pyarrow.parquet import ParquetFile, ParquetWriter
 
 from ldm_lab.curation.metadata.inputs import Files, find_files
-from ldm_lab.curation.sql import literal
+from ldm_lab.curation.metadata.text_files import BadLines, as_parquet
 from ldm_lab.curation.store.columns import Columns, not_a_hash
-from ldm_lab.curation.store.format import ScoreStore, hashes_of
+from ldm_lab.curation.store.format import ScoreStore, hashes_of, signed
 from ldm_lab.errors import UserError, first_line
 from ldm_lab.io.atomic import atomic_write
 from ldm_lab.progress import Bar
@@ -31,15 +32,17 @@ def add_scores(
     url: str | None = None,
     text: str | None = None,
     progress: bool = False,
+    bad: BadLines | None = None,
 ) -> tuple[int, int]:
     """Write a copy of a table as Parquet, with the scores of each row beside its columns.
 
     Args:
-        table: `.parquet`, `.csv`, or `.tsv` (without quoting); with a line of the columns' names, or url and caption.
+        table: `.parquet`, `.csv`, `.tsv`; the latter with a line of the columns' names, or url and caption.
         out: the Parquet file, replaced when all is written.
         names: of the new columns, float32, null where the store has no such key; one per score of an entry.
         key, url, text: columns, see `Columns.of`.
         progress: show a bar.
+        bad: counts the lines of a text file that are left out.
 
     Returns:
         Rows, and how many of them the store has.
@@ -49,42 +52,44 @@ def add_scores(
     """
     if len(names) != store.scores:
         raise UserError(f"--name: {len(names)} names for entries of {store.scores} scores")
-    rows = found = 0
     files = find_files(str(table), "table")
     if len(files.paths) > 1 or "://" in files.paths[0]:
         raise UserError(f"table: {table}: one file is looked up at a time")
     if files.format in ("jsonl", "txt"):
         raise UserError(f"table: {table}: a .parquet, .csv or .tsv is looked up")
-    schema, batches = _read(files)
-    lower = {column.lower(): column for column in schema.names}
-    taken = [lower[name.lower()] for name in names if name.lower() in lower]
-    if taken:
-        raise UserError(f"{table}: has a column {taken[0]!r} already; --name gives the new one another name")
-    keys_of = _key_reader(schema, Columns.of(schema.names, str(table), key, url, text))
-    added = [pyarrow.field(name, pyarrow.float32()) for name in names]
-    whole = pyarrow.schema([*schema, *added], metadata=schema.metadata)
-    bar = Bar("looking up", "row", files.rows, scaled=True, shown=progress)
-    with bar, atomic_write(Path(out).expanduser()) as file, ParquetWriter(file, whole, compression="zstd") as writer:
-        for batch in batches:
-            keys, known = keys_of(batch)
-            scores, hit = store.get(keys)
-            hit &= known
-            scores = scores.reshape(len(keys), store.scores)  # [n, V]
-            columns = [pyarrow.array(scores[:, n], mask=~hit) for n in range(store.scores)]
-            writer.write_batch(pyarrow.record_batch([*batch.columns, *columns], schema=whole))
-            rows, found = rows + len(keys), found + int(hit.sum())
-            bar.update(len(keys))
+    out = Path(out).expanduser()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows = found = 0
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".text") as folder:
+        files = as_parquet(files, Path(folder) / "text", bad or BadLines(), "table")
+        schema, batches = _read(files)
+        lower = {column.lower(): column for column in schema.names}
+        taken = [lower[name.lower()] for name in names if name.lower() in lower]
+        if taken:
+            raise UserError(f"{table}: has a column {taken[0]!r} already; --name gives the new one another name")
+        keys_of = _key_reader(schema, Columns.of(schema.names, str(table), key, url, text))
+        added = [pyarrow.field(name, pyarrow.float32()) for name in names]
+        whole = pyarrow.schema([*schema, *added], metadata=schema.metadata)
+        bar = Bar("looking up", "row", files.rows, scaled=True, shown=progress)
+        with bar, atomic_write(out) as file, ParquetWriter(file, whole, compression="zstd") as writer:
+            for batch in batches:
+                keys, known = keys_of(batch)
+                scores, hit = store.get(keys)
+                hit &= known
+                scores = scores.reshape(len(keys), store.scores)  # [n, V]
+                columns = [pyarrow.array(scores[:, n], mask=~hit) for n in range(store.scores)]
+                writer.write_batch(pyarrow.record_batch([*batch.columns, *columns], schema=whole))
+                rows, found = rows + len(keys), found + int(hit.sum())
+                bar.update(len(keys))
     return rows, found
 
 
 def _read(files: Files) -> tuple[pyarrow.Schema, Iterator[pyarrow.RecordBatch]]:
-    """Return a table's schema and its record batches. Raises UserError."""
-    import duckdb
-
-    damaged: tuple[type[Exception], ...] = (duckdb.Error, pyarrow.ArrowException, OSError)
+    """Return the schema of a table in Parquet and its record batches. Raises UserError."""
+    damaged: tuple[type[Exception], ...] = (pyarrow.ArrowException, OSError)
 
     def broken(error: Exception) -> UserError:
-        return UserError(f"{files.paths[0]}: cannot be read, truncated or damaged ({first_line(error)})")
+        return UserError(f"{files.given[0]}: cannot be read, truncated or damaged ({first_line(error)})")
 
     def guarded(batches: Iterator[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
         try:
@@ -93,18 +98,8 @@ def _read(files: Files) -> tuple[pyarrow.Schema, Iterator[pyarrow.RecordBatch]]:
             raise broken(error) from None
 
     try:
-        if not files.format:
-            file = ParquetFile(files.paths[0])
-            return file.schema_arrow, guarded(file.iter_batches(BATCH))
-        # Texts stay texts, as guessed types would turn 007 into 7; a TSV has no quotes.
-        delimiter, quote = ("\t", "") if files.format == "tsv" else (",", '"')
-        columns = ", ".join(f"{literal(name)}: 'VARCHAR'" for name in files.unique_names)
-        query = (
-            f"SELECT * FROM read_csv({literal(files.paths[0])}, delim = {literal(delimiter)}, quote = '{quote}', "
-            f"escape = '{quote}', header = {files.heads[0].is_line}, columns = {{{columns}}}, auto_detect = false)"
-        )
-        reader = duckdb.connect().sql(query).to_arrow_reader(BATCH)
-        return reader.schema, guarded(reader)
+        file = ParquetFile(files.paths[0])
+        return file.schema_arrow, guarded(file.iter_batches(BATCH))
     except damaged as error:
         raise broken(error) from None
 
@@ -113,8 +108,8 @@ def _key_reader(schema: pyarrow.Schema, columns: Columns) -> Keys:
     """Return the function from a batch of n rows to its keys int64 [n], and bool [n] where there is one."""
     if columns.hash is None:
         for name in (columns.url, columns.text):
-            kind = schema.field(name).type
-            if not (types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)):
+            kind = _plain(schema.field(name).type)
+            if not (_is_text(kind) or types.is_null(kind)):
                 raise UserError(f"column {name!r}: texts are hashed, this column is {kind}")
 
         def hashed(batch: pyarrow.RecordBatch) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -122,17 +117,28 @@ def _key_reader(schema: pyarrow.Schema, columns: Columns) -> Keys:
             return hashes_of(urls, texts), np.ones(len(batch), dtype=bool)
 
         return hashed
-    kind = schema.field(columns.hash).type
-    if not (types.is_signed_integer(kind) or types.is_string(kind) or types.is_large_string(kind)):
+    kind = _plain(schema.field(columns.hash).type)
+    if not (types.is_integer(kind) or _is_text(kind) or (types.is_decimal(kind) and kind.scale == 0)):
         raise not_a_hash(columns.hash, str(kind), types.is_floating(kind))
 
     def read(batch: pyarrow.RecordBatch) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         column = batch.column(columns.hash)
+        known = column.is_valid().to_numpy(zero_copy_only=False)
+        if types.is_signed_integer(kind) and not types.is_dictionary(column.type):
+            # with nulls numpy would get floats
+            return compute.fill_null(column.cast(pyarrow.int64()), 0).to_numpy(), known
         try:
-            keys = compute.fill_null(column.cast(pyarrow.int64()), 0)  # with nulls numpy would get floats
-        except pyarrow.ArrowInvalid as error:
-            line = first_line(error)
-            raise UserError(f"column {columns.hash!r}: a hash is a signed integer of 64 bits ({line})") from None
-        return keys.to_numpy(), column.is_valid().to_numpy(zero_copy_only=False)
+            keys = [0 if value is None else signed(int(value)) for value in column.to_pylist()]
+            return np.array(keys, dtype=np.int64), known
+        except (ValueError, OverflowError) as error:
+            raise UserError(f"column {columns.hash!r}: a hash is an integer of 64 bits ({first_line(error)})") from None
 
     return read
+
+
+def _plain(kind: pyarrow.DataType) -> pyarrow.DataType:
+    return kind.value_type if types.is_dictionary(kind) else kind
+
+
+def _is_text(kind: pyarrow.DataType) -> bool:
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)

@@ -1,0 +1,106 @@
+"""What a picture tells of how it was made: in its own metadata, in samples.json, and as other programs read it."""
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ldm_lab.config.registry import part_info
+from ldm_lab.sampling.names import FileRecord, model_name, public_name
+from ldm_lab.sampling.options import IMAGE_FILES, MODEL_FILES, OF_LOADING, UPSAMPLER, SamplingOptions
+from ldm_lab.sampling.parameters import SAMPLER_NAMES, Parameters, escaped, version, written_prompt
+from ldm_lab.sampling.recorded import Entry
+
+if TYPE_CHECKING:  # these import torch, which takes seconds
+    from ldm_lab.prompts import Prompt
+    from ldm_lab.sampling.request import Request
+
+UNSAID = ("sampler", "guidance", "seed", "batch_size", "size", *IMAGE_FILES, *MODEL_FILES)
+HASH = 10  # letters of a checksum in A1111's text
+
+
+def described(args: argparse.Namespace, options: SamplingOptions, base: "Request", device: str) -> Entry:
+    """Return the settings that are not at their defaults, those of the sampler, and what names the models.
+
+    Args:
+        args: the command line.
+        options: all choices, as they were given.
+        base: the base model's request.
+        device: the kind of device that it runs on.
+    """
+    settings = Entry(_of_sampler(base))
+    settings["guidance"] = base.guidance
+    words = dict(args._get_kwargs())
+    others = {**options.given(), "strength": base.options.strength}
+    others |= {key: value for key, value in words.items() if key.startswith(UPSAMPLER) or key in OF_LOADING}
+    settings |= {key: value for key, value in others.items() if key not in UNSAID and value is not None}
+    for key in (*IMAGE_FILES, *MODEL_FILES):
+        if words.get(key) is not None:
+            settings |= _named(key, [FileRecord.of(words[key])])
+    if words.get("noised_clip") is not None:
+        settings |= _named("noised_clip", list(map(FileRecord.of, words["noised_clip"])))
+    settings |= _named("checkpoint", [_model_record(args.checkpoint)])
+    if args.upsampler:
+        settings |= _named("upsampler", list(map(_model_record, args.upsampler)))
+    settings["device"] = device
+    return settings
+
+
+def _of_sampler(base: "Request") -> Entry:
+    """Return the sampler's name and all its options: their defaults may be others one day."""
+    options = {**base.options.sampler}
+    name = options.pop("name")
+    defaults = {key: option.default for key, option in part_info("sampler", name).options.items()}
+    return Entry({"sampler": name, **defaults, **options})
+
+
+def _named(key: str, records: Sequence[FileRecord]) -> Entry:
+    """Return a key with the name of a file, or a list of several, and one with the checksum."""
+    names, sums = [record.name for record in records], [record.sha256 for record in records]
+    entry = Entry({key: names[0] if len(names) == 1 else names})
+    if any(sums):
+        entry[f"{key}_sha256"] = sums[0] if len(sums) == 1 else sums
+    return entry
+
+
+def _model_record(name: str) -> FileRecord:
+    from ldm_lab.io.atomic import sha256
+    from ldm_lab.sampling.loading import locate_model
+
+    return FileRecord(model_name(name), sha256(locate_model(name)))
+
+
+def prompt_entry(prompt: "Prompt", request: "Request") -> Entry:
+    """Return a prompt as it stands in samples.json, with the weight that it really had."""
+    weight = request.guidance if prompt.weight is None else prompt.weight
+    if prompt.image is None:
+        return Entry({"text": prompt.text, "weight": weight})
+    return Entry({**_named("image", [FileRecord.of(prompt.text)]), "weight": weight})
+
+
+def caption(prompt: "Prompt") -> str:
+    """Return a prompt as it is written, of an image without its folders."""
+    shown = prompt.text if prompt.image is None else public_name(prompt.text)
+    return shown if prompt.weight is None else f"{shown}:{prompt.weight:g}"
+
+
+def parameters(mix: "Sequence[Prompt]", request: "Request", settings: Entry, seed: int) -> Parameters:
+    """Return what other programs read of a picture."""
+    weights = [request.guidance if prompt.weight is None else prompt.weight for prompt in mix]
+    texts = [(prompt.text, weight) for prompt, weight in zip(mix, weights, strict=True) if prompt.image is None]
+    images = [public_name(prompt.text) for prompt in mix if prompt.image is not None]
+    prompt, scale = written_prompt(texts, request.guidance) if texts else ("", request.guidance)
+    name = str(settings["sampler"])
+    fields = {"Steps": str(settings["steps"]), "Sampler": SAMPLER_NAMES.get(name, name)}
+    if settings.get("spacing") == "karras":
+        fields["Schedule type"] = "Karras"
+    checksum = str(settings.get("checkpoint_sha256", ""))[:HASH]
+    fields |= {"CFG scale": f"{scale:g}", "Seed": str(seed), "Size": ""}
+    fields |= {"Model hash": checksum, "Model": str(settings["checkpoint"])}
+    if request.options.init_image is not None:
+        fields["Denoising strength"] = f"{request.options.strength or 0:g}"
+    if request.options.mask_blur:
+        fields["Mask blur"] = f"{request.options.mask_blur:g}"
+    if images:
+        fields["Image prompts"] = ", ".join(images)
+    negative = request.options.negative
+    return Parameters(prompt, escaped(negative) if negative else "", {**fields, "Version": version()})

@@ -1,0 +1,66 @@
+"""Room on the disk for what a run will write, estimated before it starts."""
+
+import math
+import shutil
+from pathlib import Path
+
+import torch
+
+from ldm_lab.errors import UserError
+from ldm_lab.training.checkpointing import Checkpointing
+from ldm_lab.training.task import Task
+
+OPTIMIZER_BYTES = {"32bit": 8, "8bit": 2, "paged_8bit": 2}  # of AdamW's two averages, per trained parameter
+FEW = 4096  # parameters: those of smaller tensors are averaged in 32 bits always
+
+
+def check_space(folder: Path, task: Task, checkpointing: Checkpointing, max_steps: int) -> None:
+    """Raise UserError if the checkpoints that a run keeps, and the one being written, will not fit on the disk.
+
+    Args:
+        folder: the run's; what it holds already counts as room, as it will be replaced.
+        task: built.
+        checkpointing: which checkpoints are kept.
+        max_steps: of the run; -1 is without end.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    usage = shutil.disk_usage(there)
+    if not usage.total:  # a file system that does not tell
+        return
+    size, exported = checkpoint_bytes(task), export_bytes(task, checkpointing.export_dtype)
+    kept = checkpointing.most_kept(max_steps)
+    free = usage.free + replaceable_bytes(folder)
+    need = (kept + 1) * size + 2 * exported
+    if need <= free:
+        return
+    fit = (free - 2 * exported) // size - 1 - (checkpointing.most_kept(max_steps) - checkpointing.keep)
+    cure = f"checkpoint.keep={fit} fits, or free some space" if fit >= 0 else "free some space"
+    raise UserError(
+        f"{folder}: the disk has {in_units(free)} of room, and this run needs about {in_units(need)}: "
+        f"{kept} checkpoints of {in_units(size)}, one more while it is written, and the exported model twice; {cure}"
+    )
+
+
+def checkpoint_bytes(task: Task) -> int:
+    """Return about how large a checkpoint is: weights, their average and what the optimizer will keep."""
+    weights = sum(tensor.nbytes for tensor in task.state_dict().values())
+    trained = [parameter.numel() for parameter in task.parameters() if parameter.requires_grad]
+    averages = sum(count * (8 if count < FEW else OPTIMIZER_BYTES[task.optim.state]) for count in trained)
+    return weights + averages
+
+
+def export_bytes(task: Task, dtype: torch.dtype) -> int:
+    """Return about how large the exported model is."""
+    return sum(tensor.numel() for tensor in task.best_model.state_dict().values()) * dtype.itemsize
+
+
+def replaceable_bytes(folder: Path) -> int:
+    """Return what the checkpoints and exports in a folder take; names of one file count once."""
+    files = [path.stat() for pattern in ("*.ckpt", "*.safetensors") for path in folder.glob(pattern)]
+    return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in files}.values())
+
+
+def in_units(size: float) -> str:
+    """Return a number of bytes in words: "512 MB", "16.2 GB"."""
+    power = min(max(int(math.log10(max(size, 1)) // 3), 2), 4)
+    return f"{size / 1000**power:.3g} {['kB', 'MB', 'GB', 'TB'][power - 1]}"
