@@ -84,7 +84,10 @@ def raise_refusals(lines: Iterable[str]) -> None:
 
 def _different(downloads: Iterable[Download]) -> list[Download]:
     """Return the downloads without those that another key asks for as well."""
-    return list({download.target: download for download in reversed(list(downloads))}.values())[::-1]
+    first: dict[tuple[str, Path], Download] = {}
+    for download in downloads:
+        first.setdefault((download.name, download.target), download)
+    return list(first.values())
 
 
 def _lack_of_room(downloads: list[Download]) -> list[str]:

@@ -126,7 +126,7 @@ class ToolOutput(CommandOutput):
         super().__init__(shlex.join(command))
 
     def read(self, size: int) -> bytes:
-        ready, _, _ = select.select([self.process.stdout], [], [], SILENCE)
+        ready, _, _ = select.select([self.process.stdout.fileno()], [], [], SILENCE)
         if not ready:
             raise OSError(f"{self.name} gave nothing for {SILENCE:g} seconds")
         data = os.read(self.process.stdout.fileno(), size)
