@@ -11,6 +11,7 @@ from tiny import DENOISER, make_run
 from ldm_lab import config, downloads
 from ldm_lab.downloads import Download, announcement, raise_refusals, refusals
 from ldm_lab.errors import UserError
+from ldm_lab.io.http import ConnectionBroken
 from ldm_lab.pretrained import resolve
 from ldm_lab.sampling.needs import announce_models
 from ldm_lab.sampling.options import ModelOptions, SamplingOptions
@@ -82,6 +83,23 @@ def test_what_comes_is_announced_with_sizes_places_and_the_sum(capsys, monkeypat
     monkeypatch.setattr(resolve, "offline", lambda: False)
     resolve.announce([KL])
     assert capsys.readouterr() == ("", announcement([KL]) + "\n")
+
+
+def test_sizes_that_are_not_known_are_asked_for(monkeypatch):
+    """Of released files, once each; a server that does not answer is not waited for again."""
+    asked = []
+
+    def size_of(url):
+        asked.append(url)
+        if "kl-f8" in url:
+            raise ConnectionBroken("no answer")
+        return 5 << 20
+
+    monkeypatch.setattr(resolve, "size_of", size_of)
+    monkeypatch.setenv("LDM_LAB_CACHE", "/nothing/here")
+    wanted = [resolve.to_download(name, "weights") for name in ("glide/base", "aesthetic/vit_l_14", "kl-f8", "kl-f4")]
+    assert [its.size for its in resolve._sized([*wanted, CLIP])] == [5 << 20, 4071, None, None, None]
+    assert len(asked) == 2
 
 
 def test_what_cannot_come_is_refused(monkeypatch):

@@ -19,6 +19,7 @@ TRIES = 4  # of one server, after breaks; each goes on where the one before ende
 PAUSE = 1.0  # seconds before the second try, twice as long before each further one
 LONGEST_PAUSE = 30.0  # seconds, whatever a busy server asks for
 TIMEOUT = (15, 60)  # seconds to connect, and to wait for the next bytes
+ANSWER = (5, 10)  # the same for what is only nice to know
 CHUNK = 1 << 20  # bytes
 BUSY = (429, 500, 502, 503, 504)  # HTTP codes after which the same server is asked again
 
@@ -234,6 +235,20 @@ def open_url(url: str, start: int = 0, tries: int = TRIES, first_tries: int | No
         HTTPError: another address, or an answer that is no file.
     """
     return RemoteFile(url, start, tries, first_tries)
+
+
+def size_of(url: str) -> int | None:
+    """Return how many bytes a server says a file has, None if it does not say. Raises ConnectionBroken."""
+    import requests
+
+    session = _session()
+    try:
+        answer = session.head(url, headers={"Accept-Encoding": "identity"}, timeout=ANSWER, allow_redirects=True)
+    except requests.RequestException as error:
+        raise ConnectionBroken(_reason(error)) from None
+    finally:
+        session.close()
+    return _total(answer) if answer.status_code == 200 else None
 
 
 def read_url(url: str, limit: int) -> bytes:

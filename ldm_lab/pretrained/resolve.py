@@ -16,7 +16,7 @@ from ldm_lab.downloads import Download, announcement, raise_refusals, refusals
 from ldm_lab.errors import UserError, first_line
 from ldm_lab.io.atomic import sha256
 from ldm_lab.io.download import Wanted, download
-from ldm_lab.io.http import ConnectionBroken, HTTPError, Response
+from ldm_lab.io.http import ConnectionBroken, size_of
 from ldm_lab.io.json_files import Json, read_json, write_json
 from ldm_lab.pretrained.catalogue import SAFE_PART, Released, catalogue
 
@@ -124,12 +124,9 @@ def _sized(downloads: Sequence[Download]) -> list[Download]:
     for wanted in downloads:
         if wanted.size is None and wanted.name in catalogue() and wanted.mirrors and reachable:
             try:
-                with Response(wanted.mirrors[0]) as response:
-                    wanted = replace(wanted, size=response.total)
+                wanted = replace(wanted, size=size_of(wanted.mirrors[0]))
             except ConnectionBroken:
                 reachable = False  # no need to wait for the others, too; the download will tell the reason
-            except HTTPError:
-                pass  # another mirror may have it
         sized.append(wanted)
     return sized
 
