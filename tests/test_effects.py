@@ -62,8 +62,18 @@ IDLE = [
     ("a fox", {"init_image": Image.new("RGB", (32, 32)), "strength": 0.1}, "strength: 0.1 of 4 steps is none"),
     (
         "a fox",
-        {"init_image": Image.new("RGBA", (32, 32), (9, 9, 9, 0)), "mask": Image.new("L", (32, 32), 255)},
+        {"init_image": Image.new("RGBA", (32, 32), (9, 9, 9, 0)), "mask": Image.linear_gradient("L").resize((32, 32))},
         "init_image: its transparent part is laid over white",
+    ),
+    (
+        "a fox",
+        {"init_image": Image.new("RGB", (32, 32)), "mask": Image.new("L", (32, 32), 255)},
+        "mask: without effect: it is white all over",
+    ),
+    (
+        "a fox",
+        {"init_image": Image.new("RGB", (32, 32)), "strength": 0.9},
+        "init_image: without effect but for the size: strength 0.9 of 4 steps is all of them",
     ),
     (
         "a fox",

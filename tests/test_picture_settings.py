@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 import zlib
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ldm_lab.checkpoints.native import save_model
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
 from ldm_lab.io.metadata import PNG, texts_of
+from ldm_lab.sampling.aliases import syntax_hints
 from ldm_lab.sampling.names import FileRecord, model_name, public_name
 from ldm_lab.sampling.parameters import Parameters, escaped, read_prompt, unescaped, written_prompt
 from ldm_lab.sampling.recorded import read_recorded
@@ -354,6 +356,22 @@ def test_settings_that_make_no_sense_are_one_line(call, tmp_path, change, messag
 def test_damaged_settings(call, tmp_path, text):
     code, _, err = call("--from", png(tmp_path / "strange.png", ldm_lab=text))
     assert code == 2 and "strange.png: its settings are damaged" in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "text", [" " * 10**6, "(" * 10**6, 'a:"' * 10**5, "a: 1, " * 10**5, "_" * 10**6, "AND" * 10**5]
+)
+@pytest.mark.parametrize("kind", ["parameters", "prompt", "negative"])
+def test_texts_that_would_take_for_ever_take_no_time(tmp_path, text, kind):
+    entry = {**GOOD, **({"prompts": [{"text": text}]} if kind == "prompt" else {"negative": text})}
+    texts = {"parameters": f"x{text}x\nNegative prompt: {text}x"} if kind == "parameters" else {}
+    path = png(tmp_path / "long.png", **(texts or {"ldm_lab": json.dumps(entry)}))
+    start = time.monotonic()
+    with pytest.raises(UserError, match="prompts: 5000 characters at most"):
+        read_recorded(path)
+    Parameters.parse(text)
+    syntax_hints([text])
+    assert time.monotonic() - start < 5
 
 
 def test_what_is_not_known_is_said(call, tmp_path):

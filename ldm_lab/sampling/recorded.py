@@ -31,6 +31,7 @@ from ldm_lab.sampling.parameters import Parameters, read_prompt, unescaped
 SETTINGS = "ldm_lab"  # keyword of the settings in a picture
 LARGEST_FILE = 2**28  # bytes
 LARGEST_SIDE, MOST_STEPS, MOST_PROMPTS, LARGEST_BATCH = 16_384, 10_000, 100, 4096
+LONGEST_PROMPT = 5000  # characters; a text encoder reads some hundred
 FILE_LISTS = (*IMAGE_FILES, *MODEL_FILES, "noised_clip", "checkpoint", "upsampler")
 # What an entry tells that is no setting: results, and what is taken otherwise.
 TOLD = ("file", "prompts", "similarity", "rerank", "width", "height", "base", "stages", "batch", "device")
@@ -61,6 +62,10 @@ class RecordedPrompt:
     text: str
     weight: float | None = None
     image: FileRecord | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.text) > LONGEST_PROMPT:
+            raise UserError(f"prompts: {LONGEST_PROMPT} characters at most are repeated, not {len(self.text)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +185,8 @@ def _value(entry: Entry, key: str) -> TakenValue:
         if any(len(count) > 9 for count in counts) or sum(map(int, counts)) > MOST_STEPS:
             raise UserError(f"{key}: {MOST_STEPS} at most are repeated, not {str(value)[:60]}")
     assert isinstance(value, str | int | float), "the caller knows"
+    if key == "negative":
+        RecordedPrompt(str(value))  # not too long
     return value
 
 
@@ -253,6 +260,7 @@ def _foreign(parameters: Parameters) -> Recorded:
         raise UserError("its settings are empty")
     values, left_out = Taken(), []
     if parameters.negative:
+        RecordedPrompt(parameters.negative)  # not too long
         values["negative"] = unescaped(parameters.negative)
     for name, text in parameters.fields.items():
         taken = _foreign_value(name, text)
