@@ -101,7 +101,7 @@ class GlideUNet(Denoiser):
         self.spec = _taken(conditions, channels, self.part_name)
         self.channels, self.base_channels, self.clip_positions = channels, base_channels, clip_positions
         self.checkpointing = gradient_checkpointing
-        self.multiple_of = 2 ** (len(multipliers) - 1)
+        self.multiple_of, self.learns_variance = 2 ** (len(multipliers) - 1), learn_variance
         self._add_text(text_width, text_layers, text_heads)
         widths = [base_channels * multiplier for multiplier in multipliers]
         build = Builder(blocks_per_level, attention, head_width, norm_groups, dropout, text_width, 4 * base_channels)
