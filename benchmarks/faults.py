@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,8 +35,8 @@ from ldm_lab.errors import UserError, run_program  # noqa: E402
 from ldm_lab.training import runner  # noqa: E402, F401  # imported before the fork
 from ldm_lab.training.resume import is_whole  # noqa: E402
 
-FOREVER = ["trainer.max_steps=1000000", "logging.every=1", "data.workers=1", "data.batch_size=2"]
-OFTEN = [*FOREVER, "checkpoint.every=1", "checkpoint.keep=3"]
+FOREVER = ["trainer.max_steps=1000000", "logging.every=1", "data.batch_size=2"]
+OFTEN = [*FOREVER, "data.workers=1", "checkpoint.every=1", "checkpoint.keep=3"]
 SELDOM = [*FOREVER, "checkpoint.every=1000000"]
 SLURM = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "run", "SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
          "SLURM_NODEID": "0", "SLURM_NTASKS_PER_NODE": "1"}  # fmt: skip
@@ -61,6 +62,8 @@ class Run:
                 run_program(lambda: train.main(["--config", "tiny.yaml", *overrides]))
             except SystemExit as left:
                 code = int(left.code or 0)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 sys.stdout.flush()
                 os._exit(code)
@@ -101,6 +104,7 @@ class Result:
         codes: exit codes, -9 for a process that was killed.
         checkpoints: read to their end.
         invalid: checkpoints or exports that could not be.
+        unexported: times that the very first checkpoint was there and its export was not yet.
         missing: rows of steps before the saved one that are missing or double.
         left: processes that outlived the run.
         note: what it said, or how long it took.
@@ -111,6 +115,7 @@ class Result:
     codes: Counter = field(default_factory=Counter)
     checkpoints: int = 0
     invalid: int = 0
+    unexported: int = 0
     missing: int = 0
     left: int = 0
     note: str = ""
@@ -121,17 +126,27 @@ class Result:
         self.codes[code] += 1
         for path in run.glob("*.ckpt"):
             self.checkpoints += 1
-            self.invalid += not is_whole(path)
+            self.count_invalid(path, is_whole(path))
         last = run / "last.ckpt"
         if not last.exists():
             return
         saved = read_pickled(last, mmap=True)["global_step"]
         there = Counter(step for step in rows(run) if step < saved)
         self.missing += sum(there[step] != 1 for step in range(saved))
+        export = run / "ema.safetensors"
+        if not export.exists():  # killed between the first checkpoint and its export
+            self.unexported += 1
+            return
         try:
-            read_safetensors(run / "ema.safetensors")
+            read_safetensors(export)
         except UserError:
+            self.count_invalid(export, False)
+
+    def count_invalid(self, path: Path, is_valid: bool) -> None:
+        """Count a file that cannot be read, and name it."""
+        if not is_valid:
             self.invalid += 1
+            print(f"  {path} is not valid", file=sys.stderr)
 
     def __str__(self) -> str:
         codes = ", ".join(f"{code} ({n})" if len(self.codes) > 1 else f"{code}" for code, n in self.codes.items())
@@ -198,8 +213,7 @@ def kills(folder: Path, times: int, seed: int) -> list[Result]:
         if i % 10 == 9:
             print(result, file=sys.stderr)
     result.left = sum(map(outlived, killed))
-    steps = read_pickled(folder / "runs/tiny/last.ckpt", mmap=True)["global_step"]
-    result.note = f"nine of ten while training and saving after every step; {steps:,} steps in all"
+    result.note = f"nine of ten while training and saving after every step; {result.unexported} before the first export"
     return [result]
 
 
@@ -210,7 +224,7 @@ def signals(folder: Path) -> list[Result]:
         for environment in ({}, SLURM):
             result = Result(f"{number.name}{' under SLURM' if environment else ''}, then resumed")
             for _ in range(2):
-                run = Run(folder, *SELDOM, "resume.checkpoint=last", **environment)
+                run = Run(folder, *SELDOM, "data.workers=1", "resume.checkpoint=last", **environment)
                 run.wait_for_steps(3)
                 run.send(number)
                 result.look(run.run, run.wait())
@@ -224,8 +238,8 @@ def signals(folder: Path) -> list[Result]:
 def dead_loader(folder: Path) -> list[Result]:
     """Kill a loader process, as the system does when memory runs out."""
     result = Result("loader process killed")
-    for _ in range(3):
-        run = Run(folder, *SELDOM, "resume.checkpoint=last")
+    for i in range(10):
+        run = Run(folder, *SELDOM, "resume.checkpoint=last", "data.workers=2" if i % 2 else "data.workers=1")
         run.wait_for_steps(3)
         children = [pid for pid in in_session(run.pid) if pid != run.pid]
         os.kill(children[0], signal.SIGKILL)
@@ -239,7 +253,12 @@ def stall(folder: Path) -> list[Result]:
     """Read from a pipe that gives nothing after its first shard, and be told to stop, and be killed."""
     os.mkfifo(folder / "nothing.tar")
     shard = next((folder / "shards").glob("*.tar"))
-    data = [f"data.shards=['pipe:cat {shard} {folder}/nothing.tar']", "data.shuffle_buffer=0", "resume.checkpoint=last"]
+    data = [
+        "data.workers=1",
+        f"data.shards=['pipe:cat {shard} {folder}/nothing.tar']",
+        "data.shuffle_buffer=0",
+        "resume.checkpoint=last",
+    ]
     results = []
     for number in (signal.SIGTERM, signal.SIGKILL):
         result = Result(f"stalled pipe, {number.name} after 5 s")

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from data_sets import encoded, module, write_shards
-from tiny import ROOT, make_run
+from tiny import ROOT, make_run, run_program
 
 from ldm_lab.checkpoints.files import read_pickled
 from ldm_lab.data import waiting
@@ -517,3 +517,35 @@ def test_a_run_over_names_that_are_no_text(here, program, monkeypatch, kind):
     code, _, err = program("train", "--config", yaml, *common, absolute)
     assert code == 2
     assert "special characters are not allowed" in err or "goes on with the newest intact one" in one_error(err)
+
+
+ONE_OF_TWO = """
+import os, signal, sys
+from ldm_lab.config import load
+from ldm_lab.data.webdataset import WebDataset
+from ldm_lab.errors import run_program
+from ldm_lab.training import runner
+
+trainer, own, killed = os.getpid(), WebDataset.samples, f"killed.{os.environ.get('LOCAL_RANK', 0)}"
+def samples(self, address):
+    for number, sample in enumerate(own(self, address)):
+        if os.getpid() != trainer and number > 5 and os.environ.get("LOCAL_RANK") == "1" and not os.path.exists(killed):
+            open(killed, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield sample
+WebDataset.samples = samples
+run_program(lambda: runner.run(load(sys.argv[1], sys.argv[2:])))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_save_when_a_loader_process_of_one_is_killed(here, run):
+    yaml = make_run(here, images=96)
+    (here / "one_of_two.py").write_text(ONE_OF_TWO)
+    options = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.max_steps=100", "checkpoint.every=1000"]
+    options += ["data.workers=1", "data.batch_size=2", "data.shuffle_buffer=0"]
+    done = run_program("one_of_two.py", yaml, *options, cwd=here)
+    assert done.returncode == 75, done.stderr[-3000:]
+    assert "was killed (SIGKILL" in done.stdout and "reading begins anew once" in done.stdout
+    assert "stopped by a loader process that died at step" in done.stdout and "and saved" in done.stdout
+    assert read_pickled(run / "last.ckpt")["global_step"] == len(steps(run))

@@ -1,6 +1,7 @@
 """Frozen parts from their config: `{name, weights, ...}` -> a module with its weights in place."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 from ldm_lab.checkpoints.importer import DetectedFile, LoadedPart, Section, detect_format, find_weights, importers_of
 from ldm_lab.checkpoints.sharded import weights_checksum
 from ldm_lab.config import AutoencoderUse, PartConfig, build
+from ldm_lab.downloads import Download
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Autoencoder
+from ldm_lab.pretrained.resolve import to_download
 
 
 def load_part(role: str, config: PartConfig | Section, read_weights: bool = True) -> nn.Module:
@@ -90,6 +93,23 @@ def weights_path(role: str, config: PartConfig | Section) -> Path | None:
     return config.load().pretrained_path(config.to_dict())
 
 
+def part_downloads(role: str, config: PartConfig | Section, where: str) -> list[Download]:
+    """Return what has to be downloaded for the weights of a part; nothing if they are here.
+
+    Args:
+        role, config: of the part.
+        where: key path of its section, or whose part it is.
+
+    Raises:
+        UserError: its config names a file that is not there.
+    """
+    config = as_part_config(role, config)
+    if not config.use.weights:
+        return [replace(its, where=where) for its in config.load().downloads(config.to_dict())]
+    found = to_download(config.use.weights, f"{where}.weights")
+    return [found] if found else []
+
+
 def read_part(found: DetectedFile | str | Path, role: str, name: str) -> LoadedPart:
     """Return weights and config of a part from a file: our own, or another program's that an importer reads.
 
@@ -103,11 +123,15 @@ def read_part(found: DetectedFile | str | Path, role: str, name: str) -> LoadedP
     if not isinstance(found, DetectedFile):
         found = detect_format(found)
     importer = found.importer
+    if importer.used_by:
+        raise UserError(f"{found.path}: no {role} in it: it holds {found.title}")
     if found.kind != "part" and importer.parts.get(role) != name:
         readable = [other.title for other in importers_of(role, name)]
         if not readable:
             raise UserError(f"{found.path}: not a file of ldm_lab's, and no importer reads the {role} {name!r}")
-        raise UserError(f"{found.path}: not {' or '.join(readable)}: it holds {found.title}")
+        other = importer.parts.get(role)
+        hint = f" ({role}.name: {other} takes it)" if other else ""
+        raise UserError(f"{found.path}: not {' or '.join(readable)}: it holds {found.title}{hint}")
     part = importer.read(found.file, role)
     if part.config.get("name") != name:
         raise UserError(f"{found.path}: holds the {role} {part.config.get('name')!r}, but {role}.name is {name!r}")
@@ -126,9 +150,16 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], path: str | Path)
 
 
 def check_finite(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Raise UserError if a file's tensor of one of these names holds NaN or infinity: the training went wrong."""
+    """Raise UserError if a file's tensor of one of these names is no floating-point one, or holds NaN or infinity."""
     for name in own:
-        if name in state and state[name].is_floating_point() and not torch.isfinite(state[name]).all():
+        if name not in state:
+            continue
+        if not state[name].is_floating_point():
+            kind = str(state[name].dtype).removeprefix("torch.")
+            raise UserError(
+                f"{path}: {name} is {kind}: weights that were quantized; those that they were made of are needed"
+            )
+        if not torch.isfinite(state[name].float()).all():  # there is no such function for 8 bits
             raise UserError(f"{path}: {name} holds numbers that are not finite; take an earlier checkpoint")
 
 

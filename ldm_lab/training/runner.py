@@ -28,6 +28,7 @@ from ldm_lab.training.lock import RunLock
 from ldm_lab.training.logs import Logging, StepProgress, print_rank_zero
 from ldm_lab.training.nan_guard import FiniteGuard
 from ldm_lab.training.resume import Resume
+from ldm_lab.training.start import check_start
 from ldm_lab.training.task import Task, gather
 
 RUNS = Path("runs")
@@ -202,7 +203,8 @@ def _run(config: RunConfig, folder: Path, lock: RunLock) -> int:
     resume: Resume = config.part("resume").build(folder)
     logging: Logging = config.part("logging").build()
     changes = resume.differences(config, config.task_class().NETWORK) if resume.path else []
-    data = DataModule(training_data(config).build(), seed=config.seed)
+    source = check_start(config, folder)
+    data = DataModule(source or training_data(config).build(), seed=config.seed)
     task = build_task(config)
     options: TrainerOptions = config.part("trainer").build()
     finite = FiniteGuard(folder, logging.every)
@@ -242,7 +244,8 @@ def fit(trainer: Trainer, task: Task, data: DataModule, callbacks: RunCallbacks)
         with fail_together(trainer), told_in_one_line(lambda: training_now(trainer), LESS_MEMORY):
             trainer.fit(task, datamodule=data, ckpt_path=resume.path, weights_only=True)
     except ReadingError as error:
-        if not (interrupt.told_to_stop() or (error.may_pass and callbacks.checkpoint.saved_here)):
+        alone = trainer.world_size == 1 or trainer.is_global_zero  # another rank is heard by its error alone
+        if not alone or not (interrupt.told_to_stop() or (error.may_pass and callbacks.checkpoint.saved_here)):
             raise
         why = interrupt.why() if interrupt.told_to_stop() else "the data"
         return f"{why} ({error})"
