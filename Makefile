@@ -5,6 +5,7 @@
 PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
 PY := .venv/bin/python
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadscope
 READY := .venv/.ready
 READY_DEV := .venv/.ready-dev
 COMPILE := pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes --no-header
@@ -18,10 +19,10 @@ demo: $(READY)
 	@echo "Look at out/quickstart/grid.png: images from text, by a model that was trained without a caption."
 
 test: $(READY_DEV)
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m "not slow" $(PARALLEL)
 
 test-all: $(READY_DEV)
-	$(PY) -m pytest
+	$(PY) -m pytest $(PARALLEL)
 
 check: lint types test
 

@@ -37,9 +37,10 @@ class Discrete(Schedule):
             timesteps: T.
         """
         self.timesteps = timesteps
-        alpha2 = torch.cumprod(1 - beta_table(betas, timesteps), 0)  # [T]
-        one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)  # [1] each
-        self._squares = torch.stack([torch.cat([one, alpha2]), torch.cat([zero, 1 - alpha2])])  # [2, 1 + T]
+        with torch.device("cpu"):  # whatever torch's default is: networks are built without memory on "meta"
+            alpha2 = torch.cumprod(1 - beta_table(betas, timesteps), 0)  # [T]
+            one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)  # [1] each
+            self._squares = torch.stack([torch.cat([one, alpha2]), torch.cat([zero, 1 - alpha2])])  # [2, 1 + T]
         self._on: dict[torch.device, Tensor] = {}  # the same on the devices that it was asked for on
         self.sigma_max = min(((1 - alpha2[-1]) / alpha2[-1]).sqrt().item(), FIRST_RATIO)
 

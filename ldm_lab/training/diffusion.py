@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm_lab.checkpoints.files import FORMAT
+from ldm_lab.checkpoints.importer import Section
 from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.native import save_model
 from ldm_lab.checkpoints.parts import load_part
@@ -163,7 +164,7 @@ class DiffusionTask(Task):
 
     def initial_weights(self, path: str) -> tuple[dict[str, Tensor], str]:
         loaded, state, extra = read_model(path)
-        theirs, ours = section_of(loaded, "denoiser"), self.run_config["denoiser"]
+        theirs, ours = section_of(loaded, "denoiser"), Section(self.run_config["denoiser"].to_dict())
         if theirs.get("name") != ours["name"]:
             raise UserError(
                 f"init_from: {path} holds the denoiser {theirs.get('name')!r}, denoiser.name is {ours['name']!r}"

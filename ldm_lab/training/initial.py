@@ -1,17 +1,18 @@
 """Weights to begin with (`init_from`): whether they are of this network's kind, and what the run has otherwise."""
 
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from ldm_lab.checkpoints.importer import Section
 from ldm_lab.checkpoints.native import listed
 from ldm_lab.condition_sources import ConditionSources
 from ldm_lab.config import RunConfig, part_class, signature_options, use_keys
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Autoencoder, ConditionSpec, Denoiser, ImageCondition, is_upsampler
+from ldm_lab.io.json_files import Json
 
 NEARLY = 0.01  # relative difference of two latent stds that is not worth a line
 # Options that say how a part is trained, or computed, or what its weights say in any case: not what they were made for.
@@ -26,10 +27,10 @@ QUIET = {
 }
 
 
-def section_of(config: Mapping[str, Any], role: str) -> dict[str, Any]:
+def section_of(config: Section, role: str) -> Section:
     """Return a section of a config that came out of a file; nothing where it is no section."""
     section = config.get(role)
-    return section if isinstance(section, dict) else {}
+    return Section(section) if isinstance(section, dict) else Section()
 
 
 def source_conditions(sources: ConditionSources) -> ConditionSpec:
@@ -73,14 +74,12 @@ def fitted(
     return adapted, f"{path} is not told {', '.join(new)}: its first convolution is kept, their channels begin at zero"
 
 
-def differing_architecture(denoiser: type[Denoiser], theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+def differing_architecture(denoiser: type[Denoiser], theirs: Section, ours: Section) -> list[str]:
     """Return the `architecture_keys` of a denoiser in which two of its config sections differ, each in words."""
     return differing_options("denoiser", denoiser, denoiser.architecture_keys, theirs, ours)
 
 
-def differing_options(
-    where: str, part: type, keys: Iterable[str], theirs: Mapping[str, Any], ours: Mapping[str, Any]
-) -> list[str]:
+def differing_options(where: str, part: type, keys: Iterable[str], theirs: Section, ours: Section) -> list[str]:
     """Return in which of some options two sections of a part differ, each in words.
 
     Args:
@@ -97,13 +96,13 @@ def differing_options(
         its, own = (section.get(key, known[key].default) for section in (theirs, ours))
         its, own = (list(size) if isinstance(size, tuple) else size for size in (its, own))
         if key in unordered and isinstance(its, list) and isinstance(own, list):
-            its, own = sorted(its), sorted(own)
+            its, own = sorted(its, key=repr), sorted(own, key=repr)
         if its != own and not (key == "vocab_size" and None in (its, own)):
             differing.append(f"its {key} is {_shown(its)}, {where}.{key} is {_shown(own)}")
     return differing
 
 
-def differences(path: str, loaded: Mapping[str, Any], config: RunConfig, autoencoder: Autoencoder) -> list[str]:
+def differences(path: str, loaded: Section, config: RunConfig, autoencoder: Autoencoder) -> list[str]:
     """Return in what a trained model was made for other things than a run is, though its weights may fit: a line each.
 
     Compared are heads, norm groups and the like, the noise schedule, pixels and latents, vocabulary and condition
@@ -117,18 +116,16 @@ def differences(path: str, loaded: Mapping[str, Any], config: RunConfig, autoenc
     """
     found: list[str] = []
     for role in ("denoiser", "objective", "autoencoder", "conditioner"):
-        theirs, ours = section_of(loaded, role), config[role].to_dict()
+        theirs, ours = section_of(loaded, role), Section(config[role].to_dict())
         found += differing_part(role, theirs, ours)
     sources = section_of(loaded, "condition_sources")
     for name, part in config.condition_sources.items():
-        theirs = {**section_of(sources, name), "name": name} if name in sources else {}
-        found += differing_part("condition_source", theirs, part.to_dict(), f"condition_sources.{name}")
+        theirs = Section({**section_of(sources, name), "name": name}) if name in sources else Section()
+        found += differing_part("condition_source", theirs, Section(part.to_dict()), f"condition_sources.{name}")
     return [f"{path}: {line}" for line in [*found, *_differing_latents(section_of(loaded, "autoencoder"), autoencoder)]]
 
 
-def differing_part(
-    role: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], where: str | None = None
-) -> list[str]:
+def differing_part(role: str, theirs: Section, ours: Section, where: str | None = None) -> list[str]:
     """Return in what two sections of a role differ, each in words; nothing if the checkpoint has no such section."""
     where = where or role
     if not theirs:
@@ -149,14 +146,17 @@ def differing_part(
     return lines
 
 
-def _differing_latents(theirs: Mapping[str, Any], autoencoder: Autoencoder) -> list[str]:
+def _differing_latents(theirs: Section, autoencoder: Autoencoder) -> list[str]:
     """Return in what the latents differ that a checkpoint was trained on and that an autoencoder gives."""
     lines = []
     for key, own in autoencoder.latent_statistics().items():
         its = theirs.get(key)
-        numbers = its if isinstance(its, list) else [its]
-        if not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers) or (
-            len(numbers) not in (1, autoencoder.channels) or (key == "latent_std" and min(numbers) <= 0)
+        given = its if isinstance(its, list) else [its]
+        numbers = [float(n) for n in given if isinstance(n, int | float) and not isinstance(n, bool)]
+        if (
+            len(numbers) < len(given)
+            or len(numbers) not in (1, autoencoder.channels)
+            or (key == "latent_std" and min(numbers) <= 0)
         ):
             continue
         before = torch.tensor(numbers, dtype=torch.float32, device=own.device)  # [1] or [C]
@@ -171,7 +171,7 @@ def _differing_latents(theirs: Mapping[str, Any], autoencoder: Autoencoder) -> l
     return lines
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Json) -> str:
     """Return a value out of a file, or a config, as a few letters that a terminal may show."""
     text = value if isinstance(value, str) and value.isidentifier() else json.dumps(value, default=str)
     return text if len(text) <= 100 else f"{text[:99]}..."

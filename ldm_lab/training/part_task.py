@@ -1,6 +1,5 @@
 """The base class of the tasks "autoencoder" and "cloob", which train a part that diffusion then uses frozen."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,7 +11,7 @@ from ldm_lab.batch import Batch
 from ldm_lab.checkpoints.importer import Section, detect_format
 from ldm_lab.checkpoints.native import save_part
 from ldm_lab.checkpoints.parts import read_part
-from ldm_lab.config import PartConfig, Plain, RunConfig, use_keys
+from ldm_lab.config import PartConfig, RunConfig, use_keys
 from ldm_lab.errors import UserError
 from ldm_lab.training.initial import differing_part, section_of
 from ldm_lab.training.logs import print_rank_zero
@@ -77,9 +76,9 @@ class PartTask(Task):
         self._say_differences(section_of(run.config, self.PART))
         return run.state, f"weights of {path} (step {run.extra['step']})"
 
-    def _say_differences(self, theirs: Mapping[str, Plain]) -> None:
+    def _say_differences(self, theirs: Section) -> None:
         """Say in what a checkpoint's section of this part differs from the run's, though its weights may fit."""
-        for line in differing_part(self.PART, theirs, self.run_config[self.PART].to_dict()):
+        for line in differing_part(self.PART, theirs, Section(self.run_config[self.PART].to_dict())):
             print_rank_zero(f"init_from: {line}")
 
     def export(self, folder: Path, dtype: torch.dtype) -> None:
