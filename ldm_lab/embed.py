@@ -70,7 +70,9 @@ def clip_config(words: list[str], embedder: dict[str, str] | None) -> PartConfig
     named = {key: text for key, text in (embedder or {}).items() if key != "sha256"}
     whole = any(key in written for key in ("name", "model", "architecture"))  # then another one is meant altogether
     if not whole and isinstance(written.get("weights"), str):
-        whole = detect_format(written["weights"]).kind == "part"  # a file of ours says itself what it is
+        importer = detect_format(written["weights"]).importer  # a file may say itself what it is
+        whole = importer.kind == "part" or ("conditioner" in importer.parts and not importer.unsaid)
+        written = {**({"name": importer.parts["conditioner"]} if "conditioner" in importer.parts else {}), **written}
     section = written if whole else {**named, **written}
     if not section.get("model") and not whole:
         whose = f"the head belongs to {describe(embedder)}" if embedder else "no head says which"

@@ -152,6 +152,15 @@ class Autoencoder(Part, nn.Module):
         """Return images [B, 3, H, W], about [-1, 1] but not clamped."""
         raise NotImplementedError
 
+    def tiled_decode(self, z: Tensor, tile: int) -> Tensor | None:
+        """Return the same images, with little more of them than a tile on the device at once; None: it knows no way.
+
+        Args:
+            z: [B, C, h, w].
+            tile: side of a tile in latent elements.
+        """
+        return None
+
 
 def _per_channel(statistic: Tensor) -> Tensor:
     """Return a statistic as latents [B, C, h, w] are calculated with: a 0-dim one keeps their precision."""

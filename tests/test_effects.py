@@ -54,14 +54,26 @@ IDLE = [
     ("a fox", {"guidance": 1.0, "guidance_rescale": 0.7}, "guidance_rescale: without effect"),
     ("a fox", {"guidance_interval": (0.5, 0.5)}, "guidance_interval: no step begins between 0.5 and 0.5"),
     ("a fox", {"guidance_interval": (0.0, 0.9999)}, "guidance_interval: without effect: every step begins"),
+    ("a fox", {"guidance": 0.0}, "prompts: without effect at a weight of 0"),
+    ([["a fox:0", "a dog:0"]], {}, "prompts: without effect at a weight of 0"),
     ("a fox:2", {"guidance": 5.0}, "guidance: 5 is without effect, since every prompt has a weight of its own"),
     ("a fox", {"tile": 32}, "tile: without effect: 32x32 pixels fit into one of 32"),
     ("a fox", {"init_image": Image.new("RGB", (32, 32)), "mask_blur": 2.0}, "mask_blur: without effect"),
     ("a fox", {"init_image": Image.new("RGB", (32, 32)), "strength": 0.1}, "strength: 0.1 of 4 steps is none"),
     (
         "a fox",
-        {"init_image": Image.new("RGBA", (32, 32), (9, 9, 9, 0)), "mask": Image.new("L", (32, 32), 255)},
+        {"init_image": Image.new("RGBA", (32, 32), (9, 9, 9, 0)), "mask": Image.linear_gradient("L").resize((32, 32))},
         "init_image: its transparent part is laid over white",
+    ),
+    (
+        "a fox",
+        {"init_image": Image.new("RGB", (32, 32)), "mask": Image.new("L", (32, 32), 255)},
+        "mask: without effect: it is white all over",
+    ),
+    (
+        "a fox",
+        {"init_image": Image.new("RGB", (32, 32)), "strength": 0.9},
+        "init_image: without effect but for the size: strength 0.9 of 4 steps is all of them",
     ),
     (
         "a fox",
@@ -138,6 +150,12 @@ def test_an_upsampler_is_not_asked_for_what_is_the_base_s():
 def test_what_is_no_prompt_is_refused(pipeline, prompts):
     with pytest.raises(UserError, match="a prompt is a text, a Prompt, a Pillow image, or a list of these, not "):
         pipeline.check(prompts)
+
+
+@pytest.mark.parametrize("seed", [1.5, "1", 2**64, -(2**70), None])
+def test_what_is_no_seed_is_refused(pipeline, seed):
+    with pytest.raises(UserError, match="seeds: whole numbers of at most 64 bits are needed"):
+        pipeline.check(["a fox"], seeds=[seed])
 
 
 def test_guidance_of_an_upsampler(caplog):

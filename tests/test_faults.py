@@ -1,12 +1,14 @@
 """What happens to a run around it: killed loader processes, full memory and disks, readers that give nothing."""
 
 import csv
+import io
 import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import textwrap
 import threading
 import time
@@ -14,8 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_sets import module, write_shards
-from tiny import ROOT, make_run
+from data_sets import encoded, module, write_shards
+from tiny import ROOT, make_run, run_program
 
 from ldm_lab.checkpoints.files import read_pickled
 from ldm_lab.data import waiting
@@ -480,3 +482,70 @@ def test_names_that_are_no_text_end_in_no_traceback(here):
     )  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "photos/\\udcff.jpg" in done.stdout and "error: runs/\\udcfe: damaged" in done.stderr
+
+
+@linux
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_a_run_over_names_that_are_no_text(here, program, monkeypatch, kind):
+    """Names of images, folders, shards, members, and of the folder that the run is in: in reports and checkpoints."""
+    odd = os.fsdecode(b"\xff\xe9")
+    home = here / odd
+    home.mkdir()
+    yaml = make_run(here)
+    monkeypatch.chdir(home)
+    images = {f"a{odd}.png": encoded(1), f"broken{odd}.png": b"no picture", "b.png": encoded(2), "c.png": encoded(3)}
+    if kind == "folder":
+        data = ["data.name=folder", "data.path=photos"]
+        (home / "photos" / odd).mkdir(parents=True)
+        for name, content in images.items():
+            (home / "photos" / odd / name).write_bytes(content)
+    else:
+        data = ["data.shards=./*.tar"]
+        with tarfile.open(home / f"{odd}.tar", "w", encoding="utf-8", errors="surrogateescape") as archive:
+            for name, content in images.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    common = [*data, "data.max_skipped=0.5", "data.batch_size=2", "data.min_size=4", "checkpoint.every=2"]
+    for again, steps_ in (([], 4), (["resume.checkpoint=last"], 6)):
+        code, out, err = program("train", "--config", yaml, *common, *again, f"trainer.max_steps={steps_}")
+        assert code == 0, (out, err)
+        assert "(e.g. " in out.rpartition("data: ")[2]
+    last = home / "runs" / "tiny" / "last.ckpt"
+    overwritten(last, b"")
+    absolute = f"resume.checkpoint={last}" if kind == "folder" else "resume.checkpoint=last"
+    code, _, err = program("train", "--config", yaml, *common, absolute)
+    assert code == 2
+    assert "special characters are not allowed" in err or "goes on with the newest intact one" in one_error(err)
+
+
+ONE_OF_TWO = """
+import os, signal, sys
+from ldm_lab.config import load
+from ldm_lab.data.webdataset import WebDataset
+from ldm_lab.errors import run_program
+from ldm_lab.training import runner
+
+trainer, own, killed = os.getpid(), WebDataset.samples, f"killed.{os.environ.get('LOCAL_RANK', 0)}"
+def samples(self, address):
+    for number, sample in enumerate(own(self, address)):
+        if os.getpid() != trainer and number > 5 and os.environ.get("LOCAL_RANK") == "1" and not os.path.exists(killed):
+            open(killed, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield sample
+WebDataset.samples = samples
+run_program(lambda: runner.run(load(sys.argv[1], sys.argv[2:])))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_save_when_a_loader_process_of_one_is_killed(here, run):
+    yaml = make_run(here, images=96)
+    (here / "one_of_two.py").write_text(ONE_OF_TWO)
+    options = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.max_steps=100", "checkpoint.every=1000"]
+    options += ["data.workers=1", "data.batch_size=2", "data.shuffle_buffer=0"]
+    done = run_program("one_of_two.py", yaml, *options, cwd=here)
+    assert done.returncode == 75, done.stderr[-3000:]
+    assert "was killed (SIGKILL" in done.stdout and "reading begins anew once" in done.stdout
+    assert "stopped by a loader process that died at step" in done.stdout and "and saved" in done.stdout
+    assert read_pickled(run / "last.ckpt")["global_step"] == len(steps(run))

@@ -49,16 +49,14 @@ def test_a_base_model_is_sampled_from_its_file(program, merges, tmp_path):
     code, _, err = program("sample", "--checkpoint", tmp_path / "base.pt", *common)
     assert code == 0, err
     assert Image.open(tmp_path / "out/00000.png").size == (SIDE, SIDE)
-    code, _, err = program(
-        "sample",
-        "--checkpoint",
-        tmp_path / "base.pt",
-        "--upsampler",
-        tmp_path / "sr.pt",
-        "--upsampler-steps",
-        "2",
-        *common,
-    )
+    cascade = ("sample", "--checkpoint", tmp_path / "base.pt", "--upsampler")
+    code, _, err = program(*cascade, tmp_path / "sr.pt", "--upsampler-steps", "2", *common)
+    assert code == 2 and "trained to enlarge 4 px to 16" in err, "so much is assumed of a file with two levels"
+    assert err.count("not in the file, and assumed") == 1 and "image_size=16" in err
+    converted = tmp_path / "sr.safetensors"
+    code, _, err = program("ldm_lab.__main__", "convert", tmp_path / "sr.pt", converted, f"image_size={4 * SIDE}")
+    assert code == 0 and "image_size" not in err.partition("assumed")[2], err
+    code, _, err = program(*cascade, converted, "--upsampler-steps", "2", *common)
     assert code == 0, err
     assert Image.open(tmp_path / "out/00001.png").size == (4 * SIDE, 4 * SIDE), "GLIDE enlarges four times"
     code, _, err = program("sample", "--checkpoint", tmp_path / "sr.pt", *common)
@@ -79,13 +77,26 @@ def test_what_is_assumed_of_a_file_is_said_with_the_way_out(program, tmp_path):
     torch.save(small(upsampler=True), tmp_path / "sr.pt")
     code, _, err = program("ldm_lab.__main__", "inspect", tmp_path / "sr.pt")
     assert code == 0 and err.count("\n") == 1
-    assert "read as an upsampler of GLIDE's (64 channels, levels [1, 1])" in err
-    assert "assumed: head_width=64, text_heads=8, timesteps=1000, betas=linear, low_res.scale_factor=4" in err
-    assert f"python -m ldm_lab convert {tmp_path / 'sr.pt'} OUT.safetensors head_width=N" in err
-    said = ("head_width=32", "text_heads=4", "timesteps=100")
-    code, _, err = program("ldm_lab.__main__", "convert", tmp_path / "sr.pt", tmp_path / "sr.safetensors", *said)
+    assert "read as an upsampler of GLIDE's (64 channels, levels [1, 1], 261 tokens)" in err
+    assumed = ("head_width=64 text_heads=8 norm_groups=32 timesteps=1000 scale_factor=4 zero_to_one=false "
+               "betas=linear vocabulary=gpt2 image_size=16")  # fmt: skip
+    assert f"assumed: {assumed}; where one is another: python -m ldm_lab convert {tmp_path / 'sr.pt'} OUT" in err
+    said = {
+        **{"head_width": 32, "text_heads": 4, "norm_groups": 16, "timesteps": 100, "scale_factor": 2},
+        **{"zero_to_one": True, "vocabulary": "gpt2", "image_size": 32, "betas": "squaredcos_cap_v2"},
+    }
+    words = [f"{key}={str(value).lower()}" for key, value in said.items()]
+    code, _, err = program("ldm_lab.__main__", "convert", tmp_path / "sr.pt", tmp_path / "sr.safetensors", *words)
     assert code == 0 and not err, "all is said"
-    assert read_model(tmp_path / "sr.safetensors").config["denoiser"]["head_width"] == 32
+    config, _, extra = read_model(tmp_path / "sr.safetensors")
+    assert {key: config["denoiser"][key] for key in ("head_width", "text_heads", "norm_groups")} == {
+        key: said[key] for key in ("head_width", "text_heads", "norm_groups")
+    }
+    assert config["objective"] == {"name": "eps_hybrid", "betas": "squaredcos_cap_v2", "timesteps": 100}
+    assert config["condition_sources"] == {"low_res": {"scale_factor": 2}} and extra["image_size"] == "32"
+    assert config["autoencoder"] == {"name": "identity", "zero_to_one": True}
+    code, _, err = program("ldm_lab.__main__", "convert", tmp_path / "sr.pt", tmp_path / "b.safetensors", *words[:-1])
+    assert code == 0 and "assumed: betas=linear; where" in err, "what is left"
 
 
 def test_inspect_and_convert(program, tmp_path):
@@ -111,6 +122,10 @@ def test_inspect_and_convert(program, tmp_path):
         ("heads=3", "heads: no such key"),
         ("timesteps=-1", "timesteps: a positive whole number"),
         ("head_width=48", "head_width: 48 does not divide"),
+        ("norm_groups=48", "no multiple of 48 (norm_groups)"),
+        ("betas=cosine", "betas: no such choice: 'cosine'"),
+        ("zero_to_one=1", "zero_to_one: true or false is needed"),
+        ("scale_factor=4", "scale_factor: no such key"),
     ):
         code, _, err = program("ldm_lab.__main__", "convert", tmp_path / "base.pt", tmp_path / "x.safetensors", given)
         assert code == 2 and message in err, err
@@ -140,12 +155,14 @@ def test_what_the_shapes_tell(tmp_path):
 
 
 def test_what_is_said_by_width_and_name():
-    knobs = {name: glide.unsaid(Section(), channels, name) for name, channels in
+    knobs = {name: glide.unsaid(Section(), glide.Form(channels, 4, False, False, 50257), name) for name, channels in
              (("base.pt", 192), ("miniGLIDE.pt", 96), ("models/dogGLIDE.pt", 96), ("dog_model_1.pt", 96))}  # fmt: skip
-    assert knobs["base.pt"] == {"preset": "openai", "head_width": 64, "text_heads": 8, "timesteps": 1000}
-    assert knobs["miniGLIDE.pt"] == {"preset": "miniglide", "head_width": 32, "text_heads": 8, "timesteps": 100}
-    dog = {"preset": "dogglide", "head_width": 32, "text_heads": 8, "timesteps": 1000}
-    assert knobs["models/dogGLIDE.pt"] == knobs["dog_model_1.pt"] == dog
+    common = {"text_heads": 8, "norm_groups": 32, "betas": "squaredcos_cap_v2", "vocabulary": "gpt2", "image_size": 64}
+    glide_ = {**common, "preset": "openai", "head_width": 64, "timesteps": 1000, "zero_to_one": False}
+    assert knobs["base.pt"] == glide_
+    mini = {**glide_, "preset": "miniglide", "head_width": 32, "timesteps": 100, "zero_to_one": True}
+    assert knobs["miniGLIDE.pt"] == mini
+    assert knobs["models/dogGLIDE.pt"] == knobs["dog_model_1.pt"] == {**mini, "preset": "dogglide", "timesteps": 1000}
 
 
 def test_miniglide_s_pixels_are_from_0_to_1():
@@ -204,7 +221,7 @@ def test_the_towers_of_the_noised_clip(tmp_path, program):
     assert torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1]), "it sees the time"
     assert loaded.image_embedding(x, t).sum().backward() is None and x.grad.any()
     assert loaded.text_embedding(["a", "b c"]).norm(dim=1).allclose(torch.ones(2))
-    with pytest.raises(UserError, match="the noised CLIP sees 3x8x8 pixels, not 3x16x16"):
+    with pytest.raises(UserError, match="the noised CLIP sees 8x8 pixels, not 16x16"):
         loaded.image_embedding(torch.zeros(1, 3, 16, 16), t[:1])
     with pytest.raises(UserError, match="holds the text tower; the image tower is needed"):
         noised_clip.load(tmp_path / "text.pt", tmp_path / "text.pt")

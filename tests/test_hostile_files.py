@@ -262,7 +262,7 @@ LYING: dict[Callable[[Path, Path], Path], str] = {
     truncated_safetensors: "not a readable safetensors file, truncated or damaged",
     safetensors_with_lying_offsets: "not a readable safetensors file, truncated or damaged",
     safetensors_with_overlaps: "not a readable safetensors file, truncated or damaged",
-    safetensors_with_a_huge_header: "not a readable checkpoint, truncated or damaged",
+    safetensors_with_a_huge_header: "not a readable safetensors file, truncated or damaged",
     model_of_an_unknown_part: "config.denoiser.name: no such denoiser: 'os.system'",
     model_with_an_unknown_key: "config.autoencoder._target_: no such key",
     model_without_a_config: "a mapping of sections is needed",

@@ -156,7 +156,7 @@ def test_an_importer_outside_the_package_is_found_and_used(tmp_path, released, o
 
 def test_every_importer_says_what_it_is():
     kinds = [known.kind for known in importers()]
-    assert len(kinds) == len(set(kinds)) == 17
+    assert len(kinds) == len(set(kinds)) == 21
     for known in importers():
         assert known.title and type(known).__doc__
         assert known.holds_model or known.parts or known.used_by or known.kind == "part"
@@ -166,4 +166,4 @@ def test_safetensors_is_counted_where_it_is_used():
     """The counting above would be in vain if the files were opened through another name."""
     assert opened.safe_open is safetensors.safe_open
     text = "".join(path.read_text() for path in Path(opened.__file__).parent.rglob("*.py"))
-    assert text.count("safe_open(") == 2
+    assert text.count("safe_open(") == 3

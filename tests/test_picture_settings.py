@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 import zlib
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from ldm_lab.checkpoints.native import save_model
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
 from ldm_lab.io.metadata import PNG, texts_of
+from ldm_lab.sampling.aliases import syntax_hints
 from ldm_lab.sampling.names import FileRecord, model_name, public_name
-from ldm_lab.sampling.parameters import Parameters, escaped, unescaped, written_prompt
+from ldm_lab.sampling.parameters import Parameters, escaped, read_prompt, unescaped, written_prompt
 from ldm_lab.sampling.recorded import read_recorded
 
 FAST = ("--steps", "2", "--device", "cpu")
@@ -155,6 +157,18 @@ def test_prompts_in_their_notation(texts, guidance, written):
     assert written_prompt(texts, guidance) == written
 
 
+def test_several_prompts_of_their_notation_are_several_here(tmp_path):
+    texts = [("a fox", 4.0), ("rain: (heavy)", 2.0), ("old", -1.0)]
+    written, scale = written_prompt(texts, 4.0)
+    assert read_prompt(written, scale) == texts
+    assert read_prompt("a cat AND a dog :1.5 AND x : -.5", 2.0) == [("a cat", 2.0), ("a dog", 3.0), ("x", -1.0)]
+    assert read_prompt("one :2", 3.0) == [("one :2", 3.0)] and read_prompt("SAND and AND", 1.0)[0] == ("SAND and", 1.0)
+    path = png(tmp_path / "theirs.png", parameters=f"{written}\nSteps: 3, CFG scale: 4, Seed: 1, Size: 16x16")
+    assert [(prompt.text, prompt.weight) for prompt in read_recorded(path).prompts] == texts
+    with pytest.raises(UserError, match="prompts: 100 at most"):
+        read_recorded(png(tmp_path / "many.png", parameters=" AND ".join("a" * 200)))
+
+
 def test_that_text_is_read_back():
     for negative in ("", "blurry\nold"):
         fields = {"Steps": "20", "Sampler": "Euler a", "Odd": 'a "b", c: d', "Seed": "5", "Size": "64x64"}
@@ -176,13 +190,13 @@ REPEATED = [
     ("a fox", "--images", "home/somebody/dog.png:0.5", "-n", "2"),
     ("a fox", *DOG, "--strength", "0.5", "-n", "2"),
     ("a fox", *DOG, *MASK, "--mask-blur", "1", "-n", "2"),
-    ("a fox", "--rerank", "2", "-n", "2"),
+    ("a fox:2", "--rerank", "2", "-n", "2"),
     ("a fox", "--sampler", "ddpm", "--temperature", "0.9", "-n", "1"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("args", REPEATED, ids=lambda args: " ".join(args)[:50])
-def test_a_picture_is_made_once_more_bit_for_bit(call, files, tmp_path, args):
+def test_a_picture_is_made_once_more_bit_for_bit(call, files, tmp_path, caplog, args):
     code, _, err = call(*FAST, *args, "--out", "out")
     assert code == 0, err
     last = sorted(path for path in (tmp_path / "out").glob("0*.png"))[-1]
@@ -191,6 +205,7 @@ def test_a_picture_is_made_once_more_bit_for_bit(call, files, tmp_path, args):
     code, out, err = call("--from", last, "--device", "cpu", "--out", "again")
     assert code == 0 and "1 pictures from 00000.png" in out, err
     assert pixels("again/00000.png") == pixels(last)
+    assert "without effect" not in caplog.text
     before, after = entry(last), entry("again/00000.png")
     for changed in ("file", "rerank", "similarity"):
         before.pop(changed, None), after.pop(changed, None)
@@ -226,7 +241,7 @@ def test_what_is_given_beside_it_is_changed(call, tmp_path):
 def test_the_model_is_found_by_its_checksum(call, run, tmp_path):
     assert call(*FAST, "a fox", "-n", "1", "--out", "out")[0] == 0
     code, _, err = call("--from", "out/00000.png", "--out", "again", model=False)
-    assert code == 2 and "checkpoint my_run (sha256 " in err and "is not here; give it by --checkpoint FILE" in err
+    assert code == 2 and "checkpoint my_run (sha256 " in err and "is not here; give one by --checkpoint FILE" in err
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "my_run").symlink_to(run)
     code, _, err = call("--from", "out/00000.png", "--out", "again", "--device", "cpu", model=False)
@@ -245,9 +260,10 @@ def test_files_that_are_not_there_or_others(call, files, tmp_path):
     args = (*FAST, "a fox", "--init-image", files / "dog.png", "--mask", files / "mask.png", "-n", "1", "--out", "out")
     assert call(*args)[0] == 0
     code, _, err = call("--from", "out/00000.png")
-    assert code == 2 and "init image dog.png (sha256" in err and "give it by --init-image FILE" in err
+    assert code == 2 and "init image dog.png (sha256" in err and "is not here; give one by --init-image FILE" in err
     Image.new("RGB", (20, 20), "red").save(tmp_path / "dog.png")  # of the name, but another picture
-    assert call("--from", "out/00000.png")[0] == 2
+    code, _, err = call("--from", "out/00000.png")
+    assert code == 2 and f"is not here ({tmp_path / 'dog.png'} is another one); give one by --init-image" in err
     code, _, err = call(
         "--from", "out/00000.png", "--init-image", "dog.png", "--mask", files / "mask.png", "--device", "cpu"
     )
@@ -319,14 +335,14 @@ GOOD = {"prompts": [{"text": "a fox", "weight": 3.0}], "seed": 1, "sampler": "dd
         ({"prompts": [{"image": 5}]}, "image: the name of a file is needed"),
         ({"guidance_interval": [0, "1"]}, "last: a finite number is needed"),
         ({"guidance_interval": [0]}, "last: a finite number is needed"),
-        ({"guidance": "much"}, "--guidance: number or null is needed"),
+        ({"guidance_rescale": "much"}, "--guidance-rescale: "),
         ({"eta": 7}, "a number from 0 to 1 is needed"),
         ({"tile": -3}, "--tile: "),
         ({"precision": "fp3"}, "precision: "),
         ({"checkpoint": "/etc/passwd"}, "--checkpoint FILE"),
         ({"checkpoint": "glide/base"}, "--checkpoint glide/base"),
-        ({"init_image": "../../etc/passwd", "init_image_sha256": "0" * 64}, "is not here; give it by --init-image"),
-        ({"init_image": "..", "init_image_sha256": None}, "is not here; give it by --init-image"),
+        ({"init_image": "../../etc/passwd", "init_image_sha256": "0" * 64}, "is not here; give one by --init-image"),
+        ({"init_image": "..", "init_image_sha256": None}, "is not here; give one by --init-image"),
     ],
 )
 def test_settings_that_make_no_sense_are_one_line(call, tmp_path, change, message):
@@ -342,10 +358,27 @@ def test_damaged_settings(call, tmp_path, text):
     assert code == 2 and "strange.png: its settings are damaged" in err and len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "text", [" " * 10**6, "(" * 10**6, 'a:"' * 10**5, "a: 1, " * 10**5, "_" * 10**6, "AND" * 10**5]
+)
+@pytest.mark.parametrize("kind", ["parameters", "prompt", "negative"])
+def test_texts_that_would_take_for_ever_take_no_time(tmp_path, text, kind):
+    entry = {**GOOD, **({"prompts": [{"text": text}]} if kind == "prompt" else {"negative": text})}
+    texts = {"parameters": f"x{text}x\nNegative prompt: {text}x"} if kind == "parameters" else {}
+    path = png(tmp_path / "long.png", **(texts or {"ldm_lab": json.dumps(entry)}))
+    start = time.monotonic()
+    with pytest.raises(UserError, match="prompts: 5000 characters at most"):
+        read_recorded(path)
+    Parameters.parse(text)
+    syntax_hints([text])
+    assert time.monotonic() - start < 5
+
+
 def test_what_is_not_known_is_said(call, tmp_path):
-    path = png(tmp_path / "strange.png", ldm_lab=json.dumps({**GOOD, "magic": 1, "imports": ["os"]}))
+    odd = {**GOOD, "magic": 1, "imports": ["os"], "nothing": None, "tile": None}
+    path = png(tmp_path / "strange.png", ldm_lab=json.dumps(odd))
     code, _, err = call("--from", path, "--device", "cpu")
-    assert code == 0 and "note: not known here, and left out: magic, imports" in err
+    assert code == 0 and "note: not known here, and left out: magic, imports\n" in err
 
 
 def test_files_without_settings(call, tmp_path):

@@ -101,6 +101,16 @@ def test_the_command_writes_a_model_that_samples(trained, program, monkeypatch):
     assert all(torch.allclose(same[name], kept[name].float(), atol=2e-3) for name in kept)
 
 
+def test_snapshots_of_another_course_are_removed_and_said_so(trained, program, monkeypatch):
+    monkeypatch.chdir(trained)
+    words = ["run=whole", "trainer.max_steps=5", "resume.checkpoint=runs/whole/step=00000004.ckpt"]
+    code, out, err = program("train", "--config", "tiny.yaml", *words)
+    assert code == 0, err
+    assert "runs/whole/ema_snapshots: 2 snapshots after step 4 removed" in out
+    left = sorted(path.name for path in (trained / "runs/whole/ema_snapshots").iterdir())
+    assert [name[:8] for name in left] == ["00000002", "00000002", "00000004", "00000004"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

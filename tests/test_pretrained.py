@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from tiny import ROOT, make_run, run_program
 
+from ldm_lab.__main__ import main
 from ldm_lab.errors import UserError
 from ldm_lab.io import download, http
 from ldm_lab.io.atomic import sha256 as file_sha256
@@ -597,4 +598,45 @@ def test_a_wrong_entry_of_a_catalogue_is_named(change, message):
 def test_the_catalogue_is_installed_with_the_package():
     with open(ROOT / "pyproject.toml", "rb") as file:
         data = tomllib.load(file)["tool"]["setuptools"]["package-data"]
-    assert "**/*.yaml" in data["ldm_lab"] and len(catalogue()) == 49
+    assert "**/*.yaml" in data["ldm_lab"] and len(catalogue()) == 51
+
+
+def checked(capsys, *names: str) -> tuple[int, list[str]]:
+    code = main(["pretrained", "check", *names]) or 0
+    return code, capsys.readouterr().out.splitlines()
+
+
+def test_which_addresses_answer(release, mirror, capsys):
+    mirror.files |= {"/page.html": b"<!DOCTYPE html><title>Quota exceeded</title>", "/empty": b""}
+    gone, page, empty = (f"{mirror.url}/{path}" for path in ("gone.bin", "page.html", "empty"))
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        silent = f"http://127.0.0.1:{closed.getsockname()[1]}/w.bin"
+        release(gone, f"{mirror.url}/w.bin", size=len(CONTENT))
+        release(silent, page, empty, name="test/lost", sha256=None)
+        release(name="test/other", size=7)
+        mirror.requests.clear()
+        code, lines = checked(capsys, NAME, "test/lost", "test/other", "miniglide")
+    assert code == 1
+    assert lines[0] == f"{NAME}: {gone}: HTTP 404 Not Found"
+    assert lines[1] == f"{NAME}: {mirror.url}/w.bin: answers, {len(CONTENT):,} bytes"
+    assert lines[2].startswith(f"test/lost: {silent}: ")
+    assert lines[3].endswith("a web page is there instead of the file")
+    assert lines[4].endswith("the file there is empty")
+    assert lines[5].endswith(f"another file is there: {len(CONTENT):,} bytes, not 7")
+    assert lines[6].startswith("miniglide: no address is known; `pretrained where miniglide` says where to put")
+    assert lines[7] == "1 of 6 addresses answer"
+    assert lines[8].startswith("no checksum is published of test/lost: the file that comes first is trusted")
+    assert lines[9] == "not to be had: test/lost, test/other"
+    assert not list(Path(os.environ["LDM_LAB_CACHE"]).rglob("*.bin")), "nothing is downloaded"
+    assert checked(capsys, NAME)[0] == 0
+
+
+def test_addresses_are_not_asked_where_downloads_are_switched_off(release, mirror, monkeypatch):
+    release()
+    with pytest.raises(UserError, match="no such released weights: 'test/weigths'"):
+        main(["pretrained", "check", "test/weigths"])
+    monkeypatch.setenv("LDM_LAB_OFFLINE", "1")
+    with pytest.raises(UserError, match="check: downloads are switched off"):
+        main(["pretrained", "check"])
+    assert not mirror.requests

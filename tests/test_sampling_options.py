@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from test_sampling import BOUND, CPU, latents, options, raw
 from tiny import DENOISER, embedding, make_parts
 
@@ -162,10 +162,54 @@ def test_tiles_cover_every_pixel_once_in_sum(size):
     assert local.largest <= 8
 
 
-def test_tiled_pictures_are_near_the_whole_ones(pipeline):
+class Apart(Autoencoder):
+    """A decoder whose norm sees a tile in place of the whole."""
+
+    channels, downscale = 4, 1
+
+    def decode(self, z):
+        return z[:, :3] - z[:, :3].mean((2, 3), keepdim=True)
+
+
+def test_colors_that_differ_from_tile_to_tile_are_told(caplog):
+    z = torch.linspace(-1, 1, 32).expand(1, 4, 32, 32)
+    decode_in_tiles(Apart(), z, tile=16, overlap=4)
+    assert [r.getMessage() for r in caplog.records] == [
+        "tile: colors of neighboring tiles differ by up to 99 of 255 levels; larger tiles less so"
+    ]
+    caplog.clear()
+    decode_in_tiles(Apart(), z, tile=32, overlap=8)
+    decode_in_tiles(Local(), z, tile=16, overlap=4)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"ch_mult": [1, 2, 4], "num_res_blocks": 1},
+        {"ch_mult": [1, 2, 2], "norm_groups": 8, "attn_resolutions": [128]},
+        {"ch_mult": [1], "use_post_quant_conv": False},
+    ],
+    ids=lambda config: str(config["ch_mult"]),
+)
+def test_tiles_of_the_kl_autoencoder_are_the_whole_picture_s(config):
+    torch.manual_seed(0)
+    autoencoder = build("autoencoder", {"name": "kl_f8", "ch": 8, "norm_groups": 4, **config}).eval()
+    autoencoder.set_latent_statistics(0.3, [1.7, 0.4, 1.0, 2.0])
+    for size in ((9, 13), (4, 30), (8, 8)):
+        z = 3 * torch.randn(2, 4, *size)  # [2, 4, h, w]
+        whole = autoencoder.decode(z).detach()  # [2, 3, H, W]
+        for tile in (4, 5):
+            tiled = decode_in_tiles(autoencoder, z, tile, overlap=1)  # [2, 3, H, W]
+            assert (tiled - whole).abs().max() < 1e-4 * whole.std()
+
+
+def test_tiled_pictures_are_the_whole_ones(pipeline):
     whole = pipeline(["red"], options(size=128))[0]
-    tiled = pipeline(["red"], options(size=128, tile=64))[0]
-    assert tiled.size == whole.size == (128, 128) and tiled.tobytes() != whole.tobytes()
+    for tile in (32, 64):
+        tiled = pipeline(["red"], options(size=128, tile=tile))[0]
+        assert tiled.size == whole.size == (128, 128)
+        assert max(high for _, high in ImageChops.difference(tiled, whole).getextrema()) <= 1
     assert pipeline(["red"], options(size=128, tile=128))[0].tobytes() == whole.tobytes()
     for tile in (8, 60):
         with pytest.raises(UserError, match="tile: a multiple of 8 pixels from 32 on"):

@@ -5,4 +5,5 @@ config section. A new autoencoder is one file in this folder with one `@register
 
 `identity`   pixels as latents
 `kl_f8`      the KL autoencoder of latent diffusion
+`tiled`      convolutions of feature maps in main memory, tile by tile
 """

@@ -6,13 +6,16 @@ follows from their number.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated
 
+import torch
 from annotated_types import MinLen
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm_lab.autoencoders.tiled import Tiles, doubled
 from ldm_lab.config import PositiveInt, check_options, register
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Autoencoder
@@ -118,6 +121,12 @@ class KLAutoencoder(Autoencoder):
         """Return the image [B, 3, H, W], about [-1, 1] but not clamped, of z [B, C, h, w]."""
         return self.decoder(self.post_quant_conv(self.denormalize(z)))  # [B, 3, H, W]
 
+    @torch.no_grad()
+    def tiled_decode(self, z: Tensor, tile: int) -> Tensor:
+        """Return the same, in main memory, picture by picture; the larger levels go through the device in tiles."""
+        features = (self.post_quant_conv(self.denormalize(one)) for one in z.split(1))  # [1, z_channels, h, w] each
+        return torch.cat([self.decoder.tiled(one, Tiles(tile, z.device)) for one in features])  # [B, 3, H, W]
+
 
 def split_moments(raw: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and log variance clamped to [-30, 20], [B, C, h, w] each, of raw moments [B, 2C, h, w]."""
@@ -186,6 +195,19 @@ class Decoder(nn.Module):
                 x = stage.upsample(x)  # [B, width, 2., 2.]
         return self.conv_out(F.silu(self.norm_out(x)))  # [B, 3, H, W]
 
+    def tiled(self, z: Tensor, tiles: Tiles) -> Tensor:
+        """Return the same in main memory; but for the level of z, attention included, a tile at a time is computed."""
+        x = self.mid(self.conv_in(z)).cpu()  # [B, width, h, w]
+        for stage in reversed(self.up):
+            for i, block in enumerate(stage.block):
+                x = block.tiled(x, tiles)  # [B, width, ., .]
+                if len(stage.attn):
+                    x = stage.attn[i](x.to(z.device)).cpu()  # [B, width, ., .]
+            if stage.upsample is not None:
+                x = tiles.convolve(stage.upsample.conv, x, doubled, scale=2)  # [B, width, 2., 2.]
+                tiles = replace(tiles, side=2 * tiles.side)
+        return tiles.convolve(self.conv_out, x, tiles.activation(self.norm_out, x))  # [B, 3, H, W]
+
 
 class Stage(nn.Module):
     """The blocks of one level; the encoder puts `downsample`, the decoder `upsample` behind them."""
@@ -239,6 +261,12 @@ class ResBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))  # [B, c_out, h, w]
         h = self.conv2(F.silu(self.norm2(h)))  # [B, c_out, h, w]
         return self.nin_shortcut(x) + h  # [B, c_out, h, w]
+
+    def tiled(self, x: Tensor, tiles: Tiles) -> Tensor:
+        """Return the same of x in main memory, which may be overwritten."""
+        h = tiles.convolve(self.conv1, x, tiles.activation(self.norm1, x))  # [B, c_out, h, w]
+        onto = tiles.convolve(self.nin_shortcut, x) if isinstance(self.nin_shortcut, nn.Conv2d) else x
+        return tiles.convolve(self.conv2, h, tiles.activation(self.norm2, h), onto)  # [B, c_out, h, w]
 
 
 class Attention(nn.Module):

@@ -9,7 +9,9 @@
 `embedders`    whose embeddings these are
 `lookalikes`   files that are no weights, by name
 `wrappers`     what training programs put around a state dict
-`files`, `safe_pickle`, `torchscript`, `released_zip`, `third_party`   the containers
+`folders`      which file in a folder has the weights
+`files`, `safe_pickle`, `torchscript`, `released_zip`, `sharded`, `third_party`   the containers
+`saved_model`, `tensor_bundle`, `wire`   Keras's models as TensorFlow stores them
 
 Every file that is read is treated as hostile: safetensors, `weights_only=True`, a restricted unpickler.
 """

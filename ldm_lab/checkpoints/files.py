@@ -1,7 +1,7 @@
 """Files of tensors: written atomically, checked, read without executing anything."""
 
-import os
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +15,7 @@ from ldm_lab.checkpoints.lookalikes import check_is_weights
 from ldm_lab.errors import UserError, first_line
 from ldm_lab.io.atomic import atomic_write
 
+LARGEST_HEADER: Final = 100_000_000  # bytes of a safetensors header, which the library allows
 FORMAT: Final = "ldm_lab"  # key of our own entries in checkpoints, and value of `format` in a safetensors file of ours
 
 # What torch.load raises, apart from UnpicklingError, for files that are no checkpoints or only parts of one.
@@ -31,10 +32,14 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: di
 
 
 def is_safetensors(path: str | Path) -> bool:
-    """Return whether a file is a safetensors file by its first bytes: a header length, then a JSON object."""
+    """Return whether a file is, or should be, a safetensors file: the length of a header, then a JSON object.
+
+    One that was cut off, or whose length is a lie, is one, too, as far as can be told: the library says what is wrong.
+    """
     with open(path, "rb") as file:
         head = file.read(9)
-    return len(head) == 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < os.path.getsize(path)
+    named = Path(path).suffix == ".safetensors" and head[:1] != b"\x80" and not zipfile.is_zipfile(path)
+    return named or (head[8:9] == b"{" and int.from_bytes(head[:8], "little") < LARGEST_HEADER)
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -64,9 +69,12 @@ def read_pickled(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         reason = str(error)
         if "Weights only load failed" in reason and ("GLOBAL" in reason or _is_pickle(path)):
-            found = next((line.strip() for line in reason.splitlines() if "GLOBAL" in line), "an object of code")
+            found = re.search(r"GLOBAL ([\w.]+)", reason)
+            whole = "torch.nn" in reason or "__main__" in reason
             raise UserError(
-                f"{path}: refused, it holds more than tensors, and loading that could run code ({found})"
+                f"{path}: refused, it holds more than tensors, and loading that could run code"
+                f"{f' (GLOBAL {found[1][:100]})' if found else ''}"
+                f"{'; save the state_dict of the module, not the module' if whole else ''}"
             ) from None
         raise UserError(f"{path}: not a readable checkpoint, truncated or damaged") from None
     except UserError:

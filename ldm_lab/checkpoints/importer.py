@@ -24,7 +24,8 @@ from typing import ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from ldm_lab.checkpoints.opened import OpenedFile, Shapes, TensorInfo, open_weights
+from ldm_lab.checkpoints.folders import weights_in
+from ldm_lab.checkpoints.opened import OpenedFile, Shapes, TensorInfo, below_attribute, open_weights
 from ldm_lab.conditions import ConditionSpec
 from ldm_lab.config import MAPPINGS, check_mapping, check_section
 from ldm_lab.config.registry import imports
@@ -255,7 +256,7 @@ class DetectedFile:
 
     @property
     def title(self) -> str:
-        return self.importer.title
+        return f"{self.importer.title} ({self.file.container})" if self.file.container else self.importer.title
 
 
 def detect_format(path: str | Path, what: str = "weights") -> DetectedFile:
@@ -265,9 +266,13 @@ def detect_format(path: str | Path, what: str = "weights") -> DetectedFile:
         UserError: missing or damaged file, one that is no file of weights, one whose loading could run code.
     """
     file = open_weights(find_weights(path, what))
+    importer = next((i for i in importers() if i.matches(file)), None)
+    if importer is None and (inner := below_attribute(file)) is not None:  # perhaps of a module of somebody's own
+        importer = next((i for i in importers() if i.matches(inner)), None)
+        file = file if importer is None else inner
     for note in file.notes:
         say_once(f"{file.path}: {note}")
-    return DetectedFile(file, next((i for i in importers() if i.matches(file)), Unknown()))
+    return DetectedFile(file, importer or Unknown())
 
 
 @functools.cache
@@ -287,15 +292,10 @@ def find_weights(name: str | Path, what: str = "weights") -> Path:
 
 def _file_in(folder: Path) -> Path:
     """Return the file with the weights in a folder. Raises UserError if there is none."""
-    formats = [importer.folder_files for importer in importers() if importer.folder_files]
-    known = [name for names in formats for name in names]
-    for name in known:
-        if (folder / name).is_file():
-            return folder / name
-    near = [sub for sub in sorted(folder.iterdir()) if sub.is_dir() and any((sub / name).is_file() for name in known)]
-    hint = f"; did you mean {near[0]}?" if near else ""
-    usual = " or ".join(names[0] for names in formats)
-    raise UserError(f"{folder}: a folder of weights has a {usual} in it, this one has none{hint}")
+    path, note = weights_in(folder, [name for importer in importers() for name in importer.folder_files])
+    if note:
+        say_once(note)
+    return path
 
 
 def config_problems(config: Json) -> list[str]:

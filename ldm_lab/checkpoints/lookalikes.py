@@ -10,27 +10,51 @@ TEXT = 1 << 16  # bytes: a longer file is not taken for an answer of a server
 LFS = re.compile(rb"version https?://(git-lfs\.github\.com|hawser\.github\.com)/spec/")
 ANNEX = re.compile(rb"(\.\./|/)*(\.git/)?annex/objects/")
 MARKUP = re.compile(r"<(!doctype|html|head|body|script|meta|title|!--|\?xml|error|[a-z]+[\s>])", re.IGNORECASE)
+OPENVINO = re.compile(r"<(\?xml[^>]*>\s*<)?net\s")
 TITLE = re.compile(r"<(title|message)[^>]*>([^<]+)", re.IGNORECASE)
 SAVED = (b"From: <Saved by ", b"MIME-Version:", b"bplist00")  # MHTML of Chromium's and of others, Safari's archives
 ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+ORIGINAL = "the original network's .safetensors, .pt or .ckpt is needed"
 CONTAINERS = {
-    b"\x89HDF\r\n\x1a\n": "an HDF5 file (Keras)",
-    b"GGUF": "a GGUF file (llama.cpp's)",
+    b"\x89HDF\r\n\x1a\n": "an HDF5 file (Keras); of a head Keras's SavedModel, a folder, is read",
+    b"GGUF": f"a GGUF file (llama.cpp's): {ORIGINAL}",
+    **dict.fromkeys((b"lmgg", b"fmgg", b"tjgg", b"algg"), f"a GGML file (llama.cpp's): {ORIGINAL}"),
+    **dict.fromkeys((b"ftrt", b"ptrt"), f"a TensorRT engine: {ORIGINAL}"),
     b"\x1f\x8b": "compressed by gzip: unpack it first (gunzip)",
     b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it first (unzstd)",
+    b"BZh": "compressed by bzip2: unpack it first (bunzip2)",
+    b"\xfd7zXZ\0": "compressed by xz: unpack it first (unxz)",
+    b"\x04\x22\x4d\x18": "compressed by lz4: unpack it first (unlz4)",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it first",
     b"Rar!": "a RAR archive: unpack it first",
     b"%PDF": "a PDF",
     b"\x89PNG": "a picture",
     b"\xff\xd8\xff": "a picture",
 }
+WITHIN = {  # (place, bytes) -> what it is
+    (257, b"ustar"): "a tar archive: unpack it first",
+    (4, b"TFL3"): f"a model of TensorFlow Lite's: {ORIGINAL}",
+}
+ONNX = re.compile(rb"\x08[\x01-\x14](\x12|\x3a|\x42)", re.DOTALL)  # its version, then its producer, graph or opset
+ENDINGS = {
+    ".onnx": f"an ONNX model: {ORIGINAL}",
+    **dict.fromkeys((".engine", ".plan", ".trt"), f"a TensorRT engine: {ORIGINAL}"),
+    **dict.fromkeys((".mlmodel", ".mlpackage"), f"a Core ML model: {ORIGINAL}"),
+    ".tflite": f"a model of TensorFlow Lite's: {ORIGINAL}",
+    ".msgpack": f"Flax's weights: {ORIGINAL}",
+    ".distcp": "a part of a torch.distributed checkpoint; name its folder to be told how to put it together",
+}  # of files that their first bytes do not tell
 
 
 def check_is_weights(path: Path) -> None:
     """Raise UserError for a file that is known to be no weights, by its first bytes; one line says what it is."""
     with open(path, "rb") as file:
         head = file.read(HEAD)
-    if what := lookalike(head, path.stat().st_size):
+    what = lookalike(head, path.stat().st_size)
+    ending = path.suffix.lower() if path.suffix.lower() in ENDINGS else ".onnx" if ONNX.match(head) else None
+    if what is None and ending is not None:
+        what = f"it is {ENDINGS[ending]}"
+    if what is not None:
         raise UserError(f"{path}: no weights: {what}")
 
 
@@ -55,9 +79,16 @@ def lookalike(head: bytes, size: int) -> str | None:
     for magic, what in CONTAINERS.items():
         if head.startswith(magic):
             return f"it is {what}"
+    for (place, magic), what in WITHIN.items():
+        if head[place:].startswith(magic):
+            return f"it is {what}"
+    if len(head) == HEAD and not any(head):
+        return "it begins with zeros alone: a download or a copy that was broken off"
     text = _text(head)
     if text is None:
         return None
+    if OPENVINO.match(text.lstrip()):
+        return f"it is an OpenVINO model: {ORIGINAL}"
     if MARKUP.match(text.lstrip()):
         title = TITLE.search(text)
         named = f" ({_short(title[2])})" if title else ""

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ldm_lab.checkpoints.files import FORMAT, damaged_safetensors, is_safetensors
+from ldm_lab.checkpoints.folders import check_whole
 from ldm_lab.checkpoints.lookalikes import check_is_weights
 from ldm_lab.checkpoints.released_zip import is_release, unpacked
 from ldm_lab.checkpoints.safe_pickle import load_arrays
@@ -28,6 +29,7 @@ from ldm_lab.io.atomic import existing_file
 
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
     **{"I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool},
 }  # safetensors' names
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before its zips: the pickle of a magic number
@@ -71,6 +73,7 @@ class OpenedFile:
         stored: of a safetensors file, the tensor's name -> the one in the file, where they differ.
         notes: what was chosen or assumed as it was opened, for people.
         shards: of an index, the files that it names.
+    container: what it is apart from its tensors, where that is worth saying; "" otherwise.
     """
 
     path: Path
@@ -85,6 +88,7 @@ class OpenedFile:
     stored: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     shards: tuple["OpenedFile", ...] = ()
+    container: str = ""
 
     def read(self) -> dict[str, Tensor]:
         """Return all tensors, on the CPU. Raises UserError for a damaged file."""
@@ -126,11 +130,13 @@ def open_weights(path: Path) -> OpenedFile:
 def _open(path: Path) -> OpenedFile:
     """Open a file that is no released zip."""
     check_is_weights(path)
+    check_whole(path)
     yaml = _yaml_beside(path)
     if is_safetensors(path):
         return _open_safetensors(path, yaml)
     if is_torchscript(path):
-        return _of_tensors(path, Unwrapped(read_torchscript(path), {}), yaml)
+        file = _of_tensors(path, Unwrapped(read_torchscript(path), {}), yaml)
+        return replace(file, container="in a TorchScript archive, whose program is not run")
     if is_npy(path):
         return _of_tensors(path, Unwrapped({ARRAY: _read_array(path)}, {}), None)
     if _is_plain_pickle(path):
@@ -143,7 +149,11 @@ def _of_tensors(path: Path, found: Unwrapped, yaml: bytes | None) -> OpenedFile:
     """Return a file whose tensors have been read, under their plain names."""
     names, notes = ({name: name for name in found.tensors}, ()) if FORMAT in found.rest else plain_names(found.tensors)
     tensors = {name: found.tensors[stored] for name, stored in names.items()}
-    notes = (*found.notes, *notes)
+    for name, value in tensors.items():
+        if value.is_meta or value.is_quantized or value.layout != torch.strided or value.is_complex():
+            kind = "without its values" if value.is_meta else "quantized, sparse or complex, which no network here has"
+            raise UserError(f"{path}: not supported: {name} is {kind}")
+    notes = (*found.notes, *notes, *_rounded(infos(tensors)))
     return OpenedFile(path, infos(tensors), extra=found.rest, yaml=yaml, loaded=tensors, notes=notes)
 
 
@@ -186,9 +196,29 @@ def _open_safetensors(path: Path, yaml: bytes | None) -> OpenedFile:
             return OpenedFile(path, tensors, metadata, yaml=yaml, handle=handle)
         names, notes = plain_names(tensors)
         plain = {name: tensors[stored] for name, stored in names.items()}
+        notes = (*notes, *_rounded(plain))
         return OpenedFile(path, plain, metadata, yaml=yaml, handle=handle, stored=names, notes=notes)
     except (SafetensorError, ValueError, OSError) as error:
         raise damaged_safetensors(path, error) from None
+
+
+def below_attribute(file: OpenedFile) -> OpenedFile | None:
+    """Return a file with the names of its tensors as below the one attribute that they all have first, such as "net".
+
+    None if there is no such attribute, or the tensors are in several files.
+    """
+    tops = {name.partition(".")[0] for name in file.tensors}
+    if len(tops) != 1 or file.shards or not all("." in name for name in file.tensors):
+        return None
+    prefix = f"{tops.pop()}."
+    names = {name.removeprefix(prefix): name for name in file.tensors}
+    return replace(
+        file,
+        tensors={short: file.tensors[name] for short, name in names.items()},
+        loaded=file.loaded and {short: file.loaded[name] for short, name in names.items()},
+        stored={short: file.stored.get(name, name) for short, name in names.items()},
+        notes=(*file.notes, f"{prefix!r}, which all names in it begin with, is left out"),
+    )
 
 
 def infos(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
@@ -196,6 +226,12 @@ def infos(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
     return {
         name: TensorInfo(tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in tensors.items()
     }
+
+
+def _rounded(tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+    """Return what to say of weights in 8 bits: nothing brings back what was rounded off."""
+    kinds = sorted({info.dtype for info in tensors.values() if info.dtype.startswith("float8")})
+    return (f"weights in {kinds[0]}: they were rounded to 8 bits, and are read as they are",) if kinds else ()
 
 
 def _yaml_beside(path: Path) -> bytes | None:

@@ -103,11 +103,15 @@ def read_part(found: DetectedFile | str | Path, role: str, name: str) -> LoadedP
     if not isinstance(found, DetectedFile):
         found = detect_format(found)
     importer = found.importer
+    if importer.used_by:
+        raise UserError(f"{found.path}: no {role} in it: it holds {found.title}")
     if found.kind != "part" and importer.parts.get(role) != name:
         readable = [other.title for other in importers_of(role, name)]
         if not readable:
             raise UserError(f"{found.path}: not a file of ldm_lab's, and no importer reads the {role} {name!r}")
-        raise UserError(f"{found.path}: not {' or '.join(readable)}: it holds {found.title}")
+        other = importer.parts.get(role)
+        hint = f" ({role}.name: {other} takes it)" if other else ""
+        raise UserError(f"{found.path}: not {' or '.join(readable)}: it holds {found.title}{hint}")
     part = importer.read(found.file, role)
     if part.config.get("name") != name:
         raise UserError(f"{found.path}: holds the {role} {part.config.get('name')!r}, but {role}.name is {name!r}")
@@ -126,9 +130,16 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], path: str | Path)
 
 
 def check_finite(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Raise UserError if a file's tensor of one of these names holds NaN or infinity: the training went wrong."""
+    """Raise UserError if a file's tensor of one of these names is no floating-point one, or holds NaN or infinity."""
     for name in own:
-        if name in state and state[name].is_floating_point() and not torch.isfinite(state[name]).all():
+        if name not in state:
+            continue
+        if not state[name].is_floating_point():
+            kind = str(state[name].dtype).removeprefix("torch.")
+            raise UserError(
+                f"{path}: {name} is {kind}: weights that were quantized; those that they were made of are needed"
+            )
+        if not torch.isfinite(state[name].float()).all():  # there is no such function for 8 bits
             raise UserError(f"{path}: {name} holds numbers that are not finite; take an earlier checkpoint")
 
 

@@ -12,6 +12,13 @@ from ldm_lab.errors import UserError, first_line
 
 WEIGHTS = (".ckpt", ".pt", ".pth", ".safetensors")
 TEXTS = (".yaml", ".yml", ".txt", ".md", "")  # the last are LICENSE and README
+OTHERS = {  # endings of names that only such a zip has in it -> what it is
+    "model.weights.h5": "a Keras 3 archive, whose weights are HDF5; of a head Keras's SavedModel, a folder, is read",
+    ".npy": "an archive of NumPy's arrays (.npz); save them as safetensors",
+    "_weights_config.json": "a program of torch.export's; save the module's state_dict instead",
+    "[Content_Types].xml": "a document of an office program",
+    "index.html": "a saved web site; take the link that downloads the file",
+}
 MOST_MEMBERS = 100
 LARGEST = 32 << 30  # bytes unpacked; a latent diffusion model of its time has 16 GB
 DENSEST = 20  # bytes out of one byte; weights are hardly compressible
@@ -57,6 +64,9 @@ def _members(path: Path, archive: zipfile.ZipFile) -> tuple[zipfile.ZipInfo, zip
     """Return the entries of the checkpoint and of its YAML; anything surprising among all of them is refused."""
     found: dict[str, list[zipfile.ZipInfo]] = {"weights": [], "yaml": []}
     entries = archive.infolist()
+    for ending, what in OTHERS.items():
+        if any(info.filename.endswith(ending) for info in entries):
+            raise UserError(f"{path}: no weights that are read here: it is {what}")
     if len(entries) > MOST_MEMBERS:
         raise UserError(f"{path}: refused: {len(entries)} members, a release has a checkpoint and a few texts")
     for info in entries:

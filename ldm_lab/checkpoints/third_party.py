@@ -2,7 +2,7 @@
 
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,8 +56,16 @@ def read_state_dict(path: str | Path, what: str) -> Unwrapped:
         raise UserError(f"{path}: its 'state_dict' is no dict of tensors but a {type(content['state_dict']).__name__}")
     found = unwrap(content)
     if not found.tensors:
-        raise UserError(f"{path}: no tensors in it")
+        raise UserError(f"{path}: no tensors of a network in it{_holds(content)}")
     return found
+
+
+def _holds(keys: Iterable[str]) -> str:
+    """Return what a checkpoint without a network has, in words, by the keys of its dict."""
+    names = [str(key)[:40] for key in keys]
+    if {"state", "param_groups"} <= set(names):
+        return ": it is the state of an optimizer; the weights are in another file"
+    return f": it holds {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}" if names else ": it is empty"
 
 
 def _unsafe_globals(path: Path) -> list[str]:

@@ -17,11 +17,13 @@ EMA = (
 )
 WRAPPERS = (
     *("state_dict", "model_state_dict", "model", "module", "weights", "net", "network", "params"),
-    *("generator", "shadow_params", "shadow"),
+    *("generator", "shadow_params", "shadow", "checkpoint", "ckpt"),
 )
+NOT_WEIGHTS = ("optim", "sched", "scaler", "rng", "random", "callbacks", "loops", "config", "args", "loss", "discr")
 DEEPEST = 5  # dicts within one another
 COMPILED = "_orig_mod."  # of torch.compile, before a network's names or a submodule's
-PREFIXES = ("module.", COMPILED)  # of DistributedDataParallel and averages, of torch.compile
+WRAPPED = (COMPILED, "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # such, of others: FSDP, checkpointing
+PREFIXES = ("module.", COMPILED, "_forward_module.")  # of DDP and averages, of torch.compile, of Lightning
 EMA_PREFIXES = ("ema.", "ema_model.")
 COUNTERS = ("n_averaged", "initted", "step", "num_updates", "decay")  # beside the tensors of an average
 
@@ -45,6 +47,10 @@ def unwrap(content: Mapping[str, Any]) -> Unwrapped:
     raw_key = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping) and _inner(content[key])), None)
     ema_key = next((key for key in EMA if isinstance(content.get(key), Mapping) and _inner(content[key])), None)
     raw = _inner(content if raw_key is None else content[raw_key], own=raw_key is None)
+    if not raw and raw_key is None:
+        networks = [key for key in _others(content) if key not in EMA and _inner(content[key])]
+        raw_key = networks[0] if len(networks) == 1 else None
+        raw = _inner(content[networks[0]]) if raw_key is not None else {}
     average = {} if ema_key is None else _inner(content[ema_key])
     rest = {key: value for key, value in content.items() if key not in (raw_key, ema_key)}
     if ema_key is None:
@@ -77,7 +83,17 @@ def _inner(content: Mapping[str, Any], own: bool = False, depth: int = 0) -> dic
         inner = content.get(key)
         if isinstance(inner, Mapping) and (found := _inner(inner, depth=depth + 1)):
             return found
-    return {}
+    others = [_inner(content[key], depth=depth + 1) for key in _others(content)]
+    return others[0] if len(others) == 1 else {}
+
+
+def _others(content: Mapping[str, T]) -> list[str]:
+    """Return the keys of dicts that may hold a network under a name of their own, such as "vae"."""
+    return [
+        key
+        for key, value in content.items()
+        if isinstance(key, str) and isinstance(value, Mapping) and not any(word in key for word in NOT_WEIGHTS)
+    ]
 
 
 def _plain(tensors: Mapping[str, T]) -> dict[str, T]:
@@ -94,8 +110,9 @@ def plain_names(names: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...]]:
         The plain name -> the one in the file, in its order; and lines for people.
     """
     found, notes = {name: name for name in names}, ()
-    if any(COMPILED in name for name in found):
-        found = _renamed(found, {name: name.replace(COMPILED, "") for name in found})
+    for wrapped in WRAPPED:
+        if any(wrapped in name for name in found):
+            found = _renamed(found, {name: name.replace(wrapped, "") for name in found})
     while shorter := _without_prefix(found):
         prefix, found = shorter
         if prefix in EMA_PREFIXES:

@@ -95,7 +95,8 @@ def fill_in(args: argparse.Namespace) -> Repeat | None:
     here = Path.cwd()
     folders = [path.parent, here, here / "runs", here / "data", REPOSITORY / "runs"]
     repeat = Repeat(path, recorded, None if others else recorded.batch, folders)
-    _fill_values(args, recorded)
+    own_prompts = not (args.texts or args.images or args.prompts)
+    _fill_values(args, recorded, own_prompts)
     _fill_files(args, repeat)
     if repeat.batch is not None:
         args.batch_size = repeat.batch[1]
@@ -107,11 +108,13 @@ def fill_in(args: argparse.Namespace) -> Repeat | None:
     return repeat
 
 
-def _fill_values(args: argparse.Namespace, recorded: Recorded) -> None:
+def _fill_values(args: argparse.Namespace, recorded: Recorded, own_prompts: bool) -> None:
     words = dict(args._get_kwargs())
     given = {name for name, value in words.items() if value is not None}
     samplers = {name for info in infos("sampler").values() for name in info.options}
     dropped = set[str]()
+    if own_prompts and all(prompt.weight is not None for prompt in recorded.prompts):
+        dropped.add("guidance")  # which is the weight of those without one
     for prefix in ("", UPSAMPLER):
         if words.get(f"{prefix}sampler") not in (None, recorded.values.get(f"{prefix}sampler")):
             dropped |= {prefix + name for name in samplers}  # they are of the other one
@@ -159,8 +162,10 @@ def _found(repeat: Repeat, key: str, record: FileRecord) -> str | Path:
     found = record.find(repeat.folders)
     if found is not None:
         return found
-    name = record.name if record.name in catalogue() else "FILE"
-    raise UserError(f"{repeat.path}: {key.replace('_', ' ')} {record} is not here; give it by {_flag(key)} {name}")
+    others = record.namesakes(repeat.folders)
+    name = record.name if record.name in catalogue() else others[0] if others else "FILE"
+    why = f"is not here ({others[0]} is another one)" if others else "is not here"
+    raise UserError(f"{repeat.path}: its {key.replace('_', ' ')} {record} {why}; give one by {_flag(key)} {name}")
 
 
 def _flag(key: str) -> str:

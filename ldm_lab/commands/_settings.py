@@ -50,7 +50,8 @@ def _of_sampler(base: "Request") -> Entry:
     options = {**base.options.sampler}
     name = options.pop("name")
     defaults = {key: option.default for key, option in part_info("sampler", name).options.items()}
-    return Entry({"sampler": name, **defaults, **options})
+    said = {key: value for key, value in {**defaults, **options}.items() if value is not None}
+    return Entry({"sampler": name, **said})
 
 
 def _named(key: str, records: Sequence[FileRecord]) -> Entry:

@@ -5,6 +5,7 @@
     python -m ldm_lab convert ViT-B-32.pt checkpoints/clip.safetensors model=ViT-B-32 pretrained=openai
     python -m ldm_lab convert runs/mine/last.ckpt mine.safetensors --half
     python -m ldm_lab convert dogGLIDE.pt dogs.safetensors preset=dogglide
+    python -m ldm_lab convert other.pt other.safetensors head_width=32 norm_groups=16 timesteps=500 betas=linear
     python -m ldm_lab convert runs/mine/autoencoder.safetensors mine_vae --format diffusers
 
 Takes whatever `python -m ldm_lab inspect` knows. The result is what `weights:` (a part), `sample.py --checkpoint` or

@@ -4,11 +4,12 @@
     python -m ldm_lab inspect samples/00000.png
     python -m ldm_lab inspect kl-f8 --json
 
-Models, parts and checkpoints of this program, and what others released: checkpoints of cloob-latent-diffusion,
-networks of GLIDE and its noised CLIP, CompVis's autoencoders (also zipped), VAEs of diffusers (a file or a folder),
-CLOOB's pickle, CLIP of open_clip and OpenAI. Prints the number of parameters, the step, the config, the frozen parts'
-checksums and the file's own. Of a picture it prints the settings that sample.py, A1111's web UI and programs that write
-the same way have put into it; `sample.py --from PICTURE` makes it once more.
+Models, parts and checkpoints of this program, and what others released: checkpoints of cloob-latent-diffusion, networks
+of GLIDE and its noised CLIP, CompVis's autoencoders (also zipped), VAEs of diffusers (a file or a folder), CLOOB of
+cloob-training and of ml-jku, CLIP of open_clip and OpenAI, LAION's heads on embeddings. Prints the number of
+parameters, the step, the config, the frozen parts' checksums and the file's own. Of a picture it prints the settings
+that sample.py, A1111's web UI and programs that write the same way have put into it; `sample.py --from PICTURE` makes
+it once more.
 """
 
 import argparse

@@ -3,27 +3,34 @@
     python -m ldm_lab pretrained list
     python -m ldm_lab pretrained get kl-f8 cloob/vit_b_16_laion400m_16e
     python -m ldm_lab pretrained where ccld/yfcc_cfg
+    python -m ldm_lab pretrained check
 
 Their names stand wherever a config or a program takes weights, and they are downloaded when they are needed. They lie
 below $LDM_LAB_CACHE, or ~/.cache/ldm_lab. An interrupted download goes on where it stopped. LDM_LAB_OFFLINE=1 forbids
-downloads; `where` says where to put a file that was got in another way.
+downloads; `where` says where to put a file that was got in another way. `check` asks all addresses, or those of the
+names, whether they still have their files, and downloads nothing; it ends with 1 if a file is at none of its addresses.
 """
 
 import argparse
 
 from ldm_lab.errors import UserError
+from ldm_lab.pretrained.answers import ask_all
 from ldm_lab.pretrained.catalogue import catalogue
-from ldm_lab.pretrained.resolve import cached_path, resolve_weights
+from ldm_lab.pretrained.resolve import cached_path, offline, resolve_weights
+
+ACTIONS = ("list", "get", "where", "check")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("action", nargs="?", default="list", choices=("list", "get", "where"), help="(default: list)")
+    parser.add_argument("action", nargs="?", default="list", choices=ACTIONS, help="(default: list)")
     parser.add_argument("names", nargs="*", metavar="NAME", help="as in the list; get also takes hf:// addresses")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Print the table, or a path for each name."""
+def run(args: argparse.Namespace) -> int:
+    """Print the table, a path for each name, or which addresses answer. Returns 1 if a file is to be had nowhere."""
+    if args.action == "check":
+        return check(args.names)
     if args.action == "list":
         if args.names:
             raise UserError("list: takes no names; get and where do")
@@ -32,6 +39,38 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{args.action}: which weights? `python -m ldm_lab pretrained list` has their names")
     for name in args.names:
         print(resolve_weights(name, "get") if args.action == "get" else cached_path(name))
+    return 0
+
+
+def check(names: list[str]) -> int:
+    """Print a line for each address of released files, all of them or the named ones, and a summary.
+
+    Returns:
+        1 if a file is at none of its addresses, else 0.
+
+    Raises:
+        UserError: an unknown name, or downloads are switched off.
+    """
+    for name in names:
+        cached_path(name)  # says which name is unknown
+    if offline():
+        raise UserError("check: downloads are switched off (LDM_LAB_OFFLINE, HF_HUB_OFFLINE)")
+    entries = {name: entry for name, entry in catalogue().items() if name in names or not names}
+    answers = ask_all(entries.items())
+    for answer in answers:
+        size = f"{answer.total:,} bytes" if answer.total is not None else "it does not say how many bytes"
+        print(f"{answer.name}: {answer.url}: {answer.problem or f'answers, {size}'}")
+    for name, entry in entries.items():
+        if not entry.mirrors:
+            print(f"{name}: no address is known; `pretrained where {name}` says where to put {entry.file}")
+    there = {answer.name for answer in answers if not answer.problem}
+    lost = [name for name, entry in entries.items() if entry.mirrors and name not in there]
+    print(f"{sum(not a.problem for a in answers)} of {len(answers)} addresses answer")
+    if unsure := [name for name, entry in entries.items() if entry.mirrors and entry.sha256 is None]:
+        print(f"no checksum is published of {', '.join(unsure)}: the file that comes first is trusted, and held to")
+    if lost:
+        print(f"not to be had: {', '.join(lost)}")
+    return 1 if lost else 0
 
 
 def table() -> str:

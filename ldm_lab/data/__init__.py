@@ -14,10 +14,12 @@ a subclass of `source.ImageSource` (samples are images, with or without a captio
     to_device_format(batch) -> batch           in the training process
 
 and everything else is common: `order.py` decides who reads what and when, `loader.py` reads, counts and remembers the
-position, `datamodule.py` hands it to Lightning. Shards: `shard_urls.py` finds them, `streams.py` opens them, `tar.py`
-reads and writes them, `shard_source.py` puts them into order, `webdataset.py` is the part. Files: `folders.py` walks,
-`image_lists.py` reads lists, `beside.py` knows what lies beside an image. Captions: `captions.py` says where they are
-and which one of several is drawn, `text.py` reads their bytes, `caption_tables.py` tables of them.
+position, `datamodule.py` hands it to Lightning. `loader_processes.py` and `waiting.py` tell what the loader processes
+are reading and how they ended, and end a wait for a batch that does not come. Shards: `shard_urls.py` finds them,
+`streams.py` opens them, `tar.py` reads and writes them, `shard_source.py` puts them into order, `webdataset.py` is the
+part. Files: `folders.py` walks, `image_lists.py` reads lists, `beside.py` knows what lies beside an image. Captions:
+`captions.py` says where they are and which one of several is drawn, `text.py` reads their bytes, `caption_tables.py`
+tables of them.
 
 A *pass* (`passes.py`) is the other way through data: every sample of some shards or images once, in no order that
 matters, on any number of devices and nodes, restartable; its results are files.

@@ -71,6 +71,7 @@ class DataModule(LightningDataModule):
         self._rank, self._world_size = rank, world_size
         self._progress = Progress([Position()] * self.workers)
         self._is_described = False
+        self._loader: Loader | None = None
         self.told_to_stop: Callable[[], bool] = lambda: False
         self._restored: tuple[list[RankState], int] | None = None
 
@@ -88,6 +89,11 @@ class DataModule(LightningDataModule):
     def world_size(self) -> int:
         """Processes of the run."""
         return self.trainer.world_size if self._world_size is None and self.trainer else self._world_size or 1
+
+    @property
+    def lost(self) -> str | None:
+        """How a loader process of this rank died, in words, if one did and another one reads on for now."""
+        return self._loader.lost if self._loader is not None else None
 
     @property
     def skipped(self) -> Counter:
@@ -134,7 +140,7 @@ class DataModule(LightningDataModule):
 
     def train_dataloader(self) -> Loader:
         """Return the batches from where this rank stands on."""
-        return Loader(
+        self._loader = Loader(
             self.source,
             seed=self.seed,
             rank=self.rank,
@@ -143,6 +149,7 @@ class DataModule(LightningDataModule):
             epochs=self.epochs,
             told_to_stop=lambda: self.told_to_stop(),
         )
+        return self._loader
 
     def consumed(self, batch: Batch) -> None:
         """Note that a batch was trained on."""

@@ -189,6 +189,9 @@ class Loader:
         epochs: passes over the data; None is without end.
         told_to_stop: whether the run is to end, so that it is no use to wait long for another batch.
 
+    Attributes:
+        lost: how reading ended the first time, in words, when it had to begin anew; None if it did not.
+
     Raises:
         ReadingError: while iterating, when more than the allowed share of samples had to be skipped, a loader process
             was killed or crashed, or no batch came for a long time.
@@ -207,10 +210,11 @@ class Loader:
     ):
         self.source, self.seed, self.rank, self.world_size = source, seed, rank, world_size
         self.progress, self.epochs, self.told_to_stop = progress, epochs, told_to_stop
+        self.lost: str | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         ahead = self.progress.copy()
-        for batch in self.delivered(ahead.copy()):
+        for batch in self.delivered_again(ahead):
             ahead.advance(batch)
             if ahead.counts.wanted >= CHECK_AFTER and ahead.counts.share > self.source.max_skipped:
                 allowed = f"data.max_skipped allows {self.source.max_skipped:.1%}"
@@ -219,6 +223,22 @@ class Loader:
                 yield self.source.to_device_format(batch)
             else:
                 self.progress.advance(batch)
+
+    def delivered_again(self, ahead: Progress) -> Iterator[Batch]:
+        """Yield the batches behind `ahead`, which whoever takes them advances.
+
+        With several processes reading begins anew once after a loader process has died: the others are in the midst of
+        a step, and all have to come to its end before anything can be saved.
+        """
+        while True:
+            try:
+                yield from self.delivered(ahead.copy())
+                return
+            except ReadingError as error:
+                if self.world_size == 1 or not error.may_pass or self.lost is not None or self.told_to_stop():
+                    raise
+                self.lost = str(error)
+                print_line(f"data: {error}; reading begins anew once, so that all processes can save")
 
     def delivered(self, progress: Progress) -> Iterator[Batch]:
         """Yield the batches as the readers make them, from where `progress` stands."""
@@ -251,8 +271,9 @@ class Loader:
                         batch = next(batches, None)
                 except WaitingEnded as ended:
                     raise ReadingError(str(ended), may_pass=True) from None
-                except RuntimeError as error:  # so DataLoader says that a process has left
-                    raise ReadingError(death(processes, whereabouts) or first_line(error), may_pass=True) from None
+                except (RuntimeError, OSError, EOFError) as error:  # what DataLoader raises for a process that has left
+                    said = death(processes, whereabouts, patience=2.0) or f"batches stopped coming: {first_line(error)}"
+                    raise ReadingError(said, may_pass=True) from None
                 if batch is None:
                     return
                 if isinstance(batch, _Failure):

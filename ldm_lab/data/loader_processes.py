@@ -49,8 +49,17 @@ class Whereabouts:
 # ------------------------------------------------------------------------------------------------- how a process ends
 
 
-def death(processes: Sequence[BaseProcess], whereabouts: Whereabouts) -> str | None:
-    """Return how the first loader process that did not leave by itself ended, in words; None if all is well."""
+def death(processes: Sequence[BaseProcess], whereabouts: Whereabouts, patience: float = 0.0) -> str | None:
+    """Return how the first loader process that did not leave by itself ended, in words; None if all is well.
+
+    Args:
+        processes: all of them.
+        whereabouts: of these.
+        patience: seconds for one that is about to end; its connections may break before it is seen to.
+    """
+    deadline = time.monotonic() + patience
+    while not any(process.exitcode for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
     for number, process in enumerate(processes):
         if process.exitcode:
             at = whereabouts.of(number)

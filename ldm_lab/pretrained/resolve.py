@@ -50,6 +50,8 @@ def resolve_weights(text: str | Path, what: str) -> Path:
     for found in (path, REPOSITORY / path):
         if found.is_file() or found.is_dir():
             return found
+    if path.is_symlink():  # as in a cache of the Hub's that was copied or downloaded in part
+        raise UserError(f"{path}: a link to {os.readlink(path)[:200]}, which is not there ({what})")
     if path.exists():  # reading a pipe or a device would never end
         raise UserError(f"{path}: not a file ({what})")
     raise UserError(f"{path}: no such file ({what}), and {unknown('released weights', text, catalogue())}")

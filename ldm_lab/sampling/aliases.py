@@ -102,6 +102,7 @@ SYNTAX = {
 }
 MORE_LETTERS = {"BREAK", "AND"}  # words in a text of capitals alone
 SHOWN = 60  # characters of what is quoted
+LOOKED_AT = 2000  # characters of a prompt: the patterns take the square of that
 
 
 def our_flag(flag: str) -> str | None:
@@ -127,7 +128,7 @@ def syntax_hints(texts: Iterable[str]) -> list[str]:
     hints: dict[str, str] = {}
     for text in texts:
         for pattern, meaning in SYNTAX.items():
-            match = None if meaning in hints else re.search(pattern, text)
+            match = None if meaning in hints else re.search(pattern, text[:LOOKED_AT])
             if match is None or (match[0] in MORE_LETTERS and text.isupper()):
                 continue
             found = match[0].strip()

@@ -1,7 +1,9 @@
 """From latents to pictures, at once or in overlapping tiles: the memory of one tile, whatever the picture's size."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from PIL import Image
@@ -13,8 +15,11 @@ from ldm_lab.io.images import to_images, to_tensor
 from ldm_lab.sampling.image_to_image import InitImage
 from ldm_lab.sampling.model import Model
 
+log = logging.getLogger(__name__)
+
 CURE = "another sampler, a guidance nearer to 1, or precision 32-true in place of 16-mixed may help"
 DECODE_BATCH = 8  # pictures; the autoencoder's full-size feature maps need far more memory than the denoiser's
+SEEN = 1.0  # of 255 levels: a difference in color between tiles that is told
 
 
 @dataclass(frozen=True)
@@ -73,11 +78,12 @@ def decode(model: Model, latents: Tensor, seeds: Sequence[int], tile: int | None
 def decode_in_tiles(autoencoder: Autoencoder, latents: Tensor, tile: int, overlap: int) -> Tensor:
     """Return the images [B, 3, H, W], on the CPU, of latents [B, C, h, w], decoded tile by tile.
 
-    A decoder's norms and attention see the whole of what they are given, so a tile's colors differ a little from the
-    whole picture's; tiles overlap, and are blended across the overlap.
+    They are those of the whole, where the autoencoder knows a way (`Autoencoder.tiled_decode`). Otherwise norms and
+    attention see a tile in place of the whole, so that colors differ from tile to tile, which is said; tiles overlap,
+    and are blended across the overlap.
 
     Args:
-        autoencoder: has `decode` and `downscale`.
+        autoencoder: has `decode`, `tiled_decode` and `downscale`.
         latents: of any size; not larger than a tile, they are decoded at once.
         tile: side of a tile in latent elements, above `overlap`.
         overlap: latent elements that neighboring tiles share.
@@ -85,9 +91,12 @@ def decode_in_tiles(autoencoder: Autoencoder, latents: Tensor, tile: int, overla
     height, width = latents.shape[2:]
     if height <= tile and width <= tile:
         return autoencoder.decode(latents).float().cpu()  # [B, 3, H, W]
+    if (images := autoencoder.tiled_decode(latents, tile)) is not None:
+        return images.float().cpu()  # [B, 3, H, W]
     scale = autoencoder.downscale
     total = torch.zeros(len(latents), 3, height * scale, width * scale)  # [B, 3, H, W]
     weight = torch.zeros(1, 1, height * scale, width * scale)  # [1, 1, H, W]
+    apart = 0.0  # in color, of neighboring tiles
     for top in _starts(height, tile, overlap):
         for left in _starts(width, tile, overlap):
             part = latents[:, :, top : top + tile, left : left + tile]  # [B, C, <= tile, <= tile]
@@ -100,9 +109,21 @@ def decode_in_tiles(autoencoder: Autoencoder, latents: Tensor, tile: int, overla
                 slice(top * scale, top * scale + image.shape[2]),
                 slice(left * scale, left * scale + image.shape[3]),
             )
+            if (shared := weight[window] > 0).any():
+                gap = (image - total[window] / weight[window].clamp(min=1e-9)) * shared  # [B, 3, ...]
+                apart = max(apart, (gap.sum((2, 3)) / shared.sum()).abs().max().item())
             total[window] += image * share
             weight[window] += share
+    if (levels := apart * 127.5) > SEEN:
+        _tell_once(
+            f"tile: colors of neighboring tiles differ by up to {levels:.0f} of 255 levels; larger tiles less so"
+        )
     return total / weight
+
+
+@cache
+def _tell_once(line: str) -> None:
+    log.warning("%s", line)
 
 
 def _starts(size: int, tile: int, overlap: int) -> list[int]:

@@ -92,6 +92,9 @@ def _of_weights(asked: Asked) -> Iterator[str]:
         for name, is_given in (("negative", options.negative), ("guide_model", model.guide_model)):
             if is_given is not None:
                 yield f"{name}: {why}"
+    texts = [prompt.text.strip() or prompt.image for mix in asked.mixes for prompt in mix]
+    if not weights.any() and any(texts):
+        yield "prompts: without effect at a weight of 0"
     is_guided = leads_away or bool((weights < 0).any())
     idle = {
         "guidance_interval": options.guidance_interval != (0.0, 1.0),
@@ -153,8 +156,14 @@ def _of_init_image(asked: Asked) -> Iterator[str]:
         yield "init_image: its transparent part is laid over white, since the mask says what is painted anew"
     if asked.options.mask_blur and image.mask is None:
         yield "mask_blur: without effect: there is no mask, and the image has no transparent part"
+    steps, taken = asked.sampler.steps, image.num_steps(asked.sampler.steps)
     idle = "the image comes back as the autoencoder gives it"
-    if image.strength > 0 and image.num_steps(asked.sampler.steps) == 0:
-        yield f"strength: {image.strength:g} of {asked.sampler.steps} steps is none: {idle}"
+    if image.strength > 0 and taken == 0:
+        yield f"strength: {image.strength:g} of {steps} steps is none: {idle}"
     elif image.strength == 0 and image.mask is not None:
         yield f"strength: 0 paints nothing where the mask is white: {idle}"
+    elif image.mask is None and taken == steps and not asked.model.condition_sources:
+        share = f"strength {image.strength:g} of {steps} steps"
+        yield f"init_image: without effect but for the size: {share} is all of them"
+    elif (mask := image.fitted_mask(asked.height, asked.width)) is not None and mask.min() == 1:
+        yield "mask: without effect: it is white all over, so that nothing of the image is kept"

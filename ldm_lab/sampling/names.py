@@ -41,12 +41,14 @@ class FileRecord:
 
     def find(self, folders: Iterable[Path]) -> Path | None:
         """Return the file of this name and content in one of some folders; None if it is in none of them."""
+        return next((file for file in self.namesakes(folders) if self.sha256 and sha256(file) == self.sha256), None)
+
+    def namesakes(self, folders: Iterable[Path]) -> list[Path]:
+        """Return the files of this name in some folders; of a run its weights."""
         name = last_part(self.name)
-        for path in (folder / name for folder in folders if name.strip(".")):
-            for file in (path, path / "ema.safetensors", path / "last.ckpt"):
-                if self.sha256 is not None and file.is_file() and sha256(file) == self.sha256:
-                    return file
-        return None
+        paths = [folder / name for folder in folders] if name.strip(".") else []
+        found = [file for path in paths for file in (path, path / "ema.safetensors", path / "last.ckpt")]
+        return [file for file in found if file.is_file()]
 
 
 def public_name(path: str | Path) -> str:

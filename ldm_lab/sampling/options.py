@@ -23,6 +23,7 @@ Resize = Literal["crop", "pad", "stretch"]
 Precision = Literal["32-true", "16-mixed", "bf16-mixed"]  # as the trainer calls them
 
 MIN_TIMESTEPS_FAST27 = 50  # that GLIDE's respacing for upsampling needs
+DEFAULT_GUIDANCE = 3.0
 DEFAULT_UPSAMPLER = "ddim"
 DEFAULT_SAMPLER = "unipc"  # nearest to the converged picture for its model calls (docs/measured.md)
 # Options that make no sense between prompts (`ldm_lab.sampling.interpolation`).
@@ -82,7 +83,7 @@ class SamplingOptions:
         rerank: make so many pictures for each, keep the one most like its prompts
         seed: of the first picture, the others count on from it; -1 draws one
         batch_size: pictures at once
-        tile: decode larger pictures in overlapping tiles of this side, pixels
+        tile: decode larger pictures in tiles of this side, pixels; the same pictures, with less memory on the device
     """
 
     guidance: float | None = None
@@ -182,7 +183,7 @@ class SamplingOptions:
             sampler = {"name": DEFAULT_UPSAMPLER, "steps": steps}
         return replace(
             self,
-            guidance=(1.0 if plain else 3.0) if self.guidance is None else self.guidance,
+            guidance=(1.0 if plain else DEFAULT_GUIDANCE) if self.guidance is None else self.guidance,
             sampler={"name": sampler} if isinstance(sampler, str) else sampler,
             temperature=(0.997 if upsampler else 1.0) if self.temperature is None else self.temperature,
             aesthetic_weight=0.5

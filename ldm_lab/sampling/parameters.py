@@ -16,7 +16,8 @@ SAMPLER_NAMES = {  # those that mean the same there
     "plms": "PLMS", "ddim": "DDIM", "ddpm": "DDPM",
 }  # fmt: skip
 NEGATIVE = "Negative prompt:"
-FIELD = re.compile(r'\s*([A-Za-z][\w /-]{0,60}):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
+FIELD = re.compile(r'([A-Za-z][\w /-]{0,60}):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
+WEIGHT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)")  # of a prompt joined by AND
 FEWEST_FIELDS = 3  # in the last line; with fewer it belongs to the prompt
 LONGEST_LINE = 20_000  # characters of that line that are read
 
@@ -68,6 +69,19 @@ def written_prompt(texts: Sequence[tuple[str, float]], guidance: float) -> tuple
     scale = guidance or 1.0
     shares = [f"{escaped(text)} :{weight / scale:g}" for text, weight in texts]
     return " AND ".join(shares), scale
+
+
+def read_prompt(written: str, scale: float) -> list[tuple[str, float]]:
+    """Return the weighted texts that a prompt in A1111's notation means at a CFG scale: those of `written_prompt`."""
+    parts = re.split(r"\bAND\b", written)
+    return [_weighted(part, scale) for part in parts] if len(parts) > 1 else [(unescaped(written), scale)]
+
+
+def _weighted(part: str, scale: float) -> tuple[str, float]:
+    text, colon, weight = part.rpartition(":")
+    if colon and WEIGHT.fullmatch(weight.strip()):
+        return unescaped(text.strip()), scale * float(weight)
+    return unescaped(part.strip()), scale
 
 
 def escaped(text: str) -> str:

@@ -19,17 +19,19 @@ from ldm_lab.sampling.aliases import our_sampler
 from ldm_lab.sampling.names import FileRecord
 from ldm_lab.sampling.options import (
     BASE_ONLY,
+    DEFAULT_GUIDANCE,
     IMAGE_FILES,
     MODEL_FILES,
     OF_LOADING,
     UPSAMPLER,
     OptionValues,
 )
-from ldm_lab.sampling.parameters import Parameters, unescaped
+from ldm_lab.sampling.parameters import Parameters, read_prompt, unescaped
 
 SETTINGS = "ldm_lab"  # keyword of the settings in a picture
 LARGEST_FILE = 2**28  # bytes
 LARGEST_SIDE, MOST_STEPS, MOST_PROMPTS, LARGEST_BATCH = 16_384, 10_000, 100, 4096
+LONGEST_PROMPT = 5000  # characters; a text encoder reads some hundred
 FILE_LISTS = (*IMAGE_FILES, *MODEL_FILES, "noised_clip", "checkpoint", "upsampler")
 # What an entry tells that is no setting: results, and what is taken otherwise.
 TOLD = ("file", "prompts", "similarity", "rerank", "width", "height", "base", "stages", "batch", "device")
@@ -60,6 +62,10 @@ class RecordedPrompt:
     text: str
     weight: float | None = None
     image: FileRecord | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.text) > LONGEST_PROMPT:
+            raise UserError(f"prompts: {LONGEST_PROMPT} characters at most are repeated, not {len(self.text)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +146,7 @@ def _own(entry: Entry) -> Recorded:
     for key, value in entry.items():
         if key in known and isinstance(value, str | int | float | list):
             values[key] = _value(entry, key)
-        elif key not in (*TOLD, "seed", *FILE_LISTS, *(f"{name}_sha256" for name in FILE_LISTS)):
+        elif value is not None and key not in (*TOLD, "seed", *FILE_LISTS, *(f"{name}_sha256" for name in FILE_LISTS)):
             left_out.append(key)
     return Recorded(
         prompts=_prompts(entry),
@@ -179,6 +185,8 @@ def _value(entry: Entry, key: str) -> TakenValue:
         if any(len(count) > 9 for count in counts) or sum(map(int, counts)) > MOST_STEPS:
             raise UserError(f"{key}: {MOST_STEPS} at most are repeated, not {str(value)[:60]}")
     assert isinstance(value, str | int | float), "the caller knows"
+    if key == "negative":
+        RecordedPrompt(str(value))  # not too long
     return value
 
 
@@ -252,6 +260,7 @@ def _foreign(parameters: Parameters) -> Recorded:
         raise UserError("its settings are empty")
     values, left_out = Taken(), []
     if parameters.negative:
+        RecordedPrompt(parameters.negative)  # not too long
         values["negative"] = unescaped(parameters.negative)
     for name, text in parameters.fields.items():
         taken = _foreign_value(name, text)
@@ -260,9 +269,13 @@ def _foreign(parameters: Parameters) -> Recorded:
             left_out.append(name)
     if "spacing" in values and "sampler" not in values:
         del values["spacing"]
-    return Recorded(
-        prompts=[RecordedPrompt(unescaped(parameters.prompt))], values=values, left_out=left_out, is_ours=False
-    )
+    guidance = values.get("guidance")
+    scale = guidance if isinstance(guidance, float) else DEFAULT_GUIDANCE
+    texts = read_prompt(parameters.prompt, scale)
+    if len(texts) > MOST_PROMPTS:
+        raise UserError(f"prompts: {MOST_PROMPTS} at most are repeated, not {len(texts)}")
+    prompts = [RecordedPrompt(text, weight if len(texts) > 1 else None) for text, weight in texts]
+    return Recorded(prompts=prompts, values=values, left_out=left_out, is_ours=False)
 
 
 def _foreign_value(name: str, text: str) -> Taken:

@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import torch
 from PIL import Image
@@ -96,6 +97,8 @@ def checked_request(
     seeds = range(options.seed, options.seed + len(mixes)) if seeds is None else seeds
     if len(seeds) != len(mixes):
         raise UserError(f"seeds: {len(seeds)} for {len(mixes)} pictures; one for each is needed")
+    if odd := [seed for seed in seeds if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**64]:
+        raise UserError(f"seeds: whole numbers of at most 64 bits are needed, not {odd[0]!r}")
     given = _low_res(model, low_res, len(mixes))  # [N, 3, h, w] or None
     init_image = InitImage.from_options(options)
     if init_image is not None:

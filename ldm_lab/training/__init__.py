@@ -4,4 +4,5 @@
 `diffusion`, `autoencoder`, `cloob`   one task each; `training_step` is where the loss is computed
 `runner`      config -> task, data and Trainer; the run's folder
 `checkpointing`, `resume`, `demo`, `logs`, `interrupt`   one concern each, as a callback or a config section
+`disk`        room for the checkpoints, before the run starts
 """

@@ -12,7 +12,7 @@ from ldm_lab.data.cache import ENCODERS, META, CacheWriter, complete, read_meta
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.data.file_facts import Files, differences, digest, facts_of, read_facts, write_facts
 from ldm_lab.data.samples import as_utf8
-from ldm_lab.errors import UserError
+from ldm_lab.errors import UserError, told_in_one_line
 from ldm_lab.progress import Bar
 from ldm_lab.training.logs import print_rank_zero
 
@@ -92,6 +92,7 @@ def check_cache(folder: Path, config: RunConfig, files: Files) -> None:
         raise UserError(f"{folder}: this cache was made of other files: {as_utf8(found)}; {remedy}{hint}")
 
 
+@told_in_one_line(lambda: "encoding the data", "a smaller data.batch_size needs less")
 @torch.no_grad()
 def make_cache(config: RunConfig, folder: Path, device: str | None = None) -> str:
     """Encode the data of a diffusion config, with a progress bar; return a line that says what was done.

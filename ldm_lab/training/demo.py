@@ -10,7 +10,7 @@ from pytorch_lightning.utilities.types import STEP_OUTPUT
 
 from ldm_lab.batch import Batch
 from ldm_lab.config import PartSection, Plain, PositiveInt, register
-from ldm_lab.errors import UserError
+from ldm_lab.errors import UserError, told_in_one_line
 from ldm_lab.io.images import grid, save_png
 from ldm_lab.prompts import read_prompts
 from ldm_lab.sampling import Model, Pipeline, SamplingOptions
@@ -64,6 +64,7 @@ class Demo(Callback):
             self.done_at = step
             self.draw(trainer, task)
 
+    @told_in_one_line(lambda: "drawing the demo grid", "a smaller demo.sampling.batch_size or fewer prompts need less")
     def draw(self, trainer: Trainer, task: DiffusionTask) -> None:
         """Sample this rank's share of the prompts; rank 0 gathers, writes and logs the grid."""
         mine = range(trainer.global_rank, len(self.prompts), trainer.world_size)

@@ -65,9 +65,13 @@ class EMASnapshots(Callback):
         for average in self.averages.values():
             kept = {name: average.get(name, weight).to(weight.device, torch.float32) for name, weight in own.items()}
             average.update({name: value.clone() for name, value in kept.items()})
-        for path in self.folder.glob("*.safetensors"):
-            if int(path.name.partition("-")[0]) > self.updates:  # of a course that this run does not take
-                path.unlink()
+        later = [path for path in self.folder.glob("*.safetensors") if int(path.name.partition("-")[0]) > self.updates]
+        for path in later:
+            path.unlink()
+        if later:
+            print(
+                f"{self.folder}: {len(later)} snapshots after step {self.updates} removed, they are not of this course"
+            )
 
     @torch.no_grad()
     def on_train_batch_end(

@@ -31,6 +31,7 @@ class Interrupt(Callback):
     Attributes:
         received: the signal's number, or None.
         time_is_up: whether `max_time` has passed.
+        reader_lost: whether a loader process of one of several ranks has died.
     """
 
     def __init__(self, max_time: float | None = None) -> None:
@@ -38,6 +39,7 @@ class Interrupt(Callback):
         self.max_time = max_time
         self.received: int | None = None
         self.time_is_up = False
+        self.reader_lost = False
         self.stopping = False  # all ranks have agreed
         self.began: float | None = None  # on the monotonic clock
         self.before: dict[int, Handler] = {}
@@ -75,10 +77,11 @@ class Interrupt(Callback):
         if trainer.world_size == 1:
             self.stopping = told
         elif index % AGREE_EVERY == 0:
-            heard = torch.tensor([self.received or 0, self.time_is_up], dtype=torch.int64, device=task.device)  # [2]
+            flags = [self.received or 0, self.time_is_up, trainer.datamodule.lost is not None]
+            heard = torch.tensor(flags, dtype=torch.int64, device=task.device)  # [3]
             torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MAX)
-            self.received, self.time_is_up = int(heard[0]) or None, bool(heard[1])
-            self.stopping = self.received is not None or self.time_is_up
+            self.received, self.time_is_up, self.reader_lost = int(heard[0]) or None, bool(heard[1]), bool(heard[2])
+            self.stopping = self.received is not None or self.time_is_up or self.reader_lost
         if self.stopping and (index + 1) % trainer.accumulate_grad_batches == 0:
             trainer.should_stop = True
 
@@ -90,7 +93,9 @@ class Interrupt(Callback):
 
     def why(self) -> str:
         """Return what told the run to stop, in words."""
-        return f"signal {self.received}" if self.received else "trainer.max_time"
+        if self.received:
+            return f"signal {self.received}"
+        return "trainer.max_time" if self.time_is_up else "a loader process that died"
 
 
 def seconds(duration: str) -> float:

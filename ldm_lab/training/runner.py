@@ -242,7 +242,8 @@ def fit(trainer: Trainer, task: Task, data: DataModule, callbacks: RunCallbacks)
         with fail_together(trainer), told_in_one_line(lambda: training_now(trainer), LESS_MEMORY):
             trainer.fit(task, datamodule=data, ckpt_path=resume.path, weights_only=True)
     except ReadingError as error:
-        if not (interrupt.told_to_stop() or (error.may_pass and callbacks.checkpoint.saved_here)):
+        alone = trainer.world_size == 1 or trainer.is_global_zero  # another rank is heard by its error alone
+        if not alone or not (interrupt.told_to_stop() or (error.may_pass and callbacks.checkpoint.saved_here)):
             raise
         why = interrupt.why() if interrupt.told_to_stop() else "the data"
         return f"{why} ({error})"

@@ -45,7 +45,8 @@ class CLOOBPickle(Importer):
 
     def matches(self, file: OpenedFile) -> bool:
         """Return whether it is a pickle that is no checkpoint; what else there may be in it is said on reading."""
-        return file.pickled is not None
+        flat = isinstance(file.pickled, dict) and all(isinstance(value, np.ndarray) for value in file.pickled.values())
+        return file.pickled is not None and not flat
 
     def network(self, file: OpenedFile) -> dict[str, TensorInfo]:
         """Return the towers' tensors."""

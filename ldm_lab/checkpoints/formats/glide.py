@@ -5,6 +5,7 @@ All are state dicts under the names of openai/glide-text2im, plain or wrapped by
 """
 
 from pathlib import Path
+from typing import NamedTuple, get_args
 
 from torch import Tensor
 
@@ -21,23 +22,40 @@ from ldm_lab.checkpoints.opened import OpenedFile, Shapes
 from ldm_lab.conditions import ConditionKind, ConditionSpec, Embedding, ImageCondition, TokenIds
 from ldm_lab.errors import UserError, unknown
 from ldm_lab.pretrained.resolve import cache_folder
+from ldm_lab.schedules.discrete import Betas
 
 FIRST, LAST, TEXT = "input_blocks.0.0.weight", "out.2.weight", "transformer_proj.weight"
 PREFIXES = ("_orig_mod.", "module.")  # of torch.compile, of DistributedDataParallel
 # What no shape tells, and what each of the released models has there.
-GLIDE = {"head_width": 64, "text_heads": 8, "timesteps": 1000}
-PRESETS = {
-    "openai": GLIDE,
-    "laionide": GLIDE,
-    "miniglide": {"head_width": 32, "text_heads": 8, "timesteps": 100},
-    "dogglide": {"head_width": 32, "text_heads": 8, "timesteps": 1000},
-}
-ZERO_TO_ONE = ("miniglide", "dogglide")  # trained on images in [0, 1]
+GLIDE = {"head_width": 64, "text_heads": 8, "norm_groups": 32, "timesteps": 1000}
+MINI = {**GLIDE, "head_width": 32, "zero_to_one": True}  # trained on images in [0, 1]
+PRESETS = {"openai": GLIDE, "laionide": GLIDE, "miniglide": {**MINI, "timesteps": 100}, "dogglide": MINI}
+DENOISER = ("head_width", "text_heads", "norm_groups")  # of these the network's options
 MINI_CHANNELS = 96  # base channels of miniGLIDE and dogGLIDE
 SCALE_FACTOR = 4  # how many times an upsampler enlarges
 RGB = 3  # channels of pixels, and of an upsampler's condition
 DROPOUT = 0.2  # share of empty captions in the fine-tuning; miniGLIDE had none, but it is sampled as if
 LATENT_STD = 1 / 0.18215  # of glide-finetune's latents: Stable Diffusion's
+VOCABULARIES = {"gpt2": 50257, "clip": 49408}  # all tokens
+CHOICES = {"betas": get_args(Betas), "vocabulary": tuple(VOCABULARIES)}
+
+
+class Form(NamedTuple):
+    """What a network is, as its shapes tell, of what matters for what they do not.
+
+    Attributes:
+        base_channels: of its first level.
+        levels: how many there are.
+        upsampler: whether it enlarges.
+        latent: whether it is one of latents.
+        vocabulary: tokens that it knows.
+    """
+
+    base_channels: int
+    levels: int
+    upsampler: bool
+    latent: bool
+    vocabulary: int
 
 
 def is_glide(tensors: Shapes) -> bool:
@@ -57,20 +75,42 @@ def unet(tensors: dict[str, Tensor], path: str | Path, overrides: Section | None
     Raises:
         UserError: not such a network; overrides that are none of those.
     """
+    state, options, shape, said = _read(tensors, path, overrides or Section())
+    return LoadedDenoiser(state, Section({**options, **{key: said[key] for key in DENOISER}}), shape)
+
+
+def _read(
+    tensors: dict[str, Tensor], path: str | Path, overrides: Section
+) -> tuple[dict[str, Tensor], Section, DenoiserShape, Section]:
+    """Return tensors in float32, the options that they tell, what the network takes, and what no shape tells."""
     state = {_bare(name): value for name, value in tensors.items()}
     if not is_glide(state):
         raise UserError(f"{path}: not a GLIDE network: {FIRST!r}, {LAST!r} or {TEXT!r} is missing")
     try:
-        sizes, conditions = infer_config(state), infer_conditions(state)
+        sizes, channels = infer_config(state), state[LAST].shape[0] // 2
+        conditions = infer_conditions(state)
+        said = unsaid(overrides, form(sizes, channels, conditions), path)
+        conditions = infer_conditions(state, said.get("scale_factor", SCALE_FACTOR))
     except KeyError as error:
         raise UserError(f"{path}: not a complete GLIDE network ({error} is missing or misshapen)") from None
+    except UserError:
+        raise
     except (IndexError, ValueError, ZeroDivisionError):
         raise UserError(f"{path}: not a complete GLIDE network (a tensor has too few or too many dimensions)") from None
-    said = unsaid(overrides or Section(), sizes["base_channels"], path)
-    options = Section({**sizes, "head_width": said["head_width"], "text_heads": said["text_heads"]})
+    quantized = next((name for name, value in state.items() if not value.is_floating_point()), None)
+    if quantized is not None:
+        raise UserError(f"{path}: {quantized} is {state[quantized].dtype}: not a weight of a GLIDE network's")
     # Fine-tuning in half precision leaves files of mixed types; each tensor goes to float32 by itself.
     state = {name: value.float() for name, value in state.items()}
-    return LoadedDenoiser(state, options, DenoiserShape(state[LAST].shape[0] // 2, conditions))
+    return state, sizes, DenoiserShape(channels, conditions), said
+
+
+def form(sizes: Section, channels: int, conditions: ConditionSpec) -> Form:
+    """Return the form of a network of these options, channels and conditions."""
+    text = conditions["token_ids"]
+    vocabulary = text.vocabulary if isinstance(text, TokenIds) else 0
+    levels = len(sizes["multipliers"])
+    return Form(sizes["base_channels"], levels, "low_res" in conditions, channels != RGB, vocabulary)
 
 
 def model(tensors: dict[str, Tensor], path: str | Path, overrides: Section | None = None) -> LoadedModel:
@@ -79,35 +119,31 @@ def model(tensors: dict[str, Tensor], path: str | Path, overrides: Section | Non
     The noise schedule is in no file: upsamplers were trained with linear betas, glide-finetune's latent form with those
     of latent diffusion, all others with the cosine's.
     """
-    state, options, (channels, conditions) = unet(tensors, path, overrides)
-    said = unsaid(overrides or Section(), options["base_channels"], path)
+    state, options, (channels, conditions), said = _read(tensors, path, overrides or Section())
     latent, upsampler, text = channels != RGB, "low_res" in conditions, conditions["token_ids"]
-    pixels = {"name": "identity", **({"zero_to_one": True} if said["preset"] in ZERO_TO_ONE else {})}
-    vocabulary = {} if text.vocabulary == 50257 else {"vocab_size": text.vocabulary}
+    pixels = {"name": "identity", **({"zero_to_one": True} if said.get("zero_to_one") else {})}
+    vocabulary = Section() if said["vocabulary"] == "gpt2" else Section(vocabulary="clip")
+    if text.vocabulary != VOCABULARIES[said["vocabulary"]]:
+        vocabulary["vocab_size"] = text.vocabulary
     config = Section(
         task="diffusion",
-        autoencoder={"name": "kl_f8", "latent_std": LATENT_STD} if latent else pixels,
+        autoencoder={"name": "kl_f8", "latent_std": said["latent_std"]} if latent else pixels,
         conditioner={
             "name": "glide_text",
             **vocabulary,
             "text_size": text.length,
             "dropout": 0.0 if upsampler else DROPOUT,
         },
-        denoiser={"name": "glide_unet", **options},
-        objective={
-            "name": "eps_hybrid",
-            "betas": "linear" if upsampler else "linear_latent" if latent else "squaredcos_cap_v2",
-            "timesteps": said["timesteps"],
-        },
+        denoiser={"name": "glide_unet", **options, **{key: said[key] for key in DENOISER}},
+        objective={"name": "eps_hybrid", "betas": said["betas"], "timesteps": said["timesteps"]},
     )
     if sources := infer_condition_sources(conditions, channels):
         config["condition_sources"] = sources
-    side = 2 ** (len(options["multipliers"]) + 2)  # the original's own rule: 64 for base, 256 for the upsampler
-    return LoadedModel(config, state, {"image_size": str(side * 8 if latent else side)})
+    return LoadedModel(config, state, {"image_size": str(said["image_size"])})
 
 
-def infer_conditions(state: Shapes) -> ConditionSpec:
-    """Return the conditions that a network takes, from the shapes."""
+def infer_conditions(state: Shapes, scale_factor: int = SCALE_FACTOR) -> ConditionSpec:
+    """Return the conditions that a network takes, from the shapes; they do not tell how much an upsampler enlarges."""
     channels = state[LAST].shape[0] // 2  # eps, and as many for the variance
     extra = state[FIRST].shape[1] - channels
     forms = {
@@ -119,7 +155,7 @@ def infer_conditions(state: Shapes) -> ConditionSpec:
     length, _ = state["positional_embedding"].shape
     conditions: dict[str, ConditionKind] = {"token_ids": TokenIds(length, state["token_embedding.weight"].shape[0])}
     if upsampler:
-        conditions["low_res"] = ImageCondition(RGB, SCALE_FACTOR)
+        conditions["low_res"] = ImageCondition(RGB, scale_factor)
     if inpaint:
         conditions |= {"inpaint_image": ImageCondition(channels), "inpaint_mask": ImageCondition(1)}
     if "clip_to_xf.weight" in state:
@@ -130,8 +166,9 @@ def infer_conditions(state: Shapes) -> ConditionSpec:
 def infer_condition_sources(conditions: ConditionSpec, channels: int) -> Section:
     """Return the config section `condition_sources` that goes with a network's conditions."""
     sources = Section()
-    if "low_res" in conditions:
-        sources["low_res"] = {"scale_factor": SCALE_FACTOR}
+    low_res = conditions.get("low_res")
+    if isinstance(low_res, ImageCondition):
+        sources["low_res"] = {"scale_factor": low_res.scale_factor}
     if "inpaint_image" in conditions:
         sources["inpaint"] = {} if channels == RGB else {"channels": channels}
     clip = conditions.get("clip_embed")
@@ -182,8 +219,8 @@ def _count(state: Shapes, name: str) -> int:
     return count
 
 
-def unsaid(overrides: Section, base_channels: int, path: str | Path) -> Section:
-    """Return what no shape tells: `preset`, a key of PRESETS, and `head_width`, `text_heads` and `timesteps`.
+def unsaid(overrides: Section, form: Form, path: str | Path) -> Section:
+    """Return what no shape tells: `preset`, a key of PRESETS, and the keys of `assumable`.
 
     Unless they are given they are those of the preset, and that follows from the width: 96 base channels are
     miniGLIDE's, or dogGLIDE's if the file's name has "dog" in it, others OpenAI's.
@@ -191,36 +228,58 @@ def unsaid(overrides: Section, base_channels: int, path: str | Path) -> Section:
     Raises:
         UserError: overrides that are none of those.
     """
-    for key, value in overrides.items():
-        if key == "preset" and (not isinstance(value, str) or value not in PRESETS):
-            raise UserError(f"preset: {unknown('preset', value, PRESETS)}")
-        if key not in ("preset", *GLIDE):
-            raise UserError(f"{key}: {unknown('key', key, ['preset', *GLIDE])}")
-        if key in GLIDE and (type(value) is not int or value < 1):
-            raise UserError(f"{key}: a positive whole number is needed, not {value!r}")
     mini = "dogglide" if "dog" in Path(path).name.lower() else "miniglide"
-    preset = overrides.get("preset", mini if base_channels == MINI_CHANNELS else "openai")
-    return Section({**PRESETS[preset], "preset": preset, **overrides})
+    preset = overrides.get("preset", mini if form.base_channels == MINI_CHANNELS else "openai")
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise UserError(f"preset: {unknown('preset', preset, PRESETS)}")
+    values = assumable(preset, form)
+    for key, value in overrides.items():
+        if key not in ("preset", *values):
+            raise UserError(f"{key}: {unknown('key', key, ['preset', *values])}")
+        if type(values.get(key)) is int and (type(value) is not int or value < 1):
+            raise UserError(f"{key}: a positive whole number is needed, not {value!r}")
+        if type(values.get(key)) is bool and type(value) is not bool:
+            raise UserError(f"{key}: true or false is needed, not {value!r}")
+        if type(values.get(key)) is float and not (type(value) in (int, float) and 0 < value < float("inf")):
+            raise UserError(f"{key}: a number above 0 is needed, not {value!r}")
+        if key in CHOICES and value not in CHOICES[key]:
+            raise UserError(f"{key}: {unknown('choice', value, CHOICES[key])}")
+    return Section({**values, "preset": preset, **overrides})
 
 
-def assumed(config: Section, path: Path, overrides: Section) -> str:
+def assumable(preset: str, form: Form) -> Section:
+    """Return what is assumed of a network of this form, unless it is said."""
+    upsampling = {"scale_factor": SCALE_FACTOR} if form.upsampler else {}
+    pixels = {"latent_std": LATENT_STD} if form.latent else {"zero_to_one": False}
+    values = Section({**GLIDE, **upsampling, **pixels})
+    values["betas"] = "linear" if form.upsampler else "linear_latent" if form.latent else "squaredcos_cap_v2"
+    values["vocabulary"] = "clip" if form.vocabulary == VOCABULARIES["clip"] else "gpt2"
+    side = 2 ** (form.levels + 2)  # the original's own rule: 64 for base, 256 for the upsampler
+    values["image_size"] = side * 8 if form.latent else side
+    values.update({key: value for key, value in PRESETS[preset].items() if key in values})
+    return values
+
+
+def assumed(loaded: LoadedModel, form: Form, path: Path, overrides: Section) -> str:
     """Return a line on what was read of a file and what had to be assumed, and the way out; "" of a released one."""
-    if cache_folder() in path.parents:
+    if cache_folder() in path.parents or "preset" in overrides:
         return ""
-    denoiser, objective = Section(config["denoiser"]), Section(config["objective"])
-    unknown_keys = [key for key in GLIDE if key not in overrides]
-    if not unknown_keys:
+    values = {key: value for key, value in unsaid(overrides, form, path).items() if key not in ("preset", *overrides)}
+    if not values:
         return ""
-    values = {**denoiser, **objective}
-    shown = ", ".join(f"{key}={values[key]}" for key in unknown_keys)
-    form = "an upsampler" if "low_res" in config.get("condition_sources", {}) else "a base model"
-    factor = f", low_res.scale_factor={SCALE_FACTOR}" * (form == "an upsampler")
-    sizes = f"{denoiser['base_channels']} channels, levels {denoiser['multipliers']}"
+    texts = {key: f"{value:g}" if type(value) is float else str(value).lower() for key, value in values.items()}
+    shown = " ".join(f"{key}={text}" for key, text in texts.items())
+    denoiser = Section(loaded.config["denoiser"])
+    kind = "an upsampler" if form.upsampler else "a base model"
     return (
-        f"{path}: read as {form} of GLIDE's ({sizes}); not in the file, and assumed: {shown}, "
-        f"betas={objective['betas']}{factor}; for another: python -m ldm_lab convert {path} OUT.safetensors "
-        f"{unknown_keys[0]}=N, then take OUT.safetensors"
+        f"{path}: read as {kind} of GLIDE's ({denoiser['base_channels']} channels, levels {denoiser['multipliers']}, "
+        f"{form.vocabulary} tokens); not in the file, and assumed: {shown}; where one is another: "
+        f"python -m ldm_lab convert {path} OUT.safetensors KEY=VALUE ..., then take OUT.safetensors"
     )
+
+
+def _shapes(file: OpenedFile) -> Shapes:
+    return {_bare(name): info for name, info in file.tensors.items()}
 
 
 @register_importer
@@ -240,10 +299,12 @@ class Glide(Importer):
     def read_model(self, file: OpenedFile, ema: bool, overrides: Section) -> LoadedModel:
         """Return the model; a file holds one set of weights. What is assumed of a file that is not released is said."""
         loaded = model(file.read(), file.path, overrides)
-        if line := assumed(loaded.config, file.path, overrides):
+        shape, sizes = self.denoiser_shape(file, ema), infer_config(_shapes(file))
+        if line := assumed(loaded, form(sizes, shape.channels, shape.conditions), file.path, overrides):
             say_once(line)
         return loaded
 
     def denoiser_shape(self, file: OpenedFile, ema: bool) -> DenoiserShape:
         """Return channels and conditions."""
-        return unet(file.read(), file.path).shape
+        shapes = _shapes(file)
+        return DenoiserShape(shapes[LAST].shape[0] // 2, infer_conditions(shapes))

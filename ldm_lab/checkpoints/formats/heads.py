@@ -38,6 +38,13 @@ DROPOUT = (0.2, 0.2, 0.1)  # of the improved predictor, behind its first three l
 class _Head(Importer):
     """A released head."""
 
+    def config(self, file: OpenedFile) -> Section:
+        """Return what the file tells; nothing of layers that are no head."""
+        try:
+            return Section(head=self.read(file, "head").config)
+        except UserError:
+            return Section()
+
     def read(self, file: OpenedFile, role: str) -> LoadedPart:
         """Return the head with the options that follow from its shapes, and what the catalogue knows of the file."""
         state, options = head(file.read(), file.path)

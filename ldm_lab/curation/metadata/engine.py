@@ -36,7 +36,8 @@ class Engine:
         if not files.layouts:
             return self.read_parquet(files.paths, ())
         tables = [_aligned(self.read_parquet(one.paths, one.names), one, files) for one in files.layouts]
-        return _joined(tables)
+        kinds = tables[0].schema()
+        return _joined([table.cast({n: kinds[n] for n in kinds if table[n].type() != kinds[n]}) for table in tables])
 
     def read_parquet(self, paths: Sequence[str], names: Sequence[str]) -> ir.Table:
         """Return the table in Parquet files of equal columns `names`, made unique; () for columns not known yet."""

@@ -92,6 +92,7 @@ def _scores(tags: ir.Table, files: Files, quantity: str, rules: Sequence[Rule], 
     name = name or own.require(asked, columns, where)
     key, score = _hashes(tags, columns, own, where), tags[columns[name]]
     number = as_number(score)
+    score = number if score.type().is_string() else score  # of texts "9" would be the highest, above "10"
     inside = ~number.isnull()
     for rule in rules:
         if isinstance(rule, Limits) and plain(rule.quantity) == quantity:

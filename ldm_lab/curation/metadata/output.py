@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import ibis
 import ibis.expr.types as ir
 
+from ldm_lab.curation.metadata.engine import Engine
 from ldm_lab.curation.metadata.layouts import unique_names
 from ldm_lab.curation.metadata.tables import TableRow, as_hash, as_number, is_unsigned_hash
 from ldm_lab.errors import UserError, unknown
@@ -15,6 +16,7 @@ from ldm_lab.rules.quantities import STANDARD
 KEY = "ldm_lab_order"  # the column that a shuffled table is ordered by
 HASH = "hash"
 SIZES = ("WIDTH", "HEIGHT")
+UNKNOWN = ("", "nan", "null", "none", "na", "n/a", "-", "\\n")  # texts in the place of a number
 NUMBERS = ("aesthetic", "punsafe", "pwatermark", "similarity")  # quantities that a text file has as texts
 BOOKKEEPING = {  # columns of img2dataset's output that are about the download
     "key", "status", "error_message", "exif", "width", "height", "original_width", "original_height",
@@ -34,37 +36,66 @@ class OutputColumns:
     notes: list[str] = field(default_factory=list)
 
 
-def output_table(row: TableRow, kept: ir.Table, columns: Mapping[str, str], shuffle: int | None) -> ir.Table:
+def output_table(
+    engine: Engine, row: TableRow, kept: ir.Table, columns: OutputColumns, shuffle: int | None
+) -> ir.Table:
     """Return the kept rows under the names that img2dataset takes, the sizes the right way round.
 
     Args:
+        engine: opened.
         row: of the table before rows were dropped.
         kept: the rows to write.
-        columns: column of the output -> column of the table, see `output_columns`.
+        columns: what is written; gets a note of columns of numbers that some texts are not.
         shuffle: seed of the hash in the column `KEY`; None for no such column.
     """
-    values = {name: kept[column] for name, column in columns.items()}
-    hashes, numbers = _columns_of(row, (HASH,)), _columns_of(row, NUMBERS)
-    for name, value in values.items():
-        if name.upper() in SIZES and is_unsigned_hash(value.type()):  # which engines write as types of their own
-            values[name] = as_number(value).try_cast("int32")
-        if not value.type().is_string():
-            continue
-        if columns[name] in hashes:
-            values[name] = as_hash(value)  # out of a text file
-        elif columns[name] in numbers:
-            values[name] = value.try_cast("float64")
-        elif name.upper() in SIZES:
-            values[name] = as_number(value).floor().try_cast("int32")  # engines round in ways of their own
+    texts = {name: kept[column] for name, column in columns.names.items()}
+    numbers = _numbers(row, texts, columns.names)
+    lost = _lost(engine, kept, texts, numbers)
+    columns.notes += [
+        f"{count:,} values of the column {name} are texts that are no numbers; it is written as it is"
+        for name, count in lost.items()
+    ]
+    values = {**texts, **{name: value for name, value in numbers.items() if name not in lost}}
     if shuffle is None:
         return kept.select(**values)
-    texts = [kept[row.columns[row.name(q)]].cast("string").fill_null("") for q in ("url", "caption") if row.name(q)]
-    if not texts:
+    said = [kept[row.columns[row.name(q)]].cast("string").fill_null("") for q in ("url", "caption") if row.name(q)]
+    if not said:
         raise UserError(f"{row.where}: shuffle needs a column url or caption; there are: {', '.join(row.columns)}")
     seeded = ibis.literal(f"{shuffle} ")
-    for text in texts:
+    for text in said:
         seeded = seeded + text
     return kept.select(**values, **{KEY: seeded.hash()})
+
+
+def _numbers(row: TableRow, values: Mapping[str, ir.Column], columns: Mapping[str, str]) -> dict[str, ir.NumericValue]:
+    """Return the columns that hold a number or a hash in other types, as texts of a text file, as numbers."""
+    hashes, scores = _columns_of(row, (HASH,)), _columns_of(row, NUMBERS)
+    numbers: dict[str, ir.NumericValue] = {}
+    for name, value in values.items():
+        is_text = value.type().is_string()
+        if is_text and columns[name] in hashes:
+            numbers[name] = as_hash(value)
+        elif is_text and columns[name] in scores:
+            numbers[name] = value.try_cast("float64")
+        elif name.upper() in SIZES and (is_text or is_unsigned_hash(value.type())):  # whose types engines write apart
+            numbers[name] = as_number(value).floor().try_cast("int32")
+    return numbers
+
+
+def _lost(
+    engine: Engine, kept: ir.Table, values: Mapping[str, ir.Column], numbers: Mapping[str, ir.NumericValue]
+) -> dict[str, int]:
+    """Return how many texts of which columns are no numbers, of those that have such texts."""
+    asked = {name: number for name, number in numbers.items() if values[name].type().is_string()}
+    if not asked:
+        return {}
+    names = list(asked)
+    counts = {
+        f"c{place}": (asked[name].isnull() & values[name].notnull() & ~values[name].strip().lower().isin(UNKNOWN)).sum()
+        for place, name in enumerate(names)
+    }
+    (found,) = engine.rows(kept.aggregate(**counts))
+    return {name: int(count) for place, name in enumerate(names) if (count := found[f"c{place}"])}
 
 
 def _columns_of(row: TableRow, quantities: Sequence[str]) -> set[str]:

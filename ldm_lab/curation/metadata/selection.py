@@ -141,7 +141,7 @@ class Selection:
             judged = {plain(q): name for rule in rules for q in rule.needs if (name := row.name(q))}
             chosen = output_columns(row, self.columns, judged)
             counts = self._count(engine, row, rules)
-            table = output_table(row, self._kept(row, rules), chosen.names, self.shuffle)
+            table = output_table(engine, row, self._kept(row, rules), chosen, self.shuffle)
             report = Report(
                 rows=counts.rows,
                 kept=0,

@@ -179,6 +179,8 @@ def _address(path: str) -> str:
 
 def _message(error: Exception) -> str:
     """Return the line of a Java stack that says what happened."""
+    if "compress.BrotliCodec" in str(error):
+        return "Spark has no Brotli, which compresses one of these files; engine.name=duckdb has it"
     causes = re.findall(r"Caused by: (.+)", str(error))
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if len(lines) > 1 and lines[1].startswith(": "):  # the first says only what Python called

@@ -129,7 +129,8 @@ def as_hash(column: ir.Column) -> ir.IntegerValue:
     if not is_unsigned_hash(kind):
         return column
     wide = column.cast(WIDE)
-    turns = ibis.ifelse(wide >= ibis.literal(Decimal(2**63), WIDE), ibis.literal(Decimal(2**64), WIDE), 0)
+    least, turn = (ibis.literal(Decimal(number), WIDE) for number in (2**63, 2**64))
+    turns = ibis.ifelse((wide >= least) & (wide < turn), turn, 0)
     return (wide - turns).try_cast("int64")  # null beyond 64 bits
 
 

@@ -202,7 +202,8 @@ def _signed(name: str, kind: str) -> str:
     if kind not in (*UNSIGNED, "VARCHAR") and not (kind.startswith("DECIMAL") and kind.endswith(",0)")):
         raise not_a_hash(name, kind, kind in ("DOUBLE", "FLOAT"))
     wide = f"TRY_CAST({identifier(name)} AS HUGEINT)"
-    return f"TRY_CAST({wide} - CASE WHEN {wide} >= {2**63} THEN {2**64}::HUGEINT ELSE 0 END AS BIGINT)"
+    turns = f"CASE WHEN {wide} BETWEEN {2**63} AND {2**64 - 1} THEN {2**64}::HUGEINT ELSE 0 END"
+    return f"TRY_CAST({wide} - {turns} AS BIGINT)"
 
 
 def _hash_columns(urls: pyarrow.ChunkedArray, texts: pyarrow.ChunkedArray) -> pyarrow.Array:
