@@ -32,6 +32,7 @@ from ldm_lab.conditions import (  # noqa: F401  # whoever writes a part finds al
     is_upsampler,
     required_condition,
 )
+from ldm_lab.downloads import Download
 from ldm_lab.errors import UserError
 from ldm_lab.predictions import Callback, Noise, Predict, Prediction, Schedule, TimeInput
 
@@ -57,6 +58,11 @@ class Part:
             UserError: weights that have to be named and are not, or that cannot be downloaded.
         """
         return None
+
+    @staticmethod
+    def downloads(config: dict[str, Any]) -> list[Download]:
+        """Return the files that `pretrained_path` or `load_pretrained` would download, to be told beforehand."""
+        return []
 
     @staticmethod
     def weights_identity(config: dict[str, Any]) -> str | None:
@@ -241,6 +247,8 @@ class Denoiser(Part, nn.Module):
     Attributes:
         spec: the conditions that `forward` takes, by name.
         time_input: what `forward` is handed as the time: t in [0, 1], the timestep 0 .. T - 1, or the log SNR.
+        learns_variance: whether 2C channels come out, of which the second half is a learned variance; None if that is
+            only seen when it runs.
         multiple_of: what latent height and width have to be multiples of.
         architecture_keys: options that a checkpoint to begin with has to share, because with others its tensors are of
             other places.
@@ -251,6 +259,7 @@ class Denoiser(Part, nn.Module):
 
     spec: ConditionSpec
     time_input: TimeInput = "t"
+    learns_variance: bool | None = None
     multiple_of: int = 1
     architecture_keys: ClassVar[tuple[str, ...]] = ()
     unordered_keys: ClassVar[tuple[str, ...]] = ()
@@ -292,8 +301,11 @@ class Objective(Part):
     schedule: Schedule
     timestep_sampler: TimestepSampler
 
-    def check_denoiser(self, denoiser: Denoiser) -> None:
-        """Raise UserError if a denoiser reads timesteps and the schedule has none."""
+    def check_denoiser(self, denoiser: Denoiser | type[Denoiser]) -> None:
+        """Raise UserError if a denoiser, or what its class says of it, does not go with this objective.
+
+        As it stands: it reads timesteps and the schedule has none.
+        """
         self.schedule.time(torch.zeros(1), denoiser.time_input)
 
     def times(self, u: Tensor) -> Tensor:

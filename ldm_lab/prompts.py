@@ -6,6 +6,7 @@ too: `meet at 12\\:30` is the text "meet at 12:30". Image prompts are written al
 """
 
 import codecs
+import functools
 import logging
 import math
 from dataclasses import dataclass
@@ -95,8 +96,14 @@ def read_prompts(path: str | Path) -> list[str]:
         raise UserError(f"{path}: no prompt in this file; one per line is needed")
     comments = [line for line in prompts if line.startswith(("#", "//"))]
     if comments:
-        log.warning("%s: there are no comments in a prompts file: %r is a prompt", path, comments[0][:SHOWN])
+        _tell_comment(path, comments[0])
     return prompts
+
+
+@functools.cache
+def _tell_comment(path: Path, line: str) -> None:
+    """Say, once, that what looks like a comment is a prompt."""
+    log.warning("%s: there are no comments in a prompts file: %r is a prompt", path, line[:SHOWN])
 
 
 def parse_image_prompt(written: str) -> Prompt:

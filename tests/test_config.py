@@ -146,6 +146,72 @@ def test_keys_of_other_parts_and_keys_given_twice(overrides, words):
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data=[1, 2]"], "'data=[1, 2]': data is a section of key: value lines, and a list is given, [1, 2]"),
+        (["demo.sampling=[a]"], "demo.sampling is a section of key: value lines, and a list is given"),
+        (["optim.betas.0=0.5"], "optim.betas is a list, [0.9, 0.999], and a section is given; give all of the list"),
+        (
+            ["trainer.max_epochs=3"],
+            "trainer.max_epochs: no such key: a run's length is in optimizer steps",
+        ),
+        (["trainer.max_epochs=3", "trainer.max_steps=5"], "trainer.max_epochs: no such key: a run's length"),
+        (["trainer.precision=half"], "'64-true', '32', '16', '64', 'bf16' is needed, not 'half'"),
+        (["data.rules.foo=1"], "data.rules.foo: no such rule: 'foo'. Known: aesthetic"),
+        (["data.rules.slur=null"], "data.rules.slur: no such rule: 'slur'. Did you mean 'slurs'?"),
+        (["data.rules.nsfw=1"], "data.rules.nsfw: options are needed, such as data.rules.nsfw={}, not 1"),
+        (["condition_sources.clip=null"], "condition_sources.clip: no such condition source: 'clip'"),
+        (
+            [f"data.shards=/d/{n}.tar" for n in range(4)],
+            "a shell makes several words of an unquoted {0..3}: put quotes",
+        ),
+    ],
+)
+def test_one_line_for_each_of_these(overrides, message):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        config.load(YFCC, ["data.shards=x.tar", *overrides] if "data.shards" not in overrides[0] else overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_lists_and_sections_of_two_files_do_not_mix(tmp_path):
+    (tmp_path / "base.yaml").write_text("data: {name: folder, path: x}\nautoencoder: {name: kl_f8, ch_mult: [1, 2]}\n")
+    for text, words in (
+        ("data: [1]", "data is a section"),
+        ("autoencoder: {ch_mult: {a: 1}}", "ch_mult is a list, [1, 2]"),
+    ):
+        (tmp_path / "over.yaml").write_text(f"defaults: base.yaml\n{text}\n")
+        with pytest.raises(UserError, match=rf"over\.yaml: (autoencoder\.)?{re.escape(words)}") as error:
+            config.load(tmp_path / "over.yaml")
+        assert "\n" not in str(error.value)
+
+
+def test_values_of_the_environment_are_read_as_their_options_take_them(monkeypatch):
+    """A variable is text; what the option takes decides, in sections, mappings and lists, and a name stays a name."""
+    for name, value in {"N": "4", "LR": "3e-6", "YES": "true", "A": "0.5", "PART": "ddim"}.items():
+        monkeypatch.setenv(name, value)
+    loaded = config.load(
+        YFCC,
+        [
+            "data.shards=x.tar", "run=${oc.env:N}", "seed=${oc.env:N}", "trainer.max_steps=${oc.env:N}",
+            "data.flip=${oc.env:YES}",
+            "optim.lr=${oc.env:LR}", "optim.betas=['${oc.env:A}', 0.9]",
+            "data.rules.aesthetic.above=${oc.env:N}", "demo.sampling.sampler.name=${oc.env:PART}",
+            "demo.sampling.sampler.steps=${oc.env:N}", "demo.sampling.size=${oc.env:N}",
+        ],
+    )  # fmt: skip
+    assert (loaded.run, loaded.seed) == ("4", 4) and type(loaded.seed) is int
+    assert loaded["trainer"]["max_steps"] == 4 and loaded["optim"]["lr"] == 3e-6 and loaded["data"]["flip"] is True
+    assert loaded["optim"]["betas"] == [0.5, 0.9]
+    assert loaded["data"]["rules"]["aesthetic"]["above"] == 4
+    assert loaded["demo"]["sampling"]["sampler"] == {"name": "ddim", "steps": 4}
+    with pytest.raises(UserError, match=r"trainer\.max_steps: whole number .* is needed, not '0.5'"):
+        config.load(YFCC, ["data.shards=x.tar", "trainer.max_steps=${oc.env:A}"])
+    with pytest.raises(UserError, match="Environment variable 'NOT_THERE' not found"):
+        config.load(YFCC, ["data.shards=x.tar", "seed=${oc.env:NOT_THERE}"])
+    assert type(config.load(YFCC, ["data.shards=${oc.env:N}.tar"])["data"]["shards"]) is str
+
+
 def test_one_grammar_for_all_words():
     words = ["a=3e-5", "b=50_000", "c=null", "d=[1, x]", "e=x=y", "f={g: 1.5}", "h=", "i='3'"]
     wanted = {"a": 3e-5, "b": 50_000, "c": None, "d": [1, "x"], "e": "x=y", "f": {"g": 1.5}, "i": "3", "h": None}

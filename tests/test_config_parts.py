@@ -297,6 +297,13 @@ def test_a_file_that_fails_is_named_in_a_line_and_breaks_nothing_else(own_module
     assert "plms" in registry.parts("sampler") and "broken_parts" in capsys.readouterr().err
 
 
+def test_a_file_with_a_mistake_is_named_once(own_modules):
+    """Not with the word of the command line before it, as if that were what is wrong."""
+    (own_modules / "torn.py").write_text('@register("objective", "mine")\nclass Mine(\n    pass\n')
+    with pytest.raises(UserError, match=r"^objective\.name=mine: .*torn\.py is not readable: .* \(line \d\)$"):
+        config.load(YFCC, ["data.shards=x.tar", "imports=torn", "objective={name: mine}"])
+
+
 def test_to_read_an_attribute_is_not_to_have_it(own_modules):
     (own_modules / "lazy_objective.py").write_text(OBJECTIVE)
     registry.add_imports(["lazy_objective"])

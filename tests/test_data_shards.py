@@ -8,12 +8,15 @@ import os
 import signal
 import tarfile
 import threading
+import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from data_sets import keys, module, samples, take, write_shards
 
+from ldm_lab.data import streams
 from ldm_lab.data.samples import RawSample, SkippedSample
 from ldm_lab.data.shard_urls import expand
 from ldm_lab.data.tar import read_shard, write_shard
@@ -157,6 +160,78 @@ def test_http_failures_are_counted_and_reading_goes_on(server):
     read, skipped = read_all([f"{server}/gone.tar", f"{server}/00002.tar", "http://127.0.0.1:9/0.tar"])
     assert read == ALL[8:12] and skipped == {"unreachable shard": 2}
     assert len([a for a in Handler.asked if not a]) == 2  # a 404 is not asked for again
+
+
+@pytest.fixture
+def no_tools(tmp_path, monkeypatch):
+    """A folder for commands, the only one that is searched."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    return tmp_path / "bin"
+
+
+def reason(address: str) -> tuple[str, str]:
+    """Return the reason of a shard of which nothing comes, and what stands beside its address."""
+    (item,) = read_shard(address)
+    return item.reason, item.key.removeprefix(f"{address}: ")
+
+
+def test_what_is_on_another_machine_is_one_skipped_shard_with_its_reason(server, no_tools):
+    assert reason(f"{server}/gone.tar") == ("unreachable shard", "HTTP 404 Not Found")
+    kind, why = reason("http://127.0.0.1:9/0.tar")
+    assert kind == "unreachable shard" and "refused" in why
+    assert reason("gs://bucket/0.tar") == ("unreachable shard", "gsutil is not installed")
+    kind, why = reason("hf://datasets/0.tar")
+    assert kind == "unreachable shard" and "is written hf://datasets/OWNER/REPOSITORY/FILE" in why
+    with pytest.raises(
+        UserError, match=r"no such kind of address: 's3'.* A command can read it: 'pipe:aws s3 cp s3://b/0"
+    ):
+        expand(["s3://b/0.tar"])
+
+
+def test_a_cloud_s_tool_that_fails_or_is_silent(folder, no_tools, monkeypatch):
+    files = f'*1.tar) exit 1;; *2.tar) /bin/sh -c "/bin/sleep 60; true";; *) /bin/cat {folder}/00000.tar;;'
+    (no_tools / "gsutil").write_text(f'#!/bin/sh\nfor last; do :; done\ncase "$last" in {files} esac\n')
+    (no_tools / "gsutil").chmod(0o755)
+    monkeypatch.setattr(streams, "SILENCE", 0.5)
+    assert [item.key for item in read_shard("gs://bucket/0.tar")] == ALL[:4]
+    assert reason("gs://bucket/1.tar") == ("broken shard", "gsutil ended with status 1")
+    began = time.monotonic()
+    assert reason("gs://bucket/2.tar") == ("broken shard", "gsutil gave nothing for 0.5 seconds")
+    assert time.monotonic() - began < 20, "it was not waited for"
+
+
+def test_a_file_of_the_hub_is_asked_for_once_and_read_from_where_it_lies(server, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def metadata(url, timeout):
+        asked.append((url, timeout))
+        if "gated" in url:
+            raise RuntimeError("403: accept the terms first")
+        return SimpleNamespace(location=f"{server}/00001.tar")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", metadata)
+    assert [item.key for item in read_shard("hf://datasets/owner/photos@v1/train/0.tar")] == ALL[4:8]
+    assert asked == [("https://huggingface.co/datasets/owner/photos/resolve/v1/train/0.tar", streams.ANSWER)]
+    assert reason("hf://datasets/owner/gated/0.tar")[1] == "the Hub does not give it: 403: accept the terms first"
+
+
+def test_no_server_makes_us_wait_as_long_as_it_likes():
+    from ldm_lab.io.http import LONGEST_PAUSE, _session
+
+    retries = _session().get_adapter("http://a").max_retries
+    wait = [
+        retries.get_retry_after(SimpleNamespace(headers=h)) for h in ({"Retry-After": "86400"}, {"Retry-After": "2"})
+    ]
+    assert wait == [LONGEST_PAUSE, 2]
+
+
+def test_data_of_which_no_shard_can_be_reached(server, no_tools):
+    """The run stops with the reasons, and does not go round for ever."""
+    with pytest.raises(UserError, match=r"no usable sample .*unreachable shard \d \(e.g. .*(not installed|HTTP 404)"):
+        take(module({"name": "webdataset", "shards": [f"{server}/gone.tar", "gs://bucket/0.tar"]}), 1)
 
 
 # ---------------------------------------------------------------------------------------------------- broken shards

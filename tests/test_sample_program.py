@@ -248,7 +248,7 @@ MISTAKES = [
     (("--images", "missing.png"), "missing.png: no such image file"),
     (("red", "--checkpoint", "missing.safetensors"), "missing.safetensors: no such file"),
     (("red", "--checkpoint", "empty.txt"), "empty.txt: not a readable checkpoint"),
-    (("red", "--autoencoder", "missing.ckpt"), "autoencoder of the checkpoint: missing.ckpt: no such file"),
+    (("red", "--autoencoder", "missing.ckpt"), "missing.ckpt: no such file (autoencoder)"),
     (("red", "--device", "gpu"), "device gpu:"),
     (("red", "--out", "empty.txt"), "this is a file, not a folder"),
     (("red", "--out", "odd"), "odd/samples.json: not a list of samples"),

@@ -1,6 +1,7 @@
 """Frozen parts from their config: `{name, weights, ...}` -> a module with its weights in place."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 from ldm_lab.checkpoints.importer import DetectedFile, LoadedPart, Section, detect_format, find_weights, importers_of
 from ldm_lab.checkpoints.sharded import weights_checksum
 from ldm_lab.config import AutoencoderUse, PartConfig, build
+from ldm_lab.downloads import Download
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Autoencoder
+from ldm_lab.pretrained.resolve import to_download
 
 
 def load_part(role: str, config: PartConfig | Section, read_weights: bool = True) -> nn.Module:
@@ -88,6 +91,23 @@ def weights_path(role: str, config: PartConfig | Section) -> Path | None:
     if config.use.weights:
         return find_weights(config.use.weights)
     return config.load().pretrained_path(config.to_dict())
+
+
+def part_downloads(role: str, config: PartConfig | Section, where: str) -> list[Download]:
+    """Return what has to be downloaded for the weights of a part; nothing if they are here.
+
+    Args:
+        role, config: of the part.
+        where: key path of its section, or whose part it is.
+
+    Raises:
+        UserError: its config names a file that is not there.
+    """
+    config = as_part_config(role, config)
+    if not config.use.weights:
+        return [replace(its, where=where) for its in config.load().downloads(config.to_dict())]
+    found = to_download(config.use.weights, f"{where}.weights")
+    return [found] if found else []
 
 
 def read_part(found: DetectedFile | str | Path, role: str, name: str) -> LoadedPart:

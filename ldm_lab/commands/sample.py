@@ -74,10 +74,12 @@ def run(args: argparse.Namespace) -> int:
     loading = ModelOptions(**given(args, part_info("model_options", None).options))
     check_together(args, options)
 
-    from ldm_lab.sampling.output import SampleFolder  # not before: it imports torch, which takes seconds
+    from ldm_lab.sampling.needs import announce_models  # not before: it imports torch, which takes seconds
+    from ldm_lab.sampling.output import SampleFolder
 
     folder = SampleFolder(Path(args.out))
     mixes = keyframes(args) if args.interpolate else prompt_mixes(args, repeat)
+    announce_models(args.checkpoint, args.upsampler, loading, options)
     less = f"less than --batch-size {options.batch_size}, --offload or --precision bf16 need less"
     with told_in_one_line(lambda: "loading the model and drawing pictures", less):
         if args.interpolate:

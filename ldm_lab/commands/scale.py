@@ -9,8 +9,6 @@ autoencoder that was trained here brings its own.
 """
 
 import argparse
-from collections.abc import Mapping
-from typing import Any
 
 from ldm_lab.commands._arguments import add_imports_argument, safetensors_file, whole_number
 from ldm_lab.config import load
@@ -35,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     import torch  # not before: it takes seconds, and --help needs none of these
 
     from ldm_lab.checkpoints.native import save_part
-    from ldm_lab.checkpoints.parts import load_part
+    from ldm_lab.checkpoints.parts import load_part, read_part
     from ldm_lab.training.scale import counted, image_batches, measure_scale
 
     config = load(args.config, args.overrides)
@@ -57,14 +55,6 @@ def run(args: argparse.Namespace) -> None:
     print(f"latent std {std:.4f} on {count:,} images (before: {before}); autoencoder.latent_std={std:.4f} uses it")
     if args.out is not None:
         autoencoder.set_latent_statistics(std=std)
-        save_part(args.out, autoencoder, architecture(section), {"scale_images": str(count)})
+        of_file = read_part(section["weights"], "autoencoder", section.name).config if section.get("weights") else {}
+        save_part(args.out, autoencoder, {**of_file, **section}, {"scale_images": str(count)})
         print(f"{args.out}: the weights with this std")
-
-
-def architecture(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an autoencoder's section with what its weights file says about its architecture."""
-    from ldm_lab.checkpoints.parts import read_part
-
-    if not section.get("weights"):
-        return dict(section)
-    return {**read_part(section["weights"], "autoencoder", section["name"]).config, **section}

@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
     if bool(args.shards) == bool(args.images):
         raise UserError("what is to be scored? --shards or --images, one of them, has to be given")
+    announce_weights(args)
     heads = load_heads(args)
     if not heads and args.no_similarity and not args.embeddings:
         raise UserError("nothing to be done: no --head, --no-similarity, and no --embeddings")
@@ -75,13 +76,35 @@ def run(args: argparse.Namespace) -> int:
     return 1 if report.unreached else 0
 
 
+def announce_weights(args: argparse.Namespace) -> None:
+    """Say what will be downloaded: heads, and the CLIP that they belong to. Raises UserError if that cannot be."""
+    from ldm_lab.checkpoints.parts import part_downloads
+    from ldm_lab.embed import clip_config
+    from ldm_lab.pretrained.catalogue import catalogue
+    from ldm_lab.pretrained.resolve import announce, to_download
+
+    sources = [split_name(name)[1] for name in head_names(args)]
+    found = [to_download(source, "--head") for source in sources]
+    embedders = [catalogue()[source].config.get("embedder") for source in sources if source in catalogue()]
+    clips = []
+    if args.clip or any(isinstance(embedder, dict) for embedder in embedders):
+        embedder = next((its for its in embedders if isinstance(its, dict)), None)
+        clips = part_downloads("conditioner", clip_config(args.clip, embedder), "--clip")
+    announce([*(download for download in found if download is not None), *clips])
+
+
+def head_names(args: argparse.Namespace) -> list[str]:
+    """Return the heads of the command line, perhaps with the name of their column; the default one if none is given."""
+    is_default_clip = not args.clip or all(word.startswith("weights=") for word in args.clip)
+    return args.head or ([DEFAULT] if is_default_clip else [])
+
+
 def load_heads(args: argparse.Namespace) -> "dict[str, LoadedHead]":
     """Return the heads of the command line by their columns."""
     from ldm_lab.curation.heads.head import load_head
 
-    is_default_clip = not args.clip or all(word.startswith("weights=") for word in args.clip)
     heads: dict[str, LoadedHead] = {}
-    for name in args.head or ([DEFAULT] if is_default_clip else []):
+    for name in head_names(args):
         column, source = split_name(name)
         loaded = load_head(source)
         column = column or loaded.head.column

@@ -26,10 +26,12 @@ from ldm_lab.conditioners.open_clip_config import (
     build_model,
     config_problems,
     download_pretrained,
+    missing_pretrained,
     quiet,
     resolve_config,
 )
 from ldm_lab.config import check_options, register
+from ldm_lab.downloads import Download
 from ldm_lab.errors import UserError, first_line
 
 PREFIX = "clip."  # of open_clip's names in this module's state dict
@@ -99,6 +101,11 @@ class CLIP(EmbeddingConditioner):
         if model is None:
             raise UserError("conditioner.weights: has to be given, a file with the weights of this architecture")
         return download_pretrained(model, pretrained)
+
+    @staticmethod
+    def downloads(config: dict[str, Any]) -> list[Download]:
+        """Return the file that `pretrained_path` would download, if it is not in open_clip's cache."""
+        return missing_pretrained(config.get("model"), config.get("pretrained"))
 
     def convert_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return weights under the names of open_clip's models, old and new ones, as this module's state dict."""

@@ -18,9 +18,11 @@ import torch
 from torch import nn
 
 from ldm_lab.clip_tokens import CLIP_VOCAB_SIZE
+from ldm_lab.downloads import Download
 from ldm_lab.errors import UserError, first_line
 
 HUB = "hf-hub:"
+WEIGHTS_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # as open_clip calls them there
 CONFIG_FILE = "open_clip_config.json"  # as open_clip calls it in a repository or folder
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 MODEL_KEYS = (
@@ -210,6 +212,29 @@ def download_pretrained(model: str, pretrained: str | None) -> Path:
             f"conditioner.pretrained: {model} {pretrained} cannot be downloaded ({first_line(error)}); "
             "conditioner.weights takes a local copy"
         ) from None
+
+
+def missing_pretrained(model: str | None, pretrained: str | None) -> list[Download]:
+    """Return the file that `download_pretrained` would download, if it is in no cache; nothing if it is not named."""
+    import open_clip
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if not isinstance(model, str) or (pretrained is None and not model.startswith(HUB)):
+        return []
+    where = f"{model} {pretrained}" if pretrained else model
+    known = open_clip.get_pretrained_cfg(model, str(pretrained)) if pretrained else {}
+    address = model.removeprefix(HUB) + "/" if not pretrained else known.get("hf_hub", "")
+    if address:
+        repository, _, name = address.rpartition("/")
+        names = [name, str(Path(name).with_suffix(".safetensors"))] if name else list(WEIGHTS_FILES)
+        if any(isinstance(try_to_load_from_cache(repository, file), str) for file in names):
+            return []
+        return [Download("conditioner", where, Path(HF_HUB_CACHE), None, (f"https://huggingface.co/{repository}",))]
+    if url := known.get("url", ""):
+        target = Path("~/.cache/clip").expanduser() / url.rpartition("/")[2]
+        return [] if target.is_file() else [Download("conditioner", where, target, None, (url,))]
+    return []
 
 
 def download_from_hub(model: str, filename: str | None) -> Path:

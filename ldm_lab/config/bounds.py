@@ -5,6 +5,7 @@ annotated_types. The common ones have names here, which parts import from `ldm_l
 another part says so: `Annotated[dict | None, PartSection("sampler")]`.
 """
 
+import contextlib
 import math
 import types
 import typing
@@ -68,7 +69,8 @@ def describe(annotation: TypeForm) -> str:
         bounds = _bounds(annotation)
         return describe(args[0]) + (f" ({bounds.removeprefix('a number ')})" if bounds else "")
     if origin is Literal:
-        return "one of " + ", ".join(repr(choice) for choice in args)
+        names = [str(choice) for choice in args]  # of '16' and 16 the first one is enough
+        return "one of " + ", ".join(repr(c) for place, c in enumerate(args) if names.index(names[place]) == place)
     if origin in (Union, types.UnionType):
         return " or ".join(describe(member) for member in args)
     if origin in (list, dict):
@@ -101,12 +103,42 @@ def problem(value: Plain, annotation: TypeForm) -> str | None:
     return f"{needed} {'are' if needed.endswith('entries') else 'is'} needed, not {value!r}"
 
 
+class Interpolated(str):
+    """A text that an interpolation gave, such as ${oc.env:N}: its option knows whether it is a number."""
+
+    def read_as(self, annotation: TypeForm) -> int | float | bool | str | None:
+        """Return it as an annotation takes it: a number, true or false, nothing; the plain text if all that fails."""
+        words = {
+            "true": True,
+            "yes": True,
+            "on": True,
+            "1": True,
+            "false": False,
+            "no": False,
+            "off": False,
+            "0": False,
+        }
+        readings: list[int | float | bool | None] = []
+        for kind in (int, float):
+            with contextlib.suppress(ValueError):
+                readings.append(kind(self))
+        readings += [words[self.lower()]] if self.lower() in words else []
+        readings += [None] if self.lower() in ("null", "~", "") else []
+        return next((reading for reading in readings if fits(reading, annotation)), str(self))
+
+
 def converted(value: Plain, annotation: TypeForm) -> Plain:
     """Return a value in the type of its annotation where a YAML has only a cousin: 3 for a float."""
     bases = [typing.get_args(m)[0] if typing.get_origin(m) is Annotated else m for m in _members(annotation)]
     if isinstance(value, int) and not isinstance(value, bool) and float in bases and int not in bases:
         return float(value)
     return value
+
+
+def entries_form(annotation: TypeForm) -> TypeForm:
+    """Return the annotation of a list's entries, of a union the first list's; anything fits if it takes no list."""
+    bases = [typing.get_args(m)[0] if typing.get_origin(m) is Annotated else m for m in _members(annotation)]
+    return next((typing.get_args(base)[0] for base in bases if typing.get_origin(base) in (list, tuple)), Plain)
 
 
 def _members(annotation: TypeForm) -> Iterator[TypeForm]:

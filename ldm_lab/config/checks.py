@@ -5,13 +5,61 @@ names, those that were left out with their defaults, and is not asked about a se
 brings its own architecture: then it is asked when that file is read.
 """
 
+import contextlib
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from ldm_lab.config.bounds import PartSection, Plain, converted, describe, marker, problem
-from ldm_lab.config.registry import MAPPINGS, PartInfo, known_elsewhere, part_info, use_keys
+from ldm_lab.config.bounds import (
+    Interpolated,
+    PartMapping,
+    PartSection,
+    Plain,
+    TypeForm,
+    converted,
+    describe,
+    entries_form,
+    marker,
+    problem,
+)
+from ldm_lab.config.registry import MAPPINGS, PartInfo, infos, known_elsewhere, part_info, use_keys
 from ldm_lab.errors import UserError, unknown
+
+EPOCHS = "a run's length is in optimizer steps, trainer.max_steps (an epoch has images / data.batch_size), or max_time"
+ELSEWHERE = {  # (role, key of other programs) -> what stands for it here
+    **{("trainer", key): EPOCHS for key in ("max_epochs", "min_epochs", "num_epochs", "epochs")},
+    **{("trainer", key): "the number of devices is trainer.devices" for key in ("gpus", "num_gpus", "num_processes")},
+    ("optim", "learning_rate"): "the learning rate is optim.lr",
+}
+
+
+def settled(value: Any, annotation: TypeForm) -> Any:
+    """Return what a config has in a place, with the texts of interpolations in it read as the place takes them.
+
+    Args:
+        value: a section, a mapping of parts, a list, a single value.
+        annotation: of the place: an option's, or that of a whole section (`section_form`).
+    """
+    if isinstance(value, Interpolated):
+        return value.read_as(annotation)
+    if isinstance(value, list):
+        return [settled(entry, entries_form(annotation)) for entry in value]
+    if not isinstance(value, Mapping):
+        return value
+    mark, types = marker(annotation), {}
+    if isinstance(mark, PartMapping):
+        types = {name: section_form(mark.role, name) for name in value}
+    elif mark is not None:
+        with contextlib.suppress(UserError):  # the check says what is wrong
+            known = part_info(mark.role, settled(value.get("name", mark.name), str)).options
+            types = {**use_keys(mark.role), **{key: option.annotation for key, option in known.items()}, "name": str}
+    return {key: settled(its, types.get(key, Plain)) for key, its in value.items()}
+
+
+def section_form(role: str, name: str | None = None) -> TypeForm:
+    """Return the annotation of a section of a role, or of the mapping of its parts that a config calls by this key."""
+    form: TypeForm = Annotated[dict, PartMapping(MAPPINGS[role]) if role in MAPPINGS else PartSection(role, name)]
+    return form
 
 
 def check_keys(role: str, section: Any, path: str) -> list[str]:
@@ -68,11 +116,12 @@ def check_mapping(role: str, sections: Any, path: str, across_keys: bool = False
         return [f"{path}: a mapping of {role} names to their options is needed, not {sections!r}"]
     problems = []
     for name, options in sections.items():
-        if options is None:
+        if options is None and name in infos(role):
             continue
-        if not isinstance(options, Mapping):
-            problems.append(f"{path}.{name}: options are needed, such as {{}}, not {options!r}")
+        if not isinstance(options, Mapping) and name in infos(role):
+            problems.append(f"{path}.{name}: options are needed, such as {path}.{name}={{}}, not {options!r}")
             continue
+        options = options if isinstance(options, Mapping) else {}
         if options.get("name", name) != name:
             problems.append(f"{path}.{name}.name: the key says which part this is, {name!r}, not {options['name']!r}")
             continue
@@ -145,6 +194,8 @@ def _nested(annotation: Any, value: Any, where: str, across_keys: bool = False) 
 
 def _unknown_key(info: PartInfo, key: str, known: list[str]) -> str:
     """Return that a part does not know a key, with the part that does, or the nearest match."""
+    if hint := ELSEWHERE.get((info.role, key)):
+        return f"no such key: {hint}"
     message = unknown("key", key, known, info.label)
     others = known_elsewhere(info, key)
     return f"{message} {', '.join(others)} {'has' if len(others) == 1 else 'have'} it." if others else message

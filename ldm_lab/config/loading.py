@@ -1,14 +1,16 @@
 """YAML files to plain data: `defaults:` laid under, `key=value` laid over, interpolations resolved."""
 
-from collections.abc import Mapping, Sequence
+import functools
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ldm_lab.config.bounds import Plain
+from ldm_lab.config.bounds import Interpolated, Plain
 from ldm_lab.config.overrides import apply, overlaid, parse, yaml_error
 from ldm_lab.config.registry import add_imports
 from ldm_lab.errors import UserError
@@ -26,15 +28,15 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         UserError: missing or unreadable file, an override that is none, a value that has to be given.
     """
     files = _chain(Path(path), seen=())
-    for config in (*files, *(parse(word)[1] for word in overrides if word.startswith("imports="))):
+    for config in (*files.values(), *(parse(word)[1] for word in overrides if word.startswith("imports="))):
         named = config.get(
             "imports"
         )  # before anything is laid over anything: what takes a part's place has to be known
         if named is not None:
             add_imports([named] if isinstance(named, str) else OmegaConf.to_container(named))
-    merged = files[0]
-    for config in files[1:]:
-        merged = overlaid(merged, config)
+    merged, *above = files.values()
+    for file, config in zip(list(files)[1:], above):
+        merged = overlaid(merged, config, str(file))
     merged = apply(merged, overrides)
     try:
         missing = sorted(OmegaConf.missing_keys(merged))
@@ -43,11 +45,24 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         config = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {yaml_error(error)}") from None
+    for *above, key in _interpolated(merged):
+        holder = functools.reduce(operator.getitem, above, config)
+        holder[key] = Interpolated(holder[key]) if isinstance(holder[key], str) else holder[key]
     return {str(key): value for key, value in config.items()}
 
 
-def _chain(path: Path, seen: tuple[Path, ...]) -> list[DictConfig]:
-    """Return a file's content behind that of its `defaults:`, the undermost first."""
+def _interpolated(node: DictConfig | ListConfig, above: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Yield the places of interpolations below a node."""
+    entries = node._content.items() if isinstance(node, DictConfig) else enumerate(node._content)
+    for key, child in entries:
+        if child._is_interpolation():
+            yield (*above, key)
+        elif isinstance(child, DictConfig | ListConfig) and isinstance(child._content, dict | list):
+            yield from _interpolated(child, (*above, key))
+
+
+def _chain(path: Path, seen: tuple[Path, ...]) -> dict[Path, DictConfig]:
+    """Return path -> content of the files that a file names as its `defaults:`, the undermost first, and its own."""
     if path.resolve() in seen:
         raise UserError(f"{path}: 'defaults' leads back to this file")
     try:
@@ -60,8 +75,8 @@ def _chain(path: Path, seen: tuple[Path, ...]) -> list[DictConfig]:
     if not isinstance(config, DictConfig):
         raise UserError(f"{path}: a config is a mapping of sections, this is a {type(config).__name__}")
     base = config.pop("defaults", None)
-    under = [] if base is None else _chain(path.parent / str(base), (*seen, path.resolve()))
-    return [*under, config]
+    under = {} if base is None else _chain(path.parent / str(base), (*seen, path.resolve()))
+    return {**under, path: config}
 
 
 def to_yaml(config: Mapping[str, Plain]) -> str:

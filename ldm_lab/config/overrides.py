@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from omegaconf import DictConfig, DictKeyType, OmegaConf
+from omegaconf import DictConfig, DictKeyType, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
@@ -67,22 +67,56 @@ def apply(config: DictConfig, words: Iterable[str]) -> DictConfig:
     check_once(words)
     parsed = [(word, parse(word)) for word in words]
     for word, (_, overlay) in sorted(parsed, key=lambda entry: not entry[1][0].endswith(".name")):  # names first
-        try:
-            config = overlaid(config, overlay)
-        except (OmegaConfBaseException, ValueError, TypeError) as error:
-            raise UserError(f"{word!r}: {yaml_error(error)}") from None
+        config = overlaid(config, overlay, repr(word))
     return config
 
 
-def overlaid(config: DictConfig, overlay: DictConfig) -> DictConfig:
-    """Return a config with another laid over it, after the rule for a part in another's place."""
+def overlaid(config: DictConfig, overlay: DictConfig, what: str) -> DictConfig:
+    """Return a config with another laid over it, after the rule for a part in another's place.
+
+    Args:
+        config: what lies below.
+        overlay: what is laid over it.
+        what: the overlay is, for the message: a word of the command line, a file.
+
+    Raises:
+        UserError: a list in the place of a section, or a section in the place of a list.
+    """
+    if found := _list_beside_section(config, overlay):
+        raise UserError(f"{what}: {found}")
     for key in overlay:
         role = MAPPINGS.get(str(key), str(key))
         if role in ROLES and key not in MAPPINGS:
             _replace(role, _section(config, key), _section(overlay, key))
-    merged = OmegaConf.merge(config, overlay)
+    try:
+        merged = OmegaConf.merge(config, overlay)
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise UserError(f"{what}: {yaml_error(error)}") from None
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _list_beside_section(below: DictConfig, above: DictConfig, path: str = "") -> str:
+    """Return at which key path one of two configs has a list and the other a section, in words; "" if nowhere."""
+    for key in above:
+        one, other, inner = _section_or_list(below, key), _section_or_list(above, key), f"{path}{key!s}"
+        if isinstance(one, ListConfig) and isinstance(other, DictConfig):
+            return f"{inner} is a list, {list(one)}, and a section is given; give all of the list: {inner}=[...]"
+        if isinstance(one, DictConfig) and isinstance(other, ListConfig):
+            return f"{inner} is a section of key: value lines, and a list is given, {list(other)}"
+        if not (isinstance(one, DictConfig) and isinstance(other, DictConfig)):
+            continue
+        if found := _list_beside_section(one, other, f"{inner}."):
+            return found
+    return ""
+
+
+def _section_or_list(config: DictConfig, key: DictKeyType) -> DictConfig | ListConfig | None:
+    """Return what a key has if that is a section or a list."""
+    found = config._get_node(key)
+    if isinstance(found, DictConfig | ListConfig) and isinstance(found._content, dict | list):
+        return found
+    return None
 
 
 def _section(config: DictConfig, key: DictKeyType) -> DictConfig | None:
@@ -99,11 +133,12 @@ def _replace(role: str, before: DictConfig | None, overlay: DictConfig | None) -
     try:
         old = part_info(role, before.get("name"))
         new = part_info(role, overlay.get("name", before.get("name")))
+        left_behind = _left_behind(old, new) if old is not new else set()
+        _ = new.options
     except UserError:
         return  # the check says what is wrong
-    if old is not new:
-        for key in _left_behind(old, new):
-            before.pop(key, None)
+    for key in left_behind:
+        before.pop(key, None)
     for key, option in new.options.items():
         mark = marker(option.annotation)
         if isinstance(mark, PartSection):

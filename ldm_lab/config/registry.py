@@ -317,7 +317,7 @@ def parts(role: str) -> dict[str, type]:
     return classes
 
 
-def part_info(role: str, name: Any, where: str | None = None) -> PartInfo:
+def part_info(role: str, name: str | None, where: str | None = None) -> PartInfo:
     """Return what is known of a part.
 
     Args:

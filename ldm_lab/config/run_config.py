@@ -12,9 +12,17 @@ from typing import Annotated, Any, TypeVar
 from annotated_types import Interval
 
 from ldm_lab.config.bounds import Plain, TypeForm, converted, problem
-from ldm_lab.config.checks import check_keys, check_mapping, check_rules_of, check_section, section_roles
+from ldm_lab.config.checks import (
+    check_keys,
+    check_mapping,
+    check_rules_of,
+    check_section,
+    section_form,
+    section_roles,
+    settled,
+)
 from ldm_lab.config.loading import read
-from ldm_lab.config.registry import MAPPINGS, ROLES, part_info, use_keys
+from ldm_lab.config.registry import MAPPINGS, ROLES, PartInfo, part_info, use_keys
 from ldm_lab.config.uses import PartUse
 from ldm_lab.errors import UserError, unknown
 
@@ -230,14 +238,19 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: missing or unreadable file, or any number of wrong entries, each with its key path, in one message.
     """
-    config = read(path, overrides)
+    config = {key: settled(value, _form(key)) for key, value in read(path, overrides).items()}
     if config.get("run") is None:
         config["run"] = Path(path).stem
     check(config)
     return RunConfig.from_dict(config)
 
 
-def _task(name: Any) -> Any:
+def _form(key: str) -> TypeForm:
+    """Return the annotation of a key at the top of a config."""
+    return section_form(key) if key in MAPPINGS or (key in ROLES and key not in TOP) else TOP.get(key, Plain)
+
+
+def _task(name: str | None) -> PartInfo:
     try:
         return part_info("task", name)
     except UserError as error:
@@ -271,7 +284,7 @@ def build(role: str, section: Mapping[str, Any] | None, *runtime: Any) -> Any:
     Raises:
         UserError: unknown name or key, wrong type, missing key; all of them in one message.
     """
-    section = dict(section or {})
+    section = settled(dict(section or {}), section_form(role))
     raise_all(check_section(role, section, role))
     info = part_info(role, section.get("name"))
     values = {k: converted(v, info.options[k].annotation) for k, v in section.items() if k in info.options}

@@ -121,7 +121,8 @@ class DataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """List the data. Raises UserError if there is none, or too little for the number of readers."""
-        self.source.open()
+        if self.source.count is None:
+            self.source.open()
         if self.rank == 0 and not self._is_described:
             self._is_described = True
             for line in self.source.found():

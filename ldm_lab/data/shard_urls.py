@@ -30,7 +30,8 @@ def expand(patterns: list[str]) -> list[str]:
             scheme = scheme_of(address)
             if scheme and scheme not in gopen_schemes:
                 kind = unknown("kind of address", scheme, [s for s in gopen_schemes if not s.startswith("_")])
-                raise UserError(f"data.shards: {address}: {kind}")
+                hint = f" A command can read it: 'pipe:aws s3 cp {address} -'." if scheme == "s3" else ""
+                raise UserError(f"data.shards: {address}: {kind}{hint}")
             if scheme:
                 addresses.append(address)
                 continue

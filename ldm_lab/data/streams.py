@@ -1,15 +1,36 @@
-"""Streams of bytes: local files, HTTP, the output of a command, and what else webdataset opens."""
+"""Streams of bytes: local files, HTTP, the Hugging Face Hub, the output of a command, and what else webdataset opens.
+
+What is on another machine is given up after a while: a run must not wait for it for minutes, or for ever, unsaid.
+"""
 
 import os
+import re
+import select
+import shlex
+import shutil
 import subprocess
 from typing import Protocol
+from urllib.parse import unquote
 
 from webdataset.gopen import gopen
 
 from ldm_lab.data.shard_urls import scheme_of
+from ldm_lab.errors import first_line
 from ldm_lab.io.http import open_url
 
 CHUNK = 2**16  # bytes
+FIRST_TRIES = 2  # of a server that has not answered yet
+SILENCE = 60.0  # seconds that a cloud's own tool may take for the next bytes
+CURL = ["curl", "--connect-timeout", "15", "--retry", "2", "--fail", "--silent", "--location"]
+TOOLS = {
+    "gs": ["gsutil", "-o", "Boto:num_retries=2", "-o", "Boto:http_socket_timeout=15", "cat"],
+    **dict.fromkeys(("sftp", "ftps", "scp"), CURL),
+}
+ANSWER = 15.0  # seconds that the Hub may take to say where a file is
+ON_HUB = re.compile(
+    r"hf://(?P<kind>datasets/|spaces/)?(?P<repository>[\w.-]+/[\w.-]+)"
+    r"(@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[^/]+))?/(?P<path>.+)"
+)
 
 
 class ByteStream(Protocol):
@@ -25,15 +46,40 @@ class ByteStream(Protocol):
 
 
 def open_stream(address: str) -> ByteStream:
-    """Return the stream of an address. Raises OSError or ValueError if it cannot be opened."""
+    """Return the stream of an address. Raises OSError or ValueError, with the reason, if it cannot be opened."""
     scheme = scheme_of(address)
     if not scheme:
         return open(address, "rb")
     if scheme == "pipe":
         return CommandOutput(address.removeprefix("pipe:"))
     if scheme in ("http", "https"):
-        return open_url(address)
+        return open_url(address, first_tries=FIRST_TRIES)
+    if scheme == "hf":
+        return open_url(_location_on_hub(address), first_tries=FIRST_TRIES)
+    if scheme in TOOLS:
+        return ToolOutput([*TOOLS[scheme], address])
     return gopen(address)
+
+
+def reason_of(error: Exception) -> str:
+    """Return why an address cannot be read, in a few words; the address itself is told beside it."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error, 160)
+
+
+def _location_on_hub(address: str) -> str:
+    """Return where the Hub has a file; it is asked with the user's own token. Raises OSError."""
+    match = ON_HUB.fullmatch(address)
+    if match is None:
+        raise OSError("is written hf://datasets/OWNER/REPOSITORY/FILE, or hf://datasets/OWNER/REPOSITORY@REVISION/FILE")
+    try:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+        kind = {"datasets/": "dataset", "spaces/": "space", None: "model"}[match["kind"]]
+        revision = unquote(match["revision"]) if match["revision"] else None
+        url = hf_hub_url(match["repository"], match["path"], repo_type=kind, revision=revision)
+        return get_hf_file_metadata(url, timeout=ANSWER).location
+    except Exception as error:  # whatever the Hub, its client or the connection has to complain about
+        raise OSError(f"the Hub does not give it: {first_line(error, 160)}") from None
 
 
 def drain(stream: ByteStream) -> None:
@@ -68,3 +114,22 @@ class CommandOutput:
         self.process.stdout.close()
         self.process.kill()
         self.process.wait()
+
+
+class ToolOutput(CommandOutput):
+    """What a cloud's own tool prints, such as gsutil; OSError if it fails, or says nothing for too long."""
+
+    def __init__(self, command: list[str]):
+        self.name = command[0]
+        if shutil.which(self.name) is None:
+            raise OSError(f"{self.name} is not installed")
+        super().__init__(shlex.join(command))
+
+    def read(self, size: int) -> bytes:
+        ready, _, _ = select.select([self.process.stdout.fileno()], [], [], SILENCE)
+        if not ready:
+            raise OSError(f"{self.name} gave nothing for {SILENCE:g} seconds")
+        data = os.read(self.process.stdout.fileno(), size)
+        if not data and self.process.wait() != 0:
+            raise OSError(f"{self.name} ended with status {self.process.returncode}")
+        return data

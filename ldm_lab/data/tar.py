@@ -35,7 +35,8 @@ from ldm_lab.data.samples import (
     RawSample,
     SkippedSample,
 )
-from ldm_lab.data.streams import ByteStream, drain, open_stream
+from ldm_lab.data.shard_urls import scheme_of
+from ldm_lab.data.streams import ByteStream, drain, open_stream, reason_of
 from ldm_lab.data.tar_files import KeyUntil, TarList, list_files, split_name
 from ldm_lab.data.text import composed
 from ldm_lab.io.atomic import atomic_write
@@ -145,8 +146,8 @@ class _ShardReader:
         """Yield the samples: each key once, its files together."""
         try:
             stream = open_stream(self.address)
-        except (OSError, ValueError):
-            yield SkippedSample(UNREACHABLE, self.address)
+        except (OSError, ValueError) as error:
+            yield SkippedSample(UNREACHABLE, f"{self.address}: {reason_of(error)}")
             return
         seen: dict[str, frozenset[str]] = {}
         kinds: dict[frozenset[str], frozenset[str]] = {}
@@ -191,10 +192,12 @@ class _ShardReader:
                     group.kinds.add(extension)
                     self._add(archive, member, extension, group)
                 drain(stream)
-        except DAMAGES:
+        except DAMAGES as error:
             if group is not None and previous and previous.keys() <= group.files.keys():
                 yield group
-            yield SkippedSample(BROKEN, self.address)
+            yield SkippedSample(
+                BROKEN, f"{self.address}: {reason_of(error)}" if scheme_of(self.address) else self.address
+            )
             return
         if group is not None:
             yield group

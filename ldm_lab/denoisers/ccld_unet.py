@@ -31,6 +31,8 @@ class CCLDUNet(Denoiser):
         multiple_of: what latent height and width have to be multiples of, 2 ** (levels - 1).
     """
 
+    learns_variance = False
+
     def __init__(
         self,
         channels: int,

@@ -13,10 +13,13 @@ from ldm_lab.errors import first_line
 
 if TYPE_CHECKING:
     import requests
+    from urllib3 import BaseHTTPResponse
 
 TRIES = 4  # of one server, after breaks; each goes on where the one before ended
 PAUSE = 1.0  # seconds before the second try, twice as long before each further one
+LONGEST_PAUSE = 30.0  # seconds, whatever a busy server asks for
 TIMEOUT = (15, 60)  # seconds to connect, and to wait for the next bytes
+ANSWER = (5, 10)  # the same for what is only nice to know
 CHUNK = 1 << 20  # bytes
 BUSY = (429, 500, 502, 503, 504)  # HTTP codes after which the same server is asked again
 
@@ -101,10 +104,17 @@ def _session() -> "requests.Session":
     import requests
     from urllib3.util import Retry
 
+    class _Patience(Retry):
+        """Retries that a server cannot make wait for as long as it likes."""
+
+        def get_retry_after(self, response: "BaseHTTPResponse") -> float | None:
+            wish = super().get_retry_after(response)
+            return None if wish is None else min(wish, LONGEST_PAUSE)
+
     session = requests.Session()
     session.auth = lambda request: request  # otherwise requests sends what ~/.netrc has for the host,
     session.rebuild_auth = lambda request, answer: None  # and does so again after a redirect
-    again = Retry(TRIES - 1, connect=1, backoff_factor=PAUSE, status_forcelist=BUSY, raise_on_status=False)
+    again = _Patience(TRIES - 1, connect=1, backoff_factor=PAUSE, status_forcelist=BUSY, raise_on_status=False)
     for scheme in ("http://", "https://"):
         session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=again))
     return session
@@ -145,12 +155,13 @@ def _total(answer: "requests.Response") -> int | None:
 class RemoteFile:
     """A file over HTTP, read from front to back; after a break it goes on at the byte where it was."""
 
-    def __init__(self, url: str, start: int = 0, tries: int = TRIES) -> None:
+    def __init__(self, url: str, start: int = 0, tries: int = TRIES, first_tries: int | None = None) -> None:
         """Open it. See `open_url`."""
-        self.url, self.place, self.tries = url, start, tries
+        self.url, self.place, self.tries = url, start, first_tries or tries
         self.size: int | None = None
         self._response: Response | None = None
         self._retry(0)
+        self.tries = tries
 
     def read(self, size: int) -> bytes:
         """Return the next bytes, at most `size`; none at the end.
@@ -210,19 +221,34 @@ class RemoteFile:
         return data
 
 
-def open_url(url: str, start: int = 0, tries: int = TRIES) -> RemoteFile:
+def open_url(url: str, start: int = 0, tries: int = TRIES, first_tries: int | None = None) -> RemoteFile:
     """Return a file over HTTP as a stream.
 
     Args:
         url: http or https.
         start: the first byte that is read.
         tries: how often in a row it may break off.
+        first_tries: how often it is asked at first, if not as often: one that never answers is soon given up.
 
     Raises:
         ConnectionBroken: no answer, in so many tries.
         HTTPError: another address, or an answer that is no file.
     """
-    return RemoteFile(url, start, tries)
+    return RemoteFile(url, start, tries, first_tries)
+
+
+def size_of(url: str) -> int | None:
+    """Return how many bytes a server says a file has, None if it does not say. Raises ConnectionBroken."""
+    import requests
+
+    session = _session()
+    try:
+        answer = session.head(url, headers={"Accept-Encoding": "identity"}, timeout=ANSWER, allow_redirects=True)
+    except requests.RequestException as error:
+        raise ConnectionBroken(_reason(error)) from None
+    finally:
+        session.close()
+    return _total(answer) if answer.status_code == 200 else None
 
 
 def read_url(url: str, limit: int) -> bytes:

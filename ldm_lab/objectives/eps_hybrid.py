@@ -14,6 +14,7 @@ from ldm_lab.objectives.variational_bound import variational_bound
 from ldm_lab.objectives.weighting import Weighting, loss_weight
 from ldm_lab.schedules import Betas, Discrete, Posterior
 
+NO_VARIANCE = "objective.bound: this denoiser has no channels for a learned variance; set objective.bound=false"
 BOUND = 1 / 1000  # weight of the whole bound, the sum over its T terms, beside the mean squared error
 
 
@@ -63,6 +64,12 @@ class EpsHybrid(Objective):
             return [f"timesteps: at least 21 are needed for linear betas, which reach 1 with fewer, not {timesteps}"]
         return []
 
+    def check_denoiser(self, denoiser: Denoiser | type[Denoiser]) -> None:
+        """Raise UserError for a denoiser that has no timesteps, or no channels for the variance that is trained."""
+        super().check_denoiser(denoiser)
+        if self.bound and denoiser.learns_variance is False:
+            raise UserError(NO_VARIANCE)
+
     def loss_terms(
         self, denoiser: Denoiser, x0: Tensor, conditions: Conditions, t: Tensor, noise: Tensor
     ) -> dict[str, Tensor]:
@@ -91,7 +98,7 @@ class EpsHybrid(Objective):
         if not self.bound:
             return {"loss": mse}
         if fraction is None:
-            raise UserError("objective.bound: this denoiser has no channels for a learned variance; set bound: false")
+            raise UserError(NO_VARIANCE)
         if x.device not in self._posteriors:
             self._posteriors[x.device] = self.posterior.on(x.device)
         step = self._posteriors[x.device].at(self.schedule.timesteps - 1 - index)

@@ -4,14 +4,19 @@
 cache and checked; those of `hf://OWNER/REPOSITORY/FILE[@REVISION]` huggingface_hub fetches and caches itself.
 """
 
+import difflib
 import os
 import re
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from ldm_lab.errors import UserError, first_line, unknown
+from ldm_lab.downloads import Download, announcement, raise_refusals, refusals
+from ldm_lab.errors import UserError, first_line
 from ldm_lab.io.atomic import sha256
 from ldm_lab.io.download import Wanted, download
+from ldm_lab.io.http import ConnectionBroken, size_of
 from ldm_lab.io.json_files import Json, read_json, write_json
 from ldm_lab.pretrained.catalogue import SAFE_PART, Released, catalogue
 
@@ -54,7 +59,78 @@ def resolve_weights(text: str | Path, what: str) -> Path:
         raise UserError(f"{path}: a link to {os.readlink(path)[:200]}, which is not there ({what})")
     if path.exists():  # reading a pipe or a device would never end
         raise UserError(f"{path}: not a file ({what})")
-    raise UserError(f"{path}: no such file ({what}), and {unknown('released weights', text, catalogue())}")
+    raise UserError(f"{path}: no such file ({what}){_nearest(path, str(text))}")
+
+
+def _nearest(path: Path, text: str) -> str:
+    """Return a hint at what may have been meant: files and released weights whose names are nearly the same."""
+    folder = next((parent for parent in path.parents if parent.is_dir()), Path())
+    here = {entry.name: entry for entry in folder.iterdir()} if os.access(folder, os.R_OK) else {}
+    wanted = path.name if folder == path.parent else path.relative_to(folder).parts[0]
+    near = [str(here[name]) for name in difflib.get_close_matches(wanted, here, n=2, cutoff=0.6)]
+    near += released_like(text)
+    if near:
+        return f". Did you mean {' or '.join(near)}?"
+    gone = "" if folder == path.parent else f"; {folder.absolute()} has no {wanted}"
+    return f"{gone}, and no released weights have that name (python -m ldm_lab pretrained list)"
+
+
+def released_like(text: str) -> list[str]:
+    """Return the few names of released weights that are nearest to a text, whatever its case."""
+    folded = {name.lower(): name for name in catalogue()}
+    near = difflib.get_close_matches(text.lower(), folded, n=2, cutoff=0.6)
+    last = text.lower().rpartition("/")[2]
+    near += [name for name in folded if last and last in (name.rpartition("/")[2], name.replace("_", "-"))][:2]
+    return [folded[name] for name in dict.fromkeys(near)]
+
+
+def to_download(text: str | Path, where: str) -> Download | None:
+    """Return what has to be downloaded before weights can be read; None if they are here.
+
+    Args:
+        text: as for `resolve_weights`.
+        where: the key path or flag that names them.
+
+    Raises:
+        UserError: a path with nothing there, or an address that is none.
+    """
+    if isinstance(text, str) and text in catalogue():
+        path, entry = cached_path(text), catalogue()[text]
+        return None if path.exists() else Download(where, text, path, entry.size, entry.mirrors, entry.page)
+    if not (isinstance(text, str) and text.startswith(HUB)):
+        resolve_weights(text, where)
+        return None
+    match = _hub_address(text, where)
+    try:
+        _from_hub(text, where, local=True)
+    except UserError:
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        page = f"https://huggingface.co/{match['repository']}"
+        return Download(where, text, Path(HF_HUB_CACHE), None, (page,))
+    return None
+
+
+def announce(downloads: Sequence[Download]) -> None:
+    """Say which files are going to be downloaded. Raises UserError, with all of them, if they cannot be."""
+    if not offline():
+        downloads = _sized(downloads)
+    raise_refusals(refusals(downloads, offline()))
+    if downloads:
+        print(announcement(downloads), file=sys.stderr)  # standard output is for what a program was asked for
+
+
+def _sized(downloads: Sequence[Download]) -> list[Download]:
+    """Return downloads with the sizes that the catalogue does not know, as their servers tell them."""
+    sized, reachable = [], True
+    for wanted in downloads:
+        if wanted.size is None and wanted.name in catalogue() and wanted.mirrors and reachable:
+            try:
+                wanted = replace(wanted, size=size_of(wanted.mirrors[0]))
+            except ConnectionBroken:
+                reachable = False  # no need to wait for the others, too; the download will tell the reason
+        sized.append(wanted)
+    return sized
 
 
 def check_untrusted(text: Json, where: str) -> None:
@@ -90,7 +166,9 @@ def cache_folder() -> Path:
 def cached_path(name: str) -> Path:
     """Return where the file of a released name lies, or has to be put. Raises UserError for an unknown name."""
     if name not in catalogue():
-        raise UserError(unknown("released weights", name, catalogue()))
+        near = " or ".join(released_like(name))
+        hint = f"did you mean {near}?" if near else "`python -m ldm_lab pretrained list` has their names"
+        raise UserError(f"no such released weights: {name!r}; {hint}")
     parts = [*name.split("/"), catalogue()[name].file]
     assert all(re.fullmatch(SAFE_PART, part) for part in parts), f"{name}: unsafe as a path"
     return cache_folder().joinpath(*parts)
@@ -189,13 +267,19 @@ def _download(name: str, entry: Released, path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ Hugging Face Hub
 
 
-def _from_hub(text: str, what: str, local: bool) -> Path:
-    """Return a file, or the folder of a diffusers model, from huggingface_hub's cache; unless `local` it fetches it."""
+def _hub_address(text: str, what: str) -> re.Match[str]:
+    """Return the pieces of an address of the Hub. Raises UserError."""
     match = HUB_ADDRESS.fullmatch(text)
     if match is None or ".." in text:
         raise UserError(
             f"{what}: {text!r} should be hf://OWNER/REPOSITORY/FILE[@REVISION], or end in a slash for a folder"
         )
+    return match
+
+
+def _from_hub(text: str, what: str, local: bool) -> Path:
+    """Return a file, or the folder of a diffusers model, from huggingface_hub's cache; unless `local` it fetches it."""
+    match = _hub_address(text, what)
     import huggingface_hub
 
     repository, path, revision = match["repository"], match["path"], match["revision"]

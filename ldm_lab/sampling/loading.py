@@ -135,7 +135,7 @@ def _load_frozen(
         model: the checkpoint; a weights file that is not where the section says may lie beside it.
         extra: of the checkpoint, with the checksum of the weights under the role.
     """
-    moved = moved or _beside(model, role, config)
+    moved = moved or beside(model, role, config)
     if moved is not None:
         config = {**config, "weights": str(moved)}
     try:
@@ -154,7 +154,7 @@ def _load_frozen(
     return part, config
 
 
-def _beside(model: Path, role: str, config: Section) -> Path | None:
+def beside(model: Path, role: str, config: Section) -> Path | None:
     """Return the weights file beside a model's that stands for one that is not where its config says."""
     weights = config.get("weights")
     if not isinstance(weights, str) or "://" in weights or not Path(weights).suffix:

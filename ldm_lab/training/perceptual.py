@@ -10,6 +10,7 @@ from torchvision.models import VGG16_Weights, vgg16
 
 from ldm_lab.checkpoints.files import read_pickled
 from ldm_lab.config import register
+from ldm_lab.downloads import MIB, Download
 from ldm_lab.errors import UserError
 
 # Layers of torchvision's `vgg16().features` behind which its five groups of convolutions end.
@@ -55,6 +56,18 @@ class LPIPS(nn.Module):
         return distance
 
 
+def features_download() -> list[Download]:
+    """Return what `pretrained_features` would download, if it is not in torch's cache."""
+    released = VGG16_Weights.IMAGENET1K_V1
+    place = _place_of_features()
+    size = int(released.meta["_file_size"] * MIB)  # to a tenth of a MiB
+    return [] if place.is_file() else [Download("perceptual", "torchvision's VGG16", place, size, (released.url,))]
+
+
+def _place_of_features() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / VGG16_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[1]
+
+
 def pretrained_features() -> nn.Sequential:
     """Return the convolutions of torchvision's VGG16, trained on ImageNet; downloaded once, 528 MB.
 
@@ -62,7 +75,7 @@ def pretrained_features() -> nn.Sequential:
         UserError: the weights are not in torch's cache and cannot be downloaded, or are damaged.
     """
     released = VGG16_Weights.IMAGENET1K_V1
-    place = Path(torch.hub.get_dir()) / "checkpoints" / released.url.rsplit("/", 1)[1]
+    place = _place_of_features()
     try:
         state = released.get_state_dict(check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:  # no network; a download with another checksum

@@ -28,6 +28,7 @@ from ldm_lab.training.lock import RunLock
 from ldm_lab.training.logs import Logging, StepProgress, print_rank_zero
 from ldm_lab.training.nan_guard import FiniteGuard
 from ldm_lab.training.resume import Resume
+from ldm_lab.training.start import check_start
 from ldm_lab.training.task import Task, gather
 
 RUNS = Path("runs")
@@ -202,7 +203,8 @@ def _run(config: RunConfig, folder: Path, lock: RunLock) -> int:
     resume: Resume = config.part("resume").build(folder)
     logging: Logging = config.part("logging").build()
     changes = resume.differences(config, config.task_class().NETWORK) if resume.path else []
-    data = DataModule(training_data(config).build(), seed=config.seed)
+    source = check_start(config, folder)
+    data = DataModule(source or training_data(config).build(), seed=config.seed)
     task = build_task(config)
     options: TrainerOptions = config.part("trainer").build()
     finite = FiniteGuard(folder, logging.every)

@@ -1,0 +1,98 @@
+"""What a run lacks is found out before anything is downloaded, encoded or built, and told all at once."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from ldm_lab.checkpoints.parts import part_downloads
+from ldm_lab.config import RunConfig
+from ldm_lab.data.source import Source
+from ldm_lab.downloads import Download, raise_refusals, refusals
+from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Objective
+from ldm_lab.pretrained.resolve import announce, offline, to_download
+from ldm_lab.sampling.needs import option_downloads
+from ldm_lab.training.caching import is_complete
+from ldm_lab.training.demo import Demo
+from ldm_lab.training.enlargements import Enlargements
+from ldm_lab.training.perceptual import features_download
+
+Finding = Callable[[], list[Download] | None]
+
+
+def check_start(config: RunConfig, folder: Path) -> Source | None:
+    """Look for all that a run reads, and say what will be downloaded.
+
+    Returns:
+        The data, opened, if they are there already and trained on as they are.
+
+    Args:
+        config: checked.
+        folder: the run's.
+
+    Raises:
+        UserError: data, prompts, images or weights that are not there, with all of them; networks that do not go
+            together; weights that cannot be downloaded.
+    """
+    problems: list[str] = []
+    downloads: list[Download] = []
+    sources: list[Source] = []
+    for find in _findings(config, folder, sources):
+        try:
+            downloads += find() or []
+        except UserError as error:
+            problems.append(str(error))
+    raise_refusals(problems + refusals(downloads, offline()) if problems else ())
+    announce(downloads)
+    return sources[0] if sources and "cache" not in config else None
+
+
+def _findings(config: RunConfig, folder: Path, sources: list[Source]) -> list[Finding]:
+    """Return what has to be looked for, each by itself, so that all of it is found; opened data go into `sources`."""
+    trained = config.task_class().PART
+    findings: list[Finding] = [partial(_check_network, config)]
+    for role in ("autoencoder", "conditioner"):
+        if role in config and role != trained:
+            findings.append(partial(part_downloads, role, config[role], role))
+    if "perceptual" in config:
+        findings.append(features_download)
+    if "discriminator" in config and (weights := config["discriminator"].options.get("weights")):
+        findings.append(partial(_of_file, str(weights), "discriminator.weights"))
+    if config.init_from:
+        findings.append(partial(_of_file, config.init_from, "init_from"))
+    findings.append(partial(_open_data, config, sources))
+    for role in ("demo", "enlargements"):
+        if role in config:
+            findings.append(partial(_pictures, config, role, folder))
+    return findings
+
+
+def _of_file(text: str, where: str) -> list[Download]:
+    download = to_download(text, where)
+    return [] if download is None else [download]
+
+
+def _check_network(config: RunConfig) -> None:
+    """Raise UserError for an objective and a denoiser that do not go together, as far as their classes tell."""
+    if "objective" in config and "denoiser" in config:
+        objective: Objective = config["objective"].build()
+        objective.check_denoiser(config["denoiser"].load())
+
+
+def _open_data(config: RunConfig, sources: list[Source]) -> None:
+    """List what is trained on. Raises UserError where it is not there. What makes its data itself is not asked."""
+    if "cache" in config and is_complete(config["cache"].build().folder, config):
+        return
+    source: Source = config["data"].build()
+    if type(source).prepare is Source.prepare:
+        source.open()
+        sources.append(source)
+
+
+def _pictures(config: RunConfig, role: str, folder: Path) -> list[Download]:
+    """Read what is drawn during the run. Raises UserError for a missing file, or options that make no sense."""
+    try:
+        drawn: Demo | Enlargements = config[role].build(folder)
+    except UserError as error:
+        raise UserError(str(error) if str(error).startswith(role) else f"{role}: {error}") from None
+    return option_downloads(drawn.options, f"{role}.sampling")
