@@ -113,6 +113,12 @@ def required_condition(spec: ConditionSpec, name: str, kind: type[Kind], denoise
     return given
 
 
+UPSAMPLER_ALONE = (
+    "this model is an upsampler: it enlarges the pictures of a base model "
+    "(sample.py --checkpoint BASE --upsampler THIS)"
+)
+
+
 def is_upsampler(spec: ConditionSpec) -> bool:
     """Return whether a denoiser that takes these conditions enlarges an image."""
     return any(isinstance(kind, ImageCondition) and kind.scale_factor > 1 for kind in spec.values())

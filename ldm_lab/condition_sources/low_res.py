@@ -7,6 +7,7 @@ from annotated_types import Ge
 from torch import Tensor
 from torch.nn import functional as F
 
+from ldm_lab.conditions import UPSAMPLER_ALONE
 from ldm_lab.config import NonNegativeFloat, register
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import (
@@ -53,9 +54,7 @@ class LowRes(ConditionSource):
     def from_request(self, request: ConditionRequest) -> Conditions:
         """Return {"low_res": [B, 3, h, w]}, what is to be enlarged."""
         if request.low_res is None:
-            raise UserError(
-                "this model is an upsampler: it enlarges a picture, and cannot make one without a base model"
-            )
+            raise UserError(UPSAMPLER_ALONE)
         return {"low_res": request.low_res.to(request.x)}
 
     def reduce(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:

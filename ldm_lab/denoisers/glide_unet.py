@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ldm_lab.conditions import UPSAMPLER_ALONE
 from ldm_lab.config import PositiveInt, ShareBelowOne, check_options, register, signature_options
 from ldm_lab.denoisers.glide_layers import AttentionBlock, Builder, GroupNorm, LayerNorm, ResBlock, Transformer, zeroed
 from ldm_lab.errors import UserError
@@ -254,7 +255,7 @@ class GlideUNet(Denoiser):
         """Return what is concatenated to the channels of x, [B, ., h, w] each, in the original's order."""
         if (low_res is not None) != ("low_res" in self.spec):
             raise UserError(
-                "this denoiser is an upsampler: it enlarges a picture, and cannot make one without a base model"
+                UPSAMPLER_ALONE
                 if low_res is None
                 else "this denoiser is a base model: it takes no low-resolution picture, an upsampler does"
             )

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm_lab.conditions import UPSAMPLER_ALONE
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.classifier_free import null_condition_weight
@@ -133,10 +134,7 @@ def checked_request(
 def _low_res(model: Model, low_res: Sequence[Image.Image] | Tensor | None, pictures: int) -> Tensor | None:
     """Return what is to be enlarged, [N, 3, h, w]; None for a base model."""
     if model.upscale_factor is not None and low_res is None:
-        raise UserError(
-            "this model is an upsampler: it enlarges the pictures of a base model "
-            "(sample.py --checkpoint BASE --upsampler THIS)"
-        )
+        raise UserError(UPSAMPLER_ALONE)
     if model.upscale_factor is None and low_res is not None:
         raise UserError("this model is no upsampler: it takes no pictures to enlarge")
     if low_res is None or isinstance(low_res, Tensor):
