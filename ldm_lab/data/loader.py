@@ -121,7 +121,7 @@ def read(
                 continue
             usable = True
             watch.usable()
-            counts.caption(samples[-1])
+            counts.caption(samples[-1].caption_place, samples[-1].key)
             if len(samples) == source.batch_size:
                 yield replace(source.collate(samples), state=reader_state(after, counts))
                 samples, counts = [], Counts()
