@@ -47,7 +47,7 @@ class Run:
     """A training process that was started in a folder, with its output in `log.txt`."""
 
     def __init__(self, folder: Path, *overrides: str, **environment: str) -> None:
-        self.run, self.log = folder / "runs" / "tiny", folder / "log.txt"
+        self.folder, self.run, self.log = folder, folder / "runs" / "tiny", folder / "log.txt"
         self.began_at = self.log.stat().st_size if self.log.exists() else 0
         sys.stdout.flush()
         self.pid = os.fork()
@@ -92,7 +92,7 @@ class Run:
     def said(self, words: str) -> str:
         """Return the line of this process's output with some words; "" if there is none."""
         text = self.log.read_bytes()[self.began_at :].decode(errors="replace")
-        return next((line for line in text.splitlines() if words in line), "")
+        return next((line for line in text.replace(f"{self.folder}/", "").splitlines() if words in line), "")
 
 
 @dataclass
@@ -296,7 +296,7 @@ def two_at_once(folder: Path) -> list[Result]:
     first.wait_for_steps(3)
     second = Run(folder, *OFTEN, "resume.checkpoint=last")
     code = second.wait()
-    result.note = f"`{second.said('error:').replace(str(folder), '')}`, exit code {code}; the first goes on"
+    result.note = f"`{second.said('error:')}`, exit code {code}; the first goes on"
     first.wait_for_steps(3)
     first.send(signal.SIGTERM)
     result.look(first.run, first.wait())

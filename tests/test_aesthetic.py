@@ -178,7 +178,7 @@ def test_files_that_are_none(tmp_path):
     np.save(tmp_path / "vit_b_32_embeddings" / "rating9.npy", np.array([{}], dtype=object), allow_pickle=True)
     for name, message in (
         ("a.safetensors", "it holds something else"),
-        ("b.safetensors", "no rating embeddings: a .safetensors file"),
+        ("b.safetensors", "not a readable safetensors file"),
         ("c.safetensors", "without ratings, embeddings or embedder"),
         ("d.safetensors", "a vector of length 1"),
         ("e.safetensors", "embedder.weights: no such key"),

@@ -308,6 +308,12 @@ def test_names_with_accents_in_both_forms(tmp_path):
     (tmp_path / "nai\u0308ve.txt").write_text("naive art")
     got = texts({"name": "folder", "path": str(tmp_path)}, require_text=True)
     assert sorted(got.values()) == ["a coffee", "naive art"]
+    (tmp_path / "list.csv").write_text("caf\xe9.png\nnai\u0308ve.png\n")
+    got = texts({"name": "image_list", "path": str(tmp_path / "list.csv")}, require_text=True)
+    assert sorted(got.values()) == ["a coffee", "naive art"]
+    (tmp_path / "x.csv").write_text("file_name,text\ncaf\xe9.png,one\nnai\u0308ve.png,two\n")
+    got = texts({"name": "folder", "path": str(tmp_path), "captions": {"metadata": "x.csv"}})
+    assert sorted(got.values()) == ["one", "two"]
 
 
 def test_names_that_are_not_utf8(tmp_path):

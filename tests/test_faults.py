@@ -21,6 +21,7 @@ from tiny import ROOT, make_run, run_program
 
 from ldm_lab.checkpoints.files import read_pickled
 from ldm_lab.data import waiting
+from ldm_lab.data.loader import describe_failure
 from ldm_lab.data.loader_processes import Piped, Whereabouts, how_it_ended, lack_of_shared_memory, ready_to_send
 from ldm_lab.data.streams import CommandOutput, drain
 from ldm_lab.data.webdataset import WebDataset
@@ -79,15 +80,10 @@ def raise_index_error():
     raise IndexError("no such row")
 
 
-def raise_memory_error():
-    raise MemoryError
-
-
 @pytest.mark.parametrize(
     ("do", "code", "words"),
     [
         (lambda: os.kill(os.getpid(), signal.SIGKILL), 75, "loader process 0 of 1 was killed (SIGKILL"),
-        (raise_memory_error, 75, "loader process 0 of 1 ran out of memory"),
         (raise_index_error, 2, "loader process 0 of 1 failed with IndexError: no such row"),
     ],
 )
@@ -127,6 +123,20 @@ def test_a_loader_that_dies_at_once_is_the_user_s_to_mend(here, program, monkeyp
     monkeypatch.setattr(WebDataset, "samples", after(0, lambda: os.kill(os.getpid(), signal.SIGKILL)))
     code, _, err = program("train", "--config", make_run(here), "data.workers=1")
     assert code == 2 and "was killed (SIGKILL" in one_error(err)
+
+
+def test_what_a_reader_did_not_expect_in_words():
+    try:
+        b"a".decode("no such codec")
+    except LookupError as error:
+        failure = describe_failure(error, "reading the data")
+    assert failure.message.startswith("reading the data failed with LookupError: unknown encoding: no such codec (")
+    assert "test_faults.py" in failure.message and not failure.may_pass
+    try:
+        raise MemoryError
+    except MemoryError as error:
+        failure = describe_failure(error, "loader process 1 of 4")
+    assert failure.message.startswith("loader process 1 of 4 ran out of memory (") and failure.may_pass
 
 
 def test_ends_of_processes_in_words():
@@ -300,6 +310,22 @@ def test_a_signal_during_a_stall_saves_and_leaves(stalled, run, program, monkeyp
     assert "data: no batch for 1 s, still waiting (pipe:cat " in out
     assert f"stopped by signal {int(number)} (no batch for" in out and "and saved" in out
     assert read_pickled(run / "last.ckpt")["global_step"] == len(steps(run)) >= 1
+
+
+def test_a_signal_before_the_first_batch_leaves_too(here, program, monkeypatch):
+    monkeypatch.setattr(waiting, "PATIENCE", 1.0)
+    os.mkfifo(here / "stalled.tar")
+
+    def once_it_is_heard():
+        while signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=once_it_is_heard, daemon=True).start()
+    shards = f"data.shards=pipe:cat {here}/stalled.tar"
+    code, out, err = program("train", "--config", make_run(here), shards)
+    assert code == 75, err
+    assert "at step 0 before anything new was trained" in out
 
 
 def test_a_stall_ends_by_itself(stalled, run, program, monkeypatch):

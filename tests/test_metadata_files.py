@@ -264,10 +264,11 @@ def test_quoted_fields_of_a_csv(tmp_path, engine):
 
 
 def test_lists_of_urls(tmp_path, engine):
-    (tmp_path / "urls.txt").write_text("http://a/1.jpg\n https://a/2.jpg \n\nno address\nhttp://a/1.jpg\n")
+    lines = ["http://a/1.jpg", " https://a/2.jpg ", "", "no address", '"http://a/3.jpg"', "http://a/1.jpg", ""]
+    (tmp_path / "urls.txt").write_text("\n".join(lines))
     report, rows = selected(tmp_path / "urls.txt", engine, tmp_path / "out", {"duplicates": {"by": "url"}})
     assert sorted(row["URL"] for row in rows) == ["http://a/1.jpg", "https://a/2.jpg"] and set(rows[0]) == {"URL"}
-    assert (report.rows, report.bad_lines) == (3, {"no url": 1})
+    assert (report.rows, report.bad_lines) == (3, {"no url": 2})
 
 
 def test_json_lines(tmp_path, engine):

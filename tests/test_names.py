@@ -179,6 +179,22 @@ def test_names_that_are_none(tmp_path, names, message):
         select(CASES / "both", tmp_path / "out", rules, names=names)
 
 
+def test_one_column_is_not_two_standard_ones(tmp_path):
+    table = write(tmp_path / "t.parquet", {"URL": ["a"], "TEXT": ["x"]})
+    with pytest.raises(UserError, match="the column URL cannot be both URL and TEXT; see names"):
+        select(table, tmp_path / "out", {"caption_length": {"at_least": 1}}, names={"caption": "URL"})
+
+
+def test_named_sizes_are_taken_as_they_are(tmp_path):
+    columns = {"SAMPLE_ID": [1], "URL": ["a"], "TEXT": ["x"], "HEIGHT": [100], "WIDTH": [500], "LICENSE": ["?"]}
+    table = write(tmp_path / "t.parquet", {**columns, "NSFW": ["UNLIKELY"], "similarity": [0.3]})
+    names = {"width": "WIDTH", "height": "HEIGHT"}
+    report, rows = select(table, tmp_path / "out", {"size": {"min_width": 400}}, names=names)
+    assert (rows[0]["WIDTH"], rows[0]["HEIGHT"]) == (500, 100) and not report.notes and not report.swapped_sizes
+    _, rows = select(table, tmp_path / "out", {"size": {"min_height": 400}})
+    assert (rows[0]["WIDTH"], rows[0]["HEIGHT"]) == (100, 500), "a base collection's are swapped"
+
+
 # ------------------------------------------------------------------------------------------------ known tables
 
 

@@ -397,3 +397,33 @@ def test_the_highest_of_scores_in_a_text_file(tmp_path, engine_of):
     source = folder(tmp_path / "in", urls("a", "b", hash=[1, 2]))
     _, rows = select(source, tmp_path / "out", SCORE, engine_of, tags={"aesthetic": str(tmp_path / "tags.tsv")})
     assert [row["aesthetic"] for row in rows] == [10.25, 7.5]
+
+
+# ------------------------------------------------------------------------------------------------ folders and lists
+
+
+def test_what_is_left_aside_in_a_folder_is_said(tmp_path):
+    source = folder(tmp_path / "in", urls("a"))
+    (source / "._0.parquet").write_bytes(b"\0\5\x16\7")
+    (source / "more.csv").write_text("url,caption\nhttp://a/1,x\n")
+    (source / "README.txt").write_text("about it\n")
+    folder(source / "LANGUAGE=en", urls("b"))
+    report, rows = select(source, tmp_path / "out", ANY)
+    assert [row["URL"] for row in rows] == ["a"]
+    assert report.notes == [f"3 files of {source} are left aside, such as {source}/._0.parquet"]
+    report, rows = select(f"{source}/**/*.parquet", tmp_path / "out", ANY)
+    assert [row["URL"] for row in rows] == ["a", "b"]
+    assert report.notes == ["what folders are called is no column of the table: LANGUAGE=en"]
+    (tmp_path / "above").mkdir()
+    folder(tmp_path / "above" / "x", urls("b"))
+    with pytest.raises(
+        UserError, match=r"no \.parquet, .* in this folder; below it .* write .*/above/\*\*/\*\.parquet"
+    ):
+        select(tmp_path / "above", tmp_path / "out", ANY)
+
+
+def test_a_file_that_is_given_twice_is_read_once(tmp_path):
+    source = folder(tmp_path / "in", urls("a"), urls("b"))
+    section = {"input": [str(source), f"{source}/0.parquet", f"{source}/../in/*.parquet"], "out": str(tmp_path / "out")}
+    report = build("selection", {**section, "rules": ANY, "engine": DUCKDB}).run()
+    assert report.rows == 2 and report.notes == ["3 files are given more than once, and read once"]

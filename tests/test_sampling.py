@@ -184,7 +184,7 @@ def test_wrong_requests(pipeline, prompts, choices, message):
 
 
 def test_a_seed_for_each_picture(pipeline):
-    with pytest.raises(UserError, match="2 for 1 images"):
+    with pytest.raises(UserError, match="2 for 1 pictures"):
         pipeline.check(["red"], seeds=[1, 2])
 
 

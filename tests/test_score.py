@@ -438,3 +438,13 @@ def test_no_clip_for_a_head_of_ones_own(tools, shards, program):
         "ldm_lab.__main__", "score", "--shards", f"{shards}/*.tar", "--head", tools / "a.safetensors"
     )
     assert code == 2 and "--clip: has to be given, as the head belongs to clip with weights of sha256" in err
+
+
+def test_a_head_in_a_file_with_weights_of_its_clip_needs_no_more(tmp_path):
+    """Which CLIP it is stands in the head's own file, which is read later."""
+    from argparse import Namespace
+
+    from ldm_lab.commands.score import announce_weights
+
+    head = Path(__file__).parent / "data" / "golden" / "aesthetic_heads" / "sa_0_4_vit_b_32_linear.pth"
+    announce_weights(Namespace(head=[str(head)], clip=[f"weights={tmp_path / 'vit.pt'}"]))

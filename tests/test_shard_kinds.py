@@ -263,3 +263,21 @@ def test_files_are_read_whatever_they_are(tmp_path):
     path = make(tmp_path / "x.tar", [("a.x", b"1"), ("b.x", b"2"), ("a.y", b"3"), ("b.y", b"4")])
     assert dict(read_files(path)) == {"a": {"x": b"1", "y": b"3"}, "b": {"x": b"2", "y": b"4"}}
     assert dict(read_files(path, ("y",))) == {"a": {"y": b"3"}, "b": {"y": b"4"}}
+
+
+def test_several_tar_files_in_a_row(tmp_path, capsys):
+    """`cat a.tar b.tar > c.tar`, or a command that does so: tar -i reads all, and so does training."""
+    write_shards(tmp_path, 3, 4)
+    whole = b"".join((tmp_path / f"0000{n}.tar").read_bytes() for n in range(3))
+    (tmp_path / "c.tar").write_bytes(whole)
+    (tmp_path / "c.tar.gz").write_bytes(gzip.compress(whole))
+    for address in (f"{tmp_path}/c.tar", f"{tmp_path}/c.tar.gz", f"pipe:cat {tmp_path}/0000*.tar"):
+        found, skipped = read(address)
+        assert len(found) == 12 and not skipped, address
+    assert "c.tar: 12 images, with 12 .txt, 12 .json" in capsys.readouterr().out
+    end = len(whole.rstrip(b"\0"))
+    (tmp_path / "c.tar").write_bytes(whole[: -(-end // 512) * 512])
+    found, skipped = read(f"{tmp_path}/c.tar")
+    assert len(found) == 12 and skipped == {"broken shard": 1}, "cut off where the last one ends"
+    (tmp_path / "c.tar").write_bytes(whole + b"something else" * 60)
+    assert read(f"{tmp_path}/c.tar")[1] == {"broken shard": 1}

@@ -62,6 +62,16 @@ def test_offline_all_missing_weights_are_told(nothing_begins, tmp_path, program)
     assert code == 2 and err.count("not in the cache, and downloads are switched off") == 3, err
 
 
+@pytest.mark.parametrize("command", ["cache", "scale"])
+def test_commands_that_encode_tell_it_before_they_load_anything(nothing_begins, tmp_path, program, command):
+    yaml = make_run(tmp_path, images=4)
+    out = {"cache": "encoded", "scale": "scaled.safetensors"}[command]
+    words = ("data.shards=gone.tar", "autoencoder.weights=kl-f8")
+    code, _, err = program("ldm_lab.__main__", command, "--config", yaml, "--out", out, *words)
+    assert code == 2 and "2 problems" in err and "data.shards: no such file: gone.tar" in err and "kl-f8" in err
+    assert not (tmp_path / out).exists()
+
+
 def test_an_objective_and_a_denoiser_that_do_not_go_together(nothing_begins, tmp_path, program):
     """The network of cloob-latent-diffusion has no channels for a variance; found at the first step before."""
     yaml = make_run(tmp_path, images=4)

@@ -27,9 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Encode, with a progress bar; say what was skipped."""
-    from ldm_lab.training.caching import make_cache  # not before: it imports torch, which takes seconds
+    from ldm_lab.data.cache import ENCODERS  # not before: it imports torch, which takes seconds
+    from ldm_lab.training.caching import make_cache
+    from ldm_lab.training.start import check_encoding
 
     config = load(args.config, args.overrides)
     if config.task != "diffusion":
         raise UserError(f"{args.config}: a cache is made from a diffusion config, with its autoencoder and conditioner")
+    check_encoding(config, ENCODERS)
     print(make_cache(config, Path(args.out), args.device))

@@ -35,11 +35,13 @@ def run(args: argparse.Namespace) -> None:
     from ldm_lab.checkpoints.native import save_part
     from ldm_lab.checkpoints.parts import load_part, read_part
     from ldm_lab.training.scale import counted, image_batches, measure_scale
+    from ldm_lab.training.start import check_encoding
 
     config = load(args.config, args.overrides)
     section = config.get("autoencoder")
     if section is None:
         raise UserError(f"{args.config}: has no section autoencoder")
+    check_encoding(config, ["autoencoder"])
     autoencoder = load_part("autoencoder", section)
     if not section.get("weights") and any(True for _ in autoencoder.parameters()):
         raise UserError("autoencoder.weights: has to be given; an untrained autoencoder's latents say nothing")

@@ -87,7 +87,8 @@ def announce_weights(args: argparse.Namespace) -> None:
     found = [to_download(source, "--head") for source in sources]
     embedders = [catalogue()[source].config.get("embedder") for source in sources if source in catalogue()]
     clips = []
-    if args.clip or any(isinstance(embedder, dict) for embedder in embedders):
+    says_all = bool(args.clip) and not all(word.startswith("weights=") for word in args.clip)
+    if says_all or any(isinstance(embedder, dict) for embedder in embedders):  # else a head's own file says which
         embedder = next((its for its in embedders if isinstance(its, dict)), None)
         clips = part_downloads("conditioner", clip_config(args.clip, embedder), "--clip")
     announce([*(download for download in found if download is not None), *clips])

@@ -5,6 +5,8 @@ a subclass of `source.ImageSource` (samples are images, with or without a captio
 
     prepare()                                  make what has to be on disk first (draw, download); one process per node
     open()                                     list the units; UserError where there are none
+    found() -> lines                           what `open` found, in words, for the start of a run
+    files() -> (name, path) ...                what it found on the disk: by them a cache is known to be stale
     count, unit                                how many units are dealt out to the readers, and their name ("shards")
     items(order, start) -> (point, item) ...   one reader's share of one epoch, undecoded, from a restart point on
     decode(item, order) -> Sample              raises `samples.SkippedSample` for a sample that cannot be used
@@ -15,7 +17,9 @@ and everything else is common: `order.py` decides who reads what and when, `load
 position, `datamodule.py` hands it to Lightning. `loader_processes.py` and `waiting.py` tell what the loader processes
 are reading and how they ended, and end a wait for a batch that does not come. Shards: `shard_urls.py` finds them,
 `streams.py` opens them, `tar.py` reads and writes them, `shard_source.py` puts them into order, `webdataset.py` is the
-part.
+part. Files: `folders.py` walks, `image_lists.py` reads lists, `beside.py` knows what lies beside an image. Captions:
+`captions.py` says where they are and which one of several is drawn, `text.py` reads their bytes, `caption_tables.py`
+tables of them.
 
 A *pass* (`passes.py`) is the other way through data: every sample of some shards or images once, in no order that
 matters, on any number of devices and nodes, restartable; its results are files.
@@ -28,7 +32,7 @@ The order is a function of (seed, epoch, position) alone: no global random state
 readers are all loader processes of all ranks (world size x workers); each one has its own share of every epoch and goes
 from epoch to epoch without end, so that no rank ever waits for another one at an epoch's end.
 
-Only images, `.txt` and `.json` members of a shard are looked at; nothing is unpickled. A `pipe:` shard address is a
+Only images, captions and `.json` members of a shard are looked at; nothing is unpickled. A `pipe:` shard address is a
 shell command, which is why a data section is only ever built from the user's own config, never from a checkpoint.
 
 A new source is one file with one `@register("data", "name")`. A `**common` in its constructor stands for the options of

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import TypedDict
 
 from ldm_lab.data.captions import NONE, PROBLEMS
-from ldm_lab.data.samples import FilteredOut, Sample, SkippedSample
+from ldm_lab.data.samples import FilteredOut, SkippedSample
 from ldm_lab.interfaces import ReaderState
 
 EXAMPLES = 3  # keys kept per reason
@@ -66,12 +66,10 @@ class Counts:
         else:
             self.add(Counts(skipped=one, examples=examples))
 
-    def caption(self, sample: Sample) -> None:
+    def caption(self, place: str, key: str) -> None:
         """Count where the caption of a sample that is used came from, or why it cannot be read."""
-        if sample.caption_place:
-            is_problem = sample.caption_place in PROBLEMS
-            examples = {sample.caption_place: [sample.key]} if is_problem else {}
-            self.add(Counts(captions={sample.caption_place: 1}, examples=examples))
+        if place:
+            self.add(Counts(captions={place: 1}, examples={place: [key]} if place in PROBLEMS else {}))
 
     def add(self, other: "Counts") -> None:
         """Add what was counted elsewhere."""

@@ -18,6 +18,7 @@ from ldm_lab.data.order import Order
 from ldm_lab.data.samples import RawSample, Sample, SkippedSample
 from ldm_lab.data.source import ImageSource
 from ldm_lab.data.strings import Strings
+from ldm_lab.data.text import spellings
 from ldm_lab.errors import UserError
 from ldm_lab.io.decoding import IMAGE_ENDINGS
 
@@ -185,25 +186,33 @@ class ImageList(FileSource):
         return self.path.parent
 
     def listed(self) -> list[ListedImage]:
-        self.list = read_list(self.path)
+        listed = read_list(self.path)
+        self.list_lines = listed.lines()
+        names = [self.on_disk(name) for name in listed.names]
         by_folder: defaultdict[str, list[int]] = defaultdict(list)
-        for index, name in enumerate(self.list.names):
+        for index, name in enumerate(names):
             by_folder[os.path.dirname(name)].append(index)
-        places = [NONE] * len(self.list.names)
-        self.missing: list[str] = []
+        places, missing = [NONE] * len(names), list[str]()
         for folder, indices in by_folder.items():
             try:
                 files = {entry.name for entry in os.scandir(self.root / folder) if not entry.is_dir()}
             except OSError:
                 files = set[str]()
-            images = [os.path.basename(self.list.names[index]) for index in indices]
-            self.missing += [os.path.join(folder, image) for image in images if image not in files]
+            images = [os.path.basename(names[index]) for index in indices]
+            missing += [os.path.join(folder, image) for image in images if image not in files]
             for index, place in zip(indices, self.beside.places(folder, images, files)[0]):
                 places[index] = place
+        if missing:
+            self.list_lines.insert(0, f"{len(missing):,} files of the list are missing (e.g. {missing[0]})")
         return [
             ListedImage(name, place) if text is None else ListedImage(name, "list", text)
-            for name, place, text in zip(self.list.names, places, self.list.captions)
+            for name, place, text in zip(names, places, listed.captions)
         ]
+
+    def on_disk(self, name: str) -> str:
+        """Return a path of the list as it is spelled on the disk, with letters and accents together or apart."""
+        forms = spellings(name)
+        return next((form for form in forms if (self.root / form).exists()), name) if len(forms) > 1 else name
 
     def caption_of(self, index: int) -> Caption:
         text = self._texts[index] if len(self._texts) else NO_TEXT
@@ -212,10 +221,7 @@ class ImageList(FileSource):
         return self.captions.in_text(os.fsencode(text), "list")
 
     def found(self) -> list[str]:
-        lines = super().found()
-        if self.missing:
-            lines.append(f"{len(self.missing):,} files of the list are missing (e.g. {self.missing[0]})")
-        return lines + self.list.lines()
+        return super().found() + self.list_lines
 
 
 @register("data", "folder")

@@ -17,10 +17,9 @@ MOST_ENDINGS = 8  # that are named
 
 @dataclass
 class Listing:
-    """The images below a folder.
+    """What a walk through a folder has met, beside the images.
 
     Attributes:
-        names: relative to the folder, in the order of the walk.
         folders: that have images.
         left_out: ending of other files -> how many; "" for names without one.
         hidden: files and folders whose name begins with a dot, or that a system left behind.
@@ -29,7 +28,6 @@ class Listing:
         unreadable: folders that cannot be listed.
     """
 
-    names: list[str] = field(default_factory=list)
     folders: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     hidden: int = 0

@@ -121,7 +121,7 @@ def read(
                 continue
             usable = True
             watch.usable()
-            counts.caption(samples[-1])
+            counts.caption(samples[-1].caption_place, samples[-1].key)
             if len(samples) == source.batch_size:
                 yield replace(source.collate(samples), state=reader_state(after, counts))
                 samples, counts = [], Counts()
@@ -330,10 +330,10 @@ class _Readers(IterableDataset):
         except UserError as error:
             yield _Failure(str(error))
         except Exception as error:
-            yield _failure(error, f"loader process {number} of {workers}" if process else "reading the data")
+            yield describe_failure(error, f"loader process {number} of {workers}" if process else "reading the data")
 
 
-def _failure(error: Exception, who: str) -> _Failure:
+def describe_failure(error: Exception, who: str) -> _Failure:
     """Return what is said of an exception that a reader did not expect: what it is and where it came from."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{place.filename}:{place.lineno}, in {place.name}"

@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ldm_lab.data.counts import Counts
 from ldm_lab.data.loader_processes import leave_signals_to_parent
-from ldm_lab.data.samples import BROKEN, DUPLICATE, UNREACHABLE, RawSample, SkippedSample, as_utf8
-from ldm_lab.data.work_items import Content, WorkItem
+from ldm_lab.data.samples import BROKEN, DUPLICATE, UNREACHABLE, RawSample, SkippedSample, as_utf8, caption_of
+from ldm_lab.data.work_items import Content, WorkItem, describe
 from ldm_lab.errors import UserError
 from ldm_lab.processes import fail_together, quiet_lightning, trainer_options
-from ldm_lab.progress import Bar
+from ldm_lab.progress import Bar, print_line
 
 LONGEST_WAIT = timedelta(days=30)  # of one process for another one that has more to do
 
@@ -181,6 +181,9 @@ def run_pass(job: Job[One, Many, Made], items: Sequence[WorkItem], options: Pass
             callbacks=[_Bar(job.task)], logger=False, enable_progress_bar=False, enable_checkpointing=False,
             enable_model_summary=False, use_distributed_sampler=False,
         )  # fmt: skip
+    if trainer.is_global_zero:
+        for line in describe(items):
+            print_line(f"data: {as_utf8(line)}")
     with fail_together(trainer):
         trainer.predict(_Pass(job, items, options), return_predictions=False)
     trainer.strategy.barrier()
@@ -258,6 +261,8 @@ class _Reader(IterableDataset):
                     raise SkippedSample(DUPLICATE, sample.key)
                 seen.add(sample.key)
                 samples.append(self.preparation.prepare(sample))
+                caption = caption_of(sample)
+                counts.caption(caption.problem or caption.place, as_utf8(sample.key))
             except SkippedSample as problem:
                 counts.skip(SkippedSample(problem.reason, as_utf8(problem.key)))
                 continue

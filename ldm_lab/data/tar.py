@@ -37,7 +37,7 @@ from ldm_lab.data.samples import (
 )
 from ldm_lab.data.shard_urls import scheme_of
 from ldm_lab.data.streams import ByteStream, drain, open_stream, reason_of
-from ldm_lab.data.tar_files import KeyUntil, TarList, list_files, split_name
+from ldm_lab.data.tar_files import Archive, KeyUntil, TarList, list_files, split_name
 from ldm_lab.data.text import composed
 from ldm_lab.io.atomic import atomic_write
 from ldm_lab.io.decoding import IMAGE_ENDINGS
@@ -121,18 +121,6 @@ class _Group:
 Found = _Group | SkippedSample
 
 
-class _Member(tarfile.TarInfo):
-    """tarfile takes a damaged header in mid-archive for its end, and so the file's end without the archive's own; here
-    both are errors."""
-
-    @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
-        try:
-            return super().fromtarfile(archive)
-        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError, tarfile.EmptyHeaderError) as error:
-            raise tarfile.ReadError(str(error)) from None
-
-
 class _ShardReader:
     """The samples of one shard."""
 
@@ -178,7 +166,7 @@ class _ShardReader:
         previous: dict[str, bytes] = {}
         group: _Group | None = None
         try:
-            with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member) as archive:
+            with Archive.open(fileobj=stream, mode="r|*") as archive:
                 for member in archive:
                     archive.members.clear()  # tarfile would keep every header of the shard
                     key, extension = split_name(member.name, self.key_until)

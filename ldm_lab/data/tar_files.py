@@ -15,6 +15,37 @@ from ldm_lab.data.text import composed
 KeyUntil = Literal["first_dot", "last_dot"]
 
 
+class Archive(tarfile.TarFile):
+    """A tar file, or several in a row (`cat a.tar b.tar`), read without forbearance.
+
+    tarfile takes a damaged header in mid-archive for its end, and so the file's end without the archive's own, and
+    leaves what comes behind an end; here the first two are errors, and the last is read.
+    """
+
+    ignore_zeros = True
+    has_ended = False  # the last block was one of those that end an archive
+
+    class tarinfo(tarfile.TarInfo):
+        """The header of a member, called as tarfile looks for it."""
+
+        @classmethod
+        def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+            assert isinstance(archive, Archive)
+            try:
+                member = super().fromtarfile(archive)
+            except tarfile.EOFHeaderError:
+                archive.has_ended = True
+                raise
+            except tarfile.EmptyHeaderError as error:
+                if archive.has_ended:
+                    raise
+                raise tarfile.ReadError(str(error)) from None
+            except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
+                raise tarfile.ReadError(str(error)) from None
+            archive.has_ended = False
+            return member
+
+
 def split_name(name: str, key_until: KeyUntil = "first_dot") -> tuple[str, str]:
     """Return (key, extension in lower case) of a file in a shard; the extension is "" for what belongs to no sample."""
     base = os.path.basename(name)
@@ -138,7 +169,7 @@ def list_files(path: str, most: int | None = None) -> TarList | None:
         return target is not None
 
     try:
-        with tarfile.open(path, "r:") as archive:
+        with Archive.open(path, "r:") as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # tarfile would keep every header
                 if member.isreg():

@@ -2,14 +2,16 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from ldm_lab.data.captions import Captions
 from ldm_lab.data.files import Folder
 from ldm_lab.data.samples import RawSample, SkippedSample
 from ldm_lab.data.shard_urls import expand, is_remote, without_ending
+from ldm_lab.data.shards_found import describe_shards
 from ldm_lab.data.tar import read_shard
 from ldm_lab.errors import UserError
 
@@ -144,3 +146,11 @@ def file_batches(path: str, out: Path | None) -> list[FileBatch]:
         FileBatch(out / f"{number:05d}", folder, first, tuple(names[first : first + FILES]))
         for number, first in enumerate(range(0, len(names), FILES))
     ]
+
+
+def describe(items: Sequence[WorkItem]) -> list[str]:
+    """Return what is seen of the items at the start of a pass, a line each."""
+    folder = next((item.folder for item in items if isinstance(item, FileBatch)), None)
+    if folder is not None:
+        return folder.found()
+    return describe_shards([item.location for item in items if isinstance(item, Shard)], Captions(), "first_dot")

@@ -286,7 +286,8 @@ def report(trainer: Trainer, folder: Path, data: str, stopped: str | None, resum
     print(data)
     step, max_steps = trainer.global_step, trainer.max_steps
     if stopped:
-        saved = "and saved" if saved_step in (step, -1) else f"where it could not save; {LAST} is of step {saved_step}"
+        saved = "and saved" if saved_step == step else f"where it could not save; {LAST} is of step {saved_step}"
+        saved = "before anything new was trained" if step == resumed_step else saved
         print(f"stopped by {stopped} at step {step} {saved}: resume.checkpoint=last goes on")
     elif step == resumed_step:
         reached = "is reached" if step == max_steps else "is less"

@@ -1,20 +1,23 @@
 """What a run lacks is found out before anything is downloaded, encoded or built, and told all at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
 from ldm_lab.checkpoints.parts import part_downloads
 from ldm_lab.config import RunConfig
+from ldm_lab.data.cache import META, read_meta
 from ldm_lab.data.source import Source
 from ldm_lab.downloads import Download, raise_refusals, refusals
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Objective
 from ldm_lab.pretrained.resolve import announce, offline, to_download
 from ldm_lab.sampling.needs import option_downloads
-from ldm_lab.training.caching import is_complete
+from ldm_lab.training.captioned_grids import CaptionedGrids
 from ldm_lab.training.demo import Demo
-from ldm_lab.training.enlargements import Enlargements
 from ldm_lab.training.perceptual import features_download
 
 Finding = Callable[[], list[Download] | None]
@@ -34,17 +37,30 @@ def check_start(config: RunConfig, folder: Path) -> Source | None:
         UserError: data, prompts, images or weights that are not there, with all of them; networks that do not go
             together; weights that cannot be downloaded.
     """
+    sources: list[Source] = []
+    _tell(_findings(config, folder, sources))
+    return sources[0] if sources and "cache" not in config else None
+
+
+def check_encoding(config: RunConfig, roles: Iterable[str]) -> None:
+    """Look for the images and the frozen parts of some roles, and say what will be downloaded. Raises UserError."""
+    findings: list[Finding] = [partial(part_downloads, role, config[role], role) for role in roles if role in config]
+    if "data" in config:
+        findings.append(partial(_open_data, replace(config, sections={"data": config["data"]}), []))
+    _tell(findings)
+
+
+def _tell(findings: Iterable[Finding]) -> None:
+    """Raise UserError with all that is missing; say what will be downloaded."""
     problems: list[str] = []
     downloads: list[Download] = []
-    sources: list[Source] = []
-    for find in _findings(config, folder, sources):
+    for find in findings:
         try:
             downloads += find() or []
         except UserError as error:
             problems.append(str(error))
     raise_refusals(problems + refusals(downloads, offline()) if problems else ())
-    announce(downloads)
-    return sources[0] if sources and "cache" not in config else None
+    rank_zero_only(announce)(downloads)
 
 
 def _findings(config: RunConfig, folder: Path, sources: list[Source]) -> list[Finding]:
@@ -61,7 +77,7 @@ def _findings(config: RunConfig, folder: Path, sources: list[Source]) -> list[Fi
     if config.init_from:
         findings.append(partial(_of_file, config.init_from, "init_from"))
     findings.append(partial(_open_data, config, sources))
-    for role in ("demo", "enlargements"):
+    for role in ("demo", "enlargements", "inpaintings"):
         if role in config:
             findings.append(partial(_pictures, config, role, folder))
     return findings
@@ -81,8 +97,10 @@ def _check_network(config: RunConfig) -> None:
 
 def _open_data(config: RunConfig, sources: list[Source]) -> None:
     """List what is trained on. Raises UserError where it is not there. What makes its data itself is not asked."""
-    if "cache" in config and is_complete(config["cache"].build().folder, config):
-        return
+    if "cache" in config:
+        folder = config["cache"].build().folder
+        if (folder / META).is_file() and read_meta(folder).complete:  # whether it is this config's is asked later:
+            return  # that needs the weights
     source: Source = config["data"].build()
     if type(source).prepare is Source.prepare:
         source.open()
@@ -92,7 +110,7 @@ def _open_data(config: RunConfig, sources: list[Source]) -> None:
 def _pictures(config: RunConfig, role: str, folder: Path) -> list[Download]:
     """Read what is drawn during the run. Raises UserError for a missing file, or options that make no sense."""
     try:
-        drawn: Demo | Enlargements = config[role].build(folder)
+        drawn: Demo | CaptionedGrids = config[role].build(folder)
     except UserError as error:
         raise UserError(str(error) if str(error).startswith(role) else f"{role}: {error}") from None
     return option_downloads(drawn.options, f"{role}.sampling")

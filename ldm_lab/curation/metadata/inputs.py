@@ -1,6 +1,7 @@
 """Files of metadata: which ones a pattern stands for, their columns, and what is wrong with them."""
 
 import glob
+import os
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,7 @@ class Files:
         format: of text files, one of `FORMATS`; "" for Parquet.
         heads: of each text file but JSON lines.
         sources: the text files that these were made of, which their names number; () where they are their own.
+        notes: of files that were left aside.
         rows: how many there are, if that is known without reading them.
         layouts: of Parquet files, by the columns that they have; () where they cannot be read from here.
         types: column -> its type in the whole table.
@@ -54,6 +56,7 @@ class Files:
     format: str = ""
     heads: tuple[TextHead, ...] = ()
     sources: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     rows: int | None = None
     layouts: tuple[Layout, ...] = ()
     types: Mapping[str, pa.DataType] = field(default_factory=dict)
@@ -95,11 +98,22 @@ def find_files(patterns: str | Sequence[str], where: str) -> Files:
     Raises:
         UserError: none there, of different kinds or columns, or not readable.
     """
-    paths: list[str] = []
+    given: list[str] = []
+    notes: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        paths += _expand(pattern, where)
-    if not paths:
+        found, more = _expand(pattern, where)
+        given, notes = given + found, notes + more
+    if not given:
         raise UserError(f"{where}: no file is given")
+    places = {path: path if "://" in path else os.path.realpath(path) for path in given}
+    paths = list({place: path for path, place in reversed(places.items())}.values())[::-1]
+    if len(paths) < len(given):
+        notes.append(f"{len(given) - len(paths):,} files are given more than once, and read once")
+    return replace(_files(paths, where), notes=tuple(notes))
+
+
+def _files(paths: list[str], where: str) -> Files:
+    """Return files with their columns. Raises UserError."""
     kinds = {_format(path) for path in paths}
     if len(kinds) > 1:
         said = " and ".join(sorted(kind.upper() or "Parquet" for kind in kinds))
@@ -115,31 +129,48 @@ def find_files(patterns: str | Sequence[str], where: str) -> Files:
     return _parquet_files(paths, local, where)
 
 
-def _expand(pattern: str, where: str) -> list[str]:
+def _expand(pattern: str, where: str) -> tuple[list[str], list[str]]:
+    """Return the files that a pattern stands for, and notes of what else is in a folder."""
     if pattern.startswith("file:///"):
         pattern = pattern.removeprefix("file://")
     if "://" in pattern:
-        return [pattern]
+        return [pattern], []
     path = Path(pattern).expanduser()
     if path.is_dir():
-        found = sorted(map(str, path.glob("*.parquet"))) or _texts_in(path)
+        found = _tables_in(path)
+        below = [str(one) for one in sorted(path.glob("*/*.parquet"))]
         if not found:
-            raise UserError(f"{where}: {path}: no .parquet, .tsv, .csv, .jsonl or .txt file in this folder")
-        return found
+            hint = f"; below it there are such as {below[0]}: write {path}/**/*.parquet" if below else ""
+            raise UserError(f"{where}: {path}: no .parquet, .tsv, .csv, .jsonl or .txt file in this folder{hint}")
+        aside = [*(str(one) for one in sorted(path.iterdir()) if _is_other_table(one, found)), *below]
+        notes = [f"{len(aside)} files of {path} are left aside, such as {aside[0]}"] if aside else []
+        return found, notes
     if glob.has_magic(str(path)) and not path.exists():
         found = sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
         if not found:
             raise UserError(f"{where}: {pattern!r} matches no file")
-        return found
+        return found, []
     if not path.is_file():
         raise UserError(f"{where}: {path}: no such file or folder")
-    return [str(path)]
+    return [str(path)], []
 
 
-def _texts_in(folder: Path) -> list[str]:
-    """Return the text files in a folder of the first format that is there: a README.txt is no table."""
-    names = sorted(str(path) for path in folder.iterdir() if path.is_file())
-    return next((found for kind in FORMATS.values() if (found := [n for n in names if _format(n) == kind])), [])
+def _tables_in(folder: Path) -> list[str]:
+    """Return the files of a table in a folder: Parquet, or else the first format of texts that is there.
+
+    Names that begin with a dot or _ are what systems and programs keep for themselves.
+    """
+    names = sorted(str(one) for one in folder.iterdir() if one.is_file() and not one.name.startswith((".", "_")))
+    found = [name for name in names if name.endswith(".parquet")]
+    for kind in FORMATS.values():
+        found = found or [name for name in names if _format(name) == kind]
+    return found
+
+
+def _is_other_table(path: Path, found: list[str]) -> bool:
+    """Return whether a file is a table, not a README, that is not among those of a folder that are read."""
+    is_table = path.suffix == ".parquet" or _format(path.name) not in ("", "txt")
+    return is_table and path.is_file() and str(path) not in found
 
 
 def _format(path: str) -> str:
@@ -221,7 +252,10 @@ def _parquet_files(paths: list[str], local: list[str], where: str) -> Files:
 
 def table_notes(files: Files) -> list[str]:
     """Return what to say of a table's columns: assumed names, those left out, those that some files do not have."""
-    notes = []
+    notes = list(files.notes)
+    partitions = {part for path in files.given for part in Path(path).parent.parts if "=" in part}
+    if partitions:
+        notes.append(f"what folders are called is no column of the table: {', '.join(sorted(partitions)[:3])}")
     unnamed = [path for path, head in zip(files.given, files.heads) if not head.is_line and head.names != ("url",)]
     if unnamed:
         names = next(head.names for head in files.heads if not head.is_line)

@@ -116,14 +116,21 @@ def output_columns(row: TableRow, wanted: Sequence[str] | None, judged: Mapping[
     Raises:
         UserError: a column is not there, or of a type that it cannot be written in.
     """
-    taken = {name: standard for quantity, standard in STANDARD.items() if (name := row.name(quantity))}
+    taken: dict[str, str] = {}
+    for quantity, standard in STANDARD.items():
+        if name := row.name(quantity):
+            if name in taken:
+                raise UserError(
+                    f"{row.where}: the column {name} cannot be both {taken[name]} and {standard}; see names"
+                )
+            taken[name] = standard
     for quantity in ("url", "caption"):
         if row.name(quantity):
             row.text(quantity)  # raises for bytes
     if wanted is not None:
-        standard = {standard: row.columns[name] for name, standard in taken.items()}
+        standards = {standard: row.columns[name] for name, standard in taken.items()}
         other = {quantity: row.columns[name] for quantity, name in judged.items()}
-        names = _wanted({**standard, **row.columns}, wanted, other)
+        names = _wanted({**standards, **row.columns}, wanted, other)
         return OutputColumns(names, _judged_elsewhere(row, names, judged))
     about = [name for name in row.columns if is_downloaded(row.columns) and name in BOOKKEEPING and name not in taken]
     twins = {

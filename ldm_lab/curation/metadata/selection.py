@@ -158,6 +158,7 @@ class Selection:
                 output=[name for name in table.columns if name != KEY],
             )
             report.notes += [*notes, *bad.notes(), *self._notes(row), *chosen.notes, *table_notes(files)]
+            report.notes += [f"tags.{name}: {note}" for name, one in tags.items() for note in table_notes(one)]
             if counts.kept == 0:
                 raise UserError(f"the selection is empty, nothing was written:\n{report}")
             report.kept = engine.write(
@@ -213,7 +214,8 @@ class Selection:
     def _notes(self, row: TableRow) -> list[str]:
         """Return what somebody should know of this selection."""
         notes = []
-        if self.swapped_sizes is None and not row.swapped_sizes and may_be_swapped(list(row.columns)):
+        is_said = self.swapped_sizes is not None or row.names.has("width") or row.names.has("height")
+        if not is_said and not row.swapped_sizes and may_be_swapped(list(row.columns)):
             notes.append(
                 "the sizes were taken as they are, though some columns are those of a base collection, whose WIDTH and "
                 "HEIGHT are swapped: swapped_sizes=true or false says which it is"

@@ -168,7 +168,12 @@ class Spark(Engine):
 
 def _is_foreign(kind: pa.DataType) -> bool:
     """Return whether Spark has no type for a column's, or for what is in it."""
-    if types.is_float16(kind) or types.is_time(kind) or (types.is_timestamp(kind) and kind.unit == "ns"):
+    if (
+        types.is_float16(kind)
+        or types.is_time(kind)
+        or types.is_decimal256(kind)
+        or (types.is_timestamp(kind) and kind.unit == "ns")
+    ):
         return True
     return any(_is_foreign(kind.field(number).type) for number in range(kind.num_fields))
 

@@ -5,6 +5,7 @@ for all engines.
 """
 
 import json
+import re
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from ldm_lab.io.json_files import Json
 
 MOST_QUOTED = 1000  # lines that one quoted field may go over
 ROWS = 50_000  # held at a time
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://\S+", re.I)
 EXAMPLES = 3  # bad lines that are named for each reason
 Row = Sequence[str | None]
 Line = tuple[int, str]  # its number and text
@@ -87,7 +89,7 @@ def as_parquet(files: Files, folder: Path, bad: BadLines, where: str) -> Files:
     if read is None or not read.rows:
         said = "; ".join(bad.notes())
         raise UserError(f"{where}: {files.paths[0]}: no row in it{': ' if said else ''}{said}")
-    return replace(read, sources=files.paths, heads=files.heads)
+    return replace(read, sources=files.paths, heads=files.heads, notes=files.notes)
 
 
 def _text_lines(path: str, bad: BadLines) -> Iterator[Line]:
@@ -131,7 +133,7 @@ def _plain_rows(path: str, lines: Iterable[Line], kind: str, width: int, bad: Ba
 def _address(line: str) -> str:
     """Return the url on a line, or the word "url" above a list of them. Raises BadLine."""
     address = line.strip()
-    if address.lower() != "url" and ("://" not in address or len(address.split()) > 1):
+    if address.lower() != "url" and not ADDRESS.fullmatch(address):
         raise BadLine("no url")
     return address
 

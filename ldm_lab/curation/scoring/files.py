@@ -57,7 +57,7 @@ class ScoreFacts:
         similarity: whether there is a column of cosines.
         heads: column -> where the head came from.
         content: `WorkItem.content` of what was scored.
-        read, skipped, examples: `ldm_lab.data.counts.Counts`.
+        read, skipped, examples, captions: `ldm_lab.data.counts.Counts`.
     """
 
     embedder: dict[str, str]
@@ -69,6 +69,7 @@ class ScoreFacts:
     read: int
     skipped: dict[str, int]
     examples: dict[str, list[str]]
+    captions: dict[str, int]
 
     def to_json(self) -> str:
         """Return the text for the file's metadata."""
@@ -83,7 +84,8 @@ class ScoreFacts:
             return None
         facts = {name: content[name] for name in names}
         heads = content["heads"]
-        mappings = (heads, content["embedder"], content["predictors"], content["skipped"], content["examples"])
+        counts = (content["skipped"], content["examples"], content["captions"])
+        mappings = (heads, content["embedder"], content["predictors"], *counts)
         if not isinstance(content["read"], int) or not all(isinstance(mapping, dict) for mapping in mappings):
             return None
         if not all(isinstance(head, dict) and head.keys() == KEYS for head in heads.values()):

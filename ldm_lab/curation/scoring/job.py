@@ -205,7 +205,8 @@ class ScoreJob(Job[PreparedImage, ImageBatch, ScoredBatch]):
         if facts is None:  # a damaged one is ours: a name like this is nobody else's
             return None
         fingerprint = _fingerprint(facts.embedder, facts.precision, facts.predictors, facts.similarity)
-        return Finished(fingerprint, facts.content, Counts(facts.read, facts.skipped, facts.examples))
+        counts = Counts(facts.read, facts.skipped, facts.examples, captions=facts.captions)
+        return Finished(fingerprint, facts.content, counts)
 
     # ------------------------------------------------------------------------------------------------ one batch
 
@@ -257,6 +258,7 @@ class ScoreJob(Job[PreparedImage, ImageBatch, ScoredBatch]):
             read=done.counts.read,
             skipped=done.counts.skipped,
             examples=done.counts.examples,
+            captions=done.counts.captions,
         )
         files.write_scores(item.file(SCORES), scored, facts)
 
