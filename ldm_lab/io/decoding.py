@@ -4,6 +4,7 @@ import contextlib
 import io
 import struct
 import sys
+import warnings
 from importlib import import_module
 
 from PIL import Image, UnidentifiedImageError
@@ -40,7 +41,9 @@ def decode_image(data: bytes, min_size: int = 1, max_pixels: int | None = None) 
         BadImage: what is wrong with it. "too many pixels" is also said beyond Pillow's limit, 179 million.
     """
     try:
-        return _decode(data, {}, min_size, max_pixels)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow's: odd metadata beside a good picture
+            return _decode(data, {}, min_size, max_pixels)
     except BadImage:
         raise
     except Image.DecompressionBombError as error:
