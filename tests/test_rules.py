@@ -152,7 +152,7 @@ def test_columns_of_all_releases():
         ({"punsafe": {"beneath": 0.5}}, "rules.punsafe.beneath: no such key: 'beneath' of rule.name=punsafe"),
         ({"punsafe": {"below": "half"}}, "rules.punsafe.below: number or null is needed, not 'half'"),
         ({"punsafe": {}}, "rules.punsafe.above: this, at_least, below or at_most is needed"),
-        ({"punsafe": 0.5}, "rules.punsafe: options are needed, such as {}, not 0.5"),
+        ({"punsafe": 0.5}, "rules.punsafe: options are needed, such as rules.punsafe={}, not 0.5"),
         ({"aspect_ratio": {"at_least": 2, "at_most": 1}}, "rules.aspect_ratio.at_least: 2 is above at_most, 1"),
         ({"nsfw": {"drop": ["NSFW"], "keep": ["UNLIKELY"]}}, "rules.nsfw.drop: either this or keep is needed"),
         ({"size": {"min_side": -1}}, "rules.size.min_side: at least 0 is needed, not -1"),
