@@ -19,6 +19,7 @@ from ldm_lab.errors import UserError
 
 BARE_MISSING = re.compile(r"(?<=[\s:,\[{])\?\?\?(?=\s*[,\]}])")
 
+
 def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a YAML, apply `key.path=value` overrides, resolve it; make the parts of its `imports:` known.
 
