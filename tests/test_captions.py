@@ -112,6 +112,8 @@ def test_wrong_options_of_captions():
     assert "data.captions.pattern: '[': unterminated" in told(source="file_name", pattern="[")
     assert "has no group" in told(source="file_name", pattern="x")
     assert "Did you mean 'endings'?" in told(ending=".txt")
+    for nothing in ([], "", [".txt", ""]):
+        assert "data.captions.endings: one at least is needed" in told(endings=nothing)
 
 
 # ------------------------------------------------------------------------------------------------------------- several

@@ -115,6 +115,8 @@ class Captions:
         problems = []
         if source and (endings or json_key or metadata):
             problems.append(f"source: {source} is the only place then; leave endings, json_key and metadata out")
+        if endings is not None and (not endings or (isinstance(endings, list) and "" in endings)):
+            problems.append("endings: one at least is needed, such as .caption; without the key it is .txt")
         if column and not metadata:
             problems.append("column: of which table? metadata has to be given")
         if pattern and source != "file_name":
