@@ -304,6 +304,22 @@ def test_overshoot_of_a_resize_is_cut():
     assert pixels(tiff(values))[:, 0, 0].tolist() == [0, 255, 255, 255]
 
 
+def test_light_with_lamps_is_refused_and_a_mask_in_levels_is_none():
+    light = np.where(RAMP > 250, 40, RAMP / 255).astype(np.float32)
+    with pytest.raises(BadImage, match="unknown range of values"):
+        decode_image(tiff(light))
+    stroke = np.where(RAMP > 250, 255, 0).astype(np.float32)
+    assert distance(tiff(stroke), grey(stroke)) == 0
+
+
+def test_signed_bytes():
+    half = (RAMP >> 1).astype(np.int8)
+    for deflate in (False, True):
+        assert distance(tiff(half, deflate=deflate), grey(RAMP)) <= 2
+        with pytest.raises(BadImage, match="unknown range of values"):
+            decode_image(tiff((half - 9).astype(np.int8), deflate=deflate))
+
+
 def test_negative_integers_are_refused():
     with pytest.raises(BadImage, match="unknown range of values"):
         decode_image(tiff(np.full((4, 4), -3, np.int16)))

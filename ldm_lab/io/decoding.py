@@ -22,7 +22,7 @@ IMAGE_ENDINGS = (
 )
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 DEEP = 9  # bits of a sample
-EMPTY_ALPHA = ("TGA", "BMP", "DIB")  # formats of which a fourth channel is often nothing but zeros
+EMPTY_ALPHA = ("TGA", "BMP", "DIB", "DDS")  # formats of which a fourth channel is often nothing but zeros
 CODE_STREAM = b"\xff\x4f\xff\x51"  # the beginning of a JPEG 2000 picture
 EXTRA = "pip install -e '.[images]'"
 

@@ -22,6 +22,7 @@ ORIENTATION, MAXIMUM, ICC_PROFILE = 274, 281, 34675
 SUBFILE, SUB_DIRECTORIES = 254, 330
 REDUCED, MASK = 1, 4  # bits of a directory's kind: a thumbnail, a transparency mask
 BYTEWISE = (1, 5, 8, 32773, 32946, 34925, 50000)  # none, LZW, Deflate, PackBits, Deflate, LZMA, Zstandard
+SIGNED = 2
 KINDS = {1: "u", 2: "i", 3: "f", 4: "u"}  # of samples, as numpy calls them
 TYPES = ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8")
 Tags = dict[int, tuple[int, ...]]
@@ -108,7 +109,7 @@ def open_tiff(data: bytes, most_pixels: int, least_bits: int = 1) -> Image.Image
     Args:
         data: the file.
         most_pixels: more are refused.
-        least_bits: of a sample; None is returned for images of fewer.
+        least_bits: of a sample; None is returned for images of fewer, unless they are signed.
 
     Raises:
         UnsupportedTiff: another compression, color space or type of sample.
@@ -116,7 +117,7 @@ def open_tiff(data: bytes, most_pixels: int, least_bits: int = 1) -> Image.Image
         Exception: of a malformed file, all kinds.
     """
     tags = _directory(data, _start(data)[2])
-    if max(tags.get(BITS, ONE)) < least_bits:
+    if max(tags.get(BITS, ONE)) < least_bits and SIGNED not in tags.get(SAMPLE_FORMAT, ONE):
         return None
     layout = _layout(tags, data)
     size = layout.row * layout.height * layout.samples * layout.bits // 8  # bytes
