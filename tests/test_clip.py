@@ -459,7 +459,9 @@ def test_a_checkpoint_cannot_make_open_clip_read_folders(folder, program, tmp_pa
 def test_clip_is_not_trained_here(program, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "train_clip.yaml"
-    data = "{name: folder, path: x, image_size: 32, batch_size: 2}"
+    (tmp_path / "x").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "x" / "one.png")
+    data = "{name: folder, path: x, image_size: 32, batch_size: 1}"
     path.write_text(f"task: cloob\ndata: {data}\nconditioner: {{name: clip, model: RN50}}\n")
     code, _, err = program("train", "--config", path)
     assert code == 2 and "conditioner.name: 'clip' is used as published" in err

@@ -115,7 +115,7 @@ def test_a_network_of_eps_alone(batch):
     objective = made(bound=False)
     assert torch.allclose(objective.loss_terms(net, x0, {}, t, noise)["loss"], noise.square().flatten(1).mean(1))
     assert objective.predict(net, x0, t, {}).variance_fraction is None
-    with pytest.raises(UserError, match="no channels for a learned variance; set bound: false"):
+    with pytest.raises(UserError, match=r"no channels for a learned variance; set objective\.bound=false"):
         made().loss_terms(net, x0, {}, t, noise)
     with pytest.raises(UserError, match="puts out 5 channels; of 4 channels it should make 8, or 4 without"):
         made().predict(Fixed(torch.zeros(B, 5, 4, 4)), x0, t, {})

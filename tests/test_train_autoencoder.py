@@ -280,8 +280,9 @@ def test_without_network_the_missing_file_is_named(here, program, monkeypatch):
 
     monkeypatch.setattr(VGG16_Weights.IMAGENET1K_V1.__class__, "get_state_dict", offline)
     code, _, err = program("train", "--config", make_run(here, perceptual={"weight": 1.0}))
-    assert code == 2 and len(err.strip().splitlines()) == 1
-    assert "vgg16-397923af.pth" in err and "perceptual=null" in err
+    announced, error = err.strip().splitlines()
+    assert code == 2 and announced.startswith("to be downloaded: perceptual: torchvision's VGG16, 527.8 MiB")
+    assert "vgg16-397923af.pth" in error and "perceptual=null" in error
 
 
 def test_lpips_takes_part_in_the_loss(here, program, monkeypatch):

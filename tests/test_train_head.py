@@ -269,7 +269,7 @@ def test_rating_embeddings_of_scores_that_do_not_fit(tmp_path, program):
     keys = [str(n) for n in range(40)]
     scores = {"aesthetic": clean.numpy()}
     rows = ScoreRows(keys, [None] * 40, [None] * 40, scores)
-    facts = ScoreFacts(EMBEDDER, "32-true", {}, False, {}, None, 40, {}, {})
+    facts = ScoreFacts(EMBEDDER, "32-true", {}, False, {}, None, 40, {}, {}, {})
     write_scores(tmp_path / f"0{SCORES}", rows, facts)
 
     def average(column="aesthetic"):
