@@ -54,6 +54,18 @@ def test_a_complete_cache_is_not_written_again(cached, program):
     assert "complete already (24 samples)" in err
 
 
+def test_a_cache_of_nothing_is_an_error(tmp_path, program):
+    yaml = make_run(tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/broken.png").write_bytes(b"no image")
+    data = ["data.name=folder", f"data.path={tmp_path / 'photos'}", "data.workers=0"]
+    code, _, err = program("ldm_lab.__main__", "cache", "--config", yaml, "--out", tmp_path / "cache", *data)
+    assert code == 2
+    assert "cache: no image to encode. data: 1 samples read, 1 skipped (100.0%): undecodable image 1" in err
+    code, _, err = program("ldm_lab.__main__", "cache", "--config", yaml, "--out", tmp_path / "cache", *data)
+    assert code == 2, "what it left is no cache"
+
+
 def test_a_run_makes_its_cache_at_the_first_start(cached, program):
     yaml = cached.parent / "tiny.yaml"
     code, out, _ = program("train", "--config", yaml, "run=first", "cache.folder=own")

@@ -386,7 +386,8 @@ def test_lists_as_people_write_them(tmp_path, monkeypatch, capsys):
     }  # fmt: skip
     assert dict(data.skipped) == {"missing file": 1}
     out = capsys.readouterr().out
-    assert "1 files of the list are missing (e.g. gone.png)" in out and "2 lines of the list begin with #" in out
+    assert f"1 files of the list are missing (e.g. gone.png in {tmp_path}, the list's folder)" in out
+    assert "2 lines of the list begin with #" in out
     assert "captions: 2 list, 1 .txt, 6 images without" in out
 
 

@@ -282,6 +282,14 @@ def test_an_unreadable_yaml_is_a_user_error(tmp_path, text):
         config.load(path)
 
 
+def test_what_has_to_be_given_may_stand_in_braces(tmp_path):
+    (tmp_path / "run.yaml").write_text("a: ???\nb: {c: ???, d: [1, ???]}\n")
+    with pytest.raises(UserError, match=r"run\.yaml: has to be given: a, b\.c, b\.d\[1\]"):
+        config.read(tmp_path / "run.yaml")
+    given = config.read(tmp_path / "run.yaml", ["a=1", "b.c=2", "b.d=[3]"])
+    assert given == {"a": 1, "b": {"c": 2, "d": [3]}}
+
+
 def test_defaults_are_overlaid_and_may_not_go_in_circles(tmp_path):
     (tmp_path / "base.yaml").write_text(YFCC.read_text().replace("???", "a.tar"))
     (tmp_path / "child.yaml").write_text("defaults: base.yaml\nrun: child\noptim: {lr: 1.0e-4}\n")

@@ -77,11 +77,11 @@ def test_a_picture_with_much_compressed_text():
     assert distance(CASES / "images/ztxt_2mb.png", pixels(CASES / "images/base.png")) == 0
 
 
-@pytest.mark.filterwarnings("ignore:Metadata Warning")
-def test_a_wrong_exif_tag_beside_a_valid_orientation():
+def test_a_wrong_exif_tag_beside_a_valid_orientation(recwarn):
     with Image.open(CASES / "images/exif_types.jpg") as raw:
         turned = np.asarray(raw.transpose(Image.Transpose.ROTATE_270))
     assert distance(CASES / "images/exif_types.jpg", turned) == 0
+    assert not recwarn.list
 
 
 def test_premultiplied_grey():

@@ -285,6 +285,17 @@ def test_the_printed_commands_know_the_columns(program, tmp_path):
     assert code == 0 and "it has no column URL, so there is nothing to download" in out and "img2dataset" not in out
 
 
+def test_training_takes_the_caption_that_was_written(program, tmp_path):
+    """The text that img2dataset writes beside an image is the chosen column's; `data.names` has no caption."""
+    config = CASES / "cap.yaml"
+    slurs = f"rules.slurs.file={CASES / 'slurs.txt'}"
+    code, out, err = program(
+        "select", "--config", config, slurs, f"input={CASES / 'ct'}", f"out={tmp_path / 'out'}", "names.caption=TEXT"
+    )
+    assert (code, err) == (0, "")
+    assert "table: caption is TEXT" in out and "--caption_col TEXT" in out and "data.names" not in out
+
+
 def test_statistics_ask_and_are_told(program, tmp_path):
     command = ["statistics", f"both={CASES / 'both'}", "--out", tmp_path / "out", "--samples", 0]
     code, _, err = program(*command)

@@ -96,6 +96,19 @@ def test_no_path_of_this_machine_is_in_a_picture(call, files, run, tmp_path):
     assert all(len(first[f"{key}_sha256"]) == 64 for key in named)
 
 
+def test_what_the_init_image_says_of_itself_is_not_in_a_picture(call, files, tmp_path):
+    told = PngImagePlugin.PngInfo()
+    told.add_text("ldm_lab", '{"checkpoint": "/home/somebody/x.ckpt"}')
+    with Image.open(files / "dog.png") as image:
+        image.save(files / "told.png", pnginfo=told, dpi=(300, 300))
+    masked = ["--init-image", files / "told.png", "--mask", files / "mask.png"]
+    assert call(*FAST, "a fox", *masked, "--out", "out")[0] == 0
+    assert call(*FAST, "a fox", "--init-image", files / "told.png", "--out", "plain")[0] == 0
+    masked, plain = entry(tmp_path / "out/00000.png"), entry(tmp_path / "plain/00000.png")
+    assert set(masked) - set(plain) == {"mask", "mask_sha256"}
+    assert b"somebody" not in (tmp_path / "out/00000.png").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("path", "name"),
     [

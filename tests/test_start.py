@@ -156,3 +156,18 @@ def test_a_mistyped_name_shows_the_nearest_and_not_all(tmp_path, monkeypatch, te
     assert len(str(error.value)) < 200
     with pytest.raises(UserError, match=r"^no such released weights: 'kl-f88'; did you mean kl-f8 or kl-f\d+\?$"):
         resolve.cached_path("kl-f88")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("data.name=folder", "data.path=fotos"), "data.path: fotos: no such folder. Did you mean photos?"),
+        (("init_from=photo/a.png",), "photo/a.png: no such file (init_from). Did you mean photos?"),
+    ],
+)
+def test_a_mistyped_path_shows_the_nearest(program, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    code, _, err = program("train", "--config", make_run(tmp_path), *words)
+    assert code == 2
+    assert message in err

@@ -24,6 +24,7 @@ RESERVED = {"url", "caption", "text", "sha256", "md5", "sha512"}  # img2dataset'
 OWN = {"key", "status", "error_message", "exif", "width", "height", "original_width", "original_height"}
 
 CAPTIONS = ("text", "caption")
+DOWNLOADED = ("url", "caption")  # what img2dataset writes under names of its own
 NO_URL = "it has no column URL, so there is nothing to download"
 
 
@@ -44,7 +45,11 @@ def run(args: argparse.Namespace) -> None:
     print(report)
     command = img2dataset(str(selection.out), report.output)
     print(f"written to {selection.out}; " + (f"to download it:\n  {command}" if command else NO_URL))
-    names = [(quantity, name) for quantity, name in selection.names.given if name in report.output]
+    names = [
+        (quantity, name)
+        for quantity, name in selection.names.given
+        if name in report.output and quantity not in DOWNLOADED
+    ]
     if command and names:
         words = " ".join(Names(ask=f"data.{ASK}").answer(quantity, name) for quantity, name in names)
         print(f"for the same rules in training, by the same columns:\n  {words}")

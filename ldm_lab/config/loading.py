@@ -1,7 +1,9 @@
 """YAML files to plain data: `defaults:` laid under, `key=value` laid over, interpolations resolved."""
 
 import functools
+import io
 import operator
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from ldm_lab.config.bounds import Interpolated, Plain
 from ldm_lab.config.overrides import apply, overlaid, parse, yaml_error
 from ldm_lab.config.registry import add_imports
 from ldm_lab.errors import UserError
+
+BARE_MISSING = re.compile(r"(?<=[\s:,\[{])\?\?\?(?=\s*[,\]}])")
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -66,7 +70,7 @@ def _chain(path: Path, seen: tuple[Path, ...]) -> dict[Path, DictConfig]:
     if path.resolve() in seen:
         raise UserError(f"{path}: 'defaults' leads back to this file")
     try:
-        config = OmegaConf.load(path)
+        config = _load(path)
     except FileNotFoundError:
         near = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
         raise UserError(f"{path}: no such config." + (f" Here: {near}" if near else "")) from None
@@ -77,6 +81,18 @@ def _chain(path: Path, seen: tuple[Path, ...]) -> dict[Path, DictConfig]:
     base = config.pop("defaults", None)
     under = {} if base is None else _chain(path.parent / str(base), (*seen, path.resolve()))
     return {**under, path: config}
+
+
+def _load(path: Path) -> DictConfig | ListConfig:
+    """Return a file's content; ??? may also stand within braces, where PyYAML takes it for the mark of a key."""
+    try:
+        return OmegaConf.load(path)
+    except YAMLError:
+        text = path.read_text(encoding="utf-8")
+        quoted = BARE_MISSING.sub("'???'", text)
+        if quoted == text:
+            raise
+        return OmegaConf.load(io.StringIO(quoted))
 
 
 def to_yaml(config: Mapping[str, Plain]) -> str:

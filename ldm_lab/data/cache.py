@@ -197,10 +197,11 @@ class CacheWriter:
         if self._held >= self.shard_size:
             self._flush()
 
-    def close(self) -> None:
-        """Write what is held back."""
+    def close(self) -> int:
+        """Write what is held back. Returns the number of samples on disk, of this rank."""
         if self._held:
             self._flush()
+        return self.written
 
     def _flush(self) -> None:
         tensors = {

@@ -21,6 +21,7 @@ from ldm_lab.data.strings import Strings
 from ldm_lab.data.text import spellings
 from ldm_lab.errors import UserError
 from ldm_lab.io.decoding import IMAGE_ENDINGS
+from ldm_lab.io.near import meant, near_paths
 
 LOOKED_AT = 200  # captions that are read at the start of a run
 NO_TEXT = "\0"  # stands for no caption among packed ones
@@ -202,7 +203,8 @@ class ImageList(FileSource):
             for index, place in zip(indices, self.beside.places(folder, images, files)[0]):
                 places[index] = place
         if missing:
-            self.list_lines.insert(0, f"{len(missing):,} files of the list are missing (e.g. {missing[0]})")
+            where = "" if os.path.isabs(missing[0]) else f" in {self.path.parent}, the list's folder"
+            self.list_lines.insert(0, f"{len(missing):,} files of the list are missing (e.g. {missing[0]}{where})")
         return [
             ListedImage(name, place) if text is None else ListedImage(name, "list", text)
             for name, place, text in zip(names, places, listed.captions)
@@ -235,7 +237,7 @@ class Folder(FileSource):
 
     def listed(self) -> list[ListedImage]:
         if not self.path.is_dir():
-            raise UserError(f"data.path: {self.path}: no such folder")
+            raise UserError(f"data.path: {self.path}: no such folder{meant(near_paths(self.path))}")
         self.listing = Listing()
         found = []
         for folder, files in walk(self.path, self.listing):

@@ -65,7 +65,9 @@ class WebDataset(ShardSource):
         if scores is not None and not rules:
             problems.append("scores: only rules ask for them, and there are none")
         if (names or {}).get("caption") is not None:
-            problems.append("names.caption: rules judge the caption that is trained on, whatever else the json has")
+            problems.append(
+                "names.caption: rules judge the caption that is trained on; captions.json_key takes it from the json"
+            )
         problems += check_names(names)
         return problems
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ldm_lab.errors import UserError
+from ldm_lab.io.near import meant, near_paths
 
 PARTIAL = ".part"  # suffix of what is being written, beside a leading dot
 
@@ -129,7 +130,7 @@ def existing_file(path: str | Path, what: str) -> Path:
     """Return the path of a file that is there. Raises UserError that names what is missing."""
     path = Path(path).expanduser()
     if not path.exists():
-        raise UserError(f"{path}: no such file ({what})")
+        raise UserError(f"{path}: no such file ({what}){meant(near_paths(path))}")
     if not path.is_file():
         raise UserError(f"{path}: not a file ({what})")
     return path

@@ -4,6 +4,7 @@ import contextlib
 import io
 import struct
 import sys
+import warnings
 from importlib import import_module
 
 from PIL import Image, UnidentifiedImageError
@@ -45,7 +46,9 @@ def decode_image(data: bytes, min_size: int = 1, max_pixels: int | None = None) 
     if data.startswith(TIFF):
         data = full_size_first(data)
     try:
-        return _decode(data, {}, min_size, max_pixels)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow's: odd metadata beside a good picture
+            return _decode(data, {}, min_size, max_pixels)
     except BadImage:
         raise
     except Image.DecompressionBombError as error:

@@ -18,6 +18,7 @@ from ldm_lab.io.atomic import sha256
 from ldm_lab.io.download import Wanted, download
 from ldm_lab.io.http import ConnectionBroken, size_of
 from ldm_lab.io.json_files import Json, read_json, write_json
+from ldm_lab.io.near import meant, near_paths
 from ldm_lab.pretrained.catalogue import SAFE_PART, Released, catalogue
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -64,14 +65,10 @@ def resolve_weights(text: str | Path, what: str) -> Path:
 
 def _nearest(path: Path, text: str) -> str:
     """Return a hint at what may have been meant: files and released weights whose names are nearly the same."""
+    if near := near_paths(path) + released_like(text):
+        return meant(near)
     folder = next((parent for parent in path.parents if parent.is_dir()), Path())
-    here = {entry.name: entry for entry in folder.iterdir()} if os.access(folder, os.R_OK) else {}
-    wanted = path.name if folder == path.parent else path.relative_to(folder).parts[0]
-    near = [str(here[name]) for name in difflib.get_close_matches(wanted, here, n=2, cutoff=0.6)]
-    near += released_like(text)
-    if near:
-        return f". Did you mean {' or '.join(near)}?"
-    gone = "" if folder == path.parent else f"; {folder.absolute()} has no {wanted}"
+    gone = "" if folder == path.parent else f"; {folder.absolute()} has no {path.relative_to(folder).parts[0]}"
     return f"{gone}, and no released weights have that name (python -m ldm_lab pretrained list)"
 
 

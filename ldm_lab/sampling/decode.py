@@ -45,7 +45,7 @@ class Sample:
         if init_image.mask is None:
             return self
         image = init_image.restore(self.image)
-        image.info["seed"] = self.seed
+        image.info = dict(self.image.info)  # nothing that the init image's file says of itself
         return replace(self, image=image, pixels=to_tensor(image))
 
 

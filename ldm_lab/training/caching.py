@@ -100,7 +100,8 @@ def make_cache(config: RunConfig, folder: Path, device: str | None = None) -> st
     An interrupted one goes on behind its last whole shard.
 
     Raises:
-        UserError: frozen parts without weights, data that are a cache already, a folder that holds something else.
+        UserError: frozen parts without weights, data that are a cache already or without a usable image, a folder that
+            holds something else.
     """
     for role in ENCODERS:
         if role not in config or not has_weights(role, config[role]):
@@ -129,7 +130,8 @@ def make_cache(config: RunConfig, folder: Path, device: str | None = None) -> st
             half = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
             writer.add(half, batch.text, batch.key, data.rank_state())
             bar.update(len(batch))
-    writer.close()
+    if not writer.close():
+        raise UserError(f"{folder}: no image to encode. {data.summary()}")
     return f"{folder}: {complete(folder):,} samples. {data.summary()}"
 
 

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from ldm_lab.curation.metadata.layouts import Layout, check_columns, is_index, layouts_of, table_types, unique_names
 from ldm_lab.curation.metadata.text_lines import BadLine, csv_fields, open_bytes, read_lines
 from ldm_lab.errors import UserError, first_line
+from ldm_lab.io.near import meant, near_paths
 
 # ending -> format, also with .gz behind it
 FORMATS = {".tsv": "tsv", ".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "txt"}
@@ -151,7 +152,7 @@ def _expand(pattern: str, where: str) -> tuple[list[str], list[str]]:
             raise UserError(f"{where}: {pattern!r} matches no file")
         return found, []
     if not path.is_file():
-        raise UserError(f"{where}: {path}: no such file or folder")
+        raise UserError(f"{where}: {path}: no such file or folder{meant(near_paths(path))}")
     return [str(path)], []
 
 
