@@ -90,7 +90,7 @@ def read_prompts(path: str | Path) -> list[str]:
         raise UserError(f"{path}: a prompts file is UTF-8 text{marked}; this one is not (byte {error.start})") from None
     if "\0" in text:
         raise UserError(f"{path}: a prompts file is UTF-8 text, this one has zero bytes in it; save it as UTF-8")
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    lines = text.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n").split("\n")
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"{path}: no prompt in this file; one per line is needed")

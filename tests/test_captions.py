@@ -44,6 +44,7 @@ def test_a_byte_order_mark_says_how_a_caption_is_read(name):
     mark = {"utf-16-be": b"\xfe\xff", "utf-32-be": b"\0\0\xfe\xff"}.get(name, b"")
     assert decode_text(mark + TEXT.encode(name)) == TEXT
     assert decode_text(mark + TEXT.encode(name), "cp1252") == TEXT
+    assert decode_text(("\ufeff\ufeff" + TEXT + "\ufeff").encode()) == TEXT, "files put together"
 
 
 @pytest.mark.parametrize(
@@ -287,6 +288,21 @@ def test_tables_that_are_none(tmp_path, name, content, told):
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=told):
         texts(section, captions={"metadata": name})
+
+
+def test_rows_of_a_table_that_give_nothing_are_said(tmp_path, capsys):
+    section = folder(tmp_path, a_png=PNG, b_png=PNG, c_png=PNG)
+    rows = f"file_name,text\n{tmp_path}/a.png,of a\nb.png,of b, with a comma\nc.png,of c,\nC:\\x\\a.png,x\n"
+    (tmp_path / "x.csv").write_text(rows)
+    assert texts(section, captions={"metadata": "x.csv"}) == {"a.png": "of a", "b.png": "", "c.png": "of c"}
+    said = capsys.readouterr().out
+    assert "x.csv: 1 rows have more cells than the first line has columns" in said
+    assert "x.csv: 1 rows are of images that are not here (e.g. C:\\x\\a.png)" in said
+    (tmp_path / "x.csv").write_text('file_name,text\na.png,"never closed\nb.png,of b\n')
+    with pytest.raises(UserError, match=r"x\.csv: a quote is opened and never closed: a\.png"):
+        texts(section, captions={"metadata": "x.csv"})
+    (tmp_path / "x.csv").write_text('file_name,text\na.png,5" tall\nb.png,"two\nlines"\n')
+    assert texts(section, captions={"metadata": "x.csv"}) == {"a.png": '5" tall', "b.png": "two\nlines", "c.png": ""}
 
 
 def test_captions_in_names(tmp_path):

@@ -202,6 +202,89 @@ def test_deep_transparency(dtype, samples, premultiplied):
     assert distance(data, truth) <= 2
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("where", ["behind", "below"])
+def test_of_a_tiff_with_a_thumbnail_in_front_the_picture_is_read(dtype, order, where):
+    scale = np.iinfo(dtype).max // 255
+    picture = COLORS.astype(dtype) * scale
+    both = np.concatenate([picture, picture[::4]])  # of which one directory says the first rows, and one the others
+    strips = {"rows": len(picture)}
+
+    def file(rows: np.ndarray, extra: dict) -> bytes:
+        return tiff(rows, order, extra=extra, **strips)
+
+    small = file(both[len(picture) :], {254: ("I", 1)} | ({330: ("I", 2**31)} if where == "below" else {}))
+    large = file(picture, {254: ("I", 0)})
+    room = len(small) + len(small) % 2
+    moved = relocated(large, order, room)
+    (start,) = struct.unpack_from(order + "I", large, 4)
+    if where == "below":
+        small = small.replace(struct.pack(order + "I", 2**31), struct.pack(order + "I", room + start))
+    else:
+        (first,) = struct.unpack_from(order + "I", small, 4)
+        after = first + 2 + 12 * struct.unpack_from(order + "H", small, first)[0]
+        small = small[:after] + struct.pack(order + "I", room + start) + small[after + 4 :]
+    data = small.ljust(room, b"\0") + moved
+    assert distance(data, COLORS) == 0
+    assert decode_image(data, min_size=10).size == (14, 12)
+
+
+def relocated(data: bytes, order: str, by: int) -> bytes:
+    """Return a TIFF whose places count from `by` bytes before it."""
+    moved = bytearray(data)
+    (start,) = struct.unpack_from(order + "I", data, 4)
+    (count,) = struct.unpack_from(order + "H", data, start)
+    for place in range(start + 2, start + 2 + 12 * count, 12):
+        tag, kind, number = struct.unpack_from(order + "HHI", data, place)
+        (value,) = struct.unpack_from(order + "I", data, place + 8)
+        if tag == 273 or number * {3: 2, 4: 4}[kind] > 4:
+            struct.pack_into(order + "I", moved, place + 8, value + by)
+    return bytes(moved)
+
+
+def test_thumbnails_alone_and_directories_in_a_circle():
+    data = bytearray(tiff(COLORS, extra={254: ("I", 1)}))
+    assert distance(bytes(data), COLORS) == 0
+    (start,) = struct.unpack_from("<I", data, 4)
+    after = start + 2 + 12 * struct.unpack_from("<H", data, start)[0]
+    for following in (start, 2**32 - 1, 3):
+        struct.pack_into("<I", data, after, following)
+        assert distance(bytes(data), COLORS) == 0
+
+
+def test_a_fourth_channel_of_zeros_is_no_transparency():
+    """Programs that know none leave it empty in TGA and BMP files; where something is opaque, it is meant."""
+    filled = np.dstack([COLORS[..., ::-1], np.zeros((12, 14), np.uint8)])
+    head = struct.pack("<3B5x4H2B", 0, 0, 2, 0, 0, 14, 12, 32, 0x20)
+    masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    bitmap = struct.pack("<2sIHHI", b"BM", 138 + filled.size, 0, 0, 138)
+    bitmap += struct.pack("<IiiHHIIiiII", 124, 14, -12, 1, 32, 3, filled.size, 0, 0, 0, 0) + masks.ljust(84, b"\0")
+    for start in (head, bitmap):
+        assert distance(start + filled.tobytes(), COLORS) == 0
+        some = filled.copy()
+        some[0, :, 3] = 255
+        truth = np.full_like(COLORS, 255)
+        truth[0] = COLORS[0]
+        assert distance(start + some.tobytes(), truth) == 0
+
+
+def test_jpeg_2000_in_which_white_may_be_black_is_refused():
+    levels = np.where(COLORS < 9, 9, COLORS)
+    fine = stored(Image.fromarray(levels), "jpeg2000", irreversible=False)
+    assert distance(fine, levels) == 0
+    start = fine.index(b"\xff\x4f\xff\x51")
+    deep = bytearray(fine)
+    deep[start + 42] = 11  # 12 bits
+    assert pixels(bytes(deep)).shape == COLORS.shape
+    levels[3, 3] = 0
+    black = bytearray(stored(Image.fromarray(levels), "jpeg2000", irreversible=False))
+    assert distance(bytes(black), levels) == 0
+    black[start + 42] = 11
+    with pytest.raises(BadImage, match="JPEG 2000 image of more than 8 bits"):
+        decode_image(bytes(black))
+
+
 def test_further_samples_without_a_meaning():
     values = np.concatenate([COLORS, np.zeros_like(COLORS)], -1).astype(np.uint16) * 257
     assert distance(tiff(values, extra={338: ("H", (0, 0, 0))}), COLORS) <= 1
@@ -219,6 +302,22 @@ def test_overshoot_of_a_resize_is_cut():
     values = np.full((4, 4), 1.03, np.float32)
     values[0] = -0.02
     assert pixels(tiff(values))[:, 0, 0].tolist() == [0, 255, 255, 255]
+
+
+def test_light_with_lamps_is_refused_and_a_mask_in_levels_is_none():
+    light = np.where(RAMP > 250, 40, RAMP / 255).astype(np.float32)
+    with pytest.raises(BadImage, match="unknown range of values"):
+        decode_image(tiff(light))
+    stroke = np.where(RAMP > 250, 255, 0).astype(np.float32)
+    assert distance(tiff(stroke), grey(stroke)) == 0
+
+
+def test_signed_bytes():
+    half = (RAMP >> 1).astype(np.int8)
+    for deflate in (False, True):
+        assert distance(tiff(half, deflate=deflate), grey(RAMP)) <= 2
+        with pytest.raises(BadImage, match="unknown range of values"):
+            decode_image(tiff((half - 9).astype(np.int8), deflate=deflate))
 
 
 def test_negative_integers_are_refused():

@@ -61,7 +61,7 @@ def test_a_prompt_is_shown_as_it_is_written():
 
 def test_prompts_file(tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_bytes("\ufeffa cat:2\r\n\r\n  # not a comment  \n\nein Bär\u2028im Wald".encode())
+    path.write_bytes("\ufeffa cat:2\r\n\r\n\ufeff  # not a comment  \n\nein Bär\u2028im Wald".encode())
     assert read_prompts(path) == ["a cat:2", "# not a comment", "ein Bär\u2028im Wald"]
 
 

@@ -1,7 +1,9 @@
 """Shards as people make them: unsorted, with dots, links, accents in two forms, without a sample, with holes."""
 
+import bz2
 import gzip
 import io
+import lzma
 import random
 import subprocess
 import tarfile
@@ -281,3 +283,34 @@ def test_several_tar_files_in_a_row(tmp_path, capsys):
     assert len(found) == 12 and skipped == {"broken shard": 1}, "cut off where the last one ends"
     (tmp_path / "c.tar").write_bytes(whole + b"something else" * 60)
     assert read(f"{tmp_path}/c.tar")[1] == {"broken shard": 1}
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+@pytest.mark.parametrize("place", [7, 700, 20_480])
+def test_compressed_shards_of_several_parts(tmp_path, pack, place):
+    """bgzip, pbzip2 and pixz write them, and so does `cat a.tar.gz b.tar.gz`; tarfile reads the first part."""
+    write_shards(tmp_path, 2, 4)
+    whole = b"".join((tmp_path / f"0000{n}.tar").read_bytes() for n in range(2))
+    path = tmp_path / "c.tar.x"
+    path.write_bytes(pack(whole[:place]) + pack(whole[place:]))
+    for address in (str(path), f"pipe:cat {path}"):
+        found, skipped = read(address)
+        assert len(found) == 8 and not skipped, address
+    path.write_bytes(path.read_bytes()[:-9])
+    assert read(str(path))[1]["broken shard"] == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "it is empty"),
+        (b"\x28\xb5\x2f\xfd" + bytes(600), "data.shards='pipe:zstd -dc FILE' reads"),
+        (b"PK\3\4" + bytes(600), "it is a ZIP archive"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "it is a Git LFS pointer"),
+        (b"<!DOCTYPE html>" * 80, "it is a saved web page"),
+    ],
+)
+def test_shards_of_other_kinds_are_named(tmp_path, content, told):
+    (tmp_path / "x.tar").write_bytes(content)
+    (problem,) = read_shard(f"{tmp_path}/x.tar")
+    assert problem.reason == "broken shard" and told in problem.key

@@ -4,7 +4,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from os.path import basename, splitext
+from os.path import basename, isabs, join, splitext
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ NAMES = ("file_name", "filename", "file", "image", "image_path", "img", "path", 
 TEXTS = ("text", "caption", "prompt", "captions", "texts", "description", "title")
 ENDINGS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 LARGEST_FIELD = 2**27  # bytes
+REST = "\0"  # stands for the column of cells that have none
 
 Cells = dict[str, list[str]]  # column -> the texts in it: one, several, or none
 
@@ -27,38 +28,48 @@ class CaptionTable:
 
     Attributes:
         name: of its file.
+        root: the folder of the images, which names may begin with; "" where they are in shards.
         rows: rows read.
         incomplete: rows without a name or without a caption.
+        too_long: rows with more cells than there are columns, as of a comma in a text without quotes; left out.
         column: of the captions.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name, self.rows, self.incomplete, self.column = name, 0, 0, ""
+    def __init__(self, name: str, root: str = "") -> None:
+        self.root = root
+        self.name, self.rows, self.incomplete, self.too_long, self.column = name, 0, 0, 0, ""
         self._keys = np.empty(0, np.uint64)
         self._rows = np.empty(0, np.int64)
         self._texts = Strings.pack([])
+        self._names = Strings.pack([])
 
     @classmethod
-    def read(cls, files: Sequence[tuple[str, Path]], column: str | None, encoding: str | None) -> "CaptionTable":
+    def read(
+        cls, files: Sequence[tuple[str, Path]], column: str | None, encoding: str | None, root: str = ""
+    ) -> "CaptionTable":
         """Return the table in some files.
 
         Args:
             files: (folder that the names in it are relative to, from the data's own, with / or ""; path) of each.
             column: of the captions; None takes the first of `TEXTS` that is there.
             encoding: of a text file that is not UTF-8.
+            root: the absolute path of the images' folder.
 
         Raises:
             UserError: a file that cannot be read, or without such columns.
         """
-        table = cls(files[0][1].name)
+        table = cls(files[0][1].name, root)
         keys: list[int] = []
+        names: list[str] = []
         texts: list[str] = []
         for folder, path in files:
             for name, captions in table.pairs(path, column, encoding):
-                keys.append(_key(f"{folder}/{name}" if folder else name))
+                keys.append(_key(f"{folder}/{name}" if folder and not isabs(name) else name))
+                names.append(name)
                 texts.append(json.dumps(captions))
         order = np.argsort(np.array(keys, np.uint64), kind="stable")  # [rows]
         table._keys, table._rows, table._texts = np.array(keys, np.uint64)[order], order, Strings.pack(texts)
+        table._names = Strings.pack(names)
         return table
 
     def pairs(self, path: Path, column: str | None, encoding: str | None) -> Iterator[tuple[str, list[str]]]:
@@ -69,6 +80,9 @@ class CaptionTable:
                 chosen = _columns(path, row, column)
                 self.column = chosen[1]
             self.rows += 1
+            if REST in row:
+                self.too_long += 1
+                continue
             name, texts = row.get(chosen[0], []), [text for text in row.get(chosen[1], []) if text.strip()]
             if len(name) == 1 and texts:
                 yield name[0], texts
@@ -77,12 +91,42 @@ class CaptionTable:
 
     def captions(self, key: str) -> list[str] | None:
         """Return the captions of an image: those under its whole name, or else under its last part."""
-        for name in dict.fromkeys((key, basename(key))):
+        rows = self._rows_under(key)
+        return [text for row in rows for text in json.loads(self._texts[row])] if rows else None
+
+    def _rows_under(self, key: str) -> list[int]:
+        for name in dict.fromkeys((key, join(self.root, key), basename(key))):
             number = np.uint64(_key(name))
             first, last = (int(np.searchsorted(self._keys, number, side)) for side in ("left", "right"))
             if first < last:
-                return [text for row in sorted(self._rows[first:last]) for text in json.loads(self._texts[int(row)])]
-        return None
+                return sorted(self._rows[first:last].tolist())
+        return []
+
+    def lines(self, images: Sequence[str] | None) -> list[str]:
+        """Return what is in the table, in words, a line each.
+
+        Args:
+            images: names of all there are; None if nobody knows.
+        """
+        if not self.rows:
+            return [f"{self.name}: no row"]
+        unnamed = f", {self.incomplete:,} without a name or a caption" if self.incomplete else ""
+        lines = [f"{self.name}: {self.rows:,} rows, captions in the column {self.column}{unnamed}"]
+        if self.too_long:
+            more = "more cells than the first line has columns, and are left out (a comma in a text without quotes?)"
+            lines.append(f"{self.name}: {self.too_long:,} rows have {more}")
+        others, example = self.strangers(images) if images is not None else (0, "")
+        if others:
+            lines.append(f"{self.name}: {others:,} rows are of images that are not here (e.g. {example})")
+        return lines
+
+    def strangers(self, images: Iterable[str]) -> tuple[int, str]:
+        """Return how many rows are of none of some images, and how the first of these calls its image."""
+        is_known = np.zeros(len(self._names), bool)  # [rows]
+        for image in images:
+            is_known[self._rows_under(image)] = True
+        others = np.flatnonzero(~is_known)  # [rows of no image]
+        return len(others), self._names[int(others[0])] if len(others) else ""
 
 
 def _key(name: str) -> int:
@@ -149,14 +193,27 @@ def _csv_rows(path: Path, file: Iterable[str], ending: str) -> Iterator[Cells]:
     csv.field_size_limit(LARGEST_FIELD)
     lines = iter(file)
     header = next(lines, "")
+    record, last = list[str](), list[str]()
     delimiter = "\t" if ending == ".tsv" else ";" if ";" in header and "," not in header else ","
     columns = next(csv.reader([header], delimiter=delimiter), [])
     try:
-        for row in csv.reader(lines, delimiter=delimiter):
+        for row in csv.reader(_noted(lines, record), delimiter=delimiter):
+            last = record.copy()
+            record.clear()
             if row:
-                yield {column: [text] for column, text in zip(columns, row)}
+                rest = {REST: row[len(columns) :]} if any(row[len(columns) :]) else {}
+                yield {column: [text] for column, text in zip(columns, row)} | rest
+        if len(last) > 1 and sum(line.count('"') for line in last) % 2:  # all lines from there on are in one cell
+            raise csv.Error(f"a quote is opened and never closed: {last[0].strip()[:80]}")
     except csv.Error as error:
         raise UserError(f"data.captions.metadata: {path}: {error}") from None
+
+
+def _noted(lines: Iterable[str], record: list[str]) -> Iterator[str]:
+    """Yield lines, each added to a record first."""
+    for line in lines:
+        record.append(line)
+        yield line
 
 
 def _json_rows(path: Path, file: Iterable[str]) -> Iterator[Cells]:

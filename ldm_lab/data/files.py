@@ -112,7 +112,7 @@ class FileSource(ImageSource):
         if not files:
             raise UserError(f"data.captions.metadata: no {name} in {self.root}, nor in a folder of images below it")
         self._tables = [path for _, path in files]
-        return CaptionTable.read(files, self.captions.column, self.captions.encoding)
+        return CaptionTable.read(files, self.captions.column, self.captions.encoding, os.path.abspath(self.root))
 
     def found(self) -> list[str]:
         count = self.count or 0
@@ -123,8 +123,7 @@ class FileSource(ImageSource):
         plugins = need_plugins(self.names)
         lines += [plugins] if plugins else []
         if (table := self.captions.table) is not None:
-            unnamed = f", {table.incomplete:,} without a name or a caption" if table.incomplete else ""
-            lines.append(f"{table.name}: {table.rows:,} rows, captions in the column {table.column}{unnamed}")
+            lines += table.lines(self.names if count == self.in_all else None)
         lines += lines_about(self.looked_at())
         return lines + self.beside.hints(without=self.places[NONE])
 

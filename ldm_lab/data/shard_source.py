@@ -57,7 +57,9 @@ class ShardSource(ImageSource):
         return CaptionTable.read([("", found)], self.captions.column, self.captions.encoding)
 
     def found(self) -> list[str]:
-        return describe_shards(self.addresses, self.captions, self.key_until)
+        table = self.captions.table
+        lines = table.lines(None) if table is not None else []
+        return describe_shards(self.addresses, self.captions, self.key_until) + lines
 
     def files(self) -> list[tuple[str, Path | None]]:
         local = [os.path.abspath(a) for a in self.addresses if not is_remote(a) and not scheme_of(a)]

@@ -3,6 +3,9 @@
 What is on another machine is given up after a while: a run must not wait for it for minutes, or for ever, unsaid.
 """
 
+import bz2
+import gzip
+import lzma
 import os
 import re
 import select
@@ -31,6 +34,20 @@ ON_HUB = re.compile(
     r"hf://(?P<kind>datasets/|spaces/)?(?P<repository>[\w.-]+/[\w.-]+)"
     r"(@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[^/]+))?/(?P<path>.+)"
 )
+
+
+NO_TAR = {  # the first bytes of files that are called shards, and are none -> what they are
+    b"": "it is empty",
+    b"\x28\xb5\x2f\xfd": "it is compressed by zstd, which data.shards='pipe:zstd -dc FILE' reads",
+    b"\x04\x22\x4d\x18": "it is compressed by lz4, which data.shards='pipe:lz4 -dc FILE' reads",
+    b"PK\3\4": "it is a ZIP archive",
+    b"7z\xbc\xaf": "it is a 7z archive",
+    b"Rar!": "it is a RAR archive",
+    b"version https://git-lfs": "it is a Git LFS pointer; `git lfs pull` brings the file itself",
+    b"<!": "it is a saved web page",
+    b"<h": "it is a saved web page",
+}
+HEAD = 32  # bytes
 
 
 class ByteStream(Protocol):
@@ -80,6 +97,52 @@ def _location_on_hub(address: str) -> str:
         return get_hf_file_metadata(url, timeout=ANSWER).location
     except Exception as error:  # whatever the Hub, its client or the connection has to complain about
         raise OSError(f"the Hub does not give it: {first_line(error, 160)}") from None
+
+
+class NoTar(OSError):
+    """A file that is no tar file, nor a compressed one that can be read here; its text says what it is."""
+
+
+class _Begun:
+    """A stream whose first bytes have been looked at."""
+
+    def __init__(self, head: bytes, stream: ByteStream) -> None:
+        self.head, self.stream = head, stream
+
+    def read(self, size: int = CHUNK) -> bytes:
+        if not self.head:
+            return self.stream.read(size)
+        data, self.head = self.head[:size], self.head[size:]
+        return data
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+def unpacked(stream: ByteStream) -> ByteStream:
+    """Return the stream, decompressed where it is gzip, bzip2 or xz.
+
+    All of their parts are read: bgzip, pbzip2 and pixz write many, and so does `cat a.tar.gz b.tar.gz`, of which
+    tarfile would read the first alone.
+
+    Raises:
+        NoTar: something else that is known to be no tar file.
+        OSError: the stream cannot be read.
+    """
+    head = b""
+    while len(head) < HEAD and (more := stream.read(HEAD - len(head))):
+        head += more
+    for start, what in NO_TAR.items():
+        if head.startswith(start) and (start or not head):
+            raise NoTar(what)
+    begun = _Begun(head, stream)
+    if head.startswith(b"\x1f\x8b"):
+        return gzip.GzipFile(fileobj=begun, mode="rb")
+    if head.startswith(b"BZh"):
+        return bz2.BZ2File(begun)
+    if head.startswith((b"\xfd7zXZ", b"\x5d\0\0\x80")):
+        return lzma.LZMAFile(begun)
+    return begun
 
 
 def drain(stream: ByteStream) -> None:

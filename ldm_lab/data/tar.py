@@ -36,7 +36,7 @@ from ldm_lab.data.samples import (
     SkippedSample,
 )
 from ldm_lab.data.shard_urls import scheme_of
-from ldm_lab.data.streams import ByteStream, drain, open_stream, reason_of
+from ldm_lab.data.streams import ByteStream, NoTar, drain, open_stream, reason_of, unpacked
 from ldm_lab.data.tar_files import Archive, KeyUntil, TarList, list_files, split_name
 from ldm_lab.data.text import composed
 from ldm_lab.io.atomic import atomic_write
@@ -166,7 +166,7 @@ class _ShardReader:
         previous: dict[str, bytes] = {}
         group: _Group | None = None
         try:
-            with Archive.open(fileobj=stream, mode="r|*") as archive:
+            with Archive.open(fileobj=unpacked(stream), mode="r|") as archive:
                 for member in archive:
                     archive.members.clear()  # tarfile would keep every header of the shard
                     key, extension = split_name(member.name, self.key_until)
@@ -183,9 +183,8 @@ class _ShardReader:
         except DAMAGES as error:
             if group is not None and previous and previous.keys() <= group.files.keys():
                 yield group
-            yield SkippedSample(
-                BROKEN, f"{self.address}: {reason_of(error)}" if scheme_of(self.address) else self.address
-            )
+            why = f": {reason_of(error)}" if scheme_of(self.address) or isinstance(error, NoTar) else ""
+            yield SkippedSample(BROKEN, f"{self.address}{why}")
             return
         if group is not None:
             yield group

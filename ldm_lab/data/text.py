@@ -14,6 +14,7 @@ MARKS = (  # the longer ones first: UTF-32's begins with UTF-16's
 NOT_TOLD_FROM_UTF8 = ("utf-16", "utf-32", "utf-7", "iso2022", "iso-2022", "hz")
 # Encodings of two bytes a letter: short texts in them may look like UTF-8 of two bytes a letter, as a Chinese cat does.
 OF_TWO_BYTES = ("gb", "big5", "cp950", "cp932", "shift-jis", "euc-", "cp949", "johab", "hz")
+MARK = "\ufeff"  # files that were put together have one within
 THREE_BYTES = "\u0800"  # the first letter that takes three bytes in UTF-8
 
 
@@ -52,7 +53,7 @@ def _strictly(data: bytes, encoding: str) -> str | None:
         text = data.decode(encoding)
     except (UnicodeError, LookupError):
         return None
-    return None if "\0" in text else text
+    return None if "\0" in text else text.replace(MARK, "")
 
 
 def is_encoding(name: str) -> bool:

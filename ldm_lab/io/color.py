@@ -84,7 +84,7 @@ def to_levels(values: np.ndarray, bits: int | None = None) -> np.ndarray:
     else:
         top = int(values.max(initial=0))
         full = 2 ** (size - (values.dtype.kind == "i")) - 1
-        white = next(white for white in (255, min(65535, full), full) if top <= white)
+        white = next(white for white in (min(255, full), min(65535, full), full) if top <= white)
     if white == 255:
         return values.astype(np.uint8)
     if white < 2**32:
@@ -100,6 +100,8 @@ def _float_levels(values: np.ndarray) -> np.ndarray:
     whites = (1, 255, 65535)
     white = next((white for white in whites if top <= white * (1 + OVERSHOOT)), None)
     if white is None or bottom < -OVERSHOOT * white or (white > 1 and top < white / DARKEST):
+        raise BadImage("unknown range of values")
+    if white > 1 and np.median(values[values > 0]) <= 1:  # light, with lamps in it
         raise BadImage("unknown range of values")
     return (values.astype(np.float64) * (255 / white)).round().clip(0, 255).astype(np.uint8)
 

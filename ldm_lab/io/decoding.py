@@ -13,7 +13,7 @@ from ldm_lab.io.color import SIGNIFICANT_BITS, BadImage, to_srgb
 from ldm_lab.io.metadata import JXL_STARTS, PNG, jxl_size, orientation_of, png_chunk, upright, without_metadata
 from ldm_lab.io.profiles import stated_profile
 from ldm_lab.io.tiff import MAGIC as TIFF
-from ldm_lab.io.tiff import UnsupportedTiff, open_tiff
+from ldm_lab.io.tiff import UnsupportedTiff, full_size_first, open_tiff
 
 # How image files' names end, in lower case: those that folders, lists and shards look for. Among the files of one
 # sample of a shard, the first of these is its image.
@@ -23,12 +23,15 @@ IMAGE_ENDINGS = (
 )
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 DEEP = 9  # bits of a sample
+EMPTY_ALPHA = ("TGA", "BMP", "DIB", "DDS")  # formats of which a fourth channel is often nothing but zeros
+CODE_STREAM = b"\xff\x4f\xff\x51"  # the beginning of a JPEG 2000 picture
 EXTRA = "pip install -e '.[images]'"
 
 
 def decode_image(data: bytes, min_size: int = 1, max_pixels: int | None = None) -> Image.Image:
-    """Return the decoded image (first frame), upright as its EXIF orientation says, 8 bits a channel, in sRGB.
+    """Return the decoded image, upright as its EXIF orientation says, 8 bits a channel, in sRGB.
 
+    Of several frames it is the first, of a TIFF file the first that is no thumbnail.
     8-bit images without a color profile keep their mode and every value. Metadata that cannot be read are no reason to
     refuse a picture.
 
@@ -40,6 +43,8 @@ def decode_image(data: bytes, min_size: int = 1, max_pixels: int | None = None) 
     Raises:
         BadImage: what is wrong with it. "too many pixels" is also said beyond Pillow's limit, 179 million.
     """
+    if data.startswith(TIFF):
+        data = full_size_first(data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow's: odd metadata beside a good picture
@@ -72,6 +77,9 @@ def _decode(data: bytes, info: dict[str, bytes], min_size: int, max_pixels: int 
     image.load()
     image.info.update(info)
     _mend_png(image, data)
+    _check_jpeg2000(image, data)
+    if image.format in EMPTY_ALPHA and image.mode == "RGBA" and not image.getchannel("A").getbbox():
+        image = _without_alpha(image)
     stated = None if image.info.get("icc_profile") else stated_profile(image, png_chunk(data, b"cICP"))
     if stated is not None:
         image.info["icc_profile"] = stated
@@ -153,6 +161,25 @@ def _need_plugin(data: bytes, is_jxl: bool) -> None:
             import_module("pillow_jxl")  # registers itself
     except ImportError:
         raise BadImage(f"{'HEIC' if heif else 'JPEG XL'} image, which takes {EXTRA}") from None
+
+
+def _without_alpha(image: Image.Image) -> Image.Image:
+    """Return an RGBA image as RGB, what is transparent as opaque as the rest."""
+    plain = image.convert("RGB")
+    plain.format = image.format
+    return plain
+
+
+def _check_jpeg2000(image: Image.Image, data: bytes) -> None:
+    """Raise BadImage for a JPEG 2000 picture in which white may have become black.
+
+    Pillow rounds samples of more than 8 bits in several channels beyond 255, which is 0 again.
+    """
+    start = data.find(CODE_STREAM)
+    if image.format != "JPEG2000" or image.mode.startswith("I") or start < 0 or len(data) < start + 43:
+        return
+    if data[start + 42] % 128 >= 8 and any(0 in channel.getextrema() for channel in image.split()):
+        raise BadImage("JPEG 2000 image of more than 8 bits in color, which Pillow reads wrongly (TIFF or PNG will do)")
 
 
 def _mend_png(image: Image.Image, data: bytes) -> None:

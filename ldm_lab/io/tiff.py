@@ -19,12 +19,26 @@ WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, FILL_ORDER = 256, 257, 258, 259, 
 STRIP_OFFSETS, SAMPLES, STRIP_ROWS, STRIP_BYTES, PLANAR, PREDICTOR = 273, 277, 278, 279, 284, 317
 TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS, TILE_BYTES, EXTRA_SAMPLES, SAMPLE_FORMAT = 322, 323, 324, 325, 338, 339
 ORIENTATION, MAXIMUM, ICC_PROFILE = 274, 281, 34675
+SUBFILE, SUB_DIRECTORIES = 254, 330
+REDUCED, MASK = 1, 4  # bits of a directory's kind: a thumbnail, a transparency mask
 BYTEWISE = (1, 5, 8, 32773, 32946, 34925, 50000)  # none, LZW, Deflate, PackBits, Deflate, LZMA, Zstandard
+SIGNED = 2
 KINDS = {1: "u", 2: "i", 3: "f", 4: "u"}  # of samples, as numpy calls them
 TYPES = ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8")
 Tags = dict[int, tuple[int, ...]]
 ONE = (1,)  # most tags' default
-INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 7: "B", 8: "h", 9: "i", 16: "Q"}  # types of values -> as struct calls them
+INTEGERS = {
+    1: "B",
+    3: "H",
+    4: "I",
+    6: "b",
+    7: "B",
+    8: "h",
+    9: "i",
+    13: "I",
+    16: "Q",
+    18: "Q",
+}  # types of values -> as struct calls them
 READ = {
     *(
         WIDTH,
@@ -40,9 +54,10 @@ READ = {
         PLANAR,
     ),
     *(PREDICTOR, TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS, TILE_BYTES, EXTRA_SAMPLES, SAMPLE_FORMAT, ORIENTATION, MAXIMUM),
-    ICC_PROFILE,
+    *(ICC_PROFILE, SUBFILE, SUB_DIRECTORIES),
 }
 MOST_TAGS = 4096
+MOST_DIRECTORIES = 64
 ROWS_AT_ONCE = 64  # whose bits are counted out
 MOST_BYTES = 16  # per pixel, with its place in the last tile of a row
 MOST_SAMPLES = 16  # per pixel
@@ -94,15 +109,15 @@ def open_tiff(data: bytes, most_pixels: int, least_bits: int = 1) -> Image.Image
     Args:
         data: the file.
         most_pixels: more are refused.
-        least_bits: of a sample; None is returned for images of fewer.
+        least_bits: of a sample; None is returned for images of fewer, unless they are signed.
 
     Raises:
         UnsupportedTiff: another compression, color space or type of sample.
         BadImage: "truncated image", "too many pixels", "unknown range of values".
         Exception: of a malformed file, all kinds.
     """
-    tags = _directory(data)
-    if max(tags.get(BITS, ONE)) < least_bits:
+    tags = _directory(data, _start(data)[2])
+    if max(tags.get(BITS, ONE)) < least_bits and SIGNED not in tags.get(SAMPLE_FORMAT, ONE):
         return None
     layout = _layout(tags, data)
     size = layout.row * layout.height * layout.samples * layout.bits // 8  # bytes
@@ -119,16 +134,53 @@ def open_tiff(data: bytes, most_pixels: int, least_bits: int = 1) -> Image.Image
     return image
 
 
-def _directory(data: bytes) -> Tags:
-    """Return the tags of the first directory whose values are integers, whatever is wrong with the others.
+def full_size_first(data: bytes) -> bytes:
+    """Return a TIFF file that begins with the first of its pictures that is no thumbnail; the same if none is.
+
+    Some programs, and all raw files of cameras, put a small preview in front.
+    """
+    order, word, first = _start(data)
+    place, size, entry = (8, 8, 20) if word == "Q" else (4, 2, 12)
+    waiting, seen = [first], set[int]()
+    while waiting and len(seen) < MOST_DIRECTORIES:
+        start = waiting.pop(0)
+        if not start or start in seen:
+            continue
+        seen.add(start)
+        try:
+            tags = _directory(data, start)
+            (count,) = struct.unpack_from(order + ("Q" if size == 8 else "H"), data, start)
+        except struct.error:
+            continue
+        is_whole = not tags.get(SUBFILE, (0,))[0] & (REDUCED | MASK)
+        if is_whole and (start == first or {WIDTH, HEIGHT} <= tags.keys()):
+            its_place = struct.pack(order + word, start)
+            return data if start == first else data[:place] + its_place + data[place + len(its_place) :]
+        following = data[start + size + count * entry :][: struct.calcsize(f"<{word}")]
+        waiting += [int.from_bytes(following, "little" if order == "<" else "big"), *tags.get(SUB_DIRECTORIES, ())]
+    return data
+
+
+def _start(data: bytes) -> tuple[str, str, int]:
+    """Return the order of bytes, the type of a place in the file, and where the first directory is; 0 if nowhere."""
+    order = "<" if data[:2] == b"II" else ">"
+    word = "Q" if b"+" in data[2:4] else "I"
+    try:
+        (start,) = struct.unpack_from(order + word, data, 8 if word == "Q" else 4)
+    except struct.error:
+        start = 0
+    return order, word, start
+
+
+def _directory(data: bytes, start: int) -> Tags:
+    """Return the tags of a directory whose values are integers, whatever is wrong with the others.
 
     Raises:
         struct.error: the file breaks off within the directory.
     """
-    order = "<" if data[:2] == b"II" else ">"
-    big = b"+" in data[2:4]
-    word, entry = ("Q", 20) if big else ("I", 12)
-    (start,) = struct.unpack_from(order + word, data, 8 if big else 4)
+    order, word, _ = _start(data)
+    big = word == "Q"
+    entry = 20 if big else 12
     (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, start)
     start += 8 if big else 2
     tags: Tags = {}
