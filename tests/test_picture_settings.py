@@ -233,6 +233,7 @@ def test_what_is_given_beside_it_is_changed(call, tmp_path):
     def again(*args):
         code, _, err = call("--from", "out/00001.png", "--device", "cpu", *args, "--out", "again")
         assert code == 0, err
+        assert ("whose steps 2, eta 0.5 are left out" in err) == ("--sampler" in args)
         made = json.loads((tmp_path / "again" / "samples.json").read_text())
         (tmp_path / "again").rename(tmp_path / f"again_{len(list(tmp_path.iterdir()))}")
         return made

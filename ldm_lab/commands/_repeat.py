@@ -117,7 +117,12 @@ def _fill_values(args: argparse.Namespace, recorded: Recorded, own_prompts: bool
         dropped.add("guidance")  # which is the weight of those without one
     for prefix in ("", UPSAMPLER):
         if words.get(f"{prefix}sampler") not in (None, recorded.values.get(f"{prefix}sampler")):
-            dropped |= {prefix + name for name in samplers}  # they are of the other one
+            of_other = {prefix + name for name in samplers} - given
+            dropped |= of_other
+            left = ", ".join(f"{name} {value}" for name, value in recorded.values.items() if name in of_other)
+            if left:
+                flag = f"--{prefix}sampler".replace("_", "-")
+                note(f"{flag} is another than the picture's, whose {left} are left out: its own defaults hold")
     for name, value in recorded.values.items():
         if (
             name not in given
