@@ -207,3 +207,16 @@ def test_an_inpainting_upsampler_draws_grids_too(tmp_path, program, monkeypatch)
     code, _, err = program("train", "--config", yaml)
     assert code == 0, err
     assert Image.open(tmp_path / "runs/tiny/inpaintings/step=00000001.png").size == (2 * 16, 3 * 16)
+
+
+def test_a_grid_whose_images_are_erased_as_a_whole(tmp_path, program, monkeypatch, caplog):
+    """The masks are the run's own: there is nothing that a user should be told about them."""
+    monkeypatch.chdir(tmp_path)
+    sections = {
+        "condition_sources": {"inpaint": {"rectangle": 0, "strokes": 0, "outside": 0}},
+        "inpaintings": {**GRIDS, "images": 2},
+    }
+    code, out, err = program("train", "--config", write(tmp_path, **sections, trainer={"max_steps": 1}))
+    assert code == 0, err
+    assert "without effect" not in out + err + caplog.text
+    assert Image.open(tmp_path / "runs/tiny/inpaintings/step=00000001.png").size == (2 * 16, 3 * 16)

@@ -45,6 +45,8 @@ class Inpaintings(CaptionedGrids):
         painted = []
         for i, (picture, mask) in enumerate(zip(to_images(image), erased.cpu(), strict=True)):
             where = Image.fromarray((mask[0] * 255).to(torch.uint8).numpy())
-            options = replace(self.options, init_image=picture, mask=where, seed=self.options.seed + i)
+            options = replace(self.options, seed=self.options.seed + i)
+            if not mask.all():  # else nothing is known, as without a picture
+                options = replace(options, init_image=picture, mask=where)
             painted += Pipeline(model)([self.texts[i]], options, low_res=None if low is None else low[i : i + 1])
         return painted
