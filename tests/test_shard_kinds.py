@@ -285,6 +285,20 @@ def test_several_tar_files_in_a_row(tmp_path, capsys):
     assert read(f"{tmp_path}/c.tar")[1] == {"broken shard": 1}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_header_of_a_monstrous_size_is_a_break(tmp_path, stream):
+    """A size in base 256 that a damaged, or hostile, header states; nothing may wait for its end."""
+    path = make(tmp_path / "x.tar", [("a.png", encoded(1)), ("b.png", encoded(2)), ("c.png", encoded(3))])
+    data = bytearray(Path(path).read_bytes())
+    third = sum(512 + -(-len(encoded(n)) // 512) * 512 for n in (1, 2))
+    data[third + 124 : third + 136] = b"\x80" + (2**60).to_bytes(11, "big")
+    data[third + 148 : third + 156] = b" " * 8
+    data[third + 148 : third + 156] = b"%06o\0 " % sum(data[third : third + 512])
+    Path(path).write_bytes(data)
+    found, skipped = read(f"pipe:cat {path}" if stream else path)
+    assert len(found) == 2 and skipped == {"broken shard": 1}
+
+
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
 @pytest.mark.parametrize("place", [7, 700, 20_480])
 def test_compressed_shards_of_several_parts(tmp_path, pack, place):

@@ -15,6 +15,9 @@ from ldm_lab.data.text import composed
 KeyUntil = Literal["first_dot", "last_dot"]
 
 
+LARGEST_SIZE = 2**37  # bytes of a member; tarfile would look for the end of a larger one for hours
+
+
 class Archive(tarfile.TarFile):
     """A tar file, or several in a row (`cat a.tar b.tar`), read without forbearance.
 
@@ -43,6 +46,8 @@ class Archive(tarfile.TarFile):
             except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
                 raise tarfile.ReadError(str(error)) from None
             archive.has_ended = False
+            if member.size > LARGEST_SIZE:
+                raise tarfile.ReadError(f"{member.name} cannot have {member.size} bytes")
             return member
 
 
