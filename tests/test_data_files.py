@@ -1,6 +1,7 @@
 """Folders as people have them: img2dataset's files, Stanford Dogs, image and text pairs; a limited number of images."""
 
 import json
+import os
 
 import pytest
 from data_sets import encoded, keys, module, take, write_files
@@ -96,3 +97,13 @@ def test_captions_are_asked_for_and_there_are_none(tmp_path):
         (tmp_path / f"{n}.png").write_bytes(encoded(n))
     with pytest.raises(UserError, match=r"none of the 3 images has a caption: no photo\.txt"):
         module({"name": "folder", "path": str(tmp_path), "require_text": True})
+
+
+def test_a_pipe_among_the_files_does_not_keep_the_reader_waiting(tmp_path):
+    write_files(tmp_path / "images", 4)
+    os.mkfifo(tmp_path / "images" / "pipe.png")
+    (tmp_path / "images" / "sub0" / "00002.txt").unlink()
+    os.mkfifo(tmp_path / "images" / "sub0" / "00002.txt")
+    data = module({"name": "folder", "path": str(tmp_path / "images"), "batch_size": 1, "max_skipped": 0.9}, epochs=1)
+    assert sorted(keys(take(data))) == ["sub0/00000.png", "sub1/00001.png", "sub1/00003.png"]
+    assert "unreadable file 2" in data.summary() and "pipe.png" in data.summary()

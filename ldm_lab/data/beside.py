@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,11 +33,19 @@ def read_beside(image: Path, ending: str) -> bytes | None:
     """Return the content of the file beside an image; None if there is none. Raises OSError for all else."""
     for name in names_beside(image.name, ending):
         try:
-            return (image.parent / name).read_bytes()
+            return read_regular(image.parent / name)
         except OSError as error:
             if error.errno not in ABSENT:
                 raise
     return None
+
+
+def read_regular(path: Path) -> bytes:
+    """Return the content of a file. Raises OSError, also for a pipe or a device: they would keep the reader waiting."""
+    kind = path.stat().st_mode
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # reading a folder is an error of its own
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path.read_bytes()
 
 
 def path_beside(image: Path, ending: str) -> Path | None:

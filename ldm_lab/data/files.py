@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from ldm_lab.config import PositiveInt, register
-from ldm_lab.data.beside import CaptionFiles, lines_about, path_beside, read_beside
+from ldm_lab.data.beside import CaptionFiles, lines_about, path_beside, read_beside, read_regular
 from ldm_lab.data.caption_tables import CaptionTable
 from ldm_lab.data.captions import NONE, Caption, class_name
 from ldm_lab.data.folders import Listing, ending_of, is_image, need_plugins, walk
@@ -144,7 +144,7 @@ class FileSource(ImageSource):
         path = self.root / name
         self.note(str(path))
         try:
-            return RawSample(name, path.read_bytes(), caption=self.caption_of(index))
+            return RawSample(name, read_regular(path), caption=self.caption_of(index))
         except FileNotFoundError:
             raise SkippedSample("missing file", name) from None
         except OSError:
