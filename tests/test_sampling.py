@@ -15,6 +15,7 @@ from ldm_lab.interfaces import Sampler
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling import Model, ModelOptions, Pipeline, SamplingOptions
 from ldm_lab.sampling.image_to_image import InitImage
+from ldm_lab.sampling.loading import pick_device
 from ldm_lab.sampling.pipeline import Draw
 from ldm_lab.sampling.prompts import PromptBatch, parse_mix, parse_prompts
 
@@ -301,3 +302,11 @@ def test_unreadable_checkpoints(checkpoint, tmp_path):
     write_safetensors(path, {"a": torch.zeros(1)}, {})
     with pytest.raises(UserError, match="not a trained model"):
         Pipeline.from_checkpoint(path)
+
+
+def test_without_a_name_the_device_is_the_accelerator_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert pick_device(None) == torch.device("cpu") == pick_device("cpu")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    assert pick_device(None) == torch.device("meta") and ModelOptions().device is None

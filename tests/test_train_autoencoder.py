@@ -95,9 +95,11 @@ def test_a_run_learns_and_leaves_a_usable_autoencoder(here, program):
 
 def test_the_exported_scale_is_that_of_the_last_batches(here, program):
     yaml = make_run(here, ema={"from_step": [0], "decay": [0.5]})
-    assert program("train", "--config", yaml)[0] == 0
+    code, out, err = program("train", "--config", yaml)
+    assert code == 0, err
     run = here / "runs" / "tiny"
     trained = load_part("autoencoder", {"name": "kl_f8", "weights": str(run / "autoencoder.safetensors")})
+    assert f"autoencoder.safetensors: latent std {float(trained.latent_std):.4f}, measured on the last " in out
     averaged = read_pickled(run / "last.ckpt")["state_dict"]
     assert torch.equal(trained.decoder.conv_out.weight, averaged["model_ema.decoder.conv_out.weight"])
     assert averaged["model_ema.latent_std"] == averaged["model.latent_std"] == 1.0, "training itself goes on unscaled"
