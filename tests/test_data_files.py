@@ -107,3 +107,11 @@ def test_a_pipe_among_the_files_does_not_keep_the_reader_waiting(tmp_path):
     data = module({"name": "folder", "path": str(tmp_path / "images"), "batch_size": 1, "max_skipped": 0.9}, epochs=1)
     assert sorted(keys(take(data))) == ["sub0/00000.png", "sub1/00001.png", "sub1/00003.png"]
     assert "unreadable file 2" in data.summary() and "pipe.png" in data.summary()
+
+
+@pytest.mark.parametrize("ending", ["txt", "TXT", "Txt"])
+def test_captions_are_found_however_their_ending_is_written(tmp_path, ending):
+    (tmp_path / "photo.JPG").write_bytes(encoded(1, kind="jpeg"))
+    (tmp_path / f"photo.{ending}").write_text("a photo")
+    (batch,) = take(module({"name": "folder", "path": str(tmp_path), "batch_size": 1}, epochs=1))
+    assert batch.text == ["a photo"]

@@ -25,7 +25,7 @@ def names_beside(image: str, ending: str) -> Iterator[str]:
         ending: what takes the place of its ending, with * for the ending itself: .txt, .*.txt.
     """
     stem, own = os.path.splitext(image)
-    for written in dict.fromkeys((ending, ending.upper())):
+    for written in dict.fromkeys((ending, ending.upper(), ending.title())):
         yield from spellings(stem + written.replace("*", own[1:]))
 
 
