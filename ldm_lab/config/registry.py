@@ -77,7 +77,7 @@ ROLES = {
     "sampling": Role("ldm_lab.sampling.options"),
     "model_options": Role("ldm_lab.sampling.options", listed=False),
     "logging": Role("ldm_lab.training.logs"),
-    "trainer": Role("ldm_lab.training.runner"),
+    "trainer": Role("ldm_lab.training.trainer"),
     "resume": Role("ldm_lab.training.resume"),
     "rule": Role("ldm_lab.rules"),
     "selection": Role("ldm_lab.curation.metadata", listed=False),

@@ -1,174 +1,36 @@
 """From a config to a run: the task, the data, Lightning's Trainer with its callbacks, the run's folder."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
-from pytorch_lightning import Callback, Trainer
-from pytorch_lightning.loggers import Logger
-from pytorch_lightning.plugins.environments import ClusterEnvironment, SLURMEnvironment
+from pytorch_lightning import Trainer
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
-from torch import Tensor
 
 from ldm_lab.checkpoints.files import FORMAT, read_pickled
 from ldm_lab.checkpoints.parts import load_fitting
-from ldm_lab.config import NonNegativeFloat, PositiveInt, RunConfig, register, to_yaml
-from ldm_lab.data.datamodule import DataModule, RankState
+from ldm_lab.config import RunConfig, to_yaml
+from ldm_lab.data.datamodule import DataModule
 from ldm_lab.data.waiting import ReadingError
-from ldm_lab.errors import UserError, told_in_one_line
-from ldm_lab.interfaces import Batch
-from ldm_lab.io.atomic import atomic_write
-from ldm_lab.processes import fail_together, quiet_lightning, trainer_options
+from ldm_lab.errors import told_in_one_line
+from ldm_lab.processes import fail_together, quiet_lightning
 from ldm_lab.training.caching import training_data
-from ldm_lab.training.checkpointing import LAST, Checkpointing, SafeCheckpointIO
+from ldm_lab.training.callbacks import Bookkeeping, RunCallbacks
+from ldm_lab.training.checkpointing import LAST
 from ldm_lab.training.disk import check_space
-from ldm_lab.training.interrupt import STOPPED, Interrupt, seconds
+from ldm_lab.training.interrupt import STOPPED, Interrupt
 from ldm_lab.training.lock import RunLock
 from ldm_lab.training.logs import Logging, StepProgress, print_rank_zero
 from ldm_lab.training.nan_guard import FiniteGuard
 from ldm_lab.training.resume import Resume
 from ldm_lab.training.start import check_start
-from ldm_lab.training.task import Task, gather
+from ldm_lab.training.task import Task
+from ldm_lab.training.trainer import TrainerOptions
 
 RUNS = Path("runs")
 LESS_MEMORY = (
     "a smaller data.batch_size with more trainer.accumulate_grad_batches, trainer.precision=bf16-mixed or "
     "optim.state=8bit need less"
 )
-# None whose weights, and so whose average, are halved.
-Precision = Literal["32-true", "16-mixed", "bf16-mixed", "64-true", "32", "16", "64", "bf16", 32, 16, 64]
-
-
-@register("trainer")
-class TrainerOptions:
-    """Lightning's Trainer: devices, precision, length of the run."""
-
-    def __init__(
-        self,
-        *,
-        max_steps: PositiveInt | Literal[-1] = -1,
-        max_time: str | int | None = None,
-        accelerator: str = "auto",
-        devices: int | str = 1,
-        num_nodes: PositiveInt = 1,
-        strategy: str = "auto",
-        precision: Precision = "32-true",
-        accumulate_grad_batches: PositiveInt = 1,
-        gradient_clip_val: NonNegativeFloat | None = None,
-        threads: PositiveInt | None = None,
-        matmul_precision: Literal["highest", "high", "medium"] = "high",
-        channels_last: bool = False,
-    ) -> None:
-        """Set what Lightning's Trainer is given under the same names.
-
-        Args:
-            max_steps: optimizer steps after which the run ends; -1 goes on for ever.
-            max_time: how long this job trains before it saves and leaves: 90m, 11h, 2d, HH:MM:SS, DD:HH:MM:SS.
-            accelerator: "auto", "gpu", "cpu", "mps".
-            devices: number of devices per node, or "auto".
-            num_nodes: nodes.
-            strategy: "auto" is DDP on several devices.
-            precision: 32-true, 16-mixed or bf16-mixed; also changed on resume.
-            accumulate_grad_batches: batches per optimizer step.
-            gradient_clip_val: largest L2 norm of the gradient; null does not clip.
-            threads: CPU threads per process; null leaves torch's choice.
-            matmul_precision: precision of fp32 matrix products on GPUs ("highest", "high": TF32).
-            channels_last: keep feature maps in the memory order that convolutions in half precision like best.
-        """
-        self.threads, self.matmul_precision, self.channels_last = threads, matmul_precision, channels_last
-        self.max_seconds = None if max_time is None else seconds(str(max_time))
-        self.options = {
-            "max_steps": max_steps, "accelerator": accelerator, "devices": devices,
-            "num_nodes": num_nodes, "strategy": strategy, "precision": precision,
-            "accumulate_grad_batches": accumulate_grad_batches, "gradient_clip_val": gradient_clip_val,
-        }  # fmt: skip
-
-    @staticmethod
-    def check(*, max_time: str | int | None) -> list[str]:
-        """Return what is wrong with a duration; YAML itself makes a number of some that are written with colons."""
-        if isinstance(max_time, int):
-            return [f"max_time: a duration such as 90m, 11h, 2d or '11:30:00' in quotes is needed, not {max_time}"]
-        try:
-            _ = max_time is None or seconds(max_time)
-        except UserError as error:
-            return [f"max_time: {error}"]
-        return []
-
-    def trainer(self, callbacks: list[Callback], loggers: list[Logger], log_every: int, folder: Path) -> Trainer:
-        """Return the Trainer."""
-        if self.threads:
-            torch.set_num_threads(self.threads)
-        torch.set_float32_matmul_precision(self.matmul_precision)
-        plugins: list[SafeCheckpointIO | ClusterEnvironment] = [SafeCheckpointIO()]
-        if SLURMEnvironment.detect():  # Lightning would save in its signal handler, and requeue the job
-            plugins.append(SLURMEnvironment(auto_requeue=False))
-        with trainer_options("trainer"):
-            return Trainer(
-                **self.options, max_epochs=-1, callbacks=callbacks, logger=loggers, plugins=plugins,
-                log_every_n_steps=log_every, enable_checkpointing=False, enable_model_summary=False,
-                default_root_dir=folder, use_distributed_sampler=False, num_sanity_val_steps=0, limit_val_batches=0,
-            )  # fmt: skip
-
-
-class Bookkeeping(Callback):
-    """Writes the config into the run's folder, counts batches and tells the data which of them were consumed.
-
-    Attributes:
-        data_states: at the end of training, where each rank stands in the data and what it skipped.
-    """
-
-    data_states: list[RankState] | None = None
-
-    def __init__(self, folder: Path, lock: RunLock) -> None:
-        self.folder, self.lock = folder, lock
-
-    def on_fit_start(self, trainer: Trainer, task: Task) -> None:
-        if trainer.is_global_zero:  # not before all is known to be right: a mistake leaves no folder
-            self.lock.acquire()
-            with atomic_write(self.folder / "config.yaml") as file:
-                file.write(to_yaml(task.run_config.to_dict()).encode())
-
-    def on_train_end(self, trainer: Trainer, task: Task) -> None:
-        self.data_states = gather(trainer.datamodule.rank_state())
-
-    def on_train_batch_end(self, trainer: Trainer, task: Task, outputs: Tensor, batch: Batch, index: int) -> None:
-        task.count_batch(batch, completes_step=(index + 1) % trainer.accumulate_grad_batches == 0)
-
-
-@dataclass(frozen=True)
-class RunCallbacks:
-    """The callbacks of a run in the order in which Lightning calls them.
-
-    Attributes:
-        bookkeeping: counts a batch before any other callback sees that it is done.
-        resume: sets the learning rate before anything reports it.
-        finite: stops the run before a picture is drawn, or a file written, of numbers that are not finite.
-        of_task: draw and measure with the network as it is after the batch.
-        checkpoint: saves all that the ones before have counted and drawn.
-        interrupt: stops after the batch; Lightning then asks `checkpoint` to save.
-        progress: shows what the batch has come to.
-    """
-
-    bookkeeping: Bookkeeping
-    resume: Resume
-    finite: FiniteGuard
-    of_task: list[Callback]
-    checkpoint: Checkpointing
-    interrupt: Interrupt
-    progress: StepProgress
-
-    def in_order(self) -> list[Callback]:
-        """Return all of them."""
-        return [
-            self.bookkeeping,
-            self.resume,
-            self.finite,
-            *self.of_task,
-            self.checkpoint,
-            self.interrupt,
-            self.progress,
-        ]
 
 
 def build_task(config: RunConfig) -> Task:
