@@ -49,9 +49,15 @@ class EMASchedule:
         return [d for start, d in zip(self.from_step, self.decay) if step >= start][-1]
 
 
-def averaged_copy(model: nn.Module) -> nn.Module:
-    """Return a frozen copy of a model, to be kept as its average."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
+def averaged_copy(model: nn.Module, share_frozen: bool = False) -> nn.Module:
+    """Return a frozen copy of a model, to be kept as its average.
+
+    Args:
+        model: the model.
+        share_frozen: let the copy have the model's own frozen parameters, which take no memory a second time.
+    """
+    shared = {id(p): p for p in model.parameters() if share_frozen and not p.requires_grad}
+    return copy.deepcopy(model, shared).eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -64,7 +70,7 @@ def update(average: nn.Module, model: nn.Module, decay: float) -> None:
     ours: Sequence[torch.Tensor] = [mine for mine, its in pairs if its.requires_grad]
     theirs = [its.detach().to(mine.dtype) for mine, its in pairs if its.requires_grad]
     for mine, its in pairs:
-        if not its.requires_grad:
+        if not its.requires_grad and mine is not its:
             mine.copy_(its)
     torch._foreach_mul_(ours, decay)
     torch._foreach_add_(ours, theirs, alpha=1 - decay)

@@ -194,6 +194,11 @@ class RunCheckpoint(Importer):
     def read_model(self, file: OpenedFile, ema: bool, overrides: Section) -> LoadedModel:
         """Return the trained network with its config; of a task that trains a part, that part's weights."""
         whole, tensors = self._whole_config(file), file.read()
+        if whole.get("lora"):
+            raise UserError(
+                f"{file.path}: a checkpoint of a run of LoRA, without its base model; lora.safetensors beside it is "
+                "what sample.py --checkpoint BASE --lora takes"
+            )
         averaged = ema and any(name.startswith(AVERAGED) for name in tensors)
         extra = {"step": str(file.extra.get("global_step")), **self._frozen(file)}
         data = whole.get("data")

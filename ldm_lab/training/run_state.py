@@ -18,6 +18,7 @@ class RunState(TypedDict, total=False):
         batches_seen: on the first rank, since the run's very first batch.
         data: where each rank stands in the data.
         wandb_id: of the run at wandb, None without.
+        base: of LoRA, the fingerprint of the base model, whose weights are left out.
     """
 
     config: JsonObject
@@ -26,6 +27,7 @@ class RunState(TypedDict, total=False):
     batches_seen: int
     data: list[RankState]
     wandb_id: str | None
+    base: str
 
 
 BatchCounts = dict[str, int]  # ready, started, processed, completed -> batches

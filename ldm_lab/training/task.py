@@ -15,9 +15,16 @@ from torch import Tensor, nn
 from ldm_lab import ema
 from ldm_lab.batch import Batch
 from ldm_lab.checkpoints.files import FORMAT
+from ldm_lab.checkpoints.importer import find_weights
+from ldm_lab.checkpoints.lora import BaseModel, fingerprint
 from ldm_lab.checkpoints.parts import load_strictly, weights_sha256
+from ldm_lab.checkpoints.sharded import weights_checksum
 from ldm_lab.config import FROZEN, RunConfig
 from ldm_lab.data.datamodule import RankState
+from ldm_lab.errors import UserError
+from ldm_lab.sampling.names import model_name
+from ldm_lab.training.logs import print_rank_zero
+from ldm_lab.training.lora import LoraOptions, additions, frozen_weights, leave_out_base
 from ldm_lab.training.optim import Optim
 from ldm_lab.training.run_state import Checkpoint, RunState, take_back
 
@@ -73,18 +80,22 @@ class Task(LightningModule):
         self.seed = config.seed
         self.optim: Optim = config.part("optim").build()
         self.ema_schedule: ema.EMASchedule | None = config["ema"].build() if "ema" in config else None
+        self.lora: LoraOptions | None = config["lora"].build() if "lora" in config else None
+        if self.lora is not None and self.optim.freeze:
+            raise UserError("optim.freeze: with a section lora the whole network stays as it is; lora.targets chooses")
         self.frozen: dict[str, nn.Module] = {}
         sections = {role: config[role] for role in FROZEN if role in config} if read_weights else {}
         checksums = {role: weights_sha256(role, section) for role, section in sections.items()}
         self.frozen_sha256 = {role: checksum for role, checksum in checksums.items() if checksum is not None}
         self.batches_seen = 0  # on this rank, since the run's very first batch
+        self.base: BaseModel | None = None  # of LoRA
         self.at_step: AtStep | None = None  # while the batches of a step are incomplete, where the one before ended
 
     def set_model(self, model: nn.Module) -> None:
         """Take a network as the one to be trained, and start its average if the config has a section `ema`."""
         self.optim.freeze_parts(model)
         self.model = model
-        self.model_ema = ema.averaged_copy(model) if self.ema_schedule else None
+        self.model_ema = ema.averaged_copy(model) if self.ema_schedule and self.lora is None else None
 
     @property
     def best_model(self) -> nn.Module:
@@ -98,6 +109,29 @@ class Task(LightningModule):
             UserError: missing, damaged or foreign file.
         """
         raise NotImplementedError
+
+    def add_lora(self, path: str) -> None:
+        """Begin with additions to the network, which is as `init_from` has it from here on, if the config asks for any.
+
+        Args:
+            path: what `init_from` says.
+
+        Raises:
+            UserError: LoRA is not for this network.
+        """
+        if self.lora is None:
+            return
+        file = find_weights(path, "init_from")
+        self.base = BaseModel(model_name(path), weights_checksum(file), fingerprint(self.model.state_dict()))
+        for line in self.lora.insert(self.model):
+            print_rank_zero(line)
+        self.model_ema = ema.averaged_copy(self.model, share_frozen=True) if self.ema_schedule else None
+        self.register_state_dict_post_hook(leave_out_base)
+        self.strict_loading = False  # for Lightning; `on_load_checkpoint` compares all names and shapes
+
+    def exported_weights(self) -> dict[str, Tensor]:
+        """Return the weights that users of the trained network need: of LoRA the additions alone."""
+        return self.best_model.state_dict() if self.lora is None else additions(self.best_model)
 
     def export(self, folder: Path, dtype: torch.dtype) -> None:
         """Write what users of the trained network need, in `dtype`. Called on rank 0 after each checkpoint."""
@@ -157,11 +191,20 @@ class Task(LightningModule):
             data=gather(now.data),
             wandb_id=next((log.version for log in self.trainer.loggers if isinstance(log, WandbLogger)), None),
         )
+        if self.base is not None:
+            checkpoint[FORMAT]["base"] = self.base.weights
 
     def on_load_checkpoint(self, checkpoint: Checkpoint) -> None:
         trained = {n.removeprefix("model."): t for n, t in checkpoint["state_dict"].items() if n.startswith("model.")}
-        load_strictly(self.model, trained, "resume.checkpoint")  # in one clear line what Lightning says in hundreds
         run = checkpoint[FORMAT]
+        if self.lora is not None:
+            trained = {**frozen_weights(self.model), **trained}
+            if (base := run.get("base")) != self.base.weights:
+                raise UserError(
+                    f"resume.checkpoint: was trained on another model than init_from ({self.base.name}) names; "
+                    f"sha256 of its weights {str(base)[:12]}..., of these {self.base.weights[:12]}..."
+                )
+        load_strictly(self.model, trained, "resume.checkpoint")  # in one clear line what Lightning says in hundreds
         self.batches_seen = run["batches_seen"]
         self.trainer.datamodule.load_rank_states(run["data"], self.global_rank)
 
