@@ -7,13 +7,13 @@ compared with the network that it is added to.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm_lab.checkpoints.files import FORMAT, write_safetensors
 from ldm_lab.checkpoints.importer import DetectedFile, Section, config_problems, detect_format
@@ -25,8 +25,9 @@ from ldm_lab.errors import UserError
 ROLE = "lora"  # in the metadata, and of the section in the config
 FILE = "lora.safetensors"  # in the folder of a run
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # what the names of A and B end with
-BASE, BASE_SHA256, BASE_WEIGHTS = "base", "base_sha256", "base_weights"  # what the metadata say of the base model
-MERGED = "merged_loras"  # of a model, in the metadata: those that were merged into it
+# What the metadata say of the base model.
+BASE, BASE_SHA256, BASE_WEIGHTS = "base", "base_sha256", "base_weights"
+MERGED = "merged_loras"  # in the metadata of a model: those that were merged into it
 
 
 class BaseModel(NamedTuple):
@@ -87,18 +88,18 @@ class Lora:
     config: Section
     base: BaseModel
 
-    def check(self, own: Shapes, config: Section) -> None:
+    def check(self, own: Shapes, names: Mapping[str, str]) -> None:
         """Raise UserError unless it fits the weights of a network, and the model that has it.
 
         Args:
             own: of the network, by name.
-            config: of the model.
+            names: of the model's denoiser and objective, by role.
         """
         trained_on = f"it was trained on {self.base.name}" if self.base.name else "it was trained on another model"
-        for role in ("denoiser", "objective"):
-            its, theirs = (_name(section.get(role)) for section in (self.config, config))
-            if its != theirs:
-                raise UserError(f"{self.path}: is for the {role} {its}, and this model has {theirs}; {trained_on}")
+        for role, name in names.items():
+            its = self.config.get(role, {}).get("name")
+            if its != name:
+                raise UserError(f"{self.path}: is for the {role} {its!r}, and this model has {name!r}; {trained_on}")
         for layer, factors in self.layers.items():
             there = own.get(f"{layer}.weight")
             if there is None or tuple(there.shape) != factors.shape:
@@ -115,11 +116,6 @@ class Lora:
             own.add_((factors.product(own.device) * (self.scale * weight)).to(own.dtype))
             if not torch.isfinite(own).all():
                 raise UserError(f"{self.path}: with the weight {weight:g} {layer} would not be finite; a smaller one")
-
-
-def _name(section: Plain) -> str:
-    """Return the name of a part out of a config, as a few letters."""
-    return repr(section.get("name") if isinstance(section, dict) else None)[:60]
 
 
 # ---------------------------------------------------------------------------------------------------------- files
@@ -222,30 +218,27 @@ class WeightedLora(NamedTuple):
     weight: float
 
 
-def add_all(network: Mapping[str, Tensor], loras: Iterable[WeightedLora], config: Section) -> Iterator[str]:
-    """Add LoRAs to the weights of a network in place; yield a line for each that was trained on other weights.
+def add_all(network: Mapping[str, Tensor], loras: Iterable[WeightedLora], names: Mapping[str, str]) -> list[str]:
+    """Add LoRAs to the weights of a network in place; return a line for each that was trained on other weights.
 
     Args:
         network: its weights by name, in float32 or more.
-        loras: one after another.
-        config: of the model.
+        loras: one after another; those with the weight 0 are compared alone.
+        names: of the model's denoiser and objective, by role.
 
     Raises:
         UserError: one that does not fit; then none was added.
     """
-    loras = [one for one in loras if one.weight]
+    loras = list(loras)
     for lora, _ in loras:
-        lora.check(network, config)
+        lora.check(network, names)
     own = fingerprint(network) if loras else ""
     for lora, weight in loras:
-        if lora.base.weights != own:
-            yield (
-                f"{lora.path}: was trained on {lora.base.name or 'another model'} (sha256 "
-                f"{lora.base.sha256[:12] or 'unknown'}...), and these are other weights: what it does may be another"
-            )
-        lora.add_to(network, weight)
-
-
-def named_weights(network: nn.Module) -> dict[str, Tensor]:
-    """Return the weights of a network themselves, not copies, by name."""
-    return {name: value.detach() for name, value in network.state_dict().items()}
+        if weight:
+            lora.add_to(network, weight)
+    return [
+        f"{lora.path}: was trained on {lora.base.name or 'another model'} (sha256 {lora.base.sha256[:12] or 'unknown'}"
+        "...), and these are other weights: what it does may be another"
+        for lora, _ in loras
+        if lora.base.weights != own
+    ]

@@ -171,7 +171,7 @@ class RunCheckpoint(Importer):
 
     kind = "run"
     title = "a checkpoint of a run of ldm_lab's"
-    precedence = 2
+    precedence = 4  # of LoRA, its tensors are named as those of other programs
     holds_model = True
     has_average = True
 
