@@ -197,9 +197,9 @@ class DiffusionTask(Task):
         super().on_save_checkpoint(checkpoint)
         checkpoint[FORMAT]["model"] = self.model_config().to_dict()
 
-    def export(self, folder: Path, dtype: torch.dtype) -> None:
+    def export(self, folder: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
         """Write `ema.safetensors`: the averaged denoiser with the config that rebuilds it."""
-        self.write_model(folder / "ema.safetensors", self.best_model.state_dict(), dtype, {})
+        self.write_model(folder / "ema.safetensors", weights, dtype, {})
 
     def write_model(self, path: Path, state: dict[str, Tensor], dtype: torch.dtype, facts: dict[str, str]) -> None:
         """Write weights of the denoiser with the config that rebuilds it, and further facts."""
