@@ -28,8 +28,9 @@ LAYERS = [  # a module may import from its own line only what is in its own pack
     {"checkpoints"},
     {"embed"},
     {"sampling"},
+    {"evaluation"},
     {"training"},
-    {"curation", "evaluation", "app"},
+    {"curation", "app"},
     {"commands"},
     {"__main__"},
 ]
