@@ -17,7 +17,6 @@ al. 2024, arXiv 2406.08070), is a function of the type `Combine`, handed to `gui
 alone the prediction of each condition is to be seen, the wrappers around it see what came of them.
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -112,26 +111,35 @@ def guided(
         needed.append(torch.ones_like(guided_weights))  # [1 + k, B]
     guided_rows = EvaluatedRows(conditions, null_conditions, *needed)
     unguided_rows = EvaluatedRows(conditions, null_conditions, unguided_weights)
-
-    @functools.cache  # copied to a device once, and not for every call of the model
-    def tables(device: torch.device) -> tuple[Tensor, ...]:
-        return tuple(w.float().to(device) for w in (guided_weights, unguided_weights, null_weight))
+    tables = OnDevices(guided_weights, unguided_weights, null_weight[:, None, None, None])
 
     def guided_predict(x: Tensor, t: Tensor) -> Prediction:
-        guided_table, unguided_table, w0 = tables(x.device)  # [1 + k, B], [1 + k, B], [B]
+        guided_table, unguided_table, w0 = tables.on(x.device)  # [1 + k, B] twice, [B, 1, 1, 1]
         if interval != (0.0, 1.0) and not interval[0] <= t[0].item() <= interval[1]:
             return unguided_rows(predict, x, t).mix(unguided_table)
         rows = guided_rows(predict, x, t)
         prediction = rows.mix(guided_table, combine)
         if guide_model is not None:
             guide = unguided_rows(guide_model, x, t).mix(unguided_table)
-            w0 = w0.to(x)[:, None, None, None]  # [B, 1, 1, 1]
             prediction = prediction._replace(x0=prediction.x0 + w0 * guide.x0, eps=prediction.eps + w0 * guide.eps)
         if rescale and schedule is not None:
             return _rescaled(prediction, rows.mix(unguided_table), x, t, schedule, rescale)
         return prediction
 
     return guided_predict
+
+
+class OnDevices:
+    """Tables of weights in float32, copied to a device once and not for every call of the model."""
+
+    def __init__(self, *tables: Tensor) -> None:
+        self.tables = tables
+        self.copies: dict[torch.device, list[Tensor]] = {}
+
+    def on(self, device: torch.device) -> list[Tensor]:
+        if device not in self.copies:
+            self.copies[device] = [table.float().to(device) for table in self.tables]
+        return self.copies[device]
 
 
 class EvaluatedRows:
