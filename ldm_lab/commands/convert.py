@@ -66,7 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--raw", action="store_true", help="of a training checkpoint, the weights as trained instead of their average")
     add("--part", choices=ROLES, help="of a training checkpoint of cloob-latent-diffusion, a frozen part inside it")
     add("--scale", type=float, metavar="X", help="latent scale of an autoencoder: what raw latents are divided by")
-    add("--lora", action="append", default=[], metavar="FILE[:X]", help="merge a LoRA into the model; may be given again")
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:X]",
+        help="merge a LoRA into the model; may be given again",
+    )
     add("--force", action="store_true", help="replace OUT if it is there")
     add("overrides", nargs="*", metavar="key=value", help="what the file does not say, such as image_heads=12")
 

@@ -73,6 +73,7 @@ ROLES = {
     "ema": Role("ldm_lab.ema"),
     "ema_snapshots": Role("ldm_lab.training.ema_snapshots"),
     "lora": Role("ldm_lab.training.lora"),
+    "held_out": Role("ldm_lab.training.held_out"),
     "checkpoint": Role("ldm_lab.training.checkpointing"),
     "demo": Role("ldm_lab.training.demo"),
     "sampling": Role("ldm_lab.sampling.options"),

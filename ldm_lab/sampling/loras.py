@@ -42,7 +42,7 @@ def read_loras(written: Sequence[str | Path]) -> list[WeightedLora]:
 
 
 def add_loras(denoiser: Denoiser, objective: Objective, loras: Sequence[WeightedLora]) -> None:
-    """Add LoRAs to a model's weights for good; say which were trained on others. Raises UserError if one does not fit."""
+    """Add LoRAs to a model's weights for good; say which were trained on others. Raises UserError for a misfit."""
     weights = {name: value.detach() for name, value in denoiser.state_dict().items()}
     names = {"denoiser": denoiser.part_name, "objective": objective.part_name}
     for line in add_all(weights, loras, names):

@@ -216,7 +216,7 @@ class ModelOptions:
     precision: Precision = "32-true"
     compile: bool = False
     offload: bool = False
-    lora: list[str | Path] = ()
+    lora: list[str | Path] = ()  # type: ignore[assignment]  # a default that nothing changes
     guide_model: str | Path | None = None
     autoencoder: str | Path | None = None
     conditioner: str | Path | None = None

@@ -34,7 +34,19 @@ LARGEST_SIDE, MOST_STEPS, MOST_PROMPTS, LARGEST_BATCH = 16_384, 10_000, 100, 409
 LONGEST_PROMPT = 5000  # characters; a text encoder reads some hundred
 FILE_LISTS = (*IMAGE_FILES, *MODEL_FILES, "noised_clip", "checkpoint", "lora", "upsampler")
 # What an entry tells that is no setting: results, and what is taken otherwise.
-TOLD = ("file", "prompts", "similarity", "rerank", "width", "height", "base", "stages", "batch", "device", "lora_weight")
+TOLD = (
+    "file",
+    "prompts",
+    "similarity",
+    "rerank",
+    "width",
+    "height",
+    "base",
+    "stages",
+    "batch",
+    "device",
+    "lora_weight",
+)
 SIZE = re.compile(r"(\d{1,5})\s*x\s*(\d{1,5})")
 
 

@@ -151,10 +151,9 @@ def why_not(layer: nn.Module, parent: nn.Module) -> str | None:
     return None if layer.padding_mode == "zeros" else f"a convolution with {layer.padding_mode} padding"
 
 
-def additions(network: nn.Module) -> dict[str, Tensor]:
-    """Return the weights of the additions under the names that they have in a file: layer.lora_A.weight and B."""
-    named = network.state_dict().items()
-    return {name.replace(f".{ADAPTER}.", "."): value for name, value in named if INNER.search(name)}
+def additions(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return of a network's state dict the additions, as a file names them: layer.lora_A.weight and B."""
+    return {name.replace(f".{ADAPTER}.", "."): value for name, value in state.items() if INNER.search(name)}
 
 
 def frozen_weights(network: nn.Module) -> dict[str, Tensor]:
