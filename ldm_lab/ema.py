@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ldm_lab.config import NonNegativeInt, ShareBelowOne, register
+from ldm_lab.sharded import local
 
 
 @register("ema")
@@ -61,11 +62,11 @@ def update(average: nn.Module, model: nn.Module, decay: float) -> None:
     Buffers and frozen parameters are copied: what does not move must not change by rounding either.
     """
     pairs = list(zip(average.parameters(), model.parameters()))
-    ours: Sequence[torch.Tensor] = [mine for mine, its in pairs if its.requires_grad]
-    theirs = [its.detach().to(mine.dtype) for mine, its in pairs if its.requires_grad]
+    ours: Sequence[torch.Tensor] = [local(mine) for mine, its in pairs if its.requires_grad]
+    theirs = [local(its.detach()).to(mine.dtype) for mine, its in pairs if its.requires_grad]
     for mine, its in pairs:
         if not its.requires_grad:
-            mine.copy_(its)
+            local(mine).copy_(local(its))
     torch._foreach_mul_(ours, decay)
     torch._foreach_add_(ours, theirs, alpha=1 - decay)
     for mine, its in zip(average.buffers(), model.buffers()):
