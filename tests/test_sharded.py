@@ -45,7 +45,7 @@ class Weigh(Callback):
         states = [v for state in trainer.optimizers[0].state.values() for v in state.values()]
         held = {
             "parameters": sum(local(p.detach()).nbytes for p in task.model.parameters()),
-            "average": sum(local(p.detach()).nbytes for p in task.model_ema.parameters()),
+            "average": sum(local(p.detach()).nbytes for p in task.best_model.parameters()),
             "gradients": self.gradients,
             "optimizer": sum(local(value).nbytes for value in states),
         }
