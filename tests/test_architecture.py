@@ -10,7 +10,7 @@ LAYERS = [  # a module may import from its own line only what is in its own pack
     {"errors"},
     {"conditions", "predictions", "progress", "downloads"},
     {"batch"},
-    {"interfaces", "io", "processes"},
+    {"interfaces", "io", "processes", "sharded"},
     {"config"},
     {"schedules", "ema", "rules", "clip_tokens"},
     {"pretrained"},
