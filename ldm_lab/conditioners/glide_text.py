@@ -99,7 +99,7 @@ class GlideText(Conditioner):
 
     def null(self, conditions: Conditions) -> Conditions:
         """Return as many empty texts as a condition has rows; whatever else is in the condition stays."""
-        empty = torch.full_like(conditions["token_ids"], int(self.pad))  # [B, L]
+        empty = torch.full_like(conditions["token_ids"], self.vocab_size - 1)  # [B, L]
         nowhere = torch.zeros_like(conditions["token_ids_mask"])  # [B, L]
         return {**conditions, "token_ids": empty, "token_ids_mask": nowhere}
 

@@ -77,8 +77,19 @@ class Task(LightningModule):
         sections = {role: config[role] for role in FROZEN if role in config} if read_weights else {}
         checksums = {role: weights_sha256(role, section) for role, section in sections.items()}
         self.frozen_sha256 = {role: checksum for role, checksum in checksums.items() if checksum is not None}
+        self.rehearsing = False
         self.batches_seen = 0  # on this rank, since the run's very first batch
         self.at_step: AtStep | None = None  # while the batches of a step are incomplete, where the one before ended
+
+    def rehearse(self, batch: Batch) -> Tensor:
+        """Return the loss of a batch as in the midst of a run, but without a Trainer or a log: to count its cost."""
+        self.rehearsing = True
+        loss: Tensor = self.training_step(batch, 0)
+        return loss
+
+    def trained_modules(self) -> list[nn.Module]:
+        """Return all that the optimizer trains."""
+        return [self.model]
 
     def set_model(self, model: nn.Module) -> None:
         """Take a network as the one to be trained, and start its average if the config has a section `ema`."""
@@ -169,6 +180,8 @@ class Task(LightningModule):
 
     def log_means(self, values: dict[str, Tensor], batch_size: int) -> None:
         """Log scalars under `train/`, the mean over ranks at each logging step, and the learning rate."""
+        if self.rehearsing:
+            return
         named = {f"train/{name}": value.detach() for name, value in values.items()}
         named["train/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log_dict(named, on_step=True, sync_dist=True, batch_size=batch_size)
