@@ -15,9 +15,11 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 T = TypeVar("T")
 FEW = 4096  # parameters: the averages of smaller tensors are kept in 32 bits always
@@ -33,8 +35,8 @@ class StepCost:
         batch_size: samples of the batch.
         parameters: of the network.
         trained: those of them that have a gradient.
-        flops: floating-point operations of forward and backward pass; a multiplication and an addition are two. What
-            gradient checkpointing computes once more counts.
+        flops: floating-point operations of forward and backward pass; a multiplication and an addition are two.
+        recomputed: what gradient checkpointing computes once more besides.
         weights, gradients, optimizer, average, frozen: bytes of the network's weights, their gradients, the optimizer's
             state, the moving averages, the frozen parts.
         peak: the most bytes of all of these and of intermediate results that are held at one time.
@@ -44,6 +46,7 @@ class StepCost:
     parameters: int
     trained: int
     flops: int
+    recomputed: int
     weights: int
     gradients: int
     optimizer: int
@@ -104,17 +107,21 @@ def in_short(count: float) -> str:
 # ---------------------------------------------------------------------------------------------------------- counting
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made while it is entered, and of those it is told of.
+class Counter(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made while it is entered, and of those it is told of; and operations.
 
     Attributes:
-        live: held now.
+        live: bytes held now.
         peak: the most that was held at one time.
+        flops: of matrix products and convolutions.
+        recomputed: those of them that repeat what the forward pass has computed.
+        is_backward: whether what follows belongs to a backward pass.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.flops = self.recomputed = 0
+        self.is_backward = False
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def add(self, tensors: Iterable[Tensor]) -> None:
@@ -134,13 +141,18 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(
         self,
-        func: Callable[..., T],
+        func: OpOverload[..., T],
         types: Sequence[type],
         args: Sequence[T] = (),
         kwargs: Mapping[str, T] | None = None,
     ) -> T:
         result = func(*args, **(kwargs or {}))
         self.add(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        if count := flop_registry.get(func.overloadpacket):
+            flops = count(*args, **(kwargs or {}), out_val=result)
+            self.flops += flops
+            if self.is_backward and torch.is_grad_enabled():  # gradient checkpointing runs a block once more
+                self.recomputed += flops
         return result
 
 
@@ -150,7 +162,7 @@ def autocast_of_gpus() -> Iterator[None]:
 
     Their results are what a backward pass has to keep. Hooks of modules are at work in gradient checkpointing, too.
     """
-    hook = register_module_forward_pre_hook(_in_single_precision)
+    hook = register_module_forward_pre_hook(_in_single_precision)  # type: ignore[arg-type]  # it may change the inputs
     try:
         yield
     finally:
@@ -183,25 +195,23 @@ def step_cost(
         frozen: modules that are there beside it.
         average: bytes of its moving averages.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
     frozen = list(frozen)
     trained = [p for p in model.parameters() if p.requires_grad]
-    flops = FlopCounterMode(display=False)
-    with LiveBytes() as memory:
+    with Counter() as counter:
         for module in (model, *frozen):
-            memory.add(_tensors(module))
+            counter.add(_tensors(module))
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
         if isinstance(optimizer, torch.optim.Optimizer):
             optimizer.step()  # makes its state
             kept = [leaf for leaf in tree_leaves(list(optimizer.state.values())) if isinstance(leaf, Tensor)]
-        memory.peak = memory.live
-        with flops:
-            value = loss()
-            model.zero_grad()
-            value.backward()
-            del value
+        counter.peak, counter.flops = counter.live, 0
+        value = loss()
+        model.zero_grad()
+        counter.is_backward = True
+        value.backward()
+        counter.is_backward = False
+        del value
         if isinstance(optimizer, torch.optim.Optimizer):
             optimizer.step()
     state = optimizer if isinstance(optimizer, int) else _bytes(kept)
@@ -209,13 +219,14 @@ def step_cost(
         batch_size=batch_size,
         parameters=sum(p.numel() for p in model.parameters()),
         trained=sum(p.numel() for p in trained),
-        flops=flops.get_total_flops(),
+        flops=counter.flops - counter.recomputed,
+        recomputed=counter.recomputed,
         weights=_bytes(_tensors(model)),
         gradients=_bytes(p.grad for p in trained if p.grad is not None),
         optimizer=state,
         average=average,
         frozen=sum(_bytes(_tensors(module)) for module in frozen),
-        peak=memory.peak + average + (optimizer if isinstance(optimizer, int) else 0),
+        peak=counter.peak + average + (optimizer if isinstance(optimizer, int) else 0),
     )
 
 

@@ -60,6 +60,7 @@ class Task(LightningModule):
     NETWORK: ClassVar[tuple[str, ...]] = ()
     PART: ClassVar[str | None] = None
     SECTIONS: ClassVar[tuple[str, ...]] = ("data", "optim", "ema", "trainer", "checkpoint", "logging", "resume")
+    rehearsing = False  # whether steps are made by `rehearse`
 
     def __init__(self, config: RunConfig, read_weights: bool = True) -> None:
         """Build what all tasks have.
@@ -77,15 +78,8 @@ class Task(LightningModule):
         sections = {role: config[role] for role in FROZEN if role in config} if read_weights else {}
         checksums = {role: weights_sha256(role, section) for role, section in sections.items()}
         self.frozen_sha256 = {role: checksum for role, checksum in checksums.items() if checksum is not None}
-        self.rehearsing = False
         self.batches_seen = 0  # on this rank, since the run's very first batch
         self.at_step: AtStep | None = None  # while the batches of a step are incomplete, where the one before ended
-
-    def rehearse(self, batch: Batch) -> Tensor:
-        """Return the loss of a batch as in the midst of a run, but without a Trainer or a log: to count its cost."""
-        self.rehearsing = True
-        loss: Tensor = self.training_step(batch, 0)
-        return loss
 
     def trained_modules(self) -> list[nn.Module]:
         """Return all that the optimizer trains."""
@@ -183,6 +177,12 @@ class Task(LightningModule):
         self.trainer.datamodule.load_rank_states(run["data"], self.global_rank)
 
     # ------------------------------------------------------------------------------------------------ for subclasses
+
+    def rehearse(self, batch: Batch) -> Tensor:
+        """Return the loss of a batch as in the midst of a run, but without a Trainer or a log: to count its cost."""
+        self.rehearsing = True
+        loss: Tensor = self.training_step(batch, 0)
+        return loss
 
     def log_means(self, values: dict[str, Tensor], batch_size: int) -> None:
         """Log scalars under `train/`, the mean over ranks at each logging step, and the learning rate."""
