@@ -119,7 +119,8 @@ class GlideText(Conditioner):
                 ids = ids[: self.text_size]
             row[: len(ids)] = torch.tensor(ids, dtype=torch.int64)  # [len(ids)]
             known[: len(ids)] = True
-        return {"token_ids": token_ids.to(self.pad.device), "token_ids_mask": mask.to(self.pad.device)}
+        given = {"token_ids": token_ids, "token_ids_mask": mask}
+        return {name: value.to(self.pad.device, non_blocking=True) for name, value in given.items()}
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, however many."""
