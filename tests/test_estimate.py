@@ -112,9 +112,8 @@ def test_counting_changes_nothing_and_knows_the_trained_parts():
     assert cost.optimizer == optimizer_bytes(task.model.parameters(), eight_bit=True) < 3 * cost.trained
     assert cost.frozen == module_bytes(*task.frozen.values()) and cost.recomputed == 0
     half = config_cost(config.with_part("trainer", PartConfig("trainer", "trainer", {"precision": "bf16-mixed"})))
-    assert half.weights == cost.weights and half.flops == cost.flops * 4, (
-        "a quarter of the pixels was trained on before"
-    )
+    assert half.weights == cost.weights
+    assert half.flops == pytest.approx(cost.flops * 4, rel=0.05), "four times the pixels"
 
 
 def test_half_precision_keeps_what_gpus_normalize_in_single_precision():
