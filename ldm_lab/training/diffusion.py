@@ -38,6 +38,7 @@ from ldm_lab.training.initial import (
 )
 from ldm_lab.training.logs import print_rank_zero
 from ldm_lab.training.run_state import Checkpoint
+from ldm_lab.training.sharding import Sharded
 from ldm_lab.training.task import Task
 from ldm_lab.training.timesteps import TIMESTEP_SAMPLERS, UniformTimesteps
 
@@ -142,6 +143,12 @@ class DiffusionTask(Task):
                 self.log(f"train/loss_t{i / 4:.2f}", means[i], batch_size=len(t))
 
     # ------------------------------------------------------------------------------------------------- before it begins
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, Sharded):
+            for network in (self.model, self.model_ema):
+                if network is not None:
+                    self.trainer.strategy.share_out(network)
 
     def check_image_size(self, size: int | None, unit: int) -> None:
         """Raise UserError for images that the levels of the network, or a condition source, do not divide.
