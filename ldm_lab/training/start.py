@@ -21,6 +21,7 @@ from ldm_lab.training.captioned_grids import CaptionedGrids
 from ldm_lab.training.demo import Demo
 from ldm_lab.training.lora import WITHOUT_PEFT
 from ldm_lab.training.perceptual import features_download
+from ldm_lab.training.sharding import FSDP2
 
 Finding = Callable[[], list[Download] | None]
 
@@ -68,7 +69,7 @@ def _tell(findings: Iterable[Finding]) -> None:
 def _findings(config: RunConfig, folder: Path, sources: list[Source]) -> list[Finding]:
     """Return what has to be looked for, each by itself, so that all of it is found; opened data go into `sources`."""
     trained = config.task_class().PART
-    findings: list[Finding] = [partial(_check_network, config)]
+    findings: list[Finding] = [partial(_check_network, config), partial(_check_strategy, config)]
     if "lora" in config:
         findings.append(partial(_check_lora, config))
     for role in ("autoencoder", "conditioner"):
@@ -105,6 +106,18 @@ def _check_lora(config: RunConfig) -> None:
     if importlib.util.find_spec("peft") is None:
         problems.append(WITHOUT_PEFT)
     raise_refusals(problems)
+
+
+def _check_strategy(config: RunConfig) -> None:
+    """Raise UserError for what does not go with a network that the devices share."""
+    if "trainer" not in config or config["trainer"].get("strategy") != FSDP2:
+        return
+    if config.task != "diffusion":
+        raise UserError(f"trainer.strategy: {FSDP2} is for the denoiser of task=diffusion; {config.task} runs with ddp")
+    if "optim" in config and (state := config["optim"].get("state", "32bit")) != "32bit":
+        raise UserError(f"optim.state: {state} does not go with trainer.strategy={FSDP2}, which takes 32bit")
+    if "lora" in config:
+        raise UserError(f"trainer.strategy: {FSDP2} is for networks that are trained as a whole; lora runs with ddp")
 
 
 def _open_data(config: RunConfig, sources: list[Source]) -> None:

@@ -21,7 +21,7 @@ from ldm_lab.checkpoints.lora import BaseModel, fingerprint
 from ldm_lab.checkpoints.parts import load_strictly, weights_sha256
 from ldm_lab.checkpoints.sharded import weights_checksum
 from ldm_lab.config import FROZEN, RunConfig
-from ldm_lab.data.datamodule import RankState
+from ldm_lab.data.rank_state import RankState
 from ldm_lab.errors import UserError
 from ldm_lab.sampling.names import model_name
 from ldm_lab.training.logs import print_rank_zero
@@ -68,6 +68,7 @@ class Task(LightningModule):
     NETWORK: ClassVar[tuple[str, ...]] = ()
     PART: ClassVar[str | None] = None
     SECTIONS: ClassVar[tuple[str, ...]] = ("data", "optim", "ema", "trainer", "checkpoint", "logging", "resume")
+    rehearsing = False  # whether steps are made by `rehearse`
 
     def __init__(self, config: RunConfig, read_weights: bool = True) -> None:
         """Build what all tasks have.
@@ -130,11 +131,18 @@ class Task(LightningModule):
             return
         file = find_weights(path, "init_from")
         self.base = BaseModel(model_name(path), weights_checksum(file), fingerprint(self.model.state_dict()))
-        for line in self.lora.insert(self.model):
+        for line in self.insert_lora():
             print_rank_zero(line)
-        self.model_ema = ema.averaged_copy(self.model, share_frozen=True) if self.ema_schedule else None
         self.register_state_dict_post_hook(leave_out_base)
         self.strict_loading = False  # for Lightning; `on_load_checkpoint` compares all names and shapes
+
+    def insert_lora(self) -> list[str]:
+        """Put additions into the network if the config asks for any, and start their average; return what to say."""
+        if self.lora is None:
+            return []
+        lines = self.lora.insert(self.model)
+        self.model_ema = ema.averaged_copy(self.model, share_frozen=True) if self.ema_schedule else None
+        return lines
 
     def exported_weights(self) -> dict[str, Tensor]:
         """Return the weights that users of the trained network need: of LoRA the additions alone."""
@@ -232,10 +240,16 @@ class Task(LightningModule):
 
     # ------------------------------------------------------------------------------------------------ for subclasses
 
+    def rehearse(self, batch: Batch) -> Tensor:
+        """Return the loss of a batch as in the midst of a run, but without a Trainer or a log: to count its cost."""
+        self.rehearsing = True
+        loss: Tensor = self.training_step(batch, 0)
+        return loss
+
     @property
     def is_logged(self) -> bool:
         """Whether the optimizer step that is being made is one that is logged."""
-        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+        return not self.rehearsing and (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
 
     def log_means(self, values: dict[str, Tensor], batch_size: int) -> None:
         """Log scalars under `train/`, the mean over ranks, and the learning rate; at logging steps alone."""
