@@ -21,7 +21,7 @@ from ldm_lab.config.checks import (
     section_roles,
     settled,
 )
-from ldm_lab.config.loading import read
+from ldm_lab.config.loading import origins, read
 from ldm_lab.config.registry import MAPPINGS, ROLES, PartInfo, part_info, use_keys
 from ldm_lab.config.uses import PartUse
 from ldm_lab.errors import UserError, unknown
@@ -233,15 +233,22 @@ class RunConfig(Mapping[str, PartConfig]):
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML, apply `key.path=value` overrides, resolve it, check it against the text of the parts it names.
 
-    `defaults: other.yaml` (relative to the file) is read first and overlaid. `run` defaults to the file's name.
+    `defaults: other.yaml` (relative to the file), or a list of files, is read first and overlaid. `run` defaults to the
+    file's name.
 
     Raises:
-        UserError: missing or unreadable file, or any number of wrong entries, each with its key path, in one message.
+        UserError: missing or unreadable file, or any number of wrong entries, each with its key path, and the file that
+            it stands in if that is one below, in one message.
     """
     config = {key: settled(value, _form(key)) for key, value in read(path, overrides).items()}
     if config.get("run") is None:
         config["run"] = Path(path).stem
-    check(config)
+    if problems := problems_of(config):
+        given = {word.partition("=")[0] for word in overrides}
+        below = {key: file for key, file in origins(path).items() if key not in given}
+        raise_all(
+            [f"{found} (in {below[key]})" if (key := found.partition(":")[0]) in below else found for found in problems]
+        )
     return RunConfig.from_dict(config)
 
 
@@ -259,6 +266,11 @@ def _task(name: str | None) -> PartInfo:
 
 def check(config: dict[str, Any]) -> None:
     """Check a whole config without building or importing anything. Raises UserError with all problems at once."""
+    raise_all(problems_of(config))
+
+
+def problems_of(config: dict[str, Any]) -> list[str]:
+    """Return all that is wrong with a whole config, each with its key path. Raises UserError for an unknown task."""
     task = _task(config.get("task") or DEFAULT_TASK)
     roles, required = section_roles(task), task.constant("REQUIRED")
     problems = []
@@ -274,8 +286,7 @@ def check(config: dict[str, Any]) -> None:
             problems += check_keys(roles[key], value, key)
         else:
             problems.append(f"{key}: {unknown('key', key, [*TOP, *roles])}")
-    problems += [f"{key}: this section has to be given" for key in required if key not in config]
-    raise_all(problems)
+    return problems + [f"{key}: this section has to be given" for key in required if key not in config]
 
 
 def build(role: str, section: Mapping[str, Any] | None, *runtime: Any) -> Any:
