@@ -22,6 +22,7 @@ from ldm_lab.config.checks import (
     settled,
 )
 from ldm_lab.config.loading import origins, read
+from ldm_lab.config.overrides import parse
 from ldm_lab.config.registry import MAPPINGS, ROLES, PartInfo, part_info, use_keys
 from ldm_lab.config.uses import PartUse
 from ldm_lab.errors import UserError, unknown
@@ -107,6 +108,11 @@ class PartConfig(Mapping[str, Any]):
             return self.options[key]
         known = part_info(self.role, self.name).options.get(key)
         return None if known is None or known.required else known.default
+
+    def said(self, key: str) -> "PartConfig":
+        """Return the section with the value of an option written out, unless that is null or the part has none."""
+        value = self.option(key)
+        return self if value is None else replace(self, options={**self.options, key: value})
 
     def load(self) -> type:
         """Return the class of the part, imported. Raises UserError for an unknown name."""
@@ -244,7 +250,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if config.get("run") is None:
         config["run"] = Path(path).stem
     if problems := problems_of(config):
-        given = {word.partition("=")[0] for word in overrides}
+        given = {parse(word)[0] for word in overrides}
         below = {key: file for key, file in origins(path).items() if key not in given}
         raise_all(
             [f"{found} (in {below[key]})" if (key := found.partition(":")[0]) in below else found for found in problems]

@@ -18,7 +18,7 @@ from ldm_lab.batch import Batch
 from ldm_lab.checkpoints.files import FORMAT
 from ldm_lab.checkpoints.parts import load_strictly, weights_sha256
 from ldm_lab.config import FROZEN, RunConfig
-from ldm_lab.data.datamodule import RankState
+from ldm_lab.data.rank_state import RankState
 from ldm_lab.errors import UserError
 from ldm_lab.training.compiling import Compile
 from ldm_lab.training.optim import Optim

@@ -40,7 +40,7 @@ class TrainerOptions:
         matmul_precision: Literal["highest", "high", "medium"] = "high",
         channels_last: bool = False,
         compile: Compile = "none",
-        ddp: Annotated[dict[str, Plain] | None, PartSection("ddp", "ddp")] = None,
+        ddp: Annotated[dict[str, Plain] | None, PartSection("ddp")] = None,
     ) -> None:
         """Set what Lightning's Trainer is given under the same names.
 
