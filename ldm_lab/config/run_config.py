@@ -4,7 +4,7 @@ Plain dicts of it lie in checkpoints alone (`to_dict`, `from_checkpoint`). A con
 names registered parts and nothing else: its imports are ignored, and it never builds data.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -249,12 +249,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     config = {key: settled(value, _form(key)) for key, value in read(path, overrides).items()}
     if config.get("run") is None:
         config["run"] = Path(path).stem
-    if problems := problems_of(config):
-        given = {parse(word)[0] for word in overrides}
-        below = {key: file for key, file in origins(path).items() if key not in given}
-        raise_all(
-            [f"{found} (in {below[key]})" if (key := found.partition(":")[0]) in below else found for found in problems]
-        )
+    given = {parse(word)[0] for word in overrides}
+    check(config, lambda: {key: file for key, file in origins(path).items() if key not in given})
     return RunConfig.from_dict(config)
 
 
@@ -270,13 +266,13 @@ def _task(name: str | None) -> PartInfo:
         raise UserError(str(error).replace("task.name:", "task:", 1)) from None
 
 
-def check(config: dict[str, Any]) -> None:
-    """Check a whole config without building or importing anything. Raises UserError with all problems at once."""
-    raise_all(problems_of(config))
+def check(config: dict[str, Any], below: Callable[[], Mapping[str, Path]] = dict) -> None:
+    """Check a whole config without building or importing anything. Raises UserError with all problems at once.
 
-
-def problems_of(config: dict[str, Any]) -> list[str]:
-    """Return all that is wrong with a whole config, each with its key path. Raises UserError for an unknown task."""
+    Args:
+        config: plain data.
+        below: gives key path -> file of what stands in another file than the one that the user named.
+    """
     task = _task(config.get("task") or DEFAULT_TASK)
     roles, required = section_roles(task), task.constant("REQUIRED")
     problems = []
@@ -292,7 +288,9 @@ def problems_of(config: dict[str, Any]) -> list[str]:
             problems += check_keys(roles[key], value, key)
         else:
             problems.append(f"{key}: {unknown('key', key, [*TOP, *roles])}")
-    return problems + [f"{key}: this section has to be given" for key in required if key not in config]
+    problems += [f"{key}: this section has to be given" for key in required if key not in config]
+    files = below() if problems else {}
+    raise_all([f"{found} (in {files[k]})" if (k := found.partition(":")[0]) in files else found for found in problems])
 
 
 def build(role: str, section: Mapping[str, Any] | None, *runtime: Any) -> Any:
