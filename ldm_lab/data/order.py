@@ -55,6 +55,10 @@ class Order:
         """Return a random generator that depends on seed, epoch and key alone."""
         return Random(int.from_bytes(_digest(self.seed, self.epoch, *key)[:8], "little"))
 
+    def turn(self, unit: int, choices: int) -> int:
+        """Return which of some choices a unit has in this epoch: the next one each epoch, from a random one on."""
+        return (int.from_bytes(_digest(self.seed, "turn", unit)[:8], "little") + self.epoch) % choices
+
 
 def _digest(*key: str | int) -> bytes:
     return hashlib.sha256(repr(key).encode()).digest()

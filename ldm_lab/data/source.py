@@ -16,6 +16,7 @@ from ldm_lab.data.order import Order
 from ldm_lab.data.samples import FilteredOut, Judged, RawSample, Sample, SkippedSample, caption_of
 from ldm_lab.interfaces import Batch
 from ldm_lab.io.images import BadImage, decode_image, resize_and_crop, to_rgb
+from ldm_lab.io.json_files import JsonObject
 
 Item = int | RawSample  # what `decode` takes: the number of a unit, or bytes
 Unusable = SkippedSample | Judged  # what `items` gives in the place of an item
@@ -37,13 +38,13 @@ class Source:
         count: units; None before `open`.
         image_size: side of the square images that samples were made of, pixels; None if nobody has said it.
         note: told what is about to be read, for the message of a wait that takes long.
-        encoded_by: of a cache, role -> sha256 of the part that made its latents and conditions.
+        encoded_by: of a cache, role -> what is known of the part that made its latents or conditions.
     """
 
     unit = "samples"
     count: int | None = None
     image_size: int | None = None
-    encoded_by: Mapping[str, str] = MappingProxyType({})
+    encoded_by: Mapping[str, JsonObject] = MappingProxyType({})
 
     def __init__(
         self,

@@ -26,6 +26,7 @@ from ldm_lab.interfaces import (
     check_conditions,
     is_upsampler,
 )
+from ldm_lab.training.caching import encoder_differences, encoder_facts
 from ldm_lab.training.initial import (
     check_forms,
     differences,
@@ -155,10 +156,10 @@ class DiffusionTask(Task):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         self.check_least_size(self.run_config["data"])
-        made_with = self.trainer.datamodule.source.encoded_by
-        for role, checksum in self.frozen_sha256.items():
-            if made_with.get(role, checksum) != checksum:
-                raise UserError(f"data.path: this cache was made with another {role} than {role}.weights")
+        for role, there in self.trainer.datamodule.source.encoded_by.items():
+            here = encoder_facts(role, self.run_config[role], self.frozen_sha256.get(role))
+            if other := encoder_differences(role, there, here):
+                raise UserError(f"data.path: this cache was made with another {', '.join(other)}")
         timestep_sampler = TIMESTEP_SAMPLERS[self.objective.timestep_sampler]
         self.timesteps = timestep_sampler(self.seed, self.global_rank, self.trainer.world_size)
 

@@ -1,0 +1,338 @@
+"""The files of a cache: shards of columns, what stands beside each, and `meta.json`, which lists them.
+
+A cache is a folder. A shard `NAME.safetensors` holds S samples, each in V variants (crops, mirrored or not), so S * V
+rows, those of a sample one behind the other:
+
+    the latents' moments, "mean" and "logvar", or pixels, "image"             [S * V, ...]
+    a tensor of the conditioner's spec, "embed", "token_ids", ...             [S * V, ...]
+    "text" with "text.ends", "key" with "key.ends": packed strings            uint8 [bytes], int64 [S * V] and [S]
+
+A *ragged* column, whose rows differ in length, is "NAME" [sum of the lengths, ...], one row after the other, with
+"NAME.ends" int64 [S * V], where each ends in it. `meta.json` says what the cache was made with, what its columns are,
+and lists the shards with size and checksum.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ldm_lab.data.samples import DAMAGED, UNREACHABLE, SkippedSample
+from ldm_lab.data.strings import Strings
+from ldm_lab.errors import UserError
+from ldm_lab.io.atomic import atomic_write, sha256
+from ldm_lab.io.json_files import Json, JsonObject, parse_json, write_json
+
+FORMAT = "ldm_lab cache 2"
+META = "meta.json"
+ENDING = ".safetensors"
+ENDS = ".ends"  # beside the name of a column of packed strings, or a ragged one
+STRINGS = ("key", "text")
+DTYPES = {
+    "bool": torch.bool, "uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32, "int64": torch.int64,
+    "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64,
+}  # fmt: skip
+MOST = 2**40  # samples, bytes, numbers in a row: no cache has more of anything
+LARGEST_META = 1 << 28  # bytes
+AGAIN = "delete the cache and make it anew"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype as a cache writes it. Raises UserError for one that no cache has."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise UserError(f"a cache holds no numbers of the type {name}; {', '.join(DTYPES)} are known")
+    return name
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a column holds.
+
+    Attributes:
+        dtype: of its numbers: a key of `DTYPES`.
+        shape: of a row; of a ragged column that of the longest one.
+        ragged: whether rows are as long as they need along the first axis of `shape`; the rest of it is zeros.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    ragged: bool = False
+
+    @classmethod
+    def of(cls, content: Json) -> "Column | None":
+        """Return the column that a JSON object describes; None if it describes none."""
+        if not isinstance(content, dict):
+            return None
+        dtype, shape, ragged = (content.get(key) for key in ("dtype", "shape", "ragged"))
+        if dtype not in DTYPES or not isinstance(dtype, str) or not isinstance(ragged, bool):
+            return None
+        sides = [_count(side) for side in shape] if isinstance(shape, list) else [None]
+        if any(side is None for side in sides) or (ragged and not sides):
+            return None
+        return cls(dtype, tuple(side for side in sides if side is not None), ragged)
+
+    def to_json(self) -> JsonObject:
+        """Return it as `of` reads it."""
+        return JsonObject(dtype=self.dtype, shape=list(self.shape), ragged=self.ragged)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row, of the longest one where they differ."""
+        return int(np.prod(self.shape, dtype=np.int64)) * DTYPES[self.dtype].itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {'up to ' if self.ragged else ''}{list(self.shape)}"
+
+
+Columns = Mapping[str, Column]
+
+
+def read_columns(content: Json) -> dict[str, Column] | None:
+    """Return the columns that a JSON object describes; None if some are not readable."""
+    if not isinstance(content, dict):
+        return None
+    found = {name: Column.of(its) for name, its in content.items()}
+    columns = {name: column for name, column in found.items() if column is not None}
+    return columns if len(columns) == len(found) else None
+
+
+@dataclass
+class Rows:
+    """Encoded rows on their way into a shard: R rows of S samples.
+
+    Attributes:
+        tensors: column -> [R, ...]; of a ragged column [sum of the lengths, ...].
+        lengths: ragged column -> int64 [R].
+        keys: of the samples, S.
+        texts: of the rows, R.
+    """
+
+    tensors: dict[str, Tensor]
+    lengths: dict[str, Tensor] = field(default_factory=dict)
+    keys: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Rows"]) -> "Rows":
+        """Return all rows, one part behind the other; at least one part is needed."""
+        return cls(
+            {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors},  # [R, ...] each
+            {name: torch.cat([part.lengths[name] for part in parts]) for name in parts[0].lengths},  # [R] each
+            [key for part in parts for key in part.keys],
+            [text for part in parts for text in part.texts],
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------- shards
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """What is known of a shard without opening it.
+
+    Attributes:
+        name: of its file.
+        samples: in it.
+        bytes: its size.
+        sha256: of the file.
+    """
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, content: Json) -> "ShardFacts | None":
+        """Return the facts in a JSON object; None if it has none, or the name leads out of the folder."""
+        if not isinstance(content, dict):
+            return None
+        name, checksum = content.get("name"), content.get("sha256")
+        samples, size = _count(content.get("samples")), _count(content.get("bytes"))
+        if not isinstance(name, str) or not re.fullmatch(rf"\w[\w.-]*{re.escape(ENDING)}", name, re.ASCII):
+            return None
+        if not isinstance(checksum, str) or not re.fullmatch("[0-9a-f]{64}", checksum):
+            return None
+        return None if samples is None or size is None else cls(name, samples, size, checksum)
+
+    def to_json(self) -> JsonObject:
+        """Return them as `of` reads them."""
+        return JsonObject(name=self.name, samples=self.samples, bytes=self.bytes, sha256=self.sha256)
+
+
+def write_shard(path: Path, rows: Rows, columns: Columns) -> ShardFacts:
+    """Write a shard, whole or not at all; the same rows give the same bytes. Raises UserError if it cannot."""
+    tensors = {name: values.contiguous() for name, values in rows.tensors.items()}  # [R, ...] each
+    for name, lengths in rows.lengths.items():
+        tensors[name + ENDS] = lengths.cumsum(0)  # [R]
+    for name, strings in zip(STRINGS, (rows.keys, rows.texts)):
+        packed = Strings.pack(strings)
+        tensors[name] = torch.from_numpy(packed.blob.copy())  # [bytes]
+        tensors[name + ENDS] = torch.from_numpy(packed.ends)  # [S] or [R]
+    with atomic_write(path) as file:
+        file.write(save(tensors, {"format": FORMAT}))
+    return ShardFacts(path.name, len(rows.keys), path.stat().st_size, sha256(path))
+
+
+class CacheShard:
+    """A shard's columns; they are mapped, so only the rows that are asked for come from the disk.
+
+    Attributes:
+        samples: in it.
+
+    Raises:
+        SkippedSample: it is not there, or not what the cache's `meta.json` says.
+    """
+
+    def __init__(self, path: Path, columns: Columns, variants: int, name: str = "") -> None:
+        """Open a shard.
+
+        Args:
+            path: of the file.
+            columns, variants: of the cache.
+            name: of the shard for messages, if not its path.
+        """
+        self.columns, self.name = columns, name or str(path)
+        try:
+            with safe_open(path, "pt") as file:
+                format_ = (file.metadata() or {}).get("format")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # [R, ...] each
+        except OSError:
+            raise SkippedSample(UNREACHABLE, self.name) from None
+        except SafetensorError:
+            raise SkippedSample(DAMAGED, self.name) from None
+        ragged = [name for name, column in columns.items() if column.ragged]
+        ends = [name + ENDS for name in (*STRINGS, *ragged)]
+        if format_ != FORMAT or tensors.keys() != {*columns, *STRINGS, *ends}:
+            raise SkippedSample(DAMAGED, self.name)
+        kinds = {**dict.fromkeys(ends, torch.int64), **dict.fromkeys(STRINGS, torch.uint8)}
+        if any(tensors[name].dtype != kind or tensors[name].ndim != 1 for name, kind in kinds.items()):
+            raise SkippedSample(DAMAGED, self.name)
+        self.ends = {name.removesuffix(ENDS): tensors.pop(name).numpy() for name in ends}  # [R] each
+        self.samples = len(self.ends["key"])
+        self.key, self.text = (Strings(tensors.pop(its).numpy(), self.ends[its]) for its in STRINGS)
+        self.tensors = tensors  # [R, ...] each
+        if not self._fits(self.samples * variants):
+            raise SkippedSample(DAMAGED, self.name)
+
+    def _fits(self, rows: int) -> bool:
+        """Return whether all columns are of the cache's shapes and types, and all ends in their places."""
+        for name, column in self.columns.items():
+            values = self.tensors[name]  # [R, ...]
+            shape = column.shape[1:] if column.ragged else column.shape
+            if not values.ndim or values.dtype != DTYPES[column.dtype] or tuple(values.shape[1:]) != shape:
+                return False
+            if (len(self.ends[name]) if column.ragged else len(values)) != rows:
+                return False
+        sizes = {name: len(values) for name, values in self.tensors.items()}
+        sizes |= {"key": len(self.key.blob), "text": len(self.text.blob)}
+        for name, ends in self.ends.items():
+            lengths = np.diff(ends, prepend=0)  # [R]
+            longest = self.columns[name].shape[0] if name in self.columns else MOST
+            if (lengths < 0).any() or (lengths > longest).any() or (ends[-1] if len(ends) else 0) != sizes[name]:
+                return False
+        return len(self.ends["text"]) == rows
+
+    def rows(self, name: str, rows: Sequence[int]) -> Tensor:
+        """Return rows of a column, [len(rows), *shape]; what a ragged one leaves out is zeros."""
+        values, column = self.tensors[name], self.columns[name]
+        if not column.ragged:
+            return values.index_select(0, torch.tensor(rows))  # [len(rows), ...]
+        filled = values.new_zeros(len(rows), *column.shape)  # [len(rows), L, ...]
+        ends = self.ends[name]
+        for place, row in enumerate(rows):
+            start = int(ends[row - 1]) if row else 0
+            filled[place, : int(ends[row]) - start] = values[start : int(ends[row])]  # [length, ...]
+        return filled
+
+
+# ---------------------------------------------------------------------------------------------------------- meta.json
+
+
+@dataclass(frozen=True)
+class CacheMeta:
+    """What `meta.json` says.
+
+    Attributes:
+        description: what the cache is made with, plain values.
+        complete: whether all samples are there; the rest is known then alone.
+        variants: V, of each sample.
+        columns: what they hold.
+        shards: in the order in which samples are counted.
+    """
+
+    description: JsonObject
+    complete: bool = False
+    variants: int = 1
+    columns: dict[str, Column] = field(default_factory=dict)
+    shards: tuple[ShardFacts, ...] = ()
+
+    @property
+    def samples(self) -> int:
+        """How many samples there are."""
+        return sum(shard.samples for shard in self.shards)
+
+    def write(self, folder: Path) -> None:
+        """Write it."""
+        content = JsonObject(format=FORMAT, complete=self.complete, samples=self.samples, variants=self.variants)
+        content["description"] = self.description
+        content["columns"] = {name: column.to_json() for name, column in self.columns.items()}
+        content["shards"] = [shard.to_json() for shard in self.shards]
+        write_json(folder / META, content)
+
+    @classmethod
+    def of(cls, data: bytes, where: str) -> "CacheMeta":
+        """Return what the bytes of a `meta.json` say. Raises UserError, "where: ...", if they say nothing."""
+        try:
+            json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not readable: {error}") from None
+        content = parse_json(data)
+        if (format_ := content.get("format")) != FORMAT:
+            older = f", but {format_!r}: {AGAIN}" if str(format_).startswith("ldm_lab cache") else ""
+            raise UserError(f"{where}: not of the format {FORMAT!r}{older}")
+        description, shards = content.get("description"), content.get("shards")
+        complete, variants = content.get("complete"), _count(content.get("variants"))
+        columns = read_columns(content.get("columns"))
+        listed = [ShardFacts.of(its) for its in shards] if isinstance(shards, list) else [None]
+        known = tuple(shard for shard in listed if shard is not None)
+        right = {
+            "description": isinstance(description, dict),
+            "complete": isinstance(complete, bool),
+            "variants": bool(variants),
+            "columns": columns is not None,
+            "shards": len(known) == len(listed) == len({shard.name for shard in known}),
+            "samples": content.get("samples") == sum(shard.samples for shard in known),
+        }
+        for key, is_right in right.items():
+            if not is_right:
+                raise UserError(f"{where}: {key} is missing or damaged; {AGAIN}")
+        return cls(JsonObject(_object(description)), complete is True, variants or 1, columns or {}, known)
+
+
+def read_meta(folder: Path) -> CacheMeta:
+    """Return what a cache says of itself. Raises UserError if it is none."""
+    try:
+        return CacheMeta.of((folder / META).read_bytes(), str(folder / META))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no cache here ({META} is missing)") from None
+    except OSError as error:
+        raise UserError(f"{folder / META}: not readable: {error.strerror or error}") from None
+
+
+def _object(content: Json) -> dict[str, Json]:
+    return content if isinstance(content, dict) else {}
+
+
+def _count(number: Json) -> int | None:
+    """Return a whole number from 0 on that is none too large; None for anything else."""
+    is_whole = isinstance(number, int) and not isinstance(number, bool)
+    return number if is_whole and isinstance(number, int) and 0 <= number <= MOST else None
