@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Encode, with a progress bar; say what was skipped. Returns 1 if some shards could not be reached."""
     from ldm_lab.data.cache import ENCODERS  # not before: it imports torch, which takes seconds
-    from ldm_lab.data.passes import PassOptions
+    from ldm_lab.data.jobs import PassOptions
     from ldm_lab.training.caching import AGAIN, cache_options, make_cache, summary, unreached
     from ldm_lab.training.start import check_encoding
 

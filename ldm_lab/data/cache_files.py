@@ -168,6 +168,14 @@ class ShardFacts:
         return JsonObject(name=self.name, samples=self.samples, bytes=self.bytes, sha256=self.sha256)
 
 
+def size_of(path: Path) -> int | None:
+    """Return the size of a file, bytes; None if it is not there."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
 def write_shard(path: Path, rows: Rows, columns: Columns) -> ShardFacts:
     """Write a shard, whole or not at all; the same rows give the same bytes. Raises UserError if it cannot."""
     tensors = {name: values.contiguous() for name, values in rows.tensors.items()}  # [R, ...] each

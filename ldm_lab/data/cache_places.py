@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-from ldm_lab.data.cache_files import LARGEST_META, META, CacheMeta, CacheShard, ShardFacts, read_meta
+from ldm_lab.data.cache_files import LARGEST_META, META, CacheMeta, CacheShard, ShardFacts, read_meta, size_of
 from ldm_lab.data.samples import DAMAGED, UNREACHABLE, SkippedSample
 from ldm_lab.data.shard_urls import scheme_of
 from ldm_lab.data.streams import open_stream, reason_of
@@ -32,19 +32,15 @@ class LocalCache:
 
     def check(self) -> None:
         """Raise UserError if shards are missing, or of another size than they were written with."""
-        wrong = [(shard, size) for shard in self.meta.shards if (size := self._size(shard)) != shard.bytes]
+        wrong = [
+            (shard, size) for shard in self.meta.shards if (size := size_of(self.folder / shard.name)) != shard.bytes
+        ]
         if wrong:
             shard, size = wrong[0]
             what = "is missing" if size is None else f"has {size:,} bytes, not {shard.bytes:,}: it is damaged"
             more = f" ({len(wrong)} of {len(self.meta.shards)} shards are missing or damaged)" if len(wrong) > 1 else ""
             remedy = "the command that made the cache makes it again"
             raise UserError(f"data.path: {self.folder / shard.name}: {what}{more}; {remedy}")
-
-    def _size(self, shard: ShardFacts) -> int | None:
-        try:
-            return os.stat(self.folder / shard.name).st_size
-        except OSError:
-            return None
 
     def shard(self, number: int) -> CacheShard:
         """Return a shard by its number. Raises SkippedSample."""

@@ -13,9 +13,11 @@ from ldm_lab.checkpoints.parts import has_weights, load_part, weights_sha256
 from ldm_lab.config import PartConfig, PositiveInt, RunConfig, register, signature_options
 from ldm_lab.data.cache import ENCODERS
 from ldm_lab.data.cache_files import META, CacheMeta, read_meta
+from ldm_lab.data.cache_items import DONE
 from ldm_lab.data.cache_places import LocalCache
 from ldm_lab.data.file_facts import Files, differences, digest, facts_of, read_facts, write_facts
-from ldm_lab.data.passes import PassOptions, PassReport, run_pass
+from ldm_lab.data.jobs import PassOptions, PassReport
+from ldm_lab.data.passes import run_pass
 from ldm_lab.data.samples import RawSample, as_utf8
 from ldm_lab.data.shard_source import ShardSource
 from ldm_lab.data.shard_urls import is_remote, scheme_of
@@ -25,7 +27,7 @@ from ldm_lab.errors import UserError, told_in_one_line
 from ldm_lab.io.atomic import PARTIAL
 from ldm_lab.io.json_files import Json, JsonObject, parse_json
 from ldm_lab.training.disk import check_room
-from ldm_lab.training.encoding import DONE, CacheJob, CacheTarget, Encoders, Variants, expected_row_bytes
+from ldm_lab.training.encoding import CacheJob, CacheTarget, Encoders, Variants, expected_row_bytes
 from ldm_lab.training.logs import print_rank_zero
 
 PATHS = ("path", "shards", "folder")  # options that say where data are

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ldm_lab.errors import NotFiniteError
 from ldm_lab.interfaces import Batch
+from ldm_lab.sharded import local
 from ldm_lab.training.task import Task, gather
 
 KEYS_SHOWN = 3
@@ -76,7 +77,7 @@ class FiniteGuard(Callback):
         """Raise NotFiniteError, on all ranks, if anything that a checkpoint would hold is not finite on one of them."""
         self.check(task)
         named = [(name, value) for name, value in checkpointed_tensors(task) if value.is_floating_point()]
-        flags = torch.stack([torch.isfinite(value).all() for _, value in named])  # [n]
+        flags = torch.stack([torch.isfinite(local(value)).all() for _, value in named])  # [n]
         finite = flags.all().to(torch.int32)  # []
         if task.trainer.world_size > 1:
             torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)

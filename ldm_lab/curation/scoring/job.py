@@ -17,7 +17,7 @@ from ldm_lab.curation.scoring.files import EMBEDDINGS, SCORES, HeadFacts, ScoreF
 from ldm_lab.curation.scoring.rewrite import rewrite_shard
 from ldm_lab.curation.store.format import hash_of
 from ldm_lab.data.counts import Counts
-from ldm_lab.data.passes import Fingerprint, Finished, Job
+from ldm_lab.data.jobs import Fingerprint, Finished, Job
 from ldm_lab.data.samples import RawSample, SkippedSample, as_utf8, caption_of
 from ldm_lab.data.work_items import FileBatch, Shard, WorkItem
 from ldm_lab.embed import Encoder, Prepare
