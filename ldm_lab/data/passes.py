@@ -77,7 +77,10 @@ def run_pass(job: Job[Raw, One, Many, Made], items: Sequence[WorkItem[Raw]], opt
             print_line(f"data: {as_utf8(line)}")
     report = None
     with fail_together(trainer):
-        trainer.predict(_Pass(job, items, options), return_predictions=False)
+        try:
+            trainer.predict(_Pass(job, items, options), return_predictions=False)
+        except SystemExit:  # Lightning's, in place of Ctrl-C
+            raise KeyboardInterrupt from None
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             report = report_of(job, items)
