@@ -54,22 +54,36 @@ def averaged_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-@torch.no_grad()
-def update(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move `average` toward `model`: average * decay + model * (1 - decay).
+class Pairs:
+    """The tensors of an average beside those of its model, listed once instead of in every step."""
 
-    Buffers and frozen parameters are copied: what does not move must not change by rounding either.
-    """
-    pairs = list(zip(average.parameters(), model.parameters()))
-    ours: Sequence[torch.Tensor] = [mine for mine, its in pairs if its.requires_grad]
-    theirs = [its.detach().to(mine.dtype) for mine, its in pairs if its.requires_grad]
-    for mine, its in pairs:
-        if not its.requires_grad:
+    def __init__(self, average: nn.Module, model: nn.Module) -> None:
+        """List them, once the parameters are those that are trained: not before a strategy has replaced any.
+
+        Args:
+            average: a copy of the model (`averaged_copy`).
+            model: the network.
+        """
+        self.average, self.model = average, model
+        pairs = list(zip(average.parameters(), model.parameters(), strict=True))
+        self.moved = [mine for mine, its in pairs if its.requires_grad]
+        self.toward = [its for _, its in pairs if its.requires_grad]
+        self.copied = [(mine, its) for mine, its in pairs if not its.requires_grad]
+
+    @torch.no_grad()
+    def update(self, decay: float) -> None:
+        """Move the average toward the model in one pass: average * decay + model * (1 - decay).
+
+        Buffers and frozen parameters are copied: what does not move must not change by rounding either.
+        """
+        torch._foreach_lerp_(self.moved, self.toward, 1 - decay)
+        for mine, its in (*self.copied, *zip(self.average.buffers(), self.model.buffers(), strict=True)):
             mine.copy_(its)
-    torch._foreach_mul_(ours, decay)
-    torch._foreach_add_(ours, theirs, alpha=1 - decay)
-    for mine, its in zip(average.buffers(), model.buffers()):
-        mine.copy_(its)
+
+
+def update(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move `average` toward `model` once; whoever does it every step keeps the `Pairs`."""
+    Pairs(average, model).update(decay)
 
 
 WIDEST = 0.28  # width of a power-function average; with exponent 0, the plain mean, it is 0.289

@@ -11,7 +11,8 @@ from PIL import Image
 from ldm_lab.config import build
 from ldm_lab.data.order import Order
 from ldm_lab.data.samples import RawSample
-from ldm_lab.io.images import BadImage, decode_image, resize_and_crop, to_rgb
+from ldm_lab.io.images import BadImage, decode_image, to_rgb
+from ldm_lab.io.squares import resize_and_crop
 
 
 def stored(image: Image.Image, kind: str = "png", **options) -> bytes:

@@ -59,7 +59,7 @@ class ShardSource(ImageSource):
     def found(self) -> list[str]:
         table = self.captions.table
         lines = table.lines(None) if table is not None else []
-        return describe_shards(self.addresses, self.captions, self.key_until) + lines
+        return describe_shards(self.addresses, self.captions, self.key_until) + lines + super().found()
 
     def files(self) -> list[tuple[str, Path | None]]:
         local = [os.path.abspath(a) for a in self.addresses if not is_remote(a) and not scheme_of(a)]

@@ -6,7 +6,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,8 +14,9 @@ from ldm_lab.data.captions import Captions
 from ldm_lab.data.order import Order
 from ldm_lab.data.samples import FilteredOut, Judged, RawSample, Sample, SkippedSample, caption_of
 from ldm_lab.interfaces import Batch
-from ldm_lab.io.images import BadImage, decode_image, resize_and_crop, to_rgb
+from ldm_lab.io.color import BadImage
 from ldm_lab.io.json_files import JsonObject
+from ldm_lab.io.squares import Road, read_square, torch_has_lanczos
 
 Item = int | RawSample  # what `decode` takes: the number of a unit, or bytes
 Unusable = SkippedSample | Judged  # what `items` gives in the place of an item
@@ -128,6 +128,8 @@ class ImageSource(Source):
 
     Args:
         image_size: side of the square that the model sees, pixels. The short side is resized to it (Lanczos).
+        resize: fast reads and resizes plain JPEGs by torch; exact does everything by Pillow, pixel for pixel as the
+            programs that are reproduced. They differ by two levels of 255 at most.
         crop: which square of the resized image is taken.
         flip: mirror each image left to right with probability 0.5.
         min_size: images with a shorter side below this are skipped, pixels.
@@ -141,6 +143,7 @@ class ImageSource(Source):
         self,
         *,
         image_size: PositiveInt,
+        resize: Road = "fast",
         crop: Literal["center", "random"] = "center",
         flip: bool = False,
         min_size: NonNegativeInt = 16,
@@ -152,7 +155,13 @@ class ImageSource(Source):
         super().__init__(**common)
         self.captions: Captions = build("captions", captions)
         self.image_size, self.crop, self.flip = image_size, crop, flip
+        self.resize: Road = resize
         self.min_size, self.max_pixels, self.require_text = min_size, max_pixels, require_text
+
+    def found(self) -> list[str]:
+        if self.resize == "exact" or torch_has_lanczos():
+            return []
+        return ["resize: fast: takes torch 2.12 or a newer one; with this one Pillow reads and resizes (exact)"]
 
     def decode(self, item: RawSample, order: Order) -> Sample:
         """Return the sample with its image, uint8 [3, S, S]. Raises SkippedSample."""
@@ -169,13 +178,13 @@ class ImageSource(Source):
         if self.crop == "center":
             across = down = 0.5
         try:
-            image = decode_image(item.image, self.min_size, self.max_pixels)
-            pixels = np.asarray(resize_and_crop(to_rgb(image), self.image_size, across, down))  # [S, S, 3]
+            image = read_square(
+                item.image, self.image_size, across, down, self.resize, self.min_size, self.max_pixels
+            )  # [3, S, S]
         except BadImage as problem:
             raise SkippedSample(str(problem), item.key) from None
         if self.flip and mirror < 0.5:
-            pixels = pixels[:, ::-1]  # [S, S, 3]
-        image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())  # [3, S, S]
+            image = image.flip(2)  # [3, S, S]
         return Sample(item.key, text, caption.problem or caption.place, image)
 
     def to_device_format(self, batch: Batch) -> Batch:

@@ -9,7 +9,8 @@ import torch
 from pytorch_lightning import Callback, LightningModule
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.loggers import WandbLogger
-from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from pytorch_lightning.plugins.precision import MixedPrecision
+from pytorch_lightning.utilities.types import STEP_OUTPUT, OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from ldm_lab import ema
@@ -73,6 +74,7 @@ class Task(LightningModule):
         self.seed = config.seed
         self.optim: Optim = config.part("optim").build()
         self.ema_schedule: ema.EMASchedule | None = config["ema"].build() if "ema" in config else None
+        self.ema_pairs: ema.Pairs | None = None  # listed at the first update, when all is where it stays
         self.frozen: dict[str, nn.Module] = {}
         sections = {role: config[role] for role in FROZEN if role in config} if read_weights else {}
         checksums = {role: weights_sha256(role, section) for role, section in sections.items()}
@@ -85,6 +87,11 @@ class Task(LightningModule):
         self.optim.freeze_parts(model)
         self.model = model
         self.model_ema = ema.averaged_copy(model) if self.ema_schedule else None
+        self.ema_pairs = None
+
+    def trained_modules(self) -> list[nn.Module]:
+        """Return all that the optimizer trains."""
+        return [self.model]
 
     @property
     def best_model(self) -> nn.Module:
@@ -116,6 +123,7 @@ class Task(LightningModule):
     # ------------------------------------------------------------------------------------------------ Lightning
 
     def on_fit_start(self) -> None:
+        self.ema_pairs = None
         for module in self.frozen.values():
             module.to(self.device)
 
@@ -123,7 +131,9 @@ class Task(LightningModule):
         torch.manual_seed(batch_seed(self.seed, self.global_rank, self.batches_seen))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = self.optim.optimizer(self.model)
+        # A fused optimizer takes the scaler's factor off the gradients itself: too late for clipping.
+        clips_scaled = self.trainer.gradient_clip_val and isinstance(self.trainer.precision_plugin, MixedPrecision)
+        optimizer = self.optim.optimizer(nn.ModuleList(self.trained_modules()), fused=not clips_scaled)
         scheduler = self.optim.scheduler(optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -140,7 +150,9 @@ class Task(LightningModule):
     def after_optimizer_step(self, steps_done: int) -> None:
         """Update the average. Unlike the original, which was one step late, it includes the step just taken."""
         if self.model_ema is not None:
-            ema.update(self.model_ema, self.model, self.ema_schedule.at(steps_done))
+            if self.ema_pairs is None:
+                self.ema_pairs = ema.Pairs(self.model_ema, self.model)
+            self.ema_pairs.update(self.ema_schedule.at(steps_done))
 
     def count_batch(self, batch: Batch, completes_step: bool) -> None:
         """Note that a batch was trained on, and whether an optimizer step ended with it."""
@@ -151,6 +163,10 @@ class Task(LightningModule):
         data.consumed(batch)
         if completes_step:
             self.at_step = None
+
+    def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int) -> None:
+        if self.trainer.should_stop and self.trainer.global_step % self.trainer.log_every_n_steps:
+            self.trainer._results.reset()  # Lightning would log the last logging step's values as this one's
 
     def on_save_checkpoint(self, checkpoint: Checkpoint) -> None:
         now = self.at_step or AtStep(self.batches_seen, self.trainer.datamodule.rank_state())
@@ -173,8 +189,15 @@ class Task(LightningModule):
 
     # ------------------------------------------------------------------------------------------------ for subclasses
 
+    @property
+    def is_logged(self) -> bool:
+        """Whether the optimizer step that is being made is one that is logged."""
+        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+
     def log_means(self, values: dict[str, Tensor], batch_size: int) -> None:
-        """Log scalars under `train/`, the mean over ranks at each logging step, and the learning rate."""
+        """Log scalars under `train/`, the mean over ranks, and the learning rate; at logging steps alone."""
+        if not self.is_logged:
+            return
         named = {f"train/{name}": value.detach() for name, value in values.items()}
         named["train/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log_dict(named, on_step=True, sync_dist=True, batch_size=batch_size)

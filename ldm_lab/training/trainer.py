@@ -82,8 +82,12 @@ class TrainerOptions:
         if SLURMEnvironment.detect():  # Lightning would save in its signal handler, and requeue the job
             plugins.append(SLURMEnvironment(auto_requeue=False))
         with trainer_options("trainer"):
-            return Trainer(
+            trainer = Trainer(
                 **self.options, max_epochs=-1, callbacks=callbacks, logger=loggers, plugins=plugins,
                 log_every_n_steps=log_every, enable_checkpointing=False, enable_model_summary=False,
                 default_root_dir=folder, use_distributed_sampler=False, num_sanity_val_steps=0, limit_val_batches=0,
             )  # fmt: skip
+        # Several processes would ask one another before every batch whether one was told to stop, and wait for the
+        # device to say so; `Interrupt` asks, every few steps.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        return trainer
