@@ -1,6 +1,7 @@
 """Small data sets for the tests of ldm_lab.data: every image is of one color that tells its number."""
 
 import io
+import json
 from pathlib import Path
 
 import torch
@@ -13,7 +14,6 @@ from ldm_lab.data.cache_files import write_shard as write_cache_shard
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.data.tar import write_shard
 from ldm_lab.interfaces import Batch
-from ldm_lab.io.json_files import JsonObject
 
 
 def encoded(number: int, size: tuple[int, int] = (28, 20), kind: str = "png") -> bytes:
@@ -70,7 +70,7 @@ def write_cache(
         keys = [f"{n // variants:05d}" for n in range(part.start, part.stop, variants)]
         content = Rows(packed, lengths, keys, texts[part])
         shards.append(write_cache_shard(folder / f"{number:05d}.safetensors", content, columns))
-    meta = CacheMeta(JsonObject(facts), True, variants, columns, tuple(shards))
+    meta = CacheMeta({name: json.dumps(its) for name, its in facts.items()}, True, variants, columns, tuple(shards))
     meta.write(folder)
     return meta
 

@@ -22,7 +22,6 @@ from ldm_lab.data.jobs import PassOptions
 from ldm_lab.data.order import Order
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Conditioner
-from ldm_lab.io.json_files import JsonObject
 from ldm_lab.training import disk
 from ldm_lab.training.caching import make_cache, training_data
 from ldm_lab.training.encoding import CacheJob, CacheTarget, Encoders, VariantBatch, Variants
@@ -193,7 +192,7 @@ class WithStates(Conditioner):
 def test_states_of_texts_are_kept_up_to_their_ends():
     source = build("data", {"name": "folder", "path": "nowhere", "image_size": 8, "batch_size": 1})
     encoders = Encoders(build("autoencoder", {"name": "identity"}), WithStates())
-    job = CacheJob(encoders, source, Variants(), CacheTarget(Path("nowhere"), JsonObject(), 0))
+    job = CacheJob(encoders, source, Variants(), CacheTarget(Path("nowhere"), {}, 0))
     texts = ["", "abc", "abcdef"]
     made = job.process(VariantBatch(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), list("abc"), texts))
     assert made.rows.tensors["token_states"].shape == (9, 4) and made.rows.lengths["token_states"].tolist() == [0, 3, 6]
@@ -214,7 +213,7 @@ def test_crops_and_flips_are_those_of_the_first_epochs(tmp_path):
     training_data(load(yaml))
     meta = read_meta(tmp_path / "cache")
     assert meta.variants == 4 and meta.samples == 8
-    assert (meta.description["crops"], meta.description["flip"]) == (2, True)
+    assert (meta.description["crops"], meta.description["flip"]) == ("2", "true")
     source.flip, source.shuffle_buffer = False, 0
     raw = [item for item in source.samples(source.addresses[0]) if not isinstance(item, Exception)]
     images = load_file(tmp_path / "cache" / "00000.safetensors")["image"]  # [samples * 4, 3, S, S]

@@ -14,7 +14,7 @@ from ldm_lab.config import build
 from ldm_lab.data.cache_files import CacheMeta, CacheShard, Column, ShardFacts, read_meta
 from ldm_lab.data.samples import SkippedSample
 from ldm_lab.errors import UserError
-from ldm_lab.io.json_files import JsonObject
+from ldm_lab.io.json_files import Fields
 
 COUNT = 54
 
@@ -165,7 +165,7 @@ def test_a_shard_of_other_columns_is_damaged(tmp_path, change):
 
 def test_facts_that_are_no_facts_are_none():
     good = {"name": "00000.safetensors", "samples": 1, "bytes": 2, "sha256": "a" * 64}
-    assert ShardFacts.of(good) is not None
+    assert ShardFacts.of(Fields(good)) is not None
     for key, value in [
         ("name", "a/b.safetensors"),
         ("name", ".safetensors"),
@@ -173,8 +173,8 @@ def test_facts_that_are_no_facts_are_none():
         ("bytes", 2**60),
         ("sha256", "x"),
     ]:
-        assert ShardFacts.of({**good, key: value}) is None, (key, value)
-    assert Column.of({"dtype": "object", "shape": [], "ragged": False}) is None
+        assert ShardFacts.of(Fields({**good, key: value})) is None, (key, value)
+    assert Column.of(Fields({"dtype": "object", "shape": [], "ragged": False})) is None
 
 
 # ------------------------------------------------------------------------------------------------------ from a server
@@ -251,7 +251,7 @@ def test_damaged_and_missing_shards_of_a_server_are_told(server, cache, tmp_path
 
 
 def test_a_meta_of_nothing_is_no_data(tmp_path):
-    CacheMeta(JsonObject(), complete=True).write(tmp_path)
+    CacheMeta({}, complete=True).write(tmp_path)
     assert read_meta(tmp_path).samples == 0
     with pytest.raises(UserError, match="holds no sample"):
         build("data", {"name": "cache", "path": str(tmp_path), "batch_size": 1}).open()

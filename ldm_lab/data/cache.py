@@ -19,15 +19,19 @@ from ldm_lab.data.samples import Sample, SkippedSample
 from ldm_lab.data.source import Source, Unusable
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Batch
-from ldm_lab.io.json_files import JsonObject
 
 IMAGE, MEAN, LOGVAR = "image", "mean", "logvar"  # columns that are no conditions
 ENCODERS = ("autoencoder", "conditioner")  # the roles whose parts a description names
 
 
-def encoders_of(description: JsonObject) -> dict[str, JsonObject]:
-    """Return what a description says of the parts that encoded, by their roles."""
-    return {role: JsonObject(its) for role in ENCODERS if isinstance(its := description.get(role), dict)}
+def encoders_of(description: dict[str, str]) -> dict[str, dict[str, str]]:
+    """Return what a description says of the parts that encoded: role -> name, checksum and options, as JSON."""
+    found: dict[str, dict[str, str]] = {}
+    for key, value in description.items():
+        role, _, name = key.partition(".")
+        if role in ENCODERS:
+            found.setdefault(role, {})[name] = value
+    return found
 
 
 @dataclass
@@ -72,8 +76,8 @@ class Cache(Source):
             raise UserError(f"data.path: the cache {self.path} is not complete; the command that began it can end it")
         self.place.check()
         self.description = meta.description
-        size = self.description.get("image_size")
-        self.image_size = size if isinstance(size, int) else None
+        size = self.description.get("image_size", "")
+        self.image_size = int(size) if size.isdecimal() else None
         self.encoded_by = encoders_of(self.description)
         self.ends = np.cumsum([shard.samples for shard in meta.shards], dtype=np.int64)  # [shards]
         is_local = isinstance(self.place, LocalCache)
@@ -111,7 +115,7 @@ class Cache(Source):
                     except SkippedSample as problem:
                         yield first, problem
                 fetched.begin([int(shard) for shard in upcoming])
-                self.opened.replace(shards)
+                self.opened.shards = shards  # batches that hold rows of those before keep them
                 numbers = np.concatenate([np.zeros(0, dtype=np.int64), *samples])  # [samples of the group]
                 random = order.random("group", order.reader, first)
                 seed = [random.getrandbits(32) for _ in range(8)]

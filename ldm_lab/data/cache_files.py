@@ -15,7 +15,7 @@ and lists the shards with size and checksum.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,18 +28,18 @@ from ldm_lab.data.samples import DAMAGED, UNREACHABLE, SkippedSample
 from ldm_lab.data.strings import Strings
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import atomic_write, sha256
-from ldm_lab.io.json_files import Json, JsonObject, parse_json, write_json
+from ldm_lab.io.json_files import Fields, parse_json, write_json
 
 FORMAT = "ldm_lab cache 2"
 META = "meta.json"
 ENDING = ".safetensors"
+NAME = re.compile(rf"\w[\w.-]*{re.escape(ENDING)}", re.ASCII)
 ENDS = ".ends"  # beside the name of a column of packed strings, or a ragged one
 STRINGS = ("key", "text")
 DTYPES = {
     "bool": torch.bool, "uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32, "int64": torch.int64,
     "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64,
 }  # fmt: skip
-MOST = 2**40  # samples, bytes, numbers in a row: no cache has more of anything
 LARGEST_META = 1 << 28  # bytes
 AGAIN = "delete the cache and make it anew"
 
@@ -67,21 +67,12 @@ class Column:
     ragged: bool = False
 
     @classmethod
-    def of(cls, content: Json) -> "Column | None":
+    def of(cls, fields: Fields) -> "Column | None":
         """Return the column that a JSON object describes; None if it describes none."""
-        if not isinstance(content, dict):
+        dtype, shape, ragged = fields.text("dtype"), fields.counts("shape"), fields.flag("ragged")
+        if dtype not in DTYPES or dtype is None or shape is None or ragged is None or (ragged and not shape):
             return None
-        dtype, shape, ragged = (content.get(key) for key in ("dtype", "shape", "ragged"))
-        if dtype not in DTYPES or not isinstance(dtype, str) or not isinstance(ragged, bool):
-            return None
-        sides = [_count(side) for side in shape] if isinstance(shape, list) else [None]
-        if any(side is None for side in sides) or (ragged and not sides):
-            return None
-        return cls(dtype, tuple(side for side in sides if side is not None), ragged)
-
-    def to_json(self) -> JsonObject:
-        """Return it as `of` reads it."""
-        return JsonObject(dtype=self.dtype, shape=list(self.shape), ragged=self.ragged)
+        return cls(dtype, shape, ragged)
 
     @property
     def row_bytes(self) -> int:
@@ -95,13 +86,11 @@ class Column:
 Columns = Mapping[str, Column]
 
 
-def read_columns(content: Json) -> dict[str, Column] | None:
-    """Return the columns that a JSON object describes; None if some are not readable."""
-    if not isinstance(content, dict):
-        return None
-    found = {name: Column.of(its) for name, its in content.items()}
+def read_columns(described: dict[str, Fields] | None) -> dict[str, Column] | None:
+    """Return the columns that JSON objects describe; None if some are not readable."""
+    found = {name: Column.of(fields) for name, fields in (described or {}).items()}
     columns = {name: column for name, column in found.items() if column is not None}
-    return columns if len(columns) == len(found) else None
+    return columns if described is not None and len(columns) == len(found) else None
 
 
 @dataclass
@@ -151,21 +140,15 @@ class ShardFacts:
     sha256: str
 
     @classmethod
-    def of(cls, content: Json) -> "ShardFacts | None":
+    def of(cls, fields: Fields) -> "ShardFacts | None":
         """Return the facts in a JSON object; None if it has none, or the name leads out of the folder."""
-        if not isinstance(content, dict):
-            return None
-        name, checksum = content.get("name"), content.get("sha256")
-        samples, size = _count(content.get("samples")), _count(content.get("bytes"))
-        if not isinstance(name, str) or not re.fullmatch(rf"\w[\w.-]*{re.escape(ENDING)}", name, re.ASCII):
-            return None
-        if not isinstance(checksum, str) or not re.fullmatch("[0-9a-f]{64}", checksum):
+        name, checksum = fields.text("name") or "", fields.text("sha256") or ""
+        samples, size = fields.count("samples"), fields.count("bytes")
+        if not re.fullmatch(rf"\w[\w.-]*{re.escape(ENDING)}", name, re.ASCII) or not re.fullmatch(
+            "[0-9a-f]{64}", checksum
+        ):
             return None
         return None if samples is None or size is None else cls(name, samples, size, checksum)
-
-    def to_json(self) -> JsonObject:
-        """Return them as `of` reads them."""
-        return JsonObject(name=self.name, samples=self.samples, bytes=self.bytes, sha256=self.sha256)
 
 
 def size_of(path: Path) -> int | None:
@@ -244,7 +227,7 @@ class CacheShard:
         sizes |= {"key": len(self.key.blob), "text": len(self.text.blob)}
         for name, ends in self.ends.items():
             lengths = np.diff(ends, prepend=0)  # [R]
-            longest = self.columns[name].shape[0] if name in self.columns else MOST
+            longest = self.columns[name].shape[0] if name in self.columns else Fields.MOST
             if (lengths < 0).any() or (lengths > longest).any() or (ends[-1] if len(ends) else 0) != sizes[name]:
                 return False
         return len(self.ends["text"]) == rows
@@ -270,14 +253,14 @@ class CacheMeta:
     """What `meta.json` says.
 
     Attributes:
-        description: what the cache is made with, plain values.
+        description: what the cache is made with: name -> value as JSON.
         complete: whether all samples are there; the rest is known then alone.
         variants: V, of each sample.
         columns: what they hold.
         shards: in the order in which samples are counted.
     """
 
-    description: JsonObject
+    description: dict[str, str]
     complete: bool = False
     variants: int = 1
     columns: dict[str, Column] = field(default_factory=dict)
@@ -290,11 +273,18 @@ class CacheMeta:
 
     def write(self, folder: Path) -> None:
         """Write it."""
-        content = JsonObject(format=FORMAT, complete=self.complete, samples=self.samples, variants=self.variants)
-        content["description"] = self.description
-        content["columns"] = {name: column.to_json() for name, column in self.columns.items()}
-        content["shards"] = [shard.to_json() for shard in self.shards]
-        write_json(folder / META, content)
+        write_json(
+            folder / META,
+            {
+                "format": FORMAT,
+                "complete": self.complete,
+                "samples": self.samples,
+                "variants": self.variants,
+                "description": {name: json.loads(its) for name, its in self.description.items()},
+                "columns": {name: asdict(column) for name, column in self.columns.items()},
+                "shards": [asdict(shard) for shard in self.shards],
+            },
+        )
 
     @classmethod
     def of(cls, data: bytes, where: str) -> "CacheMeta":
@@ -303,27 +293,29 @@ class CacheMeta:
             json.loads(data)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not readable: {error}") from None
-        content = parse_json(data)
-        if (format_ := content.get("format")) != FORMAT:
-            older = f", but {format_!r}: {AGAIN}" if str(format_).startswith("ldm_lab cache") else ""
+        fields = Fields(parse_json(data))
+        if (format_ := fields.text("format")) != FORMAT:
+            older = f", but {format_!r}: {AGAIN}" if (format_ or "").startswith("ldm_lab cache") else ""
             raise UserError(f"{where}: not of the format {FORMAT!r}{older}")
-        description, shards = content.get("description"), content.get("shards")
-        complete, variants = content.get("complete"), _count(content.get("variants"))
-        columns = read_columns(content.get("columns"))
-        listed = [ShardFacts.of(its) for its in shards] if isinstance(shards, list) else [None]
-        known = tuple(shard for shard in listed if shard is not None)
+        description, complete, variants = (
+            fields.written("description"),
+            fields.flag("complete"),
+            fields.count("variants"),
+        )
+        columns, listed = read_columns(fields.named("columns")), fields.listed("shards")
+        shards = tuple(shard for its in listed or [] if (shard := ShardFacts.of(its)) is not None)
         right = {
-            "description": isinstance(description, dict),
-            "complete": isinstance(complete, bool),
+            "description": description is not None,
+            "complete": complete is not None,
             "variants": bool(variants),
             "columns": columns is not None,
-            "shards": len(known) == len(listed) == len({shard.name for shard in known}),
-            "samples": content.get("samples") == sum(shard.samples for shard in known),
+            "shards": listed is not None and len(listed) == len(shards) == len({shard.name for shard in shards}),
+            "samples": fields.count("samples") == sum(shard.samples for shard in shards),
         }
         for key, is_right in right.items():
             if not is_right:
                 raise UserError(f"{where}: {key} is missing or damaged; {AGAIN}")
-        return cls(JsonObject(_object(description)), complete is True, variants or 1, columns or {}, known)
+        return cls(description or {}, complete is True, variants or 1, columns or {}, shards)
 
 
 def read_meta(folder: Path) -> CacheMeta:
@@ -334,13 +326,3 @@ def read_meta(folder: Path) -> CacheMeta:
         raise UserError(f"{folder}: no cache here ({META} is missing)") from None
     except OSError as error:
         raise UserError(f"{folder / META}: not readable: {error.strerror or error}") from None
-
-
-def _object(content: Json) -> dict[str, Json]:
-    return content if isinstance(content, dict) else {}
-
-
-def _count(number: Json) -> int | None:
-    """Return a whole number from 0 on that is none too large; None for anything else."""
-    is_whole = isinstance(number, int) and not isinstance(number, bool)
-    return number if is_whole and isinstance(number, int) and 0 <= number <= MOST else None

@@ -1,12 +1,12 @@
 """What stands beside each shard of a cache while it is made, and afterwards: that it is done, and what of."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ldm_lab.data.cache_files import Columns, ShardFacts, read_columns
 from ldm_lab.data.counts import Counts
 from ldm_lab.data.jobs import Finished
-from ldm_lab.io.json_files import Json, JsonObject, read_json, write_json
+from ldm_lab.io.json_files import Fields, read_json, write_json
 
 DONE = ".json"  # ending of the file
 
@@ -27,45 +27,39 @@ class ItemDone:
 
     def write(self, path: Path) -> None:
         """Write it. Raises UserError if it cannot be written."""
-        fingerprint, content, counts = self.finished
-        state = counts.state()
-        of_counts = JsonObject(read=counts.read, judged=counts.judged)
-        for name in ("skipped", "filtered", "captions"):
-            of_counts[name] = {**state.get(name, {})}
-        of_counts["examples"] = {reason: [*keys] for reason, keys in counts.examples.items()}
-        whole = JsonObject(content=content, counts=of_counts)
-        whole["fingerprint"] = {**fingerprint}
-        whole["columns"] = {name: column.to_json() for name, column in self.columns.items()}
-        whole["shard"] = None if self.shard is None else self.shard.to_json()
-        write_json(path, whole)
+        write_json(
+            path,
+            {
+                "content": self.finished.content,
+                "fingerprint": {**self.finished.fingerprint},
+                "counts": asdict(self.finished.counts),
+                "columns": {name: asdict(column) for name, column in self.columns.items()},
+                "shard": None if self.shard is None else asdict(self.shard),
+            },
+        )
 
     @classmethod
     def read(cls, path: Path) -> "ItemDone | None":
         """Return what a file says; None if it is not there or not readable."""
-        content = read_json(path)
-        fingerprint, of_item = content.get("fingerprint"), content.get("content")
-        columns, counts = read_columns(content.get("columns")), _counts(content.get("counts"))
-        shard = ShardFacts.of(content.get("shard"))
-        if columns is None or counts is None or not isinstance(fingerprint, dict) or not isinstance(of_item, str):
+        fields = Fields(read_json(path))
+        content, fingerprint, counts = fields.text("content"), fields.inside("fingerprint"), fields.inside("counts")
+        columns, shard = read_columns(fields.named("columns")), fields.inside("shard")
+        facts = None if shard is None else ShardFacts.of(shard)
+        if (
+            columns is None
+            or content is None
+            or fingerprint is None
+            or counts is None
+            or fields.has("shard") != bool(facts)
+        ):
             return None
-        if shard is None and content.get("shard") is not None:
-            return None
-        texts = {name: value for name, value in fingerprint.items() if isinstance(value, str)}
-        return cls(Finished(texts, of_item, counts), columns, shard)
-
-
-def _counts(content: Json) -> Counts | None:
-    """Return the counts in a JSON object; None if they are not readable."""
-    if not isinstance(content, dict):
-        return None
-    numbers = {name: _numbers(content.get(name)) for name in ("skipped", "filtered", "captions")}
-    examples, read, judged = content.get("examples"), content.get("read"), content.get("judged")
-    if not isinstance(examples, dict) or not isinstance(read, int) or not isinstance(judged, int):
-        return None
-    keys = {reason: [str(key) for key in its] for reason, its in examples.items() if isinstance(its, list)}
-    return Counts(read, numbers["skipped"], keys, numbers["filtered"], judged, numbers["captions"])
-
-
-def _numbers(content: Json) -> dict[str, int]:
-    found = content if isinstance(content, dict) else {}
-    return {name: value for name, value in found.items() if isinstance(value, int)}
+        texts = {name: text for name in ("description", "precision") if (text := fingerprint.text(name)) is not None}
+        read = Counts(
+            counts.count("read") or 0,
+            counts.numbers("skipped"),
+            counts.texts("examples"),
+            counts.numbers("filtered"),
+            counts.count("judged") or 0,
+            counts.numbers("captions"),
+        )
+        return cls(Finished(texts, content, read), columns, facts)

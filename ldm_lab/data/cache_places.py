@@ -144,10 +144,6 @@ class Opened:
                 del self.shards[next(iter(self.shards))]
         return self.shards[number]
 
-    def replace(self, shards: dict[int, CacheShard]) -> None:
-        """Let go of all shards for others; batches that hold rows of them keep theirs."""
-        self.shards = shards
-
 
 def open_place(path: str, local: str | None) -> LocalCache | RemoteCache:
     """Return the cache of a folder or an address. Raises UserError if there is none."""

@@ -15,7 +15,6 @@ from ldm_lab.data.order import Order
 from ldm_lab.data.samples import FilteredOut, Judged, RawSample, Sample, SkippedSample, caption_of
 from ldm_lab.interfaces import Batch
 from ldm_lab.io.color import BadImage
-from ldm_lab.io.json_files import JsonObject
 from ldm_lab.io.squares import Road, read_square, torch_has_lanczos
 
 Item = int | RawSample  # what `decode` takes: the number of a unit, or bytes
@@ -44,7 +43,7 @@ class Source:
     unit = "samples"
     count: int | None = None
     image_size: int | None = None
-    encoded_by: Mapping[str, JsonObject] = MappingProxyType({})
+    encoded_by: Mapping[str, dict[str, str]] = MappingProxyType({})
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from ldm_lab.checkpoints.parts import has_weights, load_part, weights_sha256
 from ldm_lab.config import PartConfig, PositiveInt, RunConfig, register, signature_options
-from ldm_lab.data.cache import ENCODERS
+from ldm_lab.data.cache import ENCODERS, encoders_of
 from ldm_lab.data.cache_files import META, CacheMeta, read_meta
 from ldm_lab.data.cache_items import DONE
 from ldm_lab.data.cache_places import LocalCache
@@ -25,7 +25,6 @@ from ldm_lab.data.source import ImageSource, Source
 from ldm_lab.data.work_items import SourceItem, source_items
 from ldm_lab.errors import UserError, told_in_one_line
 from ldm_lab.io.atomic import PARTIAL
-from ldm_lab.io.json_files import Json, JsonObject, parse_json
 from ldm_lab.training.disk import check_room
 from ldm_lab.training.encoding import CacheJob, CacheTarget, Encoders, Variants, expected_row_bytes
 from ldm_lab.training.logs import print_rank_zero
@@ -147,8 +146,8 @@ def check_cache(folder: Path, config: RunConfig, files: Files) -> None:
         raise UserError(f"{folder}: this cache was made of other files: {as_utf8(found)}; {remedy}{hint}")
 
 
-def description(config: RunConfig, files: Files) -> JsonObject:
-    """Return what a cache is made with: the images, the parts that encode them, and the checksums of their weights.
+def description(config: RunConfig, files: Files) -> dict[str, str]:
+    """Return what a cache is made with, each as JSON: the images, the parts that encode them, their weights' checksums.
 
     Args:
         config: of the run.
@@ -156,60 +155,44 @@ def description(config: RunConfig, files: Files) -> JsonObject:
     """
     data, cache = config["data"], config.part("cache").options
     left_out = {"batch_size", "max_skipped", "workers", "timeout", "shuffle_buffer", *(PATHS if files else ())}
-    found = JsonObject({"image_size": data["image_size"], "data.name": data.name})
+    found = {"image_size": json.dumps(data["image_size"]), "data.name": json.dumps(data.name)}
     for key in signature_options(data.load()):
         if key not in left_out:
-            found[f"data.{key}"] = as_json(data.option(key))
-    found |= {"files": digest(files), "seed": config.seed}
-    found |= {key: as_json(cache.get(key)) for key in OPEN_CHOICES}
-    found |= {
-        role: encoder_facts(role, config[role], weights_sha256(role, config[role])) for role in encoders_in(config)
-    }
+            found[f"data.{key}"] = json.dumps(data.option(key), sort_keys=True)
+    found |= {"files": json.dumps(digest(files)), "seed": json.dumps(config.seed)}
+    found |= {key: json.dumps(cache.get(key)) for key in OPEN_CHOICES}
+    for role in ENCODERS:
+        if role == "conditioner" or has_weights(role, config[role]):  # an autoencoder without weights encodes nothing
+            facts = encoder_facts(config[role], weights_sha256(role, config[role]))
+            found |= {f"{role}.{name}": value for name, value in facts.items()}
     return found
 
 
-def as_json(value: Json) -> Json:
-    """Return a value as it will be read back: tuples are lists."""
-    return parse_json(json.dumps({"value": value}).encode())["value"]
-
-
-def encoders_in(config: RunConfig) -> list[str]:
-    """Return the roles of the parts that make what a cache holds: an autoencoder without weights encodes nothing."""
-    return [role for role in ENCODERS if role == "conditioner" or has_weights(role, config[role])]
-
-
-def encoder_facts(role: str, part: PartConfig, checksum: str | None) -> JsonObject:
-    """Return what tells a part that encodes from others; a file need not say it all: activations are an example.
+def encoder_facts(part: PartConfig, checksum: str | None) -> dict[str, str]:
+    """Return what tells a part that encodes from others, as JSON; a file need not say it all, such as activations.
 
     Args:
-        role: of the part.
         part: its section.
         checksum: of its weights.
     """
-    return JsonObject(sha256=checksum, name=part.name, options={key: as_json(its) for key, its in part.options.items()})
+    options = {name: json.dumps(value, sort_keys=True) for name, value in part.options.items()}
+    return {"name": json.dumps(part.name), "sha256": json.dumps(checksum), **options}
 
 
-def description_differences(there: JsonObject, wanted: JsonObject) -> list[str]:
+def description_differences(there: dict[str, str], wanted: dict[str, str]) -> list[str]:
     """Return the names of what is another one in an existing cache; choices that are left open are the cache's."""
-    found = []
-    for key, ours in wanted.items():
-        if key == "files" or (key in OPEN_CHOICES and ours is None):
-            continue
-        theirs = there.get(key)
-        if key in ENCODERS:
-            found += encoder_differences(key, theirs, ours)
-        elif theirs != ours:
-            found.append(f"cache.{key}" if key in OPEN_CHOICES else key)
-    return found
+    compared = [key for key in wanted if key != "files" and not (key in OPEN_CHOICES and wanted[key] == "null")]
+    before, now = encoders_of(there), encoders_of(wanted)
+    own = [key for key in compared if key.partition(".")[0] not in ENCODERS and there.get(key) != wanted[key]]
+    others = [encoder_differences(role, before.get(role, {}), now.get(role, {})) for role in ENCODERS]
+    return [f"cache.{key}" if key in OPEN_CHOICES else key for key in own] + [key for keys in others for key in keys]
 
 
-def encoder_differences(role: str, there: Json, wanted: Json) -> list[str]:
+def encoder_differences(role: str, there: dict[str, str], wanted: dict[str, str]) -> list[str]:
     """Return how a part differs from that of a cache: its role, or its options; nothing if it does not."""
-    theirs, ours = (its if isinstance(its, dict) else {} for its in (there, wanted))
-    if any(theirs.get(key) != ours.get(key) for key in ("sha256", "name")):
+    if any(there.get(key) != wanted.get(key) for key in ("sha256", "name")):
         return [role]
-    before, now = (its if isinstance(its, dict) else {} for its in (theirs.get("options"), ours.get("options")))
-    return [f"{role}.{key}" for key in {**before, **now} if before.get(key) != now.get(key)]
+    return [f"{role}.{key}" for key in {**there, **wanted} if there.get(key) != wanted.get(key)]
 
 
 # ----------------------------------------------------------------------------------------------------------- making it
@@ -258,10 +241,13 @@ def make_cache(config: RunConfig, options: PassOptions, without_unreached: bool 
 def with_choices(config: RunConfig) -> RunConfig:
     """Return a config in whose section `cache` nothing is left open: a cache that was begun is ended as it began."""
     folder, given = cache_options(config).folder, config.part("cache").options
-    begun = read_meta(folder).description if (folder / META).is_file() else JsonObject()
+    begun = read_meta(folder).description if (folder / META).is_file() else {}
     choices = {"crops": 1, "flip": False, "precision": PassOptions.precision, "limit": None}
-    for key, default in choices.items():
-        choices[key] = given.get(key) if given.get(key) is not None else begun.get(key, default)
+    for key in choices:
+        if given.get(key) is not None:
+            choices[key] = given[key]
+        elif key in begun:
+            choices[key] = json.loads(begun[key])
     return config.with_part("cache", PartConfig("cache", "cache", {**given, **choices}))
 
 
@@ -284,7 +270,7 @@ def check_variants(source: Source, variants: Variants) -> None:
         raise UserError(f"cache.crops: {variants.crops} crops need data.crop=random; those of the center are the same")
 
 
-def begin(config: RunConfig, files: Files, wanted: JsonObject) -> None:
+def begin(config: RunConfig, files: Files, wanted: dict[str, str]) -> None:
     """Make the cache's folder, or find the one that was begun. Raises UserError if it holds something else."""
     folder = cache_options(config).folder
     if (folder / META).is_file():

@@ -159,7 +159,7 @@ class DiffusionTask(Task):
     def check_encoded_by(self, source: Source, where: str) -> None:
         """Raise UserError for a cache, described at a key path, that other frozen parts than the run's have made."""
         for role, there in source.encoded_by.items():
-            here = encoder_facts(role, self.run_config[role], self.frozen_sha256.get(role))
+            here = encoder_facts(self.run_config[role], self.frozen_sha256.get(role))
             if other := encoder_differences(role, there, here):
                 raise UserError(f"{where}.path: this cache was made with another {', '.join(other)}")
 

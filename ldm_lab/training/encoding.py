@@ -30,7 +30,6 @@ from ldm_lab.data.source import Item, Source
 from ldm_lab.data.work_items import WorkItem
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Autoencoder, Conditioner
-from ldm_lab.io.json_files import JsonObject
 
 CHUNK_PIXELS = 2**17  # of images that a CPU encodes at once: what lies between the layers has to fit its caches
 
@@ -316,7 +315,7 @@ class CacheTarget:
     """
 
     folder: Path
-    description: JsonObject
+    description: dict[str, str]
     seed: int
     without_unreached: bool = False
 
