@@ -203,7 +203,7 @@ def server(cache):
 
 
 def remote(address: str, **options) -> dict:
-    return {"name": "cache", "path": address, "shuffle_shards": 2, **options}
+    return {"name": "cache", "path": address, "shuffle_buffer": 7, **options}
 
 
 def test_a_server_s_cache_is_read_like_shards_and_resumes_exactly(server, tmp_path):

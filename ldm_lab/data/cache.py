@@ -11,15 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm_lab.config import PositiveInt, register
+from ldm_lab.batch import Batch
+from ldm_lab.config import NonNegativeInt, register
 from ldm_lab.data.cache_files import DTYPES, CacheShard
-from ldm_lab.data.cache_places import LocalCache, Opened, RemoteCache, open_place
+from ldm_lab.data.cache_places import Opened, RemoteCache, open_place
 from ldm_lab.data.order import Order
 from ldm_lab.data.samples import Sample, SkippedSample
 from ldm_lab.data.source import Source, Unusable
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Batch
 
+GROUP = 4  # times the shuffle buffer are shuffled together (`loader.GROUP`)
 IMAGE, MEAN, LOGVAR = "image", "mean", "logvar"  # columns that are no conditions
 ENCODERS = ("autoencoder", "conditioner")  # the roles whose parts a description names
 
@@ -50,23 +51,24 @@ class Cache(Source):
     the conditioner gave, ids as int64, masks as bool, all else as float32. Of several variants of an image each epoch
     takes the next one, from a random one on.
 
-    The order of a cache on the disk is a permutation of all its samples. One on a server is read like shards: whole
-    files, `shuffle_shards` of them shuffled together.
+    The order of a cache on the disk is a permutation of all its samples. One on a server is read like shards: each is
+    fetched as a whole.
 
     Args:
         path: the cache's folder, or where a server has it: http(s)://..., hf://datasets/OWNER/REPOSITORY/FOLDER.
         local: folder in which what comes from a server stays for the next epoch and run; null keeps it no longer than
             it is needed.
-        shuffle_shards: shards from a server that a reader has at once, to draw from them at random.
+        shuffle_buffer: samples of a server's shards that a loader process draws the next one from; it holds the shards
+            of about five times as many.
 
     Attributes:
         description: what the cache was made with, such as the checksums of the encoding parts; set by `open`.
         image_size: pixels, of the images that were encoded, if the description says it; set by `open`.
     """
 
-    def __init__(self, *, path: str, local: str | None = None, shuffle_shards: PositiveInt = 4, **common: Any):
+    def __init__(self, *, path: str, local: str | None = None, shuffle_buffer: NonNegativeInt = 4000, **common: Any):
         super().__init__(**common)
-        self.path, self.local, self.shuffle_shards = path, local, shuffle_shards
+        self.path, self.local, self.held = path, local, shuffle_buffer
         self.opened = Opened()
 
     def open(self) -> None:
@@ -80,9 +82,10 @@ class Cache(Source):
         self.image_size = int(size) if size.isdecimal() else None
         self.encoded_by = encoders_of(self.description)
         self.ends = np.cumsum([shard.samples for shard in meta.shards], dtype=np.int64)  # [shards]
-        is_local = isinstance(self.place, LocalCache)
-        self.unit = "samples" if is_local else "shards"
-        self.count = meta.samples if is_local else len(meta.shards)
+        self.unit, self.count = "samples", meta.samples
+        if isinstance(self.place, RemoteCache):
+            self.unit, self.count = "shards", len(meta.shards)
+            self.shuffle_buffer, self.opened.samples = self.held, (GROUP + 1) * self.held
         if not meta.samples:
             raise UserError(f"data.path: the cache {self.path} holds no sample")
 
@@ -91,36 +94,16 @@ class Cache(Source):
         columns = ", ".join(f"{name} {column}" for name, column in self.meta.columns.items())
         return [f"{self.path}: {self.meta.samples:,} samples{variants} in {len(self.ends):,} shards; {columns}"]
 
-    def items(self, order: Order, start: int = 0) -> Iterator[tuple[int, int | Unusable]]:
-        """Yield samples by their numbers; from a server group by group, the restart point being a group's first place.
-
-        A shard that cannot be had, or is not the right one, is one `SkippedSample`.
-        """
-        if isinstance(self.place, RemoteCache):
-            yield from self._of_groups(self.place, order, start)
-        else:
-            yield from super().items(order, start)
-
-    def _of_groups(self, place: RemoteCache, order: Order, start: int) -> Iterator[tuple[int, int | Unusable]]:
-        share = order.share(self.count or 0)  # [about count / readers]
-        with place.fetching(self.note) as fetched:
-            for first in range(start, len(share), self.shuffle_shards):
-                group = [int(shard) for shard in share[first : first + self.shuffle_shards]]
-                upcoming = share[first + self.shuffle_shards : first + 2 * self.shuffle_shards]
-                shards, samples = dict[int, CacheShard](), list[np.ndarray]()
-                for shard in group:
-                    try:
-                        shards[shard] = fetched.shard(shard)
-                        samples.append(np.arange(self.ends[shard] - shards[shard].samples, self.ends[shard]))
-                    except SkippedSample as problem:
-                        yield first, problem
-                fetched.begin([int(shard) for shard in upcoming])
-                self.opened.shards = shards  # batches that hold rows of those before keep them
-                numbers = np.concatenate([np.zeros(0, dtype=np.int64), *samples])  # [samples of the group]
-                random = order.random("group", order.reader, first)
-                seed = [random.getrandbits(32) for _ in range(8)]
-                for number in np.random.RandomState(seed).permutation(numbers):
-                    yield first, int(number)
+    def items(self, unit: int) -> Iterator[int | Unusable]:
+        """Yield the numbers of a shard's samples; one that cannot be had, or is not the right one, is skipped."""
+        self.note(self.place.address_of(unit))
+        try:
+            shard = self.opened.get(unit, self.place)
+        except SkippedSample as problem:
+            yield problem
+            return
+        end = int(self.ends[unit])
+        yield from range(end - shard.samples, end)
 
     def decode(self, item: int, order: Order) -> CachedRow:
         """Return where the sample is; `collate` reads it."""

@@ -3,10 +3,7 @@
 import errno
 import os
 import tempfile
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
@@ -41,6 +38,10 @@ class LocalCache:
             more = f" ({len(wrong)} of {len(self.meta.shards)} shards are missing or damaged)" if len(wrong) > 1 else ""
             remedy = "the command that made the cache makes it again"
             raise UserError(f"data.path: {self.folder / shard.name}: {what}{more}; {remedy}")
+
+    def address_of(self, number: int) -> str:
+        """Return where a shard is."""
+        return str(self.folder / self.meta.shards[number].name)
 
     def shard(self, number: int) -> CacheShard:
         """Return a shard by its number. Raises SkippedSample."""
@@ -87,62 +88,36 @@ class RemoteCache:
         finally:
             temporary.unlink(missing_ok=True)  # a mapped file lives on without its name
 
-    @contextmanager
-    def fetching(self, note: Callable[[str], None]) -> Iterator["Fetching"]:
-        """Hand out what fetches shards, also ahead of their time, until it is left.
-
-        Args:
-            note: told what is waited for.
-        """
-        fetching = Fetching(self, note)
-        try:
-            yield fetching
-        finally:
-            fetching.begin([])
-
-
-class Fetching:
-    """Fetches shards, a few of them ahead in the background."""
-
-    def __init__(self, place: RemoteCache, note: Callable[[str], None]) -> None:
-        self.place, self.note = place, note
-        self._ahead: dict[int, Future[CacheShard]] = {}
-
-    def begin(self, numbers: list[int]) -> None:
-        """Fetch some shards in the background; what was to come before and has not begun is dropped."""
-        for future in self._ahead.values():
-            future.cancel()
-        self._ahead = {number: Future() for number in numbers}
-        threading.Thread(target=self._fetch, args=(dict(self._ahead),), daemon=True).start()
-
-    def _fetch(self, wanted: dict[int, Future[CacheShard]]) -> None:
-        for number, future in wanted.items():
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(self.place.shard(number))
-                except (SkippedSample, UserError) as error:
-                    future.set_exception(error)
-
-    def shard(self, number: int) -> CacheShard:
-        """Return a shard, as `RemoteCache.shard`."""
-        self.note(address_in(self.place.address, self.place.meta.shards[number].name))
-        ahead = self._ahead.pop(number, None)
-        return ahead.result() if ahead is not None else self.place.shard(number)
+    def address_of(self, number: int) -> str:
+        """Return where a shard is."""
+        return address_in(self.address, self.meta.shards[number].name)
 
 
 @dataclass
 class Opened:
-    """The shards that a process has open, by their numbers; the one opened first is closed first."""
+    """The shards that a process has open, by their numbers; those opened first are closed first.
 
+    Attributes:
+        samples: a shard is closed once shards of so many have been opened behind it; None only looks at their number.
+    """
+
+    samples: int | None = None
     shards: dict[int, CacheShard] = field(default_factory=dict)
 
     def get(self, number: int, place: LocalCache | RemoteCache) -> CacheShard:
-        """Return a shard, opened if need be. Raises SkippedSample."""
+        """Return a shard, opened if need be; batches that hold rows of closed ones keep them. Raises SkippedSample."""
         if number not in self.shards:
-            self.shards[number] = place.shard(number)
-            if len(self.shards) > MOST_OPENED:
+            while self._is_full():
                 del self.shards[next(iter(self.shards))]
+            self.shards[number] = place.shard(number)
         return self.shards[number]
+
+    def _is_full(self) -> bool:
+        if self.samples is None:
+            return len(self.shards) >= MOST_OPENED
+        first = next(iter(self.shards.values()), None)
+        behind = sum(shard.samples for shard in self.shards.values()) - (first.samples if first else 0)
+        return first is not None and behind >= self.samples
 
 
 def open_place(path: str, local: str | None) -> LocalCache | RemoteCache:

@@ -8,11 +8,8 @@ from pathlib import Path
 from typing import Generic, TypeVar
 from urllib.parse import urlsplit
 
-import numpy as np
-
 from ldm_lab.data.captions import Captions
 from ldm_lab.data.files import Folder
-from ldm_lab.data.order import Order
 from ldm_lab.data.samples import RawSample, SkippedSample
 from ldm_lab.data.shard_source import ShardSource
 from ldm_lab.data.shard_urls import expand, is_remote, without_ending
@@ -124,34 +121,19 @@ class FileBatch(WorkItem[RawSample]):
 
 
 @dataclass(frozen=True)
-class Block(Order):
-    """The order of a work item: some units that follow on one another, as they are listed.
-
-    Attributes:
-        first: of them.
-        units: how many.
-    """
-
-    first: int = 0
-    units: int = 0
-
-    def share(self, count: int) -> np.ndarray:
-        """Return the units' numbers, int64."""
-        return np.arange(self.first, self.first + self.units)  # [units]
-
-
-@dataclass(frozen=True)
 class SourceItem(WorkItem[Item]):
     """Units of a data source: one shard, or images that follow on one another in its list.
 
     Attributes:
         source: opened.
-        order: which units.
+        first: of the units.
+        units: how many.
         most: how many samples are wanted; None for all.
     """
 
     source: Source
-    order: Block
+    first: int
+    units: int
     most: int | None = None
 
     @property
@@ -161,39 +143,37 @@ class SourceItem(WorkItem[Item]):
     @property
     def address(self) -> str:
         if isinstance(self.source, ShardSource):
-            return self.source.addresses[self.order.first]
-        return f"{self.source.unit} {self.order.first:,} to {self.order.first + self.order.units - 1:,}"
+            return self.source.addresses[self.first]
+        return f"{self.source.unit} {self.first:,} to {self.first + self.units - 1:,}"
 
     @property
     def is_remote(self) -> bool:
         return isinstance(self.source, ShardSource) and is_remote(self.address)
 
     def content(self) -> Content:
-        return f"{self.order.units} from {self.order.first} on"
+        return f"{self.units} from {self.first} on"
 
     def samples(self) -> Iterator[Item | Unusable]:
-        for _, item in self.source.items(self.order):
-            yield item
+        for unit in range(self.first, self.first + self.units):
+            yield from self.source.items(unit)
 
 
-def source_items(source: Source, seed: int, out: Path, limit: int | None = None) -> list[SourceItem]:
+def source_items(source: Source, out: Path, limit: int | None = None) -> list[SourceItem]:
     """Return the work items of an opened source; they do not depend on how many processes there are.
 
     Args:
         source: whose samples they have.
-        seed: of what is drawn.
         out: folder of the results, named by numbers.
         limit: samples that are wanted of all together, evenly spread over the items.
     """
     count = source.count or 0
-    units = 1 if isinstance(source, ShardSource) else min(FILES, max(FEW_FILES, -(-count // PARTS)))
+    units = 1 if source.shuffle_buffer is not None else min(FILES, max(FEW_FILES, -(-count // PARTS)))
     firsts = range(0, count, units)
     items = []
     for number, first in enumerate(firsts):
-        order = Block(seed, 0, number, len(firsts), first, min(units, count - first))
         most = None if limit is None else limit * (number + 1) // len(firsts) - limit * number // len(firsts)
         if most != 0:
-            items.append(SourceItem(out / f"{number:05d}", source, order, most))
+            items.append(SourceItem(out / f"{number:05d}", source, first, min(units, count - first), most))
     return items
 
 

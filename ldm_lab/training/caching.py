@@ -226,11 +226,9 @@ def make_cache(config: RunConfig, options: PassOptions, without_unreached: bool 
     files = facts_of(source.files())
     wanted = description(config, files)
     begin(config, files, wanted)
-    if isinstance(source, ShardSource):
-        source.shuffle_buffer = 0  # no order is needed
     if isinstance(source, ImageSource) and cache.variants.flip:
         source.flip = False  # both are kept
-    items = source_items(source, config.seed, cache.folder, cache.limit)
+    items = source_items(source, cache.folder, cache.limit)
     row = expected_row_bytes(encoders, config["data"]["image_size"])
     check_room(cache.folder, samples_left(source, items) * cache.variants.count * row, "this cache")
     job = CacheJob(encoders, source, cache.variants, CacheTarget(cache.folder, wanted, config.seed, without_unreached))
@@ -304,7 +302,7 @@ def samples_left(source: Source, items: list[SourceItem]) -> int:
     """Return about how many samples are still to be encoded; 0 where nobody can tell without reading all of them."""
     left = [item for item in items if not item.file(DONE).exists()]
     if not isinstance(source, ShardSource):
-        return sum(min(item.order.units, item.order.units if item.most is None else item.most) for item in left)
+        return sum(item.units if item.most is None else min(item.units, item.most) for item in left)
     local = [item for item in left if not is_remote(item.address) and not scheme_of(item.address)]
     sizes = [os.path.getsize(item.address) for item in local]
     sample: list[int] = []

@@ -91,7 +91,7 @@ class VariantPreparation:
 
     def prepare(self, sample: Item) -> EncodedSample:
         """Return a sample in all variants. Raises SkippedSample."""
-        decoded = [self.source.decode(sample, Order(self.seed, crop, 0, 1)) for crop in range(self.variants.crops)]
+        decoded = [self.source.decode(sample, Order(self.seed, crop)) for crop in range(self.variants.crops)]
         images, texts = list[Tensor](), list[str]()
         for one in decoded:
             if one.image is None:
