@@ -12,9 +12,10 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from ldm_lab import ema
-from ldm_lab.config import RunConfig, build
+from ldm_lab.config import PartConfig, RunConfig, build
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Batch
+from ldm_lab.training.caching import with_choices
 from ldm_lab.training.diffusion import DiffusionTask
 from ldm_lab.training.interrupt import Interrupt
 from ldm_lab.training.task import Task
@@ -120,7 +121,7 @@ def test_values_are_logged_at_logging_steps_alone(tmp_path, monkeypatch, program
     assert float(rows[0]["train/loss"]) > 0 and float(rows[0]["train/lr"]) == pytest.approx(0.001)
 
 
-def test_frozen_encoders_in_bf16_give_nearly_the_same_in_fp32_and_say_so():
+def test_frozen_encoders_in_bf16_give_nearly_the_same_in_fp32_and_say_so(tmp_path):
     sections = {"data": {}, "denoiser": DENOISER, "objective": {"name": "v_cosine"}}
     batch = Batch(["a", "b"], ["", ""], image=torch.rand(2, 3, 32, 32) * 2 - 1)
     given = {}
@@ -138,6 +139,10 @@ def test_frozen_encoders_in_bf16_give_nearly_the_same_in_fp32_and_say_so():
         assert rough.dtype == torch.float32
         assert not torch.equal(exact, rough)
         assert (exact - rough).norm() < 0.02 * exact.norm()
+    both = RunConfig.from_dict({**sections, **parts, "cache": {"folder": str(tmp_path)}})
+    assert with_choices(both)["cache"]["precision"] == "bf16-mixed", "and a cache is made alike"
+    one = both.with_part("conditioner", PartConfig.from_dict("conditioner", CLOOB))
+    assert with_choices(one)["cache"]["precision"] == "32-true"
     with pytest.raises(UserError, match=r"autoencoder\.precision: one of 'fp32', 'bf16'"):
         RunConfig.from_dict({**sections, "autoencoder": {**AUTOENCODER, "precision": "fp16"}})
 

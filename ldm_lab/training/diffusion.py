@@ -28,6 +28,7 @@ from ldm_lab.interfaces import (
     check_conditions,
     is_upsampler,
 )
+from ldm_lab.training.caching import encoder_differences, encoder_facts
 from ldm_lab.training.compiling import Compile, compile_network
 from ldm_lab.training.initial import (
     check_forms,
@@ -88,7 +89,7 @@ class DiffusionTask(Task):
         keep = torch.rand(len(x0), device=self.device) > self.dropout  # [B]
         conditions = drop(conditions, self.conditioner.null(conditions), keep)
         conditions |= self.from_sources(batch, x0)
-        drawn = self.objective.times(self.timesteps(self.batches_seen, len(x0)))  # [B], on the CPU
+        drawn = self.objective.times(self.timesteps(self.samples_seen, len(x0)))  # [B], on the CPU
         t = drawn.to(x0, non_blocking=True)  # [B]
         noise = torch.randn_like(x0)  # [B, C, h, w]
         terms = self.objective.loss_terms(self.model, x0, conditions, t, noise)  # {"loss": [B], ...}
@@ -189,9 +190,10 @@ class DiffusionTask(Task):
 
     def check_encoded_by(self, source: Source, where: str) -> None:
         """Raise UserError for a cache, described at a key path, that other frozen parts than the run's have made."""
-        for role, checksum in self.frozen_sha256.items():
-            if source.encoded_by.get(role, checksum) != checksum:
-                raise UserError(f"{where}.path: this cache was made with another {role} than {role}.weights")
+        for role, there in source.encoded_by.items():
+            here = encoder_facts(self.run_config[role], self.frozen_sha256.get(role))
+            if other := encoder_differences(role, there, here):
+                raise UserError(f"{where}.path: this cache was made with another {', '.join(other)}")
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
