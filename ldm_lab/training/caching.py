@@ -58,8 +58,8 @@ class CacheOptions:
                 without the times, as copies have others; or not at all.
             crops: random crops of each image, for data.crop=random; null makes 1. Each epoch takes the next one.
             flip: keep each crop mirrored, too; null does not, and data.flip mirrors it once or not at all.
-            precision: of the encoders' arithmetic; null makes it with 32-true, or with bf16-mixed if that is the precision
-                of both the autoencoder and the conditioner.
+            precision: of the encoders' arithmetic; null makes it with 32-true, or with bf16-mixed if autoencoder and
+                conditioner are both of precision bf16.
             limit: encode so many images alone, evenly spread; null encodes all.
         """
         self.folder, self.compared = Path(folder).expanduser(), check
