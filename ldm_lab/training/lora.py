@@ -13,6 +13,7 @@ from annotated_types import Interval
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ldm_lab.checkpoints.lora import BaseModel
 from ldm_lab.config import PositiveFloat, ShareBelowOne, register
 from ldm_lab.errors import UserError, unknown
 from ldm_lab.interfaces import Denoiser
@@ -159,6 +160,15 @@ def additions(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def frozen_weights(network: nn.Module) -> dict[str, Tensor]:
     """Return all other weights of a network with additions, by name."""
     return {name: value for name, value in network.state_dict().items() if not INNER.search(name)}
+
+
+def check_base(stored: str | None, base: BaseModel) -> None:
+    """Raise UserError if a checkpoint was not trained on this base model, by the fingerprint of its own."""
+    if stored != base.weights:
+        raise UserError(
+            f"resume.checkpoint: was trained on another model than init_from ({base.name}) names; sha256 of its "
+            f"weights {str(stored)[:12]}..., of these {base.weights[:12]}..."
+        )
 
 
 def leave_out_base(task: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Mapping[str, Tensor]) -> None:
