@@ -5,9 +5,8 @@ is one pixel wide. A file may be a stranger's: it is safetensors alone, it build
 compared with the network that it is added to.
 """
 
-import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from ldm_lab.checkpoints.native import without_run_sections
 from ldm_lab.checkpoints.opened import Shapes
 from ldm_lab.config import Plain, check_section
 from ldm_lab.errors import UserError
+from ldm_lab.io.atomic import digest
 
 ROLE = "lora"  # in the metadata, and of the section in the config
 FILE = "lora.safetensors"  # in the folder of a run
@@ -200,12 +200,13 @@ def _layers(found: DetectedFile, rank: int) -> dict[str, LowRank]:
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
     """Return what tells a network's weights from others, in float32 or float16: the SHA-256 of them in float16."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        value = weights[name].detach().cpu().to(torch.float16).contiguous()
-        digest.update(name.encode())
-        digest.update(value.numpy().tobytes())
-    return digest.hexdigest()
+
+    def pieces() -> Iterator[bytes]:
+        for name in sorted(weights):
+            yield name.encode()
+            yield weights[name].detach().cpu().to(torch.float16).contiguous().numpy().tobytes()
+
+    return digest(pieces())
 
 
 # -------------------------------------------------------------------------------------------------------- weights

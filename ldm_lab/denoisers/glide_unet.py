@@ -167,10 +167,6 @@ class GlideUNet(Denoiser):
         unet = [p for name, p in self.named_parameters() if id(p) not in known and ".encoder_kv." not in name]
         return {"text_transformer": text, "unet": unet}
 
-    def outer_layers(self) -> list[str]:
-        """Return the first convolution and the last."""
-        return ["input_blocks.0.0", "out.2"]
-
     def adapt_state_dict(self, state: dict[str, Tensor], spec: ConditionSpec) -> dict[str, Tensor]:
         """Return a base model's weights for an inpainting model or an upsampler, as GLIDE's own was begun."""
         return _widened(state, _places(spec, self.channels), _places(self.spec, self.channels))
