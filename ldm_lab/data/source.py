@@ -171,9 +171,11 @@ class ImageSource(Source):
             raise SkippedSample(caption.problem, item.key)
         if self.require_text and not caption.texts and not (self.require_text == "file" and caption.exists):
             raise FilteredOut("no caption", item.key)  # the user asked for that: nothing is wrong with the image
-        text = caption.draw(order.random("caption", item.key))
-        random = order.random("augment", item.key)
-        across, down, mirror = random.random(), random.random(), random.random()
+        text = caption.draw(order.random("caption", item.key)) if len(caption.texts) > 1 else caption.whole
+        across, down, mirror = 0.5, 0.5, 0.5
+        if self.crop == "random" or self.flip:  # a generator costs as much as the header of an image
+            random = order.random("augment", item.key)
+            across, down, mirror = random.random(), random.random(), random.random()
         if self.crop == "center":
             across = down = 0.5
         try:
