@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from ldm_lab.errors import UserError
@@ -85,6 +86,27 @@ def condition_tensors(spec: ConditionSpec) -> list[str]:
     for name, kind in spec.items():
         names += [name, name + MASK] if isinstance(kind, TokenIds | TokenStates) else [name]
     return names
+
+
+def blank_conditions(spec: ConditionSpec, count: int, height: int = 0, width: int = 0) -> Conditions:
+    """Return conditions of a spec that say nothing, for `count` rows of x, whose size images depend on."""
+    given: Conditions = {}
+    for name, kind in spec.items():
+        match kind:
+            case Embedding():
+                given[name] = torch.zeros(count, kind.width)  # [B, D]
+            case TokenIds():
+                given[name] = torch.zeros(count, kind.length, dtype=torch.int64)  # [B, L]
+            case TokenStates():
+                given[name] = torch.zeros(count, kind.length, kind.width)  # [B, L, D]
+            case ImageCondition():
+                size = height // kind.scale_factor, width // kind.scale_factor
+                given[name] = torch.zeros(count, kind.channels, *size)  # [B, c, h', w']
+            case Level():
+                given[name] = torch.zeros(count)  # [B]
+        if isinstance(kind, TokenIds | TokenStates):
+            given[name + MASK] = torch.ones(count, kind.length, dtype=torch.bool)  # [B, L]
+    return given
 
 
 def describe_conditions(spec: ConditionSpec) -> str:

@@ -12,7 +12,7 @@ LAYERS = [  # a module may import from its own line only what is in its own pack
     {"batch"},
     {"interfaces", "io", "processes", "sharded"},
     {"config"},
-    {"schedules", "ema", "rules", "clip_tokens"},
+    {"schedules", "ema", "estimate", "rules", "clip_tokens"},
     {"pretrained"},
     {
         "data",

@@ -14,6 +14,7 @@ from ldm_lab.downloads import Download
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Autoencoder
 from ldm_lab.pretrained.resolve import to_download
+from ldm_lab.sharded import load_shares
 
 
 def load_part(role: str, config: PartConfig | Section, read_weights: bool = True) -> nn.Module:
@@ -146,7 +147,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], path: str | Path)
     """
     check_strictly(module.state_dict(), state, path)
     check_finite(dict(module.named_parameters()), state, path)
-    module.load_state_dict(state, assign=False)
+    load_shares(module, state)
 
 
 def check_finite(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: str | Path) -> None:

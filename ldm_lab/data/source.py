@@ -36,12 +36,15 @@ class Source:
         unit: what is dealt out to the readers, in the plural.
         count: units; None before `open`.
         image_size: side of the square images that samples were made of, pixels; None if nobody has said it.
+        shuffle_buffer: items that are held to draw the next one from, where a unit has several of them; None where
+            every unit is an item.
         note: told what is about to be read, for the message of a wait that takes long.
         encoded_by: of a cache, role -> sha256 of the part that made its latents and conditions.
     """
 
     unit = "samples"
     count: int | None = None
+    shuffle_buffer: int | None = None
     image_size: int | None = None
     encoded_by: Mapping[str, str] = MappingProxyType({})
 
@@ -64,6 +67,11 @@ class Source:
         """List the units and set `count`; called in every process. Raises UserError where there is nothing to read."""
         raise NotImplementedError
 
+    @property
+    def items_key(self) -> str:
+        """What the items of a unit and their order depend on beside the unit itself, in a few characters."""
+        return "" if self.shuffle_buffer is None else f"shuffle_buffer={self.shuffle_buffer}"
+
     def found(self) -> list[str]:
         """Return what `open` found, a line each, for the start of a run; samples are not decoded for it."""
         return []
@@ -76,18 +84,14 @@ class Source:
         """
         return []
 
-    def items(self, order: Order, start: int = 0) -> Iterator[tuple[int, Item | Unusable]]:
-        """Yield (restart point, item) of one reader's share of one epoch, from the restart point `start` on.
+    def items(self, unit: int) -> Iterator[Item | Unusable]:
+        """Yield the items of a unit, the same ones in the same order whenever it is read.
 
-        Restart points never fall; `items(order, p)` must give the very items that `items(order, 0)` gives from its
-        first item with the restart point p on. An item is what `decode` takes, or a `SkippedSample` for something that
-        could not even be read. Nothing is decoded here, so that resuming is quick.
-
-        As it stands: every unit is an item, known by its index; its restart point is its place in the share.
+        An item is what `decode` takes, or a `SkippedSample` for something that could not even be read. Nothing is
+        decoded here, so that resuming is quick. Only asked for where there is a `shuffle_buffer`: as it stands, every
+        unit is an item, known by its number.
         """
-        share = order.share(self.count or 0)  # [about count / readers]
-        for place in range(start, len(share)):
-            yield place, int(share[place])
+        yield unit
 
     def decode(self, item: Item, order: Order) -> Sample:
         """Return the sample of an item; every random choice comes from `order.random`. Raises SkippedSample."""

@@ -134,13 +134,13 @@ class AutoencoderTask(PartTask):
         zero = nll.new_zeros(())  # []
         if self.discriminator is None:
             return AdversarialLosses(zero, zero, {})
-        if self.trainer.global_step < self.discriminator.start:
+        if not self.rehearsing and self.trainer.global_step < self.discriminator.start:
             # Gradients of zero: DDP waits for one of every parameter.
             idle = sum(0.0 * p.sum() for p in self.discriminator.parameters())  # []
             return AdversarialLosses(zero, idle, {})
         generator_loss = -self.discriminator.frozen_logits(reconstruction).float().mean()  # []
         # Going back through fp16 needs the gradient scaler's factor, and the size of a loss per value.
-        precision = self.trainer.precision_plugin
+        precision = None if self.rehearsing else self.trainer.precision_plugin
         scaler = precision.scaler if isinstance(precision, MixedPrecision) else None
         loss_scale = scaler.get_scale() / image[0].numel() if scaler else 1.0
         last = self.model.decoder.conv_out.weight

@@ -13,6 +13,7 @@ from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.native import save_model
 from ldm_lab.checkpoints.parts import load_part
 from ldm_lab.condition_sources import build_sources, given_conditions
+from ldm_lab.conditions import blank_conditions
 from ldm_lab.config import ConditionerUse, PartConfig, RunConfig, register
 from ldm_lab.data.source import Source
 from ldm_lab.errors import UserError
@@ -37,8 +38,9 @@ from ldm_lab.training.initial import (
 )
 from ldm_lab.training.logs import print_rank_zero
 from ldm_lab.training.run_state import Checkpoint
+from ldm_lab.training.sharding import Sharded
 from ldm_lab.training.task import Task
-from ldm_lab.training.timesteps import TIMESTEP_SAMPLERS
+from ldm_lab.training.timesteps import TIMESTEP_SAMPLERS, UniformTimesteps
 
 DROPOUT = 0.2  # share of conditions that are dropped unless the config says otherwise (cloob-latent-diffusion's)
 
@@ -93,6 +95,15 @@ class DiffusionTask(Task):
         self.log_by_time(terms["loss"], drawn)
         return terms["loss"].mean()
 
+    def rehearse(self, batch: Batch) -> Tensor:
+        self.timesteps = UniformTimesteps(self.seed, 0, 1)
+        return super().rehearse(batch)
+
+    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+        """Return (C, h, w) of the latents of images of a size, pixels."""
+        side = image_size // self.autoencoder.downscale
+        return self.autoencoder.channels, side, side
+
     @torch.no_grad()
     def encode(self, batch: Batch) -> tuple[Tensor, Conditions]:
         """Return posterior samples of the latents, [B, C, h, w], and what the conditioner gives, name -> [B, ...].
@@ -111,6 +122,10 @@ class DiffusionTask(Task):
     def from_sources(self, batch: Batch, x0: Tensor) -> Conditions:
         """Return what the condition sources give, name -> [B, ...]; it is never dropped."""
         given: Conditions = {}
+        if self.rehearsing:  # some decide by the numbers that they draw, and no numbers are there
+            for source in self.sources.values():
+                given |= blank_conditions(source.spec, len(x0), *x0.shape[2:])
+            return given
         with torch.autocast(self.device.type, enabled=False):  # the frozen parts stay in fp32
             for source in self.sources.values():
                 given |= source.from_batch(batch, x0, self.autoencoder, None)
@@ -128,6 +143,12 @@ class DiffusionTask(Task):
                 self.log(f"train/loss_t{i / 4:.2f}", means[i], batch_size=len(t))
 
     # ------------------------------------------------------------------------------------------------- before it begins
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, Sharded):
+            for network in (self.model, self.model_ema):
+                if network is not None:
+                    self.trainer.strategy.share_out(network)
 
     def check_image_size(self, size: int | None, unit: int) -> None:
         """Raise UserError for images that the levels of the network, or a condition source, do not divide.

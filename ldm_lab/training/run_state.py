@@ -1,10 +1,12 @@
 """What a run's checkpoint holds, by name: Lightning's entries that are read here, and ours under `FORMAT`."""
 
+from collections.abc import Mapping
 from typing import TypedDict
 
 from torch import Tensor
 
-from ldm_lab.data.datamodule import RankState
+from ldm_lab.config import Plain
+from ldm_lab.data.rank_state import RankState
 from ldm_lab.io.json_files import JsonObject
 
 
@@ -36,6 +38,18 @@ class BatchProgress(TypedDict):
     current: BatchCounts
 
 
+class OptimizerState(TypedDict):
+    """What the state dict of an optimizer holds.
+
+    Attributes:
+        state: place of a parameter among all that are trained -> name -> tensor.
+        param_groups: options, and the places of the parameters that they are for.
+    """
+
+    state: dict[int, dict[str, Tensor]]
+    param_groups: list[Mapping[str, Plain]]
+
+
 FitLoop = TypedDict("FitLoop", {"epoch_loop.batch_progress": BatchProgress})
 
 
@@ -48,12 +62,14 @@ class Checkpoint(TypedDict, total=False):
 
     Attributes:
         state_dict: name -> weights of the task.
+        optimizer_states: of the one optimizer.
         global_step: optimizer steps done.
         loops: what Lightning counts.
         ldm_lab: our entry.
     """
 
     state_dict: dict[str, Tensor]
+    optimizer_states: list[OptimizerState]
     global_step: int
     loops: Loops
     ldm_lab: RunState

@@ -18,7 +18,7 @@ from ldm_lab.batch import Batch
 from ldm_lab.checkpoints.files import FORMAT
 from ldm_lab.checkpoints.parts import load_strictly, weights_sha256
 from ldm_lab.config import FROZEN, RunConfig
-from ldm_lab.data.datamodule import RankState
+from ldm_lab.data.rank_state import RankState
 from ldm_lab.training.optim import Optim
 from ldm_lab.training.run_state import Checkpoint, RunState, take_back
 
@@ -61,6 +61,7 @@ class Task(LightningModule):
     NETWORK: ClassVar[tuple[str, ...]] = ()
     PART: ClassVar[str | None] = None
     SECTIONS: ClassVar[tuple[str, ...]] = ("data", "optim", "ema", "trainer", "checkpoint", "logging", "resume")
+    rehearsing = False  # whether steps are made by `rehearse`
 
     def __init__(self, config: RunConfig, read_weights: bool = True) -> None:
         """Build what all tasks have.
@@ -189,10 +190,16 @@ class Task(LightningModule):
 
     # ------------------------------------------------------------------------------------------------ for subclasses
 
+    def rehearse(self, batch: Batch) -> Tensor:
+        """Return the loss of a batch as in the midst of a run, but without a Trainer or a log: to count its cost."""
+        self.rehearsing = True
+        loss: Tensor = self.training_step(batch, 0)
+        return loss
+
     @property
     def is_logged(self) -> bool:
         """Whether the optimizer step that is being made is one that is logged."""
-        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+        return not self.rehearsing and (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
 
     def log_means(self, values: dict[str, Tensor], batch_size: int) -> None:
         """Log scalars under `train/`, the mean over ranks, and the learning rate; at logging steps alone."""
