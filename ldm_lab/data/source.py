@@ -112,7 +112,10 @@ class Source:
         )
 
     def to_device_format(self, batch: Batch) -> Batch:
-        """Return the batch as the model gets it; runs in the training process."""
+        """Return the batch as the model gets it; runs in the training process, on the device if there is a Trainer.
+
+        A batch that has been through it already stays what it is.
+        """
         return batch
 
 
@@ -194,5 +197,6 @@ class ImageSource(Source):
 
     def to_device_format(self, batch: Batch) -> Batch:
         """Bring the image to float32 in [-1, 1]; as bytes it took a quarter of the room on its way here."""
-        image = batch.require_image("train").float().div_(127.5).sub_(1)  # [B, 3, S, S]
-        return replace(batch, image=image)
+        if batch.image is None or batch.image.dtype != torch.uint8:
+            return batch
+        return replace(batch, image=batch.image.float().div_(127.5).sub_(1))  # [B, 3, S, S]
