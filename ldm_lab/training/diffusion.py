@@ -11,7 +11,7 @@ from ldm_lab.checkpoints.files import FORMAT
 from ldm_lab.checkpoints.importer import Section
 from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.native import save_model
-from ldm_lab.checkpoints.parts import load_part
+from ldm_lab.checkpoints.parts import encoding, load_part
 from ldm_lab.condition_sources import build_sources, given_conditions
 from ldm_lab.conditions import blank_conditions
 from ldm_lab.config import ConditionerUse, PartConfig, RunConfig, register
@@ -28,6 +28,8 @@ from ldm_lab.interfaces import (
     check_conditions,
     is_upsampler,
 )
+from ldm_lab.training.caching import encoder_differences, encoder_facts
+from ldm_lab.training.compiling import Compile, compile_network
 from ldm_lab.training.initial import (
     check_forms,
     differences,
@@ -87,7 +89,7 @@ class DiffusionTask(Task):
         keep = torch.rand(len(x0), device=self.device) > self.dropout  # [B]
         conditions = drop(conditions, self.conditioner.null(conditions), keep)
         conditions |= self.from_sources(batch, x0)
-        drawn = self.objective.times(self.timesteps(self.batches_seen, len(x0)))  # [B], on the CPU
+        drawn = self.objective.times(self.timesteps(self.samples_seen, len(x0)))  # [B], on the CPU
         t = drawn.to(x0, non_blocking=True)  # [B]
         noise = torch.randn_like(x0)  # [B, C, h, w]
         terms = self.objective.loss_terms(self.model, x0, conditions, t, noise)  # {"loss": [B], ...}
@@ -110,13 +112,19 @@ class DiffusionTask(Task):
 
         A cached batch brings moments of the latents, and conditions, instead of images.
         """
-        with torch.autocast(self.device.type, enabled=False):  # the frozen parts stay in fp32
+        with torch.autocast(self.device.type, enabled=False):  # whatever the denoiser's precision is
             if batch.mean is not None:
-                mean, logvar = batch.mean.float(), batch.logvar.float()  # [B, C, h, w] each
+                mean, logvar = batch.mean, batch.logvar  # [B, C, h, w] each
             else:
-                mean, logvar = self.autoencoder.moments(batch.image)  # [B, C, h, w] each
+                with encoding(self.run_config["autoencoder"], self.device.type):
+                    mean, logvar = self.autoencoder.moments(batch.image)  # [B, C, h, w] each
+            mean, logvar = mean.float(), logvar.float()  # [B, C, h, w] each
             x0 = self.autoencoder.sample(mean, logvar, torch.randn_like(mean))  # [B, C, h, w]
-            return x0, dict(batch.conditions) or self.conditioner.from_batch(batch)
+            if batch.conditions:
+                return x0, dict(batch.conditions)
+            with encoding(self.run_config["conditioner"], self.device.type):
+                conditions = self.conditioner.from_batch(batch)  # name -> [B, ...]
+            return x0, {k: its.float() if its.is_floating_point() else its for k, its in conditions.items()}
 
     @torch.no_grad()
     def from_sources(self, batch: Batch, x0: Tensor) -> Conditions:
@@ -143,6 +151,10 @@ class DiffusionTask(Task):
                 self.log(f"train/loss_t{i / 4:.2f}", means[i], batch_size=len(t))
 
     # ------------------------------------------------------------------------------------------------- before it begins
+
+    def compile_network(self, what: Compile) -> str:
+        checkpoints = bool(self.run_config["denoiser"].option("gradient_checkpointing"))
+        return compile_network(self.model, what, checkpoints)
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, Sharded):
@@ -178,9 +190,10 @@ class DiffusionTask(Task):
 
     def check_encoded_by(self, source: Source, where: str) -> None:
         """Raise UserError for a cache, described at a key path, that other frozen parts than the run's have made."""
-        for role, checksum in self.frozen_sha256.items():
-            if source.encoded_by.get(role, checksum) != checksum:
-                raise UserError(f"{where}.path: this cache was made with another {role} than {role}.weights")
+        for role, there in source.encoded_by.items():
+            here = encoder_facts(self.run_config[role], self.frozen_sha256.get(role))
+            if other := encoder_differences(role, there, here):
+                raise UserError(f"{where}.path: this cache was made with another {', '.join(other)}")
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
