@@ -68,9 +68,9 @@ def photo(number: int, width: int, height: int) -> bytes:
         width, height = height, width
     coarse = random.randint(0, 256, (height // 32 + 2, width // 32 + 2, 3)).astype(np.uint8)
     soft = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)).astype(int)
-    grain = random.randint(-12, 13, (height, width, 1))
+    grain = random.randint(-8, 9, (height, width, 1))
     stream = io.BytesIO()
-    Image.fromarray((soft + grain).clip(0, 255).astype(np.uint8)).save(stream, "JPEG", quality=90)
+    Image.fromarray((soft + grain).clip(0, 255).astype(np.uint8)).save(stream, "JPEG", quality=85)
     return stream.getvalue()
 
 
