@@ -10,7 +10,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -76,6 +76,14 @@ class StepCost:
             f"intermediate results of {self.batch_size} images": self.activations,
         }
         return {name: size for name, size in named.items() if size}
+
+    def shared_by(self, devices: int) -> "StepCost":
+        """Return what each of some devices holds that share the network; without the block that is at work."""
+        own = {name: part // devices for name, part in (
+            ("weights", self.weights), ("gradients", self.gradients), ("optimizer", self.optimizer),
+            ("average", self.average),
+        )}  # fmt: skip
+        return replace(self, **own, peak=sum(own.values()) + self.frozen + self.activations)
 
     def in_words(self) -> str:
         """Return "about 24.8 GB: weights 4.7 GB, ..."."""
