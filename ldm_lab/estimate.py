@@ -313,6 +313,17 @@ CARDS = {
 }
 
 
+def images_per_second(cost: StepCost, flops: float, used: float) -> float:
+    """Return how many images a second a device trains on.
+
+    Args:
+        cost: of a step.
+        flops: what the device does at most in a second.
+        used: the share of it that is made use of.
+    """
+    return flops * used * cost.batch_size / (cost.flops + cost.recomputed)
+
+
 def peak_flops(device: str, precision: str, tf32: bool = True) -> float | None:
     """Return what a card can do at most in a second, or None if it is not known.
 
