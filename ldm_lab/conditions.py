@@ -6,8 +6,8 @@ The conditions of a batch are a dict of tensors whose first axis is the batch. W
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from ldm_lab.errors import UserError
 
 Conditions = dict[str, Tensor]  # name -> [B, ...]
+Stored = Literal["float16", "float32"]  # how a cache keeps numbers
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,12 @@ class Embedding:
 
     Attributes:
         optional: the conditions may lack it; a denoiser then leaves its layers for it out.
+        stored: how a cache keeps it.
     """
 
     width: int
     optional: bool = False
+    stored: Stored = field(default="float16", compare=False)
 
     def __str__(self) -> str:
         return f"embedding of {self.width}" + (", which may be missing" if self.optional else "")
@@ -45,10 +48,17 @@ class TokenIds:
 
 @dataclass(frozen=True)
 class TokenStates:
-    """States of a language model, float [B, length, width]; beside NAME travels NAME_mask, bool [B, length]."""
+    """States of a language model, float [B, length, width]; beside NAME travels NAME_mask, bool [B, length].
+
+    What lies behind the last place that the mask has means nothing, and a cache gives zeros for it.
+
+    Attributes:
+        stored: how a cache keeps them.
+    """
 
     width: int
     length: int
+    stored: Stored = field(default="float16", compare=False)
 
     def __str__(self) -> str:
         return f"token states, up to {self.length} of {self.width}"
@@ -56,10 +66,15 @@ class TokenStates:
 
 @dataclass(frozen=True)
 class ImageCondition:
-    """An image beside the noised one, float [B, channels, h / scale_factor, w / scale_factor]."""
+    """An image beside the noised one, float [B, channels, h / scale_factor, w / scale_factor].
+
+    Attributes:
+        stored: how a cache keeps it, if a conditioner gives one.
+    """
 
     channels: int
     scale_factor: int = 1
+    stored: Stored = field(default="float16", compare=False)
 
     def __str__(self) -> str:
         size = "" if self.scale_factor == 1 else f", 1/{self.scale_factor} of the size"

@@ -12,11 +12,13 @@ import pytest
 import torch
 from PIL import Image
 from pytorch_lightning import Callback
+from test_glide_training import UPSAMPLER, write
 from tiny import DENOISER, ROOT, embedding, make_run
 from tiny_glide import UNET, conditions
 
 from ldm_lab.checkpoints.files import read_pickled, read_safetensors
 from ldm_lab.config import build, load
+from ldm_lab.data.shapes import write_shards
 from ldm_lab.sharded import local
 from ldm_lab.training import diffusion, runner
 
@@ -45,7 +47,7 @@ class Weigh(Callback):
         states = [v for state in trainer.optimizers[0].state.values() for v in state.values()]
         held = {
             "parameters": sum(local(p.detach()).nbytes for p in task.model.parameters()),
-            "average": sum(local(p.detach()).nbytes for p in task.model_ema.parameters()),
+            "average": sum(local(p.detach()).nbytes for p in task.best_model.parameters()),
             "gradients": self.gradients,
             "optimizer": sum(local(value).nbytes for value in states),
         }
@@ -190,6 +192,31 @@ def test_a_shared_network_in_bfloat16_with_few_results_kept_and_batches_gathered
     train_in_two_processes(tmp_path, yaml, [[*several, "run=ddp"], [*several, "run=shared", SHARDED]])
     expected = losses(tmp_path, "ddp")
     assert losses(tmp_path, "shared") == {step: pytest.approx(loss, rel=5e-3) for step, loss in expected.items()}
+
+
+@pytest.mark.slow
+def test_a_shared_upsampler_with_a_frozen_part_draws_and_measures_what_ddp_s_does(tmp_path):
+    sections = {
+        **UPSAMPLER,
+        "optim": {"lr": 1e-4, "freeze": ["text_transformer"]},
+        "enlargements": {"every": 100, "images": 3, "sampling": {"sampler": {"name": "ddim", "steps": 2}}},
+        "held_out": {
+            "data": {"name": "webdataset", "shards": str(tmp_path / "held_out" / "*.tar"), "image_size": 16,
+                     "batch_size": 4, "require_text": True},
+            "every": 3,
+        },
+        "trainer": {"devices": 2, "max_steps": 3, "strategy": "ddp"},
+    }  # fmt: skip
+    write_shards(tmp_path / "held_out", count=12, shards=1, size=32, seed=5)  # three batches for two processes
+    yaml = write(tmp_path, **sections)
+    train_in_two_processes(tmp_path, yaml, [["run=ddp"], ["run=shared", SHARDED]])
+    expected = losses(tmp_path, "ddp")
+    assert losses(tmp_path, "shared") == {step: pytest.approx(loss, rel=1e-5) for step, loss in expected.items()}
+    drawn = [Image.open(tmp_path / f"runs/{run}/enlargements/step=00000001.png") for run in ("ddp", "shared")]
+    assert max(abs(a - b) for a, b in zip(*(picture.tobytes() for picture in drawn))) <= 2
+    measured = [float(read_safetensors(tmp_path / f"runs/{run}/best.safetensors")[1]["held_out_loss"])
+                for run in ("ddp", "shared")]  # fmt: skip
+    assert measured[0] == pytest.approx(measured[1], rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from ldm_lab.interfaces import (
     check_conditions,
     is_upsampler,
 )
+from ldm_lab.training.caching import encoder_differences, encoder_facts
 from ldm_lab.training.initial import (
     check_forms,
     differences,
@@ -178,9 +179,10 @@ class DiffusionTask(Task):
 
     def check_encoded_by(self, source: Source, where: str) -> None:
         """Raise UserError for a cache, described at a key path, that other frozen parts than the run's have made."""
-        for role, checksum in self.frozen_sha256.items():
-            if source.encoded_by.get(role, checksum) != checksum:
-                raise UserError(f"{where}.path: this cache was made with another {role} than {role}.weights")
+        for role, there in source.encoded_by.items():
+            here = encoder_facts(self.run_config[role], self.frozen_sha256.get(role))
+            if other := encoder_differences(role, there, here):
+                raise UserError(f"{where}.path: this cache was made with another {', '.join(other)}")
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

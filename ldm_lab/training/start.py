@@ -9,7 +9,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from ldm_lab.checkpoints.parts import part_downloads
 from ldm_lab.config import RunConfig
-from ldm_lab.data.cache import META, read_meta
+from ldm_lab.data.cache_files import META, read_meta
 from ldm_lab.data.source import Source
 from ldm_lab.downloads import Download, raise_refusals, refusals
 from ldm_lab.errors import UserError
