@@ -17,6 +17,7 @@ from ldm_lab.estimate import in_units
 from ldm_lab.processes import fail_together, quiet_lightning
 from ldm_lab.prompts import read_prompts
 from ldm_lab.training.caching import cache_options, is_complete, training_data
+from ldm_lab.training.compiling import compiler_told_in_one_line
 from ldm_lab.training.cost import RunCost
 from ldm_lab.training.disk import check_space
 from ldm_lab.training.nan_guard import FiniteGuard
@@ -55,10 +56,13 @@ def check(config: RunConfig) -> int:
         trainer = options.trainer([resume, finite, *drawing], [], 1, Path(scratch))
         if options.channels_last:
             task.to(memory_format=torch.channels_last)
+        if options.compile != "none":
+            print(task.compile_network(options.compile))
         check_space(folder, task, config.part("checkpoint").build(folder, finite), max_steps)
         announce(config, folder, resume.path, changes, task)
         cost = RunCost(task)
-        step(trainer, task, data, resume, cost)
+        with compiler_told_in_one_line(options.compile):
+            step(trainer, task, data, resume, cost)
         report(trainer, task, cost)
     return 0
 
