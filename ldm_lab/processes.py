@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from pytorch_lightning import Trainer
 from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -33,6 +34,12 @@ def trainer_options(where: str) -> Iterator[None]:
         yield
     except (MisconfigurationException, ValueError, RuntimeError, TypeError) as error:
         raise UserError(f"{where}: {first_line(error)}") from None
+
+
+def leave_process_group() -> None:
+    """Leave the process group, if there is one; a process that ends inside it may abort."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from ldm_lab.config import RunConfig, to_yaml
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.data.waiting import ReadingError
 from ldm_lab.errors import told_in_one_line
-from ldm_lab.processes import fail_together, quiet_lightning
+from ldm_lab.processes import fail_together, leave_process_group, quiet_lightning
 from ldm_lab.training.caching import training_data
 from ldm_lab.training.callbacks import Bookkeeping, RunCallbacks
 from ldm_lab.training.checkpointing import LAST
@@ -123,12 +123,6 @@ def training_now(trainer: Trainer) -> str:
     """Return what a Trainer is doing, in words."""
     batch = trainer.datamodule.source.batch_size
     return f"training at step {trainer.global_step + 1} with batches of {batch}"
-
-
-def leave_process_group() -> None:
-    """Leave the process group, if there is one; a process that ends inside it may abort."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 @rank_zero_only
