@@ -88,7 +88,7 @@ class DiffusionTask(Task):
         keep = torch.rand(len(x0), device=self.device) > self.dropout  # [B]
         conditions = drop(conditions, self.conditioner.null(conditions), keep)
         conditions |= self.from_sources(batch, x0)
-        drawn = self.objective.times(self.timesteps(self.batches_seen, len(x0)))  # [B], on the CPU
+        drawn = self.objective.times(self.timesteps(self.samples_seen, len(x0)))  # [B], on the CPU
         t = drawn.to(x0, non_blocking=True)  # [B]
         noise = torch.randn_like(x0)  # [B, C, h, w]
         terms = self.objective.loss_terms(self.model, x0, conditions, t, noise)  # {"loss": [B], ...}

@@ -84,4 +84,4 @@ class Sharded(ModelParallelStrategy):
 
 def _shared(value: Tensor, parameter: Tensor) -> Tensor:
     """Return a process's share of what an optimizer keeps of a parameter; a count of steps is everyone's."""
-    return shared_like(value, parameter) if value.shape == parameter.shape else value
+    return shared_like(value, parameter) if value.shape == parameter.shape else value.clone()

@@ -73,10 +73,12 @@ class TrainerOptions:
         if self.threads:
             torch.set_num_threads(self.threads)
         torch.set_float32_matmul_precision(self.matmul_precision)
-        plugins: list[SafeCheckpointIO | ClusterEnvironment] = [SafeCheckpointIO()]
+        options, shared = dict(self.options), self.options["strategy"] == FSDP2
+        if shared:
+            options["strategy"] = Sharded()
+        plugins: list[SafeCheckpointIO | ClusterEnvironment] = [SafeCheckpointIO(lazily=shared)]
         if SLURMEnvironment.detect():  # Lightning would save in its signal handler, and requeue the job
             plugins.append(SLURMEnvironment(auto_requeue=False))
-        options = {**self.options, "strategy": Sharded()} if self.options["strategy"] == FSDP2 else self.options
         with trainer_options("trainer"):
             trainer = Trainer(
                 **options, max_epochs=-1, callbacks=callbacks, logger=loggers, plugins=plugins,
