@@ -59,7 +59,8 @@ class CacheOptions:
                 without the times, as copies have others; or not at all.
             crops: random crops of each image, for data.crop=random; null makes 1. Each epoch takes the next one.
             flip: keep each crop mirrored, too; null does not, and data.flip mirrors it once or not at all.
-            precision: of the encoders' arithmetic; null makes it with 32-true.
+            precision: of the encoders' arithmetic; null makes it with 32-true, or with bf16-mixed if autoencoder and
+                conditioner are both of precision bf16.
             limit: encode so many images alone, evenly spread; null encodes all.
         """
         self.folder, self.compared = Path(folder).expanduser(), check
@@ -246,7 +247,9 @@ def with_choices(config: RunConfig) -> RunConfig:
     """Return a config in whose section `cache` nothing is left open: a cache that was begun is ended as it began."""
     folder, given = cache_options(config).folder, config.part("cache").options
     begun = read_meta(folder).description if (folder / META).is_file() else {}
-    choices = {"crops": 1, "flip": False, "precision": PassOptions.precision, "limit": None}
+    both_in_bf16 = all(config[role].get("precision") == "bf16" for role in ENCODERS)
+    precision = "bf16-mixed" if both_in_bf16 else PassOptions.precision
+    choices = {"crops": 1, "flip": False, "precision": precision, "limit": None}
     for key in choices:
         if given.get(key) is not None:
             choices[key] = given[key]

@@ -16,6 +16,7 @@ from ldm_lab.processes import fail_together, leave_process_group, quiet_lightnin
 from ldm_lab.training.caching import training_data
 from ldm_lab.training.callbacks import Bookkeeping, RunCallbacks
 from ldm_lab.training.checkpointing import LAST
+from ldm_lab.training.compiling import compiler_told_in_one_line
 from ldm_lab.training.disk import check_space
 from ldm_lab.training.interrupt import STOPPED, Interrupt
 from ldm_lab.training.lock import RunLock
@@ -85,9 +86,12 @@ def _run(config: RunConfig, folder: Path, lock: RunLock) -> int:
     trainer = options.trainer(callbacks.in_order(), loggers, logging.every, folder)
     if options.channels_last:
         task.to(memory_format=torch.channels_last)
+    if options.compile != "none":
+        print_rank_zero(task.compile_network(options.compile))
     check_space(folder, task, callbacks.checkpoint, trainer.max_steps)
     announce(config, folder, resume.path, changes, task)
-    stopped = fit(trainer, task, data, callbacks)
+    with compiler_told_in_one_line(options.compile):
+        stopped = fit(trainer, task, data, callbacks)
     summary = data.summary(callbacks.bookkeeping.data_states)
     report(trainer, folder, summary, stopped, before.get("global_step", 0), callbacks.checkpoint.saved_at)
     leave_process_group()
