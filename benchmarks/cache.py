@@ -24,13 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a ch
 
 from ldm_lab import ema
 from ldm_lab.batch import Batch
+from ldm_lab.checkpoints.parts import load_part
 from ldm_lab.config import RunConfig, load
+from ldm_lab.data.cache import ENCODERS
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.data.jobs import PassOptions
 from ldm_lab.training.caching import make_cache, training_data
 from ldm_lab.training.diffusion import drop
 from ldm_lab.training.runner import build_task
-from ldm_lab.training.task import Task
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -65,20 +66,21 @@ def batches(config: RunConfig, cached: bool, epochs: int | None = None) -> Itera
 
 
 @torch.no_grad()
-def plain_cache(config: RunConfig, task: Task, folder: Path) -> None:
-    """Encode all images as they come, whole batches in fp32, and write what comes of it."""
+def plain_cache(config: RunConfig, folder: Path) -> None:
+    """Load the encoders, encode all images as they come, whole batches in fp32, and write what comes of it."""
+    autoencoder, conditioner = (load_part(role, config[role]) for role in ENCODERS)
     found: dict[str, list[torch.Tensor]] = {}
     for batch in batches(config, cached=False, epochs=1):
         if not len(batch):
             continue
-        mean, logvar = task.autoencoder.moments(batch.image)  # [B, C, h, w] each
-        made = {"mean": mean, "logvar": logvar, **task.conditioner.from_batch(batch)}
+        mean, logvar = autoencoder.moments(batch.image)  # [B, C, h, w] each
+        made = {"mean": mean, "logvar": logvar, **conditioner.from_batch(batch)}
         for name, values in made.items():
             found.setdefault(name, []).append(values.half())
     save_file({name: torch.cat(parts) for name, parts in found.items()}, folder / "plain.safetensors")
 
 
-def creation(config: RunConfig, task: Task, folder: Path, batch_size: int, rounds: int) -> dict[str, float]:
+def creation(config: RunConfig, folder: Path, batch_size: int, rounds: int) -> dict[str, float]:
     """Return the seconds of the ways to encode everything."""
     counter = iter(range(10**6))
 
@@ -89,7 +91,7 @@ def creation(config: RunConfig, task: Task, folder: Path, batch_size: int, round
         make_cache(own, PassOptions(batch_size, workers=0, accelerator="cpu"))
 
     ways = {
-        "plain": lambda: plain_cache(config, task, folder),
+        "plain": lambda: plain_cache(config, folder),
         "new": lambda: new("32-true"),
         "new, bf16": lambda: new("bf16-mixed"),
     }
@@ -167,6 +169,7 @@ def main() -> None:
     add("--batch-size", type=int, default=64)
     add("--steps", type=int, default=8, help="in a turn (%(default)s)")
     add("--rounds", type=int, default=5, help="of turns (%(default)s)")
+    add("--only", choices=("creation", "training"), help="one of the two")
     add("--autoencoder", help="weights of another one than the quickstart's, such as kl-f8")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -188,11 +191,13 @@ def main() -> None:
         ]
         config = load(ROOT / "configs" / "quickstart.yaml", overrides)
         config["data"].build().prepare()
-        task = build_task(config)
-        made = creation(config, task, folder, args.batch_size, max(2, args.rounds // 2))
-        print(f"\ncreation, {args.images} images of {args.side} px, batches of {args.batch_size}:")
-        for way, spent in made.items():
-            print(f"  {way:14} {1e3 * spent / args.images:7.2f} ms an image   {made['plain'] / spent:5.2f}x")
+        if args.only != "training":
+            made = creation(config, folder, args.batch_size, max(2, args.rounds // 2))
+            print(f"\ncreation, {args.images} images of {args.side} px, batches of {args.batch_size}:")
+            for way, spent in made.items():
+                print(f"  {way:14} {1e3 * spent / args.images:7.2f} ms an image   {made['plain'] / spent:5.2f}x")
+        if args.only == "creation":
+            return
         trained = training(config, args.steps, args.rounds)
         print(f"training, batches of {args.batch_size}, a step:")
         for way, spent in trained.items():
