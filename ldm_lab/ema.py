@@ -55,10 +55,16 @@ def averaged_copy(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def update(average: nn.Module, model: nn.Module, decay: float) -> None:
+def update(average: nn.Module, model: nn.Module, decay: float, left_out: torch.Tensor | None = None) -> None:
     """Move `average` toward `model`: average * decay + model * (1 - decay).
 
     Buffers and frozen parameters are copied: what does not move must not change by rounding either.
+
+    Args:
+        average: a copy of the model.
+        model: the network.
+        decay: share of the average that stays.
+        left_out: 1 if the model's step was left out, and the average does not move either; else 0, [].
     """
     pairs = list(zip(average.parameters(), model.parameters()))
     ours: Sequence[torch.Tensor] = [mine for mine, its in pairs if its.requires_grad]
@@ -66,8 +72,11 @@ def update(average: nn.Module, model: nn.Module, decay: float) -> None:
     for mine, its in pairs:
         if not its.requires_grad:
             mine.copy_(its)
-    torch._foreach_mul_(ours, decay)
-    torch._foreach_add_(ours, theirs, alpha=1 - decay)
+    if left_out is None:
+        torch._foreach_lerp_(ours, theirs, 1 - decay)
+    else:  # as tensors, so that the host need not know
+        weights = {dtype: (1 - left_out.to(dtype)) * (1 - decay) for dtype in {mine.dtype for mine in ours}}  # [] each
+        torch._foreach_lerp_(ours, theirs, [weights[mine.dtype] for mine in ours])
     for mine, its in zip(average.buffers(), model.buffers()):
         mine.copy_(its)
 

@@ -79,6 +79,7 @@ ROLES = {
     "logging": Role("ldm_lab.training.logs"),
     "trainer": Role("ldm_lab.training.trainer"),
     "resume": Role("ldm_lab.training.resume"),
+    "guard": Role("ldm_lab.training.guard"),
     "rule": Role("ldm_lab.rules"),
     "selection": Role("ldm_lab.curation.metadata", listed=False),
     "engine": Role("ldm_lab.curation.metadata", listed=False),

@@ -65,6 +65,7 @@ class EMASnapshots(Callback):
         for average in self.averages.values():
             kept = {name: average.get(name, weight).to(weight.device, torch.float32) for name, weight in own.items()}
             average.update({name: value.clone() for name, value in kept.items()})
+        task.followers = [value for average in self.averages.values() for value in average.values()]
         later = [path for path in self.folder.glob("*.safetensors") if int(path.name.partition("-")[0]) > self.updates]
         for path in later:
             path.unlink()
@@ -82,8 +83,10 @@ class EMASnapshots(Callback):
         self.step = trainer.global_step
         self.updates += 1
         weights = [weight.float() for weight in trained(task.model).values()]
+        left_out = task.detector.last.left_out  # [], on the device
         for width, average in self.averages.items():
-            torch._foreach_lerp_([*average.values()], weights, 1 - PowerAverage(width, self.updates).decay())
+            share = (1 - left_out) * (1 - PowerAverage(width, self.updates).decay())  # []
+            torch._foreach_lerp_([*average.values()], weights, [share] * len(weights))
         if self.updates % self.every == 0:
             for width, average in self.averages.items():
                 facts = {WIDTH: str(width), UPDATES: str(self.updates)}

@@ -57,7 +57,6 @@ class PartTask(Task):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def trained_modules(self) -> list[nn.Module]:
-        """Return all that the optimizer trains."""
         return [self.model, self.loss]
 
     def initial_weights(self, path: str) -> tuple[dict[str, Tensor], str]:

@@ -9,8 +9,10 @@ import torch
 from pytorch_lightning import Callback, LightningModule
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.plugins.precision import MixedPrecision
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from ldm_lab import ema
 from ldm_lab.batch import Batch
@@ -18,6 +20,8 @@ from ldm_lab.checkpoints.files import FORMAT
 from ldm_lab.checkpoints.parts import load_strictly, weights_sha256
 from ldm_lab.config import FROZEN, RunConfig
 from ldm_lab.data.datamodule import RankState
+from ldm_lab.training.divergence import Detector, total_norm
+from ldm_lab.training.gradients import Gate, Parameters, RunningStatistics, clip_gradients, gradient_norm
 from ldm_lab.training.optim import Optim
 from ldm_lab.training.run_state import Checkpoint, RunState, take_back
 
@@ -52,14 +56,19 @@ class Task(LightningModule):
     Random numbers: before every batch torch's global generators are seeded from (seed, rank, batches seen), so that
     whatever `training_step` draws is repeated by a resumed run and differs between ranks.
 
-    Steps: `trainer.global_step` counts optimizer steps; every task has one optimizer.
+    Steps: `trainer.global_step` counts optimizer steps; every task has one optimizer. Before each one its loss and
+    gradient are looked at (`detector`), on the device: a step that must not be learned from changes neither weights nor
+    averages. It counts all the same, as its batches do.
     """
 
     ROLES: ClassVar[tuple[str, ...]] = ()
     REQUIRED: ClassVar[tuple[str, ...]] = ("data",)
     NETWORK: ClassVar[tuple[str, ...]] = ()
     PART: ClassVar[str | None] = None
-    SECTIONS: ClassVar[tuple[str, ...]] = ("data", "optim", "ema", "trainer", "checkpoint", "logging", "resume")
+    SECTIONS: ClassVar[tuple[str, ...]] = (
+        *("data", "optim", "ema", "trainer", "checkpoint", "logging", "resume"),
+        *("guard",),
+    )
 
     def __init__(self, config: RunConfig, read_weights: bool = True) -> None:
         """Build what all tasks have.
@@ -79,6 +88,10 @@ class Task(LightningModule):
         self.frozen_sha256 = {role: checksum for role, checksum in checksums.items() if checksum is not None}
         self.batches_seen = 0  # on this rank, since the run's very first batch
         self.at_step: AtStep | None = None  # while the batches of a step are incomplete, where the one before ended
+        self.detector = Detector()
+        self.gate: Gate | None = None
+        self.followers: list[Tensor] = []  # averages of the weights outside of this module, which rollbacks bring back
+        self.running_statistics: RunningStatistics | None = None
 
     def set_model(self, model: nn.Module) -> None:
         """Take a network as the one to be trained, and start its average if the config has a section `ema`."""
@@ -115,11 +128,37 @@ class Task(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         torch.manual_seed(batch_seed(self.seed, self.global_rank, self.batches_seen))
+        if self.running_statistics is None:
+            self.running_statistics = RunningStatistics(self.trained_modules())
+        if self.at_step is None:
+            self.running_statistics.keep()
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.optim.optimizer(self.model)
         scheduler = self.optim.scheduler(optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        scaler = self.scaler
+        self.detector.add(loss if scaler is None else loss / scaler.scale(loss.new_ones(())))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Judge the step by its loss and its gradient, whose norm is logged; clip. Lightning calls it in every step."""
+        if self.gate is None or self.gate.optimizer is not optimizer:
+            self.gate = Gate(optimizer, self.scaler)
+        self.gate.unscale()
+        norm = self.clip(self.clipped_apart(optimizer), gradient_clip_val)
+        left_out = self.detector.judge(norm, scaled=self.scaler is not None)
+        self.gate.leave_out(left_out)
+        if self.running_statistics is not None:
+            self.running_statistics.put_back(left_out)
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            self.log("train/grad_norm", norm)
 
     def optimizer_step(
         self,
@@ -134,7 +173,8 @@ class Task(LightningModule):
     def after_optimizer_step(self, steps_done: int) -> None:
         """Update the average. Unlike the original, which was one step late, it includes the step just taken."""
         if self.model_ema is not None:
-            ema.update(self.model_ema, self.model, self.ema_schedule.at(steps_done))
+            left_out = None if self.detector.last is None else self.detector.last.left_out
+            ema.update(self.model_ema, self.model, self.ema_schedule.at(steps_done), left_out)
 
     def count_batch(self, batch: Batch, completes_step: bool) -> None:
         """Note that a batch was trained on, and whether an optimizer step ended with it."""
@@ -166,6 +206,33 @@ class Task(LightningModule):
         self.trainer.datamodule.load_rank_states(run["data"], self.global_rank)
 
     # ------------------------------------------------------------------------------------------------ for subclasses
+
+    def trained_modules(self) -> list[nn.Module]:
+        """Return all that the optimizer trains."""
+        return [self.model]
+
+    def clipped_apart(self, optimizer: torch.optim.Optimizer) -> list[Parameters]:
+        """Return the parameters of each network whose gradient is clipped by its own norm."""
+        return [[p for group in optimizer.param_groups for p in group["params"]]]
+
+    @staticmethod
+    def clip(networks: list[Parameters], limit: float | None) -> Tensor:
+        """Clip each network's gradient to a norm of at most `limit`, if there is one.
+
+        Returns:
+            The norm of all of them together before they were clipped, [].
+        """
+        networks = [parameters for parameters in networks if any(p.grad is not None for p in parameters)]
+        norms = [gradient_norm(parameters) for parameters in networks]  # [] each
+        for parameters, norm in zip(networks, norms) if limit else ():
+            clip_gradients(parameters, limit, norm)
+        return total_norm(norms)
+
+    @property
+    def scaler(self) -> GradScaler | None:
+        """The gradient scaler of fp16; None in other precisions."""
+        precision = self.trainer.precision_plugin
+        return precision.scaler if isinstance(precision, MixedPrecision) else None
 
     def log_means(self, values: dict[str, Tensor], batch_size: int) -> None:
         """Log scalars under `train/`, the mean over ranks at each logging step, and the learning rate."""

@@ -13,6 +13,7 @@ from ldm_lab.errors import UserError
 from ldm_lab.processes import trainer_options
 from ldm_lab.training.checkpointing import SafeCheckpointIO
 from ldm_lab.training.interrupt import seconds
+from ldm_lab.training.logs import print_rank_zero
 
 # None whose weights, and so whose average, are halved.
 Precision = Literal["32-true", "16-mixed", "bf16-mixed", "64-true", "32", "16", "64", "bf16", 32, 16, 64]
@@ -82,8 +83,14 @@ class TrainerOptions:
         if SLURMEnvironment.detect():  # Lightning would save in its signal handler, and requeue the job
             plugins.append(SLURMEnvironment(auto_requeue=False))
         with trainer_options("trainer"):
-            return Trainer(
+            trainer = Trainer(
                 **self.options, max_epochs=-1, callbacks=callbacks, logger=loggers, plugins=plugins,
                 log_every_n_steps=log_every, enable_checkpointing=False, enable_model_summary=False,
                 default_root_dir=folder, use_distributed_sampler=False, num_sanity_val_steps=0, limit_val_batches=0,
             )  # fmt: skip
+        asked = str(self.options["precision"])
+        if asked.startswith("16") and not trainer.precision.startswith("16"):
+            print_rank_zero(
+                f"trainer.precision: {asked} needs a GPU, Lightning makes {trainer.precision} of it on a CPU"
+            )
+        return trainer
