@@ -253,6 +253,9 @@ class Denoiser(Part, nn.Module):
         architecture_keys: options that a checkpoint to begin with has to share, because with others its tensors are of
             other places.
         unordered_keys: those of them that are lists whose order has no meaning.
+        block_types: classes of the modules that run one after the other, none inside another, and each called as a
+            whole: training may compile them, or share them out over the devices, one by one; () takes the network as
+            one.
         most_guidance: the largest guidance that models of this kind are known to take, above which users are warned;
             16, of fine-tuned GLIDEs, where nothing else is known.
     """
@@ -261,9 +264,14 @@ class Denoiser(Part, nn.Module):
     time_input: TimeInput = "t"
     learns_variance: bool | None = None
     multiple_of: int = 1
+    block_types: tuple[type[nn.Module], ...] = ()
     architecture_keys: ClassVar[tuple[str, ...]] = ()
     unordered_keys: ClassVar[tuple[str, ...]] = ()
     most_guidance: ClassVar[float] = 16.0
+
+    def block_modules(self) -> list[nn.Module]:
+        """Return the modules of `block_types`, in the order in which they were made."""
+        return [module for module in self.modules() if isinstance(module, self.block_types)]
 
     def adapt_state_dict(self, state: dict[str, Tensor], spec: ConditionSpec) -> dict[str, Tensor]:
         """Return weights of a network that is told less than this one, with places for what it is not told.

@@ -24,7 +24,7 @@ from ldm_lab.errors import UserError
 # rest concerns the run alone.
 RUN_SECTIONS = (
     *("data", "resume", "init_from", "logging", "trainer", "checkpoint", "guard", "imports"),
-    *("demo", "enlargements", "inpaintings", "ema_snapshots"),
+    *("demo", "enlargements", "inpaintings", "ema_snapshots", "held_out"),
 )
 AVERAGED, RAW = "model_ema.", "model."  # prefixes of the trained network's tensors in a run's checkpoint
 LATENT_STATISTICS = ("latent_mean", "latent_std")  # an autoencoder's buffers, [] or [C]
@@ -40,6 +40,7 @@ def save_part(
     section: Mapping[str, Plain],
     extra: dict[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
+    state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a part's weights with the config that rebuilds it.
 
@@ -49,12 +50,14 @@ def save_part(
         section: its config section, of which the keys of its architecture are stored.
         extra: further text metadata, such as what was measured.
         dtype: of the stored weights; float16 halves the file. Single numbers, statistics and tables stay exact.
+        state: the weights, by default the module's own.
     """
     role, name = module.part_role, module.part_name
     architecture = {key: value for key, value in section.items() if key not in ("name", *use_keys(role))}
     config = json.dumps({"name": name, **architecture})
     weights = {name for name, value in module.named_parameters() if value.ndim}
-    state = {name: value.to(dtype) if name in weights else value for name, value in module.state_dict().items()}
+    state = module.state_dict() if state is None else state
+    state = {name: value.to(dtype) if name in weights else value for name, value in state.items()}
     write_safetensors(path, state, {"format": FORMAT, "role": role, "config": config, **(extra or {})})
 
 

@@ -66,6 +66,7 @@ class CCLDUNet(Denoiser):
         embed = required_condition(conditions, "embed", Embedding, self.part_name)
         self.spec = {"embed": embed}
         self.multiple_of = 2 ** (len(multipliers) - 1)
+        self.block_types = (ConvBlock, SelfAttention)
         widths = [base_channels * multiplier for multiplier in multipliers]
 
         self.mapping_timestep_embed = FourierFeatures(MAPPING_FEATURES)

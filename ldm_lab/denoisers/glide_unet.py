@@ -18,7 +18,16 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm_lab.conditions import UPSAMPLER_ALONE
 from ldm_lab.config import PositiveInt, ShareBelowOne, check_options, register, signature_options
-from ldm_lab.denoisers.glide_layers import AttentionBlock, Builder, GroupNorm, LayerNorm, ResBlock, Transformer, zeroed
+from ldm_lab.denoisers.glide_layers import (
+    AttentionBlock,
+    Builder,
+    GroupNorm,
+    LayerNorm,
+    ResBlock,
+    TextBlock,
+    Transformer,
+    zeroed,
+)
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import (
     ConditionKind,
@@ -101,10 +110,10 @@ class GlideUNet(Denoiser):
         check_options(GlideUNet, **given)
         self.spec = _taken(conditions, channels, self.part_name)
         self.channels, self.base_channels, self.clip_positions = channels, base_channels, clip_positions
-        self.checkpointing = gradient_checkpointing
-        self.multiple_of, self.learns_variance = 2 ** (len(multipliers) - 1), learn_variance
+        self.block_types = (TextBlock, ResBlock, AttentionBlock)
+        self.checkpointing, self.learns_variance = gradient_checkpointing, learn_variance
         self._add_text(text_width, text_layers, text_heads)
-        widths = [base_channels * multiplier for multiplier in multipliers]
+        self.multiple_of, widths = 2 ** (len(multipliers) - 1), [base_channels * times for times in multipliers]
         build = Builder(blocks_per_level, attention, head_width, norm_groups, dropout, text_width, 4 * base_channels)
         self._add_unet(build, widths, channels * (1 + learn_variance))
         self._initialize_embeddings()

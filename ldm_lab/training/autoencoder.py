@@ -171,17 +171,15 @@ class AutoencoderTask(PartTask):
     def callbacks(self, folder: Path) -> list[Callback]:
         return [self.run_config["reconstructions"].build(folder)] if "reconstructions" in self.run_config else []
 
-    def export(self, folder: Path, dtype: torch.dtype) -> None:
+    def export(self, folder: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
         """Write `autoencoder.safetensors`, its latent std measured on the last batches that were trained on."""
         images = (levels.to(self.device).float() / 127.5 - 1 for levels in self.recent)  # [B, 3, H, W] each
         trained = self.best_model.training
         std = measure_scale(self.best_model.eval(), images)
+        self.best_model.train(trained)
         count = sum(map(len, self.recent))
         print_rank_zero(f"{self.FILE}: latent std {std:.4f}, measured on the last {count:,} images")
-        before = self.best_model.latent_std.clone()  # []
-        self.best_model.latent_std.fill_(std)
-        super().export(folder, dtype)
-        self.best_model.train(trained).latent_std.copy_(before)
+        super().export(folder, {**weights, "latent_std": torch.tensor(std)}, dtype)
 
     def facts(self) -> dict[str, str]:
         return {**super().facts(), "scale_images": str(sum(map(len, self.recent)))}

@@ -79,7 +79,9 @@ class CaptionedGrids(Reconstructions):
         return self.levels.to(device) / 127.5 - 1  # [n, 3, H, W]
 
     def write(self, trainer: Trainer, picture: Image.Image, rows: str) -> None:
-        """Write and log a grid, whose rows are described from above."""
+        """Write and log a grid, whose rows are described from above, on rank 0."""
+        if not trainer.is_global_zero:
+            return
         caption = f"step {trainer.global_step}: {rows}"
         path = self.folder / self.part_name / f"step={trainer.global_step:08d}.png"
         save_png(path, picture, {"step": str(trainer.global_step), "description": caption})

@@ -14,6 +14,7 @@ from ldm_lab.config import NonNegativeInt, PositiveFloat, PositiveInt, register
 from ldm_lab.data.waiting import ReadingError
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import atomic_write, existing_file
+from ldm_lab.sharded import whole_state
 from ldm_lab.training.guard import Guard
 from ldm_lab.training.logs import log_before_saving, print_rank_zero
 from ldm_lab.training.run_state import Checkpoint
@@ -126,10 +127,12 @@ class Checkpointing(Callback):
         log_before_saving(trainer)
         trainer.save_checkpoint(self.folder / LAST, weights_only=False)
         self.saved_here = True
+        weights = whole_state(task.best_model)  # where the ranks share the network, all have to take part in this
         if not trainer.is_global_zero:
             return
         verify(self.folder / LAST, step)
-        task.export(self.folder, self.export_dtype)
+        task.export(self.folder, weights, self.export_dtype)
+        del weights
         if self.keep and self.is_numbered(step):
             numbered = self.folder / f"step={step:08d}.ckpt"
             link_or_copy(self.folder / LAST, numbered)

@@ -67,7 +67,10 @@ class Demo(Callback):
     @told_in_one_line(lambda: "drawing the demo grid", "a smaller demo.sampling.batch_size or fewer prompts need less")
     def draw(self, trainer: Trainer, task: DiffusionTask) -> None:
         """Sample this rank's share of the prompts; rank 0 gathers, writes and logs the grid."""
-        mine = range(trainer.global_rank, len(self.prompts), trainer.world_size)
+        # As many pictures on each rank, and so as many runs of a network that they may share: the last one is repeated.
+        rounds = -(-len(self.prompts) // trainer.world_size)
+        places = range(trainer.global_rank, rounds * trainer.world_size, trainer.world_size)
+        mine = [min(place, len(self.prompts) - 1) for place in places]
         with torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else []):
             images = self.pipeline(trainer, task)(
                 [self.prompts[i] for i in mine], self.options, seeds=[self.options.seed + i for i in mine]

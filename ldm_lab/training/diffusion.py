@@ -14,6 +14,7 @@ from ldm_lab.checkpoints.native import save_model
 from ldm_lab.checkpoints.parts import load_part
 from ldm_lab.condition_sources import build_sources, given_conditions
 from ldm_lab.config import ConditionerUse, PartConfig, RunConfig, register
+from ldm_lab.data.source import Source
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import (
     Autoencoder,
@@ -48,7 +49,7 @@ class DiffusionTask(Task):
 
     ROLES = (
         *("autoencoder", "conditioner", "condition_sources", "denoiser", "objective"),
-        *("cache", "demo", "enlargements", "inpaintings", "ema_snapshots"),
+        *("cache", "demo", "enlargements", "inpaintings", "ema_snapshots", "held_out"),
     )
     REQUIRED = ("data", "autoencoder", "conditioner", "denoiser", "objective")
     NETWORK = ("denoiser", "objective")
@@ -152,13 +153,16 @@ class DiffusionTask(Task):
                 f"make blurred ones; data.min_size={size} skips them"
             )
 
+    def check_encoded_by(self, source: Source, where: str) -> None:
+        """Raise UserError for a cache, described at a key path, that other frozen parts than the run's have made."""
+        for role, checksum in self.frozen_sha256.items():
+            if source.encoded_by.get(role, checksum) != checksum:
+                raise UserError(f"{where}.path: this cache was made with another {role} than {role}.weights")
+
     def on_fit_start(self) -> None:
         super().on_fit_start()
         self.check_least_size(self.run_config["data"])
-        made_with = self.trainer.datamodule.source.encoded_by
-        for role, checksum in self.frozen_sha256.items():
-            if made_with.get(role, checksum) != checksum:
-                raise UserError(f"data.path: this cache was made with another {role} than {role}.weights")
+        self.check_encoded_by(self.trainer.datamodule.source, "data")
         timestep_sampler = TIMESTEP_SAMPLERS[self.objective.timestep_sampler]
         self.timesteps = timestep_sampler(self.seed, self.global_rank, self.trainer.world_size)
 
@@ -181,7 +185,7 @@ class DiffusionTask(Task):
         return state, f"weights of {path} (step {extra.get('step', 'unknown')})"
 
     def callbacks(self, folder: Path) -> list[Callback]:
-        named = ("demo", "enlargements", "inpaintings", "ema_snapshots")
+        named = ("demo", "enlargements", "inpaintings", "ema_snapshots", "held_out")
         sections = {role: self.run_config.get(role) for role in named}
         if sections["demo"] is not None and is_upsampler(self.model.spec):
             raise UserError("demo: an upsampler makes no picture of a prompt alone; `enlargements` draws what it makes")
@@ -197,9 +201,9 @@ class DiffusionTask(Task):
         super().on_save_checkpoint(checkpoint)
         checkpoint[FORMAT]["model"] = self.model_config().to_dict()
 
-    def export(self, folder: Path, dtype: torch.dtype) -> None:
+    def export(self, folder: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
         """Write `ema.safetensors`: the averaged denoiser with the config that rebuilds it."""
-        self.write_model(folder / "ema.safetensors", self.best_model.state_dict(), dtype, {})
+        self.write_model(folder / "ema.safetensors", weights, dtype, {})
 
     def write_model(self, path: Path, state: dict[str, Tensor], dtype: torch.dtype, facts: dict[str, str]) -> None:
         """Write weights of the denoiser with the config that rebuilds it, and further facts."""

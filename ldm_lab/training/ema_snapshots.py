@@ -13,6 +13,7 @@ from ldm_lab.batch import Batch
 from ldm_lab.checkpoints.snapshots import FOLDER, UPDATES, WIDTH
 from ldm_lab.config import PositiveInt, register
 from ldm_lab.ema import WIDEST, PowerAverage
+from ldm_lab.sharded import is_sharded, local, shared_like, whole_tensors
 from ldm_lab.training.diffusion import DiffusionTask
 
 
@@ -28,7 +29,8 @@ class EMASnapshots(Callback):
     """Keep power-function averages of the trained weights, and write them every N optimizer steps (in float16).
 
     Karras et al. 2024 (arXiv 2312.02696, section 3). Each average takes the memory of one more copy of the weights on
-    the first device, and each snapshot two bytes a weight on the disk; none is deleted.
+    the first device (where the devices share the network, of one more share on each), and each snapshot two bytes a
+    weight on the disk; none is deleted.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class EMASnapshots(Callback):
         self.updates = 0
         self.averages: dict[float, dict[str, Tensor]] = {}
         self.step = -1
+        self.keeps = False  # on this rank
 
     @staticmethod
     def check(*, widths: Sequence[float]) -> list[str]:
@@ -57,15 +60,21 @@ class EMASnapshots(Callback):
 
     def on_train_start(self, trainer: Trainer, task: DiffusionTask) -> None:
         self.step = trainer.global_step
-        if not trainer.is_global_zero:
+        self.keeps = trainer.is_global_zero or is_sharded(task.model)
+        if not self.keeps:
             return
         own = trained(task.model)
         if self.averages.keys() != {*self.widths}:  # there are none yet, or other ones are wanted from here on
             self.averages, self.updates = {width: {} for width in self.widths}, 0
         for average in self.averages.values():
-            kept = {name: average.get(name, weight).to(weight.device, torch.float32) for name, weight in own.items()}
-            average.update({name: value.clone() for name, value in kept.items()})
+            kept = {name: shared_like(average.get(name, weight), weight) for name, weight in own.items()}
+            average.update({n: value.to(own[n].device, torch.float32, copy=True) for n, value in kept.items()})
         task.followers = [value for average in self.averages.values() for value in average.values()]
+        if trainer.is_global_zero:
+            self.remove_later()
+
+    def remove_later(self) -> None:
+        """Delete the snapshots of a course that this run does not go on with."""
         later = [path for path in self.folder.glob("*.safetensors") if int(path.name.partition("-")[0]) > self.updates]
         for path in later:
             path.unlink()
@@ -78,23 +87,30 @@ class EMASnapshots(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, task: DiffusionTask, outputs: Tensor, batch: Batch, index: int
     ) -> None:
-        if not trainer.is_global_zero or trainer.global_step == self.step:
+        if not self.keeps or trainer.global_step == self.step:
             return
         self.step = trainer.global_step
         self.updates += 1
-        weights = [weight.float() for weight in trained(task.model).values()]
+        weights = [local(weight).float() for weight in trained(task.model).values()]
         left_out = task.detector.last.left_out  # [], on the device
         for width, average in self.averages.items():
+            averages = [local(value) for value in average.values()]
             share = (1 - left_out) * (1 - PowerAverage(width, self.updates).decay())  # []
-            torch._foreach_lerp_([*average.values()], weights, [share] * len(weights))
+            torch._foreach_lerp_(averages, weights, [share] * len(weights))
         if self.updates % self.every == 0:
-            for width, average in self.averages.items():
+            self.write(trainer, task)
+
+    def write(self, trainer: Trainer, task: DiffusionTask) -> None:
+        """Write a snapshot of each average, on rank 0; all ranks that keep averages take part."""
+        for width, average in self.averages.items():
+            weights = whole_tensors({**task.model.state_dict(), **average})
+            if trainer.is_global_zero:
                 facts = {WIDTH: str(width), UPDATES: str(self.updates)}
                 path = self.folder / f"{self.updates:08d}-{width:g}.safetensors"
-                task.write_model(path, {**task.model.state_dict(), **average}, torch.float16, facts)
+                task.write_model(path, weights, torch.float16, facts)
 
     def state_dict(self) -> SnapshotState:
-        return {"updates": self.updates, "averages": self.averages}
+        return {"updates": self.updates, "averages": {w: whole_tensors(of) for w, of in self.averages.items()}}
 
     def load_state_dict(self, state: SnapshotState) -> None:
         self.updates, self.averages = state["updates"], state["averages"]

@@ -13,6 +13,7 @@ from torch import Tensor
 from ldm_lab.config import NonNegativeInt, PositiveFloat, PositiveInt, register
 from ldm_lab.errors import NotFiniteError
 from ldm_lab.interfaces import Batch
+from ldm_lab.sharded import local
 from ldm_lab.training.divergence import Detector, Spikes, SpikesState, Verdict
 from ldm_lab.training.guard_log import LOG, Event, Kind, worst_keys
 from ldm_lab.training.logs import print_rank_zero
@@ -282,7 +283,7 @@ def not_finite(task: Task) -> str | None:
     All ranks ask together and get the first one's answer that has found something.
     """
     named = [(name, value) for name, value in checkpointed_tensors(task) if value.is_floating_point()]
-    flags = torch.stack([torch.isfinite(value).all() for _, value in named])  # [n]
+    flags = torch.stack([torch.isfinite(local(value)).all() for _, value in named])  # [n]
     found = [name for (name, _), fine in zip(named, flags.tolist()) if not fine]
     return next((names[0] for names in gather(found[:1]) if names), None)
 

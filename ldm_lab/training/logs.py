@@ -181,6 +181,12 @@ def print_rank_zero(text: str) -> None:
     print_line(text)
 
 
+def log_values(trainer: Trainer, values: dict[str, float]) -> None:
+    """Log numbers of the step just done, whether or not it is one that is logged."""
+    for logger in trainer.loggers:
+        logger.log_metrics(values, max(trainer.global_step - 1, 0))  # steps are counted from 0 there
+
+
 def log_images(trainer: Trainer, name: str, images: list[Image.Image], captions: list[str]) -> None:
     """Send images to wandb, if the run has it; files are the caller's business."""
     for logger in trainer.loggers:

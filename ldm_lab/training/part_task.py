@@ -80,9 +80,9 @@ class PartTask(Task):
         for line in differing_part(self.PART, theirs, Section(self.run_config[self.PART].to_dict())):
             print_rank_zero(f"init_from: {line}")
 
-    def export(self, folder: Path, dtype: torch.dtype) -> None:
+    def export(self, folder: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
         """Write the averaged network (the trained one if there is no average) as a part's file."""
-        save_part(folder / self.FILE, self.best_model, self.run_config[self.PART], self.facts(), dtype)
+        save_part(folder / self.FILE, self.best_model, self.run_config[self.PART], self.facts(), dtype, weights)
 
     def facts(self) -> dict[str, str]:
         """Return what is written beside the exported weights."""

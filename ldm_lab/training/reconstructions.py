@@ -11,6 +11,7 @@ from torch import Tensor
 from ldm_lab.batch import Batch
 from ldm_lab.config import PositiveInt, register
 from ldm_lab.io.images import grid, save_png, to_images
+from ldm_lab.sharded import is_sharded
 from ldm_lab.training.logs import log_images
 
 
@@ -39,13 +40,20 @@ class Reconstructions(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, task: LightningModule, outputs: STEP_OUTPUT, batch: Batch, index: int
     ) -> None:
-        if not trainer.is_global_zero:
-            return
-        self.keep(batch)
+        if trainer.is_global_zero:
+            self.keep(batch)
         step = trainer.global_step
         if step != self.done_at and (step == 1 or step % self.every == 0):
             self.done_at = step
-            self.draw(trainer, task)
+            shared = is_sharded(task.best_model)  # then it runs only where all ranks run it, on the same images
+            if shared:
+                self.hand_out(trainer)
+            if shared or trainer.is_global_zero:
+                self.draw(trainer, task)
+
+    def hand_out(self, trainer: Trainer) -> None:
+        """Give every rank the images of the first one."""
+        self.load_state_dict(trainer.strategy.broadcast(self.state_dict()))
 
     def keep(self, batch: Batch) -> None:
         """Keep images of the first batch."""
@@ -54,12 +62,14 @@ class Reconstructions(Callback):
 
     @torch.no_grad()
     def draw(self, trainer: Trainer, task: LightningModule) -> None:
-        """Write and log the grid: images above, reconstructions of the latents' means below."""
+        """Write and log the grid, on rank 0: images above, reconstructions of the latents' means below."""
         assert self.levels is not None, "images are kept before any are drawn"
         model, training = task.best_model, task.best_model.training
         image = self.levels.to(model.latent_std) / 127.5 - 1  # [n, 3, H, W]
         reconstruction = model.eval().decode(model.encode(image))  # [n, 3, H, W]
         model.train(training)
+        if not trainer.is_global_zero:
+            return
         picture = grid(to_images(image) + to_images(reconstruction), columns=len(image))
         caption = f"step {trainer.global_step}: images above, reconstructions below"
         path = self.folder / "reconstructions" / f"step={trainer.global_step:08d}.png"

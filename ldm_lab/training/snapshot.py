@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from ldm_lab.sharded import local
 from ldm_lab.training.task import Task
 
 
@@ -33,7 +34,7 @@ class Snapshot:
             kept.copy_(tensor)
         for parameter, state in task.trainer.optimizers[0].state.items():
             kept_state = self._states.setdefault(parameter, {})
-            for key, value in state.items():
+            for key, value in ((key, here(value)) for key, value in state.items()):
                 before = kept_state.get(key)
                 if isinstance(value, Tensor) and isinstance(before, Tensor):
                     before.copy_(value)
@@ -53,7 +54,7 @@ class Snapshot:
             state = optimizer.state[parameter]
             for key, value in kept_state.items():
                 if isinstance(value, Tensor):
-                    state[key].copy_(value)
+                    here(state[key]).copy_(value)
                 else:
                     state[key] = value
         if task.scaler is not None:
@@ -61,6 +62,11 @@ class Snapshot:
 
 
 def changing_tensors(task: Task) -> Iterator[Tensor]:
-    """Yield the tensors that optimizer steps change, apart from the optimizer's own."""
-    yield from task.state_dict().values()
-    yield from task.followers
+    """Yield the tensors that optimizer steps change, this process's share of each, apart from the optimizer's own."""
+    yield from map(local, task.state_dict().values())
+    yield from map(local, task.followers)
+
+
+def here(value: Tensor | float) -> Tensor | float:
+    """Return this process's share of a tensor; numbers as they are."""
+    return local(value) if isinstance(value, Tensor) else value

@@ -50,8 +50,8 @@ class Task(LightningModule):
     - builds its parts in `__init__(config)` and hands the trained network to `set_model(model)`;
     - puts frozen networks into `self.frozen[role]`: they are moved to the device, but are neither trained, nor
       wrapped by DDP, nor saved;
-    - writes `training_step(batch, batch_idx) -> loss`, and `export(folder, dtype)`, which is called on rank 0 whenever
-      a checkpoint has been written.
+    - writes `training_step(batch, batch_idx) -> loss`, and `export(folder, weights, dtype)`, which is called on rank 0
+      whenever a checkpoint has been written.
 
     Random numbers: before every batch torch's global generators are seeded from (seed, rank, batches seen), so that
     whatever `training_step` draws is repeated by a resumed run and differs between ranks.
@@ -112,8 +112,14 @@ class Task(LightningModule):
         """
         raise NotImplementedError
 
-    def export(self, folder: Path, dtype: torch.dtype) -> None:
-        """Write what users of the trained network need, in `dtype`. Called on rank 0 after each checkpoint."""
+    def export(self, folder: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+        """Write what users of the trained network need. Called on rank 0 after each checkpoint.
+
+        Args:
+            folder: the run's.
+            weights: state dict of `best_model`, of which the ranks may each hold a share: it is gathered from them all.
+            dtype: of the written weights.
+        """
         raise NotImplementedError
 
     def callbacks(self, folder: Path) -> list[Callback]:

@@ -1,0 +1,181 @@
+"""The loss on held-out images during training, early stopping by it, and the best weights kept."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, TypedDict
+
+import torch
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.utilities.types import STEP_OUTPUT
+
+from ldm_lab.batch import Batch
+from ldm_lab.config import PartSection, Plain, PositiveInt, build, register
+from ldm_lab.data.datamodule import DataModule
+from ldm_lab.data.samples import as_utf8
+from ldm_lab.data.source import Source
+from ldm_lab.errors import UserError, told_in_one_line
+from ldm_lab.evaluation.held_out import HeldOutBatch, loss_sums
+from ldm_lab.training.diffusion import DiffusionTask
+from ldm_lab.training.logs import log_values, print_rank_zero
+from ldm_lab.training.task import batch_seed, gather
+
+BEST = "best.safetensors"
+
+
+class HeldOutState(TypedDict):
+    """What a checkpoint keeps: the lowest loss so far and its step, measurements since then."""
+
+    best: float
+    best_step: int
+    since: int
+
+
+@register("held_out")
+class HeldOut(Callback):
+    """Measure the loss of the (averaged) network on images of their own every N steps, on all devices together.
+
+    Latents, noise and times are the same at every measurement, and conditions are never dropped, so that the numbers
+    of a run can be compared with each other, and with those of other runs with the same section and seed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        data: Annotated[dict[str, Plain], PartSection("data")],
+        every: PositiveInt = 1000,
+        samples: PositiveInt = 512,
+        levels: PositiveInt = 4,
+        patience: PositiveInt | None = None,
+        keep_best: bool = True,
+    ) -> None:
+        """Set what is measured.
+
+        Args:
+            folder: the run's folder.
+            data: images that are not among those trained on, described as in the section `data`.
+            every: optimizer steps between measurements; there is one before the first step, too.
+            samples: the first so many of the data, in an order that the run's seed gives.
+            levels: times at which each sample is looked at, spread over all noise levels.
+            patience: stop the run after this many measurements in a row without a new lowest loss; null never does.
+            keep_best: write the model with the lowest loss as `best.safetensors`.
+        """
+        self.path = folder / BEST
+        self.source: Source = build("data", data)
+        self.source.workers = min(self.source.workers, 1)  # the order depends on their number
+        self.every, self.samples, self.levels = every, samples, levels
+        self.patience, self.keep_best = patience, keep_best
+        self.best, self.best_step, self.since = math.inf, 0, 0
+        self.encoded: list[HeldOutBatch] = []
+        self.measured_at = -1
+
+    def setup(self, trainer: Trainer, task: DiffusionTask, stage: str) -> None:
+        """Find the data before training. Raises UserError where there are none, or of another size."""
+        if trainer.is_global_zero:
+            self.source.prepare()
+        trainer.strategy.barrier()
+        try:
+            self.source.open()
+        except UserError as error:
+            raise UserError(f"held_out.{error}") from None
+        task.check_encoded_by(self.source, "held_out.data")
+        for line in self.source.found():
+            print_rank_zero(f"held_out.data: {as_utf8(line)}")
+
+    @told_in_one_line(lambda: "encoding the held-out images", "a smaller held_out.data.batch_size needs less")
+    def on_train_start(self, trainer: Trainer, task: DiffusionTask) -> None:
+        """Encode this rank's share. Raises UserError for data without a usable image."""
+        size, ours = self.source.image_size, trainer.datamodule.source.image_size
+        if size is not None and ours is not None and size != ours:
+            raise UserError(f"held_out.data.image_size: {size}; data.image_size is {ours}, and losses depend on it")
+        self.encoded = self.encode(trainer, task)
+        count = sum(gather(sum(batch.count for batch in self.encoded)))
+        if not count:
+            raise UserError("held_out.data: no usable image")
+        if count < self.samples:
+            print_rank_zero(f"held_out: {count} images are there, fewer than held_out.samples={self.samples}")
+        if trainer.global_step == 0:
+            self.measure(trainer, task)
+
+    def encode(self, trainer: Trainer, task: DiffusionTask) -> list[HeldOutBatch]:
+        """Return this rank's batches, in main memory: every n-th one, and the same number on each of n ranks.
+
+        All ranks take part in what a sharded network does; one that has fewer gets a last one that counts nothing.
+        """
+        data = DataModule(self.source, seed=task.seed, rank=0, world_size=1, epochs=1)
+        mine: list[HeldOutBatch] = []
+        taken, number = 0, -1
+        for number, batch in enumerate(data.train_dataloader()):
+            if number % trainer.world_size == trainer.global_rank:
+                mine.append(self.encode_batch(trainer, task, batch, number, taken))
+            taken += len(batch)
+            if taken >= self.samples:
+                break
+        if number >= 0 and len(mine) <= number // trainer.world_size:
+            spare = mine[-1] if mine else self.encode_batch(trainer, task, batch, number, 0)
+            mine.append(replace(spare, count=0))
+        return mine
+
+    @torch.no_grad()
+    def encode_batch(
+        self, trainer: Trainer, task: DiffusionTask, batch: Batch, number: int, first: int
+    ) -> HeldOutBatch:
+        """Return latents and conditions of a batch; sample `first` is its first one."""
+        batch = trainer.strategy.batch_to_device(batch)
+        with torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else []):
+            torch.manual_seed(batch_seed(task.seed, 0, number))
+            x0, conditions = task.encode(batch)  # [B, C, h, w], name -> [B, ...]
+            conditions |= task.from_sources(batch, x0)
+        kept = {name: value.cpu() for name, value in conditions.items()}
+        return HeldOutBatch(x0.cpu(), kept, first, min(len(batch), max(self.samples - first, 0)))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, task: DiffusionTask, outputs: STEP_OUTPUT, batch: Batch, index: int
+    ) -> None:
+        step = trainer.global_step
+        if step != self.measured_at and step % self.every == 0:
+            self.measure(trainer, task)
+
+    @told_in_one_line(lambda: "measuring the held-out loss", "a smaller held_out.data.batch_size needs less")
+    def measure(self, trainer: Trainer, task: DiffusionTask) -> None:
+        """Measure, log, keep the best weights, stop if it has not fallen for long."""
+        step = self.measured_at = trainer.global_step
+        network = task.best_model
+        was_training = network.training
+        network.eval()
+        with trainer.precision_plugin.val_step_context():
+            batches = (batch.to(task.device) for batch in self.encoded)
+            sums = loss_sums(network, task.objective, batches, self.levels, task.seed)  # [2, 4]
+        network.train(was_training)
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(sums)
+        means = (sums[0] / sums[1]).tolist()
+        loss = float(sums[0].sum() / sums[1].sum())
+        by_time = {f"held_out/loss_t{i / len(means):.2f}": value for i, value in enumerate(means) if value == value}
+        log_values(trainer, {"held_out/loss": loss, **by_time})
+        lowest = "" if math.isinf(self.best) else f" (lowest so far: {self.best:.5f} at step {self.best_step})"
+        print_rank_zero(f"held-out loss {loss:.5f} at step {step}{lowest}")
+        if loss < self.best:
+            self.best, self.best_step, self.since = loss, step, 0
+            if self.keep_best and step:
+                self.write_best(trainer, task)
+        else:
+            self.since += 1
+        if self.patience is not None and self.since >= self.patience:
+            print_rank_zero(
+                f"held_out.patience: no lower held-out loss in {self.since} measurements; the run ends at step {step}, "
+                f"the lowest, {self.best:.5f}, was at step {self.best_step}"
+            )
+            trainer.should_stop = True
+
+    def write_best(self, trainer: Trainer, task: DiffusionTask) -> None:
+        """Write the weights as they are now."""
+        if trainer.is_global_zero:
+            task.write_model(self.path, task.best_model.state_dict(), torch.float32, {"held_out_loss": str(self.best)})
+
+    def state_dict(self) -> HeldOutState:
+        return {"best": self.best, "best_step": self.best_step, "since": self.since}
+
+    def load_state_dict(self, state: HeldOutState) -> None:
+        self.best, self.best_step, self.since = state["best"], state["best_step"], state["since"]
