@@ -61,11 +61,11 @@ def run(config: RunConfig) -> int:
     quiet_lightning()
     folder = RUNS / config.run
     with RunLock(folder) as lock:
-        done = _train(config, folder, lock, None)
+        done = _run(config, folder, lock, None)
         while done.goes_on is not None:
             gc.collect()  # the network, its average and the optimizer, before they are built again
             torch.cuda.empty_cache()
-            done = _train(done.goes_on, folder, lock, done.began)
+            done = _run(done.goes_on, folder, lock, done.began)
     leave_process_group()
     return done.code
 
@@ -84,7 +84,7 @@ class Done(NamedTuple):
     began: float | None
 
 
-def _train(config: RunConfig, folder: Path, lock: RunLock, began: float | None) -> Done:
+def _run(config: RunConfig, folder: Path, lock: RunLock, began: float | None) -> Done:
     resume: Resume = config.part("resume").build(folder)
     config = in_changed_precision(config, resume)
     logging: Logging = config.part("logging").build()
