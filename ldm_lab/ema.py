@@ -54,31 +54,45 @@ def averaged_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-@torch.no_grad()
-def update(average: nn.Module, model: nn.Module, decay: float, left_out: torch.Tensor | None = None) -> None:
-    """Move `average` toward `model`: average * decay + model * (1 - decay).
+class Pairs:
+    """The tensors of an average beside those of its model, listed once instead of in every step."""
 
-    Buffers and frozen parameters are copied: what does not move must not change by rounding either.
+    def __init__(self, average: nn.Module, model: nn.Module) -> None:
+        """List them, once the parameters are those that are trained: not before a strategy has replaced any.
 
-    Args:
-        average: a copy of the model.
-        model: the network.
-        decay: share of the average that stays.
-        left_out: 1 if the model's step was left out, and the average does not move either; else 0, [].
-    """
-    pairs = list(zip(average.parameters(), model.parameters()))
-    ours: Sequence[torch.Tensor] = [mine for mine, its in pairs if its.requires_grad]
-    theirs = [its.detach().to(mine.dtype) for mine, its in pairs if its.requires_grad]
-    for mine, its in pairs:
-        if not its.requires_grad:
+        Args:
+            average: a copy of the model (`averaged_copy`).
+            model: the network.
+        """
+        self.average, self.model = average, model
+        pairs = list(zip(average.parameters(), model.parameters(), strict=True))
+        self.moved = [mine for mine, its in pairs if its.requires_grad]
+        self.toward = [its for _, its in pairs if its.requires_grad]
+        self.copied = [(mine, its) for mine, its in pairs if not its.requires_grad]
+
+    @torch.no_grad()
+    def update(self, decay: float, left_out: torch.Tensor | None = None) -> None:
+        """Move the average toward the model in one pass: average * decay + model * (1 - decay).
+
+        Buffers and frozen parameters are copied: what does not move must not change by rounding either.
+
+        Args:
+            decay: share of the average that stays.
+            left_out: 1 if the model's step was left out, and the average does not move either, else 0: float [].
+        """
+        if left_out is None:
+            torch._foreach_lerp_(self.moved, self.toward, 1 - decay)
+        else:  # as tensors, so that the host need not know
+            dtypes = {mine.dtype for mine in self.moved}
+            shares = {dtype: (1 - left_out.to(dtype)) * (1 - decay) for dtype in dtypes}  # [] each
+            torch._foreach_lerp_(self.moved, self.toward, [shares[mine.dtype] for mine in self.moved])
+        for mine, its in (*self.copied, *zip(self.average.buffers(), self.model.buffers(), strict=True)):
             mine.copy_(its)
-    if left_out is None:
-        torch._foreach_lerp_(ours, theirs, 1 - decay)
-    else:  # as tensors, so that the host need not know
-        weights = {dtype: (1 - left_out.to(dtype)) * (1 - decay) for dtype in {mine.dtype for mine in ours}}  # [] each
-        torch._foreach_lerp_(ours, theirs, [weights[mine.dtype] for mine in ours])
-    for mine, its in zip(average.buffers(), model.buffers()):
-        mine.copy_(its)
+
+
+def update(average: nn.Module, model: nn.Module, decay: float, left_out: torch.Tensor | None = None) -> None:
+    """Move `average` toward `model` once; whoever does it every step keeps the `Pairs`."""
+    Pairs(average, model).update(decay, left_out)
 
 
 WIDEST = 0.28  # width of a power-function average; with exponent 0, the plain mean, it is 0.289

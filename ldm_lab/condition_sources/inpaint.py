@@ -30,6 +30,8 @@ class Inpaint(ConditionSource):
     A model of latents is told the latents of the image with that region in grey, as far as none of it is in them.
     """
 
+    shares: Tensor
+
     def __init__(
         self,
         *,
@@ -60,8 +62,11 @@ class Inpaint(ConditionSource):
         """
         super().__init__()
         self.channels, self.most_strokes = channels, most_strokes
-        self.shares = (whole, rectangle, strokes, outside)  # in the order of random_masks.KINDS
+        shares = torch.tensor([whole, rectangle, strokes, outside])  # [4], in the order of random_masks.KINDS
+        self.register_buffer("shares", shares, persistent=False)
         self.sides, self.widths = (smallest, largest), (thinnest, thickest)
+        # The autoencoder, and whether its latents are pixels: asked once, as that waits for numbers of the device.
+        self._asked: tuple[Autoencoder, bool] | None = None
 
     @staticmethod
     def check(
@@ -85,7 +90,9 @@ class Inpaint(ConditionSource):
         self, batch: Batch, x0: Tensor, autoencoder: Autoencoder, generator: torch.Generator | None
     ) -> Conditions:
         """Return image and mask of a batch, with a random region of each image erased."""
-        if autoencoder.pixel_range is not None:
+        if self._asked is None or self._asked[0] is not autoencoder:
+            self._asked = autoencoder, autoencoder.pixel_range is not None
+        if self._asked[1]:
             return known_part(x0, self.erased(x0, generator))
         image = batch.require_image("train an inpainting model of latents")  # [B, 3, H, W]
         erased = self.erased(image, generator)  # [B, 1, H, W]
@@ -103,7 +110,7 @@ class Inpaint(ConditionSource):
         """Return where training erases images [B, ., H, W], bool [B, 1, H, W], on their device."""
         count, _, height, width = image.shape
         device = image.device
-        kinds = random_kinds(count, torch.tensor(self.shares, device=device), generator)  # [B]
+        kinds = random_kinds(count, self.shares.to(device), generator)  # [B]
         kinds = kinds[:, None, None]  # [B, 1, 1]
         boxes = rectangles(count, height, width, self.sides, device, generator)  # [B, H, W]
         brushed = strokes(count, height, width, self.most_strokes, self.widths, device, generator)  # [B, H, W]

@@ -99,7 +99,7 @@ class GlideText(Conditioner):
 
     def null(self, conditions: Conditions) -> Conditions:
         """Return as many empty texts as a condition has rows; whatever else is in the condition stays."""
-        empty = torch.full_like(conditions["token_ids"], int(self.pad))  # [B, L]
+        empty = torch.full_like(conditions["token_ids"], self.vocab_size - 1)  # [B, L]
         nowhere = torch.zeros_like(conditions["token_ids_mask"])  # [B, L]
         return {**conditions, "token_ids": empty, "token_ids_mask": nowhere}
 
@@ -119,7 +119,8 @@ class GlideText(Conditioner):
                 ids = ids[: self.text_size]
             row[: len(ids)] = torch.tensor(ids, dtype=torch.int64)  # [len(ids)]
             known[: len(ids)] = True
-        return {"token_ids": token_ids.to(self.pad.device), "token_ids_mask": mask.to(self.pad.device)}
+        given = {"token_ids": token_ids, "token_ids_mask": mask}
+        return {name: value.to(self.pad.device, non_blocking=True) for name, value in given.items()}
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, however many."""

@@ -53,11 +53,11 @@ def weighted_sum(predictions: Prediction, weights: Tensor) -> Prediction:
     Args:
         predictions: x0 and eps of each condition and image, [1 + k, B, C, h, w], the null condition's first; zeros
             where the weight is 0.
-        weights: w_0, ..., w_k of each image, float64 [1 + k, B], 1 in sum.
+        weights: w_0, ..., w_k of each image, float32 [1 + k, B], 1 in sum, on the device of the predictions.
     """
 
     def summed(values: Tensor) -> Tensor:
-        weighted = values * weights.float().to(values)[..., None, None, None]  # [1 + k, B, C, h, w]
+        weighted = values * weights.to(values)[..., None, None, None]  # [1 + k, B, C, h, w]
         # Added in order: torch's sum may regroup with the shape, and an image would depend on its batch.
         total, *others = weighted.unbind()  # [B, C, h, w] each
         for value in others:
@@ -111,21 +111,35 @@ def guided(
         needed.append(torch.ones_like(guided_weights))  # [1 + k, B]
     guided_rows = EvaluatedRows(conditions, null_conditions, *needed)
     unguided_rows = EvaluatedRows(conditions, null_conditions, unguided_weights)
+    tables = OnDevices(guided_weights, unguided_weights, null_weight[:, None, None, None])
 
     def guided_predict(x: Tensor, t: Tensor) -> Prediction:
+        guided_table, unguided_table, w0 = tables.on(x.device)  # [1 + k, B] twice, [B, 1, 1, 1]
         if interval != (0.0, 1.0) and not interval[0] <= t[0].item() <= interval[1]:
-            return unguided_rows(predict, x, t).mix(unguided_weights)
+            return unguided_rows(predict, x, t).mix(unguided_table)
         rows = guided_rows(predict, x, t)
-        prediction = rows.mix(guided_weights, combine)
+        prediction = rows.mix(guided_table, combine)
         if guide_model is not None:
-            guide = unguided_rows(guide_model, x, t).mix(unguided_weights)
-            w0 = null_weight.float().to(x)[:, None, None, None]  # [B, 1, 1, 1]
+            guide = unguided_rows(guide_model, x, t).mix(unguided_table)
             prediction = prediction._replace(x0=prediction.x0 + w0 * guide.x0, eps=prediction.eps + w0 * guide.eps)
         if rescale and schedule is not None:
-            return _rescaled(prediction, rows.mix(unguided_weights), x, t, schedule, rescale)
+            return _rescaled(prediction, rows.mix(unguided_table), x, t, schedule, rescale)
         return prediction
 
     return guided_predict
+
+
+class OnDevices:
+    """Tables of weights in float32, copied to a device once and not for every call of the model."""
+
+    def __init__(self, *tables: Tensor) -> None:
+        self.tables = tables
+        self.copies: dict[torch.device, list[Tensor]] = {}
+
+    def on(self, device: torch.device) -> list[Tensor]:
+        if device not in self.copies:
+            self.copies[device] = [table.float().to(device) for table in self.tables]
+        return self.copies[device]
 
 
 class EvaluatedRows:
@@ -134,13 +148,17 @@ class EvaluatedRows:
     def __init__(self, conditions: Conditions, null_conditions: Conditions, *tables: Tensor) -> None:
         self.used = torch.stack([table != 0 for table in tables]).any(0)  # [1 + k, B]
         self.row = self.used.nonzero(as_tuple=True)  # [M] the condition and [M] the image of every row
+        self._on: dict[torch.device, tuple[Tensor, ...]] = {}  # the same on the devices that they were needed on
         self.conditions = {
             name: torch.cat([null[None], conditions[name].transpose(0, 1)])[self.row]  # [M, ...]
             for name, null in null_conditions.items()
         }
 
     def __call__(self, predict: ConditionalPredict, x: Tensor, t: Tensor) -> "EvaluatedPredictions":
-        return EvaluatedPredictions(predict(x[self.row[1]], t[self.row[1]], self.conditions), self.used.shape, self.row)
+        if x.device not in self._on:
+            self._on[x.device] = tuple(index.to(x.device) for index in self.row)
+        row = self._on[x.device]
+        return EvaluatedPredictions(predict(x[row[1]], t[row[1]], self.conditions), self.used.shape, row)
 
 
 class EvaluatedPredictions:
@@ -161,7 +179,8 @@ class EvaluatedPredictions:
         if fraction is not None:
             # The first prompt that has a weight; the null condition, moved to the end here, only where all are 0.
             leading = ((weights != 0).roll(-1, dims=0).int().argmax(0) + 1) % len(weights)  # [B]
-            fraction = self.table(fraction)[leading, torch.arange(len(leading))]  # [B, C, h, w]
+            images = torch.arange(len(leading), device=leading.device)  # [B]
+            fraction = self.table(fraction)[leading, images]  # [B, C, h, w]
         return mixed._replace(variance_fraction=fraction)
 
 

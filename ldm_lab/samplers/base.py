@@ -52,7 +52,7 @@ class Run:
 
     def model(self, x: Tensor, t: Tensor) -> Prediction:
         """Return the prediction for x [B, C, h, w], all of it at a time t []."""
-        return self.predict(x, t.to(x.device).expand(len(x)))
+        return self.predict(x, t.to(x.device, non_blocking=True).expand(len(x)))
 
     def noise(self, x: Tensor) -> Tensor:
         """Return fresh standard normal noise of x's shape."""

@@ -22,7 +22,7 @@ class CLOOBTask(PartTask):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         image = self.model.encode_image(batch.image).float()  # [B, D]
-        tokens = self.model.tokenize(required_captions(batch)).to(self.device)  # [B, text_size]
+        tokens = self.model.tokenize(required_captions(batch)).to(self.device, non_blocking=True)  # [B, text_size]
         text = F.normalize(self.model.encode_tokens(tokens).float(), dim=-1)  # [B, D]
         image, text = gather_rows(image), gather_rows(text)  # [N, D] each, the rows of all ranks
         if len(image) < 2:

@@ -85,11 +85,12 @@ class DiffusionTask(Task):
         keep = torch.rand(len(x0), device=self.device) > self.dropout  # [B]
         conditions = drop(conditions, self.conditioner.null(conditions), keep)
         conditions |= self.from_sources(batch, x0)
-        t = self.objective.times(self.timesteps(self.batches_seen, len(x0))).to(x0)  # [B]
+        drawn = self.objective.times(self.timesteps(self.batches_seen, len(x0)))  # [B], on the CPU
+        t = drawn.to(x0, non_blocking=True)  # [B]
         noise = torch.randn_like(x0)  # [B, C, h, w]
         terms = self.objective.loss_terms(self.model, x0, conditions, t, noise)  # {"loss": [B], ...}
         self.log_means({name: term.mean() for name, term in terms.items()}, len(x0))
-        self.log_by_time(terms["loss"], t)
+        self.log_by_time(terms["loss"], drawn)
         return terms["loss"].mean()
 
     @torch.no_grad()
@@ -116,14 +117,15 @@ class DiffusionTask(Task):
         return given
 
     def log_by_time(self, loss: Tensor, t: Tensor) -> None:
-        """Log the mean loss of each quarter of [0, 1), at logging steps only."""
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:
+        """Log the mean loss [B] of each quarter of [0, 1), at logging steps only; t [B] is on the CPU."""
+        if not self.is_logged:
             return
         one_hot = F.one_hot((t * 4).long(), 4)  # [B, 4]
-        means = (loss.detach()[:, None] * one_hot).sum(0) / one_hot.sum(0)  # [4], nan where a quarter has no sample
-        for i, mean in enumerate(means):
-            if mean == mean:
-                self.log(f"train/loss_t{i / 4:.2f}", mean, batch_size=len(t))
+        counts = one_hot.sum(0)  # [4]
+        means = loss.detach() @ (one_hot / counts.clamp(min=1)).to(loss, non_blocking=True)  # [4]
+        for i, count in enumerate(counts.tolist()):
+            if count:
+                self.log(f"train/loss_t{i / 4:.2f}", means[i], batch_size=len(t))
 
     # ------------------------------------------------------------------------------------------------- before it begins
 

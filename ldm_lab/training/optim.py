@@ -7,10 +7,13 @@ from typing import Annotated, Literal
 import torch
 from annotated_types import Len
 from torch import nn
+from torch.optim.optimizer import StateDict
 
 from ldm_lab.config import NonNegativeFloat, NonNegativeInt, PositiveInt, ShareBelowOne, register
 from ldm_lab.errors import UserError, unknown
 from ldm_lab.interfaces import Part
+
+FUSED = ("cpu", "cuda", "mps", "xpu")  # devices on which torch has AdamW in one kernel
 
 
 @register("optim")
@@ -82,8 +85,13 @@ class Optim:
             words.append(f"after {self.warmup_steps:,} steps of {self.warmup} warm-up")
         return " ".join(words)
 
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Return AdamW over the trained parameters of a model."""
+    def optimizer(self, model: nn.Module, fused: bool = True) -> torch.optim.Optimizer:
+        """Return AdamW over the trained parameters of a model, which lie where they are trained.
+
+        Args:
+            model: the network.
+            fused: one kernel for all of a step where the device has it; the numbers are the same but for rounding.
+        """
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if self.decay_on == "all":
             groups = [{"params": [p for _, p in trained]}]
@@ -96,7 +104,14 @@ class Optim:
                 {"params": [p for _, p in trained if id(p) not in chosen], "weight_decay": 0.0},
             ]
         if self.state == "32bit":
-            return torch.optim.AdamW(groups, self.lr, self.betas, self.eps, self.weight_decay)
+            fused = fused and all(p.device.type in FUSED and p.is_floating_point() for _, p in trained)
+            # Without it torch chooses between a loop and its multi-tensor kernels, which on a CPU only copy more.
+            foreach = None if fused or any(p.device.type != "cpu" for _, p in trained) else False
+            adamw = torch.optim.AdamW(
+                groups, self.lr, self.betas, self.eps, self.weight_decay, fused=fused, foreach=foreach
+            )
+            adamw.register_load_state_dict_pre_hook(_keep_implementation)
+            return adamw
         return _bitsandbytes().AdamW8bit(
             groups, self.lr, self.betas, self.eps, self.weight_decay, is_paged=self.state == "paged_8bit"
         )
@@ -117,6 +132,16 @@ class Optim:
     def scheduler(self, optimizer: torch.optim.Optimizer, max_steps: int) -> torch.optim.lr_scheduler.LRScheduler:
         """Return the scheduler that applies `factor` at every optimizer step."""
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.factor(step, max_steps))
+
+
+def _keep_implementation(optimizer: torch.optim.Optimizer, state: StateDict) -> StateDict:
+    """Return an optimizer's state to be loaded with the implementation of this one in place of the stored one."""
+    kept = ("fused", "foreach")
+    groups = [
+        {**theirs, **{key: ours[key] for key in kept}}
+        for theirs, ours in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    return {**state, "param_groups": groups}
 
 
 def _bitsandbytes() -> ModuleType:

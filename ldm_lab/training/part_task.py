@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from ldm_lab.batch import Batch
@@ -50,11 +49,6 @@ class PartTask(Task):
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         batch.require_image("train this network")
         return batch
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = self.optim.optimizer(nn.ModuleList(self.trained_modules()))
-        scheduler = self.optim.scheduler(optimizer, self.trainer.max_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def trained_modules(self) -> list[nn.Module]:
         return [self.model, self.loss]

@@ -10,7 +10,7 @@ from pytorch_lightning import Callback, LightningModule
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.plugins.precision import MixedPrecision
-from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from pytorch_lightning.utilities.types import STEP_OUTPUT, OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
@@ -82,6 +82,7 @@ class Task(LightningModule):
         self.seed = config.seed
         self.optim: Optim = config.part("optim").build()
         self.ema_schedule: ema.EMASchedule | None = config["ema"].build() if "ema" in config else None
+        self.ema_pairs: ema.Pairs | None = None  # listed at the first update, when all is where it stays
         self.frozen: dict[str, nn.Module] = {}
         sections = {role: config[role] for role in FROZEN if role in config} if read_weights else {}
         checksums = {role: weights_sha256(role, section) for role, section in sections.items()}
@@ -98,6 +99,11 @@ class Task(LightningModule):
         self.optim.freeze_parts(model)
         self.model = model
         self.model_ema = ema.averaged_copy(model) if self.ema_schedule else None
+        self.ema_pairs = None
+
+    def trained_modules(self) -> list[nn.Module]:
+        """Return all that the optimizer trains."""
+        return [self.model]
 
     @property
     def best_model(self) -> nn.Module:
@@ -129,6 +135,7 @@ class Task(LightningModule):
     # ------------------------------------------------------------------------------------------------ Lightning
 
     def on_fit_start(self) -> None:
+        self.ema_pairs = None
         for module in self.frozen.values():
             module.to(self.device)
 
@@ -140,7 +147,7 @@ class Task(LightningModule):
             self.running_statistics.keep()
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = self.optim.optimizer(self.model)
+        optimizer = self.optim.optimizer(nn.ModuleList(self.trained_modules()))
         scheduler = self.optim.scheduler(optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -163,7 +170,7 @@ class Task(LightningModule):
         self.gate.leave_out(left_out)
         if self.running_statistics is not None:
             self.running_statistics.put_back(left_out)
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if self.is_logged:
             self.log("train/grad_norm", norm)
 
     def optimizer_step(
@@ -179,8 +186,10 @@ class Task(LightningModule):
     def after_optimizer_step(self, steps_done: int) -> None:
         """Update the average. Unlike the original, which was one step late, it includes the step just taken."""
         if self.model_ema is not None:
+            if self.ema_pairs is None:
+                self.ema_pairs = ema.Pairs(self.model_ema, self.model)
             left_out = None if self.detector.last is None else self.detector.last.left_out
-            ema.update(self.model_ema, self.model, self.ema_schedule.at(steps_done), left_out)
+            self.ema_pairs.update(self.ema_schedule.at(steps_done), left_out)
 
     def count_batch(self, batch: Batch, completes_step: bool) -> None:
         """Note that a batch was trained on, and whether an optimizer step ended with it."""
@@ -191,6 +200,10 @@ class Task(LightningModule):
         data.consumed(batch)
         if completes_step:
             self.at_step = None
+
+    def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int) -> None:
+        if self.trainer.should_stop and self.trainer.global_step % self.trainer.log_every_n_steps:
+            self.trainer._results.reset()  # Lightning would log the last logging step's values as this one's
 
     def on_save_checkpoint(self, checkpoint: Checkpoint) -> None:
         now = self.at_step or AtStep(self.batches_seen, self.trainer.datamodule.rank_state())
@@ -212,10 +225,6 @@ class Task(LightningModule):
         self.trainer.datamodule.load_rank_states(run["data"], self.global_rank)
 
     # ------------------------------------------------------------------------------------------------ for subclasses
-
-    def trained_modules(self) -> list[nn.Module]:
-        """Return all that the optimizer trains."""
-        return [self.model]
 
     def clipped_apart(self, optimizer: torch.optim.Optimizer) -> list[Parameters]:
         """Return the parameters of each network whose gradient is clipped by its own norm."""
@@ -240,8 +249,15 @@ class Task(LightningModule):
         precision = self.trainer.precision_plugin
         return precision.scaler if isinstance(precision, MixedPrecision) else None
 
+    @property
+    def is_logged(self) -> bool:
+        """Whether the optimizer step that is being made is one that is logged."""
+        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+
     def log_means(self, values: dict[str, Tensor], batch_size: int) -> None:
-        """Log scalars under `train/`, the mean over ranks at each logging step, and the learning rate."""
+        """Log scalars under `train/`, the mean over ranks, and the learning rate; at logging steps alone."""
+        if not self.is_logged:
+            return
         named = {f"train/{name}": value.detach() for name, value in values.items()}
         named["train/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log_dict(named, on_step=True, sync_dist=True, batch_size=batch_size)

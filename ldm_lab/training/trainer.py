@@ -93,4 +93,7 @@ class TrainerOptions:
             print_rank_zero(
                 f"trainer.precision: {asked} needs a GPU, Lightning makes {trainer.precision} of it on a CPU"
             )
+        # Several processes would ask one another before every batch whether one was told to stop, and wait for the
+        # device to say so; `Interrupt` asks, every few steps.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         return trainer

@@ -1,0 +1,114 @@
+"""The optimizer in one kernel, the average in one pass, and what is logged when."""
+
+import copy
+import csv
+
+import pytest
+import torch
+from tiny import make_run
+from torch import nn
+
+from ldm_lab import ema
+from ldm_lab.config import build
+from ldm_lab.training.interrupt import Interrupt
+from ldm_lab.training.task import Task
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 16), nn.Linear(16, 4))
+    net[2].bias.requires_grad_(False)
+    return net
+
+
+def trained(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
+    for step in range(steps):
+        optimizer.zero_grad()
+        net(torch.randn(6, 8, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+        optimizer.step()
+
+
+def test_adamw_is_fused_where_the_device_has_it_and_never_foreach_on_a_cpu():
+    net, optim = network(), build("optim", {"lr": 0.01, "decay_on": "matrices"})
+    fused, plain = optim.optimizer(net), optim.optimizer(net, fused=False)
+    assert [group["fused"] for group in fused.param_groups] == [True, True]
+    assert [(group["fused"], group["foreach"]) for group in plain.param_groups] == [(False, False)] * 2
+    assert not optim.optimizer(nn.ModuleList([nn.Linear(2, 2, device="meta")])).param_groups[0]["fused"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_fused_step_is_the_plain_one_but_for_rounding(dtype):
+    one, other = network().to(dtype), network().to(dtype)
+    for net, fused in ((one, True), (other, False)):
+        optimizer = build("optim", {"lr": 0.01}).optimizer(net, fused)
+        for step in range(3):
+            optimizer.zero_grad()
+            x = torch.randn(6, 8, dtype=dtype, generator=torch.Generator().manual_seed(step))
+            net(x).square().mean().backward()
+            optimizer.step()
+    for mine, its in zip(one.parameters(), other.parameters()):
+        assert torch.allclose(mine, its, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("before", "after"), [(True, False), (False, True), (True, True)])
+def test_a_run_goes_on_fused_or_not_whatever_it_was_before(before, after):
+    """The stored state names an implementation; the new one's holds, and the steps are counted where it wants them."""
+    net, optim = network(), build("optim", {"lr": 0.01})
+    first = optim.optimizer(net, before)
+    trained(net, first)
+    state, other = copy.deepcopy(first.state_dict()), copy.deepcopy(net)
+    assert state["param_groups"][0]["fused"] is before
+    second = optim.optimizer(other, after)
+    second.load_state_dict(state)
+    assert second.param_groups[0]["fused"] is after
+    assert state["param_groups"][0]["fused"] is before, "what was handed over stays as it is"
+    trained(net, first)
+    trained(other, second)
+    for mine, its in zip(net.parameters(), other.parameters()):
+        assert torch.allclose(mine, its, rtol=1e-5, atol=1e-7)
+
+
+def test_the_average_moves_in_one_pass_and_sees_tensors_that_moved(monkeypatch):
+    net = network()
+    average = ema.averaged_copy(net)
+    pairs = ema.Pairs(average, net)
+    calls = []
+    lerp = torch._foreach_lerp_
+    monkeypatch.setattr(torch, "_foreach_lerp_", lambda *args: calls.append(len(args[0])) or lerp(*args))
+    expected = copy.deepcopy(average)
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.add_(torch.randn_like(parameter) * parameter.requires_grad)
+            net[0].running_mean.add_(1)
+            for mine, its in zip(expected.parameters(), net.parameters()):
+                mine.mul_(0.9).add_(its, alpha=0.1)
+        pairs.update(0.9)
+        average.to(torch.float64).to(torch.float32)  # as a model that waits elsewhere while another one works
+    assert calls == [5, 5, 5]
+    for mine, its in zip(average.parameters(), expected.parameters()):
+        assert torch.allclose(mine, its, rtol=1e-6, atol=1e-7)
+    assert torch.equal(average[0].running_mean, net[0].running_mean)
+    assert torch.equal(average[2].bias, net[2].bias)
+
+
+def test_values_are_logged_at_logging_steps_alone(tmp_path, monkeypatch, program):
+    """Neither at others, nor, as if they were new, where the run is stopped between two."""
+    monkeypatch.chdir(tmp_path)
+    yaml = make_run(tmp_path, images=32, ema=None, logging={"every": 2})
+    calls = []
+    log_dict = Task.log_dict
+    monkeypatch.setattr(Task, "log_dict", lambda task, *args, **more: calls.append(1) or log_dict(task, *args, **more))
+    stop = Interrupt.on_train_batch_end
+
+    def stop_after_three(callback, trainer, task, outputs, batch, index):
+        callback.time_is_up = callback.time_is_up or trainer.global_step == 3
+        callback.told_to_stop = lambda: trainer.global_step == 3
+        stop(callback, trainer, task, outputs, batch, index)
+
+    monkeypatch.setattr(Interrupt, "on_train_batch_end", stop_after_three)
+    assert program("train", "--config", yaml)[0] == 75
+    rows = list(csv.DictReader((tmp_path / "runs/tiny/metrics.csv").open()))
+    assert len(calls) == 1
+    assert [row["step"] for row in rows] == ["1"]
+    assert float(rows[0]["train/loss"]) > 0 and float(rows[0]["train/lr"]) == pytest.approx(0.001)
