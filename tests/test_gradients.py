@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from fake_cuda import fake_cuda, to_gpu
 from torch import nn
 
 from ldm_lab import ema
@@ -204,3 +205,35 @@ def test_a_statistic_goes_on_where_it_was():
     other = Spikes(5.0, 9)
     other.load_state_dict(first.state_dict())
     assert other.seen == 0, "another window is another statistic"
+
+
+def test_nothing_here_waits_for_the_numbers_of_a_gpu():
+    """On a GPU that is not there: whatever the host would have to know of it is refused."""
+    with fake_cuda() as gpu:
+        model = to_gpu(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+        average = to_gpu(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+        detector, statistics = Detector(), RunningStatistics([model])
+        detector.spikes = Spikes(5.0, 8)
+        parameters = list(model.parameters())
+        for step in range(10):
+            if step == 1:
+                gpu.waits.clear()  # the statistic has moved there
+            statistics.keep()
+            for p in parameters:
+                p.grad = torch.empty_like(p)
+            detector.add(torch.empty((), device="cuda"))
+            norm = gradient_norm(parameters)
+            clip_gradients(parameters, 1.0, norm)
+            left_out = detector.judge(norm, scaled=False)
+            statistics.put_back(left_out)
+            ema.update(average, model, 0.99, left_out)
+        assert left_out.device.type == "cuda" and not gpu.waits
+
+
+@pytest.mark.parametrize(("holds", "holds_spikes"), [(True, False), (False, True)])
+def test_an_infinite_loss_is_no_spike(holds, holds_spikes):
+    """So each kind is held or not as its own policy wants it."""
+    for bad, held in ((INF, holds), (1e3, holds_spikes)):
+        detector = Detector(holds, holds_spikes)
+        detector.spikes = Spikes(5.0, 8)
+        assert judged(detector, [1.0] * 8 + [bad, 1.0]) == [0] * 8 + [1, int(held)]

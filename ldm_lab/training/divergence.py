@@ -135,7 +135,7 @@ class Detector:
         if self.spikes is None:
             return torch.full_like(loss, torch.inf), torch.zeros_like(loss)
         limit = self.spikes.limit(loss.device)  # []
-        return limit, (loss > limit).float()
+        return limit, ((loss > limit) & torch.isfinite(loss)).float()
 
     def release(self) -> None:
         """Learn from further steps again."""

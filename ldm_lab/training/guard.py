@@ -191,7 +191,8 @@ class Guard(Callback):
         for seen, (loss, norm, limit, event) in zip(window, rows):
             self.in_a_row = self.in_a_row + 1 if event else 0
             if event:
-                kind: Kind = "spike" if loss > limit else "gradient" if math.isfinite(loss) else "loss"
+                overflows = not math.isfinite(norm) and task.scaler is None
+                kind: Kind = "loss" if not math.isfinite(loss) else "gradient" if overflows else "spike"
                 shares = [(float(own), keys) for own, keys in zip(seen.verdict.losses, seen.keys)]
                 yield Event(seen.step, kind, loss, limit, norm, worst_keys(shares))
         scaler = task.scaler
