@@ -13,7 +13,8 @@ class ReaderState:
     """Where a reader of the data stands after a batch, and what it read since the one before. Plain values.
 
     Attributes:
-        position: `ldm_lab.data.order.Position`: epoch, start, offset.
+        position: `ldm_lab.data.shares.Stretch`: what is left of the stretch that it is in.
+        behind: how many further stretches are left before its next whole epoch.
         reader: which of the rank's readers, one in each loader process.
         read: samples, the skipped and filtered ones included.
         skipped: reason -> samples that could not be used.
@@ -23,7 +24,8 @@ class ReaderState:
         captions: where captions came from, or why they cannot be read -> samples.
     """
 
-    position: tuple[int, int, int]
+    position: tuple[int, int, int, int, int, int]
+    behind: int = 0
     reader: int = 0
     read: int = 0
     skipped: dict[str, int] = field(default_factory=dict)

@@ -113,9 +113,10 @@ def test_a_cache_knows_its_folder_however_it_is_written(of_a_folder, monkeypatch
     monkeypatch.chdir(root)
     for path in (f"{root}/images/", "images", "./images/", "link", f"{root}/cache/../images"):
         assert stale(of_a_folder, f"data.path={path}") == "", path
-    assert stale(of_a_folder, "data.crop=center", "data.batch_size=2", "data.max_skipped=0.3") == ""
+    assert stale(of_a_folder, "data.crop=center", "data.resize=fast", "data.batch_size=2", "data.max_skipped=0.3") == ""
     assert "encoding" not in capsys.readouterr().out
     assert "made with another data.crop;" in stale(of_a_folder, "data.crop=random")
+    assert "made with another data.resize;" in stale(of_a_folder, "data.resize=exact")
     assert "made with another data.captions" in stale(of_a_folder, "data.captions.endings=.caption")
     (root / "link").unlink()
 

@@ -55,6 +55,7 @@ def test_yfcc_cfg_is_the_original_run():
     assert recipe["conditioner"]["dropout"] == 0.2
     assert recipe["autoencoder"]["latent_std"] == 2.55
     assert recipe["data"]["image_size"] == 256 and recipe["data"]["batch_size"] == 64
+    assert recipe["data"]["resize"] == "exact"
     assert recipe["trainer"]["max_steps"] == 250_000 and recipe["trainer"]["devices"] == 8
     demo = recipe["demo"]
     assert (demo["every"], demo["sampling"]) == (2000, {"guidance": 3.0, "sampler": {"name": "plms", "steps": 50}})

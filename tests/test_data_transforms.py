@@ -11,7 +11,8 @@ from PIL import Image
 from ldm_lab.config import build
 from ldm_lab.data.order import Order
 from ldm_lab.data.samples import RawSample
-from ldm_lab.io.images import BadImage, decode_image, resize_and_crop, to_rgb
+from ldm_lab.io.images import BadImage, decode_image, to_rgb
+from ldm_lab.io.squares import resize_and_crop
 
 
 def stored(image: Image.Image, kind: str = "png", **options) -> bytes:
@@ -201,7 +202,7 @@ def test_decoded_values_and_flip():
     source = build("data", options)
     ramp = np.arange(32, dtype=np.uint8)[None, :, None].repeat(32, 0).repeat(3, 2) * 8  # [32, 32, 3]
     data = stored(Image.fromarray(ramp))
-    order = Order(seed=3, epoch=0, reader=0, readers=1)
+    order = Order(seed=3, epoch=0)
     decoded = [source.decode(RawSample(f"{n}", data, b"\xef\xbb\xbf a cat \n"), order) for n in range(200)]
     mirrored = [bool(s.image[0, 0, 0] > s.image[0, 0, -1]) for s in decoded]
     assert 70 < sum(mirrored) < 130

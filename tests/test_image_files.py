@@ -816,7 +816,7 @@ def test_training_and_scores_see_what_prompts_see():
     levels = np.random.RandomState(1).randint(0, 256, (side, side, 3))
     data = tiff(levels.astype(np.uint16) * 257, extra={34675: ("B", profile("swapped"))})
     source = build("data", {"name": "webdataset", "shards": "0.tar", "batch_size": 1, "image_size": side})
-    trained = source.decode(RawSample("0", data), Order(0, 0, 0, 1)).image
+    trained = source.decode(RawSample("0", data), Order(0, 0)).image
     truth = srgb_of(levels, "swapped")
     assert np.abs(trained.permute(1, 2, 0).numpy() - truth).max() <= 1.5
     assert np.array_equal(trained.permute(1, 2, 0).numpy(), np.asarray(flatten_alpha(decode_image(data))))

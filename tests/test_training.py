@@ -14,7 +14,7 @@ from filelock import FileLock
 from PIL import Image
 from tiny import DENOISER, ROOT, make_parts, make_run, run_program
 
-from ldm_lab.checkpoints.files import read_pickled, read_safetensors
+from ldm_lab.checkpoints.files import FORMAT, read_pickled, read_safetensors
 from ldm_lab.config import build, load
 from ldm_lab.errors import UserError
 from ldm_lab.training.task import batch_seed
@@ -50,6 +50,7 @@ def test_a_run_leaves_its_config_logs_checkpoints_and_model(here, program):
     run = here / "runs" / "tiny"
     assert "base_channels: 16" in out and "trained parameters" in out
     assert "base_channels: 16" in (run / "config.yaml").read_text()
+    assert "resize: fast" in out and read_pickled(run / "last.ckpt")[FORMAT]["config"]["data"]["resize"] == "fast"
     assert len(losses(run)) == 6
     assert sorted(p.name for p in run.glob("*.ckpt")) == ["last.ckpt", "step=00000003.ckpt", "step=00000006.ckpt"]
     tensors, metadata = read_safetensors(run / "ema.safetensors")

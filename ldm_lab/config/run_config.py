@@ -108,6 +108,11 @@ class PartConfig(Mapping[str, Any]):
         known = part_info(self.role, self.name).options.get(key)
         return None if known is None or known.required else known.default
 
+    def said(self, key: str) -> "PartConfig":
+        """Return the section with the value of an option written out, unless that is null or the part has none."""
+        value = self.option(key)
+        return self if value is None else replace(self, options={**self.options, key: value})
+
     def load(self) -> type:
         """Return the class of the part, imported. Raises UserError for an unknown name."""
         return part_info(self.role, self.name).load()

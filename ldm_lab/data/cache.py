@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ldm_lab.batch import Batch
 from ldm_lab.config import register
-from ldm_lab.data.datamodule import RankState
 from ldm_lab.data.order import Order
+from ldm_lab.data.rank_state import RankState
 from ldm_lab.data.samples import UNREACHABLE, Sample, SkippedSample
 from ldm_lab.data.source import Source
 from ldm_lab.data.strings import Strings

@@ -2,40 +2,16 @@
 
 from collections import Counter
 from collections.abc import Callable
-from typing import TypedDict
 
 from pytorch_lightning import LightningDataModule
 
-from ldm_lab.data.counts import Counts, CountsState
+from ldm_lab.data.counts import Counts
 from ldm_lab.data.loader import Loader, Progress
-from ldm_lab.data.order import Position
+from ldm_lab.data.rank_state import RankState, go_on
 from ldm_lab.data.samples import as_utf8
 from ldm_lab.data.source import Source
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Batch
-
-
-class RankState(TypedDict):
-    """Where a rank stands in the data, as plain values for a checkpoint.
-
-    Attributes:
-        seed: of the order.
-        processes: of the run.
-        workers: readers per rank.
-        unit, count: what is dealt out to them, and how many.
-        turn: the reader that gives the next batch.
-        positions: of the readers: epoch, start, offset.
-        counts: of what was read.
-    """
-
-    seed: int
-    processes: int
-    workers: int
-    unit: str
-    count: int
-    turn: int
-    positions: list[list[int]]
-    counts: CountsState
 
 
 class DataModule(LightningDataModule):
@@ -44,7 +20,8 @@ class DataModule(LightningDataModule):
     The training loop hands every batch to `consumed`; what the loader has prepared ahead does not count. `rank_state`
     is then where this rank stands. Each rank has its own, so a checkpoint holds the list of all ranks' states, and
     `load_rank_states` takes that list. The same world size and number of loader processes then deliver exactly the
-    batches that an uninterrupted run would have delivered; anything else goes on at the beginning of the next epoch.
+    batches that an uninterrupted run would have delivered. Others share what is left of the epoch: every sample comes
+    once in it. Other data, or another seed, go on at the beginning of the next epoch.
 
     Args:
         source: a part of role "data".
@@ -69,7 +46,7 @@ class DataModule(LightningDataModule):
         super().__init__()
         self.source, self.seed, self.epochs = source, seed, epochs
         self._rank, self._world_size = rank, world_size
-        self._progress = Progress([Position()] * self.workers)
+        self._progress = Progress([[]] * self.workers)
         self._is_described = False
         self._loader: Loader | None = None
         self.told_to_stop: Callable[[], bool] = lambda: False
@@ -165,7 +142,8 @@ class DataModule(LightningDataModule):
             unit=self.source.unit,
             count=self.source.count or 0,
             turn=self._progress.turn,
-            positions=[list(p) for p in self._progress.positions],
+            items=self.source.items_key,
+            left=[[list(stretch) for stretch in reader] for reader in self._progress.left],
             counts=self._progress.counts.state(),
         )
 
@@ -182,23 +160,6 @@ class DataModule(LightningDataModule):
             self._restored = states, rank
 
     def _restore(self, states: list[RankState], rank: int) -> None:
-        now = self.rank_state()
-        before = states[0]
-        order = {
-            "seed": (before["seed"], now["seed"]),
-            "processes": (before["processes"], now["processes"]),
-            "workers": (before["workers"], now["workers"]),
-            now["unit"]: (before["count"] if before["unit"] == now["unit"] else None, now["count"]),
-        }
-        changes = [f"{what} {one} -> {other}" for what, (one, other) in order.items() if one != other]
-        if not changes:
-            positions = [Position(*p) for p in states[rank]["positions"]]
-            self._progress = Progress(positions, states[rank]["turn"], Counts.of(states[rank]["counts"]))
-            return
-        epoch = 1 + max(position[0] for state in states for position in state["positions"])
-        if rank == 0:
-            print(f"data: {', '.join(changes)}: another order, so this run goes on with epoch {epoch} of it")
-        self._progress = Progress([Position(epoch)] * self.workers)
-        if rank == 0:  # what all ranks have counted so far lives on in one of them
-            for state in states:
-                self._progress.counts.add(Counts.of(state["counts"]))
+        self._progress, lines = go_on(states, self.rank_state(), rank)
+        for line in lines if rank == 0 else []:
+            print(f"data: {line}")

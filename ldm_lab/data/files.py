@@ -120,6 +120,7 @@ class FileSource(ImageSource):
         kinds = [f"{number:,} {place}" for place, number in self.places.most_common() if place != NONE]
         without = f"{self.places[NONE]:,} images without" if self.places[NONE] else "no image without"
         lines = [f"{count:,} images{of}; captions: {', '.join([*kinds, without]) if kinds else 'none'}"]
+        lines += super().found()
         plugins = need_plugins(self.names)
         lines += [plugins] if plugins else []
         if (table := self.captions.table) is not None:

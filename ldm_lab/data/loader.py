@@ -1,10 +1,9 @@
 """Reading without end: the batches of one rank, each with the position that its reader has after it.
 
 Reader r of the run (r = rank x loader processes + process) makes whole batches out of its own share of the data; a
-rank's loader processes take turns. So a rank's next batch follows from its readers' positions and whose turn it is.
+rank's loader processes take turns. So a rank's next batch follows from what its readers have left and whose turn it is.
 """
 
-import itertools
 import os
 import signal
 import threading
@@ -29,8 +28,9 @@ from ldm_lab.data.loader_processes import (
     leave_signals_to_parent,
     ready_to_send,
 )
-from ldm_lab.data.order import Order, Position
+from ldm_lab.data.order import Order, shuffled
 from ldm_lab.data.samples import OF_SHARDS, FilteredOut, Judged, Sample, SkippedSample
+from ldm_lab.data.shares import Stretch, share, stretches
 from ldm_lab.data.source import Item, Source, Unusable
 from ldm_lab.data.waiting import ReadingError, Wait, WaitingEnded
 from ldm_lab.errors import UserError, first_line
@@ -44,6 +44,9 @@ CONSECUTIVE_FAILURES = 1000
 SHARD_FAILURE = 100  # what an unreadable shard counts as there
 PASS_FAILURE = 200  # likewise a whole pass without a usable sample; more than one, as some readers have a single shard
 FILTERED_FAILURE = 0.1  # likewise a sample that is left out as asked
+
+PAST = (FilteredOut, Judged)  # what goes past the shuffle buffer
+GROUP = 4  # units are shuffled together until they have this many times the shuffle buffer
 
 
 class FailureWatch:
@@ -88,9 +91,9 @@ class FailureWatch:
 
 
 def read(
-    source: Source, seed: int, reader: int, readers: int, position: Position, epochs: int | None = None
+    source: Source, seed: int, reader: int, readers: int, left: list[Stretch], epochs: int | None = None
 ) -> Iterator[Batch]:
-    """Yield one reader's batches from a position on, without end or for `epochs` passes (counted from the very start).
+    """Yield one reader's batches of what it has left, without end or for `epochs` passes (counted from the very start).
 
     The state of each is the position after it, with counts since the one before. After the last pass, a batch that may
     be without samples counts what was skipped since the last one.
@@ -100,10 +103,11 @@ def read(
     """
     samples: list[Sample] = []
     counts, watch = Counts(), FailureWatch(source.max_skipped)
-    for epoch in itertools.count(position.epoch) if epochs is None else range(position.epoch, epochs):
-        order = Order(seed, epoch, reader, readers)
-        usable = False
-        for after, item in walk(source, order, position):
+    count = source.count or 0
+    for behind, stretch in stretches(left, reader, readers, count, epochs):
+        order = Order(seed, stretch.epoch)
+        usable = stretch != share(stretch.epoch, reader, readers, count)  # what is left of a pass may be nothing
+        for after, item in walk(source, order, stretch):
             if isinstance(item, Judged):
                 counts.judged += item.count
                 continue
@@ -123,58 +127,93 @@ def read(
             watch.usable()
             counts.caption(samples[-1].caption_place, samples[-1].key)
             if len(samples) == source.batch_size:
-                yield replace(source.collate(samples), state=reader_state(after, counts))
+                yield replace(source.collate(samples), state=reader_state(after, behind, counts))
                 samples, counts = [], Counts()
         if not usable:
             watch.consecutive_failures += PASS_FAILURE
         if watch.gives_up:
             raise UserError(f"no usable sample in a long time: {watch.since_usable}")
-        position = Position(epoch + 1)
     batch = source.collate(samples) if samples else Batch(key=[], text=[])
-    yield replace(batch, state=reader_state(position, counts))
+    yield replace(batch, state=reader_state(share(epochs or 0, reader, readers, count), 0, counts))
 
 
-def reader_state(position: Position, counts: Counts) -> ReaderState:
+def reader_state(position: Stretch, behind: int, counts: Counts) -> ReaderState:
     """Return where a reader stands, with what it read since its last batch."""
     return ReaderState(
-        position, read=counts.read, skipped=counts.skipped, filtered=counts.filtered, examples=counts.examples,
-        judged=counts.judged, captions=counts.captions,
+        position, behind=behind, read=counts.read, skipped=counts.skipped, filtered=counts.filtered,
+        examples=counts.examples, judged=counts.judged, captions=counts.captions,
     )  # fmt: skip
 
 
-def walk(source: Source, order: Order, position: Position) -> Iterator[tuple[Position, Item | Unusable]]:
-    """Yield (position after it, item) of what a reader still has to read of an epoch."""
-    start, offset = position.start, 0
-    for point, item in source.items(order, position.start):
-        offset = offset + 1 if point == start else 1
-        start = point
-        after = Position(order.epoch, start, offset)
-        if after > position:
-            yield after, item
+def walk(source: Source, order: Order, stretch: Stretch) -> Iterator[tuple[Stretch, Item | Unusable]]:
+    """Yield (what is left after it, item) of a stretch.
+
+    Units of several items are shuffled in groups, so that resuming reads at most one group again.
+    """
+    places, epoch, stop, step = stretch.places, stretch.epoch, stretch.stop, stretch.step
+    units = order.permutation(source.count or 0).units(places)
+    if source.shuffle_buffer is None:
+        for place, unit in zip(places, units):
+            yield Stretch(epoch, place + step, stop, step), unit
+        return
+    done = stretch.offset
+    while places:
+        group, first = Group(source, units), places.start
+        items = shuffled(group, source.shuffle_buffer, order.random("group", first), PAST)
+        for number, item in enumerate(items, 1):
+            if number > done:
+                yield Stretch(epoch, first, stop, step, group.begun, number), item
+        places, done = places[group.begun :], 0
+
+
+class Group:
+    """The items of units that are shuffled together: of as many as it takes to fill the shuffle buffer GROUP times.
+
+    Args:
+        source: what they are read from.
+        units: those that are left; each is taken when it is needed.
+
+    Attributes:
+        begun: units taken so far.
+    """
+
+    def __init__(self, source: Source, units: Iterator[int]):
+        self.source, self.units, self.begun = source, units, 0
+
+    def __iter__(self) -> Iterator[Item | Unusable]:
+        items, enough = 0, GROUP * (self.source.shuffle_buffer or 0)
+        for unit in self.units:
+            self.begun += 1
+            for item in self.source.items(unit):
+                items += not isinstance(item, PAST)
+                yield item
+            if items >= enough:
+                return
 
 
 class Progress:
     """Where a rank stands: what its trained-on batches took from the data.
 
     Attributes:
-        positions: of the rank's readers, one per loader process.
+        left: what the rank's readers, one per loader process, have to read before their next whole epoch.
         turn: the loader process that gives the next batch.
         counts: of what was read for these batches.
     """
 
-    def __init__(self, positions: list[Position], turn: int = 0, counts: Counts | None = None):
-        self.positions, self.turn, self.counts = positions, turn, counts or Counts()
+    def __init__(self, left: list[list[Stretch]], turn: int = 0, counts: Counts | None = None):
+        self.left, self.turn, self.counts = left, turn, counts or Counts()
 
     def copy(self) -> "Progress":
-        return Progress(list(self.positions), self.turn, Counts.of(self.counts.state()))
+        return Progress(list(self.left), self.turn, Counts.of(self.counts.state()))
 
     def advance(self, batch: Batch) -> None:
         """Go on to behind a batch."""
         state = batch.state
         if state is None:
             raise ValueError("this batch does not say where its reader stands")
-        self.positions[state.reader] = Position(*state.position)
-        self.turn = (state.reader + 1) % len(self.positions)
+        before = self.left[state.reader]
+        self.left[state.reader] = [Stretch(*state.position), *before[len(before) - state.behind :]]
+        self.turn = (state.reader + 1) % len(self.left)
         self.counts.add(Counts.of(state))
 
 
@@ -319,12 +358,12 @@ class _Readers(IterableDataset):
         process = get_worker_info()
         number = process.id if process else 0
         self.source.note = partial(self.whereabouts.note, number)
-        workers = len(self.progress.positions)
+        workers = len(self.progress.left)
         # DataLoader always begins with its process 0, so that one takes over the reader whose turn it is.
         mine = (number + self.progress.turn) % workers
         reader, readers = self.rank * workers + mine, workers * self.world_size
         try:
-            for batch in read(self.source, self.seed, reader, readers, self.progress.positions[mine], self.epochs):
+            for batch in read(self.source, self.seed, reader, readers, self.progress.left[mine], self.epochs):
                 batch.state.reader = mine
                 yield ready_to_send(batch) if process else batch
         except UserError as error:

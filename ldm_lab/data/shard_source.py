@@ -1,25 +1,19 @@
-"""What the sources that read shards have in common: the order of shards and samples, found again on resume."""
+"""What the sources that read shards have in common: which shards there are, and what is found in them."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ldm_lab.config import NonNegativeInt
 from ldm_lab.data.caption_tables import CaptionTable
-from ldm_lab.data.order import Order, shuffled
-from ldm_lab.data.samples import FilteredOut, Judged, RawSample, SkippedSample
+from ldm_lab.data.samples import RawSample, SkippedSample
 from ldm_lab.data.shard_urls import is_remote, scheme_of
 from ldm_lab.data.shards_found import describe_shards
 from ldm_lab.data.source import ImageSource, Unusable
 from ldm_lab.data.tar import read_shard
 from ldm_lab.data.tar_files import KeyUntil
 from ldm_lab.errors import UserError
-
-PAST = (FilteredOut, Judged)  # what goes past the shuffle buffer
-GROUP = 4  # shards that are shuffled together: a group ends once it has this many times the shuffle buffer
 
 
 class ShardSource(ImageSource):
@@ -59,7 +53,7 @@ class ShardSource(ImageSource):
     def found(self) -> list[str]:
         table = self.captions.table
         lines = table.lines(None) if table is not None else []
-        return describe_shards(self.addresses, self.captions, self.key_until) + lines
+        return describe_shards(self.addresses, self.captions, self.key_until) + lines + super().found()
 
     def files(self) -> list[tuple[str, Path | None]]:
         local = [os.path.abspath(a) for a in self.addresses if not is_remote(a) and not scheme_of(a)]
@@ -68,30 +62,14 @@ class ShardSource(ImageSource):
         found += [(a, None) for a in self.addresses if is_remote(a) or scheme_of(a)]
         return found
 
-    def items(self, order: Order, start: int = 0) -> Iterator[tuple[int, RawSample | Unusable]]:
-        """Yield the samples; a restart point is the place of the first shard of a group.
+    @property
+    def items_key(self) -> str:
+        return f"{super().items_key} {self.key_until} {self.captions.endings}"
 
-        The shuffle buffer is emptied at the end of every group, so that resuming reads at most one group again and not
-        the whole epoch.
-        """
-        share = order.share(self.count or 0)  # [about count / readers]
-        places = iter(range(start, len(share)))
-        for first in places:
-            group = self._shard_group(share, first, places)
-            for item in shuffled(group, self.shuffle_buffer, order.random("run", order.reader, first), PAST):
-                yield first, item
-
-    def _shard_group(
-        self, share: np.ndarray, place: int | None, places: Iterator[int]
-    ) -> Iterator[RawSample | Unusable]:
-        """Yield the samples of the shard at `place` and of further shards until there are enough of them."""
-        samples = 0
-        while place is not None:
-            self.note(self.addresses[share[place]])
-            for item in self.samples(self.addresses[share[place]]):
-                samples += not isinstance(item, PAST)
-                yield item
-            place = next(places, None) if samples < GROUP * self.shuffle_buffer else None
+    def items(self, unit: int) -> Iterator[RawSample | Unusable]:
+        """Yield the samples of a shard."""
+        self.note(self.addresses[unit])
+        yield from self.samples(self.addresses[unit])
 
     def samples(self, address: str) -> Iterator[RawSample | Unusable]:
         """Yield the samples of a shard."""

@@ -6,7 +6,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +14,8 @@ from ldm_lab.data.captions import Captions
 from ldm_lab.data.order import Order
 from ldm_lab.data.samples import FilteredOut, Judged, RawSample, Sample, SkippedSample, caption_of
 from ldm_lab.interfaces import Batch
-from ldm_lab.io.images import BadImage, decode_image, resize_and_crop, to_rgb
+from ldm_lab.io.color import BadImage
+from ldm_lab.io.squares import Road, read_square, torch_has_lanczos
 
 Item = int | RawSample  # what `decode` takes: the number of a unit, or bytes
 Unusable = SkippedSample | Judged  # what `items` gives in the place of an item
@@ -36,12 +36,15 @@ class Source:
         unit: what is dealt out to the readers, in the plural.
         count: units; None before `open`.
         image_size: side of the square images that samples were made of, pixels; None if nobody has said it.
+        shuffle_buffer: items that are held to draw the next one from, where a unit has several of them; None where
+            every unit is an item.
         note: told what is about to be read, for the message of a wait that takes long.
         encoded_by: of a cache, role -> sha256 of the part that made its latents and conditions.
     """
 
     unit = "samples"
     count: int | None = None
+    shuffle_buffer: int | None = None
     image_size: int | None = None
     encoded_by: Mapping[str, str] = MappingProxyType({})
 
@@ -64,6 +67,11 @@ class Source:
         """List the units and set `count`; called in every process. Raises UserError where there is nothing to read."""
         raise NotImplementedError
 
+    @property
+    def items_key(self) -> str:
+        """What the items of a unit and their order depend on beside the unit itself, in a few characters."""
+        return "" if self.shuffle_buffer is None else f"shuffle_buffer={self.shuffle_buffer}"
+
     def found(self) -> list[str]:
         """Return what `open` found, a line each, for the start of a run; samples are not decoded for it."""
         return []
@@ -76,18 +84,14 @@ class Source:
         """
         return []
 
-    def items(self, order: Order, start: int = 0) -> Iterator[tuple[int, Item | Unusable]]:
-        """Yield (restart point, item) of one reader's share of one epoch, from the restart point `start` on.
+    def items(self, unit: int) -> Iterator[Item | Unusable]:
+        """Yield the items of a unit, the same ones in the same order whenever it is read.
 
-        Restart points never fall; `items(order, p)` must give the very items that `items(order, 0)` gives from its
-        first item with the restart point p on. An item is what `decode` takes, or a `SkippedSample` for something that
-        could not even be read. Nothing is decoded here, so that resuming is quick.
-
-        As it stands: every unit is an item, known by its index; its restart point is its place in the share.
+        An item is what `decode` takes, or a `SkippedSample` for something that could not even be read. Nothing is
+        decoded here, so that resuming is quick. Only asked for where there is a `shuffle_buffer`: as it stands, every
+        unit is an item, known by its number.
         """
-        share = order.share(self.count or 0)  # [about count / readers]
-        for place in range(start, len(share)):
-            yield place, int(share[place])
+        yield unit
 
     def decode(self, item: Item, order: Order) -> Sample:
         """Return the sample of an item; every random choice comes from `order.random`. Raises SkippedSample."""
@@ -127,6 +131,8 @@ class ImageSource(Source):
 
     Args:
         image_size: side of the square that the model sees, pixels. The short side is resized to it (Lanczos).
+        resize: fast reads and resizes plain JPEGs by torch; exact does everything by Pillow, pixel for pixel as the
+            programs that are reproduced. They differ by two levels of 255 at most.
         crop: which square of the resized image is taken.
         flip: mirror each image left to right with probability 0.5.
         min_size: images with a shorter side below this are skipped, pixels.
@@ -140,6 +146,7 @@ class ImageSource(Source):
         self,
         *,
         image_size: PositiveInt,
+        resize: Road = "fast",
         crop: Literal["center", "random"] = "center",
         flip: bool = False,
         min_size: NonNegativeInt = 16,
@@ -151,7 +158,13 @@ class ImageSource(Source):
         super().__init__(**common)
         self.captions: Captions = build("captions", captions)
         self.image_size, self.crop, self.flip = image_size, crop, flip
+        self.resize: Road = resize
         self.min_size, self.max_pixels, self.require_text = min_size, max_pixels, require_text
+
+    def found(self) -> list[str]:
+        if self.resize == "exact" or torch_has_lanczos():
+            return []
+        return ["resize: fast: takes torch 2.12 or a newer one; with this one Pillow reads and resizes (exact)"]
 
     def decode(self, item: RawSample, order: Order) -> Sample:
         """Return the sample with its image, uint8 [3, S, S]. Raises SkippedSample."""
@@ -168,13 +181,13 @@ class ImageSource(Source):
         if self.crop == "center":
             across = down = 0.5
         try:
-            image = decode_image(item.image, self.min_size, self.max_pixels)
-            pixels = np.asarray(resize_and_crop(to_rgb(image), self.image_size, across, down))  # [S, S, 3]
+            image = read_square(
+                item.image, self.image_size, across, down, self.resize, self.min_size, self.max_pixels
+            )  # [3, S, S]
         except BadImage as problem:
             raise SkippedSample(str(problem), item.key) from None
         if self.flip and mirror < 0.5:
-            pixels = pixels[:, ::-1]  # [S, S, 3]
-        image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())  # [3, S, S]
+            image = image.flip(2)  # [3, S, S]
         return Sample(item.key, text, caption.problem or caption.place, image)
 
     def to_device_format(self, batch: Batch) -> Batch:

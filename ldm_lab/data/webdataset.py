@@ -1,5 +1,7 @@
 """WebDataset shards, filtered by rules on what is known of each sample."""
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
@@ -49,6 +51,7 @@ class WebDataset(ShardSource):
         self.key_until = key_until
         self.shards = [shards] if isinstance(shards, str) else shards
         self.rules, self.scores = build_rules(rules or {}), scores
+        self.said = json.dumps([rules, names, scores], sort_keys=True, default=str)
         self.names = Names.of(names, f"data.{ASK}")
 
     @staticmethod
@@ -70,6 +73,10 @@ class WebDataset(ShardSource):
             )
         problems += check_names(names)
         return problems
+
+    @property
+    def items_key(self) -> str:
+        return hashlib.sha256(f"{super().items_key} {self.said}".encode()).hexdigest()[:16]
 
     def list_shards(self) -> list[str]:
         addresses = expand(self.shards)

@@ -168,6 +168,14 @@ def _with_profile(image: Image.Image, profile: bytes) -> Image.Image:
     return converted
 
 
+def is_srgb(profile: bytes, mode: str) -> bool:
+    """Return whether a profile changes nothing to speak of in images of a mode (L, RGB); False if it is of no use."""
+    try:
+        return _transform(profile, mode)[0] is None
+    except Exception:  # on malformed bytes lcms and its wrapper raise all kinds
+        return False
+
+
 @lru_cache(maxsize=32)
 def _transform(profile: bytes, mode: str) -> tuple[ImageCms.ImageCmsTransform | None, str]:
     """Return what brings images of a mode (L, RGB, CMYK) from a profile to sRGB, and the profile's color space.

@@ -71,9 +71,9 @@ def _decode(data: bytes, info: dict[str, bytes], min_size: int, max_pixels: int 
     is_jxl = data.startswith(JXL_STARTS)
     _need_plugin(data, is_jxl)
     if is_jxl:  # its plugin decodes at once
-        _check_pixels(jxl_size(data), min_size, max_pixels)
+        check_pixels(jxl_size(data), min_size, max_pixels)
     image = Image.open(io.BytesIO(data))
-    _check_pixels(image.size, min_size, max_pixels)
+    check_pixels(image.size, min_size, max_pixels)
     image.load()
     image.info.update(info)
     _mend_png(image, data)
@@ -88,7 +88,7 @@ def _decode(data: bytes, info: dict[str, bytes], min_size: int, max_pixels: int 
     return _finish(image, orientation)
 
 
-def _check_pixels(size: tuple[int, int], min_size: int, max_pixels: int | None) -> None:
+def check_pixels(size: tuple[int, int], min_size: int, max_pixels: int | None) -> None:
     """Raise BadImage if a width and height are below or above the limits, Pillow's included."""
     pixels = size[0] * size[1]
     if min(size) < min_size:
@@ -140,7 +140,7 @@ def _deep_tiff(data: bytes, min_size: int, max_pixels: int | None, least_bits: i
     image = open_tiff(data, min(_most_pixels(), max_pixels or sys.maxsize), least_bits)
     if image is None:
         return None
-    _check_pixels(image.size, min_size, max_pixels)
+    check_pixels(image.size, min_size, max_pixels)
     return _finish(image, image.info["orientation"])
 
 

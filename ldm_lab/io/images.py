@@ -90,27 +90,6 @@ def flatten_alpha(image: Image.Image) -> Image.Image:
     return _center_crop(image, *(min(side, limit) for side in image.size)) if max(image.size) > limit else image
 
 
-def resize_and_crop(image: Image.Image, size: int, across: float = 0.5, down: float = 0.5) -> Image.Image:
-    """Return a square of `size` pixels: the short side resized to it (Lanczos), the long side cropped.
-
-    The sizes and the center crop are those of torchvision's Resize and CenterCrop on Pillow images, to the pixel.
-
-    Args:
-        image: an RGB image.
-        size: side of the square, pixels.
-        across, down: where the crop lies in the room that the long side leaves: 0 left/top, 0.5 center, 1 right/bottom.
-    """
-    short = min(image.size)
-    width, height = (int(size * side / short) for side in image.size)
-    left, top = round((width - size) * across), round((height - size) * down)
-    if max(width, height) > LONGEST * size:
-        x, y = image.width / width, image.height / height
-        box = (left * x, top * y, (left + size) * x, (top + size) * y)
-        return image.resize((size, size), Image.Resampling.LANCZOS, box=box)
-    resized = image.resize((width, height), Image.Resampling.LANCZOS)
-    return resized.crop((left, top, left + size, top + size))
-
-
 Resize = Literal["crop", "pad", "stretch"]
 
 

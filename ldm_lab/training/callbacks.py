@@ -7,7 +7,7 @@ from pytorch_lightning import Callback, Trainer
 from torch import Tensor
 
 from ldm_lab.config import to_yaml
-from ldm_lab.data.datamodule import RankState
+from ldm_lab.data.rank_state import RankState
 from ldm_lab.interfaces import Batch
 from ldm_lab.io.atomic import atomic_write
 from ldm_lab.training.checkpointing import Checkpointing

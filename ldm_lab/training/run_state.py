@@ -4,7 +4,7 @@ from typing import TypedDict
 
 from torch import Tensor
 
-from ldm_lab.data.datamodule import RankState
+from ldm_lab.data.rank_state import RankState
 from ldm_lab.io.json_files import JsonObject
 
 

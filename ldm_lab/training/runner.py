@@ -58,6 +58,7 @@ def run(config: RunConfig) -> int:
         UserError: rules across keys that the config breaks, before data or weights are read; what the parts raise.
     """
     config.check_across_keys()
+    config = config.with_part("data", config["data"].said("resize"))  # of checkpoints, whatever the default becomes
     quiet_lightning()
     folder = RUNS / config.run
     with RunLock(folder) as lock:

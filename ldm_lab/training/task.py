@@ -19,7 +19,7 @@ from ldm_lab.batch import Batch
 from ldm_lab.checkpoints.files import FORMAT
 from ldm_lab.checkpoints.parts import load_strictly, weights_sha256
 from ldm_lab.config import FROZEN, RunConfig
-from ldm_lab.data.datamodule import RankState
+from ldm_lab.data.rank_state import RankState
 from ldm_lab.training.divergence import Detector, total_norm
 from ldm_lab.training.gradients import Gate, Parameters, RunningStatistics, clip_gradients, gradient_norm
 from ldm_lab.training.optim import Optim

@@ -10,7 +10,8 @@ from ldm_lab.checkpoints.formats import ccld
 from ldm_lab.checkpoints.opened import open_weights
 from ldm_lab.config import RunConfig, build
 from ldm_lab.interfaces import Batch
-from ldm_lab.io.images import resize_and_crop, to_tensor
+from ldm_lab.io.images import to_tensor
+from ldm_lab.io.squares import resize_and_crop
 from ldm_lab.training.diffusion import DiffusionTask
 from ldm_lab.training.infoloob import CLOOBLoss, retrieve
 from ldm_lab.training.scale import latent_scale
