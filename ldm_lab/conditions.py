@@ -6,14 +6,16 @@ The conditions of a batch are a dict of tensors whose first axis is the batch. W
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
 
+import torch
 from torch import Tensor
 
 from ldm_lab.errors import UserError
 
 Conditions = dict[str, Tensor]  # name -> [B, ...]
+Stored = Literal["float16", "float32"]  # how a cache keeps numbers
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,12 @@ class Embedding:
 
     Attributes:
         optional: the conditions may lack it; a denoiser then leaves its layers for it out.
+        stored: how a cache keeps it.
     """
 
     width: int
     optional: bool = False
+    stored: Stored = field(default="float16", compare=False)
 
     def __str__(self) -> str:
         return f"embedding of {self.width}" + (", which may be missing" if self.optional else "")
@@ -44,10 +48,17 @@ class TokenIds:
 
 @dataclass(frozen=True)
 class TokenStates:
-    """States of a language model, float [B, length, width]; beside NAME travels NAME_mask, bool [B, length]."""
+    """States of a language model, float [B, length, width]; beside NAME travels NAME_mask, bool [B, length].
+
+    What lies behind the last place that the mask has means nothing, and a cache gives zeros for it.
+
+    Attributes:
+        stored: how a cache keeps them.
+    """
 
     width: int
     length: int
+    stored: Stored = field(default="float16", compare=False)
 
     def __str__(self) -> str:
         return f"token states, up to {self.length} of {self.width}"
@@ -55,10 +66,15 @@ class TokenStates:
 
 @dataclass(frozen=True)
 class ImageCondition:
-    """An image beside the noised one, float [B, channels, h / scale_factor, w / scale_factor]."""
+    """An image beside the noised one, float [B, channels, h / scale_factor, w / scale_factor].
+
+    Attributes:
+        stored: how a cache keeps it, if a conditioner gives one.
+    """
 
     channels: int
     scale_factor: int = 1
+    stored: Stored = field(default="float16", compare=False)
 
     def __str__(self) -> str:
         size = "" if self.scale_factor == 1 else f", 1/{self.scale_factor} of the size"
@@ -85,6 +101,27 @@ def condition_tensors(spec: ConditionSpec) -> list[str]:
     for name, kind in spec.items():
         names += [name, name + MASK] if isinstance(kind, TokenIds | TokenStates) else [name]
     return names
+
+
+def blank_conditions(spec: ConditionSpec, count: int, height: int = 0, width: int = 0) -> Conditions:
+    """Return conditions of a spec that say nothing, for `count` rows of x, whose size images depend on."""
+    given: Conditions = {}
+    for name, kind in spec.items():
+        match kind:
+            case Embedding():
+                given[name] = torch.zeros(count, kind.width)  # [B, D]
+            case TokenIds():
+                given[name] = torch.zeros(count, kind.length, dtype=torch.int64)  # [B, L]
+            case TokenStates():
+                given[name] = torch.zeros(count, kind.length, kind.width)  # [B, L, D]
+            case ImageCondition():
+                size = height // kind.scale_factor, width // kind.scale_factor
+                given[name] = torch.zeros(count, kind.channels, *size)  # [B, c, h', w']
+            case Level():
+                given[name] = torch.zeros(count)  # [B]
+        if isinstance(kind, TokenIds | TokenStates):
+            given[name + MASK] = torch.ones(count, kind.length, dtype=torch.bool)  # [B, L]
+    return given
 
 
 def describe_conditions(spec: ConditionSpec) -> str:

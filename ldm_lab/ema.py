@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ldm_lab.config import NonNegativeInt, ShareBelowOne, register
+from ldm_lab.sharded import local
 
 
 @register("ema")
@@ -66,9 +67,10 @@ class Pairs:
         """
         self.average, self.model = average, model
         pairs = list(zip(average.parameters(), model.parameters(), strict=True))
-        self.moved = [mine for mine, its in pairs if its.requires_grad]
-        self.toward = [its for _, its in pairs if its.requires_grad]
-        self.copied = [(mine, its) for mine, its in pairs if not its.requires_grad]
+        # Of what several processes share, each one's own.
+        self.moved = [local(mine) for mine, its in pairs if its.requires_grad]
+        self.toward = [local(its.detach()) for _, its in pairs if its.requires_grad]
+        self.copied = [(local(mine), local(its.detach())) for mine, its in pairs if not its.requires_grad]
 
     @torch.no_grad()
     def update(self, decay: float, left_out: torch.Tensor | None = None) -> None:

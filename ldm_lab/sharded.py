@@ -44,4 +44,11 @@ def shared_like(value: Tensor, tensor: Tensor) -> Tensor:
     """Return a value that every process has all of, shared out as `tensor` is; as it is where `tensor` is ordinary."""
     if not isinstance(tensor, DTensor) or isinstance(value, DTensor):
         return value
-    return distribute_tensor(value.clone(), tensor.device_mesh, tensor.placements, src_data_rank=None)
+    shares = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    return shares.clone()  # the share alone, which else would keep all of the value in memory
+
+
+def load_shares(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a state dict of whole tensors into a module, of which this process may hold shares."""
+    own = module.state_dict()
+    module.load_state_dict({n: shared_like(value, own[n]) if n in own else value for n, value in state.items()})

@@ -1,11 +1,16 @@
 """Small data sets for the tests of ldm_lab.data: every image is of one color that tells its number."""
 
 import io
+import json
 from pathlib import Path
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from ldm_lab.config import build
+from ldm_lab.data.cache_files import CacheMeta, Column, Rows, dtype_name
+from ldm_lab.data.cache_files import write_shard as write_cache_shard
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.data.tar import write_shard
 from ldm_lab.interfaces import Batch
@@ -40,6 +45,34 @@ def write_files(folder: Path, count: int) -> None:
             path.write_bytes(data)
     names = sorted(str(path.relative_to(folder.parent)) for path in folder.rglob("*.png"))
     (folder.parent / "list.txt").write_text("\n".join(names) + "\n\n")
+
+
+def write_cache(
+    folder: Path, tensors: dict[str, Tensor], per_shard: int, variants: int = 1, texts: list[str] | None = None, **facts
+) -> CacheMeta:
+    """Write a cache of some columns [R, ...], `per_shard` samples in each shard; keys are numbers.
+
+    A list of tensors in the place of one is a ragged column.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = len(next(iter(tensors.values())))
+    texts = texts or [f"caption {n}" for n in range(rows)]
+    columns, shards = {}, []
+    for name, values in tensors.items():
+        ragged = isinstance(values, list)
+        longest = max(map(len, values)) if ragged else 0
+        shape = (longest, *values[0].shape[1:]) if ragged else tuple(values.shape[1:])
+        columns[name] = Column(dtype_name(values[0].dtype), shape, ragged)
+    for number, first in enumerate(range(0, rows, per_shard * variants)):
+        part = slice(first, min(first + per_shard * variants, rows))
+        packed = {n: torch.cat(v[part]) if columns[n].ragged else v[part] for n, v in tensors.items()}
+        lengths = {n: torch.tensor([len(row) for row in v[part]]) for n, v in tensors.items() if columns[n].ragged}
+        keys = [f"{n // variants:05d}" for n in range(part.start, part.stop, variants)]
+        content = Rows(packed, lengths, keys, texts[part])
+        shards.append(write_cache_shard(folder / f"{number:05d}.safetensors", content, columns))
+    meta = CacheMeta({name: json.dumps(its) for name, its in facts.items()}, True, variants, columns, tuple(shards))
+    meta.write(folder)
+    return meta
 
 
 def module(section: dict, rank: int = 0, world_size: int = 1, seed: int = 0, epochs: int | None = None) -> DataModule:

@@ -8,11 +8,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [  # a module may import from its own line only what is in its own package, and from any line above
     {"errors"},
-    {"conditions", "predictions", "progress", "downloads"},
+    {"conditions", "predictions", "progress", "downloads", "devices"},
     {"batch"},
     {"interfaces", "io", "processes", "sharded"},
     {"config"},
-    {"schedules", "ema", "rules", "clip_tokens"},
+    {"schedules", "ema", "estimate", "rules", "clip_tokens"},
     {"pretrained"},
     {
         "data",

@@ -1,17 +1,31 @@
 """`python -m ldm_lab cache`: what it writes trains like the images it was made from, and nothing else is mixed in."""
 
 import os
+from pathlib import Path
 
 import pytest
+import tiny_glide
+import torch
 import yaml as yaml_reader
-from data_sets import write_files
+from data_sets import write_files, write_shards
+from safetensors.torch import load_file
 from tiny import make_run
 
+from ldm_lab.batch import Batch
 from ldm_lab.checkpoints.files import read_pickled
-from ldm_lab.config import load, to_yaml
+from ldm_lab.conditions import Embedding, TokenStates
+from ldm_lab.config import build, load, to_yaml
+from ldm_lab.data.cache_files import read_meta
+from ldm_lab.data.datamodule import DataModule
 from ldm_lab.data.file_facts import FileFacts, read_facts, write_facts
+from ldm_lab.data.jobs import PassOptions
+from ldm_lab.data.order import Order
 from ldm_lab.errors import UserError
-from ldm_lab.training.caching import training_data
+from ldm_lab.interfaces import Conditioner
+from ldm_lab.training import disk
+from ldm_lab.training.caching import make_cache, training_data
+from ldm_lab.training.encoding import CacheJob, CacheTarget, Encoders, VariantBatch, Variants
+from ldm_lab.training.runner import build_task
 
 
 @pytest.fixture
@@ -48,10 +62,45 @@ def test_a_cache_of_other_weights_is_refused(cached, program):
     assert "this cache was made with another autoencoder" in err
 
 
-def test_a_complete_cache_is_not_written_again(cached, program):
-    code, _, err = program("ldm_lab.__main__", "cache", "--config", cached.parent / "tiny.yaml", "--out", "cache")
+def test_a_complete_cache_is_not_written_again_but_what_is_lost_is(cached, program):
+    again = ("ldm_lab.__main__", "cache", "--config", cached.parent / "tiny.yaml", "--out", "cache")
+    code, _, err = program(*again)
     assert code == 2
     assert "complete already (24 samples)" in err
+    folder = cached.parent / "cache"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "00002.safetensors").write_bytes(before["00002.safetensors"][:-8])
+    code, out, _ = program(*again)
+    assert code == 0 and "cache: made again: " in out and "cache: 24 samples" in out
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_interrupted_pass_goes_on_with_what_is_left_and_batches_mix_no_shards(tmp_path, monkeypatch):
+    yaml = make_run(tmp_path, images=20, cache={"folder": str(tmp_path / "cache")}, data={"batch_size": 3})
+    encoded, encode = [], Encoders.encode
+
+    def breaks_off(self, batch):
+        if len(encoded) == 5:
+            raise KeyboardInterrupt
+        encoded.append(batch.key)
+        return encode(self, batch)
+
+    monkeypatch.setattr(Encoders, "encode", breaks_off)
+    with pytest.raises(KeyboardInterrupt):
+        make_cache(load(yaml), PassOptions(batch_size=3, workers=0, accelerator="cpu"))
+    done = [path.name for path in sorted((tmp_path / "cache").glob("0*.safetensors"))]
+    assert done == ["00000.safetensors", "00001.safetensors"] and not read_meta(tmp_path / "cache").complete
+    monkeypatch.setattr(Encoders, "encode", encode)
+    report = make_cache(load(yaml), PassOptions(batch_size=3, workers=0, accelerator="cpu"))
+    assert report.counts.used == 20
+    other = load(yaml, [f"cache.folder={tmp_path / 'other'}"])
+    make_cache(other, PassOptions(batch_size=3, workers=2, accelerator="cpu"))
+    names = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert names == {path.name for path in (tmp_path / "other").iterdir()}
+    for name in names:
+        assert (tmp_path / "cache" / name).read_bytes() == (tmp_path / "other" / name).read_bytes(), name
+    with pytest.raises(UserError, match=r"made with another cache\.crops"):
+        training_data(load(yaml, ["cache.crops=3"]))
 
 
 def test_a_cache_of_nothing_is_an_error(tmp_path, program):
@@ -79,6 +128,119 @@ def test_a_run_makes_its_cache_at_the_first_start(cached, program):
         assert weights.equal(runs[1][name]) and weights.equal(runs[2][name])
     code, _, err = program("train", "--config", yaml, "run=third", "cache.folder=own", "seed=5")
     assert code == 2 and "made with another seed" in err
+
+
+# ----------------------------------------------------------------------------------------------- as good as the images
+
+BOUND = 2e-3  # of the loss of a sample, relative: half precision of moments and embeddings; measured is up to 4e-4
+GLIDE = {key: tiny_glide.config()[key] for key in ("conditioner", "denoiser", "objective")}
+PIXELS = {"autoencoder": {"name": "identity"}, "conditioner": {"name": "none"}}
+
+
+def losses(config, section) -> dict[str, float]:
+    """Return the loss of each sample of the first epoch, at noise and times that follow from its key."""
+    data = DataModule(section.build(), seed=config.seed, epochs=1)
+    data.setup()
+    task, found = build_task(config), {}
+    for batch in data.train_dataloader():
+        for i, key in enumerate(batch.key):
+            one = lambda value: None if value is None else value[i : i + 1]  # noqa: B023, E731
+            conditions = {name: one(value) for name, value in batch.conditions.items()}
+            row = Batch([key], [batch.text[i]], one(batch.image), one(batch.mean), one(batch.logvar), conditions)
+            torch.manual_seed(int(key))
+            x0, conditions = task.encode(row)
+            t, noise = torch.rand(1), torch.randn_like(x0)
+            found[key] = float(task.objective.loss_terms(task.model, x0, conditions, t, noise)["loss"].detach())
+    return found
+
+
+@pytest.mark.parametrize("kind", ["ccld", "glide", "pixels"])
+def test_cached_and_online_losses_are_equal(tmp_path, kind):
+    sections = {"ccld": {}, "glide": GLIDE, "pixels": PIXELS}[kind]
+    yaml = make_run(tmp_path, images=8, cache={"folder": str(tmp_path / "cache")}, data={"image_size": 32})
+    yaml.write_text(to_yaml(yaml_reader.safe_load(yaml.read_text()) | sections))
+    config = load(yaml)
+    cached, online = losses(config, training_data(config)), losses(config, config["data"])
+    assert cached.keys() == online.keys() and len(online) == 8
+    bound = 0 if kind == "pixels" else BOUND
+    assert all(abs(cached[key] - online[key]) <= bound * online[key] for key in online)
+    shard = load_file(tmp_path / "cache" / "00000.safetensors")
+    kinds = {name: str(values.dtype).removeprefix("torch.") for name, values in shard.items()}
+    latents = {"mean": "float16", "logvar": "float16"}
+    wanted = {
+        "ccld": {**latents, "embed": "float16"},
+        "glide": {**latents, "token_ids": "int64", "token_ids_mask": "bool"},
+        "pixels": {"image": "uint8", "embed": "float16"},
+    }[kind]
+    assert {name: kinds[name] for name in kinds if name.partition(".")[0] not in ("key", "text")} == wanted
+
+
+class WithStates(Conditioner):
+    """States of texts of different lengths, with something behind their ends."""
+
+    @property
+    def spec(self):
+        return {"token_states": TokenStates(4, 6), "plain": Embedding(2, stored="float32")}
+
+    def from_batch(self, batch):
+        lengths = torch.tensor([len(text) % 7 for text in batch.text])  # [B]
+        mask = torch.arange(6)[None] < lengths[:, None]  # [B, 6]
+        states = torch.rand(len(lengths), 6, 4, generator=torch.Generator().manual_seed(0))  # [B, 6, 4]
+        return {"token_states": states, "token_states_mask": mask, "plain": states[:, 0, :2]}
+
+
+def test_states_of_texts_are_kept_up_to_their_ends():
+    source = build("data", {"name": "folder", "path": "nowhere", "image_size": 8, "batch_size": 1})
+    encoders = Encoders(build("autoencoder", {"name": "identity"}), WithStates())
+    job = CacheJob(encoders, source, Variants(), CacheTarget(Path("nowhere"), {}, 0))
+    texts = ["", "abc", "abcdef"]
+    made = job.process(VariantBatch(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), list("abc"), texts))
+    assert made.rows.tensors["token_states"].shape == (9, 4) and made.rows.lengths["token_states"].tolist() == [0, 3, 6]
+    assert made.columns["token_states"].ragged and not made.columns["plain"].ragged
+    assert made.columns["plain"].dtype == "float32" and made.columns["token_states"].dtype == "float16"
+
+
+# ---------------------------------------------------------------------------------------------------------- variants
+
+
+def test_crops_and_flips_are_those_of_the_first_epochs(tmp_path):
+    """Each variant is the latent of a crop that training on the images would have seen, as it is and mirrored."""
+    crops = {"crops": 2, "flip": True, "folder": str(tmp_path / "cache")}
+    yaml = make_run(tmp_path, images=8, cache=crops, data={"image_size": 32})
+    yaml.write_text(to_yaml(yaml_reader.safe_load(yaml.read_text()) | PIXELS))
+    source = load(yaml)["data"].build()
+    source.open()
+    training_data(load(yaml))
+    meta = read_meta(tmp_path / "cache")
+    assert meta.variants == 4 and meta.samples == 8
+    assert (meta.description["crops"], meta.description["flip"]) == ("2", "true")
+    source.flip = False
+    raw = [item for item in source.samples(source.addresses[0]) if not isinstance(item, Exception)]
+    images = load_file(tmp_path / "cache" / "00000.safetensors")["image"]  # [samples * 4, 3, S, S]
+    for n, item in enumerate(raw):
+        for crop in range(2):
+            image = source.decode(item, Order(1, crop)).image
+            assert torch.equal(images[4 * n + 2 * crop], image)
+            assert torch.equal(images[4 * n + 2 * crop + 1], image.flip(-1))
+    with pytest.raises(UserError, match=r"cache\.crops: 3 crops need data\.crop=random"):
+        training_data(load(yaml, ["cache.crops=3", "data.crop=center", "cache.folder=other"]))
+
+
+def test_what_is_limited_skipped_or_without_room(tmp_path, monkeypatch):
+    write_shards(tmp_path / "odd", shards=3, per_shard=4)
+    overrides = [f"data.shards={tmp_path}/odd/*.tar", "data.image_size=32", "data.min_size=16"]
+    yaml = make_run(tmp_path, images=8, cache={"folder": str(tmp_path / "cache")})
+    options = PassOptions(batch_size=4, workers=0, accelerator="cpu")
+    report = make_cache(load(yaml, [*overrides, "cache.limit=5"]), options)
+    assert report.counts.used == 5 == read_meta(tmp_path / "cache").samples
+    monkeypatch.setattr("ldm_lab.data.passes.CHECK_AFTER", 2)
+    small = [*overrides[:2], "data.min_size=21", f"cache.folder={tmp_path / 'small'}"]
+    with pytest.raises(UserError, match=r"too many unusable samples: 4 samples read, 4 skipped .* allows 10\.0%"):
+        make_cache(load(yaml, small), options)
+    assert not read_meta(tmp_path / "small").complete
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: disk.shutil._ntuple_diskusage(100, 90, 10))
+    with pytest.raises(UserError, match=r"has .* of room, and this cache needs about .* more"):
+        make_cache(load(yaml, [*overrides, f"cache.folder={tmp_path / 'full'}"]), options)
 
 
 # ------------------------------------------------------------------------------------------------------------- stale

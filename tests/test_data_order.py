@@ -7,10 +7,9 @@ import random
 import numpy as np
 import pytest
 import torch
-from data_sets import keys, module, take, write_files, write_shards
+from data_sets import keys, module, take, write_cache, write_files, write_shards
 
 from ldm_lab.config import build, signature_options
-from ldm_lab.data.cache import CacheWriter, complete
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.data.files import Folder
 from ldm_lab.data.order import Order, shuffled
@@ -28,13 +27,8 @@ def sections(tmp_path_factory) -> dict[str, dict]:
     root = tmp_path_factory.mktemp("sets")
     write_shards(root / "shards", shards=12, per_shard=4)
     write_files(root / "images", COUNT)
-    writer = CacheWriter(root / "cache", {}, shard_size=10)
-    numbers = torch.arange(COUNT, dtype=torch.float16)[:, None]  # [COUNT, 1]
-    for part in range(0, COUNT, 6):
-        rows = range(part, part + 6)
-        writer.add({"embed": numbers[part : part + 6]}, [""] * 6, [f"{n:05d}" for n in rows], {})
-    writer.close()
-    complete(root / "cache")
+    numbers = torch.arange(2 * COUNT, dtype=torch.float16)[:, None]  # [2 * COUNT, 1]
+    write_cache(root / "cache", {"embed": numbers}, per_shard=10, variants=2)
     images = {"crop": "random", "flip": True}
     return {
         # A buffer of 3 makes runs of 12 samples: 3 shards, so that resuming meets several runs.

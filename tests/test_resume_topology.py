@@ -7,9 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from data_sets import keys, module, take, write_files, write_shards
+from data_sets import keys, module, take, write_cache, write_files, write_shards
 
-from ldm_lab.data.cache import CacheWriter, complete
 from ldm_lab.data.loader import walk
 from ldm_lab.data.order import TABLE, Order
 from ldm_lab.data.rank_state import RankState
@@ -27,11 +26,7 @@ def sections(tmp_path_factory) -> dict[str, dict]:
     root = tmp_path_factory.mktemp("sets")
     write_shards(root / "shards", shards=18, per_shard=5)
     write_files(root / "images", COUNT)
-    writer = CacheWriter(root / "cache", {}, shard_size=16)
-    rows = [f"{n:05d}" for n in range(COUNT)]
-    writer.add({"embed": torch.arange(COUNT, dtype=torch.float16)[:, None]}, [""] * COUNT, rows, {})
-    writer.close()
-    complete(root / "cache")
+    write_cache(root / "cache", {"embed": torch.arange(COUNT, dtype=torch.float16)[:, None]}, per_shard=16)
     return {
         "webdataset": {"name": "webdataset", "shards": f"{root}/shards/*.tar", "shuffle_buffer": 3},  # 3 to a group
         "folder": {"name": "folder", "path": f"{root}/images"},

@@ -10,12 +10,12 @@ from tiny import DENOISER, make_parts
 
 from ldm_lab.checkpoints.files import write_safetensors
 from ldm_lab.checkpoints.native import save_model
+from ldm_lab.devices import pick_device
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Sampler
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling import Model, ModelOptions, Pipeline, SamplingOptions
 from ldm_lab.sampling.image_to_image import InitImage
-from ldm_lab.sampling.loading import pick_device
 from ldm_lab.sampling.pipeline import Draw
 from ldm_lab.sampling.prompts import PromptBatch, parse_mix, parse_prompts
 

@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock
 from PIL import Image
 from tiny import DENOISER, ROOT, make_parts, make_run, run_program
+from torch.quasirandom import SobolEngine
 
 from ldm_lab.checkpoints.files import FORMAT, read_pickled, read_safetensors
 from ldm_lab.config import build, load
@@ -336,7 +337,8 @@ def test_two_processes_share_weights_and_demos_but_not_samples(here, program):
         demo={"prompts": "prompts.txt", "every": 20, "sampling": {"sampler": {"name": "ddim", "steps": 2}}},
     )
     (here / "spy.py").write_text(SPY)
-    two = ["trainer.devices=2", "trainer.strategy=ddp"]
+    ddp = "trainer.ddp={bucket_mb: 0.01, static_graph: true, gradient_compression: bf16}"
+    two = ["trainer.devices=2", "trainer.strategy=ddp", ddp]
     clock = ["checkpoint={every: null, seconds: 0.001, keep: 2}"]
     result = run_program("spy.py", yaml, "trainer.max_steps=20", *clock, *two, cwd=here)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -462,13 +464,36 @@ def test_batch_seeds_differ_by_rank_and_batch():
 
 def test_sobol_timesteps_cover_evenly_and_restart_anywhere():
     ranks = [SobolTimesteps(3, rank, 2) for rank in range(2)]
-    batches = torch.stack([torch.stack([r(batch, 8) for r in ranks]) for batch in range(4)])  # [4, 2, 8]
+    batches = torch.stack([torch.stack([r(16 * batch, 8) for r in ranks]) for batch in range(4)])  # [4, 2, 8]
     assert batches.min() >= 0 and batches.max() < 1
     per_cell = torch.histc(batches.flatten(), 64, 0, 1)  # [64]
     assert per_cell.tolist() == [1] * 64, "64 Sobol points fill 64 cells"
-    assert torch.equal(SobolTimesteps(3, 1, 2)(2, 8), batches[2, 1]), "a resumed run draws the same"
-    late = SobolTimesteps.PERIOD // 16 + 1
+    assert torch.equal(SobolTimesteps(3, 1, 2)(32, 8), batches[2, 1]), "a resumed run draws the same"
+    assert torch.equal(batches.flatten(), SobolEngine(1, scramble=True, seed=3).draw(64)[:, 0]), "torch's own points"
+    late = SobolTimesteps.PERIOD + 16
     assert not torch.equal(SobolTimesteps(3, 0, 2)(late, 8), batches[1, 0]), "a new scramble after the period"
+
+
+def test_sobol_timesteps_go_on_with_another_topology():
+    """Three ranks of five in place of two of eight take the points behind: none twice, none left out."""
+    whole = SobolTimesteps(3, 0, 1)(0, 31)
+    parts = [SobolTimesteps(3, rank, 2)(0, 8) for rank in range(2)]
+    parts += [SobolTimesteps(3, rank, 3)(16, 5) for rank in range(3)]
+    assert torch.equal(torch.cat(parts), whole)
+    end = SobolTimesteps.PERIOD
+    across = SobolTimesteps(3, 0, 1)(end - 3, 8)
+    assert torch.equal(across, torch.cat([SobolTimesteps(3, 0, 1)(end - 3, 3), SobolTimesteps(3, 0, 1)(end, 5)]))
+    start = time.perf_counter()
+    SobolTimesteps(3, 0, 1)(end - 64, 64)
+    assert time.perf_counter() - start < 0.5
+
+
+def test_timesteps_are_below_one():
+    """In float32 the largest of the points are 1."""
+    sobol = SobolTimesteps(0, 0, 1)
+    sobol(0, 1)
+    sobol.shift = torch.full((1,), sobol.PERIOD - 1)
+    assert sobol(0, 1).item() == 1 - 2**-24
 
 
 def test_frozen_parts_of_the_wrong_kind_are_found_before_training(here):

@@ -14,6 +14,7 @@ from ldm_lab.downloads import Download
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Autoencoder
 from ldm_lab.pretrained.resolve import to_download
+from ldm_lab.sharded import load_shares
 
 
 def load_part(role: str, config: PartConfig | Section, read_weights: bool = True) -> nn.Module:
@@ -41,6 +42,14 @@ def load_part(role: str, config: PartConfig | Section, read_weights: bool = True
         use = config.use_as(AutoencoderUse)
         module.set_latent_statistics(use.latent_mean, use.latent_std)
     return module.eval().requires_grad_(False)
+
+
+def encoding(config: PartConfig, device_type: str) -> torch.autocast:
+    """Return the context in which a frozen part encodes training images, at the precision that its section says.
+
+    Its weights stay in fp32, so that whatever else it does is as ever; what it returns may be bfloat16.
+    """
+    return torch.autocast(device_type, torch.bfloat16, enabled=config.get("precision") == "bf16")
 
 
 def as_part_config(role: str, config: PartConfig | Section) -> PartConfig:
@@ -146,7 +155,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], path: str | Path)
     """
     check_strictly(module.state_dict(), state, path)
     check_finite(dict(module.named_parameters()), state, path)
-    module.load_state_dict(state, assign=False)
+    load_shares(module, state)
 
 
 def check_finite(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: str | Path) -> None:

@@ -120,12 +120,35 @@ def add_clip_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_pass_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of a pass over images: `ldm_lab.data.passes.PassOptions`."""
+def add_pass_arguments(
+    parser: argparse.ArgumentParser,
+    whose: str = "the CLIP's",
+    of_config: bool = False,
+    precisions: Sequence[str] = PRECISIONS,
+) -> None:
+    """Declare the arguments of a pass over images: `ldm_lab.data.passes.PassOptions`.
+
+    Args:
+        parser: of the command.
+        whose: arithmetic has the precision.
+        of_config: whether batches, loader processes and precision are a config's, where they are not given.
+        precisions: the choices.
+    """
     add = parser.add_argument
-    add("--batch-size", type=whole_number(1), default=64, metavar="N", help="images at once (%(default)s)")
-    add("--workers", type=whole_number(0), default=2, metavar="N", help="loader processes per device (%(default)s)")
+    batch, workers = ("data.batch_size", "data.workers") if of_config else ("64", "2")
+    of = {"batch": None, "workers": None, "precision": None} if of_config else {}
+    add(
+        "--batch-size", type=whole_number(1), default=of.get("batch", 64), metavar="N", help=f"images at once ({batch})"
+    )
+    add(
+        "--workers",
+        type=whole_number(0),
+        default=of.get("workers", 2),
+        metavar="N",
+        help=f"loader processes per device ({workers})",
+    )
     add("--devices", default="1", metavar="N", help="devices per node, or auto (%(default)s)")
     add("--num-nodes", type=whole_number(1), default=1, metavar="N", help="nodes (%(default)s)")
     add("--accelerator", default="auto", metavar="NAME", help="auto, gpu, cpu, mps (%(default)s)")
-    add("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of the CLIP's arithmetic (%(default)s)")
+    precision, said = of.get("precision", precisions[0]), "cache.precision" if of_config else precisions[0]
+    add("--precision", choices=precisions, default=precision, help=f"of {whose} arithmetic ({said})")

@@ -24,16 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=safetensors_file, metavar="FILE", help="write the weights with it stored (.safetensors)")
     add("--batches", type=whole_number(1), default=32, metavar="N", help="batches to measure (%(default)s)")
     add("--batch-size", type=whole_number(1), default=64, metavar="N", help="images in a batch (%(default)s)")
-    add("--device", metavar="NAME", help="cpu, cuda:0, ... (default: cuda if there is one)")
+    add("--device", metavar="NAME", help="cpu, cuda:0, ... (default: the accelerator, if there is one)")
     add("overrides", nargs="*", metavar="key=value", help="values that replace the YAML's")
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure, print, and write if asked to."""
-    import torch  # not before: it takes seconds, and --help needs none of these
-
-    from ldm_lab.checkpoints.native import save_part
+    from ldm_lab.checkpoints.native import save_part  # not before: torch takes seconds, and --help needs none
     from ldm_lab.checkpoints.parts import load_part, read_part
+    from ldm_lab.devices import pick_device
     from ldm_lab.training.scale import counted, image_batches, measure_scale
     from ldm_lab.training.start import check_encoding
 
@@ -45,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     autoencoder = load_part("autoencoder", section)
     if not section.get("weights") and any(True for _ in autoencoder.parameters()):
         raise UserError("autoencoder.weights: has to be given; an untrained autoencoder's latents say nothing")
-    autoencoder.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    autoencoder.to(pick_device(args.device))
     before = ", ".join(f"{value:.4f}" for value in autoencoder.latent_std.flatten().tolist())
     wanted = args.batches * args.batch_size
     with Bar("measure", "image", wanted) as bar:

@@ -21,7 +21,7 @@ from ldm_lab.errors import UserError
 
 if TYPE_CHECKING:
     from ldm_lab.curation.heads.head import LoadedHead
-    from ldm_lab.data.passes import PassOptions, PassReport
+    from ldm_lab.data.jobs import PassOptions, PassReport
 
 DEFAULT = "aesthetic/vit_l_14"
 AGAIN = "the same command tries again"
@@ -117,7 +117,7 @@ def load_heads(args: argparse.Namespace) -> "dict[str, LoadedHead]":
 
 def pass_options(args: argparse.Namespace) -> "PassOptions":
     """Return what `add_pass_arguments` declares."""
-    from ldm_lab.data.passes import PassOptions
+    from ldm_lab.data.jobs import PassOptions
 
     return PassOptions(
         batch_size=args.batch_size,

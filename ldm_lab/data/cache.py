@@ -1,274 +1,140 @@
-"""Latents and embeddings computed beforehand: what they are kept in, how they are written and read.
+"""Latents (or pixels) and conditions computed beforehand, read from a folder, or shard by shard from a server.
 
-A cache is a folder of safetensors shards with `meta.json`. A shard holds, for its N samples,
-
-    "mean", "logvar"         [N, C, h, w]   the posterior of the autoencoder, unscaled: every epoch draws a fresh latent
-    "embed"                  [N, D]         the conditioner's embedding
-    "text", "text_ends"      uint8, int64 [N]   the captions, packed (`strings.Strings`); likewise "key", "key_ends"
-
-and in its metadata the loader's state after its last sample, so that writing goes on after an interruption. `meta.json`
-says what the cache was made with (sha256 of the weights, image size, data), and whether it is complete.
+`cache_files.py` says what the files are, `cache_places.py` where they lie, `ldm_lab.training.caching` makes them.
 """
 
-import json
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from ldm_lab.batch import Batch
-from ldm_lab.config import register
+from ldm_lab.config import NonNegativeInt, register
+from ldm_lab.data.cache_files import DTYPES, CacheShard
+from ldm_lab.data.cache_places import Opened, RemoteCache, open_place
 from ldm_lab.data.order import Order
-from ldm_lab.data.rank_state import RankState
-from ldm_lab.data.samples import UNREACHABLE, Sample, SkippedSample
-from ldm_lab.data.source import Source
-from ldm_lab.data.strings import Strings
+from ldm_lab.data.samples import Sample, SkippedSample
+from ldm_lab.data.source import Source, Unusable
 from ldm_lab.errors import UserError
-from ldm_lab.io.atomic import atomic_write
-from ldm_lab.io.json_files import Json, write_json
 
-FORMAT = "ldm_lab cache 1"
-META = "meta.json"
-PARTIAL = ".part"  # suffix of a file that is being written
-STRINGS = ("text", "key")
-ENCODERS = ("autoencoder", "conditioner")  # the roles whose checksums a description has
+GROUP = 4  # times the shuffle buffer are shuffled together (`loader.GROUP`)
+IMAGE, MEAN, LOGVAR = "image", "mean", "logvar"  # columns that are no conditions
+ENCODERS = ("autoencoder", "conditioner")  # the roles whose parts a description names
+
+
+def encoders_of(description: dict[str, str]) -> dict[str, dict[str, str]]:
+    """Return what a description says of the parts that encoded: role -> name, checksum and options, as JSON."""
+    found: dict[str, dict[str, str]] = {}
+    for key, value in description.items():
+        role, _, name = key.partition(".")
+        if role in ENCODERS:
+            found.setdefault(role, {})[name] = value
+    return found
+
+
+@dataclass
+class CachedRow(Sample):
+    """A sample that is not read yet: a row of a shard; its batch reads all its rows together."""
+
+    shard: CacheShard | None = None
+    row: int = 0
 
 
 @register("data", "cache")
 class Cache(Source):
-    """Latents and embeddings that `python -m ldm_lab cache` wrote.
+    """Latents and conditions that `python -m ldm_lab cache` wrote.
 
-    Batches have `mean` and `logvar`, float32 [B, C, h, w], and whatever else the cache holds as `conditions`, float32.
-    The order is a permutation of all its samples.
+    Batches have `mean` and `logvar`, float32 [B, C, h, w], or of a model of pixels `image`; and as `conditions` what
+    the conditioner gave, ids as int64, masks as bool, all else as float32. Of several variants of an image each epoch
+    takes the next one, from a random one on.
+
+    The order of a cache on the disk is a permutation of all its samples. One on a server is read like shards: each is
+    fetched as a whole.
 
     Args:
-        path: the cache's folder.
+        path: the cache's folder, or where a server has it: http(s)://..., hf://datasets/OWNER/REPOSITORY/FOLDER.
+        local: folder in which what comes from a server stays for the next epoch and run; null keeps it no longer than
+            it is needed.
+        shuffle_buffer: samples of a server's shards that a loader process draws the next one from; it holds the shards
+            of about five times as many.
 
     Attributes:
         description: what the cache was made with, such as the checksums of the encoding parts; set by `open`.
         image_size: pixels, of the images that were encoded, if the description says it; set by `open`.
     """
 
-    def __init__(self, *, path: str, **common: Any):
+    def __init__(self, *, path: str, local: str | None = None, shuffle_buffer: NonNegativeInt = 4000, **common: Any):
         super().__init__(**common)
-        self.folder = Path(path).expanduser()
-        self._opened: dict[int, CacheShard] = {}
+        self.path, self.local, self.held = path, local, shuffle_buffer
+        self.opened = Opened()
 
     def open(self) -> None:
-        meta = read_meta(self.folder)
+        self.place = open_place(self.path, self.local)
+        meta = self.meta = self.place.meta
         if not meta.complete:
-            raise UserError(f"data.path: the cache {self.folder} is not complete; the command that began it can end it")
+            raise UserError(f"data.path: the cache {self.path} is not complete; the command that began it can end it")
+        self.place.check()
         self.description = meta.description
-        size = self.description.get("image_size")
-        self.image_size = size if isinstance(size, int) else None
-        checksums = {role: self.description.get(role) for role in ENCODERS}
-        self.encoded_by = {role: checksum for role, checksum in checksums.items() if isinstance(checksum, str)}
-        self._paths = sorted(self.folder.glob("*.safetensors"))
-        counts = [read_header(path)[0] for path in self._paths]
-        self._ends = np.cumsum(counts, dtype=np.int64)  # [shards]
-        self.count = int(sum(counts))
-        if self.count != meta.samples:
-            missing = f"{self.count} samples are there, {meta.samples} were written"
-            raise UserError(f"data.path: files of the cache {self.folder} are missing: {missing}")
+        size = self.description.get("image_size", "")
+        self.image_size = int(size) if size.isdecimal() else None
+        self.encoded_by = encoders_of(self.description)
+        self.ends = np.cumsum([shard.samples for shard in meta.shards], dtype=np.int64)  # [shards]
+        self.unit, self.count = "samples", meta.samples
+        if isinstance(self.place, RemoteCache):
+            self.unit, self.count = "shards", len(meta.shards)
+            self.shuffle_buffer, self.opened.samples = self.held, (GROUP + 1) * self.held
+        if not meta.samples:
+            raise UserError(f"data.path: the cache {self.path} holds no sample")
 
-    def decode(self, item: int, order: Order) -> Sample:
-        """Return the sample, its tensors in the cache's own precision."""
-        shard = int(np.searchsorted(self._ends, item, side="right"))
-        row = item - (int(self._ends[shard - 1]) if shard else 0)
-        if shard not in self._opened:
-            self._opened[shard] = CacheShard(self._paths[shard])
-        return self._opened[shard].sample(row)
+    def found(self) -> list[str]:
+        variants = f" in {self.meta.variants} variants" if self.meta.variants > 1 else ""
+        columns = ", ".join(f"{name} {column}" for name, column in self.meta.columns.items())
+        return [f"{self.path}: {self.meta.samples:,} samples{variants} in {len(self.ends):,} shards; {columns}"]
+
+    def items(self, unit: int) -> Iterator[int | Unusable]:
+        """Yield the numbers of a shard's samples; one that cannot be had, or is not the right one, is skipped."""
+        self.note(self.place.address_of(unit))
+        try:
+            shard = self.opened.get(unit, self.place)
+        except SkippedSample as problem:
+            yield problem
+            return
+        end = int(self.ends[unit])
+        yield from range(end - shard.samples, end)
+
+    def decode(self, item: int, order: Order) -> CachedRow:
+        """Return where the sample is; `collate` reads it."""
+        number = int(np.searchsorted(self.ends, item, side="right"))
+        shard = self.opened.get(number, self.place)
+        sample = item - (int(self.ends[number - 1]) if number else 0)
+        variant = order.turn(item, self.meta.variants) if self.meta.variants > 1 else 0
+        row = sample * self.meta.variants + variant
+        return CachedRow(shard.key[sample], shard.text[row], shard=shard, row=row)
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """Return the batch of some rows, read shard by shard, in the cache's own precision."""
+        by_shard: dict[int, tuple[CacheShard, list[int], list[int]]] = {}  # the shard, places in the batch, rows
+        for place, sample in enumerate(samples):
+            if isinstance(sample, CachedRow) and sample.shard is not None:
+                _, places, rows = by_shard.setdefault(id(sample.shard), (sample.shard, [], []))
+                places.append(place)
+                rows.append(sample.row)
+        tensors: dict[str, Tensor] = {}
+        for name, column in self.meta.columns.items():
+            values = torch.empty(len(samples), *column.shape, dtype=DTYPES[column.dtype])  # [B, ...]
+            for shard, places, rows in by_shard.values():
+                values[places] = shard.rows(name, rows)
+            tensors[name] = values
+        own = {name: tensors.pop(name, None) for name in (IMAGE, MEAN, LOGVAR)}
+        return Batch([s.key for s in samples], [s.text for s in samples], conditions=tensors, **own)
 
     def to_device_format(self, batch: Batch) -> Batch:
+        image = None if batch.image is None else batch.image.float().div_(127.5).sub_(1)  # [B, 3, S, S]
         mean, logvar = (None if value is None else value.float() for value in (batch.mean, batch.logvar))
         conditions = {
             name: value.float() if value.is_floating_point() else value for name, value in batch.conditions.items()
         }
-        return replace(batch, mean=mean, logvar=logvar, conditions=conditions)
-
-
-class CacheShard:
-    """A shard's columns; they are mapped, so only the rows that are asked for come from the disk.
-
-    Raises:
-        SkippedSample: it is not readable.
-    """
-
-    def __init__(self, path: Path):
-        try:
-            with safe_open(path, "pt") as file:
-                columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # [N, ...] each
-        except (SafetensorError, OSError):
-            raise SkippedSample(UNREACHABLE, str(path)) from None
-        self.text, self.key = (
-            Strings(columns.pop(name).numpy(), columns.pop(f"{name}_ends").numpy()) for name in STRINGS
-        )
-        self.mean, self.logvar = columns.pop("mean", None), columns.pop("logvar", None)  # [N, C, h, w] each
-        self.conditions = columns  # [N, ...] each
-
-    def sample(self, row: int) -> Sample:
-        """Return the sample of a row."""
-        return Sample(
-            self.key[row],
-            self.text[row],
-            mean=None if self.mean is None else self.mean[row],  # [C, h, w]
-            logvar=None if self.logvar is None else self.logvar[row],  # [C, h, w]
-            conditions={name: values[row] for name, values in self.conditions.items()},  # [...] each
-        )
-
-
-class CacheWriter:
-    """Writes a cache, shard by shard; begun anew after an interruption, it goes on behind the last whole shard.
-
-    One process, one pass (`DataModule(..., epochs=1)`):
-
-        writer = CacheWriter(folder, description)
-        if writer.state:
-            data.load_rank_states([writer.state], 0)
-        for batch in data.train_dataloader():
-            data.consumed(batch)
-            writer.add({"mean": ..., "logvar": ..., "embed": ...}, batch.text, batch.key, data.rank_state())
-        writer.close()
-        complete(folder)
-
-    Args:
-        folder: made if it is not there.
-        description: what the cache is made with, plain JSON values; nothing of another description is ever mixed in.
-            With several processes or loader processes it should tell their numbers, on which the order depends.
-        rank: of several processes each writes its own shards; `complete` is for one of them, after all have closed.
-        shard_size: a shard is written at the end of the batch that brings it to this many samples.
-
-    Attributes:
-        state: the loader state that came with the last sample on disk; None at the beginning.
-        written: samples on disk, of this rank.
-
-    Raises:
-        UserError: the folder holds a cache of another description, a complete one, or something else.
-    """
-
-    def __init__(self, folder: str | Path, description: dict[str, Json], *, rank: int = 0, shard_size: int = 4096):
-        self.folder, self.rank, self.shard_size = Path(folder).expanduser(), rank, shard_size
-        description = json.loads(json.dumps(description))  # as it will be read back: tuples are lists
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if (self.folder / META).is_file():
-            meta = read_meta(self.folder)
-            there = meta.description
-            differences = sorted(k for k in {**there, **description} if there.get(k) != description.get(k))
-            if differences:
-                raise UserError(
-                    f"{self.folder}: a cache made with another {', '.join(differences)}; take another folder"
-                )
-            if meta.complete:
-                raise UserError(f"{self.folder}: this cache is complete already ({meta.samples:,} samples)")
-        elif any(path.suffix != PARTIAL for path in self.folder.iterdir()):
-            raise UserError(f"{self.folder}: neither empty nor a cache; take another folder")
-        else:
-            _write_meta(self.folder, CacheMeta(description))
-        self.state: RankState | None = None
-        self.written = self._shards = self._held = 0
-        self._tensors: list[dict[str, Tensor]] = []
-        self._strings: dict[str, list[str]] = {"text": [], "key": []}
-        for path in sorted(self.folder.glob(f"{rank:03d}-*.safetensors")):
-            count, metadata = read_header(path)
-            self.written, self._shards, self.state = (
-                self.written + count,
-                self._shards + 1,
-                json.loads(metadata["state"]),
-            )
-
-    def add(self, tensors: dict[str, Tensor], texts: list[str], keys: list[str], state: RankState) -> None:
-        """Add a batch.
-
-        Args:
-            tensors: [B, ...] each, kept in the precision they come in (float16 halves the cache).
-            texts, keys: B each.
-            state: `DataModule.rank_state()` after this batch.
-        """
-        self._tensors.append({name: values.detach().cpu() for name, values in tensors.items()})
-        self._strings["text"] += texts
-        self._strings["key"] += keys
-        self._held += len(keys)
-        self._next_state = state
-        if self._held >= self.shard_size:
-            self._flush()
-
-    def close(self) -> int:
-        """Write what is held back. Returns the number of samples on disk, of this rank."""
-        if self._held:
-            self._flush()
-        return self.written
-
-    def _flush(self) -> None:
-        tensors = {
-            name: torch.cat([batch[name] for batch in self._tensors]).contiguous()  # [N, ...]
-            for name in self._tensors[0]
-        }
-        for name, strings in self._strings.items():
-            packed = Strings.pack(strings)
-            tensors[name] = torch.from_numpy(packed.blob.copy())  # [bytes]
-            tensors[f"{name}_ends"] = torch.from_numpy(packed.ends)  # [N]
-        metadata = {"format": FORMAT, "state": json.dumps(self._next_state)}
-        with atomic_write(self.folder / f"{self.rank:03d}-{self._shards:05d}.safetensors") as file:
-            file.write(save(tensors, metadata))
-        self.written += self._held
-        self._shards += 1
-        self.state = self._next_state
-        self._tensors, self._strings, self._held = [], {"text": [], "key": []}, 0
-
-
-def complete(folder: str | Path) -> int:
-    """Mark a cache as complete, once every process has closed its writer. Returns the number of samples."""
-    folder = Path(folder).expanduser()
-    samples = sum(read_header(path)[0] for path in folder.glob("*.safetensors"))
-    _write_meta(folder, CacheMeta(read_meta(folder).description, complete=True, samples=samples))
-    return samples
-
-
-@dataclass(frozen=True)
-class CacheMeta:
-    """What `meta.json` says.
-
-    Attributes:
-        description: what the cache is made with.
-        complete: whether all samples are there.
-        samples: how many there are, if it is complete.
-    """
-
-    description: dict[str, Json]
-    complete: bool = False
-    samples: int = 0
-
-
-def read_meta(folder: Path) -> CacheMeta:
-    """Return what a cache says of itself. Raises UserError if it is none."""
-    try:
-        content = json.loads((folder / META).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no cache here ({META} is missing)") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder / META}: not readable: {error}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{folder / META}: not of the format {FORMAT!r}")
-    meta = {key: content.get(key) for key in ("description", "complete", "samples")}
-    kinds = {"description": dict, "complete": bool, "samples": int}
-    if strange := [key for key, kind in kinds.items() if not isinstance(meta[key], kind)]:
-        raise UserError(f"{folder / META}: {strange[0]} is missing or damaged")
-    return CacheMeta(**meta)
-
-
-def read_header(path: Path) -> tuple[int, dict[str, str]]:
-    """Return (number of samples, metadata) of a shard. Raises UserError for a damaged one."""
-    try:
-        with safe_open(path, "pt") as file:
-            return file.get_slice("key_ends").get_shape()[0], file.metadata()
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: a damaged shard of a cache ({error}); delete the cache and make it anew") from None
-
-
-def _write_meta(folder: Path, meta: CacheMeta) -> None:
-    write_json(folder / META, {"format": FORMAT, **asdict(meta)})
+        return replace(batch, image=image, mean=mean, logvar=logvar, conditions=conditions)

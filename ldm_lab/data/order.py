@@ -96,6 +96,11 @@ class Order:
         """Return a random generator that depends on seed, epoch and key alone."""
         return Random(int.from_bytes(self._digest(*key)[:8], "little"))
 
+    def turn(self, unit: int, choices: int) -> int:
+        """Return which of some choices a unit has in this epoch: the next one each epoch, from a random one on."""
+        first = hashlib.sha256(repr((self.seed, "turn", unit)).encode()).digest()[:8]
+        return (int.from_bytes(first, "little") + self.epoch) % choices
+
     def _digest(self, *key: str | int) -> bytes:
         return hashlib.sha256(repr((self.seed, self.epoch, *key)).encode()).digest()
 

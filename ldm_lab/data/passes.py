@@ -9,149 +9,40 @@ with the items that are not done. Lightning's Trainer predicts, so its devices, 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
-from typing import ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.strategies import DDPStrategy
-from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ldm_lab.data.counts import Counts
+from ldm_lab.data.jobs import (
+    Fingerprint,
+    Finished,
+    Job,
+    Made,
+    Many,
+    One,
+    PassOptions,
+    PassReport,
+    Preparation,
+    Raw,
+)  # fmt: skip
+from ldm_lab.data.loader import CHECK_AFTER
 from ldm_lab.data.loader_processes import leave_signals_to_parent
-from ldm_lab.data.samples import BROKEN, DUPLICATE, UNREACHABLE, RawSample, SkippedSample, as_utf8, caption_of
-from ldm_lab.data.work_items import Content, WorkItem, describe
+from ldm_lab.data.samples import BROKEN, DUPLICATE, UNREACHABLE, FilteredOut, Judged, SkippedSample, as_utf8
+from ldm_lab.data.work_items import WorkItem
 from ldm_lab.errors import UserError
 from ldm_lab.processes import fail_together, quiet_lightning, trainer_options
 from ldm_lab.progress import Bar, print_line
 
 LONGEST_WAIT = timedelta(days=30)  # of one process for another one that has more to do
 
-Fingerprint = dict[str, str]  # what makes results what they are -> its value, as a text
-One = TypeVar("One")  # a sample, prepared
-Many = TypeVar("Many", bound=tuple)  # a batch: a NamedTuple of tensors and lists, pinned and moved as such
-Made = TypeVar("Made")  # what a job makes of a batch, on the CPU
 
-
-# ------------------------------------------------------------------------------------------------------- the contract
-
-
-class Preparation(Protocol[One, Many]):
-    """What happens to samples in the loader processes, to which it is sent: it holds no network."""
-
-    def prepare(self, sample: RawSample) -> One:
-        """Return a sample, decoded. Raises SkippedSample."""
-        ...
-
-    def collate(self, samples: list[One]) -> Many:
-        """Return the batch of some samples."""
-        ...
-
-
-class Finished(NamedTuple):
-    """What the last file of a finished item says of itself.
-
-    Attributes:
-        fingerprint: `Job.fingerprint` of the pass that made it.
-        content: `WorkItem.content` at that time.
-        counts: what was read of the item and skipped.
-    """
-
-    fingerprint: Fingerprint
-    content: Content
-    counts: Counts
-
-
-class Job(nn.Module, Generic[One, Many, Made]):
-    """What a pass makes of its items. A module, so that its networks are moved to the device.
-
-    Attributes:
-        task: a verb for the progress bar.
-        results: what its files hold, in the plural.
-        preparation: of the samples.
-    """
-
-    task: ClassVar[str]
-    results: ClassVar[str]
-    preparation: Preparation[One, Many]
-
-    def check(self, items: Sequence[WorkItem]) -> None:
-        """Raise UserError for items that this job cannot do."""
-
-    def fingerprint(self, precision: str) -> Fingerprint:
-        """Return what makes its results what they are; files with another one are never overwritten.
-
-        Args:
-            precision: of the networks' arithmetic, as Lightning calls it.
-        """
-        raise NotImplementedError
-
-    def files(self, item: WorkItem) -> list[Path]:
-        """Return all files of an item, the one that is written last at the end."""
-        raise NotImplementedError
-
-    def finished(self, item: WorkItem) -> Finished | None:
-        """Return what an item's last file says, None if it is not there, damaged, or another program's."""
-        raise NotImplementedError
-
-    def process(self, batch: Many) -> Made:
-        """Return what is made of a batch on the device, on the CPU again."""
-        raise NotImplementedError
-
-    def write(self, item: WorkItem, rows: list[Made], done: Finished) -> None:
-        """Write an item's files, each whole or not at all.
-
-        Args:
-            item: whose last batch has been processed.
-            rows: of its batches, in the item's order; none if no sample can be used.
-            done: to be written into the last file; a job may count further skipped samples in it.
-
-        Raises:
-            UserError: a file cannot be written.
-        """
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class PassOptions:
-    """How a pass runs: batches, loader processes, and what Lightning's Trainer calls by the same names.
-
-    Attributes:
-        batch_size: samples that are processed at once.
-        workers: loader processes per device.
-        devices: per node, or "auto".
-        precision: of the networks' arithmetic.
-    """
-
-    batch_size: int = 64
-    workers: int = 2
-    devices: str = "1"
-    num_nodes: int = 1
-    accelerator: str = "auto"
-    precision: str = "32-true"
-
-
-@dataclass(frozen=True)
-class PassReport:
-    """What is done, by this pass and those before.
-
-    Attributes:
-        counts: samples of the items that are done.
-        done: items.
-        items: in all.
-        unreached: addresses of items that could not be read; another pass tries again.
-    """
-
-    counts: Counts
-    done: int
-    items: int
-    unreached: list[str]
-
-
-def run_pass(job: Job[One, Many, Made], items: Sequence[WorkItem], options: PassOptions) -> PassReport | None:
+def run_pass(job: Job[Raw, One, Many, Made], items: Sequence[WorkItem[Raw]], options: PassOptions) -> PassReport | None:
     """Do what is not done yet, with a progress bar.
 
     Args:
@@ -182,15 +73,24 @@ def run_pass(job: Job[One, Many, Made], items: Sequence[WorkItem], options: Pass
             enable_model_summary=False, use_distributed_sampler=False,
         )  # fmt: skip
     if trainer.is_global_zero:
-        for line in describe(items):
+        for line in job.describe(items):
             print_line(f"data: {as_utf8(line)}")
+    report = None
     with fail_together(trainer):
-        trainer.predict(_Pass(job, items, options), return_predictions=False)
+        try:
+            trainer.predict(_Pass(job, items, options), return_predictions=False)
+        except SystemExit:  # Lightning's, in place of Ctrl-C
+            raise KeyboardInterrupt from None
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            report = report_of(job, items)
+            check_share(report.counts, options.max_skipped)
+            job.finish(items, report)
     trainer.strategy.barrier()
-    return report_of(job, items) if trainer.is_global_zero else None
+    return report
 
 
-def report_of(job: Job[One, Many, Made], items: Sequence[WorkItem]) -> PassReport:
+def report_of(job: Job[Raw, One, Many, Made], items: Sequence[WorkItem[Raw]]) -> PassReport:
     """Return what the items' last files say was read and skipped, and which items have none."""
     counts, unreached = Counts(), []
     for item in items:
@@ -202,7 +102,13 @@ def report_of(job: Job[One, Many, Made], items: Sequence[WorkItem]) -> PassRepor
     return PassReport(counts, len(items) - len(unreached), len(items), unreached)
 
 
-def is_done(job: Job[One, Many, Made], item: WorkItem, fingerprint: Fingerprint) -> bool:
+def check_share(counts: Counts, allowed: float) -> None:
+    """Raise UserError if more than an allowed share of samples was skipped, once there are enough to judge."""
+    if counts.wanted >= CHECK_AFTER and counts.share > allowed:
+        raise UserError(f"too many unusable samples: {counts}. data.max_skipped allows {allowed:.1%}")
+
+
+def is_done(job: Job[Raw, One, Many, Made], item: WorkItem[Raw], fingerprint: Fingerprint) -> bool:
     """Return whether an item's files are all there.
 
     Raises:
@@ -237,10 +143,12 @@ class ItemBatch(NamedTuple, Generic[Many]):
     counts: Counts | None = None
 
 
-class _Reader(IterableDataset):
+class _Reader(IterableDataset, Generic[Raw, One, Many]):
     """The prepared samples of some items, batch by batch. Every loader process has items of its own."""
 
-    def __init__(self, items: dict[int, WorkItem], preparation: Preparation[One, Many], batch_size: int) -> None:
+    def __init__(
+        self, items: dict[int, WorkItem[Raw]], preparation: Preparation[Raw, One, Many], batch_size: int
+    ) -> None:
         self.items, self.preparation, self.batch_size = items, preparation, batch_size
 
     def __iter__(self) -> Iterator[ItemBatch[Many]]:
@@ -249,55 +157,85 @@ class _Reader(IterableDataset):
         for index, item in mine[process.id :: process.num_workers] if process else mine:
             yield from self.read(index, item)
 
-    def read(self, index: int, item: WorkItem) -> Iterator[ItemBatch[Many]]:
+    def read(self, index: int, item: WorkItem[Raw]) -> Iterator[ItemBatch[Many]]:
         """Yield the batches of an item and its counts."""
-        counts, seen, samples = Counts(), set(), []
+        counts, seen, samples = Counts(), set[str](), list[One]()
         for sample in item.samples():
+            if isinstance(sample, Judged):
+                counts.judged += sample.count
+                continue
             counts.read += 1
             try:
                 if isinstance(sample, SkippedSample):
                     raise sample
-                if sample.key in seen:
-                    raise SkippedSample(DUPLICATE, sample.key)
-                seen.add(sample.key)
-                samples.append(self.preparation.prepare(sample))
-                caption = caption_of(sample)
-                counts.caption(caption.problem or caption.place, as_utf8(sample.key))
+                prepared = self.preparation.prepare(sample)
+                if self.preparation.unique_keys and prepared.key in seen:
+                    raise SkippedSample(DUPLICATE, prepared.key)
             except SkippedSample as problem:
-                counts.skip(SkippedSample(problem.reason, as_utf8(problem.key)))
+                counts.skip(in_utf8(problem))
                 continue
+            seen.add(prepared.key)
+            samples.append(prepared)
+            counts.caption(prepared.caption_place, as_utf8(prepared.key))
             if len(samples) == self.batch_size:
                 yield ItemBatch(index, len(samples), self.preparation.collate(samples))
                 samples = []
+            if counts.used == item.limit:
+                break
         if samples:
             yield ItemBatch(index, len(samples), self.preparation.collate(samples))
         yield ItemBatch(index, counts=counts)
 
 
+def in_utf8(problem: SkippedSample) -> SkippedSample:
+    """Return the same problem of a key that can be written."""
+    if isinstance(problem, FilteredOut):
+        return FilteredOut(problem.reason, as_utf8(problem.key), problem.judged)
+    return SkippedSample(problem.reason, as_utf8(problem.key))
+
+
 # ---------------------------------------------------------------------------------------------------------- Lightning
+
+
+@dataclass
+class _Left:
+    """What the first process finds is left to do.
+
+    Attributes:
+        items: indices.
+        counts: of what is done.
+        problem: what it had to complain about.
+    """
+
+    items: list[int] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
+    problem: str | None = None
 
 
 class _Pass(LightningModule):
     """A job as Lightning's Trainer runs it: `predict_step` for every batch of this process's items."""
 
-    def __init__(self, job: Job[One, Many, Made], items: Sequence[WorkItem], options: PassOptions) -> None:
+    def __init__(self, job: Job[Raw, One, Many, Made], items: Sequence[WorkItem[Raw]], options: PassOptions) -> None:
         super().__init__()
         self.job, self.items, self.options = job, items, options
         self.rows: dict[int, list[Made]] = {}  # of the items that this process is at
+        self.counts = Counts()  # of what was done before, and of this process's items
 
     def predict_dataloader(self) -> DataLoader:
         """Return this process's share of what is not done. The first process looks; the others may see more already."""
-        left: list[int] | str = []
+        left = _Left()
         if self.trainer.is_global_zero:
             fingerprint = self.job.fingerprint(str(self.trainer.precision))
             try:
-                left = [i for i, item in enumerate(self.items) if not is_done(self.job, item, fingerprint)]
+                left.items = [i for i, item in enumerate(self.items) if not is_done(self.job, item, fingerprint)]
+                left.counts = report_of(self.job, self.items).counts
             except UserError as error:
-                left = str(error)  # for the others, too: they would wait
+                left.problem = str(error)  # for the others, too: they would wait
         left = self.trainer.strategy.broadcast(left)
-        if isinstance(left, str):
-            raise UserError(left)
-        mine = {index: self.items[index] for index in left[self.global_rank :: self.trainer.world_size]}
+        if left.problem is not None:
+            raise UserError(left.problem)
+        self.counts = left.counts
+        mine = {index: self.items[index] for index in left.items[self.global_rank :: self.trainer.world_size]}
         return DataLoader(
             _Reader(mine, self.job.preparation, self.options.batch_size),
             batch_size=None,  # the readers make whole batches
@@ -319,6 +257,8 @@ class _Pass(LightningModule):
         item, rows = self.items[index], self.rows.pop(index, [])
         if UNREACHABLE in counts.skipped or (item.is_remote and BROKEN in counts.skipped):
             return
+        self.counts.add(counts)
+        check_share(self.counts, self.options.max_skipped)
         self.job.write(item, rows, Finished(self.job.fingerprint(str(self.trainer.precision)), item.content(), counts))
 
 

@@ -10,11 +10,12 @@ from ldm_lab.data.captions import Caption, Captions
 # Reasons of whole shards.
 UNREACHABLE = "unreachable shard"  # it could not be opened
 BROKEN = "broken shard"  # it breaks off
+DAMAGED = "damaged shard"  # of a cache: not what its checksum, or the cache's list, says
 EMPTY = "shard without a sample"
 OF_LINKS = "shard of links alone (tar -h stores the files)"
 UNSORTED = "unsorted shard (mkdir d; tar xf SHARD -C d; tar cf SHARD --sort=name -C d . sorts it)"
 UNREADABLE_SCORES = "unreadable scores"
-OF_SHARDS = (UNREACHABLE, BROKEN, EMPTY, OF_LINKS, UNSORTED, UNREADABLE_SCORES)
+OF_SHARDS = (UNREACHABLE, BROKEN, DAMAGED, EMPTY, OF_LINKS, UNSORTED, UNREADABLE_SCORES)
 # Reasons of samples that do not come from decoding.
 DUPLICATE = "duplicate key"
 APART = "files of one sample lie apart (mkdir d; tar xf SHARD -C d; tar cf SHARD --sort=name -C d . sorts them)"

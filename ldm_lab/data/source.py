@@ -39,14 +39,14 @@ class Source:
         shuffle_buffer: items that are held to draw the next one from, where a unit has several of them; None where
             every unit is an item.
         note: told what is about to be read, for the message of a wait that takes long.
-        encoded_by: of a cache, role -> sha256 of the part that made its latents and conditions.
+        encoded_by: of a cache, role -> what is known of the part that made its latents or conditions.
     """
 
     unit = "samples"
     count: int | None = None
     shuffle_buffer: int | None = None
     image_size: int | None = None
-    encoded_by: Mapping[str, str] = MappingProxyType({})
+    encoded_by: Mapping[str, dict[str, str]] = MappingProxyType({})
 
     def __init__(
         self,

@@ -5,23 +5,29 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 from urllib.parse import urlsplit
 
 from ldm_lab.data.captions import Captions
 from ldm_lab.data.files import Folder
 from ldm_lab.data.samples import RawSample, SkippedSample
+from ldm_lab.data.shard_source import ShardSource
 from ldm_lab.data.shard_urls import expand, is_remote, without_ending
 from ldm_lab.data.shards_found import describe_shards
+from ldm_lab.data.source import Item, Source, Unusable
 from ldm_lab.data.tar import read_shard
 from ldm_lab.errors import UserError
 
 FILES = 1000  # image files in a work item
+FEW_FILES = 64  # at least as many are in one
+PARTS = 64  # work items that a source of files is divided into, as long as they are not too small or too large
 
 Content = str | int | None  # plain, as it is written into files
+Raw = TypeVar("Raw", covariant=True)  # a sample, undecoded
 
 
 @dataclass(frozen=True)
-class WorkItem:
+class WorkItem(Generic[Raw]):
     """Base class: samples that are done as a whole or not at all.
 
     Attributes:
@@ -29,6 +35,11 @@ class WorkItem:
     """
 
     target: Path
+
+    @property
+    def limit(self) -> int | None:
+        """How many of its samples are wanted, the first usable ones; None for all."""
+        return None
 
     @property
     def address(self) -> str:
@@ -44,7 +55,7 @@ class WorkItem:
         """Return what tells whether these are still the same samples; None if nothing can."""
         raise NotImplementedError
 
-    def samples(self) -> Iterator[RawSample | SkippedSample]:
+    def samples(self) -> Iterator[Raw | Unusable]:
         """Yield the samples, undecoded, in a fixed order."""
         raise NotImplementedError
 
@@ -54,7 +65,7 @@ class WorkItem:
 
 
 @dataclass(frozen=True)
-class Shard(WorkItem):
+class Shard(WorkItem[RawSample]):
     """A tar file of samples.
 
     Attributes:
@@ -81,7 +92,7 @@ class Shard(WorkItem):
 
 
 @dataclass(frozen=True)
-class FileBatch(WorkItem):
+class FileBatch(WorkItem[RawSample]):
     """Image files of a folder that follow on one another in its sorted list.
 
     Attributes:
@@ -107,6 +118,63 @@ class FileBatch(WorkItem):
                 yield self.folder.read(index)
             except SkippedSample as problem:
                 yield problem
+
+
+@dataclass(frozen=True)
+class SourceItem(WorkItem[Item]):
+    """Units of a data source: one shard, or images that follow on one another in its list.
+
+    Attributes:
+        source: opened.
+        first: of the units.
+        units: how many.
+        most: how many samples are wanted; None for all.
+    """
+
+    source: Source
+    first: int
+    units: int
+    most: int | None = None
+
+    @property
+    def limit(self) -> int | None:
+        return self.most
+
+    @property
+    def address(self) -> str:
+        if isinstance(self.source, ShardSource):
+            return self.source.addresses[self.first]
+        return f"{self.source.unit} {self.first:,} to {self.first + self.units - 1:,}"
+
+    @property
+    def is_remote(self) -> bool:
+        return isinstance(self.source, ShardSource) and is_remote(self.address)
+
+    def content(self) -> Content:
+        return f"{self.units} from {self.first} on"
+
+    def samples(self) -> Iterator[Item | Unusable]:
+        for unit in range(self.first, self.first + self.units):
+            yield from self.source.items(unit)
+
+
+def source_items(source: Source, out: Path, limit: int | None = None) -> list[SourceItem]:
+    """Return the work items of an opened source; they do not depend on how many processes there are.
+
+    Args:
+        source: whose samples they have.
+        out: folder of the results, named by numbers.
+        limit: samples that are wanted of all together, evenly spread over the items.
+    """
+    count = source.count or 0
+    units = 1 if source.shuffle_buffer is not None else min(FILES, max(FEW_FILES, -(-count // PARTS)))
+    firsts = range(0, count, units)
+    items = []
+    for number, first in enumerate(firsts):
+        most = None if limit is None else limit * (number + 1) // len(firsts) - limit * number // len(firsts)
+        if most != 0:
+            items.append(SourceItem(out / f"{number:05d}", source, first, min(units, count - first), most))
+    return items
 
 
 def shard_items(patterns: list[str], out: Path | None) -> list[Shard]:

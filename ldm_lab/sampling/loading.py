@@ -13,7 +13,8 @@ from ldm_lab.checkpoints.parts import has_weights, load_part, load_strictly, wei
 from ldm_lab.condition_sources import build_sources, given_conditions
 from ldm_lab.conditions import ConditionSpec
 from ldm_lab.config import build
-from ldm_lab.errors import UserError, first_line
+from ldm_lab.devices import pick_device
+from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Denoiser, check_conditions
 from ldm_lab.pretrained.resolve import check_untrusted, resolve_weights
 from ldm_lab.sampling.model import Model
@@ -93,17 +94,6 @@ def locate_model(path: str | Path) -> Path:
     if not (folder / MODEL_FILE).is_file():
         raise UserError(f"{path}: a folder without {MODEL_FILE}, which a run writes when it saves")
     return folder / MODEL_FILE
-
-
-def pick_device(name: str | None) -> torch.device:
-    """Return the device of a name, or the accelerator if there is one. Raises UserError for one that is not here."""
-    if name is None:
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return accelerator or torch.device("cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name}: {first_line(error)}") from None
 
 
 def _waiting_device(offload: bool, device: torch.device) -> torch.device:

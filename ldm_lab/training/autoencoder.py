@@ -134,13 +134,14 @@ class AutoencoderTask(PartTask):
         zero = nll.new_zeros(())  # []
         if self.discriminator is None:
             return AdversarialLosses(zero, zero, {})
-        if self.trainer.global_step < self.discriminator.start:
+        if not self.rehearsing and self.trainer.global_step < self.discriminator.start:
             # Gradients of zero: DDP waits for one of every parameter.
             idle = sum(0.0 * p.sum() for p in self.discriminator.parameters())  # []
             return AdversarialLosses(zero, idle, {})
         generator_loss = -self.discriminator.frozen_logits(reconstruction).float().mean()  # []
         # Going back through fp16 needs the gradient scaler's factor, and the size of a loss per value.
-        loss_scale = self.scaler.get_scale() / image[0].numel() if self.scaler else 1.0
+        scaler = None if self.rehearsing else self.scaler
+        loss_scale = scaler.get_scale() / image[0].numel() if scaler else 1.0
         last = self.model.decoder.conv_out.weight
         weight = self.discriminator.weight * adaptive_weight(nll, generator_loss, last, loss_scale)  # []
         on_real = self.discriminator(image).float()  # [B, 1, h, w]

@@ -27,6 +27,10 @@ ASK_EVERY = 10  # optimizer steps between questions for the time among several p
 class SafeCheckpointIO(CheckpointIO):
     """Atomic writing and reading that never executes code, in place of Lightning's."""
 
+    def __init__(self, lazily: bool = False) -> None:
+        """Set how checkpoints are read: `lazily` brings tensors into memory where they are used, and as far."""
+        self.lazily = lazily
+
     def save_checkpoint(self, checkpoint: Checkpoint, path: str, storage_options: None = None) -> None:
         with atomic_write(path) as file:
             torch.save(checkpoint, file)
@@ -34,7 +38,7 @@ class SafeCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str, map_location: torch.device | str | None = None, weights_only: bool | None = None
     ) -> Checkpoint:
-        content = read_pickled(existing_file(path, "resume.checkpoint"))
+        content = read_pickled(existing_file(path, "resume.checkpoint"), mmap=self.lazily)
         if FORMAT not in content:
             raise UserError(f"{path}: not a checkpoint of a run of ldm_lab; for other weights use init_from")
         return content

@@ -11,8 +11,9 @@ from ldm_lab.checkpoints.files import FORMAT
 from ldm_lab.checkpoints.importer import Section
 from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.native import save_model
-from ldm_lab.checkpoints.parts import load_part
+from ldm_lab.checkpoints.parts import encoding, load_part
 from ldm_lab.condition_sources import build_sources, given_conditions
+from ldm_lab.conditions import blank_conditions
 from ldm_lab.config import ConditionerUse, PartConfig, RunConfig, register
 from ldm_lab.data.source import Source
 from ldm_lab.errors import UserError
@@ -27,6 +28,8 @@ from ldm_lab.interfaces import (
     check_conditions,
     is_upsampler,
 )
+from ldm_lab.training.caching import encoder_differences, encoder_facts
+from ldm_lab.training.compiling import Compile, compile_network
 from ldm_lab.training.initial import (
     check_forms,
     differences,
@@ -37,8 +40,9 @@ from ldm_lab.training.initial import (
 )
 from ldm_lab.training.logs import print_rank_zero
 from ldm_lab.training.run_state import Checkpoint
+from ldm_lab.training.sharding import Sharded
 from ldm_lab.training.task import Task
-from ldm_lab.training.timesteps import TIMESTEP_SAMPLERS
+from ldm_lab.training.timesteps import TIMESTEP_SAMPLERS, UniformTimesteps
 
 DROPOUT = 0.2  # share of conditions that are dropped unless the config says otherwise (cloob-latent-diffusion's)
 
@@ -85,7 +89,7 @@ class DiffusionTask(Task):
         keep = torch.rand(len(x0), device=self.device) > self.dropout  # [B]
         conditions = drop(conditions, self.conditioner.null(conditions), keep)
         conditions |= self.from_sources(batch, x0)
-        drawn = self.objective.times(self.timesteps(self.batches_seen, len(x0)))  # [B], on the CPU
+        drawn = self.objective.times(self.timesteps(self.samples_seen, len(x0)))  # [B], on the CPU
         t = drawn.to(x0, non_blocking=True)  # [B]
         noise = torch.randn_like(x0)  # [B, C, h, w]
         terms = self.objective.loss_terms(self.model, x0, conditions, t, noise)  # {"loss": [B], ...}
@@ -93,24 +97,43 @@ class DiffusionTask(Task):
         self.log_by_time(terms["loss"], drawn)
         return terms["loss"].mean()
 
+    def rehearse(self, batch: Batch) -> Tensor:
+        self.timesteps = UniformTimesteps(self.seed, 0, 1)
+        return super().rehearse(batch)
+
+    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+        """Return (C, h, w) of the latents of images of a size, pixels."""
+        side = image_size // self.autoencoder.downscale
+        return self.autoencoder.channels, side, side
+
     @torch.no_grad()
     def encode(self, batch: Batch) -> tuple[Tensor, Conditions]:
         """Return posterior samples of the latents, [B, C, h, w], and what the conditioner gives, name -> [B, ...].
 
         A cached batch brings moments of the latents, and conditions, instead of images.
         """
-        with torch.autocast(self.device.type, enabled=False):  # the frozen parts stay in fp32
+        with torch.autocast(self.device.type, enabled=False):  # whatever the denoiser's precision is
             if batch.mean is not None:
-                mean, logvar = batch.mean.float(), batch.logvar.float()  # [B, C, h, w] each
+                mean, logvar = batch.mean, batch.logvar  # [B, C, h, w] each
             else:
-                mean, logvar = self.autoencoder.moments(batch.image)  # [B, C, h, w] each
+                with encoding(self.run_config["autoencoder"], self.device.type):
+                    mean, logvar = self.autoencoder.moments(batch.image)  # [B, C, h, w] each
+            mean, logvar = mean.float(), logvar.float()  # [B, C, h, w] each
             x0 = self.autoencoder.sample(mean, logvar, torch.randn_like(mean))  # [B, C, h, w]
-            return x0, dict(batch.conditions) or self.conditioner.from_batch(batch)
+            if batch.conditions:
+                return x0, dict(batch.conditions)
+            with encoding(self.run_config["conditioner"], self.device.type):
+                conditions = self.conditioner.from_batch(batch)  # name -> [B, ...]
+            return x0, {k: its.float() if its.is_floating_point() else its for k, its in conditions.items()}
 
     @torch.no_grad()
     def from_sources(self, batch: Batch, x0: Tensor) -> Conditions:
         """Return what the condition sources give, name -> [B, ...]; it is never dropped."""
         given: Conditions = {}
+        if self.rehearsing:  # some decide by the numbers that they draw, and no numbers are there
+            for source in self.sources.values():
+                given |= blank_conditions(source.spec, len(x0), *x0.shape[2:])
+            return given
         with torch.autocast(self.device.type, enabled=False):  # the frozen parts stay in fp32
             for source in self.sources.values():
                 given |= source.from_batch(batch, x0, self.autoencoder, None)
@@ -128,6 +151,16 @@ class DiffusionTask(Task):
                 self.log(f"train/loss_t{i / 4:.2f}", means[i], batch_size=len(t))
 
     # ------------------------------------------------------------------------------------------------- before it begins
+
+    def compile_network(self, what: Compile) -> str:
+        checkpoints = bool(self.run_config["denoiser"].option("gradient_checkpointing"))
+        return compile_network(self.model, what, checkpoints)
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, Sharded):
+            for network in (self.model, self.model_ema):
+                if network is not None:
+                    self.trainer.strategy.share_out(network)
 
     def check_image_size(self, size: int | None, unit: int) -> None:
         """Raise UserError for images that the levels of the network, or a condition source, do not divide.
@@ -157,9 +190,10 @@ class DiffusionTask(Task):
 
     def check_encoded_by(self, source: Source, where: str) -> None:
         """Raise UserError for a cache, described at a key path, that other frozen parts than the run's have made."""
-        for role, checksum in self.frozen_sha256.items():
-            if source.encoded_by.get(role, checksum) != checksum:
-                raise UserError(f"{where}.path: this cache was made with another {role} than {role}.weights")
+        for role, there in source.encoded_by.items():
+            here = encoder_facts(self.run_config[role], self.frozen_sha256.get(role))
+            if other := encoder_differences(role, there, here):
+                raise UserError(f"{where}.path: this cache was made with another {', '.join(other)}")
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

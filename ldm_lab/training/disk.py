@@ -41,6 +41,16 @@ def check_space(folder: Path, task: Task, checkpointing: Checkpointing, max_step
     )
 
 
+def check_room(folder: Path, need: int, what: str) -> None:
+    """Raise UserError if the disk of a folder has less room than is needed, bytes, for what is named."""
+    usage = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists()))
+    if usage.total and need > usage.free:
+        raise UserError(
+            f"{folder}: the disk has {in_units(usage.free)} of room, and {what} needs about {in_units(need)} more; "
+            "free some space, or take another folder"
+        )
+
+
 def checkpoint_bytes(task: Task) -> int:
     """Return about how large a checkpoint is: weights, their average and what the optimizer will keep."""
     weights = sum(tensor.nbytes for tensor in task.state_dict().values())

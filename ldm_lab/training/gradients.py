@@ -5,7 +5,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+from ldm_lab.sharded import local
 
 Parameters = Sequence[nn.Parameter]
 
@@ -13,9 +16,10 @@ Parameters = Sequence[nn.Parameter]
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Return the L2 norm over the gradients of parameters, [], on their device; at least one has to have a gradient.
 
-    Under DDP the gradients are equal on all ranks, and so is this.
+    Under DDP the gradients are equal on all ranks, and so is this; of shared ones it is the norm of the whole.
     """
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def clip_gradients(parameters: Parameters, limit: float, norm: Tensor) -> None:
@@ -26,7 +30,11 @@ def clip_gradients(parameters: Parameters, limit: float, norm: Tensor) -> None:
         limit: largest L2 norm.
         norm: `gradient_norm`, [].
     """
-    torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if any(isinstance(gradient, DTensor) for gradient in gradients):
+        torch._foreach_mul_([local(gradient) for gradient in gradients], (limit / (norm + 1e-6)).clamp(max=1.0))
+    else:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
 
 
 class Gate:

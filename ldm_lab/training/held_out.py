@@ -16,6 +16,7 @@ from ldm_lab.data.samples import as_utf8
 from ldm_lab.data.source import Source
 from ldm_lab.errors import UserError, told_in_one_line
 from ldm_lab.evaluation.held_out import HeldOutBatch, loss_sums
+from ldm_lab.sharded import whole_state
 from ldm_lab.training.diffusion import DiffusionTask
 from ldm_lab.training.logs import log_values, print_rank_zero
 from ldm_lab.training.task import batch_seed, gather
@@ -171,8 +172,9 @@ class HeldOut(Callback):
 
     def write_best(self, trainer: Trainer, task: DiffusionTask) -> None:
         """Write the weights as they are now."""
+        weights = whole_state(task.best_model)
         if trainer.is_global_zero:
-            task.write_model(self.path, task.best_model.state_dict(), torch.float32, {"held_out_loss": str(self.best)})
+            task.write_model(self.path, weights, torch.float32, {"held_out_loss": str(self.best)})
 
     def state_dict(self) -> HeldOutState:
         return {"best": self.best, "best_step": self.best_step, "since": self.since}

@@ -1,8 +1,9 @@
 """The optimizer and the learning rate over time."""
 
 import math
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypedDict
 
 import torch
 from annotated_types import Len
@@ -14,6 +15,43 @@ from ldm_lab.errors import UserError, unknown
 from ldm_lab.interfaces import Part
 
 FUSED = ("cpu", "cuda", "mps", "xpu")  # devices on which torch has AdamW in one kernel
+
+
+class CourseState(TypedDict):
+    """`Began` as plain values, for checkpoints."""
+
+    origin: int
+    step: int
+    progress: float
+
+
+@dataclass(frozen=True)
+class Began:
+    """Where a learning rate's schedule began, and where it was bent to another end.
+
+    Attributes:
+        origin: the optimizer step from which `warmup_steps` and `schedule_steps` count.
+        step: the step at which it was bent.
+        progress: how far it had come there, in [0, 1].
+    """
+
+    origin: int = 0
+    step: int = 0
+    progress: float = 0.0
+
+    @classmethod
+    def of(cls, state: CourseState) -> "Began":
+        """Return what a checkpoint says. Raises UserError if it is damaged."""
+        origin, step, progress = (state.get(name) for name in ("origin", "step", "progress"))
+        if not (
+            type(origin) is type(step) is int and 0 <= origin <= step and type(progress) is float and 0 <= progress <= 1
+        ):
+            raise UserError(f"resume.checkpoint: the learning rate's schedule is damaged: {state}")
+        return cls(origin, step, progress)
+
+    def state(self) -> CourseState:
+        """Return plain values, of which `of` makes the same."""
+        return CourseState(origin=self.origin, step=self.step, progress=self.progress)
 
 
 @register("optim")
@@ -59,21 +97,45 @@ class Optim:
         self.lr, self.weight_decay, self.betas, self.eps, self.decay_on = lr, weight_decay, tuple(betas), eps, decay_on
         self.warmup, self.warmup_steps = warmup, warmup_steps
         self.schedule, self.schedule_steps, self.final_lr = schedule, schedule_steps, final_lr
+        self.peak = lr  # a resumed run may go on with another one
+        self.began = Began()
 
     def factor(self, step: int, max_steps: int) -> float:
-        """Return the multiplier of `lr` for the optimizer step after `step` completed ones."""
-        factor = 1.0
+        """Return the multiplier of the peak for the optimizer step after `step` completed ones."""
+        factor, warm = 1.0, step - self.began.origin + 1
         if self.warmup_steps and self.warmup == "linear":
-            factor = min(1.0, (step + 1) / self.warmup_steps)
+            factor = min(1.0, warm / self.warmup_steps)
         elif self.warmup_steps:
-            factor = 1 - (1 - 1 / self.warmup_steps) ** (step + 1)
-        if self.schedule != "constant":
-            total = self.schedule_steps or max_steps
-            progress = min(1.0, step / total) if total > 0 else 0.0
-            left = 1 - progress if self.schedule == "linear" else math.cos(progress * math.pi / 2) ** 2
-            floor = self.final_lr / self.lr if self.lr else 0.0
-            factor *= floor + (1 - floor) * left
-        return factor
+            factor = 1 - (1 - 1 / self.warmup_steps) ** warm
+        return factor * self.decay(step, max_steps)
+
+    def decay(self, step: int, max_steps: int) -> float:
+        """Return what the schedule makes of the peak, without the warm-up."""
+        if self.schedule == "constant":
+            return 1.0
+        progress = self.progress(step, max_steps)
+        left = 1 - progress if self.schedule == "linear" else math.cos(progress * math.pi / 2) ** 2
+        return self.floor + (1 - self.floor) * left
+
+    @property
+    def floor(self) -> float:
+        """What the schedule ends at, as a share of the peak."""
+        return self.final_lr / self.peak if self.peak else 0.0
+
+    def progress(self, step: int, max_steps: int) -> float:
+        """Return how far the schedule has come after `step` completed steps, in [0, 1]."""
+        end = self.began.origin + self.schedule_steps if self.schedule_steps else max_steps
+        if end <= 0:
+            return 0.0
+        length = end - self.began.step
+        done = min(1.0, (step - self.began.step) / length) if length > 0 else 1.0
+        return self.began.progress + (1 - self.began.progress) * done
+
+    def progress_at(self, decay: float) -> float:
+        """Return how far the schedule has come where `decay` is this, or as near to it as it can be, in [0, 1]."""
+        left = (decay - self.floor) / (1 - self.floor) if self.floor != 1 else 1.0
+        left = min(max(left, 0.0), 1.0)
+        return 1 - left if self.schedule == "linear" else math.acos(math.sqrt(left)) * 2 / math.pi
 
     def course(self, max_steps: int) -> str:
         """Return how the learning rate goes, in words: all that `factor` depends on but the step."""
@@ -115,6 +177,12 @@ class Optim:
         return _bitsandbytes().AdamW8bit(
             groups, self.lr, self.betas, self.eps, self.weight_decay, is_paged=self.state == "paged_8bit"
         )
+
+    def set_options(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give an optimizer, whose state a checkpoint has brought, the options that are no part of its state."""
+        for number, group in enumerate(optimizer.param_groups):
+            decay = 0.0 if number else self.weight_decay  # `decay_on`: the second group is what is not decayed
+            group.update(betas=self.betas, eps=self.eps, weight_decay=decay)
 
     def freeze_parts(self, model: Part) -> None:
         """Take the gradients off what `freeze` names. Raises UserError for a part that the network does not have."""

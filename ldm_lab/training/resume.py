@@ -3,6 +3,7 @@
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
@@ -12,20 +13,27 @@ from ldm_lab.errors import UserError, first_line
 from ldm_lab.io.atomic import existing_file
 from ldm_lab.training.checkpointing import LAST
 from ldm_lab.training.logs import print_rank_zero
-from ldm_lab.training.optim import Optim
+from ldm_lab.training.optim import Began, Optim
 from ldm_lab.training.run_state import Checkpoint
 
 # Sections whose keys may differ from those of the checkpoint without a word: where and how the run reports.
 QUIET = ("run", "logging", "resume", "init_from", "imports")
 # Keys outside the network's sections that have to stay: what the optimizer has a state for, and of which kind.
-FIXED = ("optim.freeze", "optim.state")
+FIXED = ("optim.freeze", "optim.state", "optim.decay_on")
 
 
 @register("resume")
 class Resume(Callback):
     """Go on with a run: weights, EMA, optimizer, scaler, step, data position come from its checkpoint."""
 
-    def __init__(self, folder: Path, *, checkpoint: str | None = None, lr: NonNegativeFloat | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        checkpoint: str | None = None,
+        lr: NonNegativeFloat | None = None,
+        schedule: Literal["continue", "restart"] = "continue",
+    ) -> None:
         """Set what to go on with.
 
         Args:
@@ -33,8 +41,10 @@ class Resume(Callback):
             checkpoint: a `.ckpt`; "last" is the run's own `last.ckpt`, or a fresh start if there is none.
             lr: peak learning rate from here on, in every parameter group and below the schedule; null keeps the
                 checkpoint's.
+            schedule: what a learning rate's schedule does that has become another one, such as a longer one. "continue"
+                goes on from where it is, without a jump, to its new end; "restart" begins anew, with its warm-up.
         """
-        self.lr = lr
+        self.lr, self.schedule = lr, schedule
         self.path: Path | None = None
         self.stored: RunConfig | None = None  # the checkpoint's
         last = folder / LAST
@@ -78,10 +88,11 @@ class Resume(Callback):
         return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed]
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
-        """Set the learning rate after Lightning has restored the checkpoint's into every parameter group."""
+        """Set what Lightning has restored from the checkpoint, and the config has otherwise."""
         if self.path is None:
             return
         for optimizer, scheduler in zip(trainer.optimizers, trainer.lr_scheduler_configs):
+            task.optim.set_options(optimizer)
             scheduler = scheduler.scheduler
             before = scheduler.base_lrs[0]
             if self.lr is None and before != task.optim.lr:
@@ -89,9 +100,9 @@ class Resume(Callback):
                     f"optim.lr: {task.optim.lr:g} is not used, the checkpoint's {before:g} holds "
                     f"(resume.lr={task.optim.lr:g} changes it)"
                 )
-            peak = before if self.lr is None else self.lr
+            peak = task.optim.peak = before if self.lr is None else self.lr
+            bent = self.bend_schedule(task.optim, scheduler.last_epoch, trainer.max_steps, before)
             factor = task.optim.factor(scheduler.last_epoch, trainer.max_steps)
-            bent = self.bent_schedule(task.optim, scheduler.last_epoch, trainer.max_steps, peak)
             if self.lr is None and bent is None:
                 continue
             scheduler.base_lrs = [peak] * len(scheduler.base_lrs)
@@ -103,25 +114,49 @@ class Resume(Callback):
             if bent:
                 print_rank_zero(bent)
 
-    def bent_schedule(self, optim: Optim, step: int, max_steps: int, peak: float) -> str | None:
-        """Return a line if the learning rate's course from here on is another one than the checkpoint's was.
+    def bend_schedule(self, optim: Optim, step: int, max_steps: int, peak: float) -> str | None:
+        """Let the schedule go on from here as `schedule` says, if it is another one than the checkpoint's.
+
+        A run that has begun its schedule anew does so once, however often the same command resumes it.
 
         Args:
-            optim: of the run that goes on.
+            optim: of the run that goes on, with the peak that it goes on with.
             step: optimizer steps done.
             max_steps: of the run that goes on.
-            peak: learning rate that the schedules are factors on.
+            peak: learning rate that the checkpoint's schedule is a factor on.
+
+        Returns:
+            What was done, in words; None if nothing was.
         """
         if self.stored is None:
             return None
         old: Optim = self.stored.part("optim").build()
+        old.began, old.peak = optim.began, peak
         old_steps = int(self.stored["trainer"].get("max_steps", -1)) if "trainer" in self.stored else -1
         was, now = old.course(old_steps), optim.course(max_steps)
-        if was == now:
+        done = self.stored["resume"].get("schedule") if "resume" in self.stored else None
+        begins_anew = self.schedule == "restart" and (was != now or done != "restart")
+        if was == now and not begins_anew:
             return None
-        factors = old.factor(step, old_steps), optim.factor(step, max_steps)
-        before, after = (f"{round(factor * peak, 12):.3g}" for factor in factors)  # a cosine ends near 0
-        return f"learning rate: {was} -> {now}: at step {step:,} it goes from {before} to {after}"
+        if begins_anew:
+            optim.began = Began(step, step)
+        else:
+            progress = 0.0 if optim.schedule == "constant" else optim.progress_at(old.decay(step, old_steps))
+            optim.began = Began(optim.began.origin, step, progress)
+        rates = old.factor(step, old_steps) * peak, optim.factor(step, max_steps) * optim.peak
+        before, after = (f"{round(rate, 12):.3g}" for rate in rates)  # a cosine ends near 0
+        line = f"learning rate: {was} -> {now}" if was != now else f"learning rate: {now}"
+        if begins_anew:
+            return f"{line}, begun at step {step:,}: it goes from {before} to {after} (resume.schedule=restart)"
+        if before != after:
+            return f"{line}: at step {step:,} it goes from {before} to {after}"
+        ended = optim.schedule != "constant" and optim.progress(step, max_steps) >= 1
+        how = (
+            f"it had ended, and stays at {after}"
+            if ended
+            else f"it goes on from {after} at step {step:,}, without a jump"
+        )
+        return f"{line}: {how} (resume.schedule=restart begins it anew)"
 
 
 def read_whole(path: Path) -> Checkpoint:

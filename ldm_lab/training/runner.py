@@ -18,6 +18,7 @@ from ldm_lab.processes import fail_together, quiet_lightning
 from ldm_lab.training.caching import training_data
 from ldm_lab.training.callbacks import Bookkeeping, RunCallbacks
 from ldm_lab.training.checkpointing import LAST
+from ldm_lab.training.compiling import compiler_told_in_one_line
 from ldm_lab.training.disk import check_space
 from ldm_lab.training.going_on import gone_on, in_changed_precision
 from ldm_lab.training.guard import Guard
@@ -109,9 +110,12 @@ def _run(config: RunConfig, folder: Path, lock: RunLock, began: float | None) ->
     trainer = options.trainer(callbacks.in_order(), loggers, logging.every, folder)
     if options.channels_last:
         task.to(memory_format=torch.channels_last)
+    if options.compile != "none":
+        print_rank_zero(task.compile_network(options.compile))
     check_space(folder, task, callbacks.checkpoint, trainer.max_steps)
     announce(config, folder, resume.path, changes, task)
-    stopped = fit(trainer, task, data, callbacks)
+    with compiler_told_in_one_line(options.compile):
+        stopped = fit(trainer, task, data, callbacks)
     if guard.leaves_for is not None and not stopped:
         return Done(0, gone_on(config, guard.leaves_for), callbacks.interrupt.began)
     summary = [data.summary(callbacks.bookkeeping.data_states), *guard.summary()]

@@ -9,7 +9,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from ldm_lab.checkpoints.parts import part_downloads
 from ldm_lab.config import RunConfig
-from ldm_lab.data.cache import META, read_meta
+from ldm_lab.data.cache_files import META, read_meta
 from ldm_lab.data.source import Source
 from ldm_lab.downloads import Download, raise_refusals, refusals
 from ldm_lab.errors import UserError
@@ -19,6 +19,7 @@ from ldm_lab.sampling.needs import option_downloads
 from ldm_lab.training.captioned_grids import CaptionedGrids
 from ldm_lab.training.demo import Demo
 from ldm_lab.training.perceptual import features_download
+from ldm_lab.training.sharding import FSDP2
 
 Finding = Callable[[], list[Download] | None]
 
@@ -66,7 +67,7 @@ def _tell(findings: Iterable[Finding]) -> None:
 def _findings(config: RunConfig, folder: Path, sources: list[Source]) -> list[Finding]:
     """Return what has to be looked for, each by itself, so that all of it is found; opened data go into `sources`."""
     trained = config.task_class().PART
-    findings: list[Finding] = [partial(_check_network, config)]
+    findings: list[Finding] = [partial(_check_network, config), partial(_check_strategy, config)]
     for role in ("autoencoder", "conditioner"):
         if role in config and role != trained:
             findings.append(partial(part_downloads, role, config[role], role))
@@ -93,6 +94,16 @@ def _check_network(config: RunConfig) -> None:
     if "objective" in config and "denoiser" in config:
         objective: Objective = config["objective"].build()
         objective.check_denoiser(config["denoiser"].load())
+
+
+def _check_strategy(config: RunConfig) -> None:
+    """Raise UserError for what does not go with a network that the devices share."""
+    if "trainer" not in config or config["trainer"].get("strategy") != FSDP2:
+        return
+    if config.task != "diffusion":
+        raise UserError(f"trainer.strategy: {FSDP2} is for the denoiser of task=diffusion; {config.task} runs with ddp")
+    if "optim" in config and (state := config["optim"].get("state", "32bit")) != "32bit":
+        raise UserError(f"optim.state: {state} does not go with trainer.strategy={FSDP2}, which takes 32bit")
 
 
 def _open_data(config: RunConfig, sources: list[Source]) -> None:

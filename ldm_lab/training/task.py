@@ -20,10 +20,13 @@ from ldm_lab.checkpoints.files import FORMAT
 from ldm_lab.checkpoints.parts import load_strictly, weights_sha256
 from ldm_lab.config import FROZEN, RunConfig
 from ldm_lab.data.rank_state import RankState
+from ldm_lab.errors import UserError
+from ldm_lab.training.compiling import Compile
 from ldm_lab.training.divergence import Detector, total_norm
 from ldm_lab.training.gradients import Gate, Parameters, RunningStatistics, clip_gradients, gradient_norm
-from ldm_lab.training.optim import Optim
-from ldm_lab.training.run_state import Checkpoint, RunState, take_back
+from ldm_lab.training.logs import print_rank_zero
+from ldm_lab.training.optim import Began, Optim
+from ldm_lab.training.run_state import Checkpoint, RunState, align, checked, take_back
 
 T = TypeVar("T")
 
@@ -33,10 +36,12 @@ class AtStep(NamedTuple):
 
     Attributes:
         batches_seen: since the run's very first batch.
+        samples_seen: on all ranks together, since then.
         data: its place in the data.
     """
 
     batches_seen: int
+    samples_seen: int
     data: RankState
 
 
@@ -54,7 +59,8 @@ class Task(LightningModule):
       whenever a checkpoint has been written.
 
     Random numbers: before every batch torch's global generators are seeded from (seed, rank, batches seen), so that
-    whatever `training_step` draws is repeated by a resumed run and differs between ranks.
+    whatever `training_step` draws is repeated by a resumed run and differs between ranks. Batches are counted on over
+    all resumes, so that no noise comes twice, however many ranks there are then.
 
     Steps: `trainer.global_step` counts optimizer steps; every task has one optimizer. Before each one its loss and
     gradient are looked at (`detector`), on the device: a step that must not be learned from changes neither weights nor
@@ -69,6 +75,7 @@ class Task(LightningModule):
         *("data", "optim", "ema", "trainer", "checkpoint", "logging", "resume"),
         *("guard",),
     )
+    rehearsing = False  # whether steps are made by `rehearse`
 
     def __init__(self, config: RunConfig, read_weights: bool = True) -> None:
         """Build what all tasks have.
@@ -88,6 +95,7 @@ class Task(LightningModule):
         checksums = {role: weights_sha256(role, section) for role, section in sections.items()}
         self.frozen_sha256 = {role: checksum for role, checksum in checksums.items() if checksum is not None}
         self.batches_seen = 0  # on this rank, since the run's very first batch
+        self.samples_seen = 0  # on all ranks together, since then
         self.at_step: AtStep | None = None  # while the batches of a step are incomplete, where the one before ended
         self.detector = Detector()
         self.gate: Gate | None = None
@@ -104,6 +112,10 @@ class Task(LightningModule):
     def trained_modules(self) -> list[nn.Module]:
         """Return all that the optimizer trains."""
         return [self.model]
+
+    def compile_network(self, what: Compile) -> str:
+        """Have the trained network compiled when it first runs (`ldm_lab.training.compiling`); return what is."""
+        raise UserError(f"trainer.compile: {what} is for a denoiser, which is called as a whole; set none")
 
     @property
     def best_model(self) -> nn.Module:
@@ -195,8 +207,9 @@ class Task(LightningModule):
         """Note that a batch was trained on, and whether an optimizer step ended with it."""
         data = self.trainer.datamodule
         if self.at_step is None and not completes_step:
-            self.at_step = AtStep(self.batches_seen, data.rank_state())
+            self.at_step = AtStep(self.batches_seen, self.samples_seen, data.rank_state())
         self.batches_seen += 1
+        self.samples_seen += len(batch) * self.trainer.world_size
         data.consumed(batch)
         if completes_step:
             self.at_step = None
@@ -206,13 +219,16 @@ class Task(LightningModule):
             self.trainer._results.reset()  # Lightning would log the last logging step's values as this one's
 
     def on_save_checkpoint(self, checkpoint: Checkpoint) -> None:
-        now = self.at_step or AtStep(self.batches_seen, self.trainer.datamodule.rank_state())
+        data = self.trainer.datamodule
+        now = self.at_step or AtStep(self.batches_seen, self.samples_seen, data.rank_state())
         if now.batches_seen != self.batches_seen:
             take_back(checkpoint, self.batches_seen - now.batches_seen)
         checkpoint[FORMAT] = RunState(
             config=self.run_config.to_dict(),
             frozen=self.frozen_sha256,
             batches_seen=now.batches_seen,
+            samples_seen=now.samples_seen,
+            course=self.optim.began.state(),
             data=gather(now.data),
             wandb_id=next((log.version for log in self.trainer.loggers if isinstance(log, WandbLogger)), None),
         )
@@ -220,9 +236,24 @@ class Task(LightningModule):
     def on_load_checkpoint(self, checkpoint: Checkpoint) -> None:
         trained = {n.removeprefix("model."): t for n, t in checkpoint["state_dict"].items() if n.startswith("model.")}
         load_strictly(self.model, trained, "resume.checkpoint")  # in one clear line what Lightning says in hundreds
-        run = checkpoint[FORMAT]
-        self.batches_seen = run["batches_seen"]
+        self.load_average(checkpoint["state_dict"])
+        align(checkpoint, self.trainer.accumulate_grad_batches)
+        run = checked(checkpoint[FORMAT])
+        self.batches_seen, self.samples_seen = run["batches_seen"], run["samples_seen"]
+        self.optim.began = Began.of(run["course"])
         self.trainer.datamodule.load_rank_states(run["data"], self.global_rank)
+
+    def load_average(self, state: dict[str, Tensor]) -> None:
+        """Bring a checkpoint's weights to the config's section `ema`, which may have come or gone since."""
+        averaged = [name for name in state if name.startswith("model_ema.")]
+        if averaged and self.model_ema is None:
+            for name in averaged:
+                del state[name]
+            print_rank_zero("ema: null: the checkpoint's average of the weights is not kept")
+        elif not averaged and self.model_ema is not None:
+            began = {f"model_ema.{name}": state[f"model.{name}"].clone() for name in self.model.state_dict()}
+            state.update(began)
+            print_rank_zero("ema: the checkpoint has no average of the weights; it begins with them")
 
     # ------------------------------------------------------------------------------------------------ for subclasses
 
@@ -249,10 +280,16 @@ class Task(LightningModule):
         precision = self.trainer.precision_plugin
         return precision.scaler if isinstance(precision, MixedPrecision) else None
 
+    def rehearse(self, batch: Batch) -> Tensor:
+        """Return the loss of a batch as in the midst of a run, but without a Trainer or a log: to count its cost."""
+        self.rehearsing = True
+        loss: Tensor = self.training_step(batch, 0)
+        return loss
+
     @property
     def is_logged(self) -> bool:
         """Whether the optimizer step that is being made is one that is logged."""
-        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+        return not self.rehearsing and (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
 
     def log_means(self, values: dict[str, Tensor], batch_size: int) -> None:
         """Log scalars under `train/`, the mean over ranks, and the learning rate; at logging steps alone."""

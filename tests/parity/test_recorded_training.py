@@ -46,7 +46,7 @@ def test_training_step(case, tmp_path, monkeypatch):
     normal, uniform = iter([given["ae_noise"], given["noise"]]), iter([given["p"].flatten()])
     monkeypatch.setattr(torch, "randn_like", lambda like: next(normal))
     monkeypatch.setattr(torch, "rand", lambda *size, device: next(uniform))
-    task.timesteps = lambda batches_seen, count: given["t"]
+    task.timesteps = lambda samples_seen, count: given["t"]
     monkeypatch.setattr(task, "log_means", lambda values, batch_size: None)
     monkeypatch.setattr(task, "log_by_time", lambda loss, t: None)
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from ldm_lab.curation.scoring.files import EMBEDDINGS, SCORES, HeadFacts, ScoreF
 from ldm_lab.curation.scoring.rewrite import rewrite_shard
 from ldm_lab.curation.store.format import hash_of
 from ldm_lab.data.counts import Counts
-from ldm_lab.data.passes import Fingerprint, Finished, Job
+from ldm_lab.data.jobs import Fingerprint, Finished, Job
 from ldm_lab.data.samples import RawSample, SkippedSample, as_utf8, caption_of
 from ldm_lab.data.work_items import FileBatch, Shard, WorkItem
 from ldm_lab.embed import Encoder, Prepare
@@ -54,6 +54,7 @@ class PreparedImage(NamedTuple):
         pixels: [3, S, S].
         text: the caption, the first of several; "" where there is none.
         key, url, hash: of the sample.
+        caption_place: where the caption came from, or why it cannot be read.
     """
 
     pixels: Tensor
@@ -61,6 +62,7 @@ class PreparedImage(NamedTuple):
     key: str
     url: str | None
     hash: int | None
+    caption_place: str
 
 
 class ImageBatch(NamedTuple):
@@ -77,6 +79,8 @@ class ImageBatch(NamedTuple):
 class ImagePreparation:
     """From a sample to what the encoder takes, in the loader processes."""
 
+    unique_keys: ClassVar[bool] = True
+
     transform: Prepare
 
     def prepare(self, sample: RawSample) -> PreparedImage:
@@ -90,12 +94,19 @@ class ImagePreparation:
         fields = {name.lower(): value for name, value in parse_json(sample.json).items()}
         url = fields.get("url")
         url = as_utf8(url) if isinstance(url, str) else None
-        return PreparedImage(pixels, caption_of(sample).first, as_utf8(sample.key), url, sample_hash(fields))
+        caption = caption_of(sample)
+        place = caption.problem or caption.place
+        return PreparedImage(pixels, caption.first, sample.key, url, sample_hash(fields), place)
 
     def collate(self, samples: list[PreparedImage]) -> ImageBatch:
         """Return the batch of some images."""
-        pixels, *rest = zip(*samples)
-        return ImageBatch(torch.stack(pixels), *map(list, rest))  # [B, 3, S, S]
+        return ImageBatch(
+            torch.stack([sample.pixels for sample in samples]),  # [B, 3, S, S]
+            [sample.text for sample in samples],
+            [as_utf8(sample.key) for sample in samples],
+            [sample.url for sample in samples],
+            [sample.hash for sample in samples],
+        )
 
 
 def sample_hash(fields: Mapping[str, Json]) -> int | None:
@@ -137,7 +148,7 @@ class ScoredBatch:
     finite: Tensor
 
 
-class ScoreJob(Job[PreparedImage, ImageBatch, ScoredBatch]):
+class ScoreJob(Job[RawSample, PreparedImage, ImageBatch, ScoredBatch]):
     """Embeds images and asks heads; writes `files.SCORES`, and if asked to embeddings and a new shard."""
 
     task, results = "score", "scores"

@@ -1,0 +1,231 @@
+"""What one GPU does with the 1.17-billion-parameter model and around it, part by part. `benchmarks/gpu.sh` runs all.
+
+    python benchmarks/gpu.py matmul --out runs/gpu
+    python benchmarks/gpu.py cached --out runs/gpu --tiny
+
+Every row is printed as it is measured: what, precision, rate, time, peak memory, remarks. `--tiny` takes small networks
+and few steps, so that the parts themselves can be tried on a CPU.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a checkout that is not installed
+
+from ldm_lab.checkpoints.native import save_part
+from ldm_lab.config import build, load
+from ldm_lab.data.shapes import write_shards
+from ldm_lab.errors import UserError, run_program
+from ldm_lab.prompts import Prompt
+from ldm_lab.sampling import ModelOptions, Pipeline, SamplingOptions
+from ldm_lab.sampling.options import Precision
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = "configs/yfcc_cfg.yaml"
+TINY_AUTOENCODER = {"name": "kl_f8", "ch": 32, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+TINY_CLOOB = {
+    "name": "cloob", "image_size": 32, "patch_size": 16, "image_width": 32, "image_layers": 1, "image_heads": 2,
+    "text_width": 32, "text_layers": 1, "text_heads": 2, "text_size": 24, "vocab_size": 600, "embed_dim": 16,
+}  # fmt: skip
+TINY = ["denoiser={name: ccld_unet, base_channels: 16, multipliers: [1, 2], mapping_width: 32, head_width: 16}"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how large.
+
+    Attributes:
+        out: folder of all that is written.
+        tiny: small networks, few steps.
+        device: "cuda" or "cpu".
+    """
+
+    out: Path
+    tiny: bool
+    device: str
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images, pixels."""
+        return 64 if self.tiny else 256
+
+    @property
+    def batch_size(self) -> int:
+        """Images per step."""
+        return 4 if self.tiny else 64
+
+    def row(self, name: str, precision: str, rate: str, each: str = "", remark: str = "") -> None:
+        """Print a row."""
+        peak = f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if self.device == "cuda" else "not counted"
+        print(f"| {name} | {precision} | {rate} | {each} | {peak} | {remark} |", flush=True)
+
+    def seconds(self, work: Callable[[], object], times: int) -> float:
+        """Return the seconds of one of several runs of some work, behind two that are not timed."""
+        for _ in range(2):
+            work()
+        self.wait()
+        began = time.perf_counter()
+        for _ in range(times):
+            work()
+        self.wait()
+        return (time.perf_counter() - began) / times
+
+    def wait(self) -> None:
+        """Wait for the device."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def matmul(setting: Setting) -> None:
+    """Measure what the card gives to matrix products and copies: the bounds of all that follows."""
+    name = torch.cuda.get_device_name() if setting.device == "cuda" else "CPU"
+    print(f"card: {name}, torch {torch.__version__}, CUDA {torch.version.cuda}", flush=True)
+    torch.set_float32_matmul_precision("high")
+    side = 256 if setting.tiny else 8192
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        a, b = (torch.randn(side, side, device=setting.device, dtype=dtype) for _ in range(2))
+        seconds = setting.seconds(lambda a=a, b=b: a @ b, 3 if setting.tiny else 30)
+        what = "tf32" if dtype == torch.float32 and setting.device == "cuda" else str(dtype).removeprefix("torch.")
+        setting.row(f"matmul {side}", what, f"{2 * side**3 / seconds / 1e12:.2f} TFLOP/s", f"{1000 * seconds:.2f} ms")
+    source = torch.empty(2**20 if setting.tiny else 2**30, dtype=torch.uint8, device=setting.device)
+    target = torch.empty_like(source)
+    seconds = setting.seconds(lambda: target.copy_(source), 10)
+    setting.row("copy", "bytes", f"{2 * source.numel() / seconds / 1e9:.0f} GB/s", f"{1000 * seconds:.2f} ms")
+
+
+def prepare(setting: Setting) -> list[str]:
+    """Write images and random weights of the frozen parts, once; return the settings that name them."""
+    folder = setting.out / "prepared"
+    images = 32 if setting.tiny else 1024
+    if not (folder / "shards").is_dir():
+        write_shards(folder / "shards", count=images, shards=4, size=setting.image_size, seed=0)
+    settings = [f"data.shards={folder}/shards/*.tar", f"data.image_size={setting.image_size}"]
+    config = load(ROOT / CONFIG, settings)
+    for role, tiny in (("autoencoder", TINY_AUTOENCODER), ("conditioner", TINY_CLOOB)):
+        section = tiny if setting.tiny else config[role].architecture()
+        path = folder / f"{role}.safetensors"
+        if not path.exists():
+            torch.manual_seed(0)
+            save_part(path, build(role, section), section)
+        settings.append(f"{role}={{name: {section['name']}, weights: {path.resolve()}}}")
+    settings.append("autoencoder.latent_std=2.55")
+    return settings + (TINY if setting.tiny else [])
+
+
+def train(setting: Setting, name: str, *settings: str, config: str = CONFIG, timed: bool = True) -> None:
+    """Run `train.py` in a process of its own with these settings; it prints the row, if it is timed."""
+    run, accelerator = setting.out / "runs" / name.replace(" ", "_"), "gpu" if setting.device == "cuda" else "cpu"
+    common = [f"run={run}", "trainer.devices=1", f"trainer.accelerator={accelerator}", "logging.wandb=none"]
+    if timed:
+        common += ["imports=[timed_training]", "task=timed_diffusion"]
+    if config == CONFIG:
+        workers = 0 if setting.tiny else 12
+        common += [f"data.batch_size={setting.batch_size}", f"data.workers={workers}", "demo=null", "checkpoint.keep=0"]
+        common += prepare(setting)
+    few = {"TIMED_WARM_UP": "1", "TIMED_STEPS": "2"} if setting.tiny else {}
+    path = f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}"
+    command = [sys.executable, str(ROOT / "train.py"), "--config", str(ROOT / config), *common, *settings]
+    environment = {**os.environ, "PYTHONPATH": path, "TIMED_NAME": name, **few}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    print("\n".join(rows), flush=True)
+    if done.returncode:
+        raise UserError(f"{name}: train.py ended with {done.returncode}: {done.stdout.strip()[-800:]}")
+
+
+def steps(setting: Setting, full: int) -> str:
+    """Return the setting of the length of a run."""
+    return f"trainer.max_steps={3 if setting.tiny else full}"
+
+
+def cached(setting: Setting) -> None:
+    """Time the training step under Lightning on a cache, and online."""
+    cache = f"cache.folder={(setting.out / 'cache').resolve()}"
+    train(setting, "cached", cache, "trainer.precision=bf16-mixed", steps(setting, 18))
+    train(setting, "online", "trainer.precision=bf16-mixed", steps(setting, 18))
+
+
+def half_to_full(setting: Setting) -> None:
+    """Train in fp16 with the loss scaler, resume in fp32."""
+    cache = f"cache.folder={(setting.out / 'cache').resolve()}"
+    half = "16-mixed" if setting.device == "cuda" else "bf16-mixed"
+    few = 3 if setting.tiny else 18
+    train(setting, "fp16 then fp32", cache, f"trainer.precision={half}", f"trainer.max_steps={few}")
+    resumed = ["trainer.precision=32-true", "resume.checkpoint=last", f"trainer.max_steps={2 * few}"]
+    train(setting, "fp16 then fp32", cache, *resumed)
+
+
+def encoders(setting: Setting) -> None:
+    """Time the frozen autoencoder and CLOOB's image tower."""
+    config = load(ROOT / CONFIG, prepare(setting))
+    batch = torch.rand(setting.batch_size, 3, setting.image_size, setting.image_size, device=setting.device) * 2 - 1
+    for role, call in (("autoencoder", "moments"), ("conditioner", "encode_image")):
+        part = build(role, TINY_AUTOENCODER if setting.tiny and role == "autoencoder" else TINY_CLOOB if setting.tiny
+                     else config[role].architecture()).to(setting.device).eval()  # fmt: skip
+        encode: Callable[[Tensor], object] = part.moments if call == "moments" else part.encode_image
+        for dtype in (torch.float32, torch.bfloat16):
+            with torch.inference_mode(), torch.autocast(setting.device, dtype, enabled=dtype != torch.float32):
+                seconds = setting.seconds(lambda encode=encode: encode(batch), 2 if setting.tiny else 10)
+            rate = f"{len(batch) / seconds:.0f} images/s"
+            setting.row(f"{role} {call}", str(dtype).removeprefix("torch."), rate, f"{1000 * seconds:.1f} ms")
+
+
+def sampling(setting: Setting) -> None:
+    """Time pictures of the model that `cached` left."""
+    model = setting.out / "runs" / "cached" / "ema.safetensors"
+    number = 2 if setting.tiny else 16
+    prompts = [Prompt("a red circle")] * number
+    precisions: tuple[Precision, ...] = ("32-true", "bf16-mixed")
+    for precision in precisions:
+        pipeline = Pipeline.from_checkpoint(model, ModelOptions(device=setting.device, precision=precision))
+        options = SamplingOptions(sampler={"name": "unipc", "steps": 2 if setting.tiny else 20})
+        pipeline(prompts[:1], options)
+        began = time.perf_counter()
+        pipeline(prompts, options)
+        setting.wait()
+        seconds = time.perf_counter() - began
+        setting.row("sampling, guided", precision, f"{number / seconds:.2f} pictures/s", f"{seconds:.1f} s")
+
+
+def quickstart(setting: Setting) -> None:
+    """Train the quickstart to its usual accuracy."""
+    began = time.perf_counter()
+    train(setting, "quickstart", *([steps(setting, 0), "data.count=64", f"data.folder={setting.out}/shapes",
+          f"cache.folder={setting.out}/shapes_cache", "demo=null"] if setting.tiny else []),
+          config="configs/quickstart.yaml", timed=False)  # fmt: skip
+    setting.row("quickstart", "32-true", "", f"{time.perf_counter() - began:.0f} s", "with its start and its grids")
+    model = setting.out / "runs" / "quickstart" / "ema.safetensors"
+    command = [sys.executable, str(ROOT / "benchmarks" / "quickstart_accuracy.py"), "--checkpoint", str(model)]
+    subprocess.run([*command, *(["--drawings", "8", "--steps", "2"] if setting.tiny else [])], check=True)
+
+
+PARTS = {
+    "matmul": matmul, "cached": cached, "fp16": half_to_full, "encoders": encoders,
+    "sampling": sampling, "quickstart": quickstart,
+}  # fmt: skip
+
+
+def main() -> None:
+    """Parse the command line, measure a part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=[*PARTS])
+    parser.add_argument("--out", default="runs/gpu", metavar="DIR", help="of all that is written; default: %(default)s")
+    parser.add_argument("--tiny", action="store_true", help="small networks and few steps")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    args = parser.parse_args()
+    PARTS[args.part](Setting(Path(args.out).resolve(), args.tiny, args.device))
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# What one GPU does with the 1.17-billion-parameter model and around it: one command, at most six minutes, a row as each
+# thing is measured. Every part is a process with a time limit of its own, so that the others still run.
+#   bash benchmarks/gpu.sh                   the rows also go to runs/gpu/rows.md
+#   bash benchmarks/gpu.sh --tiny            small networks and few steps, also on a CPU: to try the parts themselves
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-$(test -x .venv/bin/python && echo .venv/bin/python || echo python3)}
+OUT=${OUT:-runs/gpu}
+PATIENCE=${PATIENCE:-1}  # times the limits, for slow machines
+mkdir -p "$OUT"
+failed=0
+
+part() {  # seconds, name, command ...
+  local limit=$(($1 * PATIENCE)) name=$2
+  shift 2
+  timeout --kill-after=5 "$limit" "$@" || {
+    code=$?
+    failed=1
+    echo "| $name | | $([ $code -ge 124 ] && echo "over its $limit s" || echo "failed with $code") | | | |"
+  }
+}
+
+gpu() {  # seconds, part, options ...
+  local limit=$1 name=$2
+  shift 2
+  part "$limit" "$name" "$PYTHON" benchmarks/gpu.py "$name" --out "$OUT" "$@"
+}
+
+exec > >(tee "$OUT/rows.md")
+echo "| what | precision | rate | time | peak memory | remarks |"
+echo "| --- | --- | --- | --- | --- | --- |"
+gpu 30 matmul "$@"
+gpu 90 cached "$@"
+gpu 60 fp16 "$@"
+gpu 40 encoders "$@"
+gpu 40 sampling "$@"
+gpu 90 quickstart "$@"
+exit "$failed"

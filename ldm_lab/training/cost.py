@@ -1,0 +1,118 @@
+"""What a task's training step costs: its own `training_step`, run on fake tensors."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ldm_lab.batch import Batch
+from ldm_lab.conditions import TokenIds, blank_conditions
+from ldm_lab.config import RunConfig
+from ldm_lab.estimate import StepCost, autocast_of_gpus, module_bytes, optimizer_bytes, step_cost
+from ldm_lab.training.task import Task
+
+T = TypeVar("T")
+HALF = {"16": torch.float16, "bf16": torch.bfloat16}  # by what `trainer.precision` begins with
+
+
+def config_cost(config: RunConfig) -> StepCost:
+    """Return what a training step of a config costs. No file is read: frozen parts count as their sections say."""
+    with torch.device("meta"):
+        task = config.task_class()(config, read_weights=False)
+    return task_cost(task, config["data"].option("image_size"))
+
+
+def task_cost(task: Task, image_size: int) -> StepCost:
+    """Return what a training step of a task costs on one device; nothing of the task changes.
+
+    Args:
+        task: built; its weights may be on the meta device.
+        image_size: of its images, pixels.
+
+    Raises:
+        RuntimeError: a part cannot be run without numbers, as it decides by them.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes seconds
+
+    config, mode = task.run_config, FakeTensorMode(allow_non_fake_inputs=True)
+    precision = str(config.part("trainer").option("precision"))
+    with mode:
+        twin = fake_copy(task, double=precision.startswith("64"))
+        batch = example_batch(twin, image_size)
+        trained = nn.ModuleList(twin.trained_modules())
+        eight_bit = twin.optim.state != "32bit"
+        state = optimizer_bytes(trained.parameters(), eight_bit) if eight_bit else twin.optim.optimizer(trained)
+
+        def loss() -> Tensor:
+            with ExitStack() as stack:
+                if half := HALF.get(precision.partition("-")[0]):
+                    stack.enter_context(torch.autocast("cpu", half))
+                return twin.rehearse(batch)
+
+        with autocast_of_gpus():
+            return step_cost(trained, loss, state, len(batch), twin.frozen.values(), average_bytes(twin))
+
+
+def average_bytes(task: Task) -> int:
+    """Return what the averages of a task's weights take: the one that is sampled, and those that snapshots are of."""
+    snapshots = task.run_config.get("ema_snapshots")
+    widths = snapshots.option("widths") if snapshots is not None else ()
+    return module_bytes(task.model_ema) + len(widths) * module_bytes(task.model)
+
+
+def fake_copy(task: Task, double: bool = False) -> Task:
+    """Return a task like another one, whose weights are fake ones on a CPU. For use under FakeTensorMode.
+
+    Args:
+        task: that is copied.
+        double: whether the copy's weights are in double precision.
+    """
+    memo: dict[int, Tensor] = {}
+    for module in (task, *task.frozen.values()):
+        for tensor in (*module.parameters(), *module.buffers()):
+            dtype = torch.float64 if double and tensor.is_floating_point() else tensor.dtype
+            fake = torch.empty(tensor.shape, dtype=dtype)  # [...]
+            is_parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+    with _SharedTensors():
+        twin = copy.deepcopy(task, memo)
+    twin._device = torch.device("cpu")
+    return twin
+
+
+class _SharedTensors(TorchFunctionMode):
+    """Copies of objects share their tensors; of those on the meta device they get fake ones on a CPU."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., T],
+        types: Sequence[type],
+        args: Sequence[T] = (),
+        kwargs: Mapping[str, T] | None = None,
+    ) -> T | Tensor:
+        if func is Tensor.__deepcopy__ and isinstance(args[0], Tensor):
+            there = args[0]
+            return torch.empty(there.shape, dtype=there.dtype) if there.is_meta else there
+        return func(*args, **(kwargs or {}))
+
+
+def example_batch(task: Task, image_size: int) -> Batch:
+    """Return a batch as the task's training gets them, images or what a cache has of them, without numbers."""
+    config = task.run_config
+    count = config["data"].option("batch_size")
+    batch = Batch(key=["0"] * count, text=["a"] * count)
+    is_cached = "cache" in config or config["data"].name == "cache"
+    if is_cached:
+        latent = task.latent_shape(image_size)
+        batch.mean, batch.logvar = torch.zeros(count, *latent), torch.zeros(count, *latent)  # [B, C, h, w] each
+    else:
+        batch.image = torch.zeros(count, 3, image_size, image_size)  # [B, 3, H, W]
+    if "conditioner" in task.frozen:
+        spec = task.frozen["conditioner"].spec
+        if is_cached or all(isinstance(kind, TokenIds) for kind in spec.values()):  # ids cost nothing to make
+            batch.conditions = blank_conditions(spec, count)
+    return batch
