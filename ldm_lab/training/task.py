@@ -6,13 +6,11 @@ from typing import ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from pytorch_lightning import Callback, LightningModule
+from pytorch_lightning import Callback
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.loggers import WandbLogger
-from pytorch_lightning.plugins.precision import MixedPrecision
 from pytorch_lightning.utilities.types import STEP_OUTPUT, OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.amp import GradScaler
 
 from ldm_lab import ema
 from ldm_lab.batch import Batch
@@ -22,8 +20,7 @@ from ldm_lab.config import FROZEN, RunConfig
 from ldm_lab.data.rank_state import RankState
 from ldm_lab.errors import UserError
 from ldm_lab.training.compiling import Compile
-from ldm_lab.training.divergence import Detector, total_norm
-from ldm_lab.training.gradients import Gate, Parameters, RunningStatistics, clip_gradients, gradient_norm
+from ldm_lab.training.judged import JudgedSteps
 from ldm_lab.training.logs import print_rank_zero
 from ldm_lab.training.optim import Began, Optim
 from ldm_lab.training.run_state import Checkpoint, RunState, align, checked, take_back
@@ -45,7 +42,7 @@ class AtStep(NamedTuple):
     data: RankState
 
 
-class Task(LightningModule):
+class Task(JudgedSteps):
     """A LightningModule around one trained network, `self.model`, and its average, `self.model_ema`.
 
     A subclass is registered as `@register("task", name)` and
@@ -97,10 +94,7 @@ class Task(LightningModule):
         self.batches_seen = 0  # on this rank, since the run's very first batch
         self.samples_seen = 0  # on all ranks together, since then
         self.at_step: AtStep | None = None  # while the batches of a step are incomplete, where the one before ended
-        self.detector = Detector()
-        self.gate: Gate | None = None
         self.followers: list[Tensor] = []  # averages of the weights outside of this module, which rollbacks bring back
-        self.running_statistics: RunningStatistics | None = None
 
     def set_model(self, model: nn.Module) -> None:
         """Take a network as the one to be trained, and start its average if the config has a section `ema`."""
@@ -153,37 +147,13 @@ class Task(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         torch.manual_seed(batch_seed(self.seed, self.global_rank, self.batches_seen))
-        if self.running_statistics is None:
-            self.running_statistics = RunningStatistics(self.trained_modules())
         if self.at_step is None:
-            self.running_statistics.keep()
+            self.keep_statistics(self.trained_modules())
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.optim.optimizer(nn.ModuleList(self.trained_modules()))
         scheduler = self.optim.scheduler(optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def on_before_backward(self, loss: Tensor) -> None:
-        scaler = self.scaler
-        self.detector.add(loss if scaler is None else loss / scaler.scale(loss.new_ones(())))
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Judge the step by its loss and its gradient, whose norm is logged; clip. Lightning calls it in every step."""
-        if self.gate is None or self.gate.optimizer is not optimizer:
-            self.gate = Gate(optimizer, self.scaler)
-        self.gate.unscale()
-        norm = self.clip(self.clipped_apart(optimizer), gradient_clip_val)
-        left_out = self.detector.judge(norm, scaled=self.scaler is not None)
-        self.gate.leave_out(left_out)
-        if self.running_statistics is not None:
-            self.running_statistics.put_back(left_out)
-        if self.is_logged:
-            self.log("train/grad_norm", norm)
 
     def optimizer_step(
         self,
@@ -256,29 +226,6 @@ class Task(LightningModule):
             print_rank_zero("ema: the checkpoint has no average of the weights; it begins with them")
 
     # ------------------------------------------------------------------------------------------------ for subclasses
-
-    def clipped_apart(self, optimizer: torch.optim.Optimizer) -> list[Parameters]:
-        """Return the parameters of each network whose gradient is clipped by its own norm."""
-        return [[p for group in optimizer.param_groups for p in group["params"]]]
-
-    @staticmethod
-    def clip(networks: list[Parameters], limit: float | None) -> Tensor:
-        """Clip each network's gradient to a norm of at most `limit`, if there is one.
-
-        Returns:
-            The norm of all of them together before they were clipped, [].
-        """
-        networks = [parameters for parameters in networks if any(p.grad is not None for p in parameters)]
-        norms = [gradient_norm(parameters) for parameters in networks]  # [] each
-        for parameters, norm in zip(networks, norms) if limit else ():
-            clip_gradients(parameters, limit, norm)
-        return total_norm(norms)
-
-    @property
-    def scaler(self) -> GradScaler | None:
-        """The gradient scaler of fp16; None in other precisions."""
-        precision = self.trainer.precision_plugin
-        return precision.scaler if isinstance(precision, MixedPrecision) else None
 
     def rehearse(self, batch: Batch) -> Tensor:
         """Return the loss of a batch as in the midst of a run, but without a Trainer or a log: to count its cost."""
