@@ -73,6 +73,11 @@ class DataModule(LightningDataModule):
         return self._loader.lost if self._loader is not None else None
 
     @property
+    def waited(self) -> float:
+        """Seconds that this process has waited for batches so far."""
+        return self._loader.waited if self._loader is not None else 0.0
+
+    @property
     def skipped(self) -> Counter:
         """Samples of this rank that had to be skipped so far, by reason."""
         return Counter(self._progress.counts.skipped)

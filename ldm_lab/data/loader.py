@@ -7,6 +7,7 @@ rank's loader processes take turns. So a rank's next batch follows from what its
 import os
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -229,6 +230,7 @@ class Loader:
         told_to_stop: whether the run is to end, so that it is no use to wait long for another batch.
 
     Attributes:
+        waited: seconds spent waiting for batches.
         lost: how reading ended the first time, in words, when it had to begin anew; None if it did not.
 
     Raises:
@@ -249,6 +251,7 @@ class Loader:
     ):
         self.source, self.seed, self.rank, self.world_size = source, seed, rank, world_size
         self.progress, self.epochs, self.told_to_stop = progress, epochs, told_to_stop
+        self.waited = 0.0
         self.lost: str | None = None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -306,8 +309,10 @@ class Loader:
         try:
             while True:
                 try:
+                    began = time.monotonic()
                     with wait:
                         batch = next(batches, None)
+                    self.waited += time.monotonic() - began
                 except WaitingEnded as ended:
                     raise ReadingError(str(ended), may_pass=True) from None
                 except (RuntimeError, OSError, EOFError) as error:  # what DataLoader raises for a process that has left

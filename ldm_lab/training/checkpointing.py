@@ -150,7 +150,7 @@ class Checkpointing(Callback):
             Whether there was anything new to save.
         """
         trainer = self.trainer
-        if trainer.global_step == self.saved_at:
+        if trainer is None or trainer.global_step == self.saved_at:
             return False
         last = self.folder / LAST
         if trainer.is_global_zero and self.saved_at > 0 and last.exists():

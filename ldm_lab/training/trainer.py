@@ -72,6 +72,11 @@ class TrainerOptions:
             "accumulate_grad_batches": accumulate_grad_batches, "gradient_clip_val": gradient_clip_val,
         }  # fmt: skip
 
+    @property
+    def tf32(self) -> bool:
+        """Whether matrix products in single precision may be rounded to TF32."""
+        return self.matmul_precision != "highest"
+
     @staticmethod
     def check(*, max_time: str | int | None, strategy: str, precision: Precision, channels_last: bool) -> list[str]:
         """Return what is wrong across the options."""
