@@ -9,16 +9,16 @@ from ldm_lab.training.logs import print_rank_zero
 from ldm_lab.training.resume import Resume
 
 
-def with_option(config: RunConfig, section: str, key: str, value: Plain) -> RunConfig:
-    """Return the run with another value of an option of one of its sections."""
+def with_options(config: RunConfig, section: str, options: dict[str, Plain]) -> RunConfig:
+    """Return a run with other options of a section."""
     part = config.part(section)
-    return config.with_part(section, replace(part, options={**part.options, key: value}))
+    return config.with_part(section, replace(part, options={**part.options, **options}))
 
 
 def gone_on(config: RunConfig, precision: str) -> RunConfig:
     """Return the run that goes on from its own last checkpoint in another precision."""
     config = config.with_part("resume", PartConfig("resume", "resume", {"checkpoint": "last"}))
-    return with_option(config, "trainer", "precision", precision)
+    return with_options(config, "trainer", {"precision": precision})
 
 
 def in_changed_precision(config: RunConfig, resume: Resume) -> RunConfig:
@@ -34,4 +34,4 @@ def in_changed_precision(config: RunConfig, resume: Resume) -> RunConfig:
     if changed is None or changed == config.part("trainer").option("precision"):
         return config
     print_rank_zero(f"guard: this run has gone over to trainer.precision={changed} (guard.precision), and stays there")
-    return with_option(config, "trainer", "precision", changed)
+    return with_options(config, "trainer", {"precision": changed})
