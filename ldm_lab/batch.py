@@ -1,7 +1,9 @@
 """A batch of samples, as the loader hands it to training, encoding and scoring."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from ldm_lab.conditions import Conditions
@@ -42,7 +44,7 @@ class Batch:
     Attributes:
         key: of each sample.
         text: captions; "" where there is none.
-        image: [B, 3, H, W] in [-1, 1] (uint8 until it leaves the loader), or None.
+        image: [B, 3, H, W] in [-1, 1] (uint8 until it is on the device), or None.
         mean, logvar: of the posterior of the autoencoder's raw latents, [B, C, h, w] each, or None.
         conditions: what the conditioner gave when the cache was made; empty without a cache.
         state: where the reader stands after this batch, for `DataModule.consumed`.
@@ -58,6 +60,19 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.key)
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch with its tensors on a device; pinned ones are copied while this process goes on."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch with its tensors in memory that a GPU reads by itself; DataLoader calls it by this name."""
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        image, mean, logvar = (None if t is None else change(t) for t in (self.image, self.mean, self.logvar))
+        conditions = {name: change(tensor) for name, tensor in self.conditions.items()}
+        return replace(self, image=image, mean=mean, logvar=logvar, conditions=conditions)
 
     def require_image(self, purpose: str) -> Tensor:
         """Return the images, [B, 3, H, W]. Raises UserError "images are needed to {purpose}" for a cached batch."""

@@ -10,7 +10,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -76,6 +76,14 @@ class StepCost:
             f"intermediate results of {self.batch_size} images": self.activations,
         }
         return {name: size for name, size in named.items() if size}
+
+    def shared_by(self, devices: int) -> "StepCost":
+        """Return what each of some devices holds that share the network; without the block that is at work."""
+        own = {name: part // devices for name, part in (
+            ("weights", self.weights), ("gradients", self.gradients), ("optimizer", self.optimizer),
+            ("average", self.average),
+        )}  # fmt: skip
+        return replace(self, **own, peak=sum(own.values()) + self.frozen + self.activations)
 
     def in_words(self) -> str:
         """Return "about 24.8 GB: weights 4.7 GB, ..."."""
@@ -303,6 +311,17 @@ CARDS = {
     "RTX 3070": Card(40.6, 20.3),
     "RTX 3060": Card(25.5, 12.7),
 }
+
+
+def images_per_second(cost: StepCost, flops: float, used: float) -> float:
+    """Return how many images a second a device trains on.
+
+    Args:
+        cost: of a step.
+        flops: what the device does at most in a second.
+        used: the share of it that is made use of.
+    """
+    return flops * used * cost.batch_size / (cost.flops + cost.recomputed)
 
 
 def peak_flops(device: str, precision: str, tf32: bool = True) -> float | None:

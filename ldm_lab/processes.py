@@ -1,16 +1,38 @@
-"""The processes of a run: Lightning kept quiet, its errors about devices in one line, none that outlives another."""
+"""The processes of a run: Lightning kept quiet, its errors about devices in one line, none that outlives another, and
+what they do with memory that they have freed."""
 
+import ctypes
 import logging
+import platform
 import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from pytorch_lightning import Trainer
 from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm_lab.errors import UserError, first_line
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt, malloc.h
+LARGEST = 2**31 - 1  # bytes
+
+
+def keep_freed_memory(device: torch.device) -> bool:
+    """Have this process use large blocks of freed memory again, if it computes on the CPU under glibc.
+
+    Otherwise glibc gives every block of more than 32 MiB back to the system when it is freed, and the next one is
+    cleared by the system, page by page: that takes as long as the convolutions that fill it.
+
+    Returns:
+        Whether it does.
+    """
+    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST) and mallopt(M_TRIM_THRESHOLD, LARGEST))
 
 
 def quiet_lightning() -> None:
@@ -33,6 +55,12 @@ def trainer_options(where: str) -> Iterator[None]:
         yield
     except (MisconfigurationException, ValueError, RuntimeError, TypeError) as error:
         raise UserError(f"{where}: {first_line(error)}") from None
+
+
+def leave_process_group() -> None:
+    """Leave the process group, if there is one; a process that ends inside it may abort."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @contextmanager

@@ -300,6 +300,48 @@ def test_defaults_are_overlaid_and_may_not_go_in_circles(tmp_path):
         config.load(tmp_path / "child.yaml")
 
 
+def test_several_files_lie_below_one_another_each_once(tmp_path):
+    """In the order in which they are named; what two of them share is not laid over the first one again."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "base.yaml").write_text(YFCC.read_text().replace("???", "a.tar"))
+    (tmp_path / "sub/slow.yaml").write_text("defaults: ../base.yaml\noptim: {lr: 1.0e-4, weight_decay: 0.0}\n")
+    (tmp_path / "sub/data.yaml").write_text("defaults: [../base.yaml]\ndata: {name: folder, path: /d}\nseed: 3\n")
+    (tmp_path / "run.yaml").write_text("defaults: [sub/slow.yaml, sub/data.yaml]\noptim: {weight_decay: 0.5}\n")
+    run = config.load(tmp_path / "run.yaml")
+    assert (run["optim"]["lr"], run["optim"]["weight_decay"], run.seed) == (1e-4, 0.5, 3)
+    assert run["data"].name == "folder" and "shards" not in run["data"], "another part's keys stay behind"
+    assert "defaults" not in run.to_dict(), "what is stored is the merged one"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("defaults: {a: b}\n", "run.yaml: defaults: a file to lie below this one is needed"),
+        ("defaults: [base.yaml, 3]\n", "run.yaml: defaults: a file to lie below this one is needed"),
+        ("defaults: none.yaml\n", r"none.yaml: no such config \('defaults' of .*run.yaml\). Here: "),
+        ("defaults: list.yaml\n", r"list.yaml: a config is a mapping .* \('defaults' of .*run.yaml\)"),
+    ],
+)
+def test_what_is_no_file_to_lie_below(tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    (tmp_path / "list.yaml").write_text("- a\n")
+    (tmp_path / "base.yaml").write_text("seed: 1\n")
+    with pytest.raises(UserError, match=message):
+        config.load(tmp_path / "run.yaml")
+
+
+def test_mistakes_are_named_with_the_file_below_that_they_stand_in(tmp_path):
+    base = YFCC.read_text().replace("???", "a.tar").replace("multipliers:", "multiplers:")
+    (tmp_path / "base.yaml").write_text(f"{base}\nnonsense: 1\n")
+    (tmp_path / "run.yaml").write_text("defaults: base.yaml\noptim: {lr: fast}\n")
+    with pytest.raises(UserError) as error:
+        config.load(tmp_path / "run.yaml", ["seed=-1"])
+    lines = {line.split(":")[0].strip(): line for line in str(error.value).splitlines()[1:]}
+    assert lines["denoiser.multiplers"].endswith(f"(in {tmp_path / 'base.yaml'})")
+    assert lines["nonsense"].endswith(f"(in {tmp_path / 'base.yaml'})")
+    assert lines["optim.lr"].endswith("not 'fast'") and lines["seed"].endswith("not -1")
+
+
 def test_a_config_names_only_registered_parts():
     with pytest.raises(UserError, match=r"no such denoiser: 'os\.system'"):
         config.build("denoiser", {"name": "os.system"}, 4, 512)

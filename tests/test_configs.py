@@ -1,5 +1,6 @@
 """Every recipe in configs/ loads and builds: small ones as they are, big ones on the meta device."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from omegaconf import OmegaConf
 from ldm_lab import config
 from ldm_lab.config import PartConfig, RunConfig, build, load
 from ldm_lab.errors import UserError
+from ldm_lab.estimate import images_per_second, peak_flops
+from ldm_lab.training.cost import config_cost
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
@@ -38,6 +41,40 @@ def test_a_recipe_explains_itself(path):
     assert any(f"train.py --config configs/{path.name}" in line for line in lines[:6]), (
         "the launch command stands on top"
     )
+
+
+SAID = re.compile(
+    r"# Memory: (?P<all>[\d.]+) GB counted, of which (?P<batch>[\d.]+) GB are intermediate results of (?P<images>\d+) "
+)
+SPEED = re.compile(
+    r"# Speed on a (?P<card>[\w ]+): (?P<rate>\d+) images/s, (?P<hours>[\d.]+) hours in all; computed at 35 %"
+)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "room"),
+    [
+        ("own_images_8gb", 8),
+        pytest.param("own_images_12gb", 12, marks=pytest.mark.slow),
+        pytest.param("own_images_24gb", 24, marks=pytest.mark.slow),
+        pytest.param("ccld_finetune", 32, marks=pytest.mark.slow),
+        pytest.param("ccld_finetune_24gb", 24, marks=pytest.mark.slow),
+    ],
+)
+def test_what_a_recipe_says_of_memory_and_speed_is_what_is_counted(recipe, room):
+    text, loaded = (CONFIGS / f"{recipe}.yaml").read_text(), load_filled(CONFIGS / f"{recipe}.yaml")
+    cost, said = config_cost(loaded), SAID.search(text)
+    assert float(said["all"]) == pytest.approx(cost.peak / 1e9, rel=0.01)
+    assert float(said["batch"]) == pytest.approx(cost.activations / 1e9, rel=0.01)
+    assert int(said["images"]) == cost.batch_size == loaded["data"]["batch_size"]
+    assert cost.peak + 1e9 < room * 2**30, "with what CUDA and the demo pictures need"
+    if speed := SPEED.search(text):
+        rate = images_per_second(cost, peak_flops(speed["card"], "bf16-mixed"), 0.35)
+        assert float(speed["rate"]) == pytest.approx(rate, rel=0.02)
+        batches = loaded["trainer"]["max_steps"] * loaded["trainer"].get("accumulate_grad_batches", 1)
+        assert float(speed["hours"]) == pytest.approx(batches * cost.batch_size / rate / 3600, rel=0.02)
+    if f"{cost.parameters:,} parameters" not in text:
+        assert "defaults:" in text
 
 
 def test_yfcc_cfg_is_the_original_run():

@@ -2,14 +2,21 @@
 
 import copy
 import csv
+from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import make_run
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
+from tiny import AUTOENCODER, CLOOB, DENOISER, make_run
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from ldm_lab import ema
-from ldm_lab.config import build
+from ldm_lab.config import PartConfig, RunConfig, build
+from ldm_lab.errors import UserError
+from ldm_lab.interfaces import Batch
+from ldm_lab.training.caching import with_choices
+from ldm_lab.training.diffusion import DiffusionTask
 from ldm_lab.training.interrupt import Interrupt
 from ldm_lab.training.task import Task
 
@@ -112,3 +119,41 @@ def test_values_are_logged_at_logging_steps_alone(tmp_path, monkeypatch, program
     assert len(calls) == 1
     assert [row["step"] for row in rows] == ["1"]
     assert float(rows[0]["train/loss"]) > 0 and float(rows[0]["train/lr"]) == pytest.approx(0.001)
+
+
+def test_frozen_encoders_in_bf16_give_nearly_the_same_in_fp32_and_say_so(tmp_path):
+    sections = {"data": {}, "denoiser": DENOISER, "objective": {"name": "v_cosine"}}
+    batch = Batch(["a", "b"], ["", ""], image=torch.rand(2, 3, 32, 32) * 2 - 1)
+    given = {}
+    for precision in (None, "bf16"):
+        torch.manual_seed(0)
+        parts = {"autoencoder": {**AUTOENCODER}, "conditioner": {**CLOOB}}
+        if precision:
+            for section in parts.values():
+                section["precision"] = precision
+        task = DiffusionTask(RunConfig.from_dict({**sections, **parts}), read_weights=False)
+        x0, conditions = task.encode(batch)
+        given[precision] = x0, conditions["embed"]
+        assert task.model_config().to_dict()["autoencoder"].get("precision") == precision
+    for exact, rough in zip(given[None], given["bf16"]):
+        assert rough.dtype == torch.float32
+        assert not torch.equal(exact, rough)
+        assert (exact - rough).norm() < 0.02 * exact.norm()
+    both = RunConfig.from_dict({**sections, **parts, "cache": {"folder": str(tmp_path)}})
+    assert with_choices(both)["cache"]["precision"] == "bf16-mixed", "and a cache is made alike"
+    one = both.with_part("conditioner", PartConfig.from_dict("conditioner", CLOOB))
+    assert with_choices(one)["cache"]["precision"] == "32-true"
+    with pytest.raises(UserError, match=r"autoencoder\.precision: one of 'fp32', 'bf16'"):
+        RunConfig.from_dict({**sections, "autoencoder": {**AUTOENCODER, "precision": "fp16"}})
+
+
+def test_ddp_is_told_what_the_config_says():
+    """What the strategy's own name says goes before; other strategies are left alone."""
+    options = {"bucket_mb": 100, "static_graph": True, "gradient_compression": "bf16"}
+    strategy = DDPStrategy(find_unused_parameters=True, static_graph=False)
+    build("ddp", options).apply(SimpleNamespace(strategy=strategy))
+    assert strategy._ddp_kwargs == {
+        "gradient_as_bucket_view": True, "bucket_cap_mb": 100.0, "static_graph": False, "find_unused_parameters": True,
+    }  # fmt: skip
+    assert strategy._ddp_comm_hook is bf16_compress_hook
+    build("ddp", options).apply(SimpleNamespace(strategy=SingleDeviceStrategy()))

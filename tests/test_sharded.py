@@ -15,6 +15,7 @@ from pytorch_lightning import Callback
 from test_glide_training import UPSAMPLER, write
 from tiny import DENOISER, ROOT, embedding, make_run
 from tiny_glide import UNET, conditions
+from torch.distributed.fsdp import fully_shard
 
 from ldm_lab.checkpoints.files import read_pickled, read_safetensors
 from ldm_lab.config import build, load
@@ -192,6 +193,33 @@ def test_a_shared_network_in_bfloat16_with_few_results_kept_and_batches_gathered
     train_in_two_processes(tmp_path, yaml, [[*several, "run=ddp"], [*several, "run=shared", SHARDED]])
     expected = losses(tmp_path, "ddp")
     assert losses(tmp_path, "shared") == {step: pytest.approx(loss, rel=5e-3) for step, loss in expected.items()}
+
+
+def compile_and_share(folder: Path) -> None:
+    """Write the gradient of a network, as it is and compiled and shared, in a process that shares with none."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=0, world_size=1)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    gradients = []
+    for shared in (False, True):
+        torch.manual_seed(0)
+        net = build("denoiser", {**DENOISER, "blocks_per_level": 1}, 4, embedding(16))
+        for block in net.block_modules() if shared else ():
+            block.compile(backend="aot_eager", dynamic=False)
+        for module in (*net.block_modules(), net) if shared else ():
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        net(torch.randn(2, 4, 8, 8), torch.rand(2), torch.randn(2, 16)).square().mean().backward()
+        gradients.append({name: local(p.grad) for name, p in net.named_parameters() if p.grad is not None})
+    torch.save(gradients, folder / "gradients.pt")
+
+
+@pytest.mark.slow
+def test_blocks_that_are_compiled_can_be_shared(tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=compile_and_share, args=(tmp_path,))
+    process.start()
+    process.join(400)
+    process.kill()
+    plain, shared = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    assert furthest(plain, shared) < 1e-5
 
 
 @pytest.mark.slow

@@ -337,7 +337,8 @@ def test_two_processes_share_weights_and_demos_but_not_samples(here, program):
         demo={"prompts": "prompts.txt", "every": 20, "sampling": {"sampler": {"name": "ddim", "steps": 2}}},
     )
     (here / "spy.py").write_text(SPY)
-    two = ["trainer.devices=2", "trainer.strategy=ddp"]
+    ddp = "trainer.ddp={bucket_mb: 0.01, static_graph: true, gradient_compression: bf16}"
+    two = ["trainer.devices=2", "trainer.strategy=ddp", ddp]
     clock = ["checkpoint={every: null, seconds: 0.001, keep: 2}"]
     result = run_program("spy.py", yaml, "trainer.max_steps=20", *clock, *two, cwd=here)
     assert result.returncode == 0, result.stderr[-3000:]

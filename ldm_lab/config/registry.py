@@ -79,6 +79,7 @@ ROLES = {
     "model_options": Role("ldm_lab.sampling.options", listed=False),
     "logging": Role("ldm_lab.training.logs"),
     "trainer": Role("ldm_lab.training.trainer"),
+    "ddp": Role("ldm_lab.training.ddp"),
     "resume": Role("ldm_lab.training.resume"),
     "rule": Role("ldm_lab.rules"),
     "selection": Role("ldm_lab.curation.metadata", listed=False),

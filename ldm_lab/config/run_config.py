@@ -4,7 +4,7 @@ Plain dicts of it lie in checkpoints alone (`to_dict`, `from_checkpoint`). A con
 names registered parts and nothing else: its imports are ignored, and it never builds data.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -21,7 +21,8 @@ from ldm_lab.config.checks import (
     section_roles,
     settled,
 )
-from ldm_lab.config.loading import read
+from ldm_lab.config.loading import origins, read
+from ldm_lab.config.overrides import parse
 from ldm_lab.config.registry import MAPPINGS, ROLES, PartInfo, part_info, use_keys
 from ldm_lab.config.uses import PartUse
 from ldm_lab.errors import UserError, unknown
@@ -238,15 +239,18 @@ class RunConfig(Mapping[str, PartConfig]):
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML, apply `key.path=value` overrides, resolve it, check it against the text of the parts it names.
 
-    `defaults: other.yaml` (relative to the file) is read first and overlaid. `run` defaults to the file's name.
+    `defaults: other.yaml` (relative to the file), or a list of files, is read first and overlaid. `run` defaults to the
+    file's name.
 
     Raises:
-        UserError: missing or unreadable file, or any number of wrong entries, each with its key path, in one message.
+        UserError: missing or unreadable file, or any number of wrong entries, each with its key path, and the file that
+            it stands in if that is one below, in one message.
     """
     config = {key: settled(value, _form(key)) for key, value in read(path, overrides).items()}
     if config.get("run") is None:
         config["run"] = Path(path).stem
-    check(config)
+    given = {parse(word)[0] for word in overrides}
+    check(config, lambda: {key: file for key, file in origins(path).items() if key not in given})
     return RunConfig.from_dict(config)
 
 
@@ -262,8 +266,13 @@ def _task(name: str | None) -> PartInfo:
         raise UserError(str(error).replace("task.name:", "task:", 1)) from None
 
 
-def check(config: dict[str, Any]) -> None:
-    """Check a whole config without building or importing anything. Raises UserError with all problems at once."""
+def check(config: dict[str, Any], below: Callable[[], Mapping[str, Path]] = dict) -> None:
+    """Check a whole config without building or importing anything. Raises UserError with all problems at once.
+
+    Args:
+        config: plain data.
+        below: gives key path -> file of what stands in another file than the one that the user named.
+    """
     task = _task(config.get("task") or DEFAULT_TASK)
     roles, required = section_roles(task), task.constant("REQUIRED")
     problems = []
@@ -280,7 +289,8 @@ def check(config: dict[str, Any]) -> None:
         else:
             problems.append(f"{key}: {unknown('key', key, [*TOP, *roles])}")
     problems += [f"{key}: this section has to be given" for key in required if key not in config]
-    raise_all(problems)
+    files = below() if problems else {}
+    raise_all([f"{found} (in {files[k]})" if (k := found.partition(":")[0]) in files else found for found in problems])
 
 
 def build(role: str, section: Mapping[str, Any] | None, *runtime: Any) -> Any:

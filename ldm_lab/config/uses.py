@@ -1,11 +1,13 @@
 """How a run uses a frozen part: the keys of its section beside its constructor's, which say what it is."""
 
 from dataclasses import dataclass, fields
-from typing import Annotated, ClassVar, get_type_hints
+from typing import Annotated, ClassVar, Literal, get_type_hints
 
 from annotated_types import Len
 
 from ldm_lab.config.bounds import PositiveFloat, Share, TypeForm
+
+EncoderPrecision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,12 @@ class AutoencoderUse(PartUse):
     Attributes:
         latent_mean, latent_std: z = (raw - latent_mean) / latent_std, numbers or one per channel; None takes what is
             stored in the weights.
+        precision: of its arithmetic while training images are encoded; None is fp32.
     """
 
     latent_mean: float | Annotated[list[float], Len(1)] | None = None
     latent_std: PositiveFloat | Annotated[list[PositiveFloat], Len(1)] | None = None
+    precision: EncoderPrecision | None = None
 
     OF_WEIGHTS: ClassVar[tuple[str, ...]] = ("weights", "latent_mean", "latent_std")
 
@@ -42,9 +46,11 @@ class ConditionerUse(PartUse):
 
     Attributes:
         dropout: share of conditions that training replaces by the null condition; None is the task's default.
+        precision: of its arithmetic while training images are encoded; None is fp32.
     """
 
     dropout: Share | None = None
+    precision: EncoderPrecision | None = None
 
 
 def keys_of(use: type[PartUse] | None) -> dict[str, TypeForm]:

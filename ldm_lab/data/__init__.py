@@ -12,7 +12,7 @@ a subclass of `source.ImageSource` (samples are images, with or without a captio
     items(unit) -> item ...                    what is in a unit, undecoded, always the same
     decode(item, order) -> Sample              raises `samples.SkippedSample` for a sample that cannot be used
     collate(samples) -> Batch                  in the loader process
-    to_device_format(batch) -> batch           in the training process
+    to_device_format(batch) -> batch           in the training process, on the device
 
 and everything else is common: `order.py` and `shares.py` decide who reads what and when, `loader.py` reads, counts and
 remembers the position, `rank_state.py` is how a checkpoint has it, `datamodule.py` hands it to Lightning.

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 
+import torch
 from pytorch_lightning import LightningDataModule
 
 from ldm_lab.data.counts import Counts
@@ -73,6 +74,11 @@ class DataModule(LightningDataModule):
         return self._loader.lost if self._loader is not None else None
 
     @property
+    def waited(self) -> float:
+        """Seconds that this process has waited for batches so far."""
+        return self._loader.waited if self._loader is not None else 0.0
+
+    @property
     def skipped(self) -> Counter:
         """Samples of this rank that had to be skipped so far, by reason."""
         return Counter(self._progress.counts.skipped)
@@ -117,7 +123,12 @@ class DataModule(LightningDataModule):
             self._restored = None
 
     def train_dataloader(self) -> Loader:
-        """Return the batches from where this rank stands on."""
+        """Return the batches from where this rank stands on.
+
+        A Trainer brings them to its device as bytes, and hands them on as floats (`on_after_batch_transfer`); without
+        one they come as floats.
+        """
+        trainer = self.trainer
         self._loader = Loader(
             self.source,
             seed=self.seed,
@@ -126,8 +137,16 @@ class DataModule(LightningDataModule):
             progress=self._progress,
             epochs=self.epochs,
             told_to_stop=lambda: self.told_to_stop(),
+            as_made=trainer is not None,
+            pinned=trainer is not None and trainer.strategy.root_device.type == "cuda",
         )
         return self._loader
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch.to(device)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        return self.source.to_device_format(batch)
 
     def consumed(self, batch: Batch) -> None:
         """Note that a batch was trained on."""

@@ -7,6 +7,7 @@ rank's loader processes take turns. So a rank's next batch follows from what its
 import os
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -227,8 +228,11 @@ class Loader:
         progress: every iteration goes on from where it stands; whoever uses a batch advances it.
         epochs: passes over the data; None is without end.
         told_to_stop: whether the run is to end, so that it is no use to wait long for another batch.
+        as_made: whether batches come as the readers make them; else as the model gets them (`to_device_format`).
+        pinned: whether their tensors lie in memory that a GPU reads by itself.
 
     Attributes:
+        waited: seconds spent waiting for batches.
         lost: how reading ended the first time, in words, when it had to begin anew; None if it did not.
 
     Raises:
@@ -246,9 +250,13 @@ class Loader:
         progress: Progress,
         epochs: int | None = None,
         told_to_stop: Callable[[], bool] = lambda: False,
+        as_made: bool = False,
+        pinned: bool = False,
     ):
         self.source, self.seed, self.rank, self.world_size = source, seed, rank, world_size
+        self.as_made, self.pinned = as_made, pinned
         self.progress, self.epochs, self.told_to_stop = progress, epochs, told_to_stop
+        self.waited = 0.0
         self.lost: str | None = None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -259,7 +267,7 @@ class Loader:
                 allowed = f"data.max_skipped allows {self.source.max_skipped:.1%}"
                 raise ReadingError(f"too many unusable samples: {ahead.counts}. {allowed}")
             if len(batch):
-                yield self.source.to_device_format(batch)
+                yield batch if self.as_made else self.source.to_device_format(batch)
             else:
                 self.progress.advance(batch)
 
@@ -290,6 +298,7 @@ class Loader:
             collate_fn=_as_it_is,
             worker_init_fn=leave_signals_to_parent,
             prefetch_factor=PREFETCH if workers else None,
+            pin_memory=self.pinned,
             generator=torch.Generator(),  # else it draws from the global one, which belongs to the training
         )
         free = free_shared_memory()
@@ -306,8 +315,10 @@ class Loader:
         try:
             while True:
                 try:
+                    began = time.monotonic()
                     with wait:
                         batch = next(batches, None)
+                    self.waited += time.monotonic() - began
                 except WaitingEnded as ended:
                     raise ReadingError(str(ended), may_pass=True) from None
                 except (RuntimeError, OSError, EOFError) as error:  # what DataLoader raises for a process that has left

@@ -36,7 +36,7 @@ from ldm_lab.data.loader_processes import leave_signals_to_parent
 from ldm_lab.data.samples import BROKEN, DUPLICATE, UNREACHABLE, FilteredOut, Judged, SkippedSample, as_utf8
 from ldm_lab.data.work_items import WorkItem
 from ldm_lab.errors import UserError
-from ldm_lab.processes import fail_together, quiet_lightning, trainer_options
+from ldm_lab.processes import fail_together, keep_freed_memory, quiet_lightning, trainer_options
 from ldm_lab.progress import Bar, print_line
 
 LONGEST_WAIT = timedelta(days=30)  # of one process for another one that has more to do
@@ -72,6 +72,7 @@ def run_pass(job: Job[Raw, One, Many, Made], items: Sequence[WorkItem[Raw]], opt
             callbacks=[_Bar(job.task)], logger=False, enable_progress_bar=False, enable_checkpointing=False,
             enable_model_summary=False, use_distributed_sampler=False,
         )  # fmt: skip
+    keep_freed_memory(trainer.strategy.root_device)
     if trainer.is_global_zero:
         for line in job.describe(items):
             print_line(f"data: {as_utf8(line)}")
@@ -259,7 +260,9 @@ class _Pass(LightningModule):
             return
         self.counts.add(counts)
         check_share(self.counts, self.options.max_skipped)
-        self.job.write(item, rows, Finished(self.job.fingerprint(str(self.trainer.precision)), item.content(), counts))
+        finished = Finished(self.job.fingerprint(str(self.trainer.precision)), item.content(), counts)
+        with torch.autocast("cpu", enabled=False):  # rows are joined there, in whatever precision they are kept
+            self.job.write(item, rows, finished)
 
 
 class _Bar(Callback):

@@ -112,7 +112,10 @@ class Source:
         )
 
     def to_device_format(self, batch: Batch) -> Batch:
-        """Return the batch as the model gets it; runs in the training process."""
+        """Return the batch as the model gets it; runs in the training process, on the device if there is a Trainer.
+
+        A batch that has been through it already stays what it is.
+        """
         return batch
 
 
@@ -175,9 +178,11 @@ class ImageSource(Source):
             raise SkippedSample(caption.problem, item.key)
         if self.require_text and not caption.texts and not (self.require_text == "file" and caption.exists):
             raise FilteredOut("no caption", item.key)  # the user asked for that: nothing is wrong with the image
-        text = caption.draw(order.random("caption", item.key))
-        random = order.random("augment", item.key)
-        across, down, mirror = random.random(), random.random(), random.random()
+        text = caption.draw(order.random("caption", item.key)) if len(caption.texts) > 1 else caption.whole
+        across, down, mirror = 0.5, 0.5, 0.5
+        if self.crop == "random" or self.flip:  # a generator costs as much as the header of an image
+            random = order.random("augment", item.key)
+            across, down, mirror = random.random(), random.random(), random.random()
         if self.crop == "center":
             across = down = 0.5
         try:
@@ -192,5 +197,6 @@ class ImageSource(Source):
 
     def to_device_format(self, batch: Batch) -> Batch:
         """Bring the image to float32 in [-1, 1]; as bytes it took a quarter of the room on its way here."""
-        image = batch.require_image("train").float().div_(127.5).sub_(1)  # [B, 3, S, S]
-        return replace(batch, image=image)
+        if batch.image is None or batch.image.dtype != torch.uint8:
+            return batch
+        return replace(batch, image=batch.image.float().div_(127.5).sub_(1))  # [B, 3, S, S]

@@ -117,6 +117,10 @@ class _Group:
         """Bytes of its files."""
         return sum(map(len, self.files.values()))
 
+    def takes(self, key: str, extension: str) -> bool:
+        """Return whether a file that follows on these is one of this sample, too."""
+        return (key == self.key or composed(key) == composed(self.key)) and extension not in self.kinds
+
 
 Found = _Group | SkippedSample
 
@@ -172,7 +176,7 @@ class _ShardReader:
                     key, extension = split_name(member.name, self.key_until)
                     if not extension or not (member.isreg() or member.issym() or member.islnk()):
                         continue
-                    if group is None or composed(key) != composed(group.key) or extension in group.kinds:
+                    if group is None or not group.takes(key, extension):
                         if group is not None:
                             yield group
                             previous = group.files
@@ -189,9 +193,37 @@ class _ShardReader:
         if group is not None:
             yield group
 
+    def _groups_of(self, files: TarList) -> Iterator[Found]:
+        """Yield the groups of a listed shard as `_groups` does, without another look at its headers."""
+        group: _Group | None = None
+        try:
+            with open(self.address, "rb") as shard:
+                for member in files.members:
+                    key, extension = split_name(member.name, self.key_until)
+                    if not extension:
+                        continue
+                    if group is None or not group.takes(key, extension):
+                        if group is not None:
+                            yield group
+                        group = _Group(key)
+                    group.kinds.add(extension)
+                    if self._wants(extension, member.size):
+                        shard.seek(member.offset)
+                        group.files[extension] = shard.read(member.size)
+                        if len(group.files[extension]) < member.size:
+                            raise EOFError("it has become shorter")
+        except DAMAGES:
+            yield SkippedSample(BROKEN, self.address)
+            return
+        if group is not None:
+            yield group
+
+    def _wants(self, extension: str, size: int) -> bool:
+        return (self.extensions is None or extension in self.extensions) and size <= LARGEST_MEMBER
+
     def _add(self, archive: tarfile.TarFile, member: tarfile.TarInfo, extension: str, group: _Group) -> None:
         """Add the content of a file to its group if it is wanted; of a link that of its target in a local shard."""
-        if (self.extensions is not None and extension not in self.extensions) or member.size > LARGEST_MEMBER:
+        if not self._wants(extension, member.size):
             return
         if member.isreg():
             group.files[extension] = archive.extractfile(member).read()
@@ -211,9 +243,11 @@ class _ShardReader:
 
     def _together(self, groups: Iterator[Found]) -> Iterator[Found]:
         """Yield the groups, joined where the files of one sample lie apart."""
-        if self._is_small() and (files := self._list()) is not None and files.are_apart(self.key_until):
-            yield from self._by_list(files)
-            return
+        if self._is_small() and (files := self._list()) is not None:
+            if files.are_apart(self.key_until):
+                yield from self._by_list(files)
+                return
+            groups = self._groups_of(files) if files.is_plain else groups
         first = list(itertools.islice(groups, FIRST))
         kinds = [frozenset(item.kinds) for item in first if isinstance(item, _Group)]
         self.every = frozenset[str]().union(*kinds)

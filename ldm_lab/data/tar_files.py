@@ -118,6 +118,12 @@ class TarList:
     repeated: set[str] = field(default_factory=set)
     _by_key: dict[KeyUntil, dict[str, dict[str, Member]]] = field(default_factory=dict)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the list of a whole tar file in which all files lie as such: no links, no holes."""
+        plain = all(member.offset >= 0 and member.stored == member.name for member in self.members)
+        return plain and self.is_whole and not self.is_broken and not self.links
+
     @cached_property
     def by_name(self) -> dict[str, Member]:
         """Its members by their names."""

@@ -6,9 +6,8 @@ two at most; all other files go the exact road, so that whatever is odd about a 
 """
 
 import math
-from dataclasses import dataclass
 from functools import cache
-from typing import Literal, NamedTuple, Protocol, Self, TypeVar
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -52,7 +51,7 @@ def read_square(
         height, width = pixels.shape[1:]
         place = Place.of((width, height), size, across, down)
         if not place.is_strip:
-            return _square(_Tensor(pixels), place).pixels  # [3, S, S]
+            return _by_torch(pixels, place)  # [3, S, S]
     image = to_rgb(decode_image(data, min_size, max_pixels))
     square = np.array(resize_and_crop(image, size, across, down))  # [S, S, 3]
     return torch.from_numpy(square).permute(2, 0, 1)  # [3, S, S]
@@ -85,7 +84,7 @@ def resize_and_crop(image: Image.Image, size: int, across: float = 0.5, down: fl
         left, top, right, bottom = place.box
         return image.resize((size, size), LANCZOS, box=(left * x, top * y, right * x, bottom * y))
     if _order_is_known():
-        return _square(_Pillow(image), place).image
+        return _by_pillow(image, place)
     return image.resize((place.width, place.height), LANCZOS).crop(place.box)
 
 
@@ -138,79 +137,41 @@ class Place(NamedTuple):
         return max(0, math.floor(first)), min(height, math.ceil(last))
 
 
-# --------------------------------------------------------------------------------------------------- in two passes
+# ------------------------------------------------------------------------------------------- rows and columns
 
 
-class _Picture(Protocol):
-    """The pixels of an image, as one of the two libraries has them."""
-
-    def resized(self, width: int, height: int) -> Self:
-        """Return it resampled to a size of which one side is its own."""
-        ...
-
-    def cut(self, left: int, top: int, right: int, bottom: int) -> Self:
-        """Return a part of it."""
-        ...
-
-    def below(self, top: int, height: int) -> Self:
-        """Return it with `top` rows of anything above it, and `height` in all."""
-        ...
+def _by_torch(pixels: Tensor, place: Place) -> Tensor:
+    """Return the square of pixels [3, H, W], uint8 [3, size, size]. All are resized, which costs less than copies."""
+    sides = [(place.height, place.width)]
+    if place.height_first:  # torch takes the rows first
+        sides.insert(0, (place.height, place.given[0]))
+    batch = pixels[None]  # [1, 3, H, W]
+    for side in sides:
+        if batch.shape[2:] != side:
+            batch = F.interpolate(batch, side, mode="lanczos", antialias=True)  # [1, 3, h, w]
+    left, top, right, bottom = place.box
+    return batch[0, :, top:bottom, left:right]  # [3, S, S]
 
 
-Picture = TypeVar("Picture", bound=_Picture)
-
-
-@dataclass(frozen=True)
-class _Pillow:
-    image: Image.Image
-
-    def resized(self, width: int, height: int) -> Self:
-        return self if self.image.size == (width, height) else type(self)(self.image.resize((width, height), LANCZOS))
-
-    def cut(self, left: int, top: int, right: int, bottom: int) -> Self:
-        box = (left, top, right, bottom)
-        return self if box == (0, 0, *self.image.size) else type(self)(self.image.crop(box))
-
-    def below(self, top: int, height: int) -> Self:
-        if self.image.height == height:
-            return self
-        whole = Image.new("RGB", (self.image.width, height))
-        whole.paste(self.image, (0, top))
-        return type(self)(whole)
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    pixels: Tensor  # [3, H, W]
-
-    def resized(self, width: int, height: int) -> Self:
-        if self.pixels.shape[1:] == (height, width):
-            return self
-        return type(self)(F.interpolate(self.pixels[None], (height, width), mode="lanczos", antialias=True)[0])
-
-    def cut(self, left: int, top: int, right: int, bottom: int) -> Self:
-        return type(self)(self.pixels[:, top:bottom, left:right])
-
-    def below(self, top: int, height: int) -> Self:
-        rows, width = self.pixels.shape[1:]
-        if rows == height:
-            return self
-        whole = self.pixels.new_zeros(3, height, width)  # [3, height, W]
-        whole[:, top : top + rows] = self.pixels
-        return type(self)(whole)
-
-
-def _square(picture: Picture, place: Place) -> Picture:
-    """Return the square at a place: rows and columns one after the other, and no more of them than it takes."""
+def _by_pillow(image: Image.Image, place: Place) -> Image.Image:
+    """Return the square of an RGB image: rows and columns one after the other, and no more of them than it takes."""
     (width, height), size = place.given, place.size
     left, top, right, bottom = place.box
     if place.height_first:
-        high = picture.resized(width, place.height).cut(0, top, width, bottom)
-        return high.resized(place.width, size).cut(left, 0, right, size)
+        high = _resized(image, width, place.height).crop((0, top, width, bottom))
+        return _resized(high, place.width, size).crop((left, 0, right, size))
     first, last = place.rows
-    wide = picture.cut(0, first, width, last).resized(place.width, last - first).cut(left, 0, right, last - first)
-    # What the filter weighs a row with depends on where it lies in the whole height.
-    return wide.below(first, height).resized(size, place.height).cut(0, top, size, bottom)
+    rows = image if last - first == height else image.crop((0, first, width, last))
+    wide = _resized(rows, place.width, last - first).crop((left, 0, right, last - first))
+    if last - first != height:  # what the filter weighs a row with depends on where it lies in the whole height
+        whole = Image.new("RGB", (size, height))
+        whole.paste(wide, (0, first))
+        wide = whole
+    return _resized(wide, size, place.height).crop((0, top, size, bottom))
+
+
+def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
+    return image if image.size == (width, height) else image.resize((width, height), LANCZOS)
 
 
 @cache
@@ -225,7 +186,7 @@ def _order_is_known() -> bool:
     """Return whether this Pillow's rows and columns, taken as it is done here, make its very pixels."""
     for width, height, size in PROBES:
         image, place = _noise(width, height), Place.of((width, height), size, 0.3, 0.3)
-        if _square(_Pillow(image), place).image != image.resize((place.width, place.height), LANCZOS).crop(place.box):
+        if _by_pillow(image, place) != image.resize((place.width, place.height), LANCZOS).crop(place.box):
             return False
     return True
 

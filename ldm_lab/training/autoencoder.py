@@ -173,7 +173,7 @@ class AutoencoderTask(PartTask):
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         batch = super().on_before_batch_transfer(batch, dataloader_idx)
         if self.trainer.is_global_zero:
-            self.recent.append(((batch.image + 1) * 127.5).round().to(torch.uint8))  # [B, 3, H, W]
+            self.recent.append(batch.require_image("measure latents").clone())  # uint8 [B, 3, H, W]
         return batch
 
     def callbacks(self, folder: Path) -> list[Callback]:

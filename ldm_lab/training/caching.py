@@ -25,6 +25,7 @@ from ldm_lab.data.source import ImageSource, Source
 from ldm_lab.data.work_items import SourceItem, source_items
 from ldm_lab.errors import UserError, told_in_one_line
 from ldm_lab.io.atomic import PARTIAL
+from ldm_lab.processes import leave_process_group
 from ldm_lab.training.disk import check_room
 from ldm_lab.training.encoding import CacheJob, CacheTarget, Encoders, Variants, expected_row_bytes
 from ldm_lab.training.logs import print_rank_zero
@@ -58,7 +59,8 @@ class CacheOptions:
                 without the times, as copies have others; or not at all.
             crops: random crops of each image, for data.crop=random; null makes 1. Each epoch takes the next one.
             flip: keep each crop mirrored, too; null does not, and data.flip mirrors it once or not at all.
-            precision: of the encoders' arithmetic; null makes it with 32-true.
+            precision: of the encoders' arithmetic; null makes it with 32-true, or with bf16-mixed if autoencoder and
+                conditioner are both of precision bf16.
             limit: encode so many images alone, evenly spread; null encodes all.
         """
         self.folder, self.compared = Path(folder).expanduser(), check
@@ -97,18 +99,23 @@ def training_data(config: RunConfig) -> PartConfig:
     data = config["data"]
     if not is_complete(folder, config):
         print_rank_zero(f"encoding the data once, into {folder}/")
-        options = PassOptions(
-            batch_size=data.option("batch_size"),
-            workers=data.option("workers"),
-            accelerator=config.part("trainer").option("accelerator"),
-        )
-        report = make_cache(config, options)
+        report = make_cache(config, options_of_run(config))
+        leave_process_group()  # the pass waits for its processes much longer than training should
         if report is not None:
             print(summary(folder, report))
             if report.unreached:
                 raise UserError(f"{folder}: {unreached(report)}, so the cache is not complete; {AGAIN}")
     loading = {key: data[key] for key in ("batch_size", "workers", "timeout") if key in data}
     return PartConfig("data", "cache", {"path": str(folder), **loading})
+
+
+def options_of_run(config: RunConfig) -> PassOptions:
+    """Return how a run makes its cache: with all processes if they are there already, or else alone."""
+    data, trainer = config["data"], config.part("trainer")
+    options = PassOptions(data.option("batch_size"), data.option("workers"), accelerator=trainer.option("accelerator"))
+    if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) == 1:
+        return options
+    return replace(options, devices=str(trainer.option("devices")), num_nodes=trainer.option("num_nodes"))
 
 
 # ------------------------------------------------------------------------------------------------- is it the right one
@@ -240,7 +247,9 @@ def with_choices(config: RunConfig) -> RunConfig:
     """Return a config in whose section `cache` nothing is left open: a cache that was begun is ended as it began."""
     folder, given = cache_options(config).folder, config.part("cache").options
     begun = read_meta(folder).description if (folder / META).is_file() else {}
-    choices = {"crops": 1, "flip": False, "precision": PassOptions.precision, "limit": None}
+    both_in_bf16 = all(config[role].get("precision") == "bf16" for role in ENCODERS)
+    precision = "bf16-mixed" if both_in_bf16 else PassOptions.precision
+    choices = {"crops": 1, "flip": False, "precision": precision, "limit": None}
     for key in choices:
         if given.get(key) is not None:
             choices[key] = given[key]

@@ -13,9 +13,9 @@ from ldm_lab.io.atomic import atomic_write
 from ldm_lab.training.checkpointing import Checkpointing
 from ldm_lab.training.interrupt import Interrupt
 from ldm_lab.training.lock import RunLock
-from ldm_lab.training.logs import StepProgress
 from ldm_lab.training.nan_guard import FiniteGuard
 from ldm_lab.training.resume import Resume
+from ldm_lab.training.speed import Speed, StepProgress
 from ldm_lab.training.task import Task, gather
 
 
@@ -51,6 +51,7 @@ class RunCallbacks:
     Attributes:
         bookkeeping: counts a batch before any other callback sees that it is done.
         resume: sets the learning rate before anything reports it.
+        speed: notes when the batch was done, before anything else takes time.
         finite: stops the run before a picture is drawn, or a file written, of numbers that are not finite.
         of_task: draw and measure with the network as it is after the batch.
         checkpoint: saves all that the ones before have counted and drawn.
@@ -60,6 +61,7 @@ class RunCallbacks:
 
     bookkeeping: Bookkeeping
     resume: Resume
+    speed: Speed
     finite: FiniteGuard
     of_task: list[Callback]
     checkpoint: Checkpointing
@@ -71,6 +73,7 @@ class RunCallbacks:
         return [
             self.bookkeeping,
             self.resume,
+            self.speed,
             self.finite,
             *self.of_task,
             self.checkpoint,

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -12,11 +13,51 @@ from torch.overrides import TorchFunctionMode
 from ldm_lab.batch import Batch
 from ldm_lab.conditions import TokenIds, blank_conditions
 from ldm_lab.config import RunConfig
+from ldm_lab.errors import first_line
 from ldm_lab.estimate import StepCost, autocast_of_gpus, module_bytes, optimizer_bytes, step_cost
 from ldm_lab.training.task import Task
 
 T = TypeVar("T")
 HALF = {"16": torch.float16, "bf16": torch.bfloat16}  # by what `trainer.precision` begins with
+
+
+class RunCost:
+    """What a training step of a run costs, counted when it is first asked for: that takes a moment.
+
+    Attributes:
+        image_size: pixels; known for good when the data are open.
+        why_not: why it cannot be counted, in words; empty if it can, or nobody has asked.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.image_size: int | None = task.run_config["data"].option("image_size")
+        self.why_not = ""
+
+    @cached_property
+    def step(self) -> StepCost | None:
+        """The cost of a step; None if it cannot be counted."""
+        if self.image_size is None:
+            self.why_not = "nobody has said how large the images are"
+            return None
+        try:
+            return task_cost(self.task, self.image_size)
+        except Exception as error:  # whatever a part does with tensors that have no numbers: the run needs none of this
+            self.why_not = first_line(error)
+            return None
+
+    def lasting(self) -> dict[str, int]:
+        """Return what the run holds at all times, bytes by name: all but intermediate results."""
+        task = self.task
+        trained = [p for module in task.trained_modules() for p in module.parameters() if p.requires_grad]
+        held = {
+            "weights": module_bytes(*task.trained_modules()),
+            "gradients": sum(p.nbytes for p in trained),
+            "the optimizer": optimizer_bytes(trained, task.optim.state != "32bit"),
+            "averages of the weights": average_bytes(task),
+            "frozen parts": module_bytes(*task.frozen.values()),
+        }
+        return {name: size for name, size in held.items() if size}
 
 
 def config_cost(config: RunConfig) -> StepCost:

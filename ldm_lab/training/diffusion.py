@@ -11,7 +11,7 @@ from ldm_lab.checkpoints.files import FORMAT
 from ldm_lab.checkpoints.importer import Section
 from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.native import save_model
-from ldm_lab.checkpoints.parts import load_part
+from ldm_lab.checkpoints.parts import encoding, load_part
 from ldm_lab.condition_sources import build_sources, given_conditions
 from ldm_lab.conditions import blank_conditions
 from ldm_lab.config import ConditionerUse, PartConfig, RunConfig, register
@@ -29,6 +29,7 @@ from ldm_lab.interfaces import (
     is_upsampler,
 )
 from ldm_lab.training.caching import encoder_differences, encoder_facts
+from ldm_lab.training.compiling import Compile, compile_network
 from ldm_lab.training.initial import (
     check_forms,
     differences,
@@ -111,13 +112,19 @@ class DiffusionTask(Task):
 
         A cached batch brings moments of the latents, and conditions, instead of images.
         """
-        with torch.autocast(self.device.type, enabled=False):  # the frozen parts stay in fp32
+        with torch.autocast(self.device.type, enabled=False):  # whatever the denoiser's precision is
             if batch.mean is not None:
-                mean, logvar = batch.mean.float(), batch.logvar.float()  # [B, C, h, w] each
+                mean, logvar = batch.mean, batch.logvar  # [B, C, h, w] each
             else:
-                mean, logvar = self.autoencoder.moments(batch.image)  # [B, C, h, w] each
+                with encoding(self.run_config["autoencoder"], self.device.type):
+                    mean, logvar = self.autoencoder.moments(batch.image)  # [B, C, h, w] each
+            mean, logvar = mean.float(), logvar.float()  # [B, C, h, w] each
             x0 = self.autoencoder.sample(mean, logvar, torch.randn_like(mean))  # [B, C, h, w]
-            return x0, dict(batch.conditions) or self.conditioner.from_batch(batch)
+            if batch.conditions:
+                return x0, dict(batch.conditions)
+            with encoding(self.run_config["conditioner"], self.device.type):
+                conditions = self.conditioner.from_batch(batch)  # name -> [B, ...]
+            return x0, {k: its.float() if its.is_floating_point() else its for k, its in conditions.items()}
 
     @torch.no_grad()
     def from_sources(self, batch: Batch, x0: Tensor) -> Conditions:
@@ -144,6 +151,10 @@ class DiffusionTask(Task):
                 self.log(f"train/loss_t{i / 4:.2f}", means[i], batch_size=len(t))
 
     # ------------------------------------------------------------------------------------------------- before it begins
+
+    def compile_network(self, what: Compile) -> str:
+        checkpoints = bool(self.run_config["denoiser"].option("gradient_checkpointing"))
+        return compile_network(self.model, what, checkpoints)
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, Sharded):

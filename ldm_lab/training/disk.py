@@ -1,17 +1,14 @@
 """Room on the disk for what a run will write, estimated before it starts."""
 
-import math
 import shutil
 from pathlib import Path
 
 import torch
 
 from ldm_lab.errors import UserError
+from ldm_lab.estimate import in_units, optimizer_bytes
 from ldm_lab.training.checkpointing import Checkpointing
 from ldm_lab.training.task import Task
-
-OPTIMIZER_BYTES = {"32bit": 8, "8bit": 2, "paged_8bit": 2}  # of AdamW's two averages, per trained parameter
-FEW = 4096  # parameters: those of smaller tensors are averaged in 32 bits always
 
 
 def check_space(folder: Path, task: Task, checkpointing: Checkpointing, max_steps: int) -> None:
@@ -54,9 +51,7 @@ def check_room(folder: Path, need: int, what: str) -> None:
 def checkpoint_bytes(task: Task) -> int:
     """Return about how large a checkpoint is: weights, their average and what the optimizer will keep."""
     weights = sum(tensor.nbytes for tensor in task.state_dict().values())
-    trained = [parameter.numel() for parameter in task.parameters() if parameter.requires_grad]
-    averages = sum(count * (8 if count < FEW else OPTIMIZER_BYTES[task.optim.state]) for count in trained)
-    return weights + averages
+    return weights + optimizer_bytes(task.parameters(), task.optim.state != "32bit")
 
 
 def export_bytes(task: Task, dtype: torch.dtype) -> int:
@@ -68,9 +63,3 @@ def replaceable_bytes(folder: Path) -> int:
     """Return what the checkpoints and exports in a folder take; names of one file count once."""
     files = [path.stat() for pattern in ("*.ckpt", "*.safetensors") for path in folder.glob(pattern)]
     return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in files}.values())
-
-
-def in_units(size: float) -> str:
-    """Return a number of bytes in words: "512 MB", "16.2 GB"."""
-    power = min(max(int(math.log10(max(size, 1)) // 3), 2), 4)
-    return f"{size / 1000**power:.3g} {['kB', 'MB', 'GB', 'TB'][power - 1]}"

@@ -2,24 +2,19 @@
 
 import csv
 import io
-import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from PIL import Image
-from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import ProgressBar
+from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
-from pytorch_lightning.utilities.types import STEP_OUTPUT
 
-from ldm_lab.batch import Batch
 from ldm_lab.config import PositiveInt, register
 from ldm_lab.errors import UserError, first_line
 from ldm_lab.io.atomic import atomic_write
-from ldm_lab.progress import Bar, print_line
+from ldm_lab.progress import print_line
 
 
 @register("logging")
@@ -192,68 +187,3 @@ def log_images(trainer: Trainer, name: str, images: list[Image.Image], captions:
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_image(name, images, step=trainer.global_step, caption=captions)
-
-
-class StepProgress(ProgressBar):
-    """Progress over the whole run: optimizer steps, loss, learning rate, images per second over all devices."""
-
-    RATE_OVER = 30  # seconds at least, for a rate that follows what is happening now
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bar: Bar | None = None
-        self.images, self.since = 0, 0.0
-        self.last: STEP_OUTPUT = None
-
-    def disable(self) -> None:
-        """Called by Lightning on every rank but the first."""
-        self.is_enabled = False
-
-    def enable(self) -> None:
-        """Called by Lightning to undo `disable`."""
-        self.is_enabled = True
-
-    is_enabled = True
-
-    def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
-        if self.is_enabled:
-            total = trainer.max_steps if trainer.max_steps > 0 else None
-            self.bar = Bar("train", "step", total, initial=trainer.global_step)
-        self.since = time.monotonic()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, task: LightningModule, outputs: STEP_OUTPUT, batch: Batch, index: int
-    ) -> None:
-        self.images += len(batch) * trainer.world_size
-        self.last = outputs
-        if self.bar is not None and self.bar.is_due:  # reading the loss waits for the device
-            self.show(trainer)
-
-    def show(self, trainer: Trainer) -> None:
-        """Bring the bar to where the run is."""
-        if self.bar is None:
-            return
-        now = time.monotonic()
-        loss = self.last["loss"] if isinstance(self.last, dict) else self.last
-        shown = {
-            "loss": f"{float(loss):.4f}" if isinstance(loss, torch.Tensor) else None,
-            "lr": f"{trainer.optimizers[0].param_groups[0]['lr']:.2e}",
-            "images/s": f"{self.images / (now - self.since):.1f}",
-        }
-        self.bar.set_postfix({k: v for k, v in shown.items() if v is not None}, refresh=False)
-        self.bar.advance(trainer.global_step)
-        if now - self.since > self.RATE_OVER:
-            self.images, self.since = 0, now
-
-    def on_train_end(self, trainer: Trainer, task: LightningModule) -> None:
-        self.show(trainer)
-        self.close()
-
-    def on_exception(self, trainer: Trainer, task: LightningModule, exception: BaseException) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Leave the bar's last state behind."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None

@@ -1,5 +1,6 @@
 """From a config to a run: the task, the data, Lightning's Trainer with its callbacks, the run's folder."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,25 +13,25 @@ from ldm_lab.config import RunConfig, to_yaml
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.data.waiting import ReadingError
 from ldm_lab.errors import told_in_one_line
-from ldm_lab.processes import fail_together, quiet_lightning
+from ldm_lab.estimate import in_short, in_units
+from ldm_lab.processes import fail_together, keep_freed_memory, leave_process_group, quiet_lightning
 from ldm_lab.training.caching import training_data
 from ldm_lab.training.callbacks import Bookkeeping, RunCallbacks
 from ldm_lab.training.checkpointing import LAST
+from ldm_lab.training.compiling import compiler_told_in_one_line
+from ldm_lab.training.cost import RunCost
 from ldm_lab.training.disk import check_space
 from ldm_lab.training.interrupt import STOPPED, Interrupt
 from ldm_lab.training.lock import RunLock
-from ldm_lab.training.logs import Logging, StepProgress, print_rank_zero
+from ldm_lab.training.logs import Logging, print_rank_zero
 from ldm_lab.training.nan_guard import FiniteGuard
 from ldm_lab.training.resume import Resume
+from ldm_lab.training.speed import Speed, StepProgress
 from ldm_lab.training.start import check_start
 from ldm_lab.training.task import Task
 from ldm_lab.training.trainer import TrainerOptions
 
 RUNS = Path("runs")
-LESS_MEMORY = (
-    "a smaller data.batch_size with more trainer.accumulate_grad_batches, trainer.precision=bf16-mixed or "
-    "optim.state=8bit need less"
-)
 
 
 def build_task(config: RunConfig) -> Task:
@@ -71,23 +72,29 @@ def _run(config: RunConfig, folder: Path, lock: RunLock) -> int:
     task = build_task(config)
     options: TrainerOptions = config.part("trainer").build()
     finite = FiniteGuard(folder, logging.every)
+    speed = Speed(RunCost(task), options.tf32)
     callbacks = RunCallbacks(
         Bookkeeping(folder, lock),
         resume,
+        speed,
         finite,
         task.callbacks(folder),
         config.part("checkpoint").build(folder, finite),
         Interrupt(options.max_seconds),
-        StepProgress(),
+        StepProgress(speed),
     )
     before = read_pickled(resume.path, mmap=True) if resume.path else {}
     loggers = logging.loggers(folder, config.run, before.get("global_step"), before.get(FORMAT, {}).get("wandb_id"))
     trainer = options.trainer(callbacks.in_order(), loggers, logging.every, folder)
+    keep_freed_memory(trainer.strategy.root_device)
     if options.channels_last:
         task.to(memory_format=torch.channels_last)
+    if options.compile != "none":
+        print_rank_zero(task.compile_network(options.compile))
     check_space(folder, task, callbacks.checkpoint, trainer.max_steps)
     announce(config, folder, resume.path, changes, task)
-    stopped = fit(trainer, task, data, callbacks)
+    with compiler_told_in_one_line(options.compile):
+        stopped = fit(trainer, task, data, callbacks)
     summary = data.summary(callbacks.bookkeeping.data_states)
     report(trainer, folder, summary, stopped, before.get("global_step", 0), callbacks.checkpoint.saved_at)
     leave_process_group()
@@ -103,8 +110,9 @@ def fit(trainer: Trainer, task: Task, data: DataModule, callbacks: RunCallbacks)
         KeyboardInterrupt: Ctrl-C for the second time.
     """
     interrupt, resume = callbacks.interrupt, callbacks.resume
+    doing = partial(training_now, trainer, callbacks.speed.cost)
     try:
-        with fail_together(trainer), told_in_one_line(lambda: training_now(trainer), LESS_MEMORY):
+        with fail_together(trainer), told_in_one_line(doing, less_memory(task)):
             trainer.fit(task, datamodule=data, ckpt_path=resume.path, weights_only=True)
     except ReadingError as error:
         alone = trainer.world_size == 1 or trainer.is_global_zero  # another rank is heard by its error alone
@@ -119,24 +127,52 @@ def fit(trainer: Trainer, task: Task, data: DataModule, callbacks: RunCallbacks)
     return interrupt.why() if interrupt.stopping else None
 
 
-def training_now(trainer: Trainer) -> str:
-    """Return what a Trainer is doing, in words."""
+def training_now(trainer: Trainer, cost: RunCost) -> str:
+    """Return what a Trainer is doing, and what memory it needs, in words."""
     batch = trainer.datamodule.source.batch_size
-    return f"training at step {trainer.global_step + 1} with batches of {batch}"
+    doing = f"training at step {trainer.global_step + 1} with batches of {batch}"
+    cost.image_size = trainer.datamodule.source.image_size
+    if cost.step is None:
+        return doing
+    doing += f", which take {cost.step.in_words()}"
+    device = trainer.strategy.root_device
+    if device.type != "cuda":
+        return doing
+    room = torch.cuda.get_device_properties(device).total_memory
+    fit = min(cost.step.batch_that_fits(room), batch)
+    return f"{doing}; into the {in_units(room)} of this device go {f'batches of about {fit}' if fit else 'none'}"
 
 
-def leave_process_group() -> None:
-    """Leave the process group, if there is one; a process that ends inside it may abort."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def less_memory(task: Task) -> str:
+    """Return which options of a run would need less memory than they do now."""
+    config = task.run_config
+    trainer = config.part("trainer")
+    ways = ["a smaller data.batch_size with more trainer.accumulate_grad_batches"]
+    if not str(trainer.option("precision")).startswith(("16", "bf16")):
+        ways.append("trainer.precision=bf16-mixed")
+    if task.optim.state == "32bit":
+        ways.append("optim.state=8bit")
+    if "denoiser" in config and config["denoiser"].option("gradient_checkpointing") is False:
+        ways.append("denoiser.gradient_checkpointing=true")
+    *others, last = ways
+    return f"{', '.join(others)} or {last} need less" if others else f"{last} needs less"
+
+
+def parameters(module: torch.nn.Module) -> int:
+    """Return how many parameters a module has."""
+    return sum(p.numel() for p in module.parameters())
 
 
 @rank_zero_only
 def announce(config: RunConfig, folder: Path, resumed: Path | None, changes: list[str], task: Task) -> None:
-    """Print the config and what was overridden on resume."""
+    """Print the config, the size of the networks, and what was overridden on resume."""
     print(to_yaml(config.to_dict()))
     trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
-    print(f"{trained:,} trained parameters; everything this run writes goes under {folder}/")
+    left = parameters(task.model) - trained
+    parts = {"of the network itself": left, **{role: parameters(part) for role, part in task.frozen.items()}}
+    frozen = ", ".join(f"{in_short(count)} {of}" for of, count in parts.items() if count >= 1000)
+    print(f"{trained:,} trained parameters, frozen ones: {frozen or 'none'}")
+    print(f"everything this run writes goes under {folder}/")
     if resumed:
         print(f"resuming from {resumed}" + (", with these changes:" if changes else ", nothing changed"))
         for change in changes:

@@ -19,6 +19,8 @@ from ldm_lab.checkpoints.files import FORMAT
 from ldm_lab.checkpoints.parts import load_strictly, weights_sha256
 from ldm_lab.config import FROZEN, RunConfig
 from ldm_lab.data.rank_state import RankState
+from ldm_lab.errors import UserError
+from ldm_lab.training.compiling import Compile
 from ldm_lab.training.logs import print_rank_zero
 from ldm_lab.training.optim import Began, Optim
 from ldm_lab.training.run_state import Checkpoint, RunState, align, checked, take_back
@@ -98,6 +100,10 @@ class Task(LightningModule):
     def trained_modules(self) -> list[nn.Module]:
         """Return all that the optimizer trains."""
         return [self.model]
+
+    def compile_network(self, what: Compile) -> str:
+        """Have the trained network compiled when it first runs (`ldm_lab.training.compiling`); return what is."""
+        raise UserError(f"trainer.compile: {what} is for a denoiser, which is called as a whole; set none")
 
     @property
     def best_model(self) -> nn.Module:

@@ -1,17 +1,19 @@
 """Lightning's Trainer as the config's section `trainer` describes it."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import ClusterEnvironment, SLURMEnvironment
 
-from ldm_lab.config import NonNegativeFloat, PositiveInt, register
+from ldm_lab.config import NonNegativeFloat, PartSection, Plain, PositiveInt, build, register
 from ldm_lab.errors import UserError
 from ldm_lab.processes import trainer_options
 from ldm_lab.training.checkpointing import SafeCheckpointIO
+from ldm_lab.training.compiling import Compile
+from ldm_lab.training.ddp import DDPOptions
 from ldm_lab.training.interrupt import seconds
 from ldm_lab.training.sharding import FSDP2, Sharded
 
@@ -38,6 +40,8 @@ class TrainerOptions:
         threads: PositiveInt | None = None,
         matmul_precision: Literal["highest", "high", "medium"] = "high",
         channels_last: bool = False,
+        compile: Compile = "none",
+        ddp: Annotated[dict[str, Plain] | None, PartSection("ddp")] = None,
     ) -> None:
         """Set what Lightning's Trainer is given under the same names.
 
@@ -54,14 +58,23 @@ class TrainerOptions:
             threads: CPU threads per process; null leaves torch's choice.
             matmul_precision: precision of fp32 matrix products on GPUs ("highest", "high": TF32).
             channels_last: keep feature maps in the memory order that convolutions in half precision like best.
+            compile: of a denoiser "blocks", each by itself, or the whole "model", by torch.compile: faster on a GPU
+                after a wait of minutes before the first step, and the same numbers but for rounding.
+            ddp: how several devices add up their gradients, if the strategy is DDP (`ddp`).
         """
         self.threads, self.matmul_precision, self.channels_last = threads, matmul_precision, channels_last
+        self.compile, self.ddp = compile, ddp
         self.max_seconds = None if max_time is None else seconds(str(max_time))
         self.options = {
             "max_steps": max_steps, "accelerator": accelerator, "devices": devices,
             "num_nodes": num_nodes, "strategy": strategy, "precision": precision,
             "accumulate_grad_batches": accumulate_grad_batches, "gradient_clip_val": gradient_clip_val,
         }  # fmt: skip
+
+    @property
+    def tf32(self) -> bool:
+        """Whether matrix products in single precision may be rounded to TF32."""
+        return self.matmul_precision != "highest"
 
     @staticmethod
     def check(*, max_time: str | int | None, strategy: str, precision: Precision, channels_last: bool) -> list[str]:
@@ -85,6 +98,8 @@ class TrainerOptions:
                 log_every_n_steps=log_every, enable_checkpointing=False, enable_model_summary=False,
                 default_root_dir=folder, use_distributed_sampler=False, num_sanity_val_steps=0, limit_val_batches=0,
             )  # fmt: skip
+        ddp: DDPOptions = build("ddp", self.ddp)
+        ddp.apply(trainer)
         # Several processes would ask one another before every batch whether one was told to stop, and wait for the
         # device to say so; `Interrupt` asks, every few steps.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
