@@ -43,6 +43,7 @@ def quiet_lightning() -> None:
         r".*module\(s\) in eval mode at the start of training",  # the average is meant to be
         r".*does not have many workers which may be a bottleneck",  # data.workers is the user's choice
         r".*You have overridden `on_before_batch_transfer` in `LightningModule`",  # the task checks its batches there
+        r".*but AMP with fp16 is not supported on CPU",  # said in our own words
         r".*The `srun` command is available on your system but is not used",
     ):
         warnings.filterwarnings("ignore", harmless)
@@ -55,6 +56,12 @@ def trainer_options(where: str) -> Iterator[None]:
         yield
     except (MisconfigurationException, ValueError, RuntimeError, TypeError) as error:
         raise UserError(f"{where}: {first_line(error)}") from None
+
+
+def leave_process_group() -> None:
+    """Leave the process group, if there is one; a process that ends inside it may abort."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @contextmanager
