@@ -57,6 +57,12 @@ def trainer_options(where: str) -> Iterator[None]:
         raise UserError(f"{where}: {first_line(error)}") from None
 
 
+def leave_process_group() -> None:
+    """Leave the process group, if there is one; a process that ends inside it may abort."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @contextmanager
 def fail_together(trainer: Trainer) -> Iterator[None]:
     """Kill the processes that a Trainer has started when this one fails: they would wait for it for half an hour."""

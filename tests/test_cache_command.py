@@ -9,7 +9,7 @@ import torch
 import yaml as yaml_reader
 from data_sets import write_files, write_shards
 from safetensors.torch import load_file
-from tiny import make_run
+from tiny import ROOT, make_run, run_program
 
 from ldm_lab.batch import Batch
 from ldm_lab.checkpoints.files import read_pickled
@@ -175,6 +175,35 @@ def test_cached_and_online_losses_are_equal(tmp_path, kind):
     assert {name: kinds[name] for name in kinds if name.partition(".")[0] not in ("key", "text")} == wanted
 
 
+def test_encoders_in_chunks_and_in_half_precision(tmp_path, monkeypatch):
+    """Chunks and the order in memory change no more than rounding does; bf16 is written down, and near."""
+    yaml = make_run(tmp_path, images=8, data={"crop": "center"})
+    made = {}
+    for name, precision, pixels in (
+        ("whole", "32-true", 2**30),
+        ("chunks", "32-true", 64 * 64),
+        ("bf16", "bf16-mixed", 1),
+    ):
+        monkeypatch.setattr("ldm_lab.training.encoding.CHUNK_PIXELS", pixels)
+        folder = tmp_path / name
+        config = load(yaml, [f"cache.folder={folder}", f"cache.precision={precision}"])
+        make_cache(config, PassOptions(batch_size=5, workers=0, accelerator="cpu"))
+        assert read_meta(folder).description["precision"] == f'"{precision}"'
+        made[name] = load_file(folder / "00001.safetensors")
+    task = build_task(load(yaml))
+    source = load(yaml)["data"].build()
+    source.open()
+    raw = [source.decode(item, Order(1, 0)).image for item in source.samples(source.addresses[1])]
+    with torch.no_grad():
+        mean, _ = task.autoencoder.moments(torch.stack(raw).float() / 127.5 - 1)  # [2, C, h, w]
+    for name, bound in (("whole", 1e-3), ("chunks", 1e-3), ("bf16", 0.05)):
+        assert (made[name]["mean"].float() - mean).abs().max() < bound, name
+    assert not torch.equal(made["bf16"]["mean"], made["whole"]["mean"])
+    with pytest.raises(UserError, match=r"made with another cache\.precision"):
+        training_data(load(yaml, [f"cache.folder={tmp_path / 'bf16'}", "cache.precision=32-true"]))
+    assert training_data(load(yaml, [f"cache.folder={tmp_path / 'bf16'}"])).name == "cache"
+
+
 class WithStates(Conditioner):
     """States of texts of different lengths, with something behind their ends."""
 
@@ -334,3 +363,22 @@ def test_lists_of_files_keep_every_name(tmp_path):
     (tmp_path / "files.tsv").write_text("x")
     with pytest.raises(UserError, match=r"files\.tsv: damaged"):
         read_facts(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------- several processes
+
+
+@pytest.mark.slow
+def test_files_do_not_depend_on_the_number_of_processes_and_a_run_s_processes_make_them_together(tmp_path):
+    yaml = make_run(tmp_path, images=20, cache={"folder": str(tmp_path / "together")})
+    make_cache(load(yaml, [f"cache.folder={tmp_path / 'one'}"]), PassOptions(4, 0, accelerator="cpu"))
+    command = ("-m", "ldm_lab", "cache", "--config", yaml, "--out", tmp_path / "two", "--accelerator", "cpu")
+    done = run_program(*command, "--devices", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "train.py")
+    done = run_program(*torchrun, "--config", yaml, "trainer.devices=2", "trainer.max_steps=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "step 2: " in done.stdout
+    for other in ("two", "together"):
+        for path in (tmp_path / "one").iterdir():
+            assert path.read_bytes() == (tmp_path / other / path.name).read_bytes(), (other, path.name)

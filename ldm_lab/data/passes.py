@@ -260,7 +260,9 @@ class _Pass(LightningModule):
             return
         self.counts.add(counts)
         check_share(self.counts, self.options.max_skipped)
-        self.job.write(item, rows, Finished(self.job.fingerprint(str(self.trainer.precision)), item.content(), counts))
+        finished = Finished(self.job.fingerprint(str(self.trainer.precision)), item.content(), counts)
+        with torch.autocast("cpu", enabled=False):  # rows are joined there, in whatever precision they are kept
+            self.job.write(item, rows, finished)
 
 
 class _Bar(Callback):

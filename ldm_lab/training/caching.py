@@ -25,6 +25,7 @@ from ldm_lab.data.source import ImageSource, Source
 from ldm_lab.data.work_items import SourceItem, source_items
 from ldm_lab.errors import UserError, told_in_one_line
 from ldm_lab.io.atomic import PARTIAL
+from ldm_lab.processes import leave_process_group
 from ldm_lab.training.disk import check_room
 from ldm_lab.training.encoding import CacheJob, CacheTarget, Encoders, Variants, expected_row_bytes
 from ldm_lab.training.logs import print_rank_zero
@@ -98,18 +99,23 @@ def training_data(config: RunConfig) -> PartConfig:
     data = config["data"]
     if not is_complete(folder, config):
         print_rank_zero(f"encoding the data once, into {folder}/")
-        options = PassOptions(
-            batch_size=data.option("batch_size"),
-            workers=data.option("workers"),
-            accelerator=config.part("trainer").option("accelerator"),
-        )
-        report = make_cache(config, options)
+        report = make_cache(config, options_of_run(config))
+        leave_process_group()  # the pass waits for its processes much longer than training should
         if report is not None:
             print(summary(folder, report))
             if report.unreached:
                 raise UserError(f"{folder}: {unreached(report)}, so the cache is not complete; {AGAIN}")
     loading = {key: data[key] for key in ("batch_size", "workers", "timeout") if key in data}
     return PartConfig("data", "cache", {"path": str(folder), **loading})
+
+
+def options_of_run(config: RunConfig) -> PassOptions:
+    """Return how a run makes its cache: with all processes if they are there already, or else alone."""
+    data, trainer = config["data"], config.part("trainer")
+    options = PassOptions(data.option("batch_size"), data.option("workers"), accelerator=trainer.option("accelerator"))
+    if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) == 1:
+        return options
+    return replace(options, devices=str(trainer.option("devices")), num_nodes=trainer.option("num_nodes"))
 
 
 # ------------------------------------------------------------------------------------------------- is it the right one

@@ -51,6 +51,7 @@ def check(config: RunConfig) -> int:
         data = DataModule(training_data(tried).build(), seed=config.seed)
         task = build_task(tried)
         options: TrainerOptions = tried.part("trainer").build()
+        options.options["enable_progress_bar"] = False
         finite = FiniteGuard(folder, 1)
         drawing = task.callbacks(Path(scratch))
         trainer = options.trainer([resume, finite, *drawing], [], 1, Path(scratch))

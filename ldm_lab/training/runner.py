@@ -14,7 +14,7 @@ from ldm_lab.data.datamodule import DataModule
 from ldm_lab.data.waiting import ReadingError
 from ldm_lab.errors import told_in_one_line
 from ldm_lab.estimate import in_short, in_units
-from ldm_lab.processes import fail_together, keep_freed_memory, quiet_lightning
+from ldm_lab.processes import fail_together, keep_freed_memory, leave_process_group, quiet_lightning
 from ldm_lab.training.caching import training_data
 from ldm_lab.training.callbacks import Bookkeeping, RunCallbacks
 from ldm_lab.training.checkpointing import LAST
@@ -156,12 +156,6 @@ def less_memory(task: Task) -> str:
         ways.append("denoiser.gradient_checkpointing=true")
     *others, last = ways
     return f"{', '.join(others)} or {last} need less" if others else f"{last} needs less"
-
-
-def leave_process_group() -> None:
-    """Leave the process group, if there is one; a process that ends inside it may abort."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def parameters(module: torch.nn.Module) -> int:
