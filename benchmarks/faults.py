@@ -37,6 +37,8 @@ from ldm_lab.training.resume import is_whole  # noqa: E402
 
 FOREVER = ["trainer.max_steps=1000000", "logging.every=1", "data.batch_size=2"]
 OFTEN = [*FOREVER, "data.workers=1", "checkpoint.every=1", "checkpoint.keep=3"]
+# The guard's copies of the state in main memory, as often as they can be taken.
+SNAPSHOTS = ["guard.on_nonfinite=rollback", "guard.on_spike=skip", "guard.snapshot_every=1"]
 SELDOM = [*FOREVER, "checkpoint.every=1000000"]
 SLURM = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "run", "SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
          "SLURM_NODEID": "0", "SLURM_NTASKS_PER_NODE": "1"}  # fmt: skip
@@ -199,11 +201,14 @@ def fresh(folder: Path) -> Path:
 
 
 def kills(folder: Path, times: int, seed: int) -> list[Result]:
-    """Kill a run again and again, at a random moment of its start or of its training, which goes on each time."""
+    """Kill a run again and again, at a random moment of its start or of its training, which goes on each time.
+
+    The guard takes snapshots for rollbacks meanwhile.
+    """
     result, chance = Result("kill -9 at a random moment"), random.Random(seed)
     killed: list[int] = []
     for i in range(times):
-        run = Run(folder, *OFTEN, "resume.checkpoint=last")
+        run = Run(folder, *OFTEN, *SNAPSHOTS, "resume.checkpoint=last")
         if i % 10:  # in training; else perhaps in the start
             run.wait_for_steps(1)
         time.sleep(chance.uniform(0, 1))

@@ -73,19 +73,28 @@ class Pairs:
         self.copied = [(local(mine), local(its.detach())) for mine, its in pairs if not its.requires_grad]
 
     @torch.no_grad()
-    def update(self, decay: float) -> None:
+    def update(self, decay: float, left_out: torch.Tensor | None = None) -> None:
         """Move the average toward the model in one pass: average * decay + model * (1 - decay).
 
         Buffers and frozen parameters are copied: what does not move must not change by rounding either.
+
+        Args:
+            decay: share of the average that stays.
+            left_out: 1 if the model's step was left out, and the average does not move either, else 0: float [].
         """
-        torch._foreach_lerp_(self.moved, self.toward, 1 - decay)
+        if left_out is None:
+            torch._foreach_lerp_(self.moved, self.toward, 1 - decay)
+        else:  # as tensors, so that the host need not know
+            dtypes = {mine.dtype for mine in self.moved}
+            shares = {dtype: (1 - left_out.to(dtype)) * (1 - decay) for dtype in dtypes}  # [] each
+            torch._foreach_lerp_(self.moved, self.toward, [shares[mine.dtype] for mine in self.moved])
         for mine, its in (*self.copied, *zip(self.average.buffers(), self.model.buffers(), strict=True)):
             mine.copy_(its)
 
 
-def update(average: nn.Module, model: nn.Module, decay: float) -> None:
+def update(average: nn.Module, model: nn.Module, decay: float, left_out: torch.Tensor | None = None) -> None:
     """Move `average` toward `model` once; whoever does it every step keeps the `Pairs`."""
-    Pairs(average, model).update(decay)
+    Pairs(average, model).update(decay, left_out)
 
 
 WIDEST = 0.28  # width of a power-function average; with exponent 0, the plain mean, it is 0.289

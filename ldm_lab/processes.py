@@ -43,6 +43,7 @@ def quiet_lightning() -> None:
         r".*module\(s\) in eval mode at the start of training",  # the average is meant to be
         r".*does not have many workers which may be a bottleneck",  # data.workers is the user's choice
         r".*You have overridden `on_before_batch_transfer` in `LightningModule`",  # the task checks its batches there
+        r".*but AMP with fp16 is not supported on CPU",  # said in our own words
         r".*The `srun` command is available on your system but is not used",
     ):
         warnings.filterwarnings("ignore", harmless)

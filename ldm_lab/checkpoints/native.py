@@ -23,7 +23,7 @@ from ldm_lab.errors import UserError
 # What a config inside a model file must not bring along: a data section may hold shell commands (`pipe:`), and the
 # rest concerns the run alone.
 RUN_SECTIONS = (
-    *("data", "resume", "init_from", "logging", "trainer", "checkpoint", "imports"),
+    *("data", "resume", "init_from", "logging", "trainer", "checkpoint", "guard", "imports"),
     *("demo", "enlargements", "inpaintings", "ema_snapshots", "held_out"),
 )
 AVERAGED, RAW = "model_ema.", "model."  # prefixes of the trained network's tensors in a run's checkpoint

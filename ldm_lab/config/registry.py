@@ -81,6 +81,7 @@ ROLES = {
     "trainer": Role("ldm_lab.training.trainer"),
     "ddp": Role("ldm_lab.training.ddp"),
     "resume": Role("ldm_lab.training.resume"),
+    "guard": Role("ldm_lab.training.guard"),
     "rule": Role("ldm_lab.rules"),
     "selection": Role("ldm_lab.curation.metadata", listed=False),
     "engine": Role("ldm_lab.curation.metadata", listed=False),

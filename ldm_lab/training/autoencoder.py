@@ -13,7 +13,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from pytorch_lightning import Callback
-from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torchvision.models import vgg16
 
@@ -22,6 +21,7 @@ from ldm_lab.config import NonNegativeFloat, PartConfig, RunConfig, register
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Batch
 from ldm_lab.training.discriminator import adaptive_weight
+from ldm_lab.training.gradients import Parameters
 from ldm_lab.training.logs import print_rank_zero
 from ldm_lab.training.part_task import PartTask
 from ldm_lab.training.perceptual import pretrained_features
@@ -140,8 +140,7 @@ class AutoencoderTask(PartTask):
             return AdversarialLosses(zero, idle, {})
         generator_loss = -self.discriminator.frozen_logits(reconstruction).float().mean()  # []
         # Going back through fp16 needs the gradient scaler's factor, and the size of a loss per value.
-        precision = None if self.rehearsing else self.trainer.precision_plugin
-        scaler = precision.scaler if isinstance(precision, MixedPrecision) else None
+        scaler = None if self.rehearsing else self.scaler
         loss_scale = scaler.get_scale() / image[0].numel() if scaler else 1.0
         last = self.model.decoder.conv_out.weight
         weight = self.discriminator.weight * adaptive_weight(nll, generator_loss, last, loss_scale)  # []
@@ -160,15 +159,9 @@ class AutoencoderTask(PartTask):
     def trained_modules(self) -> list[nn.Module]:
         return [*super().trained_modules(), *([self.discriminator] if self.discriminator is not None else [])]
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip each network's gradient by its own norm: one must not shrink the other's."""
-        for module in self.trained_modules() if gradient_clip_val else []:
-            torch.nn.utils.clip_grad_norm_(module.parameters(), gradient_clip_val)
+    def clipped_apart(self, optimizer: torch.optim.Optimizer) -> list[Parameters]:
+        """Return the networks' parameters apart: one gradient must not shrink the other."""
+        return [list(module.parameters()) for module in self.trained_modules()]
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         batch = super().on_before_batch_transfer(batch, dataloader_idx)

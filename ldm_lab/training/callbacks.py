@@ -11,9 +11,9 @@ from ldm_lab.data.rank_state import RankState
 from ldm_lab.interfaces import Batch
 from ldm_lab.io.atomic import atomic_write
 from ldm_lab.training.checkpointing import Checkpointing
+from ldm_lab.training.guard import Guard
 from ldm_lab.training.interrupt import Interrupt
 from ldm_lab.training.lock import RunLock
-from ldm_lab.training.nan_guard import FiniteGuard
 from ldm_lab.training.resume import Resume
 from ldm_lab.training.speed import Speed, StepProgress
 from ldm_lab.training.task import Task, gather
@@ -52,7 +52,7 @@ class RunCallbacks:
         bookkeeping: counts a batch before any other callback sees that it is done.
         resume: sets the learning rate before anything reports it.
         speed: notes when the batch was done, before anything else takes time.
-        finite: stops the run before a picture is drawn, or a file written, of numbers that are not finite.
+        guard: undoes what must not be learned, or stops the run, before a picture is drawn or a file written of it.
         of_task: draw and measure with the network as it is after the batch.
         checkpoint: saves all that the ones before have counted and drawn.
         interrupt: stops after the batch; Lightning then asks `checkpoint` to save.
@@ -62,7 +62,7 @@ class RunCallbacks:
     bookkeeping: Bookkeeping
     resume: Resume
     speed: Speed
-    finite: FiniteGuard
+    guard: Guard
     of_task: list[Callback]
     checkpoint: Checkpointing
     interrupt: Interrupt
@@ -74,7 +74,7 @@ class RunCallbacks:
             self.bookkeeping,
             self.resume,
             self.speed,
-            self.finite,
+            self.guard,
             *self.of_task,
             self.checkpoint,
             self.interrupt,

@@ -20,7 +20,8 @@ from ldm_lab.training.caching import cache_options, is_complete, training_data
 from ldm_lab.training.compiling import compiler_told_in_one_line
 from ldm_lab.training.cost import RunCost
 from ldm_lab.training.disk import check_space
-from ldm_lab.training.nan_guard import FiniteGuard
+from ldm_lab.training.going_on import with_options
+from ldm_lab.training.guard import Guard
 from ldm_lab.training.resume import Resume
 from ldm_lab.training.runner import RUNS, announce, build_task, less_memory, training_now
 from ldm_lab.training.sharding import FSDP2
@@ -52,14 +53,14 @@ def check(config: RunConfig) -> int:
         task = build_task(tried)
         options: TrainerOptions = tried.part("trainer").build()
         options.options["enable_progress_bar"] = False
-        finite = FiniteGuard(folder, 1)
+        guard = Guard(Path(scratch), 1)
         drawing = task.callbacks(Path(scratch))
-        trainer = options.trainer([resume, finite, *drawing], [], 1, Path(scratch))
+        trainer = options.trainer([resume, guard, *drawing], [], 1, Path(scratch))
         if options.channels_last:
             task.to(memory_format=torch.channels_last)
         if options.compile != "none":
             print(task.compile_network(options.compile))
-        check_space(folder, task, config.part("checkpoint").build(folder, finite), max_steps)
+        check_space(folder, task, config.part("checkpoint").build(folder, guard), max_steps)
         announce(config, folder, resume.path, changes, task)
         cost = RunCost(task)
         with compiler_told_in_one_line(options.compile):
@@ -104,12 +105,6 @@ def drawn_elsewhere(config: RunConfig, source: Source, scratch: Path) -> RunConf
     few: dict[str, Plain] = {"folder": str(scratch / "data"), "shards": readers, "count": readers * source.batch_size}
     print(f"check: the run would draw its data first, into {data['folder']}/; this step draws a few of them")
     return with_options(config, "data", {key: value for key, value in few.items() if data.option(key) is not None})
-
-
-def with_options(config: RunConfig, section: str, options: dict[str, Plain]) -> RunConfig:
-    """Return a run with other options of a section."""
-    part = config.part(section)
-    return config.with_part(section, replace(part, options={**part.options, **options}))
 
 
 def step(trainer: Trainer, task: Task, data: DataModule, resume: Resume, cost: RunCost) -> None:

@@ -15,8 +15,8 @@ from ldm_lab.data.waiting import ReadingError
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import atomic_write, existing_file
 from ldm_lab.sharded import whole_state
+from ldm_lab.training.guard import Guard
 from ldm_lab.training.logs import log_before_saving, print_rank_zero
-from ldm_lab.training.nan_guard import FiniteGuard
 from ldm_lab.training.run_state import Checkpoint
 
 LAST = "last.ckpt"
@@ -54,7 +54,7 @@ class Checkpointing(Callback):
     def __init__(
         self,
         folder: Path,
-        finite: FiniteGuard,
+        guard: Guard,
         *,
         every: PositiveInt | None = None,
         seconds: PositiveFloat | None = None,
@@ -66,16 +66,18 @@ class Checkpointing(Callback):
 
         Args:
             folder: the run's folder.
-            finite: asked before anything is written.
+            guard: asked before anything is written; it has the state before a bad step saved.
             every: optimizer steps between `last.ckpt` (and exports); by default 1000, or none if `seconds` is given.
             seconds: time between `last.ckpt` (and exports), instead of steps or beside them.
             keep: numbered checkpoints that are kept, the newest ones; 0 keeps `last.ckpt` alone.
             keep_every: optimizer steps between numbered checkpoints; by default they come as often as `last.ckpt`.
             half_export: export in float16, at half the size; 11 bits are enough to use a network, not to train it on.
         """
-        self.folder, self.finite, self.keep, self.keep_every = folder, finite, keep, keep_every
+        self.folder, self.guard, self.keep, self.keep_every = folder, guard, keep, keep_every
         self.every, self.seconds = every or (DEFAULT_EVERY if seconds is None else None), seconds
         self.export_dtype = torch.float16 if half_export else torch.float32
+        guard.save_before_leaving = self.save_before_leaving
+        self.trainer: Trainer | None = None
         self.saved_at = -1
         self.saved_here = False  # by this job
         self.saved_when = 0.0  # on the monotonic clock
@@ -89,6 +91,7 @@ class Checkpointing(Callback):
         return []
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
+        self.trainer = trainer
         self.saved_at = trainer.global_step  # nothing new yet
         self.saved_when = time.monotonic()
 
@@ -122,7 +125,7 @@ class Checkpointing(Callback):
         Raises:
             NotFiniteError: NaN or infinity in what would be saved; then nothing is written.
         """
-        self.finite.check_before_saving(task)
+        self.guard.check_before_saving(task)
         step = self.saved_at = trainer.global_step
         self.saved_when = time.monotonic()
         log_before_saving(trainer)
@@ -136,17 +139,24 @@ class Checkpointing(Callback):
         del weights
         if self.keep and self.is_numbered(step):
             numbered = self.folder / f"step={step:08d}.ckpt"
-            numbered.unlink(missing_ok=True)
-            try:
-                numbered.hardlink_to(
-                    self.folder / LAST
-                )  # last.ckpt is replaced, never rewritten: the link keeps this one
-            except OSError:  # a file system without hard links
-                with atomic_write(numbered) as file, open(self.folder / LAST, "rb") as source:
-                    while chunk := source.read(1 << 24):
-                        file.write(chunk)
+            link_or_copy(self.folder / LAST, numbered)
             for old in sorted(self.folder.glob("step=*.ckpt"))[: -self.keep]:
                 old.unlink()
+
+    def save_before_leaving(self) -> bool:
+        """Save what a run that is stopped has learned last; the checkpoint before it stays, as a numbered one.
+
+        Returns:
+            Whether there was anything new to save.
+        """
+        trainer = self.trainer
+        if trainer is None or trainer.global_step == self.saved_at:
+            return False
+        last = self.folder / LAST
+        if trainer.is_global_zero and self.saved_at > 0 and last.exists():
+            link_or_copy(last, self.folder / f"step={self.saved_at:08d}.ckpt")
+        self.save(trainer, trainer.lightning_module)
+        return True
 
     def most_kept(self, max_steps: int) -> int:
         """Return how many checkpoints lie on the disk at most; `max_steps` is the run's, -1 without end."""
@@ -161,6 +171,17 @@ class Checkpointing(Callback):
         """Return whether the checkpoint of a step also gets a file of its own."""
         every = self.keep_every or self.every
         return (self.seconds is not None and self.keep_every is None) or step % every == 0
+
+
+def link_or_copy(last: Path, numbered: Path) -> None:
+    """Give a checkpoint a second name; `last.ckpt` is replaced, never rewritten, so that the link keeps this one."""
+    numbered.unlink(missing_ok=True)
+    try:
+        numbered.hardlink_to(last)
+    except OSError:  # a file system without hard links
+        with atomic_write(numbered) as file, open(last, "rb") as source:
+            while chunk := source.read(1 << 24):
+                file.write(chunk)
 
 
 def verify(path: Path, step: int) -> None:

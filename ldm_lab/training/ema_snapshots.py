@@ -69,6 +69,7 @@ class EMASnapshots(Callback):
         for average in self.averages.values():
             kept = {name: shared_like(average.get(name, weight), weight) for name, weight in own.items()}
             average.update({n: value.to(own[n].device, torch.float32, copy=True) for n, value in kept.items()})
+        task.followers = [value for average in self.averages.values() for value in average.values()]
         if trainer.is_global_zero:
             self.remove_later()
 
@@ -91,9 +92,11 @@ class EMASnapshots(Callback):
         self.step = trainer.global_step
         self.updates += 1
         weights = [local(weight).float() for weight in trained(task.model).values()]
+        left_out = task.detector.last.left_out  # [], on the device
         for width, average in self.averages.items():
             averages = [local(value) for value in average.values()]
-            torch._foreach_lerp_(averages, weights, 1 - PowerAverage(width, self.updates).decay())
+            share = (1 - left_out) * (1 - PowerAverage(width, self.updates).decay())  # []
+            torch._foreach_lerp_(averages, weights, [share] * len(weights))
         if self.updates % self.every == 0:
             self.write(trainer, task)
 

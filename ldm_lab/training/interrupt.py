@@ -34,14 +34,19 @@ class Interrupt(Callback):
         reader_lost: whether a loader process of one of several ranks has died.
     """
 
-    def __init__(self, max_time: float | None = None) -> None:
-        """Set how long this job may train, in seconds from the start of its training; None is without end."""
+    def __init__(self, max_time: float | None = None, began: float | None = None) -> None:
+        """Set how long this job may train.
+
+        Args:
+            max_time: seconds from the start of its training; None is without end.
+            began: when that was, on the monotonic clock, if it goes on with another Trainer.
+        """
         self.max_time = max_time
         self.received: int | None = None
         self.time_is_up = False
         self.reader_lost = False
         self.stopping = False  # all ranks have agreed
-        self.began: float | None = None  # on the monotonic clock
+        self.began = began
         self.before: dict[int, Handler] = {}
 
     def on_fit_start(self, trainer: Trainer, task: LightningModule) -> None:
@@ -49,7 +54,7 @@ class Interrupt(Callback):
         trainer.datamodule.told_to_stop = self.told_to_stop
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
-        self.began = time.monotonic()
+        self.began = time.monotonic() if self.began is None else self.began
         self.install()  # after Lightning's own handlers, which do not save, or save in the midst of a step
 
     def install(self) -> None:

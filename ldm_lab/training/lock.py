@@ -33,6 +33,8 @@ class RunLock:
         Raises:
             UserError: another process trains this run.
         """
+        if self.lock.is_locked:  # by this run, which goes on
+            return
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             self.lock.acquire(timeout=0)

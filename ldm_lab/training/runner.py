@@ -1,7 +1,9 @@
 """From a config to a run: the task, the data, Lightning's Trainer with its callbacks, the run's folder."""
 
+import gc
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from pytorch_lightning import Trainer
@@ -21,10 +23,11 @@ from ldm_lab.training.checkpointing import LAST
 from ldm_lab.training.compiling import compiler_told_in_one_line
 from ldm_lab.training.cost import RunCost
 from ldm_lab.training.disk import check_space
+from ldm_lab.training.going_on import gone_on, in_changed_precision
+from ldm_lab.training.guard import Guard
 from ldm_lab.training.interrupt import STOPPED, Interrupt
 from ldm_lab.training.lock import RunLock
 from ldm_lab.training.logs import Logging, print_rank_zero
-from ldm_lab.training.nan_guard import FiniteGuard
 from ldm_lab.training.resume import Resume
 from ldm_lab.training.speed import Speed, StepProgress
 from ldm_lab.training.start import check_start
@@ -60,27 +63,48 @@ def run(config: RunConfig) -> int:
     quiet_lightning()
     folder = RUNS / config.run
     with RunLock(folder) as lock:
-        return _run(config, folder, lock)
+        done = _run(config, folder, lock, None)
+        while done.goes_on is not None:
+            gc.collect()  # the network, its average and the optimizer, before they are built again
+            torch.cuda.empty_cache()
+            done = _run(done.goes_on, folder, lock, done.began)
+    leave_process_group()
+    return done.code
 
 
-def _run(config: RunConfig, folder: Path, lock: RunLock) -> int:
+class Done(NamedTuple):
+    """What became of a Trainer.
+
+    Attributes:
+        code: exit code.
+        goes_on: the run that another Trainer goes on with, None for none.
+        began: when training began, on the monotonic clock.
+    """
+
+    code: int
+    goes_on: RunConfig | None
+    began: float | None
+
+
+def _run(config: RunConfig, folder: Path, lock: RunLock, began: float | None) -> Done:
     resume: Resume = config.part("resume").build(folder)
+    config = in_changed_precision(config, resume)
     logging: Logging = config.part("logging").build()
     changes = resume.differences(config, config.task_class().NETWORK) if resume.path else []
     source = check_start(config, folder)
     data = DataModule(source or training_data(config).build(), seed=config.seed)
     task = build_task(config)
     options: TrainerOptions = config.part("trainer").build()
-    finite = FiniteGuard(folder, logging.every)
+    guard: Guard = config.part("guard").build(folder, logging.every)
     speed = Speed(RunCost(task), options.tf32)
     callbacks = RunCallbacks(
         Bookkeeping(folder, lock),
         resume,
         speed,
-        finite,
+        guard,
         task.callbacks(folder),
-        config.part("checkpoint").build(folder, finite),
-        Interrupt(options.max_seconds),
+        config.part("checkpoint").build(folder, guard),
+        Interrupt(options.max_seconds, began),
         StepProgress(speed),
     )
     before = read_pickled(resume.path, mmap=True) if resume.path else {}
@@ -95,11 +119,12 @@ def _run(config: RunConfig, folder: Path, lock: RunLock) -> int:
     announce(config, folder, resume.path, changes, task)
     with compiler_told_in_one_line(options.compile):
         stopped = fit(trainer, task, data, callbacks)
-    summary = data.summary(callbacks.bookkeeping.data_states)
+    if guard.leaves_for is not None and not stopped:
+        return Done(0, gone_on(config, guard.leaves_for), callbacks.interrupt.began)
+    summary = [data.summary(callbacks.bookkeeping.data_states), *guard.summary()]
     report(trainer, folder, summary, stopped, before.get("global_step", 0), callbacks.checkpoint.saved_at)
-    leave_process_group()
     # Only the first rank tells: Lightning kills it, perhaps while it saves, when another one leaves with a code.
-    return STOPPED if stopped and trainer.is_global_zero else 0
+    return Done(STOPPED if stopped and trainer.is_global_zero else 0, None, None)
 
 
 def fit(trainer: Trainer, task: Task, data: DataModule, callbacks: RunCallbacks) -> str | None:
@@ -180,9 +205,11 @@ def announce(config: RunConfig, folder: Path, resumed: Path | None, changes: lis
 
 
 @rank_zero_only
-def report(trainer: Trainer, folder: Path, data: str, stopped: str | None, resumed_step: int, saved_step: int) -> None:
-    """Say where the run ended, what was read and skipped, and where the results are."""
-    print(data)
+def report(
+    trainer: Trainer, folder: Path, lines: list[str], stopped: str | None, resumed_step: int, saved_step: int
+) -> None:
+    """Say what was read, skipped and left out (`lines`), where the run ended, and where the results are."""
+    print(*lines, sep="\n")
     step, max_steps = trainer.global_step, trainer.max_steps
     if stopped:
         saved = "and saved" if saved_step == step else f"where it could not save; {LAST} is of step {saved_step}"

@@ -6,10 +6,9 @@ from typing import ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from pytorch_lightning import Callback, LightningModule
+from pytorch_lightning import Callback
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.loggers import WandbLogger
-from pytorch_lightning.plugins.precision import MixedPrecision
 from pytorch_lightning.utilities.types import STEP_OUTPUT, OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from ldm_lab.config import FROZEN, RunConfig
 from ldm_lab.data.rank_state import RankState
 from ldm_lab.errors import UserError
 from ldm_lab.training.compiling import Compile
+from ldm_lab.training.judged import JudgedSteps
 from ldm_lab.training.logs import print_rank_zero
 from ldm_lab.training.optim import Began, Optim
 from ldm_lab.training.run_state import Checkpoint, RunState, align, checked, take_back
@@ -42,7 +42,7 @@ class AtStep(NamedTuple):
     data: RankState
 
 
-class Task(LightningModule):
+class Task(JudgedSteps):
     """A LightningModule around one trained network, `self.model`, and its average, `self.model_ema`.
 
     A subclass is registered as `@register("task", name)` and
@@ -59,14 +59,19 @@ class Task(LightningModule):
     whatever `training_step` draws is repeated by a resumed run and differs between ranks. Batches are counted on over
     all resumes, so that no noise comes twice, however many ranks there are then.
 
-    Steps: `trainer.global_step` counts optimizer steps; every task has one optimizer.
+    Steps: `trainer.global_step` counts optimizer steps; every task has one optimizer. Before each one its loss and
+    gradient are looked at (`detector`), on the device: a step that must not be learned from changes neither weights nor
+    averages. It counts all the same, as its batches do.
     """
 
     ROLES: ClassVar[tuple[str, ...]] = ()
     REQUIRED: ClassVar[tuple[str, ...]] = ("data",)
     NETWORK: ClassVar[tuple[str, ...]] = ()
     PART: ClassVar[str | None] = None
-    SECTIONS: ClassVar[tuple[str, ...]] = ("data", "optim", "ema", "trainer", "checkpoint", "logging", "resume")
+    SECTIONS: ClassVar[tuple[str, ...]] = (
+        *("data", "optim", "ema", "trainer", "checkpoint", "logging", "resume"),
+        *("guard",),
+    )
     rehearsing = False  # whether steps are made by `rehearse`
 
     def __init__(self, config: RunConfig, read_weights: bool = True) -> None:
@@ -89,6 +94,7 @@ class Task(LightningModule):
         self.batches_seen = 0  # on this rank, since the run's very first batch
         self.samples_seen = 0  # on all ranks together, since then
         self.at_step: AtStep | None = None  # while the batches of a step are incomplete, where the one before ended
+        self.followers: list[Tensor] = []  # averages of the weights outside of this module, which rollbacks bring back
 
     def set_model(self, model: nn.Module) -> None:
         """Take a network as the one to be trained, and start its average if the config has a section `ema`."""
@@ -141,11 +147,11 @@ class Task(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         torch.manual_seed(batch_seed(self.seed, self.global_rank, self.batches_seen))
+        if self.at_step is None:
+            self.keep_statistics(self.trained_modules())
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        # A fused optimizer takes the scaler's factor off the gradients itself: too late for clipping.
-        clips_scaled = self.trainer.gradient_clip_val and isinstance(self.trainer.precision_plugin, MixedPrecision)
-        optimizer = self.optim.optimizer(nn.ModuleList(self.trained_modules()), fused=not clips_scaled)
+        optimizer = self.optim.optimizer(nn.ModuleList(self.trained_modules()))
         scheduler = self.optim.scheduler(optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -164,7 +170,8 @@ class Task(LightningModule):
         if self.model_ema is not None:
             if self.ema_pairs is None:
                 self.ema_pairs = ema.Pairs(self.model_ema, self.model)
-            self.ema_pairs.update(self.ema_schedule.at(steps_done))
+            left_out = None if self.detector.last is None else self.detector.last.left_out
+            self.ema_pairs.update(self.ema_schedule.at(steps_done), left_out)
 
     def count_batch(self, batch: Batch, completes_step: bool) -> None:
         """Note that a batch was trained on, and whether an optimizer step ended with it."""

@@ -15,6 +15,7 @@ from ldm_lab.training.checkpointing import SafeCheckpointIO
 from ldm_lab.training.compiling import Compile
 from ldm_lab.training.ddp import DDPOptions
 from ldm_lab.training.interrupt import seconds
+from ldm_lab.training.logs import print_rank_zero
 from ldm_lab.training.sharding import FSDP2, Sharded
 
 # None whose weights, and so whose average, are halved.
@@ -100,6 +101,11 @@ class TrainerOptions:
             )  # fmt: skip
         ddp: DDPOptions = build("ddp", self.ddp)
         ddp.apply(trainer)
+        asked = str(self.options["precision"])
+        if asked.startswith("16") and not trainer.precision.startswith("16"):
+            print_rank_zero(
+                f"trainer.precision: {asked} needs a GPU, Lightning makes {trainer.precision} of it on a CPU"
+            )
         # Several processes would ask one another before every batch whether one was told to stop, and wait for the
         # device to say so; `Interrupt` asks, every few steps.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
