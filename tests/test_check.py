@@ -79,7 +79,11 @@ def test_a_check_says_that_data_would_be_drawn_and_encoded_first(here, program):
 
 def test_a_check_measures_a_held_out_loss_at_once(here):
     """Not of all images at all times, but a set-up that cannot be measured shows."""
-    held_out = {"data": {"name": "folder", "path": "images", "image_size": 64}, "every": 500, "samples": 512}
+    held_out = {
+        "data": {"name": "folder", "path": "images", "image_size": 64, "batch_size": 4},
+        "every": 500,
+        "samples": 512,
+    }
     tried = trial(load(make_run(here, images=8, held_out=held_out), []), here, 0)["held_out"]
     assert [tried.option(key) for key in ("every", "samples", "levels")] == [1, 1, 1]
 
