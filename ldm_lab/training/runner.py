@@ -14,7 +14,7 @@ from ldm_lab.checkpoints.parts import load_fitting
 from ldm_lab.config import RunConfig, to_yaml
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.data.waiting import ReadingError
-from ldm_lab.errors import told_in_one_line
+from ldm_lab.errors import UserError, told_in_one_line
 from ldm_lab.estimate import in_short, in_units
 from ldm_lab.processes import fail_together, keep_freed_memory, leave_process_group, quiet_lightning
 from ldm_lab.training.caching import training_data
@@ -50,6 +50,9 @@ def build_task(config: RunConfig) -> Task:
         print_rank_zero(f"init_from: {what}, fresh optimizer")
         for line in left:
             print_rank_zero(f"init_from: {line}")
+        if left and task.lora is not None:
+            raise UserError(f"lora: needs all of the network from init_from: {left[0]}")
+        task.add_lora(config.init_from)
     return task
 
 
