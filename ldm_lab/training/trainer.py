@@ -1,5 +1,6 @@
 """Lightning's Trainer as the config's section `trainer` describes it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -85,7 +86,7 @@ class TrainerOptions:
         precision: Precision,
         channels_last: bool,
         accumulate_grad_batches: int,
-        ddp: dict[str, Plain] | None,
+        ddp: Mapping[str, Plain] | None,
     ) -> list[str]:
         """Return what is wrong across the options."""
         wrong = [*_wrong_duration(max_time), *_wrong_strategy(strategy, str(precision), channels_last)]
