@@ -32,7 +32,7 @@ class ShardSource(ImageSource):
         self.shuffle_buffer = shuffle_buffer
         self.beside_shards: list[
             tuple[str, Path | None]
-        ] = []  # other files that samples depend on, as `files` has them
+        ] = []  # others that samples depend on, see `files`
 
     def list_shards(self) -> list[str]:
         """Return the addresses of all shards, in a fixed order. Raises UserError where there are none."""
