@@ -30,9 +30,7 @@ class ShardSource(ImageSource):
     def __init__(self, *, shuffle_buffer: NonNegativeInt = 1000, **common: Any):
         super().__init__(**common)
         self.shuffle_buffer = shuffle_buffer
-        self.beside_shards: list[
-            tuple[str, Path | None]
-        ] = []  # others that samples depend on, see `files`
+        self.beside_shards: list[tuple[str, Path | None]] = []  # others that samples depend on, see `files`
 
     def list_shards(self) -> list[str]:
         """Return the addresses of all shards, in a fixed order. Raises UserError where there are none."""
