@@ -19,6 +19,7 @@ from ldm_lab.training.caching import with_choices
 from ldm_lab.training.diffusion import DiffusionTask
 from ldm_lab.training.interrupt import Interrupt
 from ldm_lab.training.task import Task
+from ldm_lab.training.trainer import TrainerOptions
 
 
 def network() -> nn.Module:
@@ -157,3 +158,15 @@ def test_ddp_is_told_what_the_config_says():
     }  # fmt: skip
     assert strategy._ddp_comm_hook is bf16_compress_hook
     build("ddp", options).apply(SimpleNamespace(strategy=SingleDeviceStrategy()))
+
+
+def test_what_torch_s_ddp_cannot_do_is_refused():
+    """With a static graph it fails in the first step of which a batch is not sent."""
+    options = {"accumulate_grad_batches": 2, "ddp": {"static_graph": True}}
+    sections = {"task": "diffusion", "run": "x", "trainer": options}
+    with pytest.raises(UserError, match=r"trainer\.ddp\.static_graph: does not go with accumulate_grad_batches"):
+        RunConfig.from_dict(sections).check_across_keys()
+    assert not TrainerOptions.check(
+        max_time=None, strategy="ddp", precision="32-true", channels_last=False, accumulate_grad_batches=1,
+        ddp=options["ddp"],
+    )  # fmt: skip

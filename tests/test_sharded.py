@@ -55,7 +55,18 @@ class Weigh(Callback):
         Path(f"{task.run_config.run}_{trainer.global_rank}.json").write_text(json.dumps(held))
 
 
-def train(rank: int, folder: Path, yaml: Path, runs: list[list[str]], port: int) -> None:
+class Poison(Callback):
+    """Makes the second process's loss of one optimizer step not finite."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, task, batch, index):
+        if trainer.global_step + 1 == self.step and trainer.global_rank == 1:
+            batch.image = batch.image * float("nan")
+
+
+def train(rank: int, folder: Path, yaml: Path, runs: list[list[str]], port: int, poison_step: int) -> None:
     """Be one of two processes that train several runs, one after the other; what is printed goes to `said_RANK`."""
     os.chdir(folder)
     os.environ.update(LOCAL_RANK=str(rank), WORLD_SIZE="2", NODE_RANK="0", MASTER_ADDR="127.0.0.1")
@@ -64,17 +75,17 @@ def train(rank: int, folder: Path, yaml: Path, runs: list[list[str]], port: int)
     os.dup2(said, 2)
     sys.stdout, sys.stderr = (open(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))  # noqa: SIM115
     own = diffusion.DiffusionTask.callbacks
-    diffusion.DiffusionTask.callbacks = lambda task, folder: [*own(task, folder), Weigh()]
+    diffusion.DiffusionTask.callbacks = lambda task, folder: [*own(task, folder), Weigh(), Poison(poison_step)]
     for i, overrides in enumerate(runs):
         os.environ["MASTER_PORT"] = str(port + i)  # the meeting of the run before is not quite over
         assert runner.run(load(yaml, overrides)) == 0
 
 
-def train_in_two_processes(folder: Path, yaml: Path, runs: list[list[str]]) -> None:
+def train_in_two_processes(folder: Path, yaml: Path, runs: list[list[str]], poison_step: int = -1) -> None:
     """Train several runs in one pair of processes, which begin as copies of this one: torch is imported already."""
     port = random.SystemRandom().randrange(20_000, 30_000)
     context = multiprocessing.get_context("fork")
-    pair = [context.Process(target=train, args=(rank, folder, yaml, runs, port)) for rank in range(2)]
+    pair = [context.Process(target=train, args=(rank, folder, yaml, runs, port, poison_step)) for rank in range(2)]
     for process in pair:
         process.start()
     multiprocessing.connection.wait([process.sentinel for process in pair], timeout=400)
@@ -184,6 +195,23 @@ def test_a_run_changes_over_between_strategies_and_to_one_process(tmp_path, prog
     stored = read_pickled(tmp_path / "runs/shared/step=00000010.ckpt")["optimizer_states"][0]["state"]
     resumed = read_pickled(tmp_path / "runs/alone/last.ckpt")["optimizer_states"][0]["state"]
     assert {place: state["step"] + 1 for place, state in stored.items()} == {p: s["step"] for p, s in resumed.items()}
+
+
+@pytest.mark.slow
+def test_a_step_of_a_shared_network_is_left_out_or_undone_by_all_processes(tmp_path):
+    yaml = two_process_run(tmp_path, trainer={"max_steps": 6}, logging={"every": 2})
+    for policy in ("skip", "rollback"):
+        overrides = [f"guard.on_nonfinite={policy}", "guard.snapshot_every=2"]
+        train_in_two_processes(
+            tmp_path,
+            yaml,
+            [[f"run=ddp_{policy}", *overrides], [f"run=shared_{policy}", SHARDED, *overrides]],
+            poison_step=3,
+        )
+        ddp, shared = (read_pickled(tmp_path / f"runs/{name}_{policy}/last.ckpt") for name in ("ddp", "shared"))
+        assert ddp["callbacks"]["Guard"] == shared["callbacks"]["Guard"]
+        assert ddp["callbacks"]["Guard"]["skipped" if policy == "skip" else "rollbacks"] == 1
+        assert furthest(tensors(ddp["state_dict"]), tensors(shared["state_dict"])) < 1e-2
 
 
 @pytest.mark.slow
