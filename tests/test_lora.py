@@ -14,7 +14,7 @@ from torch import nn
 from ldm_lab import ema
 from ldm_lab.checkpoints.files import read_pickled, read_safetensors
 from ldm_lab.checkpoints.lora import BaseModel, Lora, WeightedLora, add_all, fingerprint, read_lora, save_lora
-from ldm_lab.config import build
+from ldm_lab.config import RunConfig, build
 from ldm_lab.errors import UserError
 from ldm_lab.sampling import ModelOptions, Pipeline, SamplingOptions, applied_loras
 from ldm_lab.sampling.loras import split_weight
@@ -48,7 +48,7 @@ def fill(network: nn.Module) -> None:
 
 
 def as_file(network: nn.Module, path, options: LoraOptions, form: dict, base: str = "") -> Lora:
-    config = {**form, "lora": {"rank": options.rank, "alpha": options.alpha}}
+    config = RunConfig.from_dict({**form, "lora": {"rank": options.rank, "alpha": options.alpha}})
     save_lora(path, additions(network.state_dict()), config, BaseModel("base", "0" * 64, base), {})
     return read_lora(path)
 
