@@ -9,6 +9,7 @@ and few steps, so that the parts themselves can be tried on a CPU.
 
 import argparse
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -18,16 +19,21 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from train_step import EMBED, Way
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a checkout that is not installed
 
 from ldm_lab.checkpoints.native import save_part
+from ldm_lab.conditions import Embedding
 from ldm_lab.config import build, load
 from ldm_lab.data.shapes import write_shards
 from ldm_lab.errors import UserError, run_program
+from ldm_lab.estimate import peak_flops, step_cost
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling import ModelOptions, Pipeline, SamplingOptions
 from ldm_lab.sampling.options import Precision
+from ldm_lab.training.compiling import compile_network
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/yfcc_cfg.yaml"
@@ -102,6 +108,75 @@ def matmul(setting: Setting) -> None:
     setting.row("copy", "bytes", f"{2 * source.numel() / seconds / 1e9:.0f} GB/s", f"{1000 * seconds:.2f} ms")
 
 
+def network_step(
+    setting: Setting, name: str, precision: str, batch_size: int, compiled: bool, channels_last: bool
+) -> None:
+    """Time the parts of a step of the U-Net alone, on latents and embeddings that are there."""
+    section = load(ROOT / CONFIG, ["data.shards=none", *(TINY if setting.tiny else [])])["denoiser"].architecture()
+    side = setting.image_size // 8
+    given = {"embed": Embedding(EMBED)}
+    with FakeTensorMode():
+        network = build("denoiser", section, 4, given)
+        x0, embed, t = torch.randn(batch_size, 4, side, side), torch.randn(batch_size, EMBED), torch.rand(batch_size)
+        objective = build("objective", {"name": "v_cosine"})
+        flops = step_cost(
+            network, lambda: objective.loss_terms(network, x0, {"embed": embed}, t, x0)["loss"].mean(), 0, batch_size
+        ).flops
+    torch.manual_seed(0)
+    network = build("denoiser", section, 4, given).to(setting.device)
+    if channels_last:
+        network.to(memory_format=torch.channels_last)
+    way = Way(network, False, argparse.Namespace(device=setting.device, precision=precision))
+    if compiled:
+        compile_network(network, "blocks")
+    x0, noise = (torch.randn(batch_size, 4, side, side, device=setting.device) for _ in range(2))
+    batch = (
+        x0,
+        torch.randn(batch_size, EMBED, device=setting.device),
+        torch.rand(batch_size, device=setting.device),
+        noise,
+    )
+    for _ in range(2):
+        way.step(batch)
+    rounds = [way.step(batch) for _ in range(2 if setting.tiny else 8)]
+    parts = [statistics.median(times) for times in zip(*rounds)]
+    seconds = sum(parts)
+    card = torch.cuda.get_device_name() if setting.device == "cuda" else "CPU"
+    most = peak_flops(card, "bf16-mixed" if precision == "bf16" else "32-true")
+    mfu = "MFU unknown" if most is None else f"MFU {flops / seconds / most:.1%}"
+    apart = ", ".join(f"{part} {1000 * each:.1f}" for part, each in zip(("forward", "backward", "AdamW", "EMA"), parts))
+    done = f"{flops / seconds / 1e12:.2f} TFLOP/s, {mfu}; ms: {apart}"
+    setting.row(
+        f"{name}, batch {batch_size}",
+        precision,
+        f"{batch_size / seconds:.1f} images/s",
+        f"{1000 * seconds:.1f} ms",
+        done,
+    )
+    if setting.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def eager(setting: Setting) -> None:
+    """Time the U-Net's step as it is written."""
+    for precision, size, last in (("fp32", 1, False), ("bf16", 1, False), ("bf16", 1, True), ("bf16", 2, False)):
+        name = "step, channels last" if last else "step"
+        network_step(setting, name, precision, size * setting.batch_size, compiled=False, channels_last=last)
+
+
+def compiled(setting: Setting) -> None:
+    """Time the U-Net's step with its blocks compiled."""
+    for size in (1, 2):
+        network_step(setting, "compiled step", "bf16", size * setting.batch_size, compiled=True, channels_last=False)
+
+
+def lora(setting: Setting) -> None:
+    """Time the training of adapters alone, on the cache."""
+    cache = f"cache.folder={setting.out / 'cache'}"
+    base = f"init_from={setting.out / 'runs' / 'cached' / 'ema.safetensors'}"
+    train(setting, "lora", cache, base, "lora.rank=4", "trainer.precision=bf16-mixed", steps(setting, 18))
+
+
 def prepare(setting: Setting) -> list[str]:
     """Write images and random weights of the frozen parts, once; return the settings that name them."""
     folder = setting.out / "prepared"
@@ -151,14 +226,14 @@ def steps(setting: Setting, full: int) -> str:
 
 def cached(setting: Setting) -> None:
     """Time the training step under Lightning on a cache, and online."""
-    cache = f"cache.folder={(setting.out / 'cache').resolve()}"
+    cache = f"cache.folder={setting.out / 'cache'}"
     train(setting, "cached", cache, "trainer.precision=bf16-mixed", steps(setting, 18))
     train(setting, "online", "trainer.precision=bf16-mixed", steps(setting, 18))
 
 
 def half_to_full(setting: Setting) -> None:
     """Train in fp16 with the loss scaler, resume in fp32."""
-    cache = f"cache.folder={(setting.out / 'cache').resolve()}"
+    cache = f"cache.folder={setting.out / 'cache'}"
     half = "16-mixed" if setting.device == "cuda" else "bf16-mixed"
     few = 3 if setting.tiny else 18
     train(setting, "fp16 then fp32", cache, f"trainer.precision={half}", f"trainer.max_steps={few}")
@@ -211,8 +286,8 @@ def quickstart(setting: Setting) -> None:
 
 
 PARTS = {
-    "matmul": matmul, "cached": cached, "fp16": half_to_full, "encoders": encoders,
-    "sampling": sampling, "quickstart": quickstart,
+    "matmul": matmul, "eager": eager, "compiled": compiled, "cached": cached, "fp16": half_to_full,
+    "encoders": encoders, "lora": lora, "sampling": sampling, "quickstart": quickstart,
 }  # fmt: skip
 
 

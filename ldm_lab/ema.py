@@ -50,9 +50,15 @@ class EMASchedule:
         return [d for start, d in zip(self.from_step, self.decay) if step >= start][-1]
 
 
-def averaged_copy(model: nn.Module) -> nn.Module:
-    """Return a frozen copy of a model, to be kept as its average."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
+def averaged_copy(model: nn.Module, share_frozen: bool = False) -> nn.Module:
+    """Return a frozen copy of a model, to be kept as its average.
+
+    Args:
+        model: the model.
+        share_frozen: let the copy have the model's own frozen parameters, which take no memory a second time.
+    """
+    shared = {id(p): p for p in model.parameters() if share_frozen and not p.requires_grad}
+    return copy.deepcopy(model, shared).eval().requires_grad_(False)
 
 
 class Pairs:
@@ -70,7 +76,8 @@ class Pairs:
         # Of what several processes share, each one's own.
         self.moved = [local(mine) for mine, its in pairs if its.requires_grad]
         self.toward = [local(its.detach()) for _, its in pairs if its.requires_grad]
-        self.copied = [(local(mine), local(its.detach())) for mine, its in pairs if not its.requires_grad]
+        apart = [(mine, its) for mine, its in pairs if not its.requires_grad and mine is not its]
+        self.copied = [(local(mine), local(its.detach())) for mine, its in apart]
 
     @torch.no_grad()
     def update(self, decay: float, left_out: torch.Tensor | None = None) -> None:

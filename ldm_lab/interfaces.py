@@ -287,6 +287,12 @@ class Denoiser(Part, nn.Module):
         """
         return state
 
+    def outer_layers(self) -> list[str]:
+        """Return the names of the layers that read x and write the output, which LoRA leaves: first and last made."""
+        convs = [name for name, module in self.named_modules() if isinstance(module, nn.Conv1d | nn.Conv2d)]
+        layers = [name for name, module in self.named_modules() if name in convs or isinstance(module, nn.Linear)]
+        return [*(convs or layers)[:1], *layers[-1:]]
+
     def forward(self, x: Tensor, time: Tensor, **conditions: Tensor) -> Tensor:
         """Return [B, C, h, w], or [B, 2C, h, w] with a learned variance, for x [B, C, h, w] and time [B].
 

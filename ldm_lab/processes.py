@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from pytorch_lightning import Trainer
 from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from pytorch_lightning.strategies.launchers.launcher import _Launcher
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm_lab.errors import UserError, first_line
@@ -65,12 +65,11 @@ def leave_process_group() -> None:
 
 
 @contextmanager
-def fail_together(trainer: Trainer) -> Iterator[None]:
-    """Kill the processes that a Trainer has started when this one fails: they would wait for it for half an hour."""
+def fail_together(launcher: _Launcher | None) -> Iterator[None]:
+    """Kill the processes that a launcher has started when this one fails: they would wait for it for half an hour."""
     try:
         yield
     except BaseException:
-        launcher = trainer.strategy.launcher
         if isinstance(launcher, _MultiProcessingLauncher | _SubprocessScriptLauncher):
             launcher.kill(signal.SIGKILL)
         raise

@@ -12,7 +12,7 @@ from ldm_lab.commands import sample
 from ldm_lab.commands._arguments import Parser
 from ldm_lab.errors import UserError
 
-REPEATED = {"imports", "head", "upsampler"}  # flags of which several are meant
+REPEATED = {"lora", "imports", "head", "upsampler"}  # flags of which several are meant
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:

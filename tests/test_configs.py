@@ -19,8 +19,13 @@ RECIPES = sorted(CONFIGS.glob("*.yaml"))
 
 def load_filled(path: Path) -> RunConfig:
     """Load a recipe with something in the places that its users have to fill."""
-    missing = OmegaConf.missing_keys(OmegaConf.load(path))
-    return load(path, [f"{key}=somewhere" for key in missing])
+    missing, files = set(), [path]
+    for file in files:  # which grows by what each is an addition to
+        content = OmegaConf.load(file)
+        missing |= OmegaConf.missing_keys(content)
+        below = content.get("defaults") or []
+        files += [file.parent / name for name in ([below] if isinstance(below, str) else below)]
+    return load(path, [f"{key}=somewhere" for key in sorted(missing)])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)

@@ -124,3 +124,11 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         save_png(tmp_path / "file" / "b.png", colors(1)[0])
+
+
+def test_the_level_of_compression_changes_the_size_and_no_pixel(tmp_path):
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (40, 1, 3)).astype(np.uint8).repeat(90, 1))
+    for level in (0, 6):
+        save_png(tmp_path / f"{level}.png", image, {"a": "b"}, level=level)
+    assert (tmp_path / "0.png").stat().st_size > 5 * (tmp_path / "6.png").stat().st_size
+    assert Image.open(tmp_path / "0.png").tobytes() == Image.open(tmp_path / "6.png").tobytes() == image.tobytes()

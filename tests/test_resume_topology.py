@@ -1,5 +1,6 @@
 """Going on with another number of processes, loader processes or another batch size: every sample once an epoch."""
 
+import json
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -7,14 +8,17 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from data_sets import keys, module, take, write_cache, write_files, write_shards
+from data_sets import encoded, keys, module, take, write_cache, write_files, write_shards
+from tiny import make_run, run_program
 
+from ldm_lab.checkpoints.files import read_pickled
 from ldm_lab.data.loader import walk
 from ldm_lab.data.order import TABLE, Order
 from ldm_lab.data.rank_state import RankState
 from ldm_lab.data.samples import FilteredOut, Judged, SkippedSample
 from ldm_lab.data.shares import EPOCHS_APART, Stretch, deal, stretches, untouched
 from ldm_lab.data.source import Source
+from ldm_lab.data.tar import write_shard
 from ldm_lab.errors import UserError
 
 COUNT = 90
@@ -168,12 +172,6 @@ def test_what_has_changed_is_said_once(sections, capsys):
 
 def test_skipped_samples_are_neither_read_twice_nor_forgotten(tmp_path):
     """Broken images, a broken shard, and samples that a rule leaves out: all are counted once over the whole epoch."""
-    import json
-
-    from data_sets import encoded
-
-    from ldm_lab.data.tar import write_shard
-
     for shard in range(8):
         names = range(shard * 6, shard * 6 + 6)
         write_shard(
@@ -384,3 +382,54 @@ def test_a_damaged_position_is_told(sections, change):
 def test_no_position_at_all_is_told(sections, states):
     with pytest.raises(UserError, match="the position in the data is damaged"):
         module(sections["folder"]).load_rank_states(states, 0)
+
+
+SPY = """
+import json, os, sys
+from pytorch_lightning import Callback
+from ldm_lab.config import load
+from ldm_lab.errors import run_program
+from ldm_lab.training import diffusion, runner
+
+class Spy(Callback):
+    keys = []
+    def on_train_batch_end(self, trainer, task, outputs, batch, index):
+        self.keys += batch.key
+    def on_train_end(self, trainer, task):
+        with open(f"{os.environ['PART']}_{trainer.global_rank}.json", "w") as file:
+            json.dump(self.keys, file)
+
+own = diffusion.DiffusionTask.callbacks
+diffusion.DiffusionTask.callbacks = lambda task, folder: [*own(task, folder), Spy()]
+run_program(lambda: runner.run(load(sys.argv[1], sys.argv[2:])))
+"""
+
+
+@pytest.mark.slow
+def test_every_sample_comes_once_with_other_processes(tmp_path):
+    """Two processes, three, then one with two loader processes, stopped in mid-epoch each time: whole trainings."""
+    write_files(tmp_path / "images", 108)
+    yaml = make_run(tmp_path, checkpoint={"every": 100})
+    folder = ["data.name=folder", f"data.path={tmp_path}/images"]
+    (tmp_path / "spy.py").write_text(SPY)
+    trained: list[str] = []
+    parts = [
+        (2, 4, ["data.batch_size=4"]),
+        (3, 8, ["data.batch_size=6"]),
+        (1, 10, ["data.batch_size=2", "data.workers=2"]),
+    ]
+    for number, (processes, until, options) in enumerate(parts):
+        options = [
+            *folder,
+            *options,
+            f"trainer.devices={processes}",
+            f"trainer.max_steps={until}",
+            "resume.checkpoint=last",
+        ]
+        ran = run_program("spy.py", yaml, *options, "trainer.strategy=ddp", cwd=tmp_path, timeout=400, PART=str(number))
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        for rank in range(processes):
+            trained += json.loads((tmp_path / f"{number}_{rank}.json").read_text())
+    assert len(trained) == len(set(trained)) == 4 * 8 + 4 * 18 + 2 * 2 == 108
+    state = read_pickled(tmp_path / "runs/tiny/last.ckpt")["ldm_lab"]
+    assert state["samples_seen"] == 108

@@ -174,7 +174,7 @@ class RunCheckpoint(Importer):
 
     kind = "run"
     title = "a checkpoint of a run of ldm_lab's"
-    precedence = 2
+    precedence = 4  # of LoRA, its tensors are named as those of other programs
     holds_model = True
     has_average = True
 
@@ -197,6 +197,11 @@ class RunCheckpoint(Importer):
     def read_model(self, file: OpenedFile, ema: bool, overrides: Section) -> LoadedModel:
         """Return the trained network with its config; of a task that trains a part, that part's weights."""
         whole, tensors = self._whole_config(file), file.read()
+        if whole.get("lora"):
+            raise UserError(
+                f"{file.path}: a checkpoint of a run of LoRA, without its base model; lora.safetensors beside it is "
+                "what sample.py --checkpoint BASE --lora takes"
+            )
         averaged = ema and any(name.startswith(AVERAGED) for name in tensors)
         extra = {"step": str(file.extra.get("global_step")), **self._frozen(file)}
         data = whole.get("data")

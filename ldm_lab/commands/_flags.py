@@ -81,6 +81,14 @@ def add_flags(group: argparse._ArgumentGroup, options: Mapping[str, Option], pre
             group.add_argument(flag, dest=dest, action=on_off, default=SUPPRESS, help=meaning)
             continue
         values = [kind for kind in kinds if kind is not type(None)]
+        if len(values) == 1 and get_origin(values[0]) is list:
+            (item,) = get_args(values[0])
+            kind = partial(read_value, item)
+            group.add_argument(
+                flag, dest=dest, action="append", type=kind, metavar=_metavar(list(_kinds(item))), default=SUPPRESS,
+                help=meaning,
+            )  # fmt: skip
+            continue
         items = get_args(values[0]) if len(values) == 1 and get_origin(values[0]) is tuple else ()
         group.add_argument(
             flag,

@@ -61,7 +61,7 @@ class Repeat:
 
     def tell_differences(self, settings: "Entry") -> None:
         """Say whether models are others than the picture's, or another kind of device makes it."""
-        for key in ("checkpoint", "upsampler"):
+        for key in ("checkpoint", "lora", "upsampler"):
             then = [record.sha256 for record in self.recorded.files.get(key, [])]
             now = settings.get(f"{key}_sha256")
             if self.recorded.is_ours and then != (now if isinstance(now, list) else [now] if now else []):
@@ -154,6 +154,10 @@ def _fill_files(args: argparse.Namespace, repeat: Repeat) -> None:
             if not given:
                 found = [_found(repeat, key, record) for record in records]
                 setattr(args, key, str(found[0]) if key == "checkpoint" else list(map(str, found)))
+        elif key == "lora":
+            if given is None:
+                paired = zip(records, repeat.recorded.lora_weights, strict=True)
+                args.lora = [f"{_found(repeat, key, record)}:{weight!r}" for record, weight in paired]
         elif given is None:
             found = [_found(repeat, key, record) for record in records]
             setattr(args, key, tuple(map(str, found)) if key == "noised_clip" else str(found[0]))

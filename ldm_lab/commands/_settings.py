@@ -29,6 +29,8 @@ def described(args: argparse.Namespace, options: SamplingOptions, base: "Request
     """
     settings = Entry(_of_sampler(base))
     settings["guidance"] = base.guidance
+    from ldm_lab.sampling.loras import split_weight
+
     words = dict(args._get_kwargs())
     others = {**options.given(), "strength": base.options.strength}
     others |= {key: value for key, value in words.items() if key.startswith(UPSAMPLER) or key in OF_LOADING}
@@ -39,6 +41,9 @@ def described(args: argparse.Namespace, options: SamplingOptions, base: "Request
     if words.get("noised_clip") is not None:
         settings |= _named("noised_clip", list(map(FileRecord.of, words["noised_clip"])))
     settings |= _named("checkpoint", [_model_record(args.checkpoint)])
+    if loras := [(file, weight) for file, weight in map(split_weight, words.get("lora") or ()) if weight]:
+        settings |= _named("lora", [_lora_record(file) for file, _ in loras])
+        settings["lora_weight"] = [weight for _, weight in loras]
     if args.upsampler:
         settings |= _named("upsampler", list(map(_model_record, args.upsampler)))
     settings["device"] = device
@@ -68,6 +73,13 @@ def _model_record(name: str) -> FileRecord:
     from ldm_lab.sampling.loading import locate_model
 
     return FileRecord(model_name(name), sha256(locate_model(name)))
+
+
+def _lora_record(name: str) -> FileRecord:
+    from ldm_lab.checkpoints.importer import find_weights
+    from ldm_lab.io.atomic import sha256
+
+    return FileRecord(model_name(name), sha256(find_weights(name, "lora")))
 
 
 def prompt_entry(prompt: "Prompt", request: "Request") -> Entry:

@@ -6,6 +6,7 @@
     python -m ldm_lab convert runs/mine/last.ckpt mine.safetensors --half
     python -m ldm_lab convert dogGLIDE.pt dogs.safetensors preset=dogglide
     python -m ldm_lab convert other.pt other.safetensors head_width=32 norm_groups=16 timesteps=500 betas=linear
+    python -m ldm_lab convert base.safetensors merged.safetensors --lora runs/style/lora.safetensors:0.8
     python -m ldm_lab convert runs/mine/autoencoder.safetensors mine_vae --format diffusers
 
 Takes whatever `python -m ldm_lab inspect` knows. The result is what `weights:` (a part), `sample.py --checkpoint` or
@@ -15,6 +16,7 @@ checkpoint the averaged weights are taken.
 
 import argparse
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from ldm_lab.checkpoints.formats import diffusers_vae
 from ldm_lab.checkpoints.importer import DetectedFile, Section, config_problems, detect_format
+from ldm_lab.checkpoints.lora import MERGED, WeightedLora, add_all
 from ldm_lab.checkpoints.native import LATENT_STATISTICS, NOT_FACTS, listed, part_config, save_model, save_part
 from ldm_lab.checkpoints.parts import check_strictly, load_module, load_strictly
 from ldm_lab.commands._arguments import add_imports_argument
@@ -30,6 +33,9 @@ from ldm_lab.config import build, part_class, signature_options
 from ldm_lab.config.overrides import values
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Autoencoder
+from ldm_lab.io.atomic import sha256
+from ldm_lab.sampling.loras import read_loras
+from ldm_lab.sampling.names import model_name
 
 ROLES = ("autoencoder", "conditioner")
 
@@ -60,6 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--raw", action="store_true", help="of a training checkpoint, the weights as trained instead of their average")
     add("--part", choices=ROLES, help="of a training checkpoint of cloob-latent-diffusion, a frozen part inside it")
     add("--scale", type=float, metavar="X", help="latent scale of an autoencoder: what raw latents are divided by")
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:X]",
+        help="merge a LoRA into the model; may be given again",
+    )
     add("--force", action="store_true", help="replace OUT if it is there")
     add("overrides", nargs="*", metavar="key=value", help="what the file does not say, such as image_heads=12")
 
@@ -72,6 +85,8 @@ def run(args: argparse.Namespace) -> None:
     _check_source(args, found)
     dtype = torch.float16 if args.half else torch.float32
     part = _part(args, found)
+    if part is not None and args.lora:
+        raise UserError(f"--lora: is merged into models, {args.source} has the {part.module.part_role} alone")
     if part is not None:
         _write_part(args, found, part, out, dtype)
         return
@@ -188,8 +203,22 @@ def _write_model(args: argparse.Namespace, found: DetectedFile, out: Path, dtype
         with torch.device("meta"):
             network = build("denoiser", config["denoiser"], *shape)
         check_strictly(network.state_dict(), state, found.path)
+    if loras := read_loras(args.lora):
+        state, extra = _merged(loras, state, config, extra)
     save_model(out, _in(dtype, state), config, extra)
     return sum(value.numel() for value in state.values())
+
+
+def _merged(
+    loras: list[WeightedLora], state: dict[str, Tensor], config: Section, facts: dict[str, str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return weights in float32 with LoRAs added, and the facts with their names. Raises UserError."""
+    state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    names = {role: config[role]["name"] for role in ("denoiser", "objective")}
+    for line in add_all(state, loras, names):
+        print(f"lora: {line}", file=sys.stderr)
+    told = [f"{model_name(lora.path)}:{weight:g} (sha256 {sha256(lora.path)})" for lora, weight in loras]
+    return state, {**facts, MERGED: "; ".join([*filter(None, [facts.get(MERGED)]), *told])}
 
 
 def _in(dtype: torch.dtype, state: dict[str, Tensor]) -> dict[str, Tensor]:

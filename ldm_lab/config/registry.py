@@ -72,6 +72,7 @@ ROLES = {
     "optim": Role("ldm_lab.training.optim"),
     "ema": Role("ldm_lab.ema"),
     "ema_snapshots": Role("ldm_lab.training.ema_snapshots"),
+    "lora": Role("ldm_lab.training.lora"),
     "held_out": Role("ldm_lab.training.held_out"),
     "checkpoint": Role("ldm_lab.training.checkpointing"),
     "demo": Role("ldm_lab.training.demo"),

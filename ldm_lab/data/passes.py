@@ -77,7 +77,7 @@ def run_pass(job: Job[Raw, One, Many, Made], items: Sequence[WorkItem[Raw]], opt
         for line in job.describe(items):
             print_line(f"data: {as_utf8(line)}")
     report = None
-    with fail_together(trainer):
+    with fail_together(trainer.strategy.launcher):
         try:
             trainer.predict(_Pass(job, items, options), return_predictions=False)
         except SystemExit:  # Lightning's, in place of Ctrl-C

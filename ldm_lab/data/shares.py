@@ -125,13 +125,15 @@ def untouched(tails: list[Stretch], count: int) -> int:
 def _even_runs(parts: list[Stretch], readers: int) -> list[list[Stretch]]:
     """Return the places of the parts, one part after the other, in `readers` runs of about the same length."""
     total = sum(len(part.places) for part in parts)
-    runs: list[list[Stretch]] = []
-    for reader in range(readers):
-        run, at = [], 0
-        begin, end = reader * total // readers, (reader + 1) * total // readers
-        for part in parts:
-            mine = part.places[max(begin - at, 0) : max(end - at, 0)]
-            run += [part.over(mine)] if mine else []
-            at += len(part.places)
-        runs.append(run)
+    ends = [(reader + 1) * total // readers for reader in range(readers)]
+    runs: list[list[Stretch]] = [[] for _ in range(readers)]
+    reader = at = 0
+    for part in parts:
+        places = part.places
+        while places:
+            while at == ends[reader]:
+                reader += 1
+            mine, places = places[: ends[reader] - at], places[ends[reader] - at :]
+            runs[reader].append(part.over(mine))
+            at += len(mine)
     return runs

@@ -94,6 +94,12 @@ class CCLDUNet(Denoiser):
                 ]
         return []
 
+    def outer_layers(self) -> list[str]:
+        """Return what reads x and the time's features beside it, and what writes the output: skip connections, too."""
+        first, last = "net.0", f"net.{len(self.net) - 1}"
+        ends = [name for name, _ in self.named_modules() if name.startswith(f"{last}.main.")][-1:]
+        return [f"{first}.main.0", f"{first}.skip", *ends, f"{last}.skip"]
+
     def conditioning(self, t: Tensor, embed: Tensor) -> Tensor:
         """Return the vector that modulates every block, [B, mapping_width], for t [B] and embed [B, D].
 
@@ -174,8 +180,9 @@ class CondSequential(nn.Sequential):
         """Return the result, [B, c_out, h, w], for x [B, c_in, h, w] and cond [B, mapping_width]."""
         for module in self:
             if isinstance(module, ConvBlock | SelfAttention) and self.checkpointing and torch.is_grad_enabled():
-                # Nothing in a block is random, so there is no generator state to keep.
-                x = checkpoint(module, x, cond, use_reentrant=False, preserve_rng_state=False)  # [B, c, h, w]
+                # Nothing in a block is random, but for LoRA's dropout: else there is no generator state to keep.
+                is_random = any(isinstance(inner, nn.Dropout) for inner in module.modules())
+                x = checkpoint(module, x, cond, use_reentrant=False, preserve_rng_state=is_random)  # [B, c, h, w]
             elif isinstance(module, ConvBlock | SelfAttention | WithInput):
                 x = module(x, cond)  # [B, c, h, w]
             else:

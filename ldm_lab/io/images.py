@@ -287,7 +287,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     return lines
 
 
-def save_png(path: str | Path, image: Image.Image, text: dict[str, str] | None = None) -> None:
+def save_png(path: str | Path, image: Image.Image, text: dict[str, str] | None = None, level: int = 6) -> None:
     """Write a PNG with text metadata, atomically.
 
     Args:
@@ -295,6 +295,7 @@ def save_png(path: str | Path, image: Image.Image, text: dict[str, str] | None =
         image: the picture.
         text: keyword -> text, shown by image viewers and `PIL.Image.open(path).text`. Latin-1 goes into tEXt chunks,
             other text as UTF-8 into iTXt.
+        level: of compression, 0 to 9; 3 takes a third of the time of 6, and a seventh more room.
 
     Raises:
         UserError: the folder cannot be written to, or is full.
@@ -303,4 +304,4 @@ def save_png(path: str | Path, image: Image.Image, text: dict[str, str] | None =
     for keyword, value in (text or {}).items():
         info.add_text(keyword, value)
     with atomic_write(path) as file:
-        image.save(file, "PNG", pnginfo=info)
+        image.save(file, "PNG", pnginfo=info, compress_level=level)

@@ -14,6 +14,7 @@ Three values come first, and everything else is a function of them:
 `request`         what is asked, checked against the model before any work
 `pipeline`        from prompts to pictures, in numbered steps
 `image_to_image`  images to begin with: img2img, inpainting
+`loras`           LoRAs in a model's weights, added and taken out again
 `stages`          models in a row: a base model and upsamplers
 `interpolation`   from one prompt to the next
 `rerank`          the best of several pictures
@@ -33,13 +34,14 @@ if TYPE_CHECKING:
     from ldm_lab.sampling.aesthetic import Aesthetic, RatingEmbeddings
     from ldm_lab.sampling.decode import Sample
     from ldm_lab.sampling.interpolation import interpolate
+    from ldm_lab.sampling.loras import applied_loras
     from ldm_lab.sampling.model import Model
     from ldm_lab.sampling.pipeline import Pipeline
     from ldm_lab.sampling.stages import Stage, Stages
 
 __all__ = [
     "Aesthetic", "Model", "ModelOptions", "Pipeline", "RatingEmbeddings", "Sample", "SamplingOptions", "Stage",
-    "Stages", "interpolate",
+    "Stages", "applied_loras", "interpolate",
 ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ldm_lab.checkpoints.formats import noised_clip
 from ldm_lab.checkpoints.importer import Section
+from ldm_lab.checkpoints.lora import FILE as LORA_FILE
 from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.parts import has_weights, load_part, load_strictly, weights_sha256
 from ldm_lab.condition_sources import build_sources, given_conditions
@@ -15,8 +16,9 @@ from ldm_lab.conditions import ConditionSpec
 from ldm_lab.config import build
 from ldm_lab.devices import pick_device
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Denoiser, check_conditions
+from ldm_lab.interfaces import Denoiser, Objective, check_conditions
 from ldm_lab.pretrained.resolve import check_untrusted, resolve_weights
+from ldm_lab.sampling.loras import add_loras, read_loras
 from ldm_lab.sampling.model import Model
 from ldm_lab.sampling.options import ModelOptions
 
@@ -52,6 +54,8 @@ def load_model(path: str | Path, options: ModelOptions) -> Model:
     sources = build_sources(sections)
     given = given_conditions(conditioner, sources)
     denoiser = _load_denoiser(config, state, path, autoencoder.channels, given)
+    objective: Objective = build("objective", config["objective"])
+    add_loras(denoiser, objective, read_loras(options.lora))
     guide_model = None
     if options.guide_model is not None:
         if (guide_path := locate_model(options.guide_model)).samefile(path):
@@ -71,7 +75,7 @@ def load_model(path: str | Path, options: ModelOptions) -> Model:
     side = extra.get("image_size", "")
     return Model(
         denoiser=denoiser,
-        objective=build("objective", config["objective"]),
+        objective=objective,
         autoencoder=autoencoder,
         conditioner=conditioner,
         condition_sources=sources,
@@ -91,6 +95,8 @@ def locate_model(path: str | Path) -> Path:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return resolve_weights(path, "checkpoint")
+    if not (folder / MODEL_FILE).is_file() and (folder / LORA_FILE).is_file():
+        raise UserError(f"{path}: a run of LoRA, which is added to its base model: --checkpoint BASE --lora {path}")
     if not (folder / MODEL_FILE).is_file():
         raise UserError(f"{path}: a folder without {MODEL_FILE}, which a run writes when it saves")
     return folder / MODEL_FILE

@@ -11,7 +11,7 @@ from ldm_lab.pretrained.catalogue import catalogue
 from ldm_lab.pretrained.resolve import HUB
 
 RUN_CONFIG = "config.yaml"  # in the folder of a run
-MODELS_OF_RUNS = re.compile(r"ema\.safetensors|last\.ckpt|step=.*\.ckpt")
+MODELS_OF_RUNS = re.compile(r"(ema|lora)\.safetensors|last\.ckpt|step=.*\.ckpt")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class FileRecord:
         """Return the files of this name in some folders; of a run its weights."""
         name = last_part(self.name)
         paths = [folder / name for folder in folders] if name.strip(".") else []
-        found = [file for path in paths for file in (path, path / "ema.safetensors", path / "last.ckpt")]
+        of_run = ("ema.safetensors", "lora.safetensors", "last.ckpt")
+        found = [file for path in paths for file in (path, *(path / its for its in of_run))]
         return [file for file in found if file.is_file()]
 
 

@@ -11,6 +11,7 @@ from ldm_lab.errors import UserError
 from ldm_lab.pretrained.catalogue import catalogue
 from ldm_lab.pretrained.resolve import HUB, announce, offline, to_download
 from ldm_lab.sampling.loading import beside, locate_model
+from ldm_lab.sampling.loras import split_weight
 from ldm_lab.sampling.options import ModelOptions, SamplingOptions
 
 
@@ -57,6 +58,7 @@ def announce_models(
         *(("upsampler", file) for file in upsamplers),
     ]
     named += [("autoencoder", loading.autoencoder), ("conditioner", loading.conditioner)]
+    named += [("lora", split_weight(written)[0]) for written in loading.lora]
     named += [("guide_model", loading.guide_model), *(("noised_clip", file) for file in loading.noised_clip or ())]
     problems: list[str] = []
     found: list[Download] = []
@@ -72,7 +74,7 @@ def announce_models(
 
 def _file_downloads(file: str | Path, key: str, loading: ModelOptions) -> list[Download]:
     """Return what has to be downloaded for a file, and if it is a model for its parts, as far as that is known."""
-    is_run = Path(file).expanduser().is_dir() and key in ("checkpoint", "upsampler", "guide_model")
+    is_run = Path(file).expanduser().is_dir() and key in ("checkpoint", "upsampler", "guide_model", "lora")
     if not is_run and (missing := to_download(file, key)):
         return [missing]
     if key not in ("checkpoint", "upsampler"):

@@ -203,6 +203,8 @@ class ModelOptions:
         precision: of the denoiser's arithmetic, in the trainer's words
         compile: compile the denoiser: slow to start, faster for many pictures
         offload: keep each part in main memory while it does not work
+        lora: a LoRA of the model's, as FILE or FILE:0.8 with the strength after the last colon (default: 1); may be
+            given again
         guide_model: autoguidance: a worse checkpoint, such as an earlier one, to guide away from instead of no prompt
         autoencoder: its weights file, if not where the checkpoint says
         conditioner: its weights file, if not where the checkpoint says
@@ -214,6 +216,7 @@ class ModelOptions:
     precision: Precision = "32-true"
     compile: bool = False
     offload: bool = False
+    lora: list[str | Path] = ()  # type: ignore[assignment]  # a default that nothing changes
     guide_model: str | Path | None = None
     autoencoder: str | Path | None = None
     conditioner: str | Path | None = None

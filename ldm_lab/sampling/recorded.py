@@ -32,9 +32,21 @@ SETTINGS = "ldm_lab"  # keyword of the settings in a picture
 LARGEST_FILE = 2**28  # bytes
 LARGEST_SIDE, MOST_STEPS, MOST_PROMPTS, LARGEST_BATCH = 16_384, 10_000, 100, 4096
 LONGEST_PROMPT = 5000  # characters; a text encoder reads some hundred
-FILE_LISTS = (*IMAGE_FILES, *MODEL_FILES, "noised_clip", "checkpoint", "upsampler")
+FILE_LISTS = (*IMAGE_FILES, *MODEL_FILES, "noised_clip", "checkpoint", "lora", "upsampler")
 # What an entry tells that is no setting: results, and what is taken otherwise.
-TOLD = ("file", "prompts", "similarity", "rerank", "width", "height", "base", "stages", "batch", "device")
+TOLD = (
+    "file",
+    "prompts",
+    "similarity",
+    "rerank",
+    "width",
+    "height",
+    "base",
+    "stages",
+    "batch",
+    "device",
+    "lora_weight",
+)
 SIZE = re.compile(r"(\d{1,5})\s*x\s*(\d{1,5})")
 
 
@@ -76,6 +88,7 @@ class Recorded:
         prompts: that were mixed.
         values: options by the names of their flags.
         files: of those options that name files, and of the models.
+        lora_weights: how strongly each of the files under "lora" was added.
         batch: the picture's place in its batch, and how many were in it.
         device: the kind of device that has made it; None if that is not told.
         left_out: what is told and not taken.
@@ -85,6 +98,7 @@ class Recorded:
     prompts: list[RecordedPrompt]
     values: Taken
     files: dict[str, list[FileRecord]] = field(default_factory=dict)
+    lora_weights: list[float] = field(default_factory=list)
     batch: tuple[int, int] = (0, 1)
     device: str | None = None
     left_out: list[str] = field(default_factory=list)
@@ -152,6 +166,7 @@ def _own(entry: Entry) -> Recorded:
         prompts=_prompts(entry),
         values=values,
         files={key: _files(entry, key) for key in FILE_LISTS if key in entry},
+        lora_weights=_lora_weights(entry),
         batch=_batch(entry),
         device=device[:20] if isinstance(device := entry.get("device"), str) else None,
         left_out=left_out,
@@ -219,6 +234,15 @@ def _files(entry: Entry, key: str) -> list[FileRecord]:
             raise UserError(f"{key}: the name of a file is needed")
         records.append(FileRecord(name, checksum if isinstance(checksum, str) else None))
     return records
+
+
+def _lora_weights(entry: Entry) -> list[float]:
+    """Return how strongly each LoRA was added."""
+    weights, files = entry.get("lora_weight", []), entry.get("lora", [])
+    count = len(files) if isinstance(files, list) else 1
+    if not isinstance(weights, list) or len(weights) != count:
+        raise UserError(f"lora_weight: {count} numbers are needed, one for each LoRA")
+    return [_finite(Entry(weight=weight), "weight") for weight in weights]
 
 
 def _size(entry: Entry) -> str:

@@ -109,7 +109,10 @@ def drawn_elsewhere(config: RunConfig, source: Source, scratch: Path) -> RunConf
 
 def step(trainer: Trainer, task: Task, data: DataModule, resume: Resume, cost: RunCost) -> None:
     """Make the step. Raises UserError: memory ran out; what the parts raise."""
-    with fail_together(trainer), told_in_one_line(lambda: training_now(trainer, cost), less_memory(task)):
+    with (
+        fail_together(trainer.strategy.launcher),
+        told_in_one_line(lambda: training_now(trainer, cost), less_memory(task)),
+    ):
         trainer.fit(task, datamodule=data, ckpt_path=resume.path, weights_only=True)
 
 

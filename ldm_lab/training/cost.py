@@ -64,6 +64,7 @@ def config_cost(config: RunConfig) -> StepCost:
     """Return what a training step of a config costs. No file is read: frozen parts count as their sections say."""
     with torch.device("meta"):
         task = config.task_class()(config, read_weights=False)
+        task.insert_lora()
     return task_cost(task, config["data"].option("image_size"))
 
 
@@ -102,7 +103,10 @@ def average_bytes(task: Task) -> int:
     """Return what the averages of a task's weights take: the one that is sampled, and those that snapshots are of."""
     snapshots = task.run_config.get("ema_snapshots")
     widths = snapshots.option("widths") if snapshots is not None else ()
-    return module_bytes(task.model_ema) + len(widths) * module_bytes(task.model)
+    own = {id(parameter) for parameter in task.model.parameters()}
+    averaged = task.model_ema.parameters() if task.model_ema is not None else ()
+    shared = sum(parameter.nbytes for parameter in averaged if id(parameter) in own)  # of LoRA the base model's
+    return module_bytes(task.model_ema) - shared + len(widths) * module_bytes(task.model)
 
 
 def fake_copy(task: Task, double: bool = False) -> Task:

@@ -81,7 +81,8 @@ class Demo(Callback):
         drawn = [shares[i % trainer.world_size][i // trainer.world_size] for i in range(len(self.prompts))]
         picture = grid(drawn, columns=self.columns, captions=self.prompts)
         path = self.folder / "demo" / f"step={trainer.global_step:08d}.png"
-        save_png(path, picture, {"step": str(trainer.global_step), "prompts": "\n".join(self.prompts)})
+        facts = {"step": str(trainer.global_step), "prompts": "\n".join(self.prompts)}
+        save_png(path, picture, facts, level=3)  # the training waits for it
         log_images(trainer, "demo/grid", [picture], ["\n".join(self.prompts)])
         log_images(trainer, "demo/images", drawn, self.prompts)
 

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from ldm_lab.checkpoints.files import FORMAT
 from ldm_lab.checkpoints.importer import Section
+from ldm_lab.checkpoints.lora import FILE as LORA_FILE
+from ldm_lab.checkpoints.lora import save_lora
 from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.native import save_model
 from ldm_lab.checkpoints.parts import encoding, load_part
@@ -39,6 +41,7 @@ from ldm_lab.training.initial import (
     source_conditions,
 )
 from ldm_lab.training.logs import print_rank_zero
+from ldm_lab.training.lora import additions
 from ldm_lab.training.run_state import Checkpoint
 from ldm_lab.training.sharding import Sharded
 from ldm_lab.training.task import Task
@@ -53,7 +56,7 @@ class DiffusionTask(Task):
 
     ROLES = (
         *("autoencoder", "conditioner", "condition_sources", "denoiser", "objective"),
-        *("cache", "demo", "enlargements", "inpaintings", "ema_snapshots", "held_out"),
+        *("cache", "demo", "enlargements", "inpaintings", "ema_snapshots", "held_out", "lora"),
     )
     REQUIRED = ("data", "autoencoder", "conditioner", "denoiser", "objective")
     NETWORK = ("denoiser", "objective")
@@ -216,6 +219,8 @@ class DiffusionTask(Task):
         for line in differences(path, loaded, self.run_config, self.autoencoder):
             print_rank_zero(f"init_from: {line}")
         state, line = fitted(path, self.model, state, given)
+        if line and self.lora is not None:
+            raise UserError(f"lora: needs all of the network from init_from: {line}")
         if line:
             print_rank_zero(f"init_from: {line}")
         return state, f"weights of {path} (step {extra.get('step', 'unknown')})"
@@ -229,6 +234,8 @@ class DiffusionTask(Task):
             raise UserError("enlargements: are an upsampler's; `demo` draws what a base model makes")
         if sections["inpaintings"] is not None and "inpaint" not in self.sources:
             raise UserError("inpaintings: are an inpainting model's, which condition_sources.inpaint makes")
+        if sections["ema_snapshots"] is not None and self.lora is not None:
+            raise UserError("ema_snapshots: are of a whole network, and with a section lora none is trained")
         return [section.build(folder) for section in sections.values() if section is not None]
 
     # ------------------------------------------------------------------------------------------------ what it leaves
@@ -238,15 +245,23 @@ class DiffusionTask(Task):
         checkpoint[FORMAT]["model"] = self.model_config().to_dict()
 
     def export(self, folder: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
-        """Write `ema.safetensors`: the averaged denoiser with the config that rebuilds it."""
-        self.write_model(folder / "ema.safetensors", weights, dtype, {})
+        """Write `ema.safetensors`: the averaged denoiser with the config that rebuilds it; of LoRA its own file."""
+        self.write_model(folder / ("ema.safetensors" if self.base is None else LORA_FILE), weights, dtype, {})
 
     def write_model(self, path: Path, state: dict[str, Tensor], dtype: torch.dtype, facts: dict[str, str]) -> None:
-        """Write weights of the denoiser with the config that rebuilds it, and further facts."""
+        """Write weights of the denoiser, of LoRA the additions, with the config that rebuilds it, and further facts."""
+        config, facts = self.model_config().to_dict(), {**self.facts(), **facts}
+        if self.base is None:
+            save_model(path, {name: value.to(dtype) for name, value in state.items()}, config, facts)
+        else:
+            save_lora(
+                path, {name: value.to(dtype) for name, value in additions(state).items()}, config, self.base, facts
+            )
+
+    def facts(self) -> dict[str, str]:
+        """Return what is told of the weights besides."""
         size = self.trainer.datamodule.source.image_size
-        facts = {"step": str(self.trainer.global_step), "image_size": str(size), **self.frozen_sha256, **facts}
-        state = {name: value.to(dtype) for name, value in state.items()}
-        save_model(path, state, self.model_config().to_dict(), facts)
+        return {"step": str(self.trainer.global_step), "image_size": str(size), **self.frozen_sha256}
 
     def model_config(self) -> RunConfig:
         """Return the run's config with what the model was trained with written out, whatever the config left open."""

@@ -56,7 +56,7 @@ def checkpoint_bytes(task: Task) -> int:
 
 def export_bytes(task: Task, dtype: torch.dtype) -> int:
     """Return about how large the exported model is."""
-    return sum(tensor.numel() for tensor in task.best_model.state_dict().values()) * dtype.itemsize
+    return sum(tensor.numel() for tensor in task.exported_weights().values()) * dtype.itemsize
 
 
 def replaceable_bytes(folder: Path) -> int:

@@ -19,7 +19,7 @@ from ldm_lab.training.run_state import Checkpoint
 # Sections whose keys may differ from those of the checkpoint without a word: where and how the run reports.
 QUIET = ("run", "logging", "resume", "init_from", "imports")
 # Keys outside the network's sections that have to stay: what the optimizer has a state for, and of which kind.
-FIXED = ("optim.freeze", "optim.state", "optim.decay_on")
+FIXED = ("optim.freeze", "optim.state", "optim.decay_on", "lora.rank", "lora.alpha", "lora.targets")
 
 
 @register("resume")

@@ -24,6 +24,7 @@ class RunState(TypedDict, total=False):
         course: where the learning rate's schedule began, or was bent.
         data: where each rank stands in the data.
         wandb_id: of the run at wandb, None without.
+        base: of LoRA, the fingerprint of the base model, whose weights are left out.
     """
 
     config: JsonObject
@@ -34,6 +35,7 @@ class RunState(TypedDict, total=False):
     course: CourseState
     data: list[RankState]
     wandb_id: str | None
+    base: str
 
 
 BatchCounts = dict[str, int]  # ready, started, processed, completed -> batches

@@ -1,12 +1,14 @@
 """From a config to a run: the task, the data, Lightning's Trainer with its callbacks, the run's folder."""
 
 import gc
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from pytorch_lightning import Trainer
+from pytorch_lightning.strategies.launchers.launcher import _Launcher
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from ldm_lab.checkpoints.files import FORMAT, read_pickled
@@ -14,7 +16,7 @@ from ldm_lab.checkpoints.parts import load_fitting
 from ldm_lab.config import RunConfig, to_yaml
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.data.waiting import ReadingError
-from ldm_lab.errors import told_in_one_line
+from ldm_lab.errors import UserError, told_in_one_line
 from ldm_lab.estimate import in_short, in_units
 from ldm_lab.processes import fail_together, keep_freed_memory, leave_process_group, quiet_lightning
 from ldm_lab.training.caching import training_data
@@ -49,6 +51,9 @@ def build_task(config: RunConfig) -> Task:
         print_rank_zero(f"init_from: {what}, fresh optimizer")
         for line in left:
             print_rank_zero(f"init_from: {line}")
+        if left and task.lora is not None:
+            raise UserError(f"lora: needs all of the network from init_from: {left[0]}")
+        task.add_lora(config.init_from)
     return task
 
 
@@ -62,8 +67,9 @@ def run(config: RunConfig) -> int:
     config = config.with_part("data", config["data"].said("resize"))  # of checkpoints, whatever the default becomes
     quiet_lightning()
     folder = RUNS / config.run
-    with RunLock(folder) as lock:
+    with RunLock(folder) as lock, ExitStack() as processes:
         done = _run(config, folder, lock, None)
+        processes.enter_context(fail_together(done.launcher))  # another Trainer goes on in the same ones
         while done.goes_on is not None:
             gc.collect()  # the network, its average and the optimizer, before they are built again
             torch.cuda.empty_cache()
@@ -79,11 +85,13 @@ class Done(NamedTuple):
         code: exit code.
         goes_on: the run that another Trainer goes on with, None for none.
         began: when training began, on the monotonic clock.
+        launcher: of the processes of the run, None for this one alone.
     """
 
     code: int
     goes_on: RunConfig | None
     began: float | None
+    launcher: _Launcher | None = None
 
 
 def _run(config: RunConfig, folder: Path, lock: RunLock, began: float | None) -> Done:
@@ -120,7 +128,7 @@ def _run(config: RunConfig, folder: Path, lock: RunLock, began: float | None) ->
     with compiler_told_in_one_line(options.compile):
         stopped = fit(trainer, task, data, callbacks)
     if guard.leaves_for is not None and not stopped:
-        return Done(0, gone_on(config, guard.leaves_for), callbacks.interrupt.began)
+        return Done(0, gone_on(config, guard.leaves_for), callbacks.interrupt.began, trainer.strategy.launcher)
     summary = [data.summary(callbacks.bookkeeping.data_states), *guard.summary()]
     report(trainer, folder, summary, stopped, before.get("global_step", 0), callbacks.checkpoint.saved_at)
     # Only the first rank tells: Lightning kills it, perhaps while it saves, when another one leaves with a code.
@@ -137,7 +145,7 @@ def fit(trainer: Trainer, task: Task, data: DataModule, callbacks: RunCallbacks)
     interrupt, resume = callbacks.interrupt, callbacks.resume
     doing = partial(training_now, trainer, callbacks.speed.cost)
     try:
-        with fail_together(trainer), told_in_one_line(doing, less_memory(task)):
+        with fail_together(trainer.strategy.launcher), told_in_one_line(doing, less_memory(task)):
             trainer.fit(task, datamodule=data, ckpt_path=resume.path, weights_only=True)
     except ReadingError as error:
         alone = trainer.world_size == 1 or trainer.is_global_zero  # another rank is heard by its error alone

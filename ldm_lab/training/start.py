@@ -1,5 +1,6 @@
 """What a run lacks is found out before anything is downloaded, encoded or built, and told all at once."""
 
+import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ from ldm_lab.pretrained.resolve import announce, offline, to_download
 from ldm_lab.sampling.needs import option_downloads
 from ldm_lab.training.captioned_grids import CaptionedGrids
 from ldm_lab.training.demo import Demo
+from ldm_lab.training.lora import WITHOUT_PEFT
 from ldm_lab.training.perceptual import features_download
 from ldm_lab.training.sharding import FSDP2
 
@@ -68,6 +70,8 @@ def _findings(config: RunConfig, folder: Path, sources: list[Source]) -> list[Fi
     """Return what has to be looked for, each by itself, so that all of it is found; opened data go into `sources`."""
     trained = config.task_class().PART
     findings: list[Finding] = [partial(_check_network, config), partial(_check_strategy, config)]
+    if "lora" in config:
+        findings.append(partial(_check_lora, config))
     for role in ("autoencoder", "conditioner"):
         if role in config and role != trained:
             findings.append(partial(part_downloads, role, config[role], role))
@@ -96,6 +100,14 @@ def _check_network(config: RunConfig) -> None:
         objective.check_denoiser(config["denoiser"].load())
 
 
+def _check_lora(config: RunConfig) -> None:
+    """Raise UserError for a section lora without a model to add to, or without the library for it."""
+    problems = [] if config.init_from else ["init_from: lora needs a model that it adds to: a file, a released name"]
+    if importlib.util.find_spec("peft") is None:
+        problems.append(WITHOUT_PEFT)
+    raise_refusals(problems)
+
+
 def _check_strategy(config: RunConfig) -> None:
     """Raise UserError for what does not go with a network that the devices share."""
     if "trainer" not in config or config["trainer"].get("strategy") != FSDP2:
@@ -106,6 +118,8 @@ def _check_strategy(config: RunConfig) -> None:
         raise UserError(f"lora: does not go with trainer.strategy={FSDP2}; strategy=ddp does")
     if "optim" in config and (state := config["optim"].get("state", "32bit")) != "32bit":
         raise UserError(f"optim.state: {state} does not go with trainer.strategy={FSDP2}, which takes 32bit")
+    if "lora" in config:
+        raise UserError(f"trainer.strategy: {FSDP2} is for networks that are trained as a whole; lora runs with ddp")
 
 
 def _open_data(config: RunConfig, sources: list[Source]) -> None:

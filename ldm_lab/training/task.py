@@ -15,13 +15,18 @@ from torch import Tensor, nn
 from ldm_lab import ema
 from ldm_lab.batch import Batch
 from ldm_lab.checkpoints.files import FORMAT
+from ldm_lab.checkpoints.importer import find_weights
+from ldm_lab.checkpoints.lora import BaseModel, fingerprint
 from ldm_lab.checkpoints.parts import load_strictly, weights_sha256
+from ldm_lab.checkpoints.sharded import weights_checksum
 from ldm_lab.config import FROZEN, RunConfig
 from ldm_lab.data.rank_state import RankState
 from ldm_lab.errors import UserError
+from ldm_lab.sampling.names import model_name
 from ldm_lab.training.compiling import Compile
 from ldm_lab.training.judged import JudgedSteps
 from ldm_lab.training.logs import print_rank_zero
+from ldm_lab.training.lora import LoraOptions, additions, check_base, frozen_weights, leave_out_base
 from ldm_lab.training.optim import Began, Optim
 from ldm_lab.training.run_state import Checkpoint, RunState, align, checked, take_back
 
@@ -86,6 +91,9 @@ class Task(JudgedSteps):
         self.seed = config.seed
         self.optim: Optim = config.part("optim").build()
         self.ema_schedule: ema.EMASchedule | None = config["ema"].build() if "ema" in config else None
+        self.lora: LoraOptions | None = config["lora"].build() if "lora" in config else None
+        if self.lora is not None and self.optim.freeze:
+            raise UserError("optim.freeze: with a section lora the whole network stays as it is; lora.targets chooses")
         self.ema_pairs: ema.Pairs | None = None  # listed at the first update, when all is where it stays
         self.frozen: dict[str, nn.Module] = {}
         sections = {role: config[role] for role in FROZEN if role in config} if read_weights else {}
@@ -93,6 +101,7 @@ class Task(JudgedSteps):
         self.frozen_sha256 = {role: checksum for role, checksum in checksums.items() if checksum is not None}
         self.batches_seen = 0  # on this rank, since the run's very first batch
         self.samples_seen = 0  # on all ranks together, since then
+        self.base: BaseModel | None = None  # of LoRA
         self.at_step: AtStep | None = None  # while the batches of a step are incomplete, where the one before ended
         self.followers: list[Tensor] = []  # averages of the weights outside of this module, which rollbacks bring back
 
@@ -100,7 +109,7 @@ class Task(JudgedSteps):
         """Take a network as the one to be trained, and start its average if the config has a section `ema`."""
         self.optim.freeze_parts(model)
         self.model = model
-        self.model_ema = ema.averaged_copy(model) if self.ema_schedule else None
+        self.model_ema = ema.averaged_copy(model) if self.ema_schedule and self.lora is None else None
         self.ema_pairs = None
 
     def trained_modules(self) -> list[nn.Module]:
@@ -123,6 +132,36 @@ class Task(JudgedSteps):
             UserError: missing, damaged or foreign file.
         """
         raise NotImplementedError
+
+    def add_lora(self, path: str) -> None:
+        """Begin with additions to the network, which is as `init_from` has it from here on, if the config asks for any.
+
+        Args:
+            path: what `init_from` says.
+
+        Raises:
+            UserError: LoRA is not for this network.
+        """
+        if self.lora is None:
+            return
+        file = find_weights(path, "init_from")
+        self.base = BaseModel(model_name(path), weights_checksum(file), fingerprint(self.model.state_dict()))
+        for line in self.insert_lora():
+            print_rank_zero(line)
+        self.register_state_dict_post_hook(leave_out_base)
+        self.strict_loading = False  # for Lightning; `on_load_checkpoint` compares all names and shapes
+
+    def insert_lora(self) -> list[str]:
+        """Put additions into the network if the config asks for any, and start their average; return what to say."""
+        if self.lora is None:
+            return []
+        lines = self.lora.insert(self.model)
+        self.model_ema = ema.averaged_copy(self.model, share_frozen=True) if self.ema_schedule else None
+        return lines
+
+    def exported_weights(self) -> dict[str, Tensor]:
+        """Return the weights that users of the trained network need: of LoRA the additions alone."""
+        return self.best_model.state_dict() if self.lora is None else additions(self.best_model.state_dict())
 
     def export(self, folder: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
         """Write what users of the trained network need. Called on rank 0 after each checkpoint.
@@ -202,9 +241,14 @@ class Task(JudgedSteps):
             data=gather(now.data),
             wandb_id=next((log.version for log in self.trainer.loggers if isinstance(log, WandbLogger)), None),
         )
+        if self.base is not None:
+            checkpoint[FORMAT]["base"] = self.base.weights
 
     def on_load_checkpoint(self, checkpoint: Checkpoint) -> None:
         trained = {n.removeprefix("model."): t for n, t in checkpoint["state_dict"].items() if n.startswith("model.")}
+        if self.base is not None:
+            check_base(checkpoint[FORMAT].get("base"), self.base)
+            trained = {**frozen_weights(self.model), **trained}
         load_strictly(self.model, trained, "resume.checkpoint")  # in one clear line what Lightning says in hundreds
         self.load_average(checkpoint["state_dict"])
         align(checkpoint, self.trainer.accumulate_grad_batches)
@@ -221,7 +265,8 @@ class Task(JudgedSteps):
                 del state[name]
             print_rank_zero("ema: null: the checkpoint's average of the weights is not kept")
         elif not averaged and self.model_ema is not None:
-            began = {f"model_ema.{name}": state[f"model.{name}"].clone() for name in self.model.state_dict()}
+            trained = [name for name in self.model.state_dict() if f"model.{name}" in state]  # of LoRA the additions
+            began = {f"model_ema.{name}": state[f"model.{name}"].clone() for name in trained}
             state.update(began)
             print_rank_zero("ema: the checkpoint has no average of the weights; it begins with them")
 
