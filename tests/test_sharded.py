@@ -296,6 +296,8 @@ def test_tasks_whose_network_cannot_be_shared_say_so(tmp_path, monkeypatch, prog
     monkeypatch.chdir(tmp_path)
     code, _, err = program("train", "--config", ROOT / "configs/autoencoder_kl_f8.yaml", "data.shards=x.tar", SHARDED)
     assert code == 2 and "trainer.strategy: fsdp2 is for the denoiser of task=diffusion" in err
+    code, _, err = program("train", "--config", make_run(tmp_path, images=8), SHARDED, "lora={rank: 4}")
+    assert code == 2 and "trainer.strategy: fsdp2 is for networks that are trained as a whole" in err
 
 
 if __name__ == "__main__":

@@ -114,8 +114,6 @@ def _check_strategy(config: RunConfig) -> None:
         return
     if config.task != "diffusion":
         raise UserError(f"trainer.strategy: {FSDP2} is for the denoiser of task=diffusion; {config.task} runs with ddp")
-    if "lora" in config:
-        raise UserError(f"lora: does not go with trainer.strategy={FSDP2}; strategy=ddp does")
     if "optim" in config and (state := config["optim"].get("state", "32bit")) != "32bit":
         raise UserError(f"optim.state: {state} does not go with trainer.strategy={FSDP2}, which takes 32bit")
     if "lora" in config:
