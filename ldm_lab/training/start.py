@@ -109,7 +109,13 @@ def _check_lora(config: RunConfig) -> None:
 
 
 def _check_strategy(config: RunConfig) -> None:
-    """Raise UserError for what does not go with a network that the devices share."""
+    """Raise UserError for what does not go with the way in which several devices work together."""
+    trainer = config.part("trainer")
+    ddp = trainer.option("ddp")
+    if isinstance(ddp, dict) and ddp.get("static_graph") and trainer.option("accumulate_grad_batches") > 1:
+        raise UserError(
+            "trainer.ddp.static_graph: does not go with trainer.accumulate_grad_batches, torch fails in the first step"
+        )
     if "trainer" not in config or config["trainer"].get("strategy") != FSDP2:
         return
     if config.task != "diffusion":
