@@ -15,14 +15,14 @@ from ldm_lab.batch import Batch
 from ldm_lab.checkpoints.files import read_pickled
 from ldm_lab.conditions import Embedding, TokenStates
 from ldm_lab.config import build, load, to_yaml
-from ldm_lab.data.cache_files import read_meta
+from ldm_lab.data.cache_files import CacheMeta, read_meta
 from ldm_lab.data.datamodule import DataModule
-from ldm_lab.data.file_facts import FileFacts, read_facts, write_facts
+from ldm_lab.data.file_facts import FileFacts, Files, differences, facts_of, read_facts, write_facts
 from ldm_lab.data.jobs import PassOptions
 from ldm_lab.data.order import Order
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Conditioner
-from ldm_lab.training import disk
+from ldm_lab.training import caching, disk
 from ldm_lab.training.caching import make_cache, training_data
 from ldm_lab.training.encoding import CacheJob, CacheTarget, Encoders, VariantBatch, Variants
 from ldm_lab.training.runner import build_task
@@ -394,3 +394,43 @@ def test_files_do_not_depend_on_the_number_of_processes_and_a_run_s_processes_ma
     for other in ("two", "together"):
         for path in (tmp_path / "one").iterdir():
             assert path.read_bytes() == (tmp_path / other / path.name).read_bytes(), (other, path.name)
+
+
+def test_a_cache_knows_what_its_shards_are_read_with(tmp_path):
+    """The table of captions, and the scores that rules judge by, make other samples as shards do."""
+    write_shards(tmp_path, 2, 2)
+    table = tmp_path / "captions.csv"
+    table.write_text("file_name,text\n00000.png,one\n")
+    for number in range(2):
+        (tmp_path / f"{number:05d}.scores.parquet").write_bytes(b"scores")
+    section = {
+        "name": "webdataset", "shards": str(tmp_path / "*.tar"), "image_size": 8, "batch_size": 1,
+        "captions": {"metadata": "captions.csv"}, "rules": {"aesthetic": {"at_least": 8}}, "scores": ".scores.parquet",
+    }  # fmt: skip
+
+    def seen() -> Files:
+        source = build("data", section)
+        source.open()
+        return facts_of(source.files())
+
+    before = seen()
+    table.write_text("file_name,text\n00000.png,another\n")
+    (tmp_path / "00001.scores.parquet").write_bytes(b"others")
+    os.utime(tmp_path / "00001.scores.parquet", (0, 0))
+    told = differences(before, seen())
+    assert "data.captions.metadata" in told and "data.scores/1/00001.scores.parquet" in told and "/0/" not in told
+
+
+def test_a_cache_that_another_process_has_just_begun_is_taken(tmp_path, monkeypatch):
+    """The first process writes `meta.json` while the others look for it."""
+    folder = tmp_path / "cache"
+    config = load(make_run(tmp_path, images=4), [f"cache.folder={folder}"])
+    looked = caching.holds_something
+
+    def looks_late(its: Path) -> bool:
+        CacheMeta({}).write(its)
+        return looked(its)
+
+    monkeypatch.setattr(caching, "holds_something", looks_late)
+    caching.begin(config, {}, {})
+    assert not read_meta(folder).complete

@@ -10,6 +10,7 @@ from tiny import ROOT, make_run, run_program
 from ldm_lab.config import load
 from ldm_lab.errors import told_in_one_line
 from ldm_lab.training import speed
+from ldm_lab.training.check import trial
 from ldm_lab.training.cost import RunCost
 from ldm_lab.training.runner import less_memory, training_now
 
@@ -74,6 +75,24 @@ def test_a_check_says_that_data_would_be_drawn_and_encoded_first(here, program):
     assert "the run would encode its data first, into encoded/" in out
     assert "the run would draw its data first, into drawn/" in out and "step 1 made" in out
     assert files(here) == before
+
+
+def test_a_check_measures_a_held_out_loss_at_once(here):
+    """Not of all images at all times, but a set-up that cannot be measured shows."""
+    held_out = {
+        "data": {"name": "folder", "path": "images", "image_size": 64, "batch_size": 4},
+        "every": 500,
+        "samples": 512,
+    }
+    tried = trial(load(make_run(here, images=8, held_out=held_out), []), here, 0)["held_out"]
+    assert [tried.option(key) for key in ("every", "samples", "levels")] == [1, 1, 1]
+
+
+def test_memory_that_a_resumed_or_shared_run_cannot_save_is_not_offered(here):
+    yaml = make_run(here, images=8)
+    for override in ("resume.checkpoint=last", "trainer.strategy=fsdp2", "seed=2"):
+        config = load(yaml, [override])
+        assert ("optim.state=8bit" in less_memory(config.task_class()(config))) == (override == "seed=2")
 
 
 def test_a_check_fails_as_a_start_does(here, program):

@@ -118,6 +118,13 @@ def test_what_a_reader_refuses(cache):
         (json.dumps({**content, "samples": 3}), "samples is missing or damaged"),
         (json.dumps({**content, "variants": 0}), "variants is missing"),
         (json.dumps({**content, "columns": {"mean": {"dtype": "float16", "shape": [-1]}}}), "columns is missing"),
+        *(
+            (
+                json.dumps({**content, "columns": {**content["columns"], name: content["columns"]["level"]}}),
+                "columns is",
+            )
+            for name in ("text", "key", "key.ends")
+        ),
         (json.dumps({**content, "shards": [{**content["shards"][0], "name": "../x.safetensors"}]}), "shards is"),
         (json.dumps({**content, "complete": False}), "is not complete"),
     ]:

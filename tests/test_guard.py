@@ -217,6 +217,18 @@ def test_a_rollback_after_a_resume_goes_where_it_would_have_gone(planted):
     assert same_weights(saved("whole"), saved("cut"))
 
 
+def test_a_lowered_rate_ends_where_a_resumed_run_s_does(planted):
+    """`final_lr` is a rate, whatever the peak has become."""
+    options = ["guard.on_nonfinite=rollback", "guard.lr_factor=0.5", "guard.snapshot_every=2", "checkpoint.every=5"]
+    options += ["optim.schedule=linear", "optim.schedule_steps=10", "optim.final_lr=2e-4"]
+    assert planted("whole", {2: NAN}, *options, "trainer.max_steps=8")[0] == 0
+    assert planted("cut", {2: NAN}, *options, "trainer.max_steps=5")[0] == 0
+    assert planted("cut", {2: NAN}, *options, "trainer.max_steps=8", "resume.checkpoint=last")[0] == 0
+    rates = [saved(name)["optimizer_states"][0]["param_groups"][0]["lr"] for name in ("whole", "cut")]
+    assert rates[0] == pytest.approx(2e-4 + 0.2 * (5e-4 - 2e-4)) and rates[0] == rates[1]
+    assert same_weights(saved("whole"), saved("cut"))
+
+
 def test_what_accumulates_is_left_out_together(planted):
     """The NaN is in the first of the two batches of step 3; its keys are named, the other's are not."""
     options = [
@@ -292,13 +304,14 @@ def half_on_cpu(monkeypatch):
 
 def test_fp16_goes_on_in_fp32_by_itself(planted, half_on_cpu):
     options = ["trainer.precision=16-mixed", "guard.on_nonfinite=rollback", "guard.precision=32-true"]
-    options += ["checkpoint.every=4", "trainer.max_steps=9"]
+    options += ["checkpoint.every=4", "trainer.max_steps=9", "resume.schedule=restart"]
     code, text = planted("bad", {5: 1e30}, *options)  # no number of fp16
     assert code == 0 and len(half_on_cpu) == 1
     assert "back to the state of step 4, the data since are left out, and on with trainer.precision=32-true" in text
     assert "trainer.precision: '16-mixed' -> '32-true'" in text
     done = saved("bad")
     assert done["global_step"] == 9 and done["ldm_lab"]["config"]["trainer"]["precision"] == "32-true"
+    assert done["ldm_lab"]["config"]["resume"]["schedule"] == "restart", "or the same command would begin it twice"
     assert done["ldm_lab"]["batches_seen"] == 9 and states(done)[0]["step"] == 4 + 3
     with open("runs/bad/metrics.csv") as file:
         assert [int(line.split(",")[0]) for line in list(file)[1:]] == list(range(9))

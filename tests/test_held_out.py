@@ -76,6 +76,21 @@ def test_a_run_ends_when_the_loss_does_not_fall(tmp_path, capsys):
     assert (tmp_path / "runs/tiny/last.ckpt").exists()
 
 
+def test_what_a_checkpoint_s_step_came_to_is_not_measured_and_drawn_again(tmp_path, capsys):
+    """The first batch of a resumed run's first step comes while the step before is still the last one."""
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    demo = {"prompts": str(tmp_path / "prompts.txt"), "every": 2, "sampling": {"sampler": {"name": "ddim", "steps": 2}}}
+    trainer = {"accumulate_grad_batches": 2, "max_steps": 2}
+    config = make_run(tmp_path, images=16, held_out=held_out(tmp_path), trainer=trainer, demo=demo)
+    with contextlib.chdir(tmp_path):
+        assert not main(["train", "--config", str(config)])
+        drawn = (tmp_path / "runs/tiny/demo/step=00000002.png").stat().st_mtime_ns
+        assert "at step 2" in capsys.readouterr().out
+        assert not main(["train", "--config", str(config), "resume.checkpoint=last", "trainer.max_steps=3"])
+    assert "held-out loss" not in capsys.readouterr().out
+    assert (tmp_path / "runs/tiny/demo/step=00000002.png").stat().st_mtime_ns == drawn
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

@@ -157,3 +157,11 @@ def test_ddp_is_told_what_the_config_says():
     }  # fmt: skip
     assert strategy._ddp_comm_hook is bf16_compress_hook
     build("ddp", options).apply(SimpleNamespace(strategy=SingleDeviceStrategy()))
+
+
+def test_what_torch_s_ddp_cannot_do_is_refused(tmp_path, monkeypatch, program):
+    """With a static graph it fails in the first step of which a batch is not sent."""
+    monkeypatch.chdir(tmp_path)
+    yaml = make_run(tmp_path, images=8, trainer={"accumulate_grad_batches": 2, "ddp": {"static_graph": True}})
+    code, _, err = program("train", "--config", yaml)
+    assert code == 2 and "trainer.ddp.static_graph: does not go with trainer.accumulate_grad_batches" in err

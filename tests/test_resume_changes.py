@@ -94,14 +94,14 @@ def test_what_may_change_is_printed_and_holds(here, program):
         "train", "--config", yaml, "resume.checkpoint=last", "trainer.max_steps=5", "trainer.accumulate_grad_batches=2",
         "optim.decay_on=matrices", "optim.weight_decay=0.3", "optim.betas=[0.8, 0.95]", "optim.eps=1e-6",
         "trainer.precision=bf16-mixed", "data.batch_size=3", "ema.decay=[0.25, 0.5]", "conditioner.dropout=0.5",
-        "trainer.gradient_clip_val=1.0",
+        "trainer.gradient_clip_val=1.0", "denoiser.gradient_checkpointing=true",
     )  # fmt: skip
     assert code == 0, err
     for line in (
         "optim.weight_decay: None -> 0.3", "optim.betas: None -> [0.8, 0.95]", "optim.eps: None -> 1e-06",
         "trainer.precision: None -> 'bf16-mixed'", "data.batch_size: 4 -> 3", "ema.decay: [0.5, 0.9] -> [0.25, 0.5]",
         "conditioner.dropout: None -> 0.5", "trainer.accumulate_grad_batches: None -> 2",
-        "trainer.gradient_clip_val: None -> 1.0",
+        "trainer.gradient_clip_val: None -> 1.0", "denoiser.gradient_checkpointing: None -> True",
     ):  # fmt: skip
         assert line in out, line
     saved = read_pickled(here / "runs/tiny/last.ckpt")

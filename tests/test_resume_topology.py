@@ -378,6 +378,13 @@ def test_a_damaged_position_is_told(sections, change):
         data.load_rank_states([state], 0)
 
 
+@pytest.mark.parametrize("change", [{"workers": 2, "left": [[], []]}, {"count": 8}, {"unit": "shards"}])
+def test_ranks_of_different_runs_are_told(sections, change):
+    state = {**module(sections["folder"]).rank_state(), "processes": 2}
+    with pytest.raises(UserError, match="the position in the data is damaged"):
+        module(sections["folder"]).load_rank_states([state, {**state, **change}], 0)
+
+
 @pytest.mark.parametrize("states", [[], None, ["x"], [{}]])
 def test_no_position_at_all_is_told(sections, states):
     with pytest.raises(UserError, match="the position in the data is damaged"):

@@ -18,7 +18,7 @@ from ldm_lab.checkpoints.files import FORMAT, write_safetensors
 from ldm_lab.checkpoints.importer import DetectedFile, Section, config_problems, detect_format
 from ldm_lab.checkpoints.native import without_run_sections
 from ldm_lab.checkpoints.opened import Shapes
-from ldm_lab.config import Plain, check_section
+from ldm_lab.config import RunConfig, check_section
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import digest
 
@@ -122,7 +122,7 @@ class Lora:
 
 
 def save_lora(
-    path: Path, factors: Mapping[str, Tensor], config: Mapping[str, Plain], base: BaseModel, facts: Mapping[str, str]
+    path: Path, factors: Mapping[str, Tensor], config: RunConfig, base: BaseModel, facts: Mapping[str, str]
 ) -> None:
     """Write a LoRA.
 
@@ -133,7 +133,7 @@ def save_lora(
         base: what it was trained on.
         facts: further text metadata.
     """
-    kept = json.dumps(without_run_sections(config))
+    kept = json.dumps(without_run_sections(config.to_dict()))
     write_safetensors(path, dict(factors), {"format": FORMAT, "role": ROLE, "config": kept, **base.facts(), **facts})
 
 

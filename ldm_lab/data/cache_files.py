@@ -90,7 +90,8 @@ def read_columns(described: dict[str, Fields] | None) -> dict[str, Column] | Non
     """Return the columns that JSON objects describe; None if some are not readable."""
     found = {name: Column.of(fields) for name, fields in (described or {}).items()}
     columns = {name: column for name, column in found.items() if column is not None}
-    return columns if described is not None and len(columns) == len(found) else None
+    reserved = any(name in STRINGS or name.endswith(ENDS) for name in found)  # what stands beside the columns
+    return columns if described is not None and len(columns) == len(found) and not reserved else None
 
 
 @dataclass

@@ -122,6 +122,7 @@ def check(states: list[RankState]) -> None:
     """Raise UserError if this is nothing that the ranks of a run have saved."""
     try:
         sound = bool(states) and all(_is_sound(state, len(states)) for state in states)
+        sound = sound and len({(state["workers"], state["count"], state["unit"]) for state in states}) == 1
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:

@@ -30,6 +30,7 @@ class ShardSource(ImageSource):
     def __init__(self, *, shuffle_buffer: NonNegativeInt = 1000, **common: Any):
         super().__init__(**common)
         self.shuffle_buffer = shuffle_buffer
+        self.beside_shards: list[tuple[str, Path | None]] = []  # others that samples depend on, see `files`
 
     def list_shards(self) -> list[str]:
         """Return the addresses of all shards, in a fixed order. Raises UserError where there are none."""
@@ -39,16 +40,18 @@ class ShardSource(ImageSource):
         self.addresses = self.list_shards()
         self.count = len(self.addresses)
         if self.captions.metadata is not None:
-            self.captions.table = self.read_table(self.captions.metadata)
+            table = self.find_table(self.captions.metadata)
+            self.captions.table = CaptionTable.read([("", table)], self.captions.column, self.captions.encoding)
+            self.beside_shards.append(("data.captions.metadata", table))
 
-    def read_table(self, name: str) -> CaptionTable:
-        """Return the table of captions, which lies here or beside the first shard. Raises UserError without one."""
+    def find_table(self, name: str) -> Path:
+        """Return where the table of captions is, here or beside the first shard. Raises UserError without one."""
         path = Path(name).expanduser()
         beside = Path(self.addresses[0]).parent / path
         found = next((its for its in (path, beside) if its.is_file()), None)
         if found is None:
             raise UserError(f"data.captions.metadata: no such file: {path}, nor {beside}")
-        return CaptionTable.read([("", found)], self.captions.column, self.captions.encoding)
+        return found
 
     def found(self) -> list[str]:
         table = self.captions.table
@@ -60,7 +63,7 @@ class ShardSource(ImageSource):
         common = os.path.commonpath([os.path.dirname(path) for path in local]) if local else ""
         found: list[tuple[str, Path | None]] = [(os.path.relpath(path, common), Path(path)) for path in local]
         found += [(a, None) for a in self.addresses if is_remote(a) or scheme_of(a)]
-        return found
+        return found + self.beside_shards
 
     @property
     def items_key(self) -> str:

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any
 
 from ldm_lab.config import PartMapping, Plain, part_class, register
@@ -88,6 +89,8 @@ class WebDataset(ShardSource):
                 raise UserError(
                     f"data.scores: no such file: {missing[0]}; {len(missing)} of {len(addresses)} are missing"
                 )
+            paths = [Path(scores_path(address, self.scores)) for address in addresses]
+            self.beside_shards += [(f"data.scores/{number}/{path.name}", path) for number, path in enumerate(paths)]
         return addresses
 
     def samples(self, address: str) -> Iterator[RawSample | Unusable]:

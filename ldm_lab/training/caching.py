@@ -290,11 +290,16 @@ def begin(config: RunConfig, files: Files, wanted: dict[str, str]) -> None:
                 print_rank_zero(f"cache: made again: {str(error).partition('; ')[0]}")
             else:
                 raise UserError(f"{folder}: this cache is complete already ({meta.samples:,} samples)")
-    elif folder.is_dir() and any(path.suffix != PARTIAL for path in folder.iterdir()):
+    elif holds_something(folder) and not (folder / META).is_file():  # the first process may begin it meanwhile
         raise UserError(f"{folder}: neither empty nor a cache; take another folder")
     if rank_zero_only.rank == 0:
         CacheMeta(wanted).write(folder)
         write_facts(folder, files)
+
+
+def holds_something(folder: Path) -> bool:
+    """Return whether there is a folder with something in it, beside what an interrupted start may have left."""
+    return folder.is_dir() and any(path.suffix != PARTIAL for path in folder.iterdir())
 
 
 def summary(folder: Path, report: PassReport) -> str:

@@ -20,7 +20,7 @@ from ldm_lab.training.caching import cache_options, is_complete, training_data
 from ldm_lab.training.compiling import compiler_told_in_one_line
 from ldm_lab.training.cost import RunCost
 from ldm_lab.training.disk import check_space
-from ldm_lab.training.going_on import with_options
+from ldm_lab.training.going_on import in_changed_precision, with_options
 from ldm_lab.training.guard import Guard
 from ldm_lab.training.resume import Resume
 from ldm_lab.training.runner import RUNS, announce, build_task, less_memory, training_now
@@ -43,6 +43,7 @@ def check(config: RunConfig) -> int:
     quiet_lightning()
     folder = RUNS / config.run
     resume: Resume = config.part("resume").build(folder)
+    config = in_changed_precision(config, resume)
     changes = resume.differences(config, config.task_class().NETWORK) if resume.path else []
     before = read_pickled(resume.path, mmap=True).get("global_step", 0) if resume.path else 0
     check_start(config, folder)
@@ -84,6 +85,8 @@ def trial(config: RunConfig, scratch: Path, before: int) -> RunConfig:
     for section in PICTURES:
         if section in config:
             tried = with_options(tried, section, {"every": 1, **({} if section == "demo" else {"images": 1})})
+    if "held_out" in config:
+        tried = with_options(tried, "held_out", {"every": 1, "samples": 1, "levels": 1})
     if "demo" in config:
         prompts = scratch / "prompts.txt"
         prompts.write_text(read_prompts(config["demo"]["prompts"])[0] + "\n", encoding="utf-8")

@@ -25,7 +25,7 @@ class DDPOptions:
         Args:
             gradient_as_bucket_view: gradients lie in the buckets that are sent: no copy, and less memory by their size.
             static_graph: every step uses the same parameters in the same order, which saves looking for them; true of
-                denoisers, false of an autoencoder whose discriminator starts later.
+                denoisers, false of an autoencoder whose discriminator starts later. Not with accumulate_grad_batches.
             bucket_mb: megabytes of gradients that are sent at once, while the backward pass goes on; more than 25 may
                 pay on fast links, as 100 of a billion parameters.
             gradient_compression: "bf16" sends half the bytes; sums of gradients are then rounded to 8 bits.

@@ -56,6 +56,9 @@ class Demo(Callback):
         except UserError as error:
             raise UserError(f"demo: {error}") from None
 
+    def on_train_start(self, trainer: Trainer, task: DiffusionTask) -> None:
+        self.done_at = trainer.global_step  # what belongs to it was drawn before it was saved
+
     def on_train_batch_end(
         self, trainer: Trainer, task: DiffusionTask, outputs: STEP_OUTPUT, batch: Batch, index: int
     ) -> None:

@@ -250,9 +250,9 @@ class DiffusionTask(Task):
 
     def write_model(self, path: Path, state: dict[str, Tensor], dtype: torch.dtype, facts: dict[str, str]) -> None:
         """Write weights of the denoiser, of LoRA the additions, with the config that rebuilds it, and further facts."""
-        config, facts = self.model_config().to_dict(), {**self.facts(), **facts}
+        config, facts = self.model_config(), {**self.facts(), **facts}
         if self.base is None:
-            save_model(path, {name: value.to(dtype) for name, value in state.items()}, config, facts)
+            save_model(path, {name: value.to(dtype) for name, value in state.items()}, config.to_dict(), facts)
         else:
             save_lora(
                 path, {name: value.to(dtype) for name, value in additions(state).items()}, config, self.base, facts

@@ -17,7 +17,8 @@ def with_options(config: RunConfig, section: str, options: dict[str, Plain]) -> 
 
 def gone_on(config: RunConfig, precision: str) -> RunConfig:
     """Return the run that goes on from its own last checkpoint in another precision."""
-    config = config.with_part("resume", PartConfig("resume", "resume", {"checkpoint": "last"}))
+    schedule = config.part("resume").option("schedule")  # without it the same command would begin a schedule twice
+    config = config.with_part("resume", PartConfig("resume", "resume", {"checkpoint": "last", "schedule": schedule}))
     return with_options(config, "trainer", {"precision": precision})
 
 

@@ -97,7 +97,7 @@ class Guard(Callback):
             max_in_a_row: steps left out in a row after which the run stops.
             snapshot_every: optimizer steps between copies of the state in main memory, for rollbacks.
             max_rollbacks: how many there may be; the next one stops the run.
-            lr_factor: what each rollback multiplies the learning rate with.
+            lr_factor: what each rollback multiplies the peak of the learning rate with; optim.final_lr stays.
             precision: what a rollback changes trainer.precision to, as for runs that begin in fp16.
         """
         self.folder, self.every = folder, every
@@ -241,7 +241,7 @@ class Guard(Callback):
         self.in_a_row = 0
         done = f"back to the state of step {since}, the data since are left out"
         if self.lr_factor != 1:
-            lower_rate(trainer, self.lr_factor)
+            lower_rate(task, self.lr_factor)
             done += f", learning rate times {self.lr_factor:g}"
         if self.precision is not None and trainer.precision != self.precision:
             self.changed_precision = self.leaves_for = self.precision
@@ -297,10 +297,13 @@ def checkpointed_tensors(task: Task) -> Iterator[tuple[str, Tensor]]:
             yield from ((f"optimizer state {i}.{key}", v) for key, v in state.items() if isinstance(v, Tensor))
 
 
-def lower_rate(trainer: Trainer, factor: float) -> None:
-    """Multiply the learning rate, now and below its schedule."""
-    for optimizer, config in zip(trainer.optimizers, trainer.lr_scheduler_configs):
-        config.scheduler.base_lrs = [rate * factor for rate in config.scheduler.base_lrs]
+def lower_rate(task: Task, factor: float) -> None:
+    """Multiply the peak of the learning rate; what its schedule ends at stays, as in a run that is resumed."""
+    task.optim.peak *= factor
+    for optimizer, config in zip(task.trainer.optimizers, task.trainer.lr_scheduler_configs):
+        scheduler = config.scheduler
+        scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+        rate = task.optim.peak * task.optim.factor(scheduler.last_epoch, task.trainer.max_steps)
         for group in optimizer.param_groups:
-            group["initial_lr"], group["lr"] = group["initial_lr"] * factor, group["lr"] * factor
-        config.scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+            group["initial_lr"], group["lr"] = group["initial_lr"] * factor, rate
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]

@@ -96,6 +96,7 @@ class HeldOut(Callback):
             raise UserError("held_out.data: no usable image")
         if count < self.samples:
             print_rank_zero(f"held_out: {count} images are there, fewer than held_out.samples={self.samples}")
+        self.measured_at = trainer.global_step  # that of a run that goes on was measured before it was saved
         if trainer.global_step == 0:
             self.measure(trainer, task)
 

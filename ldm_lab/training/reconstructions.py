@@ -37,6 +37,9 @@ class Reconstructions(Callback):
     def load_state_dict(self, state_dict: Mapping[str, Tensor | None]) -> None:
         self.levels = state_dict["levels"]
 
+    def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
+        self.done_at = trainer.global_step  # what belongs to it was drawn before it was saved
+
     def on_train_batch_end(
         self, trainer: Trainer, task: LightningModule, outputs: STEP_OUTPUT, batch: Batch, index: int
     ) -> None:

@@ -20,6 +20,8 @@ from ldm_lab.training.run_state import Checkpoint
 QUIET = ("run", "logging", "resume", "init_from", "imports")
 # Keys outside the network's sections that have to stay: what the optimizer has a state for, and of which kind.
 FIXED = ("optim.freeze", "optim.state", "optim.decay_on", "lora.rank", "lora.alpha", "lora.targets")
+# Keys inside the network's sections that may change: they say how it is trained, not what it is.
+FREE = ("denoiser.dropout", "denoiser.gradient_checkpointing")
 
 
 @register("resume")
@@ -78,7 +80,8 @@ class Resume(Callback):
         stored = self.stored = RunConfig.from_checkpoint(content[FORMAT]["config"])
         old, new = (dict(_flat({k: v for k, v in c.to_dict().items() if k not in QUIET})) for c in (stored, config))
         changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-        fixed = [key for key in changed if key.split(".")[0] in ("task", *network) or key in FIXED]
+        parts = ("task", *network)
+        fixed = [key for key in changed if (key.split(".")[0] in parts and key not in FREE) or key in FIXED]
         if fixed:
             key = fixed[0]
             raise UserError(

@@ -31,6 +31,7 @@ from ldm_lab.training.interrupt import STOPPED, Interrupt
 from ldm_lab.training.lock import RunLock
 from ldm_lab.training.logs import Logging, print_rank_zero
 from ldm_lab.training.resume import Resume
+from ldm_lab.training.sharding import FSDP2
 from ldm_lab.training.speed import Speed, StepProgress
 from ldm_lab.training.start import check_start
 from ldm_lab.training.task import Task
@@ -183,7 +184,8 @@ def less_memory(task: Task) -> str:
     ways = ["a smaller data.batch_size with more trainer.accumulate_grad_batches"]
     if not str(trainer.option("precision")).startswith(("16", "bf16")):
         ways.append("trainer.precision=bf16-mixed")
-    if task.optim.state == "32bit":
+    begins, shared = config.part("resume").option("checkpoint") is None, trainer.option("strategy") == FSDP2
+    if task.optim.state == "32bit" and begins and not shared:  # it cannot change on resume
         ways.append("optim.state=8bit")
     if "denoiser" in config and config["denoiser"].option("gradient_checkpointing") is False:
         ways.append("denoiser.gradient_checkpointing=true")
