@@ -19,7 +19,6 @@ from ldm_lab.training.caching import with_choices
 from ldm_lab.training.diffusion import DiffusionTask
 from ldm_lab.training.interrupt import Interrupt
 from ldm_lab.training.task import Task
-from ldm_lab.training.trainer import TrainerOptions
 
 
 def network() -> nn.Module:
@@ -160,13 +159,9 @@ def test_ddp_is_told_what_the_config_says():
     build("ddp", options).apply(SimpleNamespace(strategy=SingleDeviceStrategy()))
 
 
-def test_what_torch_s_ddp_cannot_do_is_refused():
+def test_what_torch_s_ddp_cannot_do_is_refused(tmp_path, monkeypatch, program):
     """With a static graph it fails in the first step of which a batch is not sent."""
-    options = {"accumulate_grad_batches": 2, "ddp": {"static_graph": True}}
-    sections = {"task": "diffusion", "run": "x", "trainer": options}
-    with pytest.raises(UserError, match=r"trainer\.ddp\.static_graph: does not go with accumulate_grad_batches"):
-        RunConfig.from_dict(sections).check_across_keys()
-    assert not TrainerOptions.check(
-        max_time=None, strategy="ddp", precision="32-true", channels_last=False, accumulate_grad_batches=1,
-        ddp=options["ddp"],
-    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    yaml = make_run(tmp_path, images=8, trainer={"accumulate_grad_batches": 2, "ddp": {"static_graph": True}})
+    code, _, err = program("train", "--config", yaml)
+    assert code == 2 and "trainer.ddp.static_graph: does not go with trainer.accumulate_grad_batches" in err

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from pytorch_lightning import Callback
 from test_glide_training import UPSAMPLER, write
-from tiny import DENOISER, ROOT, embedding, make_run
+from tiny import DENOISER, ROOT, embedding, make_run, run_program
 from tiny_glide import UNET, conditions
 from torch.distributed.fsdp import fully_shard
 
@@ -82,18 +82,26 @@ def train(rank: int, folder: Path, yaml: Path, runs: list[list[str]], port: int,
 
 
 def train_in_two_processes(folder: Path, yaml: Path, runs: list[list[str]], poison_step: int = -1) -> None:
-    """Train several runs in one pair of processes, which begin as copies of this one: torch is imported already."""
-    port = random.SystemRandom().randrange(20_000, 30_000)
+    """Train several runs in one pair of processes, copies of one that has imported torch and has done nothing else."""
+    port = str(random.SystemRandom().randrange(20_000, 30_000))
+    done = run_program(__file__, yaml, json.dumps(runs), port, str(poison_step), cwd=folder, timeout=500)
+    said = "".join((folder / f"said_{rank}").read_text()[-3000:] for rank in range(2))
+    assert done.returncode == 0, said + done.stderr
+
+
+def main(yaml: str, runs: str, port: str, poison_step: str) -> int:
+    """Start the two processes and wait for them. Returns 1 if one of them fails."""
     context = multiprocessing.get_context("fork")
-    pair = [context.Process(target=train, args=(rank, folder, yaml, runs, port, poison_step)) for rank in range(2)]
+    options = Path.cwd(), Path(yaml), json.loads(runs), int(port), int(poison_step)
+    pair = [context.Process(target=train, args=(rank, *options)) for rank in range(2)]
     for process in pair:
         process.start()
-    multiprocessing.connection.wait([process.sentinel for process in pair], timeout=400)
+    multiprocessing.connection.wait([process.sentinel for process in pair])
     for process in pair:
         process.join(30)
         process.kill()
-    said = "".join((folder / f"said_{rank}").read_text()[-3000:] for rank in range(2))
-    assert [process.exitcode for process in pair] == [0, 0], said
+        process.join()
+    return int(any(process.exitcode for process in pair))
 
 
 def two_process_run(folder: Path, **sections: dict) -> Path:
@@ -223,31 +231,24 @@ def test_a_shared_network_in_bfloat16_with_few_results_kept_and_batches_gathered
     assert losses(tmp_path, "shared") == {step: pytest.approx(loss, rel=5e-3) for step, loss in expected.items()}
 
 
-def compile_and_share(folder: Path) -> None:
-    """Write the gradient of a network, as it is and compiled and shared, in a process that shares with none."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=0, world_size=1)
-    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-    gradients = []
-    for shared in (False, True):
-        torch.manual_seed(0)
-        net = build("denoiser", {**DENOISER, "blocks_per_level": 1}, 4, embedding(16))
-        for block in net.block_modules() if shared else ():
-            block.compile(backend="aot_eager", dynamic=False)
-        for module in (*net.block_modules(), net) if shared else ():
-            fully_shard(module, mesh=mesh, reshard_after_forward=True)
-        net(torch.randn(2, 4, 8, 8), torch.rand(2), torch.randn(2, 16)).square().mean().backward()
-        gradients.append({name: local(p.grad) for name, p in net.named_parameters() if p.grad is not None})
-    torch.save(gradients, folder / "gradients.pt")
-
-
 @pytest.mark.slow
 def test_blocks_that_are_compiled_can_be_shared(tmp_path):
-    process = multiprocessing.get_context("fork").Process(target=compile_and_share, args=(tmp_path,))
-    process.start()
-    process.join(400)
-    process.kill()
-    plain, shared = torch.load(tmp_path / "gradients.pt", weights_only=True)
-    assert furthest(plain, shared) < 1e-5
+    gradients = []
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        for shared in (False, True):
+            torch.manual_seed(0)
+            net = build("denoiser", {**DENOISER, "blocks_per_level": 1}, 4, embedding(16))
+            for block in net.block_modules() if shared else ():
+                block.compile(backend="aot_eager", dynamic=False)
+            for module in (*net.block_modules(), net) if shared else ():
+                fully_shard(module, mesh=mesh, reshard_after_forward=True)
+            net(torch.randn(2, 4, 8, 8), torch.rand(2), torch.randn(2, 16)).square().mean().backward()
+            gradients.append({name: local(p.grad) for name, p in net.named_parameters() if p.grad is not None})
+    finally:
+        torch.distributed.destroy_process_group()
+    assert furthest(*gradients) < 1e-5
 
 
 @pytest.mark.slow
@@ -295,3 +296,9 @@ def test_tasks_whose_network_cannot_be_shared_say_so(tmp_path, monkeypatch, prog
     monkeypatch.chdir(tmp_path)
     code, _, err = program("train", "--config", ROOT / "configs/autoencoder_kl_f8.yaml", "data.shards=x.tar", SHARDED)
     assert code == 2 and "trainer.strategy: fsdp2 is for the denoiser of task=diffusion" in err
+    code, _, err = program("train", "--config", make_run(tmp_path, images=8), SHARDED, "lora={rank: 4}")
+    assert code == 2 and "trainer.strategy: fsdp2 is for networks that are trained as a whole" in err
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

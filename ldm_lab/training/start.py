@@ -109,13 +109,17 @@ def _check_lora(config: RunConfig) -> None:
 
 
 def _check_strategy(config: RunConfig) -> None:
-    """Raise UserError for what does not go with a network that the devices share."""
+    """Raise UserError for what does not go with the way in which several devices work together."""
+    trainer = config.part("trainer")
+    ddp = trainer.option("ddp")
+    if isinstance(ddp, dict) and ddp.get("static_graph") and trainer.option("accumulate_grad_batches") > 1:
+        raise UserError(
+            "trainer.ddp.static_graph: does not go with trainer.accumulate_grad_batches, torch fails in the first step"
+        )
     if "trainer" not in config or config["trainer"].get("strategy") != FSDP2:
         return
     if config.task != "diffusion":
         raise UserError(f"trainer.strategy: {FSDP2} is for the denoiser of task=diffusion; {config.task} runs with ddp")
-    if "lora" in config:
-        raise UserError(f"lora: does not go with trainer.strategy={FSDP2}; strategy=ddp does")
     if "optim" in config and (state := config["optim"].get("state", "32bit")) != "32bit":
         raise UserError(f"optim.state: {state} does not go with trainer.strategy={FSDP2}, which takes 32bit")
 

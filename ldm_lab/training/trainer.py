@@ -1,6 +1,5 @@
 """Lightning's Trainer as the config's section `trainer` describes it."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -79,20 +78,9 @@ class TrainerOptions:
         return self.matmul_precision != "highest"
 
     @staticmethod
-    def check(
-        *,
-        max_time: str | int | None,
-        strategy: str,
-        precision: Precision,
-        channels_last: bool,
-        accumulate_grad_batches: int,
-        ddp: Mapping[str, Plain] | None,
-    ) -> list[str]:
+    def check(*, max_time: str | int | None, strategy: str, precision: Precision, channels_last: bool) -> list[str]:
         """Return what is wrong across the options."""
-        wrong = [*_wrong_duration(max_time), *_wrong_strategy(strategy, str(precision), channels_last)]
-        if accumulate_grad_batches > 1 and (ddp or {}).get("static_graph"):
-            wrong.append("ddp.static_graph: does not go with accumulate_grad_batches, torch fails in the first step")
-        return wrong
+        return [*_wrong_duration(max_time), *_wrong_strategy(strategy, str(precision), channels_last)]
 
     def trainer(self, callbacks: list[Callback], loggers: list[Logger], log_every: int, folder: Path) -> Trainer:
         """Return the Trainer."""
