@@ -122,6 +122,8 @@ def _check_strategy(config: RunConfig) -> None:
         raise UserError(f"trainer.strategy: {FSDP2} is for the denoiser of task=diffusion; {config.task} runs with ddp")
     if "optim" in config and (state := config["optim"].get("state", "32bit")) != "32bit":
         raise UserError(f"optim.state: {state} does not go with trainer.strategy={FSDP2}, which takes 32bit")
+    if "lora" in config:
+        raise UserError(f"trainer.strategy: {FSDP2} is for networks that are trained as a whole; lora runs with ddp")
 
 
 def _open_data(config: RunConfig, sources: list[Source]) -> None:
