@@ -437,7 +437,7 @@ def test_published_weights_in_training_sampling_and_caches(published, program, t
     section = {"name": "clip", "weights": open_clip.pretrained._PRETRAINED[NAME]["random"]["file"]}
     yaml = make_run(tmp_path, images=24, conditioner={**section, "architecture": architecture})
     code, _, err = program("train", "--config", yaml, "run=third", "cache.folder=cache")
-    assert code == 2 and "this cache was made with another conditioner.architecture" in err
+    assert code == 2 and "this cache was made with another " in err and "conditioner.architecture" in err
 
 
 def test_a_checkpoint_cannot_make_open_clip_read_folders(folder, program, tmp_path, monkeypatch):
