@@ -213,7 +213,8 @@ def test_encoders_in_chunks_and_in_half_precision(tmp_path, monkeypatch):
     assert not torch.equal(made["bf16"]["mean"], made["whole"]["mean"])
     with pytest.raises(UserError, match=r"made with another cache\.precision"):
         training_data(load(yaml, [f"cache.folder={tmp_path / 'bf16'}", "cache.precision=32-true"]))
-    assert training_data(load(yaml, [f"cache.folder={tmp_path / 'bf16'}"])).name == "cache"
+    read = training_data(load(yaml, [f"cache.folder={tmp_path / 'bf16'}", "data.max_skipped=0.3", "data.timeout=60"]))
+    assert read.name == "cache" and (read["max_skipped"], read["timeout"]) == (0.3, 60), "as the run's data are read"
 
 
 class WithStates(Conditioner):

@@ -91,7 +91,7 @@ def test_training_brings_the_bound_down(batch):
 def test_every_timestep_is_drawn_the_last_one_too():
     for T in (10, 100):
         objective, draw = made(timesteps=T), SobolTimesteps(0, 0, 1)
-        drawn = torch.cat([objective.schedule.index(draw(i, 64)) for i in range(64)])
+        drawn = torch.cat([objective.schedule.index(draw(64 * i, 64)) for i in range(64)])
         counts = torch.bincount(drawn, minlength=T)
         assert len(counts) == T and counts.min() >= 64 * 64 / T - 2
 

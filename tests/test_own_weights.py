@@ -110,7 +110,7 @@ def test_from_training_to_pictures(table, tmp_path, monkeypatch, program, caplog
 
     done("ldm_lab.__main__", "cache", "--config", yaml, "--out", "cached", *words)
     meta = json.loads(Path("cached/meta.json").read_text())
-    assert meta["description"]["conditioner"] == pinned and meta["complete"]
+    assert meta["description"]["conditioner.sha256"] == pinned and meta["complete"]
     done("train", "--config", yaml, "run=of_cache", *words, "cache.folder=cached")
 
     save_file({"table.weight": torch.randn(ROWS, WIDTH)}, table)

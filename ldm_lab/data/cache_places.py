@@ -1,7 +1,6 @@
 """Where a cache lies: in a folder, or on a server that its shards are fetched from, whole and checked, one by one."""
 
 import errno
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from ldm_lab.data.samples import DAMAGED, UNREACHABLE, SkippedSample
 from ldm_lab.data.shard_urls import scheme_of
 from ldm_lab.data.streams import open_stream, reason_of
 from ldm_lab.errors import UserError
-from ldm_lab.io.atomic import PARTIAL, move_into_place, sha256
+from ldm_lab.io.atomic import move_into_place, sha256
 
 CHUNK = 1 << 20  # bytes
 MOST_OPENED = 1024  # shards that a process has mapped at once; systems allow some 65,000 maps
@@ -77,16 +76,12 @@ class RemoteCache:
         kept = None if self.local is None else self.local / f"{shard.sha256[:16]}-{shard.name}"
         if kept is not None and kept.is_file() and kept.stat().st_size == shard.bytes:
             return opened(kept, self.meta, shard, address)
-        handle, name = tempfile.mkstemp(dir=self.local, prefix=".ldm_lab-cache-", suffix=PARTIAL)
-        os.close(handle)
-        temporary = Path(name)
-        try:
+        with tempfile.TemporaryDirectory(dir=self.local, prefix=".ldm_lab-cache-") as folder:
+            temporary = Path(folder) / shard.name
             download(address, temporary, shard)
             if kept is not None:
                 move_into_place(temporary, kept)
-            return opened(kept or temporary, self.meta, shard, address)
-        finally:
-            temporary.unlink(missing_ok=True)  # a mapped file lives on without its name
+            return opened(kept or temporary, self.meta, shard, address)  # a mapped file lives on without its name
 
     def address_of(self, number: int) -> str:
         """Return where a shard is."""

@@ -105,7 +105,7 @@ def training_data(config: RunConfig) -> PartConfig:
             print(summary(folder, report))
             if report.unreached:
                 raise UserError(f"{folder}: {unreached(report)}, so the cache is not complete; {AGAIN}")
-    loading = {key: data[key] for key in ("batch_size", "workers", "timeout") if key in data}
+    loading = {key: data[key] for key in ("batch_size", "workers", "timeout", "max_skipped") if key in data}
     return PartConfig("data", "cache", {"path": str(folder), **loading})
 
 
