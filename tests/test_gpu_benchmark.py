@@ -1,4 +1,4 @@
-"""The benchmark for one GPU, at its tiny size on a CPU."""
+"""The benchmark for one GPU, at its tiny size on a CPU. All of its parts run in `.ci/run`."""
 
 import re
 import sys
