@@ -271,7 +271,8 @@ def load_encoders(config: RunConfig) -> Encoders:
             raise UserError(f"{role}.weights: has to be given; a cache is made with trained parts")
         parts.append(part)
     precision: EncoderPrecision = "bf16" if cache_options(config).precision == "bf16-mixed" else "fp32"
-    return Encoders(*parts, precision, precision)
+    autoencoder, conditioner = parts
+    return Encoders(autoencoder, conditioner, precision, precision)
 
 
 def check_variants(source: Source, variants: Variants) -> None:
