@@ -11,51 +11,26 @@ from typing import Annotated
 import torch
 from annotated_types import Gt, MinLen
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ldm_lab.conditions import UPSAMPLER_ALONE
 from ldm_lab.config import NonNegativeInt, PositiveInt, check_options, register, signature_options
-from ldm_lab.denoisers.imagen_layers import (
-    FREQUENCIES,
-    GROUPS,
-    POSITIONS,
-    TIME_TOKENS,
-    AttentionPool,
-    BiasedLayerNorm,
-    CrossAttention,
-    Fourier,
-    Heads,
-    Layout,
-    MultiKernelConv,
-    ResnetBlock,
-    TransformerBlock,
-    Upsample,
-    WideningConv,
-    downsample,
-)
+from ldm_lab.denoisers.glide_layers import zeroed
+from ldm_lab.denoisers.imagen_attention import Heads, Layout, TransformerBlock
+from ldm_lab.denoisers.imagen_conditions import ConditionReader, taken_conditions
+from ldm_lab.denoisers.imagen_layers import GROUPS, Builder, LevelPlan, MultiKernelConv, ResnetBlock
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import (
-    ConditionKind,
-    ConditionSpec,
-    Denoiser,
-    ImageCondition,
-    Level,
-    TokenStates,
-)
-from ldm_lab.schedules.log_snr import LOG_SNR
+from ldm_lab.interfaces import ConditionSpec, ImageCondition
 
-MIDDLE_HEADS = (8, 64)  # heads of the text attention in the middle, and their width, whatever the options say
 SKIP = 2**-0.5  # factor of what comes from the way down
 
 
 @register("denoiser", "imagen_unet")
-class ImagenUNet(Denoiser):
+class ImagenUNet(ConditionReader):
     """The U-Net of Imagen: base or memory-efficient, with a text or without, for pixels or from a smaller image.
 
     Attributes:
         multiple_of: what height and width have to be multiples of.
-        text_size: token states per text; 0 without a text.
     """
 
     time_input = "log_snr"
@@ -92,8 +67,8 @@ class ImagenUNet(Denoiser):
         Args:
             channels: C of the images, or latents.
             conditions: what is given; of it token states, a small image and its noise level are taken.
-            base_channels: level i is base_channels * multipliers[i] wide where it ends.
-            multipliers: one per level; level 0 is the finest.
+            base_channels: level i, of which 0 is the finest, is base_channels * multipliers[i] wide where it ends.
+            multipliers: one per level.
             blocks_per_level: gated residual blocks after a level's first, on the way down and up: one number for all
                 levels, or one for each.
             attention_levels: the levels whose pixels attend to one another, and to the text.
@@ -103,10 +78,9 @@ class ImagenUNet(Denoiser):
             feed_forward: width of the networks after attention, in widths of the level.
             text_width: channels of the tokens that the network reads (default: base_channels).
             text_latents: learned tokens that a text is pooled to, beside 4 of its mean.
-            memory_efficient: halve the size before a level's blocks instead of after them (the paper's Efficient
-                U-Net, section 2.4): faster, for super-resolution.
-            layout: "rms" is that of imagen-pytorch 2, for new models; "group" that of 1.7 to 1.10, in which
-                spaceforge's were trained.
+            memory_efficient: halve the size before a level's blocks instead of after them, for super-resolution (the
+                paper's Efficient U-Net, section 2.4).
+            layout: "rms" of imagen-pytorch 2, for new models; "group" of 1.7 to 1.10, spaceforge's.
             gradient_checkpointing: recompute each block in the backward pass; less memory, a third more time.
 
         Raises:
@@ -115,67 +89,42 @@ class ImagenUNet(Denoiser):
         super().__init__()
         given = {key: value for key, value in locals().items() if key in signature_options(ImagenUNet)}
         check_options(ImagenUNet, **given)
-        self.spec = _taken(conditions)
+        self.spec = taken_conditions(conditions)
         self.channels, self.checkpointing = channels, gradient_checkpointing
         self.multiple_of = 2 ** (len(multipliers) - (0 if memory_efficient else 1))
         self.tokens_width = text_width or base_channels
-        image = self.spec.get("low_res")
-        extra = image.channels if isinstance(image, ImageCondition) else 0
+        extra = sum(kind.channels for kind in self.spec.values() if isinstance(kind, ImageCondition))
         self.vector_width = 4 * base_channels * (2 if extra else 1)
-        self._add_times()
-        self._add_text(text_latents, Heads(heads, head_width, layout))
-        builder = _Builder(self.vector_width, self.tokens_width, Heads(heads, head_width, layout), feed_forward)
-        widths = [base_channels, *(base_channels * times for times in multipliers)]
-        blocks = [*blocks_per_level] * (len(multipliers) if len(blocks_per_level) == 1 else 1)
-        plan = [
-            _Level(i, widths[i], widths[i + 1], blocks[i], i in attention_levels, i in text_levels)
-            for i in range(len(multipliers))
-        ]
+        self.add_times()
+        self.add_text(text_latents, Heads(heads, head_width, layout))
         self.init_conv = MultiKernelConv(channels + extra, base_channels)
-        self.init_resnet_block = builder.block(base_channels, base_channels, gated=True) if memory_efficient else None
-        self.downs = nn.ModuleList(builder.down(level, memory_efficient, level is plan[-1]) for level in plan)
-        self.mid_block1 = builder.middle(widths[-1])
-        middle = feed_forward if layout == "rms" else None
-        self.mid_attn = TransformerBlock(widths[-1], builder.heads, None, middle)
-        self.mid_block2 = builder.middle(widths[-1])
-        self.ups = nn.ModuleList(builder.up(level, memory_efficient) for level in reversed(plan))
-        self.final_res_block = builder.block(base_channels, base_channels, gated=True)
-        self.final_conv = nn.Conv2d(base_channels + extra, channels, 3, padding=1)
-        nn.init.zeros_(self.final_conv.weight)
-        nn.init.zeros_(self.final_conv.bias)
+        builder = Builder(self.vector_width, self.tokens_width, Heads(heads, head_width, layout), feed_forward)
+        blocks = [*blocks_per_level] * (len(multipliers) if len(blocks_per_level) == 1 else 1)
+        widths = [base_channels, *(base_channels * times for times in multipliers)]
+        self._add_levels(builder, widths, blocks, attention_levels, text_levels, memory_efficient)
+        self.final_conv = zeroed(nn.Conv2d(base_channels + extra, channels, 3, padding=1))
 
-    def _add_times(self) -> None:
-        """Add what reads the time, and how noised the small image is if there is one."""
-        self.to_time_hiddens, self.to_time_cond, self.to_time_tokens = self._level_reader()
-        if "low_res_level" in self.spec:
-            readers = self._level_reader()
-            self.to_lowres_time_hiddens, self.to_lowres_time_cond, self.to_lowres_time_tokens = readers
-        self.norm_cond = BiasedLayerNorm(self.tokens_width)
-
-    def _level_reader(self) -> tuple[nn.Sequential, nn.Sequential, nn.Sequential]:
-        width = self.vector_width
-        tokens = nn.Linear(width, TIME_TOKENS * self.tokens_width)
-        return (
-            nn.Sequential(Fourier(), nn.Linear(1 + 2 * FREQUENCIES, width), nn.SiLU()),
-            nn.Sequential(nn.Linear(width, width)),
-            nn.Sequential(tokens, nn.Unflatten(1, (TIME_TOKENS, self.tokens_width))),
-        )
-
-    def _add_text(self, latents: int, heads: Heads) -> None:
-        """Add what reads the text's states, if there are any."""
-        text, width, vector = self.spec.get("token_states"), self.tokens_width, self.vector_width
-        self.text_size = text.length if isinstance(text, TokenStates) else 0
-        if not isinstance(text, TokenStates):
-            return
-        if text.length > POSITIONS:
-            raise UserError(f"denoiser.name: imagen_unet reads up to {POSITIONS} token states, not {text.length}")
-        self.text_to_cond = nn.Linear(text.width, width)
-        self.null_text_embed = nn.Parameter(torch.randn(1, text.length, width))  # [1, L, w]
-        self.null_text_hidden = nn.Parameter(torch.randn(1, vector))  # [1, T]
-        self.attn_pool = AttentionPool(width, latents, heads)
-        self.to_text_non_attn_cond = nn.Sequential(
-            BiasedLayerNorm(width), nn.Linear(width, vector), nn.SiLU(), nn.Linear(vector, vector)
-        )
+    def _add_levels(
+        self,
+        build: Builder,
+        widths: Sequence[int],
+        blocks: Sequence[int],
+        attention_levels: Sequence[int],
+        text_levels: Sequence[int],
+        efficient: bool,
+    ) -> None:
+        """Add all between the first and the last convolution; `widths` are those between the levels, one more."""
+        plan = [
+            LevelPlan(i, widths[i], widths[i + 1], count, i in attention_levels, i in text_levels)
+            for i, count in enumerate(blocks)
+        ]
+        self.init_resnet_block = build.block(widths[0], widths[0], gated=True) if efficient else None
+        self.downs = nn.ModuleList(build.down(level, efficient, level is plan[-1]) for level in plan)
+        self.mid_block1 = build.middle(widths[-1])
+        self.mid_attn = build.middle_attention(widths[-1])
+        self.mid_block2 = build.middle(widths[-1])
+        self.ups = nn.ModuleList(build.up(level, efficient) for level in reversed(plan))
+        self.final_res_block = build.block(widths[0], widths[0], gated=True)
 
     @staticmethod
     def check(
@@ -193,55 +142,6 @@ class ImagenUNet(Denoiser):
         if base_channels < 4:
             problems.append(f"base_channels: at least 4 are needed, not {base_channels}")
         return problems
-
-    def freeze_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Return what reads the text, as `text`, and all else, as `unet`."""
-        named = ("text_to_cond", "null_text", "attn_pool", "to_text_non_attn_cond")
-        text = [p for name, p in self.named_parameters() if name.startswith(named)]
-        unet = [p for name, p in self.named_parameters() if not name.startswith(named)]
-        return {"text": text, "unet": unet}
-
-    # -------------------------------------------------------------------------------------------------- conditions
-
-    def encode_text(self, states: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return a text's tokens, [B, 4 + text_latents, w], and its vector, [B, T].
-
-        Args:
-            states: [B, L, D], L up to `text_size`.
-            mask: bool [B, L], false where there is padding, which is read as no text; a row without any true is no
-                text at all. None: all that is given counts, and zeros in the places behind it.
-        """
-        given = states.shape[1]
-        if given > self.text_size:
-            raise UserError(f"this model reads up to {self.text_size} token states, and the conditioner gives {given}")
-        tokens = F.pad(self.text_to_cond(states.to(self.text_to_cond.weight)), (0, 0, 0, self.text_size - given))
-        if mask is not None:
-            known = F.pad(mask.bool(), (0, self.text_size - given))  # [B, L]
-            tokens = torch.where(known[..., None], tokens, self.null_text_embed.to(tokens))  # [B, L, w]
-        pooled = self.attn_pool(tokens)  # [B, 4 + N, w]
-        vector = self.to_text_non_attn_cond(pooled.mean(1))  # [B, T]
-        if mask is not None:
-            vector = torch.where(mask.bool().any(1, keepdim=True), vector, self.null_text_hidden.to(vector))  # [B, T]
-        return pooled, vector
-
-    def encode_conditions(
-        self, log_snr: Tensor, low_res_level: Tensor | None, states: Tensor | None, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the vector that scales and shifts, [B, T], and the tokens of attention, [B, M, w]."""
-        hidden = self.to_time_hiddens(log_snr)  # [B, T]
-        vector, tokens = self.to_time_cond(hidden), [self.to_time_tokens(hidden)]  # [B, T], [B, 2, w]
-        level = self.spec.get("low_res_level")
-        if isinstance(level, Level) and low_res_level is not None:
-            hidden = self.to_lowres_time_hiddens(LOG_SNR[level.schedule](low_res_level.float()))  # [B, T]
-            vector = vector + self.to_lowres_time_cond(hidden)  # [B, T]
-            tokens.append(self.to_lowres_time_tokens(hidden))  # [B, 2, w]
-        if states is not None:
-            pooled, of_text = self.encode_text(states, mask)  # [B, 4 + N, w], [B, T]
-            vector = vector + of_text  # [B, T]
-            tokens.append(pooled)
-        return vector, self.norm_cond(torch.cat(tokens, dim=1))  # [B, T], [B, M, w]
-
-    # ------------------------------------------------------------------------------------------------------- image
 
     def forward(
         self,
@@ -317,69 +217,3 @@ class ImagenUNet(Denoiser):
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(module, *inputs, use_reentrant=False)
         return module(*inputs)
-
-
-class _Level:
-    """A level: its place, the widths of the finer and the coarser side, its blocks, where it attends."""
-
-    def __init__(self, place: int, fine: int, coarse: int, blocks: int, attends: bool, reads_text: bool) -> None:
-        self.place, self.fine, self.coarse = place, fine, coarse
-        self.blocks, self.attends, self.reads_text = blocks, attends, reads_text
-
-
-class _Builder:
-    """The levels; `downs.1.2.0` and the like come from the positions used here."""
-
-    def __init__(self, vector_width: int, tokens_width: int, heads: Heads, feed_forward: float) -> None:
-        self.vector_width, self.tokens_width = vector_width, tokens_width
-        self.heads, self.feed_forward = heads, feed_forward
-
-    def block(self, c_in: int, c_out: int, *, gated: bool = False, text: Heads | None = None) -> ResnetBlock:
-        cross = None if text is None else CrossAttention(c_out, text, self.tokens_width)
-        return ResnetBlock(c_in, c_out, self.vector_width, self.heads.layout, cross, gated)
-
-    def middle(self, width: int) -> ResnetBlock:
-        return self.block(width, width, text=Heads(*MIDDLE_HEADS, self.heads.layout))
-
-    def attention(self, level: _Level, width: int) -> nn.Module:
-        if not level.attends:
-            return nn.Identity()
-        return TransformerBlock(width, self.heads, self.tokens_width, self.feed_forward)
-
-    def down(self, level: _Level, efficient: bool, last: bool) -> nn.ModuleList:
-        """Return [smaller size before, first block, blocks, attention, smaller size after]."""
-        width, layout = level.coarse if efficient else level.fine, self.heads.layout
-        before = downsample(level.fine, level.coarse, layout) if efficient else nn.Identity()
-        after: nn.Module = nn.Identity()
-        if not efficient:
-            after = WideningConv(level.fine, level.coarse) if last else downsample(level.fine, level.coarse, layout)
-        first = self.block(width, width, text=self.heads if level.reads_text else None)
-        blocks = nn.ModuleList(self.block(width, width, gated=True) for _ in range(level.blocks))
-        return nn.ModuleList([before, first, blocks, self.attention(level, width), after])
-
-    def up(self, level: _Level, efficient: bool) -> nn.ModuleList:
-        """Return [first block, blocks, attention, larger size]."""
-        width = level.coarse
-        c_in = width + (level.coarse if efficient else level.fine)
-        first = self.block(c_in, width, text=self.heads if level.reads_text else None)
-        blocks = nn.ModuleList(self.block(c_in, width, gated=True) for _ in range(level.blocks))
-        larger = Upsample(width, level.fine) if efficient or level.place else nn.Identity()
-        return nn.ModuleList([first, blocks, self.attention(level, width), larger])
-
-
-def _taken(conditions: ConditionSpec) -> ConditionSpec:
-    """Return those of the given conditions that the network takes. Raises UserError for half of a pair."""
-    taken: dict[str, ConditionKind] = {}
-    if isinstance(text := conditions.get("token_states"), TokenStates):
-        taken["token_states"] = text
-    image, level = conditions.get("low_res"), conditions.get("low_res_level")
-    if isinstance(image, ImageCondition) != isinstance(level, Level) or (
-        isinstance(image, ImageCondition) and not image.enlarged
-    ):
-        raise UserError(
-            "denoiser.name: imagen_unet takes a small image enlarged, and how noised it is; "
-            "condition_sources.noised_low_res gives both"
-        )
-    if isinstance(image, ImageCondition) and isinstance(level, Level):
-        taken |= {"low_res": image, "low_res_level": level}
-    return taken
