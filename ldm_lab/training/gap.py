@@ -39,8 +39,8 @@ class GapOptions:
                 the measured one.
             map: from texts' embeddings to images', fitted on images that have captions: linear (ridge), a small
                 network (residual), whichever finds held-out images best, or none; null takes what the file has.
-            texts: file of texts, one a line, whose mean is taken where means are measured; null takes those that come
-                with the program.
+            texts: file of texts, one a line, whose mean is taken where means are measured, or `captions`, those of the
+                data; null takes some thousand texts that come with the program.
             images: how many are measured, evenly spread over the data.
         """
         self.means, self.shift, self.noise, self.map = means, shift, noise, map

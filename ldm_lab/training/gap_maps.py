@@ -13,7 +13,7 @@ from ldm_lab.errors import UserError
 HELD_OUT = 0.2  # share of the pairs that a map is judged by
 FEWEST = 10  # pairs that a map can be fitted on
 STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)  # of ridge
-HIDDEN, STEPS, RATE, DECAY = 256, 300, 1e-3, 1e-2  # of the residual network
+HIDDEN, STEPS, RATE, DECAY = 256, 200, 2e-3, 1e-2  # of the residual network
 INV_TAU = 20.0  # inverse temperature of its loss
 MOST_COMPARED = 1000  # pairs among which one is sought
 
@@ -56,8 +56,8 @@ def retrieval(texts: Tensor, images: Tensor) -> Retrieval:
     cosine = texts @ images.T  # [n, n]
     own = cosine.diagonal()  # [n]
     nearer = (cosine > own[:, None]).sum(1)  # [n]
-    shares = [float((nearer < most).float().mean()) for most in (1, 5)]
-    return Retrieval(*shares, float(own.mean()), len(cosine))
+    at_1, at_5 = (float((nearer < most).float().mean()) for most in (1, 5))
+    return Retrieval(at_1, at_5, float(own.mean()), len(cosine))
 
 
 def split(count: int) -> tuple[Tensor, Tensor]:
