@@ -167,6 +167,11 @@ def test_a_run_without_means_measures_them_and_keeps_them(run, capsys):
     train = ["train", "--config", str(folder / "tiny.yaml"), "conditioner.gap={}"]
     means = folder / "runs/tiny/gap.safetensors"
     with contextlib.chdir(folder):
+        assert not main([*train, "--check"])
+        assert "check: the run would measure conditioner.gap's means first" in capsys.readouterr().out
+        assert not (folder / "runs").exists()
+        with pytest.raises(UserError, match=r"nothing\.txt: no such file"):
+            main([*train, "conditioner.gap.texts=nothing.txt"])
         assert not main([*train, "run=tiny"])
         out = capsys.readouterr().out
         assert "conditioner.gap: no means are named; they are measured, into runs/tiny/gap.safetensors" in out

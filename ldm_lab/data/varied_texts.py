@@ -14,6 +14,7 @@ from ldm_lab.errors import UserError
 
 GRAMMAR = Path(__file__).with_name("varied_texts.yaml")
 COUNT = 4000
+CAPTIONS = "captions"  # in place of a file of texts: the data's own
 SLOT = re.compile(r"\{(\w+)\}")
 
 

@@ -13,6 +13,7 @@ from ldm_lab.errors import UserError
 from ldm_lab.interfaces import ConditionSpec, Embedding
 from ldm_lab.training.logs import print_rank_zero
 
+FILE = "gap.safetensors"  # in the folder of a run that measured its means itself
 MapChoice = Literal["none", "ridge", "residual", "best"]
 
 
@@ -47,14 +48,11 @@ class GapOptions:
         self.texts, self.images = texts, images
 
     @staticmethod
-    def check(*, means: str | None, shift: bool, map: MapChoice | None, texts: str | None) -> list[str]:
+    def check(*, shift: bool, map: MapChoice | None) -> list[str]:
         """Return what is wrong across the options."""
-        problems = []
         if not shift and map not in (None, "none"):
-            problems.append(f"map: {map} is of embeddings without their means, and shift=false leaves those in")
-        if means is not None and texts is not None:
-            problems.append("texts: say whose mean is measured, and means names a file where that has been done")
-        return problems
+            return [f"map: {map} is of embeddings without their means, and shift=false leaves those in"]
+        return []
 
     @property
     def needs_means(self) -> bool:

@@ -23,7 +23,7 @@ from ldm_lab.data.jobs import Fingerprint, Finished, Job, PassReport
 from ldm_lab.data.order import Order
 from ldm_lab.data.samples import Sample, SkippedSample, as_utf8
 from ldm_lab.data.source import Item, Source
-from ldm_lab.data.varied_texts import COUNT, texts_of
+from ldm_lab.data.varied_texts import CAPTIONS, COUNT, texts_of
 from ldm_lab.data.work_items import WorkItem
 from ldm_lab.errors import UserError
 from ldm_lab.progress import print_line
@@ -31,7 +31,6 @@ from ldm_lab.training.gap_maps import Fitted, Retrieval, fit, retrieval
 
 USUAL_NOISE = 0.5  # where no captions tell how far texts are from their images
 LEAST_COSINE = 0.1  # of a pair without means, below which nothing can be said
-CAPTIONS = "captions"  # in place of a file of texts: the data's own
 CHUNK = 256  # texts that are embedded at once
 EMBED, TEXT, CAPTIONED = "embed", "text_embed", "captioned"  # columns
 

@@ -20,11 +20,9 @@ from ldm_lab.data.work_items import source_items
 from ldm_lab.errors import UserError, told_in_one_line
 from ldm_lab.processes import leave_process_group
 from ldm_lab.training.caching import cache_options, encoder_differences, encoder_facts, is_complete, options_of_run
-from ldm_lab.training.gap import GapOptions, gap_options
+from ldm_lab.training.gap import FILE, GapOptions, gap_options
 from ldm_lab.training.gap_measuring import GapJob, GapReport, GapWanted, say
 from ldm_lab.training.logs import print_rank_zero
-
-FILE = "gap.safetensors"  # in the folder of a run that measured its means itself
 
 
 def with_own_means(config: RunConfig, folder: Path) -> RunConfig:
@@ -43,6 +41,27 @@ def with_own_means(config: RunConfig, folder: Path) -> RunConfig:
     return config.with_part("conditioner", section.with_use(gap={**section.use.gap, "means": str(folder / FILE)}))
 
 
+def own_means(config: RunConfig, folder: Path) -> GapOptions | None:
+    """Return the section `gap` of a run whose means are its own (`with_own_means`); None of any other."""
+    section = config.sections.get("conditioner")
+    if section is None or not isinstance(section.use, ConditionerUse):
+        return None
+    options = gap_options(section)
+    return options if options is not None and options.means == str(folder / FILE) else None
+
+
+def needs_means(config: RunConfig, folder: Path) -> bool:
+    """Return whether a run would measure its means when it starts."""
+    return own_means(config, folder) is not None and not (folder / FILE).exists()
+
+
+def few_means(config: RunConfig, images: int) -> RunConfig:
+    """Return a run like another one that measures its means itself, on a few images."""
+    section = config["conditioner"]
+    gap = {key: value for key, value in (section.use_as(ConditionerUse).gap or {}).items() if key != "means"}
+    return config.with_part("conditioner", section.with_use(gap={**gap, "images": images}))
+
+
 def prepare_means(config: RunConfig, folder: Path, resumed: Path | None) -> None:
     """Measure the means of a run whose config names none, if they are not there; say so.
 
@@ -54,11 +73,10 @@ def prepare_means(config: RunConfig, folder: Path, resumed: Path | None) -> None
     Raises:
         UserError: data that cannot be read, what `measure_gap` raises.
     """
-    section = config.sections.get("conditioner")
-    options = None if section is None or not isinstance(section.use, ConditionerUse) else gap_options(section)
-    path = folder / FILE
-    if section is None or options is None or options.means != str(path):
+    options, path = own_means(config, folder), folder / FILE
+    if options is None:
         return
+    section = config["conditioner"]
     about = description(config, options)
     if path.exists():
         if resumed is not None or read_gap(path).facts.get("about") == about:
