@@ -226,7 +226,7 @@ def report(
         saved = "before anything new was trained" if step == resumed_step else saved
         print(f"stopped by {stopped} at step {step} {saved}: resume.checkpoint=last goes on")
     elif step == resumed_step:
-        reached = "is reached" if step == max_steps else "is less"
-        print(f"step {step}: nothing was left to do, trainer.max_steps={max_steps} {reached}")
+        reached = f", trainer.max_steps={max_steps} is {'reached' if step == max_steps else 'less'}"
+        print(f"step {step}: nothing was left to do{reached if 0 <= max_steps <= step else ''}")
     if step != resumed_step:
         print(f"step {step}: {folder / LAST}, logs in {folder / 'metrics.csv'}")

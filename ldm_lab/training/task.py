@@ -253,6 +253,10 @@ class Task(JudgedSteps):
         self.load_average(checkpoint["state_dict"])
         align(checkpoint, self.trainer.accumulate_grad_batches)
         run = checked(checkpoint[FORMAT])
+        before = run.get("frozen")
+        for role, checksum in self.frozen_sha256.items() if isinstance(before, dict) else ():
+            if before.get(role, checksum) != checksum:
+                print_rank_zero(f"{role}.weights: other weights than those that this run was trained with so far")
         self.batches_seen, self.samples_seen = run["batches_seen"], run["samples_seen"]
         self.optim.began = Began.of(run["course"])
         self.trainer.datamodule.load_rank_states(run["data"], self.global_rank)
