@@ -74,8 +74,9 @@ def wait_for_each_other(timeout: timedelta = default_pg_timeout) -> None:
     one's connections, which are closed, in the place where processes tell each other theirs.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        set_timeout = getattr(torch.distributed, "set_timeout", distributed_c10d._set_pg_timeout)
-        set_timeout(timeout)
+        with warnings.catch_warnings():  # newer torches call it set_timeout
+            warnings.simplefilter("ignore", FutureWarning)
+            distributed_c10d._set_pg_timeout(timeout)
 
 
 @contextmanager

@@ -285,7 +285,7 @@ class Hub(Handler):
 
 
 def test_a_cache_on_the_hub_is_found_by_its_address(cache, tmp_path, monkeypatch):
-    """`hf://datasets/OWNER/REPOSITORY@REVISION/FOLDER`: the list, then each shard, is asked for and read where it is."""
+    """`hf://datasets/OWNER/REPOSITORY@REVISION/FOLDER`: list and shards are asked for, and read where they are."""
     from huggingface_hub import constants
 
     Handler.asked = []

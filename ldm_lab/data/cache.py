@@ -18,6 +18,7 @@ from ldm_lab.data.cache_places import Opened, RemoteCache, open_place
 from ldm_lab.data.contents import contents_of
 from ldm_lab.data.order import Order
 from ldm_lab.data.samples import Sample, SkippedSample
+from ldm_lab.data.shard_urls import scheme_of
 from ldm_lab.data.source import CHECK_AFTER, Source, Unusable
 from ldm_lab.errors import UserError
 
@@ -72,6 +73,11 @@ class Cache(Source):
         super().__init__(**common)
         self.path, self.local, self.held = path, local, shuffle_buffer
         self.opened = Opened()
+
+    @staticmethod
+    def unused(*, path: str) -> dict[str, str]:
+        """Return which options have no effect, and why."""
+        return {} if scheme_of(path) else dict.fromkeys(("local", "shuffle_buffer"), "they are for caches on a server")
 
     def open(self) -> None:
         self.place = open_place(self.path, self.local)

@@ -71,6 +71,11 @@ class Resume(Callback):
         if lr is not None and self.path is None and checkpoint != "last":
             raise UserError("resume.lr: needs resume.checkpoint; a fresh run takes optim.lr")
 
+    @staticmethod
+    def unused(*, checkpoint: str | None) -> dict[str, str]:
+        """Return which options have no effect, and why."""
+        return {"schedule": "a fresh run has no schedule to go on with"} if checkpoint is None else {}
+
     def differences(self, config: RunConfig, network: tuple[str, ...]) -> list[str]:
         """Return the lines "key: checkpoint's value -> new value" between the checkpoint's config and this one.
 
