@@ -42,6 +42,8 @@ def check(config: RunConfig) -> int:
     config.check_across_keys()
     config = config.with_part("data", config["data"].said("resize"))
     quiet_lightning()
+    for line in config.unused_options():
+        print(line)
     folder = RUNS / config.run
     config = with_own_means(config, folder)
     resume: Resume = config.part("resume").build(folder)
