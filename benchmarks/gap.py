@@ -55,6 +55,7 @@ DRAWN = 96
 TEXTS = 2000  # captions of no image in particular, whose mean is the texts'
 SMALLER = (  # U-Net and course of all rows: smaller than the quickstart's, so that 18 of them are trained in an hour
     "objective={name: flow_matching}",
+    "data.batch_size=32",
     "denoiser.base_channels=48",
     "denoiser.blocks_per_level=1",
     "optim.warmup_steps=60",
@@ -224,7 +225,7 @@ def main() -> None:
     add("--out", default="runs/gap", metavar="DIR", help="default: %(default)s")
     add("--rows", nargs="*", default=[*ROWS], choices=[*ROWS], metavar="NAME", help="default: all")
     add("--seeds", nargs="*", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
-    add("--steps", type=int, default=800, metavar="N", help="optimizer steps of each model; default: %(default)s")
+    add("--steps", type=int, default=1500, metavar="N", help="optimizer steps of each model; default: %(default)s")
     add("--noise", type=float, default=0.5, metavar="X", help="of conditioner.gap; default: %(default)s")
     add("--guidance", type=float, default=3.0, metavar="W", help="default: %(default)s")
     add("--clip", nargs="*", default=[], metavar="key=value", help="a CLIP of open_clip's, for --shards")

@@ -31,8 +31,8 @@ from ldm_lab.progress import Bar
 from ldm_lab.training.cloob import agreement
 
 CONFIG = "configs/quickstart_cloob.yaml"  # of the towers
-APART = 20.0  # length of what is added to each tower's first outputs, which have a length of about 1
-INV_TAU = 1000.0  # inverse temperature: the lower the temperature, the less there is to gain by closing the gap
+APART = 40.0  # length of what is added to each tower's first outputs, which have a length of about 1
+INV_TAU = 200.0  # inverse temperature: the lower the temperature, the less there is to gain by closing the gap
 SEED = "gap_clip"  # of the drawings
 BATCH, VARIETY, PAIRS, RATE = 128, 0.5, 20_000, 2e-3
 
@@ -128,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", default="runs/gap/clip.safetensors", metavar="FILE", help="default: %(default)s")
-    add("--steps", type=int, default=1500, metavar="N", help="optimizer steps; default: %(default)s")
+    add("--steps", type=int, default=1000, metavar="N", help="optimizer steps; default: %(default)s")
     args = parser.parse_args()
     trained_clip(Path(args.out), args.steps)
 
