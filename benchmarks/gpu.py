@@ -9,6 +9,7 @@ and few steps, so that the parts themselves can be tried on a CPU.
 
 import argparse
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from ldm_lab.estimate import peak_flops, step_cost
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling import ModelOptions, Pipeline, SamplingOptions
 from ldm_lab.sampling.options import Precision
-from ldm_lab.training.compiling import compile_network
+from ldm_lab.training.compiling import Compile, compile_network
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/yfcc_cfg.yaml"
@@ -53,11 +54,13 @@ class Setting:
         out: folder of all that is written.
         tiny: small networks, few steps.
         device: "cuda" or "cpu".
+        profile: write what each kernel took, too.
     """
 
     out: Path
     tiny: bool
     device: str
+    profile: bool = False
 
     @property
     def image_size(self) -> int:
@@ -109,7 +112,7 @@ def matmul(setting: Setting) -> None:
 
 
 def network_step(
-    setting: Setting, name: str, precision: str, batch_size: int, compiled: bool, channels_last: bool
+    setting: Setting, name: str, precision: str, batch_size: int, compile: Compile, channels_last: bool
 ) -> None:
     """Time the parts of a step of the U-Net alone, on latents and embeddings that are there."""
     section = load(ROOT / CONFIG, ["data.shards=none", *(TINY if setting.tiny else [])])["denoiser"].architecture()
@@ -123,12 +126,13 @@ def network_step(
             network, lambda: objective.loss_terms(network, x0, {"embed": embed}, t, x0)["loss"].mean(), 0, batch_size
         ).flops
     torch.manual_seed(0)
-    network = build("denoiser", section, 4, given).to(setting.device)
+    with torch.device(setting.device):  # a billion random numbers take a CPU ten seconds
+        network = build("denoiser", section, 4, given)
     if channels_last:
         network.to(memory_format=torch.channels_last)
     way = Way(network, False, argparse.Namespace(device=setting.device, precision=precision))
-    if compiled:
-        compile_network(network, "blocks")
+    if compile != "none":
+        compile_network(network, compile)
     x0, noise = (torch.randn(batch_size, 4, side, side, device=setting.device) for _ in range(2))
     batch = (
         x0,
@@ -136,14 +140,20 @@ def network_step(
         torch.rand(batch_size, device=setting.device),
         noise,
     )
+    began = time.perf_counter()
     for _ in range(2):
         way.step(batch)
+    wait = time.perf_counter() - began
     rounds = [way.step(batch) for _ in range(2 if setting.tiny else 8)]
+    if setting.profile:
+        profile(setting, f"{name} {precision} {batch_size}", lambda: way.step(batch))
     parts = [statistics.median(times) for times in zip(*rounds)]
     seconds = sum(parts)
     card = torch.cuda.get_device_name() if setting.device == "cuda" else "CPU"
     most = peak_flops(card, "bf16-mixed" if precision == "bf16" else "32-true")
     mfu = "MFU unknown" if most is None else f"MFU {flops / seconds / most:.1%}"
+    if compile != "none":
+        mfu += f", {wait:.0f} s before the first step"
     apart = ", ".join(f"{part} {1000 * each:.1f}" for part, each in zip(("forward", "backward", "AdamW", "EMA"), parts))
     done = f"{flops / seconds / 1e12:.2f} TFLOP/s, {mfu}; ms: {apart}"
     setting.row(
@@ -157,17 +167,31 @@ def network_step(
         torch.cuda.reset_peak_memory_stats()
 
 
+def profile(setting: Setting, name: str, work: Callable[[], object]) -> None:
+    """Write a table of the kernels of three runs of some work, by their time, to `profile_NAME.txt`."""
+    from torch.profiler import ProfilerActivity
+
+    on_gpu = setting.device == "cuda"
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as seen:
+        for _ in range(3):
+            work()
+        setting.wait()
+    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    table = seen.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=90)
+    (setting.out / f"profile_{name.replace(' ', '_').replace(',', '')}.txt").write_text(table)
+
+
 def eager(setting: Setting) -> None:
     """Time the U-Net's step as it is written."""
     for precision, size, last in (("fp32", 1, False), ("bf16", 1, False), ("bf16", 1, True), ("bf16", 2, False)):
         name = "step, channels last" if last else "step"
-        network_step(setting, name, precision, size * setting.batch_size, compiled=False, channels_last=last)
+        network_step(setting, name, precision, size * setting.batch_size, compile="none", channels_last=last)
 
 
 def compiled(setting: Setting) -> None:
     """Time the U-Net's step with its blocks compiled."""
     for size in (1, 2):
-        network_step(setting, "compiled step", "bf16", size * setting.batch_size, compiled=True, channels_last=False)
+        network_step(setting, "compiled step", "bf16", size * setting.batch_size, compile="blocks", channels_last=False)
 
 
 def lora(setting: Setting) -> None:
@@ -196,8 +220,19 @@ def prepare(setting: Setting) -> list[str]:
     return settings + (TINY if setting.tiny else [])
 
 
-def train(setting: Setting, name: str, *settings: str, config: str = CONFIG, timed: bool = True) -> None:
-    """Run `train.py` in a process of its own with these settings; it prints the row, if it is timed."""
+def train(
+    setting: Setting, name: str, *settings: str, config: str = CONFIG, timed: bool = True, saves: bool = False
+) -> None:
+    """Run `train.py` in a process of its own with these settings; it prints the row, if it is timed.
+
+    Args:
+        setting: where and how large.
+        name: of the row and the run's folder.
+        settings: what replaces the config's.
+        config: path of the config.
+        timed: by `timed_training`.
+        saves: go on to the end and its checkpoint, which of a large model takes long, behind the last timed step.
+    """
     run, accelerator = setting.out / "runs" / name.replace(" ", "_"), "gpu" if setting.device == "cuda" else "cpu"
     common = [f"run={run}", "trainer.devices=1", f"trainer.accelerator={accelerator}", "logging.wandb=none"]
     if timed:
@@ -207,9 +242,11 @@ def train(setting: Setting, name: str, *settings: str, config: str = CONFIG, tim
         common += [f"data.batch_size={setting.batch_size}", f"data.workers={workers}", "demo=null", "checkpoint.keep=0"]
         common += prepare(setting)
     few = {"TIMED_WARM_UP": "1", "TIMED_STEPS": "2"} if setting.tiny else {}
-    path = f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}"
+    few["TIMED_LEAVES"] = "" if saves else "1"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, str(ROOT / "train.py"), "--config", str(ROOT / config), *common, *settings]
     environment = {**os.environ, "PYTHONPATH": path, "TIMED_NAME": name, **few}
+    began = time.perf_counter()
     done = subprocess.run(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -217,6 +254,10 @@ def train(setting: Setting, name: str, *settings: str, config: str = CONFIG, tim
     print("\n".join(rows), flush=True)
     if done.returncode:
         raise UserError(f"{name}: train.py ended with {done.returncode}: {done.stdout.strip()[-800:]}")
+    if saves:
+        written = sum(file.stat().st_size for file in run.glob("*.*"))
+        remark = f"all of train.py: its start, {f'{written / 1e9:.1f} GB' if written > 1e9 else 'few bytes'} written"
+        setting.row(f"{name}, in all", "", "", f"{time.perf_counter() - began:.0f} s", remark)
 
 
 def steps(setting: Setting, full: int) -> str:
@@ -227,7 +268,8 @@ def steps(setting: Setting, full: int) -> str:
 def cached(setting: Setting) -> None:
     """Time the training step under Lightning on a cache, and online."""
     cache = f"cache.folder={setting.out / 'cache'}"
-    train(setting, "cached", cache, "trainer.precision=bf16-mixed", steps(setting, 18))
+    train(setting, "cached", cache, "trainer.precision=bf16-mixed", steps(setting, 18), saves=True)
+    (setting.out / "runs" / "cached" / "last.ckpt").unlink()  # 19 GB
     train(setting, "online", "trainer.precision=bf16-mixed", steps(setting, 18))
 
 
@@ -236,9 +278,10 @@ def half_to_full(setting: Setting) -> None:
     cache = f"cache.folder={setting.out / 'cache'}"
     half = "16-mixed" if setting.device == "cuda" else "bf16-mixed"
     few = 3 if setting.tiny else 18
-    train(setting, "fp16 then fp32", cache, f"trainer.precision={half}", f"trainer.max_steps={few}")
+    train(setting, "fp16 then fp32", cache, f"trainer.precision={half}", f"trainer.max_steps={few}", saves=True)
     resumed = ["trainer.precision=32-true", "resume.checkpoint=last", f"trainer.max_steps={2 * few}"]
     train(setting, "fp16 then fp32", cache, *resumed)
+    shutil.rmtree(setting.out / "runs" / "fp16_then_fp32")
 
 
 def encoders(setting: Setting) -> None:
@@ -298,8 +341,11 @@ def main() -> None:
     parser.add_argument("--out", default="runs/gpu", metavar="DIR", help="of all that is written; default: %(default)s")
     parser.add_argument("--tiny", action="store_true", help="small networks and few steps")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--profile", action="store_true", help="of eager and compiled: write what each kernel took")
     args = parser.parse_args()
-    PARTS[args.part](Setting(Path(args.out).resolve(), args.tiny, args.device))
+    out = Path(args.out).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    PARTS[args.part](Setting(out, args.tiny, args.device, args.profile))
 
 
 if __name__ == "__main__":

@@ -77,3 +77,5 @@ class StepTimer(Callback):
             f"| {name} | {precision} | {rate:.1f} images/s | {step:.1f} ms | {peak} | {waits}, loss {loss:.4f} |",
             flush=True,
         )
+        if os.environ.get("TIMED_LEAVES"):
+            os._exit(0)  # without the last checkpoint

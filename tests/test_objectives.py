@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from ldm_lab.config import build
+from ldm_lab.config.registry import infos
+from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Denoiser, Prediction
+from ldm_lab.objectives.targets import as_prediction, target
 from ldm_lab.objectives.weighting import loss_weight, per_x0
-from ldm_lab.schedules import Cosine, Discrete, Linear
+from ldm_lab.schedules import Cosine, Discrete, Linear, LogSNR
 
 B, C = 64, 3
 
@@ -34,11 +37,15 @@ OBJECTIVES = {
     "v": ({"name": "v_cosine"}, Cosine()),
     "velocity": ({"name": "flow_matching"}, Linear()),
     "eps": ({"name": "eps_hybrid", "bound": False, "timesteps": 100}, Discrete(timesteps=100)),
+    **{
+        f"continuous {p}": ({"name": "continuous", "prediction": p, "curve": c}, LogSNR(c))
+        for p, c in (("eps", "cosine"), ("x0", "linear"), ("v", "cosine"))
+    },
 }
 
 
 @pytest.mark.parametrize("target", OBJECTIVES)
-@pytest.mark.parametrize("weighting", ["uniform", "min_snr", "soft_min_snr"])
+@pytest.mark.parametrize("weighting", ["uniform", "min_snr", "soft_min_snr", "snr"])
 def test_a_weighting_means_the_same_for_every_target(batch, target, weighting):
     """The loss is the squared error of x0, weighted by what the papers say for x0."""
     x0, noise, output, t = batch
@@ -46,15 +53,17 @@ def test_a_weighting_means_the_same_for_every_target(batch, target, weighting):
     gamma = 2.0
     objective, net = build("objective", {**section, "weighting": weighting, "gamma": gamma}), Fixed(output)
     loss = objective.loss_terms(net, x0, {}, t, noise)["loss"]
-    t = net.time if target != "eps" else (net.time * 100).round() / 100
+    t = (net.time * 100).round() / 100 if target == "eps" else t
     prediction = objective.predict(net, net.x, t, {})
     error = (prediction.x0 - x0).square().flatten(1).mean(1)
     snr = schedule.log_snr(t).exp()
-    unweighted = {"eps": snr, "v": snr + 1, "velocity": 1 / t**2}[target]
+    units = {"eps": snr, "v": snr + 1, "velocity": 1 / t**2, "x0": torch.ones_like(snr)}
+    unweighted = units[target.removeprefix("continuous ")]
     weight = {
         "uniform": unweighted,
         "min_snr": torch.minimum(snr, torch.tensor(gamma)),
         "soft_min_snr": snr * gamma / (snr + gamma),
+        "snr": snr,
     }[weighting]
     assert torch.allclose(loss, weight * error, rtol=2e-3)
     assert (snr < gamma).any() and (snr > gamma).any()
@@ -65,6 +74,9 @@ def test_weights_are_finite_at_the_ends(target):
     ends = torch.tensor([float("-inf"), -30.0, 0.0, 30.0, float("inf")])
     for weighting in ("uniform", "min_snr", "soft_min_snr"):
         weight = loss_weight(weighting, 5.0, ends, target)
+        assert torch.isfinite(weight).all() and (weight >= 0).all()
+    for weighting in ("snr", "p2"):
+        weight = loss_weight(weighting, None, ends if target != "x0" else ends[:-1], target)
         assert torch.isfinite(weight).all() and (weight >= 0).all()
     assert torch.equal(per_x0(torch.zeros(1), "v"), torch.tensor([2.0]))
 
@@ -103,3 +115,63 @@ def test_training_and_sampling_with_flow_matching(tmp_path, monkeypatch, program
         )  # fmt: skip
         assert code == 0, err
         assert len(list((tmp_path / sampler).glob("*.png"))) >= 1
+
+
+@pytest.mark.parametrize("curve", ["cosine", "linear"])
+def test_eps_x0_and_v_are_made_of_one_another(curve):
+    """Whatever is predicted, x0 and eps come back to 1e-6 in float64, and every other prediction of them."""
+    generator = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, 500, 1, 4, 4, generator=generator, dtype=torch.float64)
+    t = torch.cat([torch.linspace(0, 0.9999, 499, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
+    alpha, sigma = (level[:, None, None, None] for level in LogSNR(curve).alpha_sigma(t))
+    assert torch.allclose(alpha**2 + sigma**2, torch.ones_like(alpha), atol=1e-12)
+    x = alpha * x0 + sigma * eps
+    for first in ("eps", "x0", "v"):
+        read = as_prediction(first, target(first, x0, eps, alpha, sigma), x, alpha, sigma)
+        assert (read.x0 - x0).abs().max() < 1e-6 and (read.eps - eps).abs().max() < 1e-6
+        for second in ("eps", "x0", "v"):
+            there = as_prediction(second, target(second, read.x0, read.eps, alpha, sigma), x, alpha, sigma)
+            assert (there.x0 - x0).abs().max() < 1e-6 and (there.eps - eps).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("curve", ["cosine", "linear"])
+def test_log_snr_curves_know_their_times(curve):
+    schedule, t = LogSNR(curve, 0.999), torch.linspace(0, 0.999, 50, dtype=torch.float64)
+    alpha, sigma = schedule.alpha_sigma(t)
+    assert torch.allclose(schedule.t_of_sigma_over_alpha(sigma / alpha), t, atol=1e-9)
+    assert schedule.t_of_sigma_over_alpha(torch.zeros(1)) == 0
+    assert torch.allclose(schedule.grid(4), torch.tensor([1, 0.75, 0.5, 0.25]) * 0.999)
+    assert schedule.grid(10, "karras")[0].item() == pytest.approx(0.999, abs=1e-4)
+    assert (schedule.grid(10, "log_snr", 20.0).diff() < 0).all()
+    for steps, spacing in (("fast27", None), (5, "respaced")):
+        with pytest.raises(UserError, match=rf"this model's noise schedule is continuous \({curve}\)"):
+            schedule.grid(steps, spacing)
+
+
+@pytest.mark.parametrize("sampler", sorted(infos("sampler")))
+def test_every_sampler_ends_at_the_clean_sample(sampler):
+    """A schedule with some noise left at t = 0 leaves none in the result, but for ddpm, whose step ends there."""
+    schedule, x0 = LogSNR("cosine", 0.999), torch.full((1, 1, 4, 4), 0.5)
+    generator = torch.Generator().manual_seed(0)
+
+    def predict(x, t):
+        alpha, sigma = (level[:, None, None, None] for level in schedule.alpha_sigma(t))
+        return Prediction(x0=x0, eps=(x - alpha * x0) / sigma)
+
+    def noise(x):
+        return torch.randn(x.shape, generator=generator)
+
+    made = build("sampler", {"name": sampler, "steps": 8}).sample(predict, noise(x0), schedule=schedule, noise=noise)
+    assert torch.allclose(made, x0, atol=0.02 if sampler == "ddpm" else 1e-4)
+
+
+def test_the_last_time_is_where_training_and_sampling_begin():
+    objective = build("objective", {"name": "continuous", "last_time": 0.9})
+    assert torch.equal(objective.times(torch.tensor([0.0, 0.5])), torch.tensor([0.0, 0.45]))
+    assert objective.schedule.grid(3)[0].item() == pytest.approx(0.9)
+    whole = build("objective", {"name": "continuous", "last_time": 1.0, "prediction": "eps"})
+    read = whole.predict(Fixed(torch.zeros(1, 1, 2, 2)), torch.ones(1, 1, 2, 2), torch.ones(1), {})
+    assert torch.isfinite(read.x0).all()
+    for wrong in (0.0, 1.5):
+        with pytest.raises(UserError, match="last_time: a number"):
+            build("objective", {"name": "continuous", "last_time": wrong})

@@ -15,6 +15,7 @@ from ldm_lab.checkpoints.lookalikes import check_is_weights
 from ldm_lab.errors import UserError, first_line
 from ldm_lab.io.atomic import atomic_write
 
+GAP_PREFIX: Final = "conditioner.gap."  # of what stands beside a model's weights (`gap_files`)
 LARGEST_HEADER: Final = 100_000_000  # bytes of a safetensors header, which the library allows
 FORMAT: Final = "ldm_lab"  # key of our own entries in checkpoints, and value of `format` in a safetensors file of ours
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm_lab.checkpoints.files import FORMAT, write_safetensors
+from ldm_lab.checkpoints.files import FORMAT, GAP_PREFIX, write_safetensors
 from ldm_lab.checkpoints.importer import (
     Importer,
     LoadedModel,
@@ -152,6 +152,10 @@ class NativeModel(_Native):
         """Return whether the metadata is of a model of ours."""
         return file.metadata.get("format") == FORMAT and file.metadata.get("role") == "model"
 
+    def network(self, file: OpenedFile) -> Mapping[str, TensorInfo]:
+        """Return the network's tensors, without the means beside them."""
+        return {name: info for name, info in file.tensors.items() if not name.startswith(GAP_PREFIX)}
+
     def config(self, file: OpenedFile) -> Section:
         """Return the config that rebuilds the model, whatever it is."""
         try:
@@ -208,6 +212,7 @@ class RunCheckpoint(Importer):
         if isinstance(data, dict) and data.get("image_size"):
             extra["image_size"] = str(data["image_size"])
         state = strip_prefix(tensors, AVERAGED if averaged else RAW)
+        state |= {name: value for name, value in tensors.items() if name.startswith(GAP_PREFIX)}
         return LoadedModel(without_run_sections(whole), state, extra)
 
     def _whole_config(self, file: OpenedFile) -> Section:

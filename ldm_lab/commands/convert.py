@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ldm_lab.checkpoints.files import GAP_PREFIX
 from ldm_lab.checkpoints.formats import diffusers_vae
 from ldm_lab.checkpoints.importer import DetectedFile, Section, config_problems, detect_format
 from ldm_lab.checkpoints.lora import MERGED, WeightedLora, add_all
@@ -222,8 +223,10 @@ def _merged(
 
 
 def _in(dtype: torch.dtype, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights in another type, but single numbers and whole ones as they are."""
-    return {
-        name: value.to(dtype) if value.ndim and value.is_floating_point() and name not in LATENT_STATISTICS else value
-        for name, value in state.items()
-    }
+    """Return weights in another type, but single numbers, whole ones and means as they are."""
+    return {name: value.to(dtype) if _is_weight(name, value) else value for name, value in state.items()}
+
+
+def _is_weight(name: str, value: Tensor) -> bool:
+    statistic = name in LATENT_STATISTICS or name.startswith(GAP_PREFIX)
+    return bool(value.ndim) and value.is_floating_point() and not statistic

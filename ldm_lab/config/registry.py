@@ -68,6 +68,7 @@ ROLES = {
     "denoiser": Role("ldm_lab.denoisers", "Denoiser"),
     "objective": Role("ldm_lab.objectives", "Objective"),
     "sampler": Role("ldm_lab.samplers", "Sampler"),
+    "gap": Role("ldm_lab.training.gap"),
     "cache": Role("ldm_lab.training.caching"),
     "optim": Role("ldm_lab.training.optim"),
     "ema": Role("ldm_lab.ema"),

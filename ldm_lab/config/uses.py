@@ -5,9 +5,10 @@ from typing import Annotated, ClassVar, Literal, get_type_hints
 
 from annotated_types import Len
 
-from ldm_lab.config.bounds import PositiveFloat, Share, TypeForm
+from ldm_lab.config.bounds import PartSection, Plain, PositiveFloat, Share, TypeForm
 
 EncoderPrecision = Literal["fp32", "bf16"]
+TrainOn = Literal["image", "text", "mixed"]
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,18 @@ class ConditionerUse(PartUse):
     Attributes:
         dropout: share of conditions that training replaces by the null condition; None is the task's default.
         precision: of its arithmetic while training images are encoded; None is fp32.
+        gap: how embeddings of texts and images are brought into one space (`ldm_lab.training.gap`); None leaves them
+            as they are.
+        train_on: whose embedding stands for the condition in training: the image's, its caption's, or either; None is
+            the image's.
+        text_share: of "mixed", how often it is the caption's; None is half.
     """
 
     dropout: Share | None = None
     precision: EncoderPrecision | None = None
+    gap: Annotated[dict[str, Plain] | None, PartSection("gap")] = None
+    train_on: TrainOn | None = None
+    text_share: Share | None = None
 
 
 def keys_of(use: type[PartUse] | None) -> dict[str, TypeForm]:

@@ -6,7 +6,9 @@ repeats them and a test can fix them. A new objective is one file with one `@reg
 
 `v_cosine`            v on the cosine schedule, of cloob-latent-diffusion
 `eps_hybrid`          eps and a learned variance by a table of betas, of guided-diffusion and GLIDE
+`continuous`          eps, x0 or v on Imagen's continuous schedules
 `flow_matching`       the velocity of the straight path, of rectified flow and Stable Diffusion 3
 `variational_bound`   what trains the learned variance
+`targets`             eps, x0 and v made of one another
 `weighting`           what noise levels count in the loss
 """

@@ -36,7 +36,7 @@ class EpsHybrid(Objective):
         timesteps: Annotated[int, Ge(2)] = 1000,
         bound: bool = True,
         weighting: Weighting = "uniform",
-        gamma: PositiveFloat = 5.0,
+        gamma: PositiveFloat | None = None,
         timestep_sampler: TimestepSampler = "sobol",
     ) -> None:
         """Set what is trained.
@@ -47,7 +47,7 @@ class EpsHybrid(Objective):
             bound: train the variance; otherwise its channels get no gradient, as in glide-finetune.
             weighting: what noise levels count in the error of eps (`ldm_lab.objectives.weighting`): with min_snr and
                 soft_min_snr timesteps with hardly any noise weigh less.
-            gamma: of the weighting: the SNR above which a level counts no more.
+            gamma: of the weighting: the SNR above which a level counts no more, 5 by default; of p2 the exponent, 0.5.
             timestep_sampler: how training draws them (`training/timesteps.py`): evenly spread Sobol points, or
                 independently.
         """

@@ -29,7 +29,7 @@ class FlowMatching(Objective):
         logit_mean: float = 0.0,
         logit_std: Annotated[float, Gt(0)] | None = 1.0,
         weighting: Weighting = "uniform",
-        gamma: PositiveFloat = 5.0,
+        gamma: PositiveFloat | None = None,
         timestep_sampler: TimestepSampler = "sobol",
     ) -> None:
         """Set which times are trained.
@@ -38,7 +38,7 @@ class FlowMatching(Objective):
             logit_mean: of the normal distribution of log(t / (1 - t)); above 0 there is more noise.
             logit_std: its standard deviation; null draws t evenly from [0, 1).
             weighting: what noise levels count (`ldm_lab.objectives.weighting`).
-            gamma: of the weighting: the SNR above which a level counts no more.
+            gamma: of the weighting: the SNR above which a level counts no more, 5 by default; of p2 the exponent, 0.5.
             timestep_sampler: how the even draws behind t are made (`training/timesteps.py`): evenly spread Sobol
                 points, or independently.
         """

@@ -17,14 +17,14 @@ class VCosine(Objective):
         self,
         *,
         weighting: Weighting = "uniform",
-        gamma: PositiveFloat = 5.0,
+        gamma: PositiveFloat | None = None,
         timestep_sampler: TimestepSampler = "sobol",
     ) -> None:
         """Choose what counts, and how t is drawn.
 
         Args:
             weighting: what noise levels count (`ldm_lab.objectives.weighting`).
-            gamma: of the weighting: the SNR above which a level counts no more.
+            gamma: of the weighting: the SNR above which a level counts no more, 5 by default; of p2 the exponent, 0.5.
             timestep_sampler: how training draws t (`training/timesteps.py`): evenly spread Sobol points, or
                 independently.
         """

@@ -29,7 +29,7 @@ class DDPM(GridSampler):
         self.variance = variance
 
     def step(self, run: Run, i: int, x: Tensor) -> Step:
-        """Return a draw from the reverse process; of the last step its mean, which is x0."""
+        """Return a draw from the reverse process; of the last step its mean, which is x0 where t = 0 is clean."""
         prediction = run.model(x, run.times[i])
         posterior = run.posterior.at(i)
         x = posterior.mean(prediction.x0, x)  # [B, C, h, w]

@@ -42,13 +42,18 @@ class Run:
 
     def __init__(self, predict: Predict, schedule: Schedule, times: Tensor, noise: Noise | None) -> None:
         self.predict, self.schedule, self.times = predict, schedule, times
-        alpha, sigma = schedule.alpha_sigma(times.double())  # [S + 1], [S + 1]
+        alpha, sigma = self.levels(times.double())  # [S + 1], [S + 1]
         self.alpha, self.sigma = alpha.tolist(), sigma.tolist()
         self.past: list[Step] = []
         self._noise = noise
 
     def __len__(self) -> int:
         return len(self.times) - 1
+
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return alpha and sigma at times of any shape; at t = 0 those of the clean sample, in which a run ends."""
+        alpha, sigma = self.schedule.alpha_sigma(t)  # t's shape each
+        return torch.where(t == 0, 1.0, alpha), torch.where(t == 0, 0.0, sigma)
 
     def model(self, x: Tensor, t: Tensor) -> Prediction:
         """Return the prediction for x [B, C, h, w], all of it at a time t []."""
@@ -68,7 +73,7 @@ class Run:
     @cached_property
     def lambdas(self) -> list[float]:
         """log(alpha / sigma) at the times, half the log SNR, S + 1 numbers; at t = 0 infinite."""
-        alpha, sigma = self.schedule.alpha_sigma(self.times.double())  # [S + 1], [S + 1]
+        alpha, sigma = self.levels(self.times.double())  # [S + 1], [S + 1]
         return (alpha / sigma).log().tolist()
 
 

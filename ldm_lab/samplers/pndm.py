@@ -63,11 +63,10 @@ class PseudoNumerical(GridSampler):
         ddim_steps = int(run.sigma[0] > MAX_SIGMA_OVER_ALPHA * run.alpha[0])
         if i < ddim_steps:
             prediction = run.model(x, t1)
-            alpha, sigma = run.schedule.alpha_sigma(t2)  # [], []
-            return Step(alpha * prediction.x0 + sigma * prediction.eps, prediction.x0)
+            return Step(put(run.levels(t2), prediction.x0, prediction.eps), prediction.x0)
         past = [step.eps for step in run.past[: i - ddim_steps] if step.eps is not None]  # [B, C, h, w] each
         slope = self.slope(run, past, x, t1, t2)
-        return Step(transfer(run, x, slope.eps, t1, t2), slope.x0, slope.own)
+        return Step(put(run.levels(t2), clean(run, x, slope.eps, t1), slope.eps), slope.x0, slope.own)
 
     def slope(self, run: Run, past: list[Tensor], x: Tensor, t1: Tensor, t2: Tensor) -> Slope:
         """Return what carries x [B, C, h, w] from t1 to t2; `past` are the slopes of up to 3 steps, newest first."""
@@ -82,8 +81,13 @@ def clean(run: Run, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
 
 def transfer(run: Run, x: Tensor, eps: Tensor, t1: Tensor, t2: Tensor) -> Tensor:
     """Return x [B, C, h, w] moved from time t1 to t2: the "transfer part" of Liu et al. 2022, a DDIM step."""
-    alpha, sigma = run.schedule.alpha_sigma(t2)  # [], []
-    return alpha * clean(run, x, eps, t1) + sigma * eps  # [B, C, h, w]
+    return put(run.schedule.alpha_sigma(t2), clean(run, x, eps, t1), eps)  # [B, C, h, w]
+
+
+def put(levels: tuple[Tensor, Tensor], x0: Tensor, eps: Tensor) -> Tensor:
+    """Return x [B, C, h, w] of x0 and eps [B, C, h, w] at alpha and sigma, [] each."""
+    alpha, sigma = levels
+    return alpha * x0 + sigma * eps  # [B, C, h, w]
 
 
 def runge_kutta(run: Run, x: Tensor, t1: Tensor, t2: Tensor) -> Slope:

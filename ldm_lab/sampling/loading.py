@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_lab.checkpoints.formats import noised_clip
+from ldm_lab.checkpoints.gap_files import gap_of, split_gap
 from ldm_lab.checkpoints.importer import Section
 from ldm_lab.checkpoints.lora import FILE as LORA_FILE
 from ldm_lab.checkpoints.models import read_model
@@ -53,17 +54,14 @@ def load_model(path: str | Path, options: ModelOptions) -> Model:
         raise UserError(f"{path}: its config has no readable section 'condition_sources'")
     sources = build_sources(sections)
     given = given_conditions(conditioner, sources)
+    state, gap_state = split_gap(state)
+    gap = gap_of(gap_state, config["conditioner"], given, path)
     denoiser = _load_denoiser(config, state, path, autoencoder.channels, given)
     objective: Objective = build("objective", config["objective"])
     add_loras(denoiser, objective, read_loras(options.lora))
     guide_model = None
     if options.guide_model is not None:
-        if (guide_path := locate_model(options.guide_model)).samefile(path):
-            log.warning("guide_model: without effect: it is the model itself")
-        guide_config, guide_state, _ = read_model(guide_path)
-        if guide_config.get("objective") != config["objective"]:
-            raise UserError(f"{options.guide_model}: its objective is another than that of {path}")
-        guide_model = _load_denoiser(guide_config, guide_state, options.guide_model, autoencoder.channels, given)
+        guide_model = _load_guide_model(options.guide_model, path, config, autoencoder.channels, given)
     towers, head_width = options.noised_clip, options.noised_clip_head_width
     clip = None if towers is None else noised_clip.load(*towers, head_width)
     if options.compile:
@@ -87,6 +85,7 @@ def load_model(path: str | Path, options: ModelOptions) -> Model:
         dtype=DTYPES[options.precision],
         offload=options.offload,
         conditioner_config=conditioner_config,
+        gap=gap,
     )
 
 
@@ -117,6 +116,17 @@ def _load_denoiser(
     check_conditions(denoiser, given)
     load_strictly(denoiser, state, path)
     return denoiser.eval().requires_grad_(False)
+
+
+def _load_guide_model(name: str, path: Path, config: Section, channels: int, given: ConditionSpec) -> Denoiser:
+    """Return the denoiser of another model, to guide away from; arguments are those of the model at `path`."""
+    if (guide_path := locate_model(name)).samefile(path):
+        log.warning("guide_model: without effect: it is the model itself")
+    guide_config, state, _ = read_model(guide_path)
+    if guide_config.get("objective") != config["objective"]:
+        raise UserError(f"{name}: its objective is another than that of {path}")
+    state, _ = split_gap(state)
+    return _load_denoiser(guide_config, state, name, channels, given)
 
 
 def _load_frozen(

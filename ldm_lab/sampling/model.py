@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ldm_lab.checkpoints.embedders import embedder_of
 from ldm_lab.checkpoints.formats import noised_clip
 from ldm_lab.checkpoints.importer import Section
+from ldm_lab.conditioners.gap import Gap
 from ldm_lab.conditions import Conditions, Embedding, ImageCondition
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.noised_clip import NoisedCLIP
@@ -34,6 +35,8 @@ class Model:
         dtype: of the denoiser's arithmetic (autocast); the samplers' own is float32.
         offload: each part is on the device only while it works.
         conditioner_config: where the conditioner is from; None if that is not known.
+        gap: what the denoiser's embeddings are shifted by; None for nothing. The conditioner's own are not: rating
+            embeddings, and whatever else is added to a prompt's, live among those.
     """
 
     denoiser: Denoiser
@@ -49,6 +52,7 @@ class Model:
     dtype: torch.dtype = torch.float32
     offload: bool = False
     conditioner_config: Section | None = None
+    gap: Gap | None = None
 
     @property
     def device(self) -> torch.device:
@@ -76,6 +80,13 @@ class Model:
     def embedder(self) -> dict[str, str] | None:
         """Return whose embeddings the conditioner gives (`ldm_lab.checkpoints.embedders`); None if nobody knows."""
         return None if self.conditioner_config is None else embedder_of(self.conditioner_config)
+
+    def shifted(self, conditions: Conditions, are_images: bool) -> Conditions:
+        """Return what the denoiser is told of prompts, by what the conditioner gives of texts, or of images."""
+        if self.gap is None:
+            return conditions
+        shift = self.gap.images if are_images else self.gap.texts
+        return {**conditions, "embed": shift(conditions["embed"])}  # [n, D]
 
     def load_noised_clip(self) -> NoisedCLIP:
         """Return the CLIP of CLIP guidance. Raises UserError if it cannot be loaded."""

@@ -141,7 +141,7 @@ class _Encoder:
             row = self.model.conditioner.from_prompts(texts, images)  # [1, ...]
             if with_aesthetic and texts and self.aesthetic is not None:
                 row["embed"] = self.aesthetic.guide(row["embed"])  # [1, D]
-            self.rows.append(row)
+            self.rows.append(self.model.shifted(row, are_images=bool(images)))
         return self._numbers[key]
 
 

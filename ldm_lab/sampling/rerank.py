@@ -47,7 +47,7 @@ def best(
 def similarity(model: Model, image: Image.Image, embeds: Tensor, weights: Tensor) -> float:
     """Return the mean cosine, weighted, of an image's embedding and its prompts', [k, D] with weights [k]."""
     with model.on_device(model.conditioner):
-        embed = model.conditioner.from_prompts([], [image])["embed"]  # [1, D]
+        embed = model.shifted(model.conditioner.from_prompts([], [image]), are_images=True)["embed"]  # [1, D]
     cosine = F.cosine_similarity(embed, embeds.to(embed))  # [k]
     weights = weights.to(cosine)  # [k]
     return float((weights * cosine).sum() / weights.abs().sum().clamp(min=1e-12))

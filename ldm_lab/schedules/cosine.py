@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Schedule
+from ldm_lab.schedules.log_snr import linear_log_snr
 from ldm_lab.schedules.respacing import Steps
 from ldm_lab.schedules.spacing import LAST_RATIO, ratios
 
@@ -65,6 +66,6 @@ class Cosine(Schedule):
 def _ddpm_time(s: Tensor) -> Tensor:
     """Return the cosine-schedule time that has the continuous DDPM schedule's SNR at s (Ho et al. 2020, betas
     1e-4 to 0.02 in the limit of many steps)."""
-    log_snr = -torch.special.expm1(1e-4 + 10 * s**2).log()
+    log_snr = linear_log_snr(s)
     alpha, sigma = log_snr.sigmoid().sqrt(), log_snr.neg().sigmoid().sqrt()
     return torch.atan2(sigma, alpha) / math.pi * 2

@@ -20,9 +20,10 @@ class Posterior:
 
     Attributes, each [S], float64, or of the shape that `at` gives them:
         beta: variance that the forward step adds.
-        variance: of the posterior (Ho et al. 2020, arXiv 2006.11239, equation 7); of the last step 0.
+        variance: of the posterior (Ho et al. 2020, arXiv 2006.11239, equation 7); of the last step 0
+            where t = 0 is the clean sample.
         log_beta: logarithm of beta.
-        log_variance: logarithm of the variance; in the last step that of the step before in place of that of 0.
+        log_variance: logarithm of the variance; in the last step that of the step before in place of that of 0 or so.
         x0_weight, x_weight: of x0 and x in the posterior's mean.
     """
 
@@ -37,8 +38,8 @@ class Posterior:
     def from_times(cls, schedule: Schedule, times: Tensor) -> "Posterior":
         """Return the steps between falling times [S] of a schedule."""
         alpha, sigma = schedule.alpha_sigma(times.double())  # [S] each
-        next_alpha = torch.cat([alpha[1:], torch.ones_like(alpha[:1])])  # [S]
-        next_sigma = torch.cat([sigma[1:], torch.zeros_like(sigma[:1])])  # [S]
+        end_alpha, end_sigma = schedule.alpha_sigma(torch.zeros_like(alpha[:1]))  # [1] each; mostly 1 and 0
+        next_alpha, next_sigma = torch.cat([alpha[1:], end_alpha]), torch.cat([sigma[1:], end_sigma])  # [S] each
         kept2 = (alpha / next_alpha) ** 2  # [S]
         beta = 1 - kept2 if schedule.variance_preserving else sigma**2 - kept2 * next_sigma**2  # [S]
         clean = (next_sigma / sigma) ** 2  # [S]

@@ -121,4 +121,5 @@ def trained_model(task: DiffusionTask, size: tuple[int, int]) -> Model:
         condition_sources=task.sources,
         dropout=task.dropout,
         image_size=size,
+        gap=task.conditioning.gap,
     )

@@ -32,6 +32,7 @@ from ldm_lab.interfaces import (
 )
 from ldm_lab.training.caching import encoder_differences, encoder_facts
 from ldm_lab.training.compiling import Compile, compile_network
+from ldm_lab.training.conditioning import Conditioning
 from ldm_lab.training.initial import (
     check_forms,
     differences,
@@ -44,6 +45,7 @@ from ldm_lab.training.logs import print_rank_zero
 from ldm_lab.training.lora import additions
 from ldm_lab.training.run_state import Checkpoint
 from ldm_lab.training.sharding import Sharded
+from ldm_lab.training.spread import LatentSpread
 from ldm_lab.training.task import Task
 from ldm_lab.training.timesteps import TIMESTEP_SAMPLERS, UniformTimesteps
 
@@ -70,12 +72,14 @@ class DiffusionTask(Task):
         self.objective: Objective = config["objective"].build()
         dropout = config["conditioner"].use_as(ConditionerUse).dropout
         self.dropout = DROPOUT if dropout is None else dropout
+        self.conditioning = Conditioning(config["conditioner"], conditioner, read_weights)
         given = given_conditions(conditioner, self.sources)
         denoiser: Denoiser = config["denoiser"].build(autoencoder.channels, given)
         check_conditions(denoiser, given)
         self.objective.check_denoiser(denoiser)
         self.check_image_size(config["data"].get("image_size"), autoencoder.downscale * denoiser.multiple_of)
         self.set_model(denoiser)
+        self.spread = LatentSpread(autoencoder, config.init_from is not None)
 
     @property
     def autoencoder(self) -> Autoencoder:
@@ -89,6 +93,8 @@ class DiffusionTask(Task):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         x0, conditions = self.encode(batch)  # [B, C, h, w], name -> [B, ...]
+        if not self.rehearsing:
+            self.spread.watch(x0)
         keep = torch.rand(len(x0), device=self.device) > self.dropout  # [B]
         conditions = drop(conditions, self.conditioner.null(conditions), keep)
         conditions |= self.from_sources(batch, x0)
@@ -110,10 +116,14 @@ class DiffusionTask(Task):
         return self.autoencoder.channels, side, side
 
     @torch.no_grad()
-    def encode(self, batch: Batch) -> tuple[Tensor, Conditions]:
-        """Return posterior samples of the latents, [B, C, h, w], and what the conditioner gives, name -> [B, ...].
+    def encode(self, batch: Batch, noisy: bool = True) -> tuple[Tensor, Conditions]:
+        """Return posterior samples of the latents, [B, C, h, w], and what the denoiser is told, name -> [B, ...].
 
         A cached batch brings moments of the latents, and conditions, instead of images.
+
+        Args:
+            batch: of images, or of a cache.
+            noisy: add the noise of training to images' embeddings (`conditioner.gap`).
         """
         with torch.autocast(self.device.type, enabled=False):  # whatever the denoiser's precision is
             if batch.mean is not None:
@@ -123,11 +133,12 @@ class DiffusionTask(Task):
                     mean, logvar = self.autoencoder.moments(batch.image)  # [B, C, h, w] each
             mean, logvar = mean.float(), logvar.float()  # [B, C, h, w] each
             x0 = self.autoencoder.sample(mean, logvar, torch.randn_like(mean))  # [B, C, h, w]
-            if batch.conditions:
-                return x0, dict(batch.conditions)
+            conditions = dict(batch.conditions)
             with encoding(self.run_config["conditioner"], self.device.type):
-                conditions = self.conditioner.from_batch(batch)  # name -> [B, ...]
-            return x0, {k: its.float() if its.is_floating_point() else its for k, its in conditions.items()}
+                if not conditions and (self.conditioning.reads_images or self.rehearsing):
+                    conditions = self.conditioner.from_batch(batch)  # name -> [B, ...]
+            conditions = {k: its.float() if its.is_floating_point() else its for k, its in conditions.items()}
+            return x0, conditions if self.rehearsing else self.conditioning(batch, conditions, noisy)
 
     @torch.no_grad()
     def from_sources(self, batch: Batch, x0: Tensor) -> Conditions:
@@ -205,6 +216,9 @@ class DiffusionTask(Task):
         timestep_sampler = TIMESTEP_SAMPLERS[self.objective.timestep_sampler]
         self.timesteps = timestep_sampler(self.seed, self.global_rank, self.trainer.world_size)
 
+    def on_train_end(self) -> None:
+        self.spread.report()  # of a run of few images
+
     def initial_weights(self, path: str) -> tuple[dict[str, Tensor], str]:
         loaded, state, extra = read_model(path)
         theirs, ours = section_of(loaded, "denoiser"), Section(self.run_config["denoiser"].to_dict())
@@ -218,6 +232,7 @@ class DiffusionTask(Task):
             raise UserError(f"init_from: {path} is of another size: {'; '.join(differing)}")
         for line in differences(path, loaded, self.run_config, self.autoencoder):
             print_rank_zero(f"init_from: {line}")
+        state = self.conditioning.begin_with(path, state, adds=self.lora is not None)
         state, line = fitted(path, self.model, state, given)
         if line and self.lora is not None:
             raise UserError(f"lora: needs all of the network from init_from: {line}")
@@ -243,6 +258,11 @@ class DiffusionTask(Task):
     def on_save_checkpoint(self, checkpoint: Checkpoint) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint[FORMAT]["model"] = self.model_config().to_dict()
+        self.conditioning.put_into(checkpoint["state_dict"])
+
+    def on_load_checkpoint(self, checkpoint: Checkpoint) -> None:
+        self.conditioning.take_from(checkpoint["state_dict"])
+        super().on_load_checkpoint(checkpoint)
 
     def export(self, folder: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
         """Write `ema.safetensors`: the averaged denoiser with the config that rebuilds it; of LoRA its own file."""
@@ -252,7 +272,9 @@ class DiffusionTask(Task):
         """Write weights of the denoiser, of LoRA the additions, with the config that rebuilds it, and further facts."""
         config, facts = self.model_config(), {**self.facts(), **facts}
         if self.base is None:
-            save_model(path, {name: value.to(dtype) for name, value in state.items()}, config.to_dict(), facts)
+            weights = {name: value.to(dtype) for name, value in state.items()}
+            self.conditioning.put_into(weights)
+            save_model(path, weights, config.to_dict(), facts)
         else:
             save_lora(
                 path, {name: value.to(dtype) for name, value in additions(state).items()}, config, self.base, facts
@@ -261,14 +283,19 @@ class DiffusionTask(Task):
     def facts(self) -> dict[str, str]:
         """Return what is told of the weights besides."""
         size = self.trainer.datamodule.source.image_size
-        return {"step": str(self.trainer.global_step), "image_size": str(size), **self.frozen_sha256}
+        told = {"step": str(self.trainer.global_step), "image_size": str(size), **self.frozen_sha256}
+        return {**told, **self.conditioning.facts()}
 
     def model_config(self) -> RunConfig:
         """Return the run's config with what the model was trained with written out, whatever the config left open."""
         statistics = {key: value.tolist() for key, value in self.autoencoder.latent_statistics().items()}
         config = self.run_config
         config = config.with_part("autoencoder", config["autoencoder"].with_use(**statistics))
-        return config.with_part("conditioner", config["conditioner"].with_use(dropout=self.dropout))
+        conditioner = config["conditioner"].with_use(dropout=self.dropout)
+        return config.with_part("conditioner", self.conditioning.stored(conditioner))
+
+    def summary(self) -> list[str]:
+        return self.conditioning.summary()
 
 
 def drop(conditions: Conditions, null: Conditions, keep: Tensor) -> Conditions:

@@ -127,7 +127,7 @@ class HeldOut(Callback):
         batch = trainer.strategy.batch_to_device(batch)
         with torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else []):
             torch.manual_seed(batch_seed(task.seed, 0, number))
-            x0, conditions = task.encode(batch)  # [B, C, h, w], name -> [B, ...]
+            x0, conditions = task.encode(batch, noisy=False)  # [B, C, h, w], name -> [B, ...]
             conditions |= task.from_sources(batch, x0)
         kept = {name: value.cpu() for name, value in conditions.items()}
         return HeldOutBatch(x0.cpu(), kept, first, min(len(batch), max(self.samples - first, 0)))

@@ -18,7 +18,7 @@ NEARLY = 0.01  # relative difference of two latent stds that is not worth a line
 # Options that say how a part is trained, or computed, or what its weights say in any case: not what they were made for.
 QUIET = {
     "denoiser": ("dropout", "gradient_checkpointing"),
-    "objective": ("bound", "weighting", "gamma", "timestep_sampler", "logit_mean", "logit_std"),
+    "objective": ("bound", "weighting", "gamma", "timestep_sampler", "logit_mean", "logit_std", "error"),
     "autoencoder": ("resolution", "attn_resolutions"),
     "condition_source": (
         *("rectangle", "strokes", "whole", "outside"),

@@ -130,7 +130,7 @@ def _run(config: RunConfig, folder: Path, lock: RunLock, began: float | None) ->
         stopped = fit(trainer, task, data, callbacks)
     if guard.leaves_for is not None and not stopped:
         return Done(0, gone_on(config, guard.leaves_for), callbacks.interrupt.began, trainer.strategy.launcher)
-    summary = [data.summary(callbacks.bookkeeping.data_states), *guard.summary()]
+    summary = [data.summary(callbacks.bookkeeping.data_states), *guard.summary(), *task.summary()]
     report(trainer, folder, summary, stopped, before.get("global_step", 0), callbacks.checkpoint.saved_at)
     # Only the first rank tells: Lightning kills it, perhaps while it saves, when another one leaves with a code.
     return Done(STOPPED if stopped and trainer.is_global_zero else 0, None, None)

@@ -177,6 +177,10 @@ class Task(JudgedSteps):
         """Return the callbacks that only this task has; what they write goes below the run's folder."""
         return []
 
+    def summary(self) -> list[str]:
+        """Return what is to be said when a run ends, a line each."""
+        return []
+
     # ------------------------------------------------------------------------------------------------ Lightning
 
     def on_fit_start(self) -> None:

@@ -1,0 +1,139 @@
+"""A small CLIP with a gap between its texts and images, for `gap.py`: the quickstart's towers, trained with InfoNCE.
+
+    python benchmarks/gap_clip.py --out runs/gap/clip.safetensors
+
+What leaves a gap (Liang et al. 2022, arXiv 2203.02053): towers that begin in two narrow cones, and a low temperature,
+at which the loss is content as soon as a pair is a little nearer than all others. Both are chosen here; nothing pushes
+the clouds apart during training.
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a checkout that is not installed
+
+from quickstart_accuracy import say
+
+from ldm_lab.checkpoints.native import save_part
+from ldm_lab.conditioners.cloob import CLOOB
+from ldm_lab.config import load
+from ldm_lab.data.shapes import COLORS, SHAPES, WORDINGS, draw, random_caption
+from ldm_lab.errors import run_program
+from ldm_lab.io.images import to_tensor
+from ldm_lab.progress import Bar
+from ldm_lab.training.cloob import agreement
+
+CONFIG = "configs/quickstart_cloob.yaml"  # of the towers
+APART = 20.0  # length of what is added to each tower's first outputs, which have a length of about 1
+INV_TAU = 1000.0  # inverse temperature
+SEED = "gap_clip"  # of the drawings
+BATCH, VARIETY = 128, 0.5
+
+
+class Drawings(NamedTuple):
+    """Drawings with their captions: uint8 [N, 3, S, S], N texts."""
+
+    images: Tensor
+    texts: list[str]
+
+
+def drawings(count: int, seed: str, size: int) -> Drawings:
+    """Return drawings that no data set of the quickstart has."""
+    images, texts = [], []
+    for i in range(count):
+        rng = random.Random(f"{SEED}/{seed}/{i}")
+        image, attributes = draw(rng, size, VARIETY)
+        images.append(((to_tensor(image) + 1) * 127.5).round().to(torch.uint8))
+        texts.append(random_caption(attributes, rng))
+    return Drawings(torch.stack(images), texts)
+
+
+def as_floats(images: Tensor) -> Tensor:
+    """Return images uint8 [B, 3, S, S] in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def set_apart(model: CLOOB) -> None:
+    """Have both towers begin in cones of their own: unlike directions, added to all outputs."""
+    directions = F.normalize(torch.randn(2, model.embed_dim), dim=-1)  # [2, D]
+    for tower, direction in zip((model.image_encoder, model.text_encoder), directions):
+        tower.proj.bias.data += APART * direction
+
+
+def train(data: Drawings, steps: int, lr: float) -> CLOOB:
+    """Return the towers, trained with InfoNCE on the pairs of a batch (Radford et al. 2021, arXiv 2103.00020)."""
+    section = load(CONFIG)["conditioner"]
+    model: CLOOB = section.build()
+    set_apart(model)
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.05)
+    tokens = model.tokenize(data.texts)  # [N, L]
+    with Bar("train", "step", steps) as bar:
+        for step in range(steps):
+            rows = torch.randint(len(tokens), (BATCH,))  # [B]
+            image = model.encode_image(as_floats(data.images[rows]))  # [B, D]
+            text = F.normalize(model.encode_tokens(tokens[rows]), dim=-1)  # [B, D]
+            logits = INV_TAU * image @ text.T  # [B, B]
+            same = torch.arange(BATCH)  # [B]
+            loss = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            bar.advance(step + 1)
+            if (step + 1) % 100 == 0:
+                print(
+                    step + 1,
+                    f"{loss.item():.3f}",
+                    {k: f"{v:.3f}" for k, v in agreement(image.detach(), text.detach()).items()},
+                    flush=True,
+                )
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def judge(model: CLOOB, count: int = 1000) -> dict[str, float]:
+    """Return what fresh drawings say of the towers: cosines of pairs, and the share read right among 336 captions."""
+    fresh = drawings(count, "fresh", 64)
+    image = model.encode_image(as_floats(fresh.images))  # [N, D]
+    text = model.encode_text(fresh.texts)  # [N, D]
+    every = [(c, s, b) for c in COLORS for s in SHAPES for b in COLORS if b != c]
+    said = model.encode_text([say(names, WORDINGS[0]) for names in every])  # [336, D]
+    best = [every[i] for i in (image @ said.T).argmax(1).tolist()]
+    right = sum(
+        all(name in text.split() or f"{name}," in text for name in names) for names, text in zip(best, fresh.texts)
+    )
+    found = {key: float(value) for key, value in agreement(image, text).items()}
+    return {"read right": right / count, **found}
+
+
+def main() -> None:
+    """Parse the command line, train, judge, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", default="runs/gap/clip.safetensors", metavar="FILE", help="default: %(default)s")
+    add("--steps", type=int, default=2000, metavar="N", help="optimizer steps; default: %(default)s")
+    add("--drawings", type=int, default=20_000, metavar="N", help="pairs; default: %(default)s")
+    add("--lr", type=float, default=2e-3, metavar="X", help="learning rate; default: %(default)s")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    model = train(drawings(args.drawings, "pairs", 64), args.steps, args.lr)
+    for name, value in judge(model).items():
+        print(f"{name:16} {value:.3f}")
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    save_part(args.out, model, load(CONFIG)["conditioner"].to_dict())
+
+
+if __name__ == "__main__":
+    run_program(main)
