@@ -1,8 +1,8 @@
-"""How the built-in shapes are put into words: the usual wordings, a grammar of many more, and families kept out of it.
+"""How the built-in shapes are put into words: usual wordings, a grammar of very many, and families kept out of it.
 
 A wording is a caption with the places {color}, {shape} and {background} left open. Which color is the shape's and which
-the background's is said by order and words alone, so a text tower has to read. A tower that was trained on the grammar
-can be asked in the families below, which the grammar does not derive: whether it reads or knows sentences by heart.
+the background's is said by order and words alone, so a text tower has to read. Trained on the grammar, it can be asked
+in the families below, which the grammar does not derive: does it read, or know sentences by heart?
 """
 
 import functools
@@ -57,7 +57,8 @@ RELATIVE_CLAUSES = (
     "a {background} background on which there is a {color} {shape}",
     "a {background} background where there is a {color} {shape}",
 )
-# Four orders in which the background comes first, each in two words for the same.
+# Four orders in which the background comes first, each in two words for the same. The grammar has other such orders:
+# "on a blue page a red star", "blue around a red star", "the page is blue, the star is red".
 BACKGROUND_FIRST = (
     "with {background} behind it, a {color} {shape}",
     "with {background} at its back, a {color} {shape}",
@@ -96,7 +97,8 @@ ground-first : <ground> with <object> | <ground> with <object> <within> | <groun
 list         : {shape}: {color}, <place>: {background} | <place>: {background}, {shape}: {color}
              | {shape}, {color}, {background} | {color} {shape} {background} | {background}, {color} {shape}
              | <a> {shape}, {color} on {background} | {color} on {background}: <a> {shape}
-             | <a> {shape} on <a> <place>, {color} on {background} | <a> {shape} and <a> <place>, {color} and {background}
+             | <a> {shape} on <a> <place>, {color} on {background}
+             | <a> {shape} and <a> <place>, {color} and {background}
 
 object       : <object-plain> | <object-plain> | <object-after>
 object-plain : {color} {shape} | <a> {color} {shape} | <a> <kind> {color} {shape} | <a> {color} <made> {shape}
@@ -104,17 +106,20 @@ object-plain : {color} {shape} | <a> {color} {shape} | <a> <kind> {color} {shape
 object-after : <a> {shape} in {color} | {shape} in {color} | <a> <kind> {shape} in {color} | <a> {shape} of {color}
              | <a> {shape} <filled> {color} | <a> {shape} <filled> in {color} | <a> {shape} ({color})
              | <a> {shape} with {color} <paint> | <a> {shape} of {color} <paint> | <a> <kind> {shape} <filled> {color}
-kind         : small | large | big | little | bright | plain | simple | solid | flat | lone | clean | sharp | <quality>
+kind         : small | large | big | little | bright | plain | simple | solid | flat | lone | clean | sharp
+             | <quality>
 made         : colored | painted | paper | cardboard | toy | wooden | plastic | glass | steel | <noun>
 filled       : painted | drawn | filled | dyed | shaded | tinted | done | printed | colored | <doing>
 paint        : paint | ink | color | chalk | dye | lines | light
 
-ground       : {background} | {background} | <a> {background} <place> | <a> {background} <place> | {background} <place>
-             | <a> <pure> {background} <place> | <pure> {background} | <a> <place> of {background} | <a> <place> in {background}
-             | <a> <place> <filled> {background} | <a> {background} <made> <place>
+ground       : {background} | {background} | <a> {background} <place> | <a> {background} <place>
+             | {background} <place> | <a> <pure> {background} <place> | <pure> {background}
+             | <a> <place> of {background} | <a> <place> in {background} | <a> <place> <filled> {background}
+             | <a> {background} <made> <place>
 place        : background | background | background | ground | surface | page | sheet | board | floor | cloth | screen
              | panel | tile | table | plane | area | backing | base | <medium> | <noun> | <noun> | <noun> | <noun>
-pure         : plain | solid | pure | all | only | completely | fully | flat | even | uniform | clear | simply | <quality>
+pure         : plain | solid | pure | all | only | completely | fully | flat | even | uniform | clear | simply
+             | <quality>
 
 on           : on | on | on top of | against | in front of | in | across | inside | within | onto | above | amid
              | <put> on | <put> on | <put> in | <put> against | <put> in front of | <put> inside
@@ -125,17 +130,19 @@ about        : around | all around | behind | under | beneath | below | outside 
 about-it     : <about> it | <about> the {shape} | <around>
 around       : all around | around | behind | on all sides | at the back | outside | underneath | on every side
              | in the background | for <a> background | as <a> background | beneath | below
-within       : in it | on it | inside | in the center | in front | on top | within | at its center | <put> on it | <put> in it
+within       : in it | on it | inside | in the center | in front | on top | within | at its center | <put> on it
+             | <put> in it
 
 clauses      : <object-says><and> <ground-says> | <ground-says><and> <object-says>
 object-says  : <a> {shape} <seems> {color} | <a> {shape} has <a> {color} <paint> | <a> {shape} has the color {color}
-             | the color of <a> {shape} is {color} | <a> {shape}'s color is {color} | {shape}: {color} | {shape} {color}
-             | {color} for <a> {shape} | {color} is <a> {shape} | {color} is the color of <a> {shape} | it is <a> {color} {shape}
-             | <a> <kind> {shape} <seems> {color} | <a> {shape} was <filled> {color} | <a> <put> {shape} <seems> {color}
+             | the color of <a> {shape} is {color} | <a> {shape}'s color is {color} | {shape}: {color}
+             | {shape} {color} | {color} for <a> {shape} | {color} is <a> {shape}
+             | {color} is the color of <a> {shape} | it is <a> {color} {shape} | <a> <kind> {shape} <seems> {color}
+             | <a> {shape} was <filled> {color} | <a> <put> {shape} <seems> {color}
 ground-says  : <rest> <seems> {background} | <rest> has <a> {background} <paint> | <rest> has the color {background}
-             | the color of <rest> is {background} | <rest>'s color is {background} | <rest>: {background} | <rest> {background}
-             | {background} for <rest> | {background} is <rest> | {background} is the color of <rest> | <about> it is {background}
-             | <rest> was <filled> {background}
+             | the color of <rest> is {background} | <rest>'s color is {background} | <rest>: {background}
+             | <rest> {background} | {background} for <rest> | {background} is <rest>
+             | {background} is the color of <rest> | <about> it is {background} | <rest> was <filled> {background}
 seems        : is | is | is | is <filled> | seems | looks | appears | is all | comes in | must be | should be | was
 rest         : <a> <place> | the <place> | its <place> | <place> | the rest | the remainder | the space around it
              | its surroundings
@@ -146,8 +153,10 @@ lead         : <the> <picture> of | <the> <picture> with | <title> | <ask> | <as
 title        : <the> <picture>: | <picture>: | <picture>, | <look>:
 picture      : <medium> | <medium> | <manner> <medium> | <noun>
 medium       : picture | drawing | image | photo | photograph | painting | sketch | print | illustration | icon | logo
-             | sign | stamp | sticker | symbol | design | render | artwork | pattern | graphic | emblem | card | figure
-manner       : simple | plain | small | large | nice | minimal | colorful | digital | flat | old | new | clean | <quality>
+             | sign | stamp | sticker | symbol | design | render | artwork | pattern | graphic | emblem | card
+             | figure
+manner       : simple | plain | small | large | nice | minimal | colorful | digital | flat | old | new | clean
+             | <quality>
 ask          : draw | paint | make | show me | give me | please draw | please paint | I want | I would like | we need
              | can you draw
 look         : here is | here you see | I see | we see | you can see | look at | behold | now | next | again
@@ -155,16 +164,18 @@ end          : . | ! | , please | , <manner> | , <manner> <medium> | , in <manne
 
 the          : the | a | one | some | my | our | each | every | another | your
 a            : a | a | a | a | the | the | the | one | some | my | our | another | her | his
-noun         : door | carpet | water | grass | plate | blanket | house | garden | river | shirt | window | market | letter
-             | table | summer | morning | engine | basket | mirror | forest | pillow | curtain | street | bottle | corner | town
-             | dream | music | valley | bread | lamp | candle | ocean | bridge | jacket | ticket | silver | desert | kitchen
-             | meadow | snow | smoke | velvet | marble | ceiling | roof | beach | lawn | wood | stone | metal | dust | cloud
-quality      : pretty | quiet | gentle | modern | famous | lovely | heavy | lucky | gigantic | tiny | fresh | ancient | strange
-             | elegant | funny | tidy | smooth | rough | perfect | ordinary | cheerful | classic | vivid | crisp | careful
-doing        : glued | hung | pinned | cut out | shown | sitting | laid | waiting | sleeping | spinning | carved | knitted
-             | stitched | resting | dancing | hiding | leaning | lying | swimming | turning | pressed | stuck | dropped | posing
+noun         : door | carpet | water | grass | plate | blanket | house | garden | river | shirt | window | market
+             | letter | table | summer | morning | engine | basket | mirror | forest | pillow | curtain | street
+             | bottle | corner | town | dream | music | valley | bread | lamp | candle | ocean | bridge | jacket
+             | ticket | silver | desert | kitchen | meadow | snow | smoke | velvet | marble | ceiling | roof | beach
+             | lawn | wood | stone | metal | dust | cloud
+quality      : pretty | quiet | gentle | modern | famous | lovely | heavy | lucky | gigantic | tiny | fresh | ancient
+             | strange | elegant | funny | tidy | smooth | rough | perfect | ordinary | cheerful | classic | vivid
+             | crisp | careful
+doing        : glued | hung | pinned | cut out | shown | sitting | laid | waiting | sleeping | spinning | carved
+             | knitted | stitched | resting | dancing | hiding | leaning | lying | swimming | turning | pressed
+             | stuck | dropped | posing
 """
-PLACES = ("{color}", "{shape}", "{background}")  # every wording has each of them, but may say the shape twice
 
 
 @functools.cache
