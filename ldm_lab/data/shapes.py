@@ -246,6 +246,17 @@ class Shapes(ShardSource):
         return [str(path) for path in write_shards(self.folder, self.images, self.shards, *made_with)]
 
 
+class MadeWith(NamedTuple):
+    """What a folder of shards is made with, see `write_shards`."""
+
+    count: int
+    shards: int
+    size: int
+    seed: int
+    variety: float
+    wordings: Wordings | None
+
+
 def write_shards(
     folder: str | Path,
     count: int,
@@ -273,14 +284,14 @@ def write_shards(
         UserError: the folder holds something else, or shapes made with other numbers.
     """
     folder = Path(folder)
-    made_with = {"count": count, "shards": shards, "size": size, "seed": seed, "variety": variety, "wordings": wordings}
+    made_with = MadeWith(count, shards, size, seed, variety, wordings)
     if not _is_filled(folder):
         with new_folder(folder) as drafts:
             for shard in range(shards):
                 first, last = (count * edge // shards for edge in (shard, shard + 1))
                 drawn = _samples(range(first, last), shard, size, seed, variety, wordings)
                 write_shard(drafts / f"{shard:05}.tar", drawn)
-            (drafts / MANIFEST).write_text(json.dumps(made_with, indent=2) + "\n")
+            (drafts / MANIFEST).write_text(json.dumps(made_with._asdict(), indent=2) + "\n")
     _check_manifest(folder, made_with)
     return [folder / f"{shard:05}.tar" for shard in range(shards)]
 
@@ -289,7 +300,7 @@ def _is_filled(folder: Path) -> bool:
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
-def _check_manifest(folder: Path, wanted: dict[str, float | str | None]) -> None:
+def _check_manifest(folder: Path, made_with: MadeWith) -> None:
     """Raise UserError unless the folder's shapes were made with the wanted numbers."""
     try:
         found = json.loads((folder / MANIFEST).read_text())
@@ -298,6 +309,7 @@ def _check_manifest(folder: Path, wanted: dict[str, float | str | None]) -> None
             f"data.folder: {folder} holds other files than shapes; give a folder that does not exist"
         ) from None
     found = found if isinstance(found, dict) else {}
+    wanted = made_with._asdict()
     keys = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
     if keys:
         differences = ", ".join(f"{key} {found.get(key)}, not {wanted.get(key)}" for key in keys)
