@@ -8,6 +8,7 @@ and few steps, so that the parts themselves can be tried on a CPU.
 """
 
 import argparse
+import functools
 import os
 import shutil
 import statistics
@@ -31,6 +32,7 @@ from ldm_lab.config import build, load
 from ldm_lab.data.shapes import write_shards
 from ldm_lab.errors import UserError, run_program
 from ldm_lab.estimate import peak_flops, step_cost
+from ldm_lab.interfaces import Denoiser
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling import ModelOptions, Pipeline, SamplingOptions
 from ldm_lab.sampling.options import Precision
@@ -111,23 +113,32 @@ def matmul(setting: Setting) -> None:
     setting.row("copy", "bytes", f"{2 * source.numel() / seconds / 1e9:.0f} GB/s", f"{1000 * seconds:.2f} ms")
 
 
+def unet(setting: Setting) -> Denoiser:
+    """Return the U-Net with its initial weights."""
+    section = load(ROOT / CONFIG, ["data.shards=none", *(TINY if setting.tiny else [])])["denoiser"].architecture()
+    return build("denoiser", section, 4, {"embed": Embedding(EMBED)})
+
+
+@functools.cache
+def image_flops(setting: Setting) -> int:
+    """Return what the U-Net computes of a latent, forward and backward."""
+    side = setting.image_size // 8
+    with FakeTensorMode():
+        network = unet(setting)
+        x0, embed, t = torch.randn(1, 4, side, side), torch.randn(1, EMBED), torch.rand(1)
+        objective = build("objective", {"name": "v_cosine"})
+        loss = lambda: objective.loss_terms(network, x0, {"embed": embed}, t, x0)["loss"].mean()  # noqa: E731
+        return step_cost(network, loss, 0, 1).flops
+
+
 def network_step(
     setting: Setting, name: str, precision: str, batch_size: int, compile: Compile, channels_last: bool
 ) -> None:
     """Time the parts of a step of the U-Net alone, on latents and embeddings that are there."""
-    section = load(ROOT / CONFIG, ["data.shards=none", *(TINY if setting.tiny else [])])["denoiser"].architecture()
-    side = setting.image_size // 8
-    given = {"embed": Embedding(EMBED)}
-    with FakeTensorMode():
-        network = build("denoiser", section, 4, given)
-        x0, embed, t = torch.randn(batch_size, 4, side, side), torch.randn(batch_size, EMBED), torch.rand(batch_size)
-        objective = build("objective", {"name": "v_cosine"})
-        flops = step_cost(
-            network, lambda: objective.loss_terms(network, x0, {"embed": embed}, t, x0)["loss"].mean(), 0, batch_size
-        ).flops
+    flops, side = batch_size * image_flops(setting), setting.image_size // 8
     torch.manual_seed(0)
     with torch.device(setting.device):  # a billion random numbers take a CPU ten seconds
-        network = build("denoiser", section, 4, given)
+        network = unet(setting)
     if channels_last:
         network.to(memory_format=torch.channels_last)
     way = Way(network, False, argparse.Namespace(device=setting.device, precision=precision))
