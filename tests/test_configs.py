@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from ldm_lab import config
 from ldm_lab.config import PartConfig, RunConfig, build, load
+from ldm_lab.config.checks import check_rules_of
 from ldm_lab.errors import UserError
 from ldm_lab.estimate import images_per_second, peak_flops
 from ldm_lab.training.cost import config_cost
@@ -104,9 +105,9 @@ def test_yfcc_cfg_is_the_original_run():
     assert recipe["checkpoint"]["keep_every"] == 50_000
 
 
-def test_yfcc_clip_differs_from_yfcc_cfg_in_nothing_but_the_conditioner():
+def test_yfcc_clip_differs_from_yfcc_cfg_in_nothing_but_the_frozen_parts():
     clip, cloob = load_filled(CONFIGS / "yfcc_clip.yaml"), load_filled(CONFIGS / "yfcc_cfg.yaml")
-    assert {key for key in {*clip, *cloob} if clip.get(key) != cloob.get(key)} == {"conditioner"}
+    assert {key for key in {*clip, *cloob} if clip.get(key) != cloob.get(key)} == {"autoencoder", "conditioner"}
     assert clip["conditioner"] == {
         "name": "clip", "model": "ViT-B-16", "pretrained": "laion2b_s34b_b88k", "dropout": 0.2,
     }  # fmt: skip
@@ -116,6 +117,24 @@ def test_yfcc_clip_differs_from_yfcc_cfg_in_nothing_but_the_conditioner():
         task = clip.task_class()(clip, read_weights=False)
     assert task.frozen["conditioner"].embed_dim == 768, "the denoiser takes any width"
     assert task.model.mapping[0].main[0].in_features == 768 + 128
+
+
+@pytest.mark.parametrize("recipe", ["yfcc_clip", "own_images_8gb", "own_images_12gb", "own_images_24gb"])
+def test_recipes_without_captions_take_parts_that_everyone_can_fetch(recipe):
+    """From the Hub, with the spread of its autoencoder; the models in the comments are open_clip's, as they stand."""
+    import open_clip
+
+    loaded, text = load_filled(CONFIGS / f"{recipe}.yaml"), (CONFIGS / f"{recipe}.yaml").read_text()
+    assert loaded["autoencoder"]["weights"] == "hf://stabilityai/sd-vae-ft-mse"
+    assert loaded["autoencoder"]["latent_std"] == pytest.approx(1 / 0.18215, rel=1e-3)
+    assert loaded["conditioner"]["name"] == "clip"
+    mentioned = re.findall(r"# model: (\S+).*\n *# pretrained: (\w+)", text) + re.findall(r"(ViT-\S+) with (\w+)", text)
+    assert "defaults: own" in text or {"dfn2b", "webli"} <= {pretrained for _, pretrained in mentioned}
+    for model, pretrained in [(loaded["conditioner"]["model"], loaded["conditioner"]["pretrained"]), *mentioned]:
+        assert open_clip.get_pretrained_cfg(model, pretrained)["hf_hub"], "of the Hub"
+        section = {"name": "clip", "model": model, "pretrained": pretrained}
+        assert not config.check_section("conditioner", section, "conditioner")
+        assert not check_rules_of("conditioner", section, "conditioner")
 
 
 def test_ccld_finetune_goes_on_with_the_released_model():

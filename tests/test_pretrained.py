@@ -1,10 +1,12 @@
 """Released weights by name: what arrives is right, goes on after a break, and is not fetched where it must not be."""
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -12,6 +14,8 @@ import sys
 import threading
 import time
 import tomllib
+from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -19,9 +23,11 @@ import pytest
 from tiny import ROOT, make_run, run_program
 
 from ldm_lab.__main__ import main
+from ldm_lab.config import load
 from ldm_lab.errors import UserError
 from ldm_lab.io import download, http
 from ldm_lab.io.atomic import sha256 as file_sha256
+from ldm_lab.pretrained import answers
 from ldm_lab.pretrained import resolve as pretrained
 from ldm_lab.pretrained.catalogue import Released, catalogue, parse
 from ldm_lab.pretrained.resolve import check_untrusted, fetch, resolve_weights
@@ -78,12 +84,18 @@ class Handler(BaseHTTPRequestHandler):
         if status != 200:
             return self.send_error(status)
         content = server.files[self.path]
-        etag, start = f'"{checksum(content)[:8]}"', 0
+        etag, start, stop = f'"{checksum(content)[:8]}"', 0, len(content)
         if server.ranges and asked and self.headers.get("If-Range") in (None, etag):
-            start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
+            start, stop = re.fullmatch(r"bytes=(\d+)-(\d*)", asked).groups()
+            start, stop = int(start), min(int(stop or len(content)) + 1, len(content))
+            if start >= len(content):
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(content)}")
+                self.send_header("Content-Length", "0")
+                return self.end_headers()
             self.send_response(206)
             told = start if server.lie is None else server.lie
-            self.send_header("Content-Range", f"bytes {told}-{len(content) - 1}/{len(content)}")
+            self.send_header("Content-Range", f"bytes {told}-{stop - 1}/{len(content)}")
         else:
             self.send_response(200)
         if server.etag:
@@ -91,13 +103,13 @@ class Handler(BaseHTTPRequestHandler):
         for key, value in server.headers.items():
             self.send_header(key, value)
         if server.sized:
-            self.send_header("Content-Length", str(len(content) - start))
+            self.send_header("Content-Length", str(stop - start))
         self.end_headers()
         if self.command == "HEAD":
             return None
-        end = start + server.breaks.pop(0) if server.breaks else len(content)
+        end = start + server.breaks.pop(0) if server.breaks else stop
         try:
-            for i in range(start, min(end, len(content)), 10_000):
+            for i in range(start, min(end, stop), 10_000):
                 self.wfile.write(content[i : min(i + 10_000, end)])
                 self.wfile.flush()
                 time.sleep(server.pause)
@@ -186,6 +198,7 @@ from ldm_lab.io import download, http
 from ldm_lab.io.atomic import sha256 as file_sha256
 from ldm_lab.pretrained.catalogue import Released, catalogue
 from ldm_lab.__main__ import main
+from ldm_lab.config import load
 from ldm_lab.errors import run_program
 http.CHUNK = 10_000
 catalogue()["test/weights"] = Released("autoencoder", "a test", "w.bin", (sys.argv[1],), sys.argv[2])
@@ -406,7 +419,7 @@ def test_what_is_no_name_is_a_path_and_never_fetched(cache, name):
     assert not cache.exists()
 
 
-@pytest.mark.parametrize("text", ["http://127.0.0.1/x", "ftp://x/y", "hf://", "hf://a", "hf://a/b", "hf://a/../../x",
+@pytest.mark.parametrize("text", ["http://127.0.0.1/x", "ftp://x/y", "hf://", "hf://a", "hf://a/", "hf://a/../../x",
                                   "hf://../b/c", "hf://a/b/../c", "hf://a/b//c"])  # fmt: skip
 def test_other_addresses_are_refused(text):
     with pytest.raises(UserError, match="weights: "):
@@ -528,6 +541,10 @@ def test_a_folder_on_the_hub_takes_only_what_a_model_needs(monkeypatch, tmp_path
     (tmp_path / "vae/config.json").write_text("{}")
     calls = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: calls.append((a, k)) or str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    for whole in ("hf://owner/repo", "hf://owner/repo/", "hf://owner/repo@abc", "hf://owner/repo/@abc"):
+        assert resolve_weights(whole, "weights") == tmp_path
+        assert calls.pop()[1]["allow_patterns"] == ["*.json", "*.safetensors"]
     assert resolve_weights("hf://owner/repo/vae/@abc", "weights") == tmp_path / "vae"
     (repository,), options = calls[0]
     assert repository == "owner/repo" and options["revision"] == "abc"
@@ -602,7 +619,10 @@ def test_the_catalogue_is_installed_with_the_package():
 
 
 def checked(capsys, *names: str) -> tuple[int, list[str]]:
-    code = main(["pretrained", "check", *names]) or 0
+    try:
+        code = main(["pretrained", "check", *names]) or 0
+    except UserError as error:
+        return 2, [*capsys.readouterr().out.splitlines(), str(error)]
     return code, capsys.readouterr().out.splitlines()
 
 
@@ -617,19 +637,139 @@ def test_which_addresses_answer(release, mirror, capsys):
         release(name="test/other", size=7)
         mirror.requests.clear()
         code, lines = checked(capsys, NAME, "test/lost", "test/other", "miniglide")
-    assert code == 1
-    assert lines[0] == f"{NAME}: {gone}: HTTP 404 Not Found"
+    assert code == 2
+    assert lines[0] == f"{NAME}: {gone}: not there: HTTP 404 Not Found"
     assert lines[1] == f"{NAME}: {mirror.url}/w.bin: answers, {len(CONTENT):,} bytes"
-    assert lines[2].startswith(f"test/lost: {silent}: ")
+    assert lines[2].startswith(f"test/lost: {silent}: refuses: ")
     assert lines[3].endswith("a web page is there instead of the file")
     assert lines[4].endswith("the file there is empty")
     assert lines[5].endswith(f"another file is there: {len(CONTENT):,} bytes, not 7")
     assert lines[6].startswith("miniglide: no address is known; `pretrained where miniglide` says where to put")
     assert lines[7] == "1 of 6 addresses answer"
     assert lines[8].startswith("no checksum is published of test/lost: the file that comes first is trusted")
-    assert lines[9] == "not to be had: test/lost, test/other"
+    assert lines[9] == "check: none of its addresses has the file of test/lost, test/other"
     assert not list(Path(os.environ["LDM_LAB_CACHE"]).rglob("*.bin")), "nothing is downloaded"
-    assert checked(capsys, NAME)[0] == 0
+    assert {asked for _, asked, _ in mirror.requests} == {f"bytes=0-{answers.BEGINNING - 1}"}
+    assert checked(capsys, NAME)[0] == 0, "one that answers is enough"
+
+
+@contextlib.contextmanager
+def tcp_server(drip: bytes = b"", pause: float = 0.05) -> Iterator[str]:
+    """Take connections and say nothing, or a little at a time and never the whole; yield the address."""
+    done = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            taken = []
+            while not done.is_set():
+                with contextlib.suppress(OSError):
+                    taken.append(server.accept()[0])
+                    taken[-1].settimeout(1)
+                    while drip and not done.wait(pause):
+                        taken[-1].sendall(drip)
+            for connection in taken:
+                connection.close()
+
+        server.settimeout(0.1)
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/w.bin"
+        done.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "words"),
+    [
+        ("redirect", "answers", r"answers, 512,007 bytes; redirected to http://127\.0\.0\.1:\d+/w\.bin"),
+        ("to a page", "another file", r"a web page is there instead of the file; redirected to .*/login"),
+        ("loop", "fails", "fails: .*30 redirects"),
+        ("elsewhere", "fails", "fails: .*ftp:"),
+        ("nowhere", "fails", "fails: "),
+        ("403", "refuses", "refuses: HTTP 403 Forbidden"),
+        ("401", "refuses", "refuses: HTTP 401 Unauthorized"),
+        ("410", "not there", "not there: HTTP 410 Gone"),
+        ("500", "fails", "fails: HTTP 500 .*, perhaps for now"),
+        ("503", "fails", "fails: HTTP 503 .*, perhaps for now"),
+        ("no ranges", "answers", "answers, 512,007 bytes"),
+        ("no size", "answers", "answers, it does not say how many bytes"),
+        ("silent", "hangs", "hangs: Read timed out"),
+        ("silent after the connection", "hangs", "hangs: Read timed out"),
+        ("drips", "hangs", r"hangs: no whole answer within 1 s"),
+        ("closes", "fails", "fails: "),
+        ("scheme", "fails", "fails: only http and https"),
+    ],
+)
+def test_what_an_address_says_is_told_apart(case, kind, words, release, mirror, monkeypatch):
+    """Within bounded time, and with one question: a busy server is not asked again."""
+    monkeypatch.setattr(http, "ANSWER", (0.3, 0.3))
+    monkeypatch.setattr(answers, "PATIENCE", 1.0)
+    mirror.files |= {"/login": b"<html>sign in</html>"}
+    mirror.redirects = {"/moved": "/w.bin?token=secret", "/to": "/login", "/loop": "/loop", "/away": "ftp://x/w.bin"}
+    mirror.redirects |= {"/bad": "http://[/w.bin"}
+    mirror.files["/w.bin?token=secret"] = CONTENT
+    paths = {"redirect": "/moved", "to a page": "/to", "loop": "/loop", "elsewhere": "/away", "nowhere": "/bad"}
+    mirror.statuses = [int(case)] if case.isdecimal() else []
+    mirror.ranges, mirror.sized = case not in ("no ranges", "no size"), case != "no size"
+    mirror.silence = 0.6 * (case == "silent")
+    drips = {"silent after the connection": b"", "drips": b"H", "closes": b"nonsense\r\n\r\n"}
+    with tcp_server(drips[case]) if case in drips else contextlib.nullcontext(mirror.url) as url:
+        url = "gopher://x/w.bin" if case == "scheme" else url + paths.get(case, "/w.bin" * (case not in drips))
+        release(url)
+        began = time.monotonic()
+        answer = answers.ask(NAME, catalogue()[NAME], url)
+    assert time.monotonic() - began < 2
+    assert (answer.kind, answer.name, answer.url) == (kind, NAME, url) and re.match(words, answer.words), answer.words
+    assert "secret" not in answer.words
+    assert not mirror.statuses and len(mirror.requests) <= 31
+
+
+def test_the_address_that_was_used_is_said_and_why_not_another(release, mirror, capsys):
+    path = release(f"{mirror.url}/gone.bin", f"{mirror.url}/w.bin")
+    assert fetch(NAME) == path
+    said = capsys.readouterr().err
+    assert f"{NAME}: {mirror.url}/gone.bin: HTTP 404 Not Found; the next address is asked\n" in said
+    assert f"{NAME}: from {mirror.url}/w.bin\n" in said
+
+
+def test_of_several_addresses_the_first_that_knows_tells_the_size(release, mirror, capsys):
+    from ldm_lab.pretrained.resolve import announce, to_download
+
+    release(f"{mirror.url}/gone.bin", f"{mirror.url}/w.bin")
+    announce([to_download(NAME, "autoencoder.weights")])
+    assert f"{len(CONTENT) / 2**20:.1f} MiB" in capsys.readouterr().err
+
+
+def test_all_that_lies_on_cloob_s_and_compvis_s_servers_has_another_route():
+    named = {name for name, entry in catalogue().items() if entry.instead}
+    assert named == {name for name in catalogue() if name.startswith(("cloob/", "kl-f"))}
+    assert len({catalogue()[name].instead for name in named}) == 1
+
+
+@pytest.mark.parametrize("name", ["cloob/vit_b_16_laion400m_16e", "kl-f8"])
+def test_where_a_server_is_gone_the_error_has_overrides_to_paste(name, mirror, cache, monkeypatch, capsys):
+    """They are read as a shell reads them, and give a config with which nothing is asked of that server."""
+    gone = replace(catalogue()[name], mirrors=(f"{mirror.url}/gone.bin",))
+    monkeypatch.setitem(catalogue(), name, gone)
+    with pytest.raises(UserError, match="a new training can do without it, with conditioner=") as caught:
+        fetch(name)
+    pasted = shlex.split(str(caught.value).partition("can do without it, with ")[2])
+    config = load(ROOT / "configs" / "yfcc_cfg.yaml", ["data.shards=x.tar", *pasted])
+    clip = {"name": "clip", "model": "ViT-B-16", "pretrained": "laion2b_s34b_b88k", "dropout": 0.2}
+    assert config["conditioner"] == clip, "and what the config says of its use stays"
+    assert config["autoencoder"]["weights"] == "hf://stabilityai/sd-vae-ft-mse"
+    assert config["autoencoder"]["latent_std"] == 5.49
+    code, lines = checked(capsys, name)
+    assert code == 2 and lines[-2] == f"a new training can do without {name}: {gone.instead}"
+
+
+def test_the_table_says_of_what_no_checksum_is_published(release):
+    from ldm_lab.commands.pretrained import table
+
+    release(sha256=None)
+    *_, last = lines = table().splitlines()
+    assert re.search(rf"(?m)^{NAME} .* unpublished  a test$", "\n".join(lines))
+    assert last.startswith("sha256 unpublished: the file that comes first is trusted")
 
 
 def test_addresses_are_not_asked_where_downloads_are_switched_off(release, mirror, monkeypatch):

@@ -8,7 +8,8 @@
 Their names stand wherever a config or a program takes weights, and they are downloaded when they are needed. They lie
 below $LDM_LAB_CACHE, or ~/.cache/ldm_lab. An interrupted download goes on where it stopped. LDM_LAB_OFFLINE=1 forbids
 downloads; `where` says where to put a file that was got in another way. `check` asks all addresses, or those of the
-names, whether they still have their files, and downloads nothing; it ends with 1 if a file is at none of its addresses.
+names, whether they still have their files, and downloads nothing: which answer, refuse, hang, have another file or
+none. It ends with 2 if a file is at none of its addresses.
 """
 
 import argparse
@@ -18,6 +19,9 @@ from ldm_lab.pretrained.answers import ask_all
 from ldm_lab.pretrained.catalogue import catalogue
 from ldm_lab.pretrained.resolve import cached_path, offline, resolve_weights
 
+UNPUBLISHED = (
+    "sha256 unpublished: the file that comes first is trusted, its checksum kept, and every later one held to it"
+)
 ACTIONS = ("list", "get", "where", "check")
 
 
@@ -28,9 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table, a path for each name, or which addresses answer. Returns 1 if a file is to be had nowhere."""
+    """Print the table, a path for each name, or which addresses answer."""
     if args.action == "check":
-        return check(args.names)
+        check(args.names)
+        return 0
     if args.action == "list":
         if args.names:
             raise UserError("list: takes no names; get and where do")
@@ -42,14 +47,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check(names: list[str]) -> int:
+def check(names: list[str]) -> None:
     """Print a line for each address of released files, all of them or the named ones, and a summary.
 
-    Returns:
-        1 if a file is at none of its addresses, else 0.
-
     Raises:
-        UserError: an unknown name, or downloads are switched off.
+        UserError: a file is at none of its addresses; an unknown name; downloads are switched off.
     """
     for name in names:
         cached_path(name)  # says which name is unknown
@@ -58,19 +60,19 @@ def check(names: list[str]) -> int:
     entries = {name: entry for name, entry in catalogue().items() if name in names or not names}
     answers = ask_all(entries.items())
     for answer in answers:
-        size = f"{answer.total:,} bytes" if answer.total is not None else "it does not say how many bytes"
-        print(f"{answer.name}: {answer.url}: {answer.problem or f'answers, {size}'}")
+        print(f"{answer.name}: {answer.url}: {answer.words}")
     for name, entry in entries.items():
         if not entry.mirrors:
             print(f"{name}: no address is known; `pretrained where {name}` says where to put {entry.file}")
-    there = {answer.name for answer in answers if not answer.problem}
+    there = {answer.name for answer in answers if answer.kind == "answers"}
     lost = [name for name, entry in entries.items() if entry.mirrors and name not in there]
-    print(f"{sum(not a.problem for a in answers)} of {len(answers)} addresses answer")
+    print(f"{sum(answer.kind == 'answers' for answer in answers)} of {len(answers)} addresses answer")
     if unsure := [name for name, entry in entries.items() if entry.mirrors and entry.sha256 is None]:
         print(f"no checksum is published of {', '.join(unsure)}: the file that comes first is trusted, and held to")
+    for instead in dict.fromkeys(entries[name].instead for name in lost if entries[name].instead):
+        print(f"a new training can do without {', '.join(n for n in lost if entries[n].instead == instead)}: {instead}")
     if lost:
-        print(f"not to be had: {', '.join(lost)}")
-    return 1 if lost else 0
+        raise UserError(f"check: none of its addresses has the file of {', '.join(lost)}")
 
 
 def table() -> str:
@@ -86,9 +88,10 @@ def table() -> str:
                 "unknown" if size is None else f"{size / 2**20:,.1f} MiB",
                 entry.license,
                 "yes" if path.is_file() else "no",
-                entry.sha256[:8] if entry.sha256 else "unknown",
+                entry.sha256[:8] if entry.sha256 else "unpublished",
                 entry.what,
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join((*lines, UNPUBLISHED))

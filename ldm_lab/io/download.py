@@ -118,6 +118,8 @@ def download(urls: Sequence[str], path: Path, wanted: Wanted) -> tuple[str, str]
             checksum = _checked(url, part, wanted)
         except MirrorFailed as error:
             reasons.append(f"{url}: {error}")
+            if url != urls[-1]:
+                print_line(f"{wanted.name}: {reasons[-1]}; the next address is asked", file=sys.stderr)
             continue
         part.finish(path)
         return checksum, url

@@ -28,8 +28,20 @@ class HTTPError(OSError):
     """A server does not give a file; asking it again would not help."""
 
 
+class BadStatus(HTTPError):
+    """A server answers that it does not give a file. Attribute status: its HTTP code."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(f"HTTP {status} {reason}".rstrip())
+        self.status = status
+
+
 class ConnectionBroken(HTTPError):
     """A transfer broke off, or did not begin; asking again may help."""
+
+
+class NoAnswer(ConnectionBroken):
+    """A server was waited for, and said nothing."""
 
 
 # ------------------------------------------------------------------------------------------------------ one answer
@@ -43,31 +55,36 @@ class Response:
         start: the byte of the file at which the body begins; None if a piece does not say.
         total: bytes of the whole file, or None if it is not said.
         validator: the server's mark of the file's version, if it vouches for every byte (RFC 9110, 8.8.1).
+        url: the address that answered, another one after a redirect.
     """
 
-    def __init__(self, url: str, start: int = 0, validator: str | None = None) -> None:
+    def __init__(self, url: str, start: int = 0, validator: str | None = None, *, beginning: int | None = None) -> None:
         """Ask for a file from a byte on. A busy server is asked again.
 
         Args:
             url: http or https.
             start: the first byte that is wanted.
             validator: of the version that the bytes before are of; of another one the whole file is sent.
+            beginning: only so many first bytes are wanted, and only once, with little patience.
 
         Raises:
-            ConnectionBroken: no answer.
-            HTTPError: another address, or an answer that is no file.
+            NoAnswer: it was waited for in vain.
+            ConnectionBroken: no connection, or one that broke off.
+            BadStatus: an answer that is no file.
+            HTTPError: another address, or an answer that cannot be read.
         """
         if not url.lower().startswith(("http://", "https://")):
             raise HTTPError("only http and https addresses are taken")
         headers = {"User-Agent": "ldm_lab", "Accept-Encoding": "identity"}
         headers |= {"Range": f"bytes={start}-"} if start else {}
+        headers |= {"Range": f"bytes=0-{beginning - 1}"} if beginning else {}
         headers |= {"If-Range": validator} if start and validator else {}
-        self._session = _session()
+        self._session = _session(TRIES if beginning is None else 1)
         try:
-            self._answer = _get(self._session, url, headers)
-            self.status = self._answer.status_code
+            self._answer = _get(self._session, url, headers, TIMEOUT if beginning is None else ANSWER)
+            self.status, self.url = self._answer.status_code, self._answer.url
             if self.status not in (200, 206, 416):
-                raise HTTPError(f"HTTP {self.status} {self._answer.reason}")
+                raise BadStatus(self.status, self._answer.reason)
             if self._answer.headers.get("Content-Encoding", "identity") != "identity":
                 raise HTTPError("it sends the file compressed")
         except HTTPError:
@@ -100,7 +117,7 @@ class Response:
         self.close()
 
 
-def _session() -> "requests.Session":
+def _session(tries: int = TRIES) -> "requests.Session":
     import requests
     from urllib3.util import Retry
 
@@ -114,30 +131,42 @@ def _session() -> "requests.Session":
     session = requests.Session()
     session.auth = lambda request: request  # otherwise requests sends what ~/.netrc has for the host,
     session.rebuild_auth = lambda request, answer: None  # and does so again after a redirect
-    again = _Patience(TRIES - 1, connect=1, backoff_factor=PAUSE, status_forcelist=BUSY, raise_on_status=False)
+    again = _Patience(
+        tries - 1, connect=min(1, tries - 1), backoff_factor=PAUSE, status_forcelist=BUSY, raise_on_status=False
+    )
     for scheme in ("http://", "https://"):
         session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=again))
     return session
 
 
-def _get(session: "requests.Session", url: str, headers: dict[str, str]) -> "requests.Response":
+def _get(
+    session: "requests.Session", url: str, headers: dict[str, str], timeout: tuple[float, float]
+) -> "requests.Response":
     import requests
+    from urllib3.exceptions import NewConnectionError  # a kind of timeout to urllib3, when a connection is refused
+    from urllib3.exceptions import TimeoutError as Waited
 
     try:
-        return session.get(url, headers=headers, stream=True, timeout=TIMEOUT)
+        return session.get(url, headers=headers, stream=True, timeout=timeout)
     except requests.ConnectionError as error:
-        raise ConnectionBroken(_reason(error)) from None
-    except requests.RequestException as error:
+        cause = _cause(error)
+        in_vain = isinstance(cause, Waited) and not isinstance(cause, NewConnectionError)
+        raise (NoAnswer if in_vain else ConnectionBroken)(_reason(error)) from None
+    except (requests.RequestException, ValueError) as error:  # the latter of addresses that redirects lead to
         raise HTTPError(_reason(error)) from None
 
 
-def _reason(error: Exception) -> str:
-    """Return why there was no answer, in a few words: the cause in the heart of what requests and urllib3 raise."""
+def _cause(error: Exception) -> Exception:
+    """Return the cause in the heart of what requests and urllib3 raise."""
     from urllib3.exceptions import MaxRetryError
 
     inner = error.args[0] if error.args and isinstance(error.args[0], Exception) else error
-    cause = inner.reason if isinstance(inner, MaxRetryError) and inner.reason is not None else inner
-    return re.sub(r"^<?HTTPS?Connection(Pool)?\(.*?\)[:,>]* ?", "", first_line(cause, 1000))[:200]
+    return inner.reason if isinstance(inner, MaxRetryError) and inner.reason is not None else inner
+
+
+def _reason(error: Exception) -> str:
+    """Return why there was no answer, in a few words."""
+    return re.sub(r"^<?HTTPS?Connection(Pool)?\(.*?\)[:,>]* ?", "", first_line(_cause(error), 1000))[:200]
 
 
 def _total(answer: "requests.Response") -> int | None:

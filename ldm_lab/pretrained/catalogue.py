@@ -27,6 +27,7 @@ class Released:
         license: as the page says.
         page: where it is described.
         config: keys of the part that the file does not say.
+        instead: overrides of a config with which a new training does without it; "" if none are known.
     """
 
     role: str
@@ -38,6 +39,7 @@ class Released:
     license: str = "not stated"
     page: str = ""
     config: JsonObject = field(default_factory=JsonObject)
+    instead: str = ""
 
 
 @functools.cache
@@ -62,7 +64,7 @@ def _entry(name: str, written: Json) -> Released:
     known = {f.name: f for f in fields(Released)}
     wrong = [key for key in written if key not in known]
     wrong += [key for key, f in known.items() if key not in written and f.default is f.default_factory is MISSING]
-    text = {key: written.get(key, "") for key in ("role", "what", "file", "sha256", "license", "page")}
+    text = {key: written.get(key, "") for key in ("role", "what", "file", "sha256", "license", "page", "instead")}
     wrong += [key for key, value in text.items() if not isinstance(value, str)]
     mirrors, size, config = written.get("mirrors", []), written.get("size"), written.get("config", {})
     checks = {

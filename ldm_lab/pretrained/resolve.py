@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from ldm_lab.downloads import Download, announcement, raise_refusals, refusals
 from ldm_lab.errors import UserError, first_line
@@ -24,7 +25,7 @@ from ldm_lab.pretrained.catalogue import SAFE_PART, Released, catalogue
 REPOSITORY = Path(__file__).resolve().parents[2]
 HUB = "hf://"
 HUB_ADDRESS = re.compile(
-    rf"hf://(?P<repository>{SAFE_PART}/{SAFE_PART})/(?P<path>(?:{SAFE_PART}/)*(?:{SAFE_PART})?)(?:@(?P<revision>[\w./-]+))?"
+    rf"hf://(?P<repository>{SAFE_PART}/{SAFE_PART})(?:/(?P<path>(?:{SAFE_PART}/)*(?:{SAFE_PART})?))?(?:@(?P<revision>[\w./-]+))?"
 )
 
 
@@ -35,8 +36,9 @@ def resolve_weights(text: str | Path, what: str) -> Path:
     """Return the path of weights, downloaded first if they are named and not in the cache yet.
 
     Args:
-        text: a name of the catalogue, `hf://OWNER/REPOSITORY/FILE[@REVISION]` (a folder with a slash at its end), or a
-            path, looked for here and then in the repository's folder. `./NAME` and a `Path` are paths for sure.
+        text: a name of the catalogue, `hf://OWNER/REPOSITORY/FILE[@REVISION]` (a folder with a slash at its end, or the
+            repository alone, is a diffusers model's), or a path, looked for here and then in the repository's folder.
+            `./NAME` and a `Path` are paths for sure.
         what: what the weights are for, in error messages.
 
     Returns:
@@ -119,13 +121,14 @@ def announce(downloads: Sequence[Download]) -> None:
 
 def _sized(downloads: Sequence[Download]) -> list[Download]:
     """Return downloads with the sizes that the catalogue does not know, as their servers tell them."""
-    sized, reachable = [], True
+    sized, silent = [], set()  # servers: no need to wait for one again; the download will tell the reason
     for wanted in downloads:
-        if wanted.size is None and wanted.name in catalogue() and wanted.mirrors and reachable:
-            try:
-                wanted = replace(wanted, size=size_of(wanted.mirrors[0]))
-            except ConnectionBroken:
-                reachable = False  # no need to wait for the others, too; the download will tell the reason
+        for url in wanted.mirrors if wanted.name in catalogue() else ():
+            if wanted.size is None and (server := urlsplit(url).netloc) not in silent:
+                try:
+                    wanted = replace(wanted, size=size_of(url))
+                except ConnectionBroken:
+                    silent.add(server)
         sized.append(wanted)
     return sized
 
@@ -254,11 +257,17 @@ def _download(name: str, entry: Released, path: Path) -> None:
         checksum, source = download(entry.mirrors, path, Wanted(name, expected, entry.size))
     except UserError as error:
         changed = "" if entry.sha256 or expected is None else f"; if the change is right, remove {_record_path(path)}"
-        raise UserError(f"{error}{changed}; to do it by hand, {by_hand}") from None
+        raise UserError(f"{error}{changed}; to do it by hand, {by_hand}{other_route(entry)}") from None
     _write_record(path, checksum, source)
+    print(f"{name}: from {source}", file=sys.stderr)  # standard output is for what a program was asked for
     if expected is None:
         line = f"{name}: its publisher gave no checksum; {checksum} is the one it has to have from now on"
-        print(line, file=sys.stderr)  # standard output is for what a program was asked for
+        print(line, file=sys.stderr)
+
+
+def other_route(entry: Released) -> str:
+    """Return how a new training does without a file that cannot be had; "" if that is not known."""
+    return f"; a new training can do without it, with {entry.instead}" if entry.instead else ""
 
 
 # ------------------------------------------------------------------------------------------------ Hugging Face Hub
@@ -269,7 +278,7 @@ def _hub_address(text: str, what: str) -> re.Match[str]:
     match = HUB_ADDRESS.fullmatch(text)
     if match is None or ".." in text:
         raise UserError(
-            f"{what}: {text!r} should be hf://OWNER/REPOSITORY/FILE[@REVISION], or end in a slash for a folder"
+            f"{what}: {text!r} should be hf://OWNER/REPOSITORY[/FILE][@REVISION], or end in a slash for a folder"
         )
     return match
 
@@ -279,7 +288,7 @@ def _from_hub(text: str, what: str, local: bool) -> Path:
     match = _hub_address(text, what)
     import huggingface_hub
 
-    repository, path, revision = match["repository"], match["path"], match["revision"]
+    repository, path, revision = match["repository"], match["path"] or "", match["revision"]
     try:
         if path and not path.endswith("/"):
             return Path(huggingface_hub.hf_hub_download(repository, path, revision=revision, local_files_only=local))

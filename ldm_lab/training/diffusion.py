@@ -45,6 +45,7 @@ from ldm_lab.training.logs import print_rank_zero
 from ldm_lab.training.lora import additions
 from ldm_lab.training.run_state import Checkpoint
 from ldm_lab.training.sharding import Sharded
+from ldm_lab.training.spread import LatentSpread
 from ldm_lab.training.task import Task
 from ldm_lab.training.timesteps import TIMESTEP_SAMPLERS, UniformTimesteps
 
@@ -78,6 +79,7 @@ class DiffusionTask(Task):
         self.objective.check_denoiser(denoiser)
         self.check_image_size(config["data"].get("image_size"), autoencoder.downscale * denoiser.multiple_of)
         self.set_model(denoiser)
+        self.spread = LatentSpread(autoencoder, config.init_from is not None)
 
     @property
     def autoencoder(self) -> Autoencoder:
@@ -91,6 +93,8 @@ class DiffusionTask(Task):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         x0, conditions = self.encode(batch)  # [B, C, h, w], name -> [B, ...]
+        if not self.rehearsing:
+            self.spread.watch(x0)
         keep = torch.rand(len(x0), device=self.device) > self.dropout  # [B]
         conditions = drop(conditions, self.conditioner.null(conditions), keep)
         conditions |= self.from_sources(batch, x0)
@@ -211,6 +215,9 @@ class DiffusionTask(Task):
         self.check_encoded_by(self.trainer.datamodule.source, "data")
         timestep_sampler = TIMESTEP_SAMPLERS[self.objective.timestep_sampler]
         self.timesteps = timestep_sampler(self.seed, self.global_rank, self.trainer.world_size)
+
+    def on_train_end(self) -> None:
+        self.spread.report()  # of a run of few images
 
     def initial_weights(self, path: str) -> tuple[dict[str, Tensor], str]:
         loaded, state, extra = read_model(path)
