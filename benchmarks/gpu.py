@@ -209,7 +209,7 @@ def lora(setting: Setting) -> None:
     """Time the training of adapters alone, on the cache."""
     cache = f"cache.folder={setting.out / 'cache'}"
     base = f"init_from={model_file(setting)}"
-    train(setting, "lora", cache, base, "lora.rank=4", "trainer.precision=bf16-mixed", steps(setting, 18))
+    train(setting, "lora", cache, base, "lora.rank=4", "trainer.compile=none", steps(setting, 18), config=FAST)
 
 
 def prepare(setting: Setting) -> list[str]:
@@ -302,9 +302,11 @@ def half_to_full(setting: Setting) -> None:
     cache = f"cache.folder={setting.out / 'cache'}"
     half = "16-mixed" if setting.device == "cuda" else "bf16-mixed"
     few = 3 if setting.tiny else 18
-    train(setting, "fp16 then fp32", cache, f"trainer.precision={half}", f"trainer.max_steps={few}", saves=True)
+    plain = [cache, "trainer.compile=none", "trainer.channels_last=false"]
+    begun = [f"trainer.precision={half}", f"trainer.max_steps={few}"]
+    train(setting, "fp16 then fp32", *plain, *begun, config=FAST, saves=True)
     resumed = ["trainer.precision=32-true", "resume.checkpoint=last", f"trainer.max_steps={2 * few}"]
-    train(setting, "fp16 then fp32", cache, *resumed)
+    train(setting, "fp16 then fp32", *plain, *resumed, config=FAST)
     shutil.rmtree(setting.out / "runs" / "fp16_then_fp32")
 
 
