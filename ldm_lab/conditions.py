@@ -2,10 +2,11 @@
 
 The conditions of a batch are a dict of tensors whose first axis is the batch. What they are is described by a
 `ConditionSpec`, name -> kind. The names that the package's own parts give: "embed", "token_ids" with "token_ids_mask",
-"token_states" with "token_states_mask", "low_res", "inpaint_image" with "inpaint_mask", and the optional "clip_embed".
+"token_states" with "token_states_mask", "low_res", of some with "low_res_level", "inpaint_image" with "inpaint_mask",
+and the optional "clip_embed".
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
@@ -69,24 +70,33 @@ class ImageCondition:
     """An image beside the noised one, float [B, channels, h / scale_factor, w / scale_factor].
 
     Attributes:
+        enlarged: it is given at the noised one's size, [B, channels, h, w], and shows no more than the smaller one.
         stored: how a cache keeps it, if a conditioner gives one.
     """
 
     channels: int
     scale_factor: int = 1
+    enlarged: bool = False
     stored: Stored = field(default="float16", compare=False)
 
     def __str__(self) -> str:
         size = "" if self.scale_factor == 1 else f", 1/{self.scale_factor} of the size"
+        size += ", enlarged" if self.enlarged else ""
         return f"image of {self.channels} channels{size}"
 
 
 @dataclass(frozen=True)
 class Level:
-    """One number for each row, float [B], in [0, 1]: how noised another condition is; no packaged part gives one."""
+    """One number for each row, float [B], in [0, 1]: how noised another condition is, as a time of a schedule.
+
+    Attributes:
+        schedule: which one (`ldm_lab.schedules.LogSNRCurve`).
+    """
+
+    schedule: str = "linear"
 
     def __str__(self) -> str:
-        return "noise level"
+        return "noise level" if self.schedule == "linear" else f"noise level on the {self.schedule} schedule"
 
 
 ConditionKind = Embedding | TokenIds | TokenStates | ImageCondition | Level
@@ -115,7 +125,8 @@ def blank_conditions(spec: ConditionSpec, count: int, height: int = 0, width: in
             case TokenStates():
                 given[name] = torch.zeros(count, kind.length, kind.width)  # [B, L, D]
             case ImageCondition():
-                size = height // kind.scale_factor, width // kind.scale_factor
+                factor = 1 if kind.enlarged else kind.scale_factor
+                size = height // factor, width // factor
                 given[name] = torch.zeros(count, kind.channels, *size)  # [B, c, h', w']
             case Level():
                 given[name] = torch.zeros(count)  # [B]
@@ -171,9 +182,13 @@ class ConditionRequest:
         known: latents of an image of which a part is kept, [1 or B, C, h, w]; where the mask is true they mean nothing.
             None without.
         mask: where it is to be painted anew, bool [1 or B, 1, h, w]; None without.
+        low_res_level: how noised it is to be, in [0, 1], where the model is told; None: the condition source's own.
+        noise: makes standard normal noise of a tensor's shape [B, ...], each row's of its picture's own seed.
     """
 
     x: Tensor
     low_res: Tensor | None = None
     known: Tensor | None = None
     mask: Tensor | None = None
+    low_res_level: float | None = None
+    noise: Callable[[Tensor], Tensor] = torch.randn_like

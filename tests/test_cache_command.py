@@ -24,7 +24,8 @@ from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Conditioner
 from ldm_lab.training import caching, disk
 from ldm_lab.training.caching import make_cache, training_data
-from ldm_lab.training.encoding import CacheJob, CacheTarget, Encoders, VariantBatch, Variants
+from ldm_lab.training.encoders import Encoders
+from ldm_lab.training.encoding import CacheJob, CacheTarget, VariantBatch, Variants
 from ldm_lab.training.runner import build_task
 
 
@@ -77,7 +78,7 @@ def test_a_complete_cache_is_not_written_again_but_what_is_lost_is(cached, progr
 
 def test_an_interrupted_pass_goes_on_with_what_is_left_and_batches_mix_no_shards(tmp_path, monkeypatch):
     yaml = make_run(tmp_path, images=20, cache={"folder": str(tmp_path / "cache")}, data={"batch_size": 3})
-    encoded, encode = [], Encoders.encode
+    encoded, encode = [], CacheJob.encode
 
     def breaks_off(self, batch):
         if len(encoded) == 5:
@@ -85,12 +86,12 @@ def test_an_interrupted_pass_goes_on_with_what_is_left_and_batches_mix_no_shards
         encoded.append(batch.key)
         return encode(self, batch)
 
-    monkeypatch.setattr(Encoders, "encode", breaks_off)
+    monkeypatch.setattr(CacheJob, "encode", breaks_off)
     with pytest.raises(KeyboardInterrupt):
         make_cache(load(yaml), PassOptions(batch_size=3, workers=0, accelerator="cpu"))
     done = [path.name for path in sorted((tmp_path / "cache").glob("0*.safetensors"))]
     assert done == ["00000.safetensors", "00001.safetensors"] and not read_meta(tmp_path / "cache").complete
-    monkeypatch.setattr(Encoders, "encode", encode)
+    monkeypatch.setattr(CacheJob, "encode", encode)
     report = make_cache(load(yaml), PassOptions(batch_size=3, workers=0, accelerator="cpu"))
     assert report.counts.used == 20
     other = load(yaml, [f"cache.folder={tmp_path / 'other'}"])
@@ -196,7 +197,7 @@ def test_encoders_in_chunks_and_in_half_precision(tmp_path, monkeypatch):
         ("chunks", "32-true", 64 * 64),
         ("bf16", "bf16-mixed", 1),
     ):
-        monkeypatch.setattr("ldm_lab.training.encoding.CHUNK_PIXELS", pixels)
+        monkeypatch.setattr("ldm_lab.training.encoders.CHUNK_PIXELS", pixels)
         folder = tmp_path / name
         config = load(yaml, [f"cache.folder={folder}", f"cache.precision={precision}"])
         make_cache(config, PassOptions(batch_size=5, workers=0, accelerator="cpu"))

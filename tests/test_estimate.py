@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from ldm_lab.config import PartConfig, RunConfig, register
 from ldm_lab.estimate import StepCost, autocast_of_gpus, in_short, module_bytes, optimizer_bytes, peak_flops
 from ldm_lab.interfaces import Denoiser
+from ldm_lab.training import encoders
 from ldm_lab.training.cost import config_cost, example_batch, task_cost
 
 
@@ -92,6 +93,15 @@ def measured_peak(config: RunConfig) -> int:
 def test_the_peak_is_within_a_tenth_of_what_torch_s_profiler_counts(denoiser, batch_size, checkpointing):
     size = 16 if denoiser is GLIDE else 128  # latents of 16
     config = made({**denoiser, "gradient_checkpointing": checkpointing}, batch_size, size)
+    cost, measured = config_cost(config), measured_peak(config)
+    assert cost.peak == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("chunk", [1, 8], ids=["one_by_one", "whole"])
+def test_so_is_that_of_a_step_that_encodes_its_images(chunk, monkeypatch):
+    monkeypatch.setattr(encoders, "CHUNK_PIXELS", chunk * 128 * 128)
+    wide = {**AUTOENCODER, "ch": 64}
+    config = made({**CCLD, "base_channels": 16, "gradient_checkpointing": False}, 8, autoencoder=wide, cache=None)
     cost, measured = config_cost(config), measured_peak(config)
     assert cost.peak == pytest.approx(measured, rel=0.1)
 

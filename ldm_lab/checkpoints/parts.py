@@ -44,14 +44,6 @@ def load_part(role: str, config: PartConfig | Section, read_weights: bool = True
     return module.eval().requires_grad_(False)
 
 
-def encoding(config: PartConfig, device_type: str) -> torch.autocast:
-    """Return the context in which a frozen part encodes training images, at the precision that its section says.
-
-    Its weights stay in fp32, so that whatever else it does is as ever; what it returns may be bfloat16.
-    """
-    return torch.autocast(device_type, torch.bfloat16, enabled=config.get("precision") == "bf16")
-
-
 def as_part_config(role: str, config: PartConfig | Section) -> PartConfig:
     """Return a section as typed values, also one of plain data."""
     return config if isinstance(config, PartConfig) else PartConfig.from_dict(role, config)

@@ -5,6 +5,7 @@
 Of several copies of a network the averaged one (EMA) is taken, which is what people sample from, and that is said.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,6 +26,7 @@ COMPILED = "_orig_mod."  # of torch.compile, before a network's names or a submo
 WRAPPED = (COMPILED, "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # such, of others: FSDP, checkpointing
 PREFIXES = ("module.", COMPILED, "_forward_module.")  # of DDP and averages, of torch.compile, of Lightning
 EMA_PREFIXES = ("ema.", "ema_model.")
+STAGE = re.compile(r"(\d+)\.ema_model\.(.+)")
 COUNTERS = ("n_averaged", "initted", "step", "num_updates", "decay")  # beside the tensors of an average
 
 
@@ -51,7 +53,7 @@ def unwrap(content: Mapping[str, Any]) -> Unwrapped:
         networks = [key for key in _others(content) if key not in EMA and _inner(content[key])]
         raw_key = networks[0] if len(networks) == 1 else None
         raw = _inner(content[networks[0]]) if raw_key is not None else {}
-    average = {} if ema_key is None else _inner(content[ema_key])
+    average = {} if ema_key is None else _of_stages(_inner(content[ema_key]))
     rest = {key: value for key, value in content.items() if key not in (raw_key, ema_key)}
     if ema_key is None:
         strange = next((key for key in EMA if isinstance(content.get(key), Mapping | list)), None)
@@ -66,6 +68,12 @@ def unwrap(content: Mapping[str, Any]) -> Unwrapped:
     left = len(plain) - len(averaged)
     beside = f"; {left} tensors that are not averaged are those of {raw_key!r}" if left else f", not {raw_key!r}"
     return Unwrapped({**plain, **averaged}, rest, (shown + beside,))
+
+
+def _of_stages(average: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return averages of a cascade's networks, "<i>.ema_model.<name>" of imagen-pytorch, as the networks are named."""
+    found = {f"unets.{m[1]}.{m[2]}": value for name, value in average.items() if (m := STAGE.fullmatch(name))}
+    return found or average
 
 
 def _inner(content: Mapping[str, Any], own: bool = False, depth: int = 0) -> dict[str, Tensor]:

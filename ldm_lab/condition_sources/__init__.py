@@ -7,9 +7,10 @@ In a config they are a mapping, part name -> options:
 
 A new condition source is one file in this folder with one `@register("condition_source", "name")`.
 
-`low_res`     the image itself made small, for upsamplers
-`inpaint`     the known part of an image, and where it is known
-`clip_embed`  the place of a CLIP vector in glide-finetune's latent models
+`low_res`         the image itself made small, for upsamplers
+`noised_low_res`  the same enlarged and noised, and how noised it is, for Imagen's
+`inpaint`         the known part of an image, and where it is known
+`clip_embed`      the place of a CLIP vector in glide-finetune's latent models
 """
 
 from collections.abc import Mapping

@@ -66,6 +66,8 @@ class SamplingOptions:
         sampler: name of the sampler (default: unipc; of an upsampler ddim in the steps fast27, or 27)
         temperature: factor of the noise that sampling starts from (default: 1; of an upsampler 0.997)
         clip_denoised: keep clean estimates within the range of pixels (default: for models of pixels)
+        low_res_level: of a super-resolution stage that is told of it: how much noise is added to what it enlarges, 0
+            to 1 (default: the model's own, mostly 0.2); little keeps to the small picture
         size: pixels: 256, or 384x256 for width x height (default: as trained; the init image's own aspect, with about
             as many pixels)
         init_image: image to begin with instead of noise alone (img2img, inpainting); a transparent part is painted anew
@@ -93,6 +95,7 @@ class SamplingOptions:
     sampler: Annotated[str | SamplerConfig | None, PartSection("sampler")] = None
     temperature: Annotated[float, Ge(0), Le(2)] | None = None
     clip_denoised: bool | None = None
+    low_res_level: Share | None = None
     size: int | str | tuple[int, int] | None = None
     init_image: ImageFile | None = None
     strength: Share | None = None

@@ -178,8 +178,9 @@ class Pipeline:
 
         # 4. What else the denoiser is conditioned on, with and without prompts, and how its predictions are guided.
         low_res = None if request.low_res is None else request.low_res[pictures]  # [B, 3, h', w']
+        asked = ConditionRequest(x, low_res, visible, mask, options.low_res_level, noise)
         for source in model.condition_sources.values():
-            given = source.from_request(ConditionRequest(x, low_res, visible, mask))  # [B, ...] each
+            given = source.from_request(asked)  # [B, ...] each
             null |= source.null(given)
             conditions |= {name: repeat(value, "b ... -> b k ...", k=weights.shape[1]) for name, value in given.items()}
         predict = self._classifier_free(options, schedule, conditions, null, weights)

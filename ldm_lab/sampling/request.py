@@ -101,6 +101,8 @@ def checked_request(
     if odd := [seed for seed in seeds if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**64]:
         raise UserError(f"seeds: whole numbers of at most 64 bits are needed, not {odd[0]!r}")
     given = _low_res(model, low_res, len(mixes))  # [N, 3, h, w] or None
+    if options.low_res_level is not None and "low_res_level" not in model.denoiser.spec:
+        raise UserError("low_res_level: this model is told of no noise in what it enlarges")
     init_image = InitImage.from_options(options)
     if init_image is not None:
         options = replace(options, strength=init_image.strength)

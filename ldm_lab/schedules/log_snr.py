@@ -29,6 +29,9 @@ def linear_log_snr(t: Tensor) -> Tensor:
     return -ratio.log()
 
 
+LOG_SNR = {"cosine": cosine_log_snr, "linear": linear_log_snr}  # by the curve's name
+
+
 class LogSNR(ContinuousSchedule):
     """alpha^2 = sigmoid(log SNR), sigma^2 = sigmoid(-log SNR) (Kingma et al. 2021, arXiv 2107.00630, section 3.1).
 
@@ -50,7 +53,7 @@ class LogSNR(ContinuousSchedule):
 
     def log_snr(self, t: Tensor) -> Tensor:
         """Return log(alpha^2 / sigma^2), of t's shape and dtype."""
-        return cosine_log_snr(t) if self.curve == "cosine" else linear_log_snr(t)
+        return LOG_SNR[self.curve](t)
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha and sigma, each of t's shape and dtype, for t in [0, 1]."""

@@ -11,6 +11,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from ldm_lab.checkpoints.parts import has_weights, load_part, weights_sha256
 from ldm_lab.config import PartConfig, PositiveInt, RunConfig, register, signature_options
+from ldm_lab.config.uses import EncoderPrecision
 from ldm_lab.data.cache import ENCODERS, encoders_of
 from ldm_lab.data.cache_files import META, CacheMeta, read_meta
 from ldm_lab.data.cache_items import DONE
@@ -27,7 +28,8 @@ from ldm_lab.errors import UserError, told_in_one_line
 from ldm_lab.io.atomic import PARTIAL
 from ldm_lab.processes import leave_process_group
 from ldm_lab.training.disk import check_room
-from ldm_lab.training.encoding import CacheJob, CacheTarget, Encoders, Variants, expected_row_bytes
+from ldm_lab.training.encoders import Encoders
+from ldm_lab.training.encoding import CacheJob, CacheTarget, Variants, expected_row_bytes
 from ldm_lab.training.logs import print_rank_zero
 
 PATHS = ("path", "shards", "folder")  # options that say where data are
@@ -223,8 +225,8 @@ def make_cache(config: RunConfig, options: PassOptions, without_unreached: bool 
     """
     if "image_size" not in config["data"]:
         raise UserError("data: images are needed to make a cache, and this is one already")
-    encoders = load_encoders(config)
     config = with_choices(config)
+    encoders = load_encoders(config)
     cache = cache_options(config)
     source: Source = config["data"].build()
     check_variants(source, cache.variants)
@@ -247,7 +249,7 @@ def with_choices(config: RunConfig) -> RunConfig:
     """Return a config in whose section `cache` nothing is left open: a cache that was begun is ended as it began."""
     folder, given = cache_options(config).folder, config.part("cache").options
     begun = read_meta(folder).description if (folder / META).is_file() else {}
-    both_in_bf16 = all(config[role].get("precision") == "bf16" for role in ENCODERS)
+    both_in_bf16 = all(role in config and config[role].get("precision") == "bf16" for role in ENCODERS)
     precision = "bf16-mixed" if both_in_bf16 else PassOptions.precision
     choices = {"crops": 1, "flip": False, "precision": precision, "limit": None}
     for key in choices:
@@ -259,7 +261,7 @@ def with_choices(config: RunConfig) -> RunConfig:
 
 
 def load_encoders(config: RunConfig) -> Encoders:
-    """Return the frozen parts that encode. Raises UserError if one lacks its weights."""
+    """Return the frozen parts that encode, in the cache's precision. Raises UserError if one lacks its weights."""
     parts = []
     for role in ENCODERS:
         if role not in config:
@@ -268,7 +270,9 @@ def load_encoders(config: RunConfig) -> Encoders:
         if any(True for _ in part.parameters()) and not has_weights(role, config[role]):
             raise UserError(f"{role}.weights: has to be given; a cache is made with trained parts")
         parts.append(part)
-    return Encoders(*parts)
+    precision: EncoderPrecision = "bf16" if cache_options(config).precision == "bf16-mixed" else "fp32"
+    autoencoder, conditioner = parts
+    return Encoders(autoencoder, conditioner, precision, precision)
 
 
 def check_variants(source: Source, variants: Variants) -> None:

@@ -13,11 +13,12 @@ from ldm_lab.checkpoints.lora import FILE as LORA_FILE
 from ldm_lab.checkpoints.lora import save_lora
 from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.native import save_model
-from ldm_lab.checkpoints.parts import encoding, load_part
+from ldm_lab.checkpoints.parts import load_part
 from ldm_lab.condition_sources import build_sources, given_conditions
 from ldm_lab.conditions import blank_conditions
 from ldm_lab.config import ConditionerUse, PartConfig, RunConfig, register
 from ldm_lab.data.source import Source
+from ldm_lab.devices import pick_device
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import (
     Autoencoder,
@@ -33,6 +34,7 @@ from ldm_lab.interfaces import (
 from ldm_lab.training.caching import encoder_differences, encoder_facts
 from ldm_lab.training.compiling import Compile, compile_network
 from ldm_lab.training.conditioning import Conditioning
+from ldm_lab.training.encoders import Encoders
 from ldm_lab.training.initial import (
     check_forms,
     differences,
@@ -69,6 +71,8 @@ class DiffusionTask(Task):
         conditioner: Conditioner = load_part("conditioner", config["conditioner"], read_weights)
         self.sources = build_sources(config.condition_sources)
         self.frozen = {"autoencoder": autoencoder, "conditioner": conditioner, **self.sources}
+        in_precision = [config[role].get("precision") for role in ("autoencoder", "conditioner")]
+        self.encoders = Encoders(autoencoder, conditioner, *in_precision)
         self.objective: Objective = config["objective"].build()
         dropout = config["conditioner"].use_as(ConditionerUse).dropout
         self.dropout = DROPOUT if dropout is None else dropout
@@ -108,6 +112,7 @@ class DiffusionTask(Task):
 
     def rehearse(self, batch: Batch) -> Tensor:
         self.timesteps = UniformTimesteps(self.seed, 0, 1)
+        self.encoders.in_chunks = trains_on_cpu(self.run_config)  # wherever it is counted
         return super().rehearse(batch)
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
@@ -127,16 +132,13 @@ class DiffusionTask(Task):
         """
         with torch.autocast(self.device.type, enabled=False):  # whatever the denoiser's precision is
             if batch.mean is not None:
-                mean, logvar = batch.mean, batch.logvar  # [B, C, h, w] each
+                mean, logvar = batch.mean.float(), batch.logvar.float()  # [B, C, h, w] each
             else:
-                with encoding(self.run_config["autoencoder"], self.device.type):
-                    mean, logvar = self.autoencoder.moments(batch.image)  # [B, C, h, w] each
-            mean, logvar = mean.float(), logvar.float()  # [B, C, h, w] each
+                mean, logvar = self.encoders.moments(batch.image)  # [B, C, h, w] each
             x0 = self.autoencoder.sample(mean, logvar, torch.randn_like(mean))  # [B, C, h, w]
             conditions = dict(batch.conditions)
-            with encoding(self.run_config["conditioner"], self.device.type):
-                if not conditions and (self.conditioning.reads_images or self.rehearsing):
-                    conditions = self.conditioner.from_batch(batch)  # name -> [B, ...]
+            if not conditions and (self.conditioning.reads_images or self.rehearsing):
+                conditions = self.encoders.conditions(batch, self.device.type)  # name -> [B, ...]
             conditions = {k: its.float() if its.is_floating_point() else its for k, its in conditions.items()}
             return x0, conditions if self.rehearsing else self.conditioning(batch, conditions, noisy)
 
@@ -296,6 +298,12 @@ class DiffusionTask(Task):
 
     def summary(self) -> list[str]:
         return self.conditioning.summary()
+
+
+def trains_on_cpu(config: RunConfig) -> bool:
+    """Return whether a run takes the CPU of this machine."""
+    accelerator = config.part("trainer").option("accelerator")
+    return accelerator == "cpu" or (accelerator == "auto" and pick_device(None).type == "cpu")
 
 
 def drop(conditions: Conditions, null: Conditions, keep: Tensor) -> Conditions:

@@ -29,10 +29,7 @@ from ldm_lab.data.samples import SkippedSample, as_utf8
 from ldm_lab.data.source import Item, Source
 from ldm_lab.data.work_items import WorkItem
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Autoencoder, Conditioner
-
-CHUNK_PIXELS = 2**17  # of images that a CPU encodes at once: what lies between the layers has to fit its caches
-
+from ldm_lab.training.encoders import Encoders
 
 # ----------------------------------------------------------------------------------------------------------- variants
 
@@ -107,53 +104,7 @@ class VariantPreparation:
         return VariantBatch(images, [s.key for s in samples], [text for s in samples for text in s.texts])
 
 
-# ----------------------------------------------------------------------------------------------------------- encoders
-
-
-class Encoders(nn.Module):
-    """The frozen parts that make a cache's columns of images and texts.
-
-    Attributes:
-        keeps_pixels: whether the autoencoder is no network, as that of a model of pixels: nothing is saved by encoding
-            with it, and images are kept as they are.
-    """
-
-    def __init__(self, autoencoder: Autoencoder, conditioner: Conditioner) -> None:
-        super().__init__()
-        self.autoencoder, self.conditioner = autoencoder, conditioner
-        self.keeps_pixels = not any(True for _ in autoencoder.parameters())
-        self.kinds: dict[str, ConditionKind] = {}  # by the names of the tensors
-        for name, kind in conditioner.spec.items():
-            self.kinds[name] = kind
-            if isinstance(kind, TokenIds | TokenStates):
-                self.kinds[name + MASK] = kind
-
-    def encode(self, batch: Batch) -> dict[str, Tensor]:
-        """Return what is made of a batch's images in [-1, 1] and texts, column -> [B, ...], each in its own dtype.
-
-        "mean" and "logvar" of the raw latents are in half precision, which is finer than what a posterior leaves open;
-        of a model of pixels there is neither, as its images are kept.
-        """
-        image = batch.require_image("make a cache")  # [B, 3, S, S]
-        found = {} if self.keeps_pixels else self._moments(image)
-        for name, values in self.conditioner.from_batch(batch).items():
-            dtype = stored_dtype(name, values, self.kinds.get(name))
-            found[name] = values.to(dtype)  # [B, ...]
-        return found
-
-    def _moments(self, image: Tensor) -> dict[str, Tensor]:
-        """Return the moments, float16 [B, C, h, w] each, of images in [-1, 1]."""
-        size = len(image)
-        if image.device.type == "cpu":
-            # Convolutions of a CPU are fastest in this order, and on so many images that its caches hold them.
-            self.autoencoder.to(memory_format=torch.channels_last)
-            image = image.contiguous(memory_format=torch.channels_last)  # [B, 3, S, S]
-            size = max(1, CHUNK_PIXELS // (image.shape[-2] * image.shape[-1]))
-        parts = [self.autoencoder.moments(part) for part in image.split(size)]  # ([n, C, h, w], [n, C, h, w]) each
-        return {
-            name: torch.cat([part[i] for part in parts]).half().contiguous()  # [B, C, h, w]
-            for i, name in enumerate((MEAN, LOGVAR))
-        }
+# ------------------------------------------------------------------------------------------------------------ columns
 
 
 def stored_dtype(name: str, values: Tensor, kind: ConditionKind | None) -> torch.dtype:
@@ -220,6 +171,7 @@ class CacheJob(Job[Item, EncodedSample, VariantBatch, EncodedRows]):
     def __init__(self, encoders: Encoders, source: Source, variants: Variants, target: "CacheTarget") -> None:
         """Take what a pass needs: what encodes, the opened source of the samples, their variants, the cache."""
         super().__init__()
+        self.frozen = nn.ModuleList([encoders.autoencoder, encoders.conditioner])  # moved to the device
         self.encoders, self.source, self.variants, self.target = encoders, source, variants, target
         self.preparation = VariantPreparation(source, target.seed, variants)
 
@@ -244,7 +196,7 @@ class CacheJob(Job[Item, EncodedSample, VariantBatch, EncodedRows]):
         count = self.variants.count
         keys = [key for key in batch.keys for _ in range(count)]
         made = self.source.to_device_format(Batch(keys, batch.texts, image=batch.images))
-        found = self.encoders.encode(made)
+        found = self.encode(made)
         if self.encoders.keeps_pixels:
             found = {IMAGE: batch.images, **found}
         tensors = {name: values.detach().cpu() for name, values in found.items()}  # [B * V, ...] each
@@ -266,6 +218,21 @@ class CacheJob(Job[Item, EncodedSample, VariantBatch, EncodedRows]):
                 values = values[there]  # [sum of lengths, ...]
             packed[name] = values
         return EncodedRows(Rows(packed, lengths, keys, texts), columns, not_finite)
+
+    def encode(self, batch: Batch) -> dict[str, Tensor]:
+        """Return what is made of a batch's images in [-1, 1] and texts, column -> [B, ...], each in its own dtype.
+
+        "mean" and "logvar" of the raw latents are in half precision, which is finer than what a posterior leaves open;
+        of a model of pixels there is neither, as its images are kept.
+        """
+        image = batch.require_image("make a cache")  # [B, 3, S, S]
+        found = dict[str, Tensor]()
+        if not self.encoders.keeps_pixels:
+            mean, logvar = self.encoders.moments(image)  # [B, C, h, w] each
+            found = {MEAN: mean.half(), LOGVAR: logvar.half()}
+        for name, values in self.encoders.conditions(batch, image.device.type).items():
+            found[name] = values.to(stored_dtype(name, values, self.encoders.kinds.get(name)))  # [B, ...]
+        return found
 
     def columns(self, tensors: dict[str, Tensor]) -> dict[str, Column]:
         """Return what the columns of some tensors [R, ...] are; token states are ragged: behind a text is nothing."""

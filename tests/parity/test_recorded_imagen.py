@@ -1,11 +1,17 @@
 """Imagen's schedules, losses, sampling and noised low-resolution images against recordings of imagen-pytorch."""
 
+import pytest
 import torch
 from recorded import Case
 from stand_ins import FunctionDenoiser
-from torch import Tensor
+from torch import Tensor, nn
 
+from ldm_lab.checkpoints.formats import imagen
+from ldm_lab.checkpoints.parts import load_strictly
+from ldm_lab.condition_sources.noised_low_res import NoisedLowRes
+from ldm_lab.conditions import ConditionRequest
 from ldm_lab.config import build
+from ldm_lab.denoisers.imagen_unet import ImagenUNet
 from ldm_lab.objectives.targets import as_prediction, target
 from ldm_lab.schedules import LogSNR, Posterior
 
@@ -80,4 +86,103 @@ def test_loss_with_p2_weights(case):
     for name in recorded.names:
         curve, prediction, _, gamma = name.split("_")
         recorded.check(name, losses(recorded, objective_of(curve, prediction, weighting="p2", gamma=float(gamma))))
+    recorded.finish()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["unet", "unet_sr", "unet_v1", "unet_v1_sr"])
+def test_networks(case, name):
+    recorded = case(f"imagen_{name}")
+    given = recorded.inputs
+    state, options, shape = imagen.unet(recorded.weights(), name)
+    given_texts = shape.conditions["token_states"]
+    net = ImagenUNet(*shape, **options).eval()
+    load_strictly(net, state, name)
+    check_options(recorded, options, given_texts.length)
+    seen = watched(net)
+    low_res = {}
+    if "lowres_cond_img" in given:
+        level = LogSNR("linear").t_of_sigma_over_alpha((-given["lowres_log_snr"].double() / 2).exp())  # [B]
+        low_res = {"low_res": given["lowres_cond_img"], "low_res_level": level}
+    states, mask = given["text_embeds"], given["text_mask"].bool()
+    out, null, no_mask = (
+        net(given["x"], given["log_snr"], states, text_mask, **low_res)
+        for text_mask in (mask, torch.zeros_like(mask), None)
+    )
+    recorded.check("out", out)
+    recorded.check("out_null", null)
+    recorded.check("out_no_mask", no_mask)
+    recorded.check("out_guided", null + recorded.config["cond_scale"] * (out - null))
+    vector, tokens = net.encode_conditions(given["log_snr"], low_res.get("low_res_level"), states, mask)
+    recorded.check("cond_vector", vector)
+    recorded.check("cond_tokens", tokens)
+    for place, value in seen.items():
+        recorded.check(place, value)
+    recorded.finish()
+
+
+def check_options(recorded: Case, options: dict, text_size: int) -> None:
+    """Compare the options that the shapes tell with the original's."""
+    theirs = recorded.config
+    blocks, levels = theirs["num_resnet_blocks"], range(len(theirs["dim_mults"]))
+    blocks = blocks if isinstance(blocks, list) else [blocks]
+    own = {
+        "base_channels": theirs["dim"],
+        "multipliers": theirs["dim_mults"],
+        "blocks_per_level": blocks,
+        "attention_levels": [i for i in levels if theirs["layer_attns"][i]],
+        "text_levels": [i for i in levels if theirs["layer_cross_attns"][i]],
+        "heads": theirs["attn_heads"],
+        "head_width": theirs["attn_dim_head"],
+        "feed_forward": theirs["ff_mult"],
+        "text_width": theirs["cond_dim"],
+        "text_latents": theirs["attn_pool_num_latents"],
+        "memory_efficient": theirs["memory_efficient"],
+        "layout": "group" if "cosine_sim_attn" in theirs else "rms",
+    }
+    recorded.expect("options", dict(options), own)
+    recorded.expect("text_size", text_size, theirs["max_text_len"])
+
+
+def watched(net: ImagenUNet) -> dict[str, Tensor]:
+    """Return a dict that the first forward pass fills with what comes out of the recorded places."""
+    seen: dict[str, Tensor] = {}
+    places = {"init_conv": net.init_conv, "pooled_text": net.attn_pool, "mid": net.mid_block2}
+    places["final_block"] = net.final_res_block
+    levels = [(f"down_{i}", level[2], level[3]) for i, level in enumerate(net.downs)]
+    levels += [(f"up_{i}", level[1], level[2]) for i, level in enumerate(net.ups)]
+    for name, blocks, attention in levels:
+        places[name] = blocks[-1] if isinstance(attention, nn.Identity) else attention
+    for name, module in places.items():
+
+        def keep(module: nn.Module, args: tuple[Tensor, ...], out: Tensor, name: str = name) -> None:
+            seen.setdefault(name, out)
+
+        module.register_forward_hook(keep)
+    return seen
+
+
+def test_low_resolution_images_are_noised(case):
+    recorded = case("imagen_lowres_aug")
+    given, config = recorded.inputs, recorded.config
+    small, large = config["image_sizes"]
+    curve, images = config["lowres_noise_schedule"], given["images"] * 2 - 1  # [B, 3, H, W]
+    levels = {"shared": given["aug_time_shared"].expand(len(images)), "per_sample": given["aug_time_per_sample"]}
+    level = torch.full((len(images),), config["lowres_sample_noise_level"])  # [B]
+    for resize in (mode.partition(" ")[0] for mode in config["resize_modes"]):
+        source = NoisedLowRes(scale_factor=config["image_size"] // small, resize=resize, curve=curve)
+        clean = source.enlarge(source.reduce(images), (large, large))  # [B, 3, h, w]
+        recorded.check(f"{resize}_train_clean", clean)
+        for how, level_of_each in levels.items():
+            noised = source.noised(clean, level_of_each, given["aug_noise"])
+            recorded.check(f"{resize}_{how}_train_cond", noised["low_res"])
+            recorded.check(f"{how}_train_log_snr", source.schedule.log_snr(noised["low_res_level"]))
+        sampling = NoisedLowRes(scale_factor=large // small, resize=resize, curve=curve)
+        x = torch.zeros(len(images), 3, large, large)
+        stage1, noise = given["stage1_sample"] * 2 - 1, given["sample_noise"]
+        asked = sampling.from_request(
+            ConditionRequest(x, stage1, low_res_level=float(level[0]), noise=lambda x, noise=noise: noise)
+        )
+        recorded.check(f"{resize}_sample_cond", asked["low_res"])
+        recorded.check("sample_log_snr", source.schedule.log_snr(asked["low_res_level"]))
     recorded.finish()
