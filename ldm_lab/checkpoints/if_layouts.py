@@ -99,8 +99,8 @@ def infer_shape(state: Shapes, scale_factor: int, text_size: int) -> DenoiserSha
     if extra not in (0, channels) or bool(extra) != ("aug_proj.0.weight" in state):
         raise KeyError(f"{FIRST}: {extra} channels beside {channels}, which no stage of IF has")
     if extra:
-        conditions["low_res"] = ImageCondition(channels, scale_factor)
-        conditions["low_res_level"] = Level()
+        conditions["low_res"] = ImageCondition(channels, scale_factor, enlarged=True)
+        conditions["low_res_level"] = Level("squaredcos_cap_v2")
     return DenoiserShape(channels, conditions)
 
 
@@ -197,7 +197,7 @@ def our_shapes(state: Shapes) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the same, without reading a tensor."""
     made = {}
     for ours, names in our_names(state).items():
-        first, *rest = (tuple(state[name].shape) for name in names)
+        first = tuple(state[names[0]].shape)
         is_matrix = ours.endswith((".qkv.weight", ".encoder_kv.weight", ".proj_out.weight"))
         made[ours] = (first[0] * len(names), *first[1:], *((1,) if is_matrix and len(first) == 2 else ()))
     return made

@@ -88,7 +88,7 @@ class IFAttentionBlock(AttentionBlock):
         """
         pixels = rearrange(x, "b c h w -> b c (h w)")
         parts = heads_of(self.qkv(self.norm(pixels)), self.heads, 1 if self.cross_only else 3)  # [., B, heads, hw, d]
-        k, v = heads_of(self.encoder_kv(self.norm_encoder(text)), self.heads, 2)  # [B, heads, L, d] each
+        k, v = heads_of(self.encoder_kv(self.normalized(text, mask)), self.heads, 2)  # [B, heads, L, d] each
         if not self.cross_only:
             k, v = torch.cat([k, parts[1]], dim=2), torch.cat([v, parts[2]], dim=2)  # [B, heads, L + hw, d] each
         if mask is not None:
@@ -96,6 +96,19 @@ class IFAttentionBlock(AttentionBlock):
         attended = F.scaled_dot_product_attention(parts[0], k, v, attn_mask=mask)  # [B, heads, hw, d]
         out = self.proj_out(rearrange(attended, "b n hw d -> b (n d) hw"))  # [B, c, hw]
         return x + rearrange(out, "b c (h w) -> b c h w", h=x.shape[2])  # [B, c, h, w]
+
+    def normalized(self, text: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the sequence [B, w, L], groups of channels normalized over the places that the mask has."""
+        norm = self.norm_encoder
+        if mask is None:
+            return norm(text)
+        groups = rearrange(text.float(), "b (g c) l -> b g (c l)", g=norm.num_groups)  # [B, g, c * L]
+        share = mask[:, None].expand(-1, text.shape[1] // norm.num_groups, -1).flatten(1)[:, None].float()  # [B, 1, .]
+        share = share / share.sum(2, keepdim=True)  # [B, 1, c * L]
+        groups = groups - (groups * share).sum(2, keepdim=True)  # [B, g, c * L]
+        groups = groups * ((groups.square() * share).sum(2, keepdim=True) + norm.eps).rsqrt()  # [B, g, c * L]
+        unit = groups.reshape(text.shape)  # [B, w, L]
+        return torch.addcmul(norm.bias[:, None], unit, norm.weight[:, None]).to(text.dtype)  # [B, w, L]
 
 
 class AttentionPooling(nn.Module):

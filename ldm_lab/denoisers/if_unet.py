@@ -1,4 +1,4 @@
-"""The U-Net of DeepFloyd IF (2023; the package deepfloyd-if 1.0.1), under its own parameter names: stages I, II and III.
+"""The U-Net of DeepFloyd IF (2023; the package deepfloyd-if 1.0.1), under its own names: stages I, II and III.
 
 It is GLIDE's with additions: the states of a frozen language model, projected, stand beside the pixels in attention;
 pooled, they are added to the embedding of the time, and of a super-resolution stage the embedding of how noised the
@@ -6,13 +6,12 @@ enlarged small image is, too.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from annotated_types import MinLen
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ldm_lab.conditions import UPSAMPLER_ALONE
@@ -29,6 +28,7 @@ from ldm_lab.interfaces import (
     TokenStates,
     required_condition,
 )
+from ldm_lab.schedules.discrete import step_of_level
 
 LEVELS = 1000  # steps of the small image's noise
 
@@ -60,11 +60,10 @@ class IFUNet(Denoiser):
         head_width: PositiveInt = 64,
         norm_groups: PositiveInt = 32,
         dropout: ShareBelowOne = 0.0,
-        text_width: PositiveInt | None = None,
+        text_width: PositiveInt = 768,
         pool_heads: PositiveInt = 64,
         efficient: bool = False,
         cross_only: bool = False,
-        enlarge: Literal["bilinear", "nearest"] = "bilinear",
         learn_variance: bool = True,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -82,11 +81,10 @@ class IFUNet(Denoiser):
             head_width: channels of an attention head.
             norm_groups: groups of channels that are normalized together, 32 in all that was released.
             dropout: share of the features that training drops in each residual block.
-            text_width: channels of the projected text (default: the last level's, as in stage I).
+            text_width: channels of the projected text; the last level's in stage I.
             pool_heads: heads of the attention that pools the text; they divide the width of its states.
             efficient: the form of stages II and III: the embedding is activated once, each block's result is scaled.
             cross_only: pixels attend to the text alone, as in stages II and III.
-            enlarge: how a small image that comes small is enlarged: bilinear between the corners, or nearest.
             learn_variance: 2C channels come out: eps, and where the variance lies between its two bounds.
             gradient_checkpointing: recompute each block in the backward pass; less memory, a third more time.
 
@@ -97,16 +95,16 @@ class IFUNet(Denoiser):
         given = {key: value for key, value in locals().items() if key in signature_options(IFUNet)}
         check_options(IFUNet, **given)
         self.spec = _taken(conditions, self.part_name)
-        self.channels, self.base_channels, self.enlarge = channels, base_channels, enlarge
+        self.channels, self.base_channels = channels, base_channels
         self.checkpointing, self.learns_variance = gradient_checkpointing, learn_variance
         self.multiple_of, widths = 2 ** (len(multipliers) - 1), [base_channels * times for times in multipliers]
         blocks = [*blocks_per_level] * (len(multipliers) if len(blocks_per_level) == 1 else 1)
-        emb_width, text = max(widths), text_width or widths[-1]
+        emb_width = max(widths)
         build = IFBuilder(
-            *(blocks, attention, head_width, norm_groups, dropout, text, emb_width),
+            *(blocks, attention, head_width, norm_groups, dropout, text_width, emb_width),
             efficient=efficient, cross_only=cross_only,
         )  # fmt: skip
-        self._add_text(text, emb_width, pool_heads)
+        self._add_text(text_width, emb_width, pool_heads)
         self._add_unet(build, widths, channels * (1 + learn_variance))
         self.activation = nn.GELU() if efficient else nn.Identity()
 
@@ -133,15 +131,17 @@ class IFUNet(Denoiser):
     @staticmethod
     def check(
         *, base_channels: int, multipliers: Sequence[int], blocks_per_level: Sequence[int], attention: Sequence[int],
-        head_width: int, norm_groups: int, text_width: int | None) -> list[str]:  # fmt: skip
+        head_width: int, norm_groups: int, text_width: int) -> list[str]:  # fmt: skip
         """Return what is wrong across the options."""
         widths, problems = [base_channels * times for times in multipliers], []
         scales = [2**level for level in range(len(widths))]
         if len(blocks_per_level) not in (1, len(widths)):
-            problems.append(f"blocks_per_level: {len(blocks_per_level)} numbers for {len(widths)} levels; give one, or all")
+            problems.append(
+                f"blocks_per_level: {len(blocks_per_level)} numbers for {len(widths)} levels; give one, or all"
+            )
         if odd := [scale for scale in attention if scale not in scales]:
             problems.append(f"attention: the levels are at 1/{', 1/'.join(map(str, scales))}; not {odd}")
-        if odd := [width for width in (*widths, text_width or widths[-1]) if width % norm_groups]:
+        if odd := [width for width in (*widths, text_width) if width % norm_groups]:
             problems.append(f"norm_groups: {norm_groups} groups do not divide {odd[0]} channels")
         attended = [width for scale, width in zip(scales, widths) if scale in (*attention, scales[-1])]
         if odd := [width for width in attended if width % head_width]:
@@ -189,7 +189,7 @@ class IFUNet(Denoiser):
             time: the timestep, 0 .. T - 1, [B]; fractions are taken as they are.
             token_states: [B, L, D].
             token_states_mask: bool [B, L] (`encode_text`).
-            low_res: of a super-resolution stage: the small image, noised at its level, [B, C, h, w], or smaller.
+            low_res: of a super-resolution stage: the small image, enlarged and noised at its level, [B, C, h, w].
             low_res_level: how noised it is, [B] in [0, 1].
 
         Raises:
@@ -203,9 +203,12 @@ class IFUNet(Denoiser):
         if "low_res" in self.spec:
             if low_res is None or low_res_level is None:
                 raise UserError(UPSAMPLER_ALONE)
-            step = (low_res_level.float() * LEVELS + 1e-3).floor().clamp(0, LEVELS - 1)  # [B]
+            if low_res.shape[2:] != x.shape[2:]:
+                sizes = ("x".join(map(str, image.shape[2:])) for image in (low_res, x))
+                raise UserError("low_res: {}, and x is {}: it has to come enlarged (if_low_res)".format(*sizes))
+            step = step_of_level(low_res_level, LEVELS)  # [B]
             emb = emb + self.aug_proj(sinusoids(step, self.base_channels).to(weight))  # [B, e]
-            h = torch.cat([x, self._enlarged(low_res, x)], dim=1)  # [B, C + C, h, w]
+            h = torch.cat([x, low_res.to(x)], dim=1)  # [B, C + C, h, w]
         elif low_res is not None or low_res_level is not None:
             raise UserError("this denoiser is a base model: it takes no low-resolution picture, an upsampler does")
         emb, skips = self.activation(emb), []  # [B, e]
@@ -216,13 +219,6 @@ class IFUNet(Denoiser):
         for block in self.output_blocks:
             h = self._through(block, torch.cat([h, skips.pop()], dim=1), emb, text, mask)  # [B, c, ., .]
         return self.out(h)  # [B, C or 2C, h, w]
-
-    def _enlarged(self, low_res: Tensor, x: Tensor) -> Tensor:
-        """Return the small image at x's size, [B, C, h, w]."""
-        if low_res.shape[2:] == x.shape[2:]:
-            return low_res.to(x)
-        corners = True if self.enlarge == "bilinear" else None
-        return F.interpolate(low_res.to(x), x.shape[2:], mode=self.enlarge, align_corners=corners)  # [B, C, h, w]
 
     def _through(self, block: nn.Sequential, h: Tensor, emb: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
         """Return what the layers of a block make of h [B, c, h, w]."""

@@ -13,6 +13,7 @@ import yaml
 from torch import Tensor
 
 from ldm_lab.checkpoints.if_layouts import (
+    POOLED,
     infer_config,
     infer_shape,
     is_diffusers_if,
@@ -22,17 +23,17 @@ from ldm_lab.checkpoints.if_layouts import (
 )
 from ldm_lab.checkpoints.importer import DenoiserShape, Importer, LoadedModel, Section, register_importer, say_once
 from ldm_lab.checkpoints.opened import OpenedFile, Shapes, TensorInfo
-from ldm_lab.conditions import TokenStates
 from ldm_lab.errors import UserError, unknown
 from ldm_lab.io.json_files import Json, JsonObject
 
 OWN, DIFFUSERS = "config.yml", "config.json"
 LARGEST_CONFIG = 1 << 20  # bytes
-DENOISER = ("head_width", "pool_heads", "norm_groups", "efficient", "enlarge")  # what no shape tells, of the network
+DENOISER = ("head_width", "pool_heads", "norm_groups", "efficient")  # what no shape tells, of the network
 ASSUMED = {"head_width": 64, "pool_heads": 64, "norm_groups": 32, "text_size": 77}  # as all that was released has it
 IMAGE_SIZE, SCALE_FACTOR = 64, 4
+LEVEL = 0.25  # of stage II's small image in sampling; III takes 0
 DROPOUT = 0.1  # share of texts that training drops
-XXL = 4096  # width of the states of T5 v1.1 XXL
+TEXT_MODELS = {4096: "DeepFloyd/t5-v1_1-xxl", 384: "minilm"}  # by the width of their states
 # Options of the two configs whose other values are other networks -> the values that ours stands for.
 OWN_FIXED: dict[str, tuple[Json, ...]] = {
     **{"activation": ("gelu",), "use_scale_shift_norm": (True,), "resblock_updown": (True,), "dims": (2,)},
@@ -148,14 +149,18 @@ def settled(shapes: Shapes, config: Section, overrides: Section) -> Section:
         UserError: overrides that are none of those.
     """
     enlarges = "aug_proj.0.weight" in shapes
+    width = shapes[POOLED].shape[1] if POOLED in shapes and len(shapes[POOLED].shape) == 2 else 0
     assumed = Section({**ASSUMED, "efficient": enlarges, "image_size": IMAGE_SIZE * (SCALE_FACTOR if enlarges else 1)})
+    assumed["model"] = TEXT_MODELS.get(width, "")
     if enlarges:
         assumed |= {"scale_factor": SCALE_FACTOR, "enlarge": "bilinear"}
     for key, value in overrides.items():
         if key not in assumed:
             raise UserError(f"{key}: {unknown('key', key, assumed)}")
+        if key == "model" and isinstance(value, str) and value:
+            continue
         if type(value) is not type(assumed[key]) or (type(value) is int and value < 1):
-            kind = {int: "a positive whole number", bool: "true or false", str: "bilinear or nearest"}
+            kind = {int: "a positive whole number", bool: "true or false", str: "text"}
             raise UserError(f"{key}: {kind[type(assumed[key])]} is needed, not {value!r}")
     if overrides.get("enlarge", "bilinear") not in ("bilinear", "nearest"):
         raise UserError(f"enlarge: bilinear or nearest is needed, not {overrides['enlarge']!r}")
@@ -178,20 +183,26 @@ def model(state: dict[str, Tensor], path: Path, said: Section) -> LoadedModel:
     odd = next((name for name, value in state.items() if not value.is_floating_point()), None)
     if odd is not None:
         raise UserError(f"{path}: {odd} is {state[odd].dtype}: not a weight of a U-Net of IF")
-    text = shape.conditions["token_states"]
-    width = text.width if isinstance(text, TokenStates) else 0
-    named = Section(model="DeepFloyd/t5-v1_1-xxl") if width == XXL else Section()
+    named = Section(model=said["model"]) if said["model"] else Section()
     upsampler = "low_res" in shape.conditions
     denoiser = {key: said[key] for key in DENOISER if key in said}
     config = Section(
         task="diffusion",
         autoencoder={"name": "identity"},
-        conditioner={"name": "t5", **named, "text_size": said["text_size"], "padding": "read", "dropout": DROPOUT},
+        conditioner={
+            "name": "t5",
+            **named,
+            "text_size": said["text_size"],
+            "padding": "read",
+            "lowercase": True,
+            "dropout": DROPOUT,
+        },
         denoiser={"name": "if_unet", **options, **denoiser},
         objective={"name": "eps_hybrid", "betas": "squaredcos_cap_v2", "timesteps": 1000},
     )
     if upsampler:
-        config["condition_sources"] = {"if_low_res": {"scale_factor": said["scale_factor"]}}
+        sizes = {"scale_factor": said["scale_factor"], "enlarge": said["enlarge"]}
+        config["condition_sources"] = {"if_low_res": {**sizes, "level": LEVEL if said["image_size"] <= 256 else 0.0}}
     extra = {"image_size": str(said["image_size"])}
     return LoadedModel(config, {name: value.float() for name, value in state.items()}, extra)
 
@@ -206,9 +217,9 @@ def _sizes(state: Shapes, path: Path, said: Section) -> tuple[Section, DenoiserS
 
 def _say_assumed(path: Path, config: Section, said: Section, overrides: Section) -> None:
     """Print what had to be assumed of a file, and the way out."""
-    left = {key: value for key, value in said.items() if key not in (*config, *overrides, "text_size")}
+    left = {key: value for key, value in said.items() if key not in (*config, *overrides) and value != ""}
     if config:  # which was written with the network; of what it leaves out there is but one form
-        left = {key: value for key, value in left.items() if key == "scale_factor"}
+        left = {key: value for key, value in left.items() if key in ("scale_factor", "model", "text_size")}
     if left:
         shown = " ".join(f"{key}={str(value).lower()}" for key, value in left.items())
         say_once(
