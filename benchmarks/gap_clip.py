@@ -24,7 +24,8 @@ from quickstart_accuracy import say
 from ldm_lab.checkpoints.native import save_part
 from ldm_lab.conditioners.cloob import CLOOB
 from ldm_lab.config import load
-from ldm_lab.data.shapes import COLORS, SHAPES, WORDINGS, draw, random_caption
+from ldm_lab.data.shape_wordings import WORDINGS
+from ldm_lab.data.shapes import COLORS, SHAPES, draw, random_caption
 from ldm_lab.errors import run_program
 from ldm_lab.io.images import to_tensor
 from ldm_lab.progress import Bar

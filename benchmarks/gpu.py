@@ -8,6 +8,7 @@ and few steps, so that the parts themselves can be tried on a CPU.
 """
 
 import argparse
+import functools
 import os
 import shutil
 import statistics
@@ -25,19 +26,20 @@ from train_step import EMBED, Way
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a checkout that is not installed
 
-from ldm_lab.checkpoints.native import save_part
+from ldm_lab.checkpoints.native import save_model, save_part
 from ldm_lab.conditions import Embedding
 from ldm_lab.config import build, load
 from ldm_lab.data.shapes import write_shards
 from ldm_lab.errors import UserError, run_program
 from ldm_lab.estimate import peak_flops, step_cost
+from ldm_lab.interfaces import Denoiser
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling import ModelOptions, Pipeline, SamplingOptions
 from ldm_lab.sampling.options import Precision
 from ldm_lab.training.compiling import Compile, compile_network
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = "configs/yfcc_cfg.yaml"
+CONFIG, FAST = "configs/yfcc_cfg.yaml", "configs/yfcc_fast.yaml"
 TINY_AUTOENCODER = {"name": "kl_f8", "ch": 32, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1}
 TINY_CLOOB = {
     "name": "cloob", "image_size": 32, "patch_size": 16, "image_width": 32, "image_layers": 1, "image_heads": 2,
@@ -111,23 +113,32 @@ def matmul(setting: Setting) -> None:
     setting.row("copy", "bytes", f"{2 * source.numel() / seconds / 1e9:.0f} GB/s", f"{1000 * seconds:.2f} ms")
 
 
+def unet(setting: Setting, width: int = EMBED) -> Denoiser:
+    """Return the U-Net for embeddings of a width, with its initial weights."""
+    section = load(ROOT / CONFIG, ["data.shards=none", *(TINY if setting.tiny else [])])["denoiser"].architecture()
+    return build("denoiser", section, 4, {"embed": Embedding(width)})
+
+
+@functools.cache
+def image_flops(setting: Setting) -> int:
+    """Return what the U-Net computes of a latent, forward and backward."""
+    side = setting.image_size // 8
+    with FakeTensorMode():
+        network = unet(setting)
+        x0, embed, t = torch.randn(1, 4, side, side), torch.randn(1, EMBED), torch.rand(1)
+        objective = build("objective", {"name": "v_cosine"})
+        loss = lambda: objective.loss_terms(network, x0, {"embed": embed}, t, x0)["loss"].mean()  # noqa: E731
+        return step_cost(network, loss, 0, 1).flops
+
+
 def network_step(
     setting: Setting, name: str, precision: str, batch_size: int, compile: Compile, channels_last: bool
 ) -> None:
     """Time the parts of a step of the U-Net alone, on latents and embeddings that are there."""
-    section = load(ROOT / CONFIG, ["data.shards=none", *(TINY if setting.tiny else [])])["denoiser"].architecture()
-    side = setting.image_size // 8
-    given = {"embed": Embedding(EMBED)}
-    with FakeTensorMode():
-        network = build("denoiser", section, 4, given)
-        x0, embed, t = torch.randn(batch_size, 4, side, side), torch.randn(batch_size, EMBED), torch.rand(batch_size)
-        objective = build("objective", {"name": "v_cosine"})
-        flops = step_cost(
-            network, lambda: objective.loss_terms(network, x0, {"embed": embed}, t, x0)["loss"].mean(), 0, batch_size
-        ).flops
+    flops, side = batch_size * image_flops(setting), setting.image_size // 8
     torch.manual_seed(0)
     with torch.device(setting.device):  # a billion random numbers take a CPU ten seconds
-        network = build("denoiser", section, 4, given)
+        network = unet(setting)
     if channels_last:
         network.to(memory_format=torch.channels_last)
     way = Way(network, False, argparse.Namespace(device=setting.device, precision=precision))
@@ -197,8 +208,8 @@ def compiled(setting: Setting) -> None:
 def lora(setting: Setting) -> None:
     """Time the training of adapters alone, on the cache."""
     cache = f"cache.folder={setting.out / 'cache'}"
-    base = f"init_from={setting.out / 'runs' / 'cached' / 'ema.safetensors'}"
-    train(setting, "lora", cache, base, "lora.rank=4", "trainer.precision=bf16-mixed", steps(setting, 18))
+    base = f"init_from={model_file(setting)}"
+    train(setting, "lora", cache, base, "lora.rank=4", "trainer.compile=none", steps(setting, 18), config=FAST)
 
 
 def prepare(setting: Setting) -> list[str]:
@@ -220,6 +231,19 @@ def prepare(setting: Setting) -> list[str]:
     return settings + (TINY if setting.tiny else [])
 
 
+def model_file(setting: Setting) -> Path:
+    """Write a model of random weights, once; return its path."""
+    path = setting.out / "prepared" / "model.safetensors"
+    config = load(ROOT / CONFIG, prepare(setting))
+    if not path.exists():
+        width = TINY_CLOOB["embed_dim"] if setting.tiny else EMBED
+        with torch.device(setting.device):
+            weights = unet(setting, width).state_dict()
+        cpu = {name: weight.cpu() for name, weight in weights.items()}
+        save_model(path, cpu, config.to_dict(), {"step": "0", "image_size": str(setting.image_size)})
+    return path
+
+
 def train(
     setting: Setting, name: str, *settings: str, config: str = CONFIG, timed: bool = True, saves: bool = False
 ) -> None:
@@ -237,7 +261,7 @@ def train(
     common = [f"run={run}", "trainer.devices=1", f"trainer.accelerator={accelerator}", "logging.wandb=none"]
     if timed:
         common += ["imports=[timed_training]", "task=timed_diffusion"]
-    if config == CONFIG:
+    if config in (CONFIG, FAST):
         workers = 0 if setting.tiny else 12
         common += [f"data.batch_size={setting.batch_size}", f"data.workers={workers}", "demo=null", "checkpoint.keep=0"]
         common += prepare(setting)
@@ -266,11 +290,11 @@ def steps(setting: Setting, full: int) -> str:
 
 
 def cached(setting: Setting) -> None:
-    """Time the training step under Lightning on a cache, and online."""
+    """Time the training step under Lightning as `yfcc_fast.yaml` has it, on a cache, and online."""
     cache = f"cache.folder={setting.out / 'cache'}"
-    train(setting, "cached", cache, "trainer.precision=bf16-mixed", steps(setting, 18), saves=True)
-    (setting.out / "runs" / "cached" / "last.ckpt").unlink()  # 19 GB
-    train(setting, "online", "trainer.precision=bf16-mixed", steps(setting, 18))
+    fast = ["trainer.compile=none"] if setting.tiny else []  # a CPU's compiler takes minutes
+    train(setting, "cached", cache, steps(setting, 18), *fast, config=FAST)
+    train(setting, "online", steps(setting, 18), *fast, config=FAST)
 
 
 def half_to_full(setting: Setting) -> None:
@@ -278,9 +302,11 @@ def half_to_full(setting: Setting) -> None:
     cache = f"cache.folder={setting.out / 'cache'}"
     half = "16-mixed" if setting.device == "cuda" else "bf16-mixed"
     few = 3 if setting.tiny else 18
-    train(setting, "fp16 then fp32", cache, f"trainer.precision={half}", f"trainer.max_steps={few}", saves=True)
+    plain = [cache, "trainer.compile=none", "trainer.channels_last=false"]
+    begun = [f"trainer.precision={half}", f"trainer.max_steps={few}"]
+    train(setting, "fp16 then fp32", *plain, *begun, config=FAST, saves=True)
     resumed = ["trainer.precision=32-true", "resume.checkpoint=last", f"trainer.max_steps={2 * few}"]
-    train(setting, "fp16 then fp32", cache, *resumed)
+    train(setting, "fp16 then fp32", *plain, *resumed, config=FAST)
     shutil.rmtree(setting.out / "runs" / "fp16_then_fp32")
 
 
@@ -300,8 +326,8 @@ def encoders(setting: Setting) -> None:
 
 
 def sampling(setting: Setting) -> None:
-    """Time pictures of the model that `cached` left."""
-    model = setting.out / "runs" / "cached" / "ema.safetensors"
+    """Time pictures of a model of random weights."""
+    model = model_file(setting)
     number = 2 if setting.tiny else 16
     prompts = [Prompt("a red circle")] * number
     precisions: tuple[Precision, ...] = ("32-true", "bf16-mixed")

@@ -398,6 +398,31 @@ def test_files_do_not_depend_on_the_number_of_processes_and_a_run_s_processes_ma
             assert path.read_bytes() == (tmp_path / other / path.name).read_bytes(), (other, path.name)
 
 
+GROUPS = """
+import sys
+import torch
+from ldm_lab.commands.train import main
+
+own, made = torch.distributed.init_process_group, []
+torch.distributed.init_process_group = lambda *args, **options: made.append(1) or own(*args, **options)
+main(sys.argv[1:])
+print(f"{len(made)} process group")
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_made_a_cache_train_in_the_same_group(tmp_path):
+    """Several times over: a second group on the same store met the closed connections of the first, now and then."""
+    yaml = make_run(tmp_path, images=8)
+    (tmp_path / "train.py").write_text(GROUPS)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py")
+    for number in range(3):
+        options = [f"cache.folder={tmp_path}/cache{number}", f"run=run{number}", "trainer.devices=2"]
+        done = run_program(*torchrun, "--config", yaml, *options, "trainer.max_steps=2", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "step 2: " in done.stdout and done.stdout.count("1 process group") == 2
+
+
 def test_a_cache_knows_what_its_shards_are_read_with(tmp_path):
     """The table of captions, and the scores that rules judge by, make other samples as shards do."""
     write_shards(tmp_path, 2, 2)

@@ -37,6 +37,7 @@ OBJECTIVES = {
     "v_cosine": {"weighting": "min_snr"},
     "flow_matching": {"weighting": "soft_min_snr"},
     "eps_hybrid": {"timesteps": 100, "weighting": "min_snr"},
+    "continuous": {},
 }
 
 

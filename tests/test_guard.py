@@ -229,6 +229,25 @@ def test_a_lowered_rate_ends_where_a_resumed_run_s_does(planted):
     assert same_weights(saved("whole"), saved("cut"))
 
 
+def test_a_requeued_command_does_not_undo_a_lowered_rate(planted):
+    """`resume.lr` is taken once; what the guard makes of it then holds for the same command, not for another number."""
+    options = ["guard.on_nonfinite=rollback", "guard.lr_factor=0.5", "guard.snapshot_every=2"]
+
+    def rate():
+        return saved("bad")["optimizer_states"][0]["param_groups"][0]["lr"]
+
+    assert planted("bad", {}, *options, "trainer.max_steps=2")[0] == 0
+    again = [*options, "resume.checkpoint=last", "resume.lr=1e-4"]
+    code, text = planted("bad", {3: NAN}, *again, "trainer.max_steps=4")
+    assert code == 0 and "learning rate: 0.001 -> 0.0001 (resume.lr)" in text and rate() == pytest.approx(5e-5)
+    code, text = planted("bad", {}, *again, "trainer.max_steps=5")
+    assert code == 0 and rate() == pytest.approx(5e-5) and "(resume.lr)" not in text
+    assert "resume.lr: 0.0001 was taken when this run went on with it first; the rate has become 5e-05" in text
+    code, text = planted("bad", {}, *options, "resume.checkpoint=last", "trainer.max_steps=6")
+    assert planted("bad", {}, *again, "trainer.max_steps=7")[0] == 0 and rate() == pytest.approx(5e-5)
+    assert planted("bad", {}, *again, "resume.lr=2e-4", "trainer.max_steps=8")[0] == 0 and rate() == pytest.approx(2e-4)
+
+
 def test_what_accumulates_is_left_out_together(planted):
     """The NaN is in the first of the two batches of step 3; its keys are named, the other's are not."""
     options = [

@@ -8,7 +8,8 @@ import math
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from ldm_lab.attention import attention
 
 from ldm_lab.errors import UserError
 
@@ -153,7 +154,7 @@ class AttentionBlock(nn.Module):
         q, k, v = heads_of(self.qkv(self.norm(pixels)), self.heads, 3)  # [B, heads, hw, d] each
         text_k, text_v = heads_of(self.encoder_kv(text), self.heads, 2)  # [B, heads, L, d] each
         k, v = torch.cat([text_k, k], dim=2), torch.cat([text_v, v], dim=2)  # [B, heads, L + hw, d] each
-        attended = F.scaled_dot_product_attention(q, k, v)  # [B, heads, hw, d]
+        attended = attention(q, k, v)  # [B, heads, hw, d]
         out = self.proj_out(rearrange(attended, "b n hw d -> b (n d) hw"))  # [B, c, hw]
         return x + rearrange(out, "b c (h w) -> b c h w", h=x.shape[2])  # [B, c, h, w]
 
@@ -199,7 +200,7 @@ class TextAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return [B, L, w] for x [B, L, w]."""
         qkv = rearrange(self.c_qkv(x), "b l (n qkv d) -> qkv b n l d", n=self.heads, qkv=3)
-        attended = F.scaled_dot_product_attention(*qkv)  # [B, heads, L, d]
+        attended = attention(*qkv)  # [B, heads, L, d]
         return self.c_proj(rearrange(attended, "b n l d -> b l (n d)"))  # [B, L, w]
 
 

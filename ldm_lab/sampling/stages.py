@@ -167,12 +167,15 @@ def _with_mask(options: SamplingOptions, base: Request, scale: float) -> Samplin
 
 def _guided_toward(stage: Stage, mix: Sequence[Prompt], guidance: float) -> list[Prompt]:
     """Return the prompts that a picture is enlarged with: those that the base is guided toward, in proportion."""
-    total = stage.options.resolved(upsampler=True).guidance
-    assert total is not None, "it is resolved"
+    model = stage.pipeline.model
     shares = proportional_weights(prompt_weights([mix], guidance).float())[1:, 0].tolist()  # k numbers
     toward = [(prompt, share) for prompt, share in zip(mix, shares, strict=True) if share > 0]
-    unconditional = stage.pipeline.model.conditioner.is_unconditional
-    if total != 1 and (unconditional or not any(prompt.text.strip() for prompt, _ in toward)):
+    unconditional = model.conditioner.is_unconditional
+    has_text = not unconditional and any(prompt.text.strip() for prompt, _ in toward)
+    total = stage.options.guidance
+    if total is None:
+        total = model.denoiser.sampling_defaults.upsampler_guidance if has_text and model.dropout else 1.0
+    if total != 1 and not has_text:
         why = "it was trained without any" if unconditional else "this prompt is empty"
         raise UserError(f"guidance of the upsampler needs a text that it guides to, but {why}; leave it out")
     return [replace(prompt, weight=share * total) for prompt, share in toward] or [Prompt("", 1.0)]

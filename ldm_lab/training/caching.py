@@ -26,7 +26,7 @@ from ldm_lab.data.source import ImageSource, Source
 from ldm_lab.data.work_items import SourceItem, source_items
 from ldm_lab.errors import UserError, told_in_one_line
 from ldm_lab.io.atomic import PARTIAL
-from ldm_lab.processes import leave_process_group
+from ldm_lab.processes import wait_for_each_other
 from ldm_lab.training.disk import check_room
 from ldm_lab.training.encoders import Encoders
 from ldm_lab.training.encoding import CacheJob, CacheTarget, Variants, expected_row_bytes
@@ -102,7 +102,7 @@ def training_data(config: RunConfig) -> PartConfig:
     if not is_complete(folder, config):
         print_rank_zero(f"encoding the data once, into {folder}/")
         report = make_cache(config, options_of_run(config))
-        leave_process_group()  # the pass waits for its processes much longer than training should
+        wait_for_each_other()  # the processes of the pass, which go on training, had to wait much longer
         if report is not None:
             print(summary(folder, report))
             if report.unreached:

@@ -41,6 +41,8 @@ def check(config: RunConfig) -> int:
     config.check_across_keys()
     config = config.with_part("data", config["data"].said("resize"))
     quiet_lightning()
+    for line in config.unused_options():
+        print(line)
     folder = RUNS / config.run
     resume: Resume = config.part("resume").build(folder)
     config = in_changed_precision(config, resume)

@@ -67,6 +67,8 @@ def run(config: RunConfig) -> int:
     config.check_across_keys()
     config = config.with_part("data", config["data"].said("resize"))  # of checkpoints, whatever the default becomes
     quiet_lightning()
+    for line in config.unused_options():
+        print_rank_zero(line)
     folder = RUNS / config.run
     with RunLock(folder) as lock, ExitStack() as processes:
         done = _run(config, folder, lock, None)
@@ -227,6 +229,11 @@ def report(
         print(f"stopped by {stopped} at step {step} {saved}: resume.checkpoint=last goes on")
     elif step == resumed_step:
         reached = "is reached" if step == max_steps else "is less"
-        print(f"step {step}: nothing was left to do, trainer.max_steps={max_steps} {reached}")
+        ended = max_steps < 0 or step < max_steps  # by held_out.patience, which has said so
+        print(
+            f"step {step}: nothing was left to do"
+            if ended
+            else f"step {step}: nothing was left to do, trainer.max_steps={max_steps} {reached}"
+        )
     if step != resumed_step:
         print(f"step {step}: {folder / LAST}, logs in {folder / 'metrics.csv'}")

@@ -12,6 +12,8 @@ from ldm_lab.condition_sources.noised_low_res import NoisedLowRes
 from ldm_lab.conditions import ConditionRequest
 from ldm_lab.config import build
 from ldm_lab.denoisers.imagen_unet import ImagenUNet
+from ldm_lab.guidance.classifier_free import guided
+from ldm_lab.guidance.thresholding import DynamicThresholding, StaticThresholding, quantile
 from ldm_lab.objectives.targets import as_prediction, target
 from ldm_lab.schedules import LogSNR, Posterior
 
@@ -185,4 +187,67 @@ def test_low_resolution_images_are_noised(case):
         )
         recorded.check(f"{resize}_sample_cond", asked["low_res"])
         recorded.check("sample_log_snr", source.schedule.log_snr(asked["low_res_level"]))
+    recorded.finish()
+
+
+def test_thresholding(case):
+    recorded = case("imagen_dynamic_threshold")
+    x0 = recorded.inputs["x0"]
+    recorded.check("static", StaticThresholding().bounded(x0))
+    for percentile in recorded.config["percentiles"]:
+        recorded.check(f"thresholded_{percentile}", DynamicThresholding(percentile=percentile).bounded(x0))
+        recorded.check(f"s_{percentile}", quantile(x0.abs().flatten(1), percentile).clamp(min=1))
+    recorded.finish()
+
+
+def closed_formula(x: Tensor, log_snr: Tensor, c: Tensor, **low_res: Tensor) -> Tensor:
+    """Return what the recordings' closed-form network says, [B, C, h, w]."""
+    level = wide(log_snr)  # [B, 1, 1, 1]
+    said = 0.8 * (-level).sigmoid() * x + (0.1 + 0.3 * (level / 2).sigmoid()) * c
+    if low_res:
+        of_low_res = LogSNR("linear").log_snr(low_res["low_res_level"])  # [B]
+        said = said + 0.2 * low_res["low_res"] + 0.05 * (wide(of_low_res) / 4).sigmoid()
+    return said
+
+
+@torch.no_grad()
+def test_sampling(case):
+    """Whole runs with guidance and thresholding; `ddpm` with the posterior's variance is imagen-pytorch's sampler."""
+    recorded = case("imagen_sampling")
+    given, steps = recorded.inputs, recorded.config["steps"]
+    for name, run in recorded.config["runs"].items():
+        seen: list[Tensor] = []
+
+        def network(x: Tensor, time: Tensor, c: Tensor, seen: list[Tensor] = seen) -> Tensor:
+            seen.append(time[0])
+            return closed_formula(x, time, c)
+
+        net = FunctionDenoiser(network, "log_snr")
+        objective = build("objective", objective_of(run["schedule"], run["objective"]))
+        schedule = objective.schedule
+        conditions, null = {"c": given["cond"][:, None]}, {"c": given["null"].expand_as(given["cond"])}
+        weights = torch.full((len(given["cond"]), 1), run["cond_scale"])  # [B, 1]
+
+        def conditional(x: Tensor, t: Tensor, c: dict, net: FunctionDenoiser = net, objective=objective):
+            return objective.predict(net, x, t, c)
+
+        predict = guided(conditional, conditions, null, weights)
+        dynamic = DynamicThresholding(percentile=run["percentile"])
+        threshold = dynamic if run["dynamic_threshold"] else StaticThresholding()
+        draws, xs, clean = iter(given["noise"][1:]), [], []
+
+        def callback(step: int, x: Tensor, x0: Tensor, xs: list = xs, clean: list = clean) -> None:
+            xs.append(x)
+            clean.append(x0)
+
+        sampler = build("sampler", {"name": "ddpm", "variance": "posterior", "steps": steps})
+        predict = threshold.wrap(predict, schedule)
+        last = sampler.sample(
+            predict, given["noise"][0], schedule=schedule, noise=lambda x, draws=draws: next(draws), callback=callback
+        )
+        recorded.check(f"{name}_x", torch.stack([*xs[1:], last]))
+        recorded.check(f"{name}_x0", torch.stack(clean))
+        recorded.check(f"{name}_sample", (last.clamp(-1, 1) + 1) / 2)
+        if name == "cosine_eps_dynamic":
+            recorded.check("cosine_log_snr_after_first", torch.stack(seen)[1:])
     recorded.finish()
