@@ -51,7 +51,7 @@ def test_what_the_mask_leaves_out_is_not_seen(upsampler):
     assert torch.allclose(net(**other), out, atol=1e-5)
     cut = {name: value[:1] for name, value in given.items()}
     cut |= {"token_states": cut["token_states"][:, :5], "token_states_mask": cut["token_states_mask"][:, :5]}
-    assert torch.allclose(net(**cut), out[:1], atol=1e-5)
+    assert torch.allclose(net(**cut), out[:1], atol=1e-4)
 
 
 @torch.no_grad()

@@ -8,9 +8,9 @@ import math
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ldm_lab.attention import attention
-
 from ldm_lab.errors import UserError
 
 MAX_PERIOD = 10_000  # of the time's sinusoids

@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm_lab.attention import attention
 from ldm_lab.denoisers.glide_layers import AttentionBlock, Builder, GroupNorm, LayerNorm, ResBlock, heads_of
 
 SKIP = 0.7071  # of a block's result in the efficient form: 1 / sqrt(2), in four digits
@@ -93,7 +94,7 @@ class IFAttentionBlock(AttentionBlock):
             k, v = torch.cat([k, parts[1]], dim=2), torch.cat([v, parts[2]], dim=2)  # [B, heads, L + hw, d] each
         if mask is not None:
             mask = F.pad(mask, (0, k.shape[2] - mask.shape[1]), value=True)[:, None, None]  # [B, 1, 1, L or L + hw]
-        attended = F.scaled_dot_product_attention(parts[0], k, v, attn_mask=mask)  # [B, heads, hw, d]
+        attended = attention(parts[0], k, v, mask)  # [B, heads, hw, d]
         out = self.proj_out(rearrange(attended, "b n hw d -> b (n d) hw"))  # [B, c, hw]
         return x + rearrange(out, "b c (h w) -> b c h w", h=x.shape[2])  # [B, c, h, w]
 
@@ -136,7 +137,7 @@ class AttentionPooling(nn.Module):
             rearrange(layer(value), "b l (n d) -> b n l d", n=self.heads)
             for layer, value in ((self.q_proj, first), (self.k_proj, x), (self.v_proj, x))
         )
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, heads, 1, d]
+        attended = attention(q, k, v, mask)  # [B, heads, 1, d]
         return rearrange(attended, "b n 1 d -> b (n d)")  # [B, w]
 
 

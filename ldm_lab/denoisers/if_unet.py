@@ -28,6 +28,7 @@ from ldm_lab.interfaces import (
     TokenStates,
     required_condition,
 )
+from ldm_lab.sampling_defaults import SamplingDefaults
 from ldm_lab.schedules.discrete import step_of_level
 
 LEVELS = 1000  # steps of the small image's noise
@@ -47,6 +48,10 @@ class IFUNet(Denoiser):
         *("base_channels", "multipliers", "blocks_per_level", "attention", "text_width", "efficient", "cross_only"),
     )
     unordered_keys = ("attention",)
+    sampling_defaults = SamplingDefaults(
+        guidance=7.0, upsampler_guidance=4.0, upsampler_temperature=1.0,
+        thresholding="dynamic", percentile=0.95, most=1.5, upsampler_most=1.0,
+    )  # fmt: skip
 
     def __init__(
         self,

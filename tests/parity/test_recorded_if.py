@@ -14,7 +14,7 @@ from ldm_lab.conditions import ConditionRequest, Conditions, ConditionSpec, Toke
 from ldm_lab.config import build
 from ldm_lab.denoisers.if_unet import IFUNet
 from ldm_lab.guidance.classifier_free import guided
-from ldm_lab.interfaces import Predict, Schedule
+from ldm_lab.guidance.thresholding import DynamicThresholding
 from ldm_lab.objectives.eps_hybrid import EpsHybrid
 from ldm_lab.predictions import Prediction
 
@@ -86,18 +86,6 @@ def test_full_sizes_have_the_original_s_tensors(golden, form):
     assert dict(infer_shape(state, 4, 77).conditions) == dict(spec_of(config, 77))
 
 
-def dynamically_thresholded(predict: Predict, schedule: Schedule, share: float, most: float) -> Predict:
-    """Return `predict` with IF's dynamic thresholding of its clean samples: the share's quantile, from 1 to `most`."""
-
-    def thresholded(x: Tensor, t: Tensor) -> Prediction:
-        said = predict(x, t)
-        x0 = said.x0  # [B, C, h, w]
-        bound = x0.abs().flatten(1).quantile(share, dim=1).clamp(1, most)[:, None, None, None]  # [B, 1, 1, 1]
-        return said._replace(x0=x0.clamp(-bound, bound) / bound)
-
-    return thresholded
-
-
 @pytest.mark.parametrize("key", ["stage_1", "stage_2"])
 @torch.no_grad()
 def test_cascade(case, key):
@@ -121,7 +109,10 @@ def test_cascade(case, key):
 
     with_guidance = guided(predict, conditions, null, torch.tensor([[config["guidance_scale"]]]))
     bounds = config["dynamic_thresholding_p"], config["dynamic_thresholding_c"]
-    within = dynamically_thresholded(with_guidance, objective.schedule, *bounds)
+    defaults, upsampler = IFUNet.sampling_defaults, key == "stage_2"
+    assert bounds == (defaults.percentile, defaults.upsampler_most if upsampler else defaults.most)
+    assert config["guidance_scale"] == (defaults.upsampler_guidance if upsampler else defaults.guidance)
+    within = DynamicThresholding(1.0, *bounds).wrap(with_guidance, objective.schedule)
     sampler, draws = build("sampler", {"name": "ddpm", "steps": config["respacing"]}), iter(given[f"{key}_step_noise"])
     times = sampler.times(objective.schedule)
     assert [int(i) for i in objective.schedule.index(times)] == config["timesteps"][::-1]
