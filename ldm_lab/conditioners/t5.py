@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from PIL import Image
@@ -80,12 +80,12 @@ class T5(Conditioner):
         self.warned = False
 
     @staticmethod
-    def weights_identity(config: dict[str, Any]) -> str:
+    def weights_identity(config: dict[str, str]) -> str:
         """Return the checksum of the weights, or the repository's revision."""
         return identity(config.get("model", MINILM))
 
     @staticmethod
-    def downloads(config: dict[str, Any]) -> list[Download]:
+    def downloads(config: dict[str, str]) -> list[Download]:
         """Return what has to be downloaded."""
         return to_fetch(config.get("model", MINILM))
 

@@ -148,11 +148,14 @@ def load_encoder(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
 
     width_in(folder)
     kind = json.loads((folder / "config.json").read_bytes())["model_type"]
-    classes = {"bert": "BertModel", "t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
+    classes = {
+        **{"bert": transformers.BertModel, "t5": transformers.T5EncoderModel},
+        **{"mt5": transformers.MT5EncoderModel, "umt5": transformers.UMT5EncoderModel},
+    }
     transformers.utils.logging.disable_progress_bar()  # one for each tensor, however fast
     options = {"add_pooling_layer": False} if kind == "bert" else {}
     try:
-        model, report = getattr(transformers, classes[kind]).from_pretrained(
+        model, report = classes[kind].from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
         )
     except Exception as error:  # whatever transformers and safetensors have to complain about

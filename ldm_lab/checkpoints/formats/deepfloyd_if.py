@@ -24,7 +24,6 @@ from ldm_lab.checkpoints.if_layouts import (
 from ldm_lab.checkpoints.importer import DenoiserShape, Importer, LoadedModel, Section, register_importer, say_once
 from ldm_lab.checkpoints.opened import OpenedFile, Shapes, TensorInfo
 from ldm_lab.errors import UserError, unknown
-from ldm_lab.io.json_files import Json, JsonObject
 
 OWN, DIFFUSERS = "config.yml", "config.json"
 LARGEST_CONFIG = 1 << 20  # bytes
@@ -35,18 +34,18 @@ LEVEL = 0.25  # of stage II's small image in sampling; III takes 0
 DROPOUT = 0.1  # share of texts that training drops
 TEXT_MODELS = {4096: "DeepFloyd/t5-v1_1-xxl", 384: "minilm"}  # by the width of their states
 # Options of the two configs whose other values are other networks -> the values that ours stands for.
-OWN_FIXED: dict[str, tuple[Json, ...]] = {
-    **{"activation": ("gelu",), "use_scale_shift_norm": (True,), "resblock_updown": (True,), "dims": (2,)},
-    **{"num_classes": (None,), "interpolate_mode": ("bilinear", "nearest")},
+OWN_FIXED = {
+    **{"activation": ["gelu"], "use_scale_shift_norm": [True], "resblock_updown": [True], "dims": [2]},
+    **{"num_classes": [None], "interpolate_mode": ["bilinear", "nearest"]},
 }
-DIFFUSERS_FIXED: dict[str, tuple[Json, ...]] = {
-    **{"_class_name": ("UNet2DConditionModel",), "act_fn": ("gelu",), "addition_embed_type": ("text",)},
-    **{"encoder_hid_dim_type": (None, "text_proj"), "cross_attention_norm": ("group_norm",), "norm_eps": (1e-5,)},
-    **{"resnet_time_scale_shift": ("scale_shift",), "class_embed_type": (None, "timestep")},
-    **{"mid_block_type": ("UNetMidBlock2DSimpleCrossAttn",), "time_embedding_type": ("positional",)},
-    **{"flip_sin_to_cos": (True,), "freq_shift": (0,), "center_input_sample": (False,), "timestep_post_act": (None,)},
-    **{"time_cond_proj_dim": (None,), "class_embeddings_concat": (False,), "conv_in_kernel": (3,)},
-    **{"conv_out_kernel": (3,), "dual_cross_attention": (False,)},
+DIFFUSERS_FIXED = {
+    **{"_class_name": ["UNet2DConditionModel"], "act_fn": ["gelu"], "addition_embed_type": ["text"]},
+    **{"encoder_hid_dim_type": [None, "text_proj"], "cross_attention_norm": ["group_norm"], "norm_eps": [1e-5]},
+    **{"resnet_time_scale_shift": ["scale_shift"], "class_embed_type": [None, "timestep"]},
+    **{"mid_block_type": ["UNetMidBlock2DSimpleCrossAttn"], "time_embedding_type": ["positional"]},
+    **{"flip_sin_to_cos": [True], "freq_shift": [0], "center_input_sample": [False], "timestep_post_act": [None]},
+    **{"time_cond_proj_dim": [None], "class_embeddings_concat": [False], "conv_in_kernel": [3]},
+    **{"conv_out_kernel": [3], "dual_cross_attention": [False]},
 }
 BLOCKS = {
     "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
@@ -58,11 +57,11 @@ EFFICIENT_SCALE = 1 / 0.7071  # of diffusers' resnet_out_scale_factor
 # ---------------------------------------------------------------------------------------------- configs beside weights
 
 
-def read_config(path: Path, name: str) -> JsonObject:
+def read_config(path: Path, name: str) -> Section:
     """Return the config of a name beside a file of weights; {} if there is none. Raises UserError: not readable."""
     config = path.parent / name
     if not config.is_file():
-        return JsonObject()
+        return Section()
     try:
         if config.stat().st_size > LARGEST_CONFIG:
             raise ValueError("it is larger than a mebibyte")
@@ -72,16 +71,16 @@ def read_config(path: Path, name: str) -> JsonObject:
         raise UserError(f"{config}: not a readable config: {str(error)[:200]}") from None
     if not isinstance(content, dict):
         raise UserError(f"{config}: a config is a mapping, this is a {type(content).__name__}")
-    return JsonObject(content)
+    return Section(content)
 
 
 def of_own_config(path: Path) -> Section:
     """Return what IF's own config says that no shape tells. Raises UserError for another network."""
-    params = read_config(path, OWN).get("params") or {}
-    where = path.parent / OWN
-    if not isinstance(params, dict):
-        raise UserError(f"{where}: params: a mapping is needed, not {str(params)[:100]}")
-    _check_fixed(params, OWN_FIXED, where)
+    found, where = read_config(path, OWN).get("params") or {}, path.parent / OWN
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: params: a mapping is needed, not {str(found)[:100]}")
+    params = Section(found)
+    _check_fixed(params, Section(OWN_FIXED), where)
     flags = [bool(params.get(key)) for key in ("efficient_activation", "scale_skip_connection")]
     if flags[0] != flags[1]:
         raise UserError(f"{where}: efficient_activation and scale_skip_connection go together, not {flags}")
@@ -89,7 +88,7 @@ def of_own_config(path: Path) -> Section:
     keys = {"num_head_channels": "head_width", "att_pool_heads": "pool_heads", "image_size": "image_size"}
     for theirs, ours in keys.items():
         if theirs in params:
-            said[ours] = _whole(params[theirs], theirs, where)
+            said[ours] = _whole(params, theirs, where)
     if "interpolate_mode" in params:
         said["enlarge"] = params["interpolate_mode"]
     return said
@@ -100,7 +99,7 @@ def of_diffusers_config(path: Path) -> Section:
     config, where = read_config(path, DIFFUSERS), path.parent / DIFFUSERS
     if not config:
         return Section()
-    _check_fixed(config, DIFFUSERS_FIXED, where)
+    _check_fixed(config, Section(DIFFUSERS_FIXED), where)
     for key, known in BLOCKS.items():
         names = config.get(key, [])
         if not isinstance(names, list) or any(name not in known for name in names):
@@ -120,18 +119,19 @@ def of_diffusers_config(path: Path) -> Section:
     }
     for theirs, ours in keys.items():
         if config.get(theirs) is not None:
-            said[ours] = _whole(config[theirs], theirs, where)
+            said[ours] = _whole(config, theirs, where)
     return said
 
 
-def _check_fixed(config: dict[str, Json], fixed: dict[str, tuple[Json, ...]], where: Path) -> None:
+def _check_fixed(config: Section, fixed: Section, where: Path) -> None:
     for key, allowed in fixed.items():
-        if key in config and config[key] not in allowed:
+        if key in config and isinstance(allowed, list) and config[key] not in allowed:
             raise UserError(f"{where}: {key}: only {allowed[-1]!r} is supported, not {str(config[key])[:100]}")
 
 
-def _whole(value: Json, key: str, where: Path) -> int:
+def _whole(config: Section, key: str, where: Path) -> int:
     """Return a positive whole number of a config."""
+    value = config[key]
     if isinstance(value, list) and len(set(map(str, value))) == 1:
         value = value[0]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
