@@ -23,7 +23,7 @@ from quickstart_accuracy import kinds, say, shares
 from samplers import MIXTURES, distance, on_mixture
 
 from ldm_lab.config import build
-from ldm_lab.data.shapes import WORDINGS
+from ldm_lab.data.shape_wordings import WORDINGS
 from ldm_lab.errors import run_program
 from ldm_lab.evaluation.shapes_checker import check
 from ldm_lab.interfaces import Prediction

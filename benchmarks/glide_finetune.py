@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a ch
 
 from quickstart_accuracy import Names, kinds, say, shares
 
-from ldm_lab.data.shapes import WORDINGS, draw, random_caption
+from ldm_lab.data.shape_wordings import WORDINGS
+from ldm_lab.data.shapes import draw, random_caption
 from ldm_lab.data.tar import write_shard
 from ldm_lab.errors import UserError, run_program
 from ldm_lab.evaluation.shapes_checker import check

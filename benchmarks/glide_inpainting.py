@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a ch
 
 from quickstart_accuracy import Names, kinds, say, shares
 
-from ldm_lab.data.shapes import WORDINGS, draw
+from ldm_lab.data.shape_wordings import WORDINGS
+from ldm_lab.data.shapes import draw
 from ldm_lab.errors import run_program
 from ldm_lab.evaluation.shapes_checker import check
 from ldm_lab.io.images import grid, save_png

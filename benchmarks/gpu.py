@@ -1,5 +1,7 @@
 """What one GPU does with the 1.17-billion-parameter model and around it, part by part. `benchmarks/gpu.sh` runs all.
 
+fp16, LoRA and sampling take the network of `own_images_24gb.yaml`: it starts and saves in a third of the time.
+
     python benchmarks/gpu.py matmul --out runs/gpu
     python benchmarks/gpu.py cached --out runs/gpu --tiny
 
@@ -8,6 +10,7 @@ and few steps, so that the parts themselves can be tried on a CPU.
 """
 
 import argparse
+import functools
 import os
 import shutil
 import statistics
@@ -15,7 +18,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -25,25 +31,28 @@ from train_step import EMBED, Way
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a checkout that is not installed
 
-from ldm_lab.checkpoints.native import save_part
+from ldm_lab.checkpoints.native import save_model, save_part
 from ldm_lab.conditions import Embedding
 from ldm_lab.config import build, load
 from ldm_lab.data.shapes import write_shards
 from ldm_lab.errors import UserError, run_program
 from ldm_lab.estimate import peak_flops, step_cost
+from ldm_lab.interfaces import Denoiser
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling import ModelOptions, Pipeline, SamplingOptions
 from ldm_lab.sampling.options import Precision
 from ldm_lab.training.compiling import Compile, compile_network
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = "configs/yfcc_cfg.yaml"
+CONFIG, FAST = "configs/yfcc_cfg.yaml", "configs/yfcc_fast.yaml"
 TINY_AUTOENCODER = {"name": "kl_f8", "ch": 32, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1}
 TINY_CLOOB = {
     "name": "cloob", "image_size": 32, "patch_size": 16, "image_width": 32, "image_layers": 1, "image_heads": 2,
     "text_width": 32, "text_layers": 1, "text_heads": 2, "text_size": 24, "vocab_size": 600, "embed_dim": 16,
 }  # fmt: skip
 TINY = ["denoiser={name: ccld_unet, base_channels: 16, multipliers: [1, 2], mapping_width: 32, head_width: 16}"]
+# The network of own_images_24gb.yaml, 403 million parameters.
+MEDIUM = ["denoiser={name: ccld_unet, base_channels: 128, multipliers: [3, 4, 8, 8], mapping_width: 1024}"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,11 @@ class Setting:
     def image_size(self) -> int:
         """Side of the images, pixels."""
         return 64 if self.tiny else 256
+
+    @property
+    def medium(self) -> list[str]:
+        """Settings that make the U-Net smaller, where it is not tiny anyway."""
+        return [] if self.tiny else MEDIUM
 
     @property
     def batch_size(self) -> int:
@@ -111,23 +125,32 @@ def matmul(setting: Setting) -> None:
     setting.row("copy", "bytes", f"{2 * source.numel() / seconds / 1e9:.0f} GB/s", f"{1000 * seconds:.2f} ms")
 
 
+def unet(setting: Setting) -> Denoiser:
+    """Return the U-Net with its initial weights."""
+    section = load(ROOT / CONFIG, ["data.shards=none", *(TINY if setting.tiny else [])])["denoiser"].architecture()
+    return build("denoiser", section, 4, {"embed": Embedding(EMBED)})
+
+
+@functools.cache
+def image_flops(setting: Setting) -> int:
+    """Return what the U-Net computes of a latent, forward and backward."""
+    side = setting.image_size // 8
+    with FakeTensorMode():
+        network = unet(setting)
+        x0, embed, t = torch.randn(1, 4, side, side), torch.randn(1, EMBED), torch.rand(1)
+        objective = build("objective", {"name": "v_cosine"})
+        loss = lambda: objective.loss_terms(network, x0, {"embed": embed}, t, x0)["loss"].mean()  # noqa: E731
+        return step_cost(network, loss, 0, 1).flops
+
+
 def network_step(
     setting: Setting, name: str, precision: str, batch_size: int, compile: Compile, channels_last: bool
 ) -> None:
     """Time the parts of a step of the U-Net alone, on latents and embeddings that are there."""
-    section = load(ROOT / CONFIG, ["data.shards=none", *(TINY if setting.tiny else [])])["denoiser"].architecture()
-    side = setting.image_size // 8
-    given = {"embed": Embedding(EMBED)}
-    with FakeTensorMode():
-        network = build("denoiser", section, 4, given)
-        x0, embed, t = torch.randn(batch_size, 4, side, side), torch.randn(batch_size, EMBED), torch.rand(batch_size)
-        objective = build("objective", {"name": "v_cosine"})
-        flops = step_cost(
-            network, lambda: objective.loss_terms(network, x0, {"embed": embed}, t, x0)["loss"].mean(), 0, batch_size
-        ).flops
+    flops, side = batch_size * image_flops(setting), setting.image_size // 8
     torch.manual_seed(0)
     with torch.device(setting.device):  # a billion random numbers take a CPU ten seconds
-        network = build("denoiser", section, 4, given)
+        network = unet(setting)
     if channels_last:
         network.to(memory_format=torch.channels_last)
     way = Way(network, False, argparse.Namespace(device=setting.device, precision=precision))
@@ -191,14 +214,42 @@ def eager(setting: Setting) -> None:
 def compiled(setting: Setting) -> None:
     """Time the U-Net's step with its blocks compiled."""
     for size in (1, 2):
-        network_step(setting, "compiled step", "bf16", size * setting.batch_size, compile="blocks", channels_last=False)
+        compiled_step(setting, size)
+
+
+def compiled_step(setting: Setting, size: int) -> None:
+    """Time a step of `size` batches; the compiler keeps its results for the next process."""
+    network_step(setting, "compiled step", "bf16", size * setting.batch_size, compile="blocks", channels_last=False)
+
+
+def compile_both(setting: Setting) -> None:
+    """Have the compiler do its work for both sizes at once, which on a CPU the parts do by themselves."""
+    if setting.device != "cuda":
+        return
+    began = time.perf_counter()
+    both = [get_context("spawn").Process(target=compile_quietly, args=(setting, size)) for size in (1, 2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    if any(process.exitcode for process in both):
+        raise UserError("the blocks could not be compiled")
+    took = f"{time.perf_counter() - began:.0f} s"
+    setting.row("compiling the blocks", "bf16", "", took, "once for a card and a version of torch")
+
+
+def compile_quietly(setting: Setting, size: int) -> None:
+    """Make the step without its row: others are at work on the card."""
+    with redirect_stdout(StringIO()):
+        compiled_step(setting, size)
 
 
 def lora(setting: Setting) -> None:
     """Time the training of adapters alone, on the cache."""
     cache = f"cache.folder={setting.out / 'cache'}"
-    base = f"init_from={setting.out / 'runs' / 'cached' / 'ema.safetensors'}"
-    train(setting, "lora", cache, base, "lora.rank=4", "trainer.precision=bf16-mixed", steps(setting, 18))
+    base = f"init_from={model_file(setting)}"
+    less = ["lora.rank=4", "trainer.compile=none", *setting.medium]
+    train(setting, "lora", cache, base, *less, steps(setting, 18), config=FAST)
 
 
 def prepare(setting: Setting) -> list[str]:
@@ -206,7 +257,7 @@ def prepare(setting: Setting) -> list[str]:
     folder = setting.out / "prepared"
     images = 32 if setting.tiny else 1024
     if not (folder / "shards").is_dir():
-        write_shards(folder / "shards", count=images, shards=4, size=setting.image_size, seed=0)
+        write_shards(folder / "shards", count=images, shards=4 if setting.tiny else 16, size=setting.image_size, seed=0)
     settings = [f"data.shards={folder}/shards/*.tar", f"data.image_size={setting.image_size}"]
     config = load(ROOT / CONFIG, settings)
     for role, tiny in (("autoencoder", TINY_AUTOENCODER), ("conditioner", TINY_CLOOB)):
@@ -218,6 +269,19 @@ def prepare(setting: Setting) -> list[str]:
         settings.append(f"{role}={{name: {section['name']}, weights: {path.resolve()}}}")
     settings.append("autoencoder.latent_std=2.55")
     return settings + (TINY if setting.tiny else [])
+
+
+def model_file(setting: Setting) -> Path:
+    """Write a model of random weights, once; return its path."""
+    path = setting.out / "prepared" / "model.safetensors"
+    config = load(ROOT / CONFIG, [*prepare(setting), *setting.medium])
+    if not path.exists():
+        given = {"embed": Embedding(TINY_CLOOB["embed_dim"] if setting.tiny else EMBED)}
+        with torch.device(setting.device):
+            weights = build("denoiser", config["denoiser"].architecture(), 4, given).state_dict()
+        cpu = {name: weight.cpu() for name, weight in weights.items()}
+        save_model(path, cpu, config.to_dict(), {"step": "0", "image_size": str(setting.image_size)})
+    return path
 
 
 def train(
@@ -237,7 +301,7 @@ def train(
     common = [f"run={run}", "trainer.devices=1", f"trainer.accelerator={accelerator}", "logging.wandb=none"]
     if timed:
         common += ["imports=[timed_training]", "task=timed_diffusion"]
-    if config == CONFIG:
+    if config in (CONFIG, FAST):
         workers = 0 if setting.tiny else 12
         common += [f"data.batch_size={setting.batch_size}", f"data.workers={workers}", "demo=null", "checkpoint.keep=0"]
         common += prepare(setting)
@@ -266,11 +330,11 @@ def steps(setting: Setting, full: int) -> str:
 
 
 def cached(setting: Setting) -> None:
-    """Time the training step under Lightning on a cache, and online."""
+    """Time the training step under Lightning as `yfcc_fast.yaml` has it, on a cache, and online."""
     cache = f"cache.folder={setting.out / 'cache'}"
-    train(setting, "cached", cache, "trainer.precision=bf16-mixed", steps(setting, 18), saves=True)
-    (setting.out / "runs" / "cached" / "last.ckpt").unlink()  # 19 GB
-    train(setting, "online", "trainer.precision=bf16-mixed", steps(setting, 18))
+    fast = ["trainer.compile=none"] if setting.tiny else []  # a CPU's compiler takes minutes
+    train(setting, "cached", cache, steps(setting, 18), *fast, config=FAST)
+    train(setting, "online", steps(setting, 18), *fast, config=FAST)
 
 
 def half_to_full(setting: Setting) -> None:
@@ -278,9 +342,11 @@ def half_to_full(setting: Setting) -> None:
     cache = f"cache.folder={setting.out / 'cache'}"
     half = "16-mixed" if setting.device == "cuda" else "bf16-mixed"
     few = 3 if setting.tiny else 18
-    train(setting, "fp16 then fp32", cache, f"trainer.precision={half}", f"trainer.max_steps={few}", saves=True)
+    plain = [cache, "trainer.compile=none", *setting.medium]
+    begun = [f"trainer.precision={half}", f"trainer.max_steps={few}"]
+    train(setting, "fp16 then fp32", *plain, *begun, config=FAST, saves=True)
     resumed = ["trainer.precision=32-true", "resume.checkpoint=last", f"trainer.max_steps={2 * few}"]
-    train(setting, "fp16 then fp32", cache, *resumed)
+    train(setting, "fp16 then fp32", *plain, *resumed, config=FAST)
     shutil.rmtree(setting.out / "runs" / "fp16_then_fp32")
 
 
@@ -300,8 +366,8 @@ def encoders(setting: Setting) -> None:
 
 
 def sampling(setting: Setting) -> None:
-    """Time pictures of the model that `cached` left."""
-    model = setting.out / "runs" / "cached" / "ema.safetensors"
+    """Time pictures of a model of random weights."""
+    model = model_file(setting)
     number = 2 if setting.tiny else 16
     prompts = [Prompt("a red circle")] * number
     precisions: tuple[Precision, ...] = ("32-true", "bf16-mixed")
@@ -329,8 +395,8 @@ def quickstart(setting: Setting) -> None:
 
 
 PARTS = {
-    "matmul": matmul, "eager": eager, "compiled": compiled, "cached": cached, "fp16": half_to_full,
-    "encoders": encoders, "lora": lora, "sampling": sampling, "quickstart": quickstart,
+    "matmul": matmul, "eager": eager, "compile": compile_both, "compiled": compiled, "cached": cached,
+    "fp16": half_to_full, "encoders": encoders, "lora": lora, "sampling": sampling, "quickstart": quickstart,
 }  # fmt: skip
 
 

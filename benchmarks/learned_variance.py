@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a checkout that is not installed
 
-from ldm_lab.data.shapes import COLORS, SHAPES, WORDINGS, Attributes, caption, draw
+from ldm_lab.data.shape_wordings import WORDINGS
+from ldm_lab.data.shapes import COLORS, SHAPES, Attributes, caption, draw
 from ldm_lab.errors import UserError, run_program
 from ldm_lab.evaluation.shapes_checker import check
 from ldm_lab.io.images import to_tensor

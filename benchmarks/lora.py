@@ -35,7 +35,8 @@ from quickstart_accuracy import VARIETY, kinds, prompts, shares
 
 from ldm_lab.checkpoints.lora import read_lora
 from ldm_lab.checkpoints.models import read_model
-from ldm_lab.data.shapes import COLORS, JITTER, MARGIN, WORDINGS, Attributes, draw, render
+from ldm_lab.data.shape_wordings import WORDINGS
+from ldm_lab.data.shapes import COLORS, JITTER, MARGIN, Attributes, draw, render
 from ldm_lab.data.tar import write_shard
 from ldm_lab.errors import UserError, run_program
 from ldm_lab.evaluation.shapes_checker import check

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a ch
 
 from quickstart_accuracy import kinds, prompts
 
-from ldm_lab.data.shapes import WORDINGS
+from ldm_lab.data.shape_wordings import WORDINGS
 from ldm_lab.errors import run_program
 from ldm_lab.evaluation.shapes_checker import check
 from ldm_lab.progress import Bar

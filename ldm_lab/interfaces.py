@@ -35,6 +35,7 @@ from ldm_lab.conditions import (  # noqa: F401  # whoever writes a part finds al
 from ldm_lab.downloads import Download
 from ldm_lab.errors import UserError
 from ldm_lab.predictions import Callback, Noise, Predict, Prediction, Schedule, TimeInput
+from ldm_lab.sampling_defaults import SamplingDefaults
 
 TimestepSampler = Literal["sobol", "uniform"]
 
@@ -250,14 +251,13 @@ class Denoiser(Part, nn.Module):
         learns_variance: whether 2C channels come out, of which the second half is a learned variance; None if that is
             only seen when it runs.
         multiple_of: what latent height and width have to be multiples of.
-        architecture_keys: options that a checkpoint to begin with has to share, because with others its tensors are of
-            other places.
-        unordered_keys: those of them that are lists whose order has no meaning.
+        architecture_keys: options that a checkpoint to begin with has to share: with others its tensors mean others.
+        unordered_keys: those of them that are lists whose order means nothing.
         block_types: classes of the modules that run one after the other, none inside another, and each called as a
             whole: training may compile them, or share them out over the devices, one by one; () takes the network as
             one.
-        most_guidance: the largest guidance that models of this kind are known to take, above which users are warned;
-            16, of fine-tuned GLIDEs, where nothing else is known.
+        most_guidance: the largest guidance that such models are known to take, above which users are warned.
+        sampling_defaults: what they are sampled with unless it is said otherwise.
     """
 
     spec: ConditionSpec
@@ -268,6 +268,7 @@ class Denoiser(Part, nn.Module):
     architecture_keys: ClassVar[tuple[str, ...]] = ()
     unordered_keys: ClassVar[tuple[str, ...]] = ()
     most_guidance: ClassVar[float] = 16.0
+    sampling_defaults: ClassVar[SamplingDefaults] = SamplingDefaults()
 
     def block_modules(self) -> list[nn.Module]:
         """Return the modules of `block_types`, in the order in which they were made."""

@@ -8,11 +8,14 @@ import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from pytorch_lightning.strategies.launchers.launcher import _Launcher
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch.distributed import distributed_c10d
+from torch.distributed.constants import default_pg_timeout
 
 from ldm_lab.errors import UserError, first_line
 
@@ -62,6 +65,18 @@ def leave_process_group() -> None:
     """Leave the process group, if there is one; a process that ends inside it may abort."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def wait_for_each_other(timeout: timedelta = default_pg_timeout) -> None:
+    """Set how long the processes of a group, if there is one, wait for each other from here on.
+
+    A program has one group for all that it does: a second one, made behind the first, finds the addresses of the first
+    one's connections, which are closed, in the place where processes tell each other theirs.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        with warnings.catch_warnings():  # newer torches call it set_timeout
+            warnings.simplefilter("ignore", FutureWarning)
+            distributed_c10d._set_pg_timeout(timeout)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [  # a module may import from its own line only what is in its own package, and from any line above
     {"errors"},
-    {"conditions", "predictions", "progress", "downloads", "devices"},
+    {"conditions", "predictions", "sampling_defaults", "progress", "downloads", "devices", "attention"},
     {"batch"},
     {"interfaces", "io", "processes", "sharded"},
     {"config"},

@@ -59,8 +59,10 @@ def test_gradients_are_those_of_the_plain_network(backend, what, make, checkpoin
     compile_network(net, what, checkpointing, backend)
     got = gradients(net, *inputs)
     assert got.keys() == expected.keys()
+    # The gradient of a bias in front of a norm that takes it out again is zero; what there is of it is rounding.
+    rounding = 1e-6 * max(value.abs().max() for name, value in expected.items() if name != "out")
     for name, value in expected.items():
-        assert torch.allclose(got[name], value, rtol=1e-3, atol=1e-4 * value.abs().max()), name
+        assert torch.allclose(got[name], value, rtol=1e-3, atol=rounding + 1e-4 * value.abs().max()), name
     assert list(net.state_dict()) == names
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "something was compiled"
     assert not any("recompile_limit" in reason for reason in torch._dynamo.utils.counters["unimplemented"])

@@ -356,3 +356,50 @@ def test_a_check_that_asks_for_what_is_no_option_is_one_line(own_modules):
 
     with pytest.raises(UserError, match=r"^loss.name=curious: its check asks for 'lwo', [^\n]*$"):
         config.check_section("loss", {"name": "curious"}, "loss")
+
+
+# ----------------------------------------------------------------------------------------------- options without effect
+
+WITHOUT_EFFECT = {
+    "guard.spike_factor": ({"guard": {"spike_factor": 3.0, "spike_window": 50}},
+                           "guard.spike_factor, guard.spike_window: without effect: guard.on_spike looks for no "
+                           "spikes"),
+    "guard.snapshot_every": ({"guard": {"on_nonfinite": "skip", "snapshot_every": 5}},
+                             "guard.snapshot_every: without effect: neither guard.on_nonfinite nor guard.on_spike is "
+                             "rollback"),
+    "guard.max_in_a_row": ({"guard": {"on_spike": "rollback", "max_in_a_row": 5, "max_rollbacks": 9}},
+                           "guard.max_in_a_row: without effect: neither guard.on_nonfinite nor guard.on_spike is skip"),
+    "checkpoint.keep_every": ({"checkpoint": {"keep": 0, "every": 10, "keep_every": 20}},
+                              "checkpoint.keep_every: without effect: checkpoint.keep=0 keeps last.ckpt alone"),
+    "resume.schedule": ({"resume": {"schedule": "restart"}},
+                        "resume.schedule: without effect: a fresh run has no schedule to go on with"),
+    "logging.project": ({"logging": {"project": "mine"}}, "logging.project: without effect: logging.wandb is none"),
+    "optim.final_lr": ({"optim": {"lr": 1e-3, "warmup": "exponential", "final_lr": 1e-5}},
+                       "optim.final_lr: without effect: optim.schedule is constant"),
+    "trainer.ddp": ({"trainer": {"ddp": {"bucket_mb": 100.0}}}, "trainer.ddp: without effect: there is one device"),
+    "objective.gamma": ({"objective": {"name": "v_cosine", "gamma": 3.0}},
+                        "objective.gamma: without effect: objective.weighting is uniform"),
+    "data.local": ({"data": {"name": "cache", "path": "/a", "batch_size": 1, "local": "/b"}},
+                   "data.local: without effect: they are for caches on a server"),
+    "held_out.data.local": ({"held_out": {"data": {"name": "cache", "path": "x", "local": "y", "batch_size": 1}}},
+                            "held_out.data.local: without effect: they are for caches on a server"),
+    "condition_sources.inpaint": ({"condition_sources": {"inpaint": {"strokes": 0.0, "thickest": 0.2}}},
+                                  "condition_sources.inpaint.thickest: without effect: no strokes are drawn"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WITHOUT_EFFECT)
+def test_an_option_without_effect_is_said(case):
+    sections, line = WITHOUT_EFFECT[case]
+    assert line in RunConfig.from_dict(sections).unused_options()
+
+
+def test_options_with_an_effect_and_defaults_are_passed_over():
+    sections = {
+        "guard": {"on_spike": "skip", "spike_factor": 3.0, "max_in_a_row": 2, "snapshot_every": 500},
+        "optim": {"lr": 1e-3, "schedule": "cosine", "final_lr": 1e-5, "warmup_steps": 5, "warmup": "exponential"},
+        "objective": {"name": "v_cosine", "weighting": "min_snr", "gamma": 3.0},
+        "data": {"name": "cache", "path": "hf://datasets/a/b/c", "batch_size": 1, "local": "/b"},
+        "trainer": {"devices": 2, "ddp": {"bucket_mb": 100.0}},
+    }
+    assert RunConfig.from_dict(sections).unused_options() == []

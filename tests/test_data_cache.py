@@ -125,6 +125,15 @@ def test_what_a_reader_refuses(cache):
             )
             for name in ("text", "key", "key.ends")
         ),
+        *(
+            (json.dumps({**content, "columns": {**content["columns"], "huge": column}}), "columns is missing")
+            for column in (
+                {"dtype": "float16", "shape": [1 << 20], "ragged": False},
+                {"dtype": "float16", "shape": [1 << 40], "ragged": True},
+                {"dtype": "float16", "shape": [1 << 40, 0], "ragged": True},
+                {"dtype": "float32", "shape": [1 << 31, 1 << 31, 1 << 31], "ragged": True},
+            )
+        ),
         (json.dumps({**content, "shards": [{**content["shards"][0], "name": "../x.safetensors"}]}), "shards is"),
         (json.dumps({**content, "complete": False}), "is not complete"),
     ]:
@@ -250,11 +259,60 @@ def test_damaged_and_missing_shards_of_a_server_are_told(server, cache, tmp_path
     (cache / "00003.safetensors").unlink()
     data = module(remote(server, max_skipped=0.9), epochs=1)
     assert len(keys(take(data))) == COUNT - 24
-    assert dict(data.skipped) == {"damaged shard": 1, "unreachable shard": 1}
-    assert f"damaged shard 1 (e.g. {server}/00001.safetensors)" in data.summary()
+    assert dict(data.skipped) == {"damaged shard": 12, "unreachable shard": 12}
+    assert f"damaged shard 12 (e.g. {server}/00001.safetensors)" in data.summary()
     assert not list((tmp_path / "tmp").iterdir()), "nothing is left behind"
     with pytest.raises(UserError, match=r"no cache at http://.*/nothing: http://.*/nothing/meta.json: HTTP 404"):
         module(remote(server.replace("cache", "nothing")))
+
+
+def test_a_missing_shard_of_a_server_counts_all_its_samples(server, cache, monkeypatch):
+    """So `max_skipped` is about samples; a single one that comes first does not end a run of many shards."""
+    (cache / "00003.safetensors").unlink()
+    monkeypatch.setattr("ldm_lab.data.cache.CHECK_AFTER", 1)
+    assert len(keys(take(module(remote(server, max_skipped=0.25), epochs=1)))) == COUNT - 12
+    for workers in (0, 2):
+        data = module(remote(server, max_skipped=0.1, workers=workers))
+        with pytest.raises(UserError, match=r"too many unusable samples: .*unreachable shard \d\d") as told:
+            take(data, 100)
+        assert "data.max_skipped allows 10.0%" in str(told.value)
+
+
+class Hub(Handler):
+    """The Hub as far as files of a data set go: where one lies is asked by HEAD, and told in a header."""
+
+    def do_HEAD(self) -> None:
+        self.asked.append(f"HEAD {self.path}")
+        name = self.path.removeprefix("/datasets/owner/latents/resolve/refs%2Fpr%2F1/sets/")
+        here = f"http://127.0.0.1:{self.server.server_port}"
+        self.send_response(404 if name == self.path or "gone" in name else 302)
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("ETag", '"1"')
+        self.send_header("X-Linked-Size", "1")
+        self.send_header("Location", f"{here.replace('127.0.0.1', 'localhost')}/{name}")
+        self.end_headers()
+
+
+def test_a_cache_on_the_hub_is_found_by_its_address(cache, tmp_path, monkeypatch):
+    """`hf://datasets/OWNER/REPOSITORY@REVISION/FOLDER`: list and shards are asked for, and read where they are."""
+    from huggingface_hub import constants
+
+    Handler.asked = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Hub, directory=cache.parent)) as its:
+        threading.Thread(target=its.serve_forever, daemon=True).start()
+        here = f"http://127.0.0.1:{its.server_port}"
+        monkeypatch.setattr(constants, "ENDPOINT", here)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", here + "/{repo_id}/resolve/{revision}/{filename}")
+        address = "hf://datasets/owner/latents@refs/pr/1/sets/cache"
+        data = module(remote(address, local=str(tmp_path / "kept")), epochs=1)
+        assert sorted(keys(take(data))) == [f"{n:05d}" for n in range(COUNT)]
+        asked = [path.rpartition("/")[2] for path in Handler.asked if path.startswith("HEAD ")]
+        assert sorted(asked) == [*(f"{n:05d}.safetensors" for n in range(5)), "meta.json"]
+        assert len(list((tmp_path / "kept").iterdir())) == 5
+        assert keys(take(module(remote(f"{address}/", local=str(tmp_path / "kept")), epochs=1)))
+        with pytest.raises(UserError, match=r"no cache at hf://datasets/owner/latents@refs/pr/1/sets/gone: hf://.*Hub"):
+            module(remote("hf://datasets/owner/latents@refs/pr/1/sets/gone"))
+        its.shutdown()
 
 
 def test_a_meta_of_nothing_is_no_data(tmp_path):

@@ -9,6 +9,7 @@ from data_sets import encoded, keys, module, take
 
 from ldm_lab.config import check_section
 from ldm_lab.data import loader
+from ldm_lab.data.source import Source
 from ldm_lab.data.tar import write_shard
 from ldm_lab.errors import UserError
 
@@ -117,7 +118,7 @@ def test_filtered_samples_take_no_room_in_the_shuffle_buffer(shards):
 
 def test_filtered_samples_are_no_reason_to_stop(shards, monkeypatch):
     """97 % are left out and none is bad, although only 10 % may be."""
-    monkeypatch.setattr(loader, "CHECK_AFTER", 50)
+    monkeypatch.setattr(Source, "judged_after", 50)
     monkeypatch.setattr(loader, "CONSECUTIVE_FAILURES", 20)
     data = module(section(shards, rules={"aesthetic": {"above": 9.65}}))
     assert len(take(data, 5)) == 5

@@ -7,6 +7,7 @@ from data_sets import encoded, keys, module, samples, take, write_files
 
 from ldm_lab.config import build
 from ldm_lab.data import loader
+from ldm_lab.data.source import Source
 from ldm_lab.data.tar import write_shard
 from ldm_lab.errors import UserError
 
@@ -111,7 +112,7 @@ def test_an_empty_caption_is_no_missing_one(broken):
 
 def test_a_wish_for_captions_is_no_fault_of_the_images(tmp_path, monkeypatch):
     """40 captions among 200 images train, in shards and in a folder; one image that is truncated counts for itself."""
-    monkeypatch.setattr(loader, "CHECK_AFTER", 50)
+    monkeypatch.setattr(Source, "judged_after", 50)
     few = [(key, parts if n % 5 == 0 else {"png": parts["png"]}) for n, (key, parts) in enumerate(samples(range(200)))]
     few[0][1]["png"] = few[0][1]["png"][:60]
     write_shard(tmp_path / "0.tar", few)
@@ -137,7 +138,7 @@ def test_counts_survive_a_resume(broken):
 
 def test_a_run_that_skips_too_much_stops(broken, monkeypatch):
     """5 of 37 are bad, 13.5 %; judged after 100, when it may be a little more or less."""
-    monkeypatch.setattr(loader, "CHECK_AFTER", 100)
+    monkeypatch.setattr(Source, "judged_after", 100)
     section = {"name": "webdataset", "shards": f"{broken}/*.tar"}
     assert len(take(module({**section, "max_skipped": 0.2}), 60)) == 60
     data = module({**section, "max_skipped": 0.1})

@@ -9,7 +9,7 @@ from test_clip import ARCHITECTURE
 from tiny import AUTOENCODER, CLOOB, DENOISER, embedding, shipped
 from tiny_glide import TEXT, UNET, conditions
 
-from ldm_lab.conditions import ConditionRequest
+from ldm_lab.conditions import ConditionRequest, ImageCondition, Level, TokenStates
 from ldm_lab.config import RunConfig, build
 from ldm_lab.guidance.classifier_free import guided
 from ldm_lab.interfaces import Batch, Denoiser
@@ -17,6 +17,10 @@ from ldm_lab.io.images import to_images
 from ldm_lab.training.diffusion import DiffusionTask
 from ldm_lab.training.timesteps import SobolTimesteps
 
+IMAGEN = {
+    "name": "imagen_unet", "base_channels": 8, "multipliers": [1, 2], "blocks_per_level": [1], "heads": 2,
+    "head_width": 4, "attention_levels": [1], "text_levels": [1],
+}  # fmt: skip
 LATENT, PIXELS = (2, 4, 8, 8), (2, 3, 32, 32)
 DENOISERS = {
     "ccld_unet": (DENOISER, embedding(16)),
@@ -24,6 +28,11 @@ DENOISERS = {
     "glide_unet upsampler": (UNET, conditions(upsampler=True)),
     "glide_unet inpaint": (UNET, conditions(inpaint=True)),
     "glide_unet clip": (UNET, conditions(clip_width=12)),
+    "imagen_unet": (IMAGEN, {"token_states": TokenStates(12, 8)}),
+    "imagen_unet upsampler": (
+        {**IMAGEN, "memory_efficient": True},
+        {"token_states": TokenStates(12, 8), "low_res": ImageCondition(3, 4, enlarged=True), "low_res_level": Level()},
+    ),
 }
 AUTOENCODERS = {"identity": {"name": "identity"}, "kl_f8": AUTOENCODER}
 CONDITIONERS = {
@@ -32,11 +41,12 @@ CONDITIONERS = {
     "glide_text": TEXT,
     "none": {"name": "none"},
 }
-SOURCES = {"low_res": {"noise": 0.1, "blur": 1.0}, "inpaint": {}, "clip_embed": {"width": 12}}
+SOURCES = {"low_res": {"noise": 0.1, "blur": 1.0}, "noised_low_res": {}, "inpaint": {}, "clip_embed": {"width": 12}}
 OBJECTIVES = {
     "v_cosine": {"weighting": "min_snr"},
     "flow_matching": {"weighting": "soft_min_snr"},
     "eps_hybrid": {"timesteps": 100, "weighting": "min_snr"},
+    "continuous": {},
 }
 
 
@@ -47,10 +57,15 @@ def given(taken: dict, batch: int = 2) -> dict[str, torch.Tensor]:
         if name == "token_ids":
             made[name] = torch.zeros(batch, kind.length, dtype=torch.int64, device=CUDA)
             made[f"{name}_mask"] = torch.ones(batch, kind.length, dtype=torch.bool, device=CUDA)
+        elif name == "token_states":
+            made[name] = torch.randn(batch, kind.length, kind.width, device=CUDA)
+            made[f"{name}_mask"] = torch.ones(batch, kind.length, dtype=torch.bool, device=CUDA)
+        elif name == "low_res_level":
+            made[name] = torch.rand(batch, device=CUDA)
         elif name in ("embed", "clip_embed"):
             made[name] = torch.randn(batch, kind.width, device=CUDA)
         else:
-            side = 16 // (kind.scale_factor or 1)
+            side = 16 if kind.enlarged else 16 // kind.scale_factor
             made[name] = torch.randn(batch, kind.channels, side, side, device=CUDA)
     return made
 

@@ -272,7 +272,7 @@ def test_a_run_keeps_its_means_and_goes_on_bit_for_bit(tmp_path, capsys):
         out = capsys.readouterr().out
         assert "gap: means of 16 numbers, " in out and "noise 0.500; ridge map of texts" in out
         assert "map: ridge" in out and "noise: 0.5" in out
-        assert not main(["convert", "runs/whole/ema.safetensors", "half.safetensors", "--dtype", "float16"])
+        assert not main(["convert", "runs/whole/ema.safetensors", "half.safetensors", "--half"])
         assert Pipeline.from_checkpoint("half.safetensors").model.gap.image_mean.equal(some_gap().image_mean)
 
 

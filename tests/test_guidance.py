@@ -3,14 +3,18 @@
 import pytest
 import torch
 
+from ldm_lab.denoisers.glide_unet import GlideUNet
+from ldm_lab.denoisers.imagen_unet import ImagenUNet
+from ldm_lab.errors import UserError
 from ldm_lab.guidance.base import Wrapper
 from ldm_lab.guidance.classifier_free import guided, null_condition_weight, weighted_sum
 from ldm_lab.guidance.clip import ClipGradient
 from ldm_lab.guidance.condition_score import ConditionScore
 from ldm_lab.guidance.inpaint import Inpaint
 from ldm_lab.guidance.stack import stack
-from ldm_lab.guidance.thresholding import StaticThresholding
+from ldm_lab.guidance.thresholding import DynamicThresholding, StaticThresholding, quantile
 from ldm_lab.interfaces import Prediction
+from ldm_lab.sampling import SamplingOptions
 from ldm_lab.schedules import Cosine
 
 B, K, D = 3, 2, 5
@@ -245,3 +249,56 @@ def test_rescale_needs_the_schedule(inputs):
     _, _, cond, null = inputs
     with pytest.raises(ValueError, match="rescale needs the schedule"):
         guided(Stand(), cond, null, torch.ones(B, K), rescale=0.5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.73, 0.995, 1.0])
+def test_the_quantile_is_torchs(share):
+    rows = torch.randn(3, 101, generator=torch.Generator().manual_seed(0)).abs()
+    assert torch.allclose(quantile(rows, share), torch.quantile(rows, share, dim=1), atol=1e-6)
+    assert quantile(torch.tensor([[2.0]]), share) == 2
+
+
+def test_dynamic_thresholding_keeps_shades_and_every_image_by_itself():
+    ramp = torch.linspace(-4, 4, 257).expand(1, 1, 1, 257)
+    x0 = torch.cat([ramp, ramp / 8])
+    bounded = DynamicThresholding(percentile=0.995).bounded(x0)
+    assert bounded.abs().max() <= 1 and torch.equal(bounded[1], x0[1])  # within the range: nothing to do
+    assert torch.unique(bounded[0]).numel() > 250 > torch.unique(StaticThresholding().bounded(x0[:1])).numel()
+    assert torch.equal(bounded[:1], DynamicThresholding(percentile=0.995).bounded(x0[:1]))
+    half = DynamicThresholding(0.5, 0.995).bounded(x0)
+    assert half.abs().max() <= 0.5 and torch.allclose(half[0], bounded[0] / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("given", ["neither", "dynamic", "static", "percentile"])
+def test_the_network_says_how_its_estimates_are_kept_in_range(given):
+    chosen = {"dynamic": {"thresholding": "dynamic"}, "static": {"thresholding": "static"}}
+    chosen["percentile"] = {"threshold_percentile": 0.9}
+    options = SamplingOptions(**chosen.get(given, {}))
+    imagen, others = (options.resolved(defaults=kind.sampling_defaults) for kind in (ImagenUNet, GlideUNet))
+    kept = [(resolved.thresholding, resolved.threshold_percentile) for resolved in (imagen, others)]
+    wanted = {
+        "neither": [("dynamic", 0.995), ("static", None)],
+        "dynamic": [("dynamic", 0.995)] * 2,
+        "static": [("static", None)] * 2,
+        "percentile": [("dynamic", 0.9)] * 2,
+    }
+    assert kept == wanted[given]
+    assert imagen.clip_denoised is (None if given == "neither" else True)
+    assert (imagen.guidance, others.guidance, imagen.resolved(upsampler=True).temperature) == (5, 3, 1)
+
+
+def test_nothing_is_thresholded_where_nothing_is_clipped():
+    resolved = SamplingOptions(clip_denoised=False).resolved(defaults=ImagenUNet.sampling_defaults)
+    assert (resolved.clip_denoised, resolved.thresholding, resolved.threshold_percentile) == (False, None, None)
+
+
+def test_thresholding_that_cannot_be():
+    for wrong in (1.5, -0.1):
+        with pytest.raises(UserError, match="threshold_percentile: a number from 0 to 1 is needed"):
+            SamplingOptions(threshold_percentile=wrong)
+    with pytest.raises(UserError, match="threshold_percentile: belongs to dynamic thresholding"):
+        SamplingOptions(thresholding="static", threshold_percentile=0.9)
+    with pytest.raises(UserError, match="clip_denoised: off leaves nothing to threshold"):
+        SamplingOptions(thresholding="dynamic", clip_denoised=False)
+    with pytest.raises(UserError, match="thresholding: "):
+        SamplingOptions(thresholding="soft")

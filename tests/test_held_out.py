@@ -10,6 +10,7 @@ from safetensors import safe_open
 from tiny import DENOISER, embedding, make_run, run_program
 
 from ldm_lab.__main__ import main
+from ldm_lab.checkpoints.files import read_pickled
 from ldm_lab.config import build
 from ldm_lab.data.shapes import write_shards
 from ldm_lab.errors import UserError
@@ -73,7 +74,38 @@ def test_a_run_ends_when_the_loss_does_not_fall(tmp_path, capsys):
     with contextlib.chdir(tmp_path):
         assert not main(["train", "--config", str(config)])
     assert "no lower held-out loss in 2 measurements; the run ends at step 2" in capsys.readouterr().out
-    assert (tmp_path / "runs/tiny/last.ckpt").exists()
+    last = tmp_path / "runs/tiny/last.ckpt"
+    written, again = last.stat().st_mtime_ns, ["train", "--config", str(config), "resume.checkpoint=last"]
+    with contextlib.chdir(tmp_path):
+        assert not main(again)
+        said = capsys.readouterr().out
+        assert "held_out.patience=2: this run has ended at step 2: 2 measurements were not below the lowest" in said
+        assert "step 2: nothing was left to do\n" in said and "encoding" not in said
+        assert last.stat().st_mtime_ns == written
+        assert not main([*again, "--check"])
+        said = capsys.readouterr().out
+        assert "step 3 made" in said and "other images" not in said and "held_out.patience" not in said
+        assert not main([*again, "held_out.patience=3"])
+        assert "in 3 measurements; the run ends at step 3" in capsys.readouterr().out
+        assert not main([*again, "held_out.patience=null", "trainer.max_steps=5"])
+        assert "has ended" not in capsys.readouterr().out and read_pickled(last)["global_step"] == 5
+
+
+def test_losses_on_other_images_do_not_count(tmp_path, capsys):
+    """Replaced under the same names, or others of the same: the lowest loss and the patience begin anew."""
+    section = held_out(tmp_path, every=1, patience=2)
+    config = make_run(tmp_path, images=16, held_out=section, optim={"lr": 0.0}, trainer={"max_steps": 9})
+    with contextlib.chdir(tmp_path):
+        assert not main(["train", "--config", str(config)])
+        for path in (tmp_path / "held_out").glob("*.tar"):
+            path.unlink()
+        (tmp_path / "held_out").rename(tmp_path / "gone")
+        write_shards(tmp_path / "held_out", count=13, shards=2, size=64, seed=6)
+        capsys.readouterr()
+        assert not main(["train", "--config", str(config), "resume.checkpoint=last"])
+        said = capsys.readouterr().out
+    assert "held_out: other images or times than before: the lowest loss so far" in said
+    assert "the run ends at step 5, the lowest" in said
 
 
 def test_what_a_checkpoint_s_step_came_to_is_not_measured_and_drawn_again(tmp_path, capsys):

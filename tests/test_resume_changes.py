@@ -5,9 +5,12 @@ import itertools
 from pathlib import Path
 
 import pytest
-from tiny import make_run
+import torch
+from tiny import CLOOB, make_run
 
 from ldm_lab.checkpoints.files import read_pickled
+from ldm_lab.checkpoints.native import save_part
+from ldm_lab.config import build
 from ldm_lab.errors import UserError
 from ldm_lab.training.optim import Began, Optim
 from ldm_lab.training.run_state import checked
@@ -156,3 +159,15 @@ def test_damaged_counts_are_told(change, words):
 def test_a_damaged_schedule_is_told(state):
     with pytest.raises(UserError, match="the learning rate's schedule is damaged"):
         Began.of(state)
+
+
+def test_other_weights_of_frozen_parts_are_said(here, program):
+    """The same file name, another content: latents or conditions are others from here on."""
+    yaml = make_run(here)
+    assert program("train", "--config", yaml, "trainer.max_steps=1")[0] == 0
+    torch.manual_seed(7)
+    save_part(here / "conditioner.safetensors", build("conditioner", CLOOB), CLOOB)
+    code, out, err = program("train", "--config", yaml, "resume.checkpoint=last", "trainer.max_steps=2")
+    assert code == 0, err
+    assert out.count("conditioner.weights: other weights than those that this run was trained with so far") == 1
+    assert "autoencoder.weights" not in out

@@ -1,6 +1,7 @@
 """The built-in shapes: what is drawn, what is said about it, how it is kept, and the checker that reads it back."""
 
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -19,6 +20,7 @@ from ldm_lab import config
 from ldm_lab.config import check_section
 from ldm_lab.data import shapes
 from ldm_lab.data.datamodule import DataModule
+from ldm_lab.data.shape_wordings import HELD_OUT_FAMILIES, WORDINGS
 from ldm_lab.errors import UserError
 from ldm_lab.evaluation.shapes_checker import check
 from ldm_lab.sampling import Model, Pipeline, SamplingOptions
@@ -104,7 +106,7 @@ def test_variety_says_how_much_images_of_a_kind_differ():
 
 
 def test_captions_say_what_is_there_and_nothing_else():
-    for wording in shapes.WORDINGS + shapes.HELD_OUT_WORDINGS:
+    for wording in itertools.chain(WORDINGS, *HELD_OUT_FAMILIES.values()):
         for index in range(20):
             _, attributes = shapes.draw(f"caption/{index}", 16)
             words = re.findall(r"[a-z]+", shapes.caption(attributes, wording))
@@ -112,15 +114,11 @@ def test_captions_say_what_is_there_and_nothing_else():
             assert sorted(w for w in words if w in shapes.COLORS) == sorted([attributes.color, attributes.background])
 
 
-def test_held_out_wordings_are_no_training_wordings():
-    assert not set(shapes.WORDINGS) & set(shapes.HELD_OUT_WORDINGS)
-    assert len(set(shapes.WORDINGS)) == len(shapes.WORDINGS)
+def test_captions_are_in_the_first_so_many_wordings():
     _, attributes = shapes.draw(3, 16)
-    held_out = {shapes.caption(attributes, wording) for wording in shapes.HELD_OUT_WORDINGS}
-    trained = {shapes.random_caption(attributes, random.Random(seed)) for seed in range(500)}
-    assert len(trained) == len(shapes.WORDINGS) and not trained & held_out
-    few = {shapes.random_caption(attributes, random.Random(seed), 3) for seed in range(100)}
-    assert few == {shapes.caption(attributes, wording) for wording in shapes.WORDINGS[:3]}
+    for wordings in (3, None):
+        drawn = {shapes.random_caption(attributes, random.Random(seed), wordings) for seed in range(500)}
+        assert drawn == {shapes.caption(attributes, wording) for wording in WORDINGS[:wordings]}
 
 
 # -------------------------------------------------------------------------------------------------------- shards
@@ -204,7 +202,7 @@ def test_source_refuses_what_cannot_be():
     assert problems == [
         "data.image_size: at least 16 is needed, not 8",
         "data.variety: a number from 0 to 1 is needed, not 2.0",
-        "data.wordings: a number from 1 to 20 is needed, not 21",
+        "data.wordings: a number from 1 to 20 or 'grammar' is needed, not 21",
     ]
 
 
@@ -218,9 +216,12 @@ def test_benchmark_asks_for_everything_evenly():
     assert len(set(kinds)) == 96 and all(color != background for color, _, background in kinds)
     assert set(Counter((color, shape) for color, shape, _ in kinds).values()) == {2}
     assert set(Counter(background for _, _, background in kinds).values()) == {12}
-    for wordings in (shapes.WORDINGS, shapes.HELD_OUT_WORDINGS):
+    for wordings in benchmark.FAMILIES.values():
         prompts = benchmark.prompts(wordings)
         assert len(set(prompts)) == 96
+        for wording in wordings:  # none with one color alone
+            colors = [names[0] for names, prompt in zip(kinds, prompts) if prompt == benchmark.say(names, wording)]
+            assert len(set(colors)) == min(len(colors), 8) >= 4
         assert all(set(names) <= set(re.findall("[a-z]+", prompt)) for names, prompt in zip(kinds, prompts))
 
 
@@ -244,9 +245,20 @@ def test_benchmark_measures_a_model():
         Pipeline(Model(denoiser, objective, autoencoder, conditioner, dropout=0.2, image_size=(64, 64))),
         SamplingOptions(sampler={"name": "ddim", "steps": 1}, batch_size=96),
         drawings=8,
+        families={"usual wordings": WORDINGS[:2], "one other": ["a {color} {shape} over {background}"]},
         show=lambda row, pictures, prompts: shown.append((row, len(pictures), len(prompts))),
     )
-    assert rows["drawn afresh"] == [1.0] * 4
-    assert all(0 <= share <= 1 for shares in rows.values() for share in shares)
-    assert rows["reconstructed"][3] < 0.5 and rows["prompts"][3] < 0.5  # nothing here was trained
-    assert shown == [("prompts", 96, 96), ("prompts, other wordings", 96, 96)]
+    assert rows["drawn afresh"] == (8, [1.0] * 4)
+    assert all(0 <= share <= 1 for row in rows.values() for share in row.right)
+    assert rows["reconstructed"].right[3] < 0.5 and rows["usual wordings"].right[3] < 0.5  # nothing here was trained
+    assert shown == [("usual wordings", 96, 96), ("one other", 96, 96)]
+    assert [rows[f"{family}, read by CLOOB"].count for family, *_ in shown] == [2 * 336, 336]
+
+
+def test_benchmark_tells_the_mean_of_several_models():
+    from benchmarks.quickstart_accuracy import Row, mean_lines
+
+    one, two = ({"usual wordings": Row(96, [share] * 4)} for share in (0.9, 1.0))
+    assert [line.split() for line in mean_lines([one])][1] == ["usual", "wordings", *["90.0%"] * 4, "96"]
+    line = list(mean_lines([one, two]))[1]
+    assert line.split() == ["usual", "wordings", *["95.0%"] * 4, "90.0%", "100.0%", "96"]

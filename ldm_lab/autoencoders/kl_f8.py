@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm_lab.attention import attention
 from ldm_lab.autoencoders.tiled import Tiles, doubled
 from ldm_lab.config import PositiveInt, check_options, register
 from ldm_lab.errors import UserError
@@ -284,7 +285,7 @@ class Attention(nn.Module):
         """Return [B, c, h, w] for x [B, c, h, w]."""
         h = self.norm(x)  # [B, c, h, w]
         q, k, v = (rearrange(proj(h), "b c h w -> b 1 (h w) c") for proj in (self.q, self.k, self.v))
-        attended = F.scaled_dot_product_attention(q, k, v)  # [B, 1, hw, c]
+        attended = attention(q, k, v)  # [B, 1, hw, c]
         attended = rearrange(attended, "b 1 (h w) c -> b c h w", h=x.shape[2])  # [B, c, h, w]
         return x + self.proj_out(attended)  # [B, c, h, w]
 

@@ -69,6 +69,14 @@ class Inpaint(ConditionSource):
         self._asked: tuple[Autoencoder, bool] | None = None
 
     @staticmethod
+    def unused(*, rectangle: float, strokes: float, outside: float) -> dict[str, str]:
+        """Return which options have no effect, and why."""
+        found = {} if strokes else dict.fromkeys(("thinnest", "thickest", "most_strokes"), "no strokes are drawn")
+        if not (rectangle or outside):
+            found |= dict.fromkeys(("smallest", "largest"), "no rectangles are drawn")
+        return found
+
+    @staticmethod
     def check(
         *, rectangle: float, strokes: float, whole: float, outside: float,
         smallest: float, largest: float, thinnest: float, thickest: float) -> list[str]:  # fmt: skip

@@ -3,6 +3,9 @@
 A part may have a static method `check(*, this, that) -> list[str]` for rules across keys. It gets the options that it
 names, those that were left out with their defaults, and is not asked about a section with `weights`, as a weights file
 brings its own architecture: then it is asked when that file is read.
+
+A part may likewise have a static method `unused(*, this, that) -> dict[str, str]`: options that have no effect as the
+others are, each with the reason. They are said, as whoever gives them expects something of them.
 """
 
 import contextlib
@@ -142,7 +145,7 @@ def check_rules_of(role: str, section: Any, path: str) -> list[str]:
             problems += _nested(option.annotation, section[key], f"{path}.{key}", across_keys=True)
     if section.get("weights") and "weights" in use_keys(role):
         return problems
-    return problems + [f"{path}.{found}" for found in _violations(info.load(), info, section)]
+    return problems + [f"{path}.{found}" for found in list(answers_of("check", info.load(), info, section))]
 
 
 def check_options(cls: type, **given: Plain) -> None:
@@ -155,19 +158,28 @@ def check_options(cls: type, **given: Plain) -> None:
     for key, value in given.items():
         if found := problem(list(value) if isinstance(value, tuple) else value, info.options[key].annotation):
             raise UserError(f"{info.role}.{key}: {found}")
-    for found in _violations(cls, info, given):
+    for found in answers_of("check", cls, info, given):
         raise UserError(f"{info.role}.{found}")
 
 
-def _violations(cls: type, info: PartInfo, section: Mapping[str, Plain]) -> list[str]:
-    """Return what the static method `check` of a class finds in a section, with the defaults of what that leaves out.
+def answers_of(method: str, cls: type, info: PartInfo, section: Mapping[str, Plain]) -> dict[str, str]:
+    """Return what a static method of a class says of a section, with the defaults of what that leaves out.
+
+    Args:
+        method: "check", which returns a list, or "unused".
+        cls: the class of the part.
+        info: what is known of the part.
+        section: its options.
+
+    Returns:
+        Text -> "" of a list; nothing if the class has no such method.
 
     Raises:
         UserError: it asks for what is no option of the part, and has no default of its own.
     """
-    rule = dict(inspect.getmembers(cls, inspect.isfunction)).get("check")
+    rule = dict(inspect.getmembers(cls, inspect.isfunction)).get(method)
     if rule is None:
-        return []
+        return {}
     asked = {}
     for parameter in inspect.signature(rule).parameters.values():
         option = info.options.get(parameter.name)
@@ -175,9 +187,9 @@ def _violations(cls: type, info: PartInfo, section: Mapping[str, Plain]) -> list
             given = parameter.name in section
             asked[parameter.name] = converted(section[parameter.name], option.annotation) if given else option.default
         elif parameter.default is parameter.empty:
-            raise UserError(f"{info.label}: its check asks for {parameter.name!r}, which is not among its options")
-    found: list[str] = rule(**asked)
-    return found
+            raise UserError(f"{info.label}: its {method} asks for {parameter.name!r}, which is not among its options")
+    found: list[str] | dict[str, str] = rule(**asked)
+    return found if isinstance(found, dict) else dict.fromkeys(found, "")
 
 
 def _nested(annotation: Any, value: Any, where: str, across_keys: bool = False) -> list[str]:

@@ -11,8 +11,9 @@ from typing import Annotated, Any, TypeVar
 
 from annotated_types import Interval
 
-from ldm_lab.config.bounds import Plain, TypeForm, converted, problem
+from ldm_lab.config.bounds import PartSection, Plain, TypeForm, converted, marker, problem
 from ldm_lab.config.checks import (
+    answers_of,
     check_keys,
     check_mapping,
     check_rules_of,
@@ -128,6 +129,30 @@ class PartConfig(Mapping[str, Any]):
         """Return what is wrong with the section, each with its key path below `path` (by default the role)."""
         return check_section(self.role, self.to_dict(), path or self.role)
 
+    def unused_options(self, path: str) -> list[str]:
+        """Return which options are given and have no effect beside the others, a line for each reason.
+
+        What is given as its default does what is expected of it, and is passed over.
+
+        Args:
+            path: key path of the section, which `check` has passed.
+        """
+        info = part_info(self.role, self.name, path)
+        by_reason: dict[str, list[str]] = {}
+        reasons = {} if self.use.weights else answers_of("unused", info.load(), info, self.options)
+        for key, why in reasons.items():
+            option = info.options[key]
+            if key in self.options and converted(self.options[key], option.annotation) != option.default:
+                by_reason.setdefault(why, []).append(f"{path}.{key}")
+        lines = [f"{', '.join(keys)}: without effect: {why}" for why, keys in by_reason.items()]
+        for key, value in self.options.items():
+            mark = marker(info.options[key].annotation)
+            if isinstance(mark, PartSection) and isinstance(value, dict):
+                lines += PartConfig.from_dict(mark.role, {"name": mark.name or mark.role, **value}).unused_options(
+                    f"{path}.{key}"
+                )
+        return lines
+
 
 @dataclass(frozen=True)
 class RunConfig(Mapping[str, PartConfig]):
@@ -234,6 +259,13 @@ class RunConfig(Mapping[str, PartConfig]):
         for name, part in self.condition_sources.items():
             problems += check_rules_of(part.role, part.to_dict(), f"condition_sources.{name}")
         raise_all(problems)
+
+    def unused_options(self) -> list[str]:
+        """Return which options are given and have no effect beside the others, a line for each reason."""
+        lines = [line for key, part in self.sections.items() for line in part.unused_options(key)]
+        for name, part in self.condition_sources.items():
+            lines += part.unused_options(f"condition_sources.{name}")
+        return lines
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

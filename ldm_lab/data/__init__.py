@@ -7,6 +7,7 @@ a subclass of `source.ImageSource` (samples are images, with or without a captio
     open()                                     list the units; UserError where there are none
     found() -> lines                           what `open` found, in words, for the start of a run
     files() -> (name, path) ...                what it found on the disk: by them a cache is known to be stale
+    contents() -> text                         what stands for all of it: by it a resume notices that data were replaced
     count, unit                                how many units are dealt out to the readers, and their name ("shards")
     shuffle_buffer                             where a unit has several items, how many are held to draw from; else None
     items(unit) -> item ...                    what is in a unit, undecoded, always the same

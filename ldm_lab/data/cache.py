@@ -15,11 +15,14 @@ from ldm_lab.batch import Batch
 from ldm_lab.config import NonNegativeInt, register
 from ldm_lab.data.cache_files import DTYPES, CacheShard
 from ldm_lab.data.cache_places import Opened, RemoteCache, open_place
+from ldm_lab.data.contents import contents_of
 from ldm_lab.data.order import Order
 from ldm_lab.data.samples import Sample, SkippedSample
-from ldm_lab.data.source import Source, Unusable
+from ldm_lab.data.shard_urls import scheme_of
+from ldm_lab.data.source import CHECK_AFTER, Source, Unusable
 from ldm_lab.errors import UserError
 
+LUMPS = 10  # shards, of which one that is missing must not end the run at once
 GROUP = 4  # times the shuffle buffer are shuffled together (`loader.GROUP`)
 IMAGE, MEAN, LOGVAR = "image", "mean", "logvar"  # columns that are no conditions
 ENCODERS = ("autoencoder", "conditioner")  # the roles whose parts a description names
@@ -71,6 +74,11 @@ class Cache(Source):
         self.path, self.local, self.held = path, local, shuffle_buffer
         self.opened = Opened()
 
+    @staticmethod
+    def unused(*, path: str) -> dict[str, str]:
+        """Return which options have no effect, and why."""
+        return {} if scheme_of(path) else dict.fromkeys(("local", "shuffle_buffer"), "they are for caches on a server")
+
     def open(self) -> None:
         self.place = open_place(self.path, self.local)
         meta = self.meta = self.place.meta
@@ -85,6 +93,8 @@ class Cache(Source):
         self.unit, self.count = "samples", meta.samples
         if isinstance(self.place, RemoteCache):
             self.unit, self.count = "shards", len(meta.shards)
+            most = max((shard.samples for shard in meta.shards), default=0)
+            self.judged_after = max(CHECK_AFTER, min(LUMPS * most, meta.samples))
             self.shuffle_buffer, self.opened.samples = self.held, (GROUP + 1) * self.held
         if not meta.samples:
             raise UserError(f"data.path: the cache {self.path} holds no sample")
@@ -94,13 +104,16 @@ class Cache(Source):
         columns = ", ".join(f"{name} {column}" for name, column in self.meta.columns.items())
         return [f"{self.path}: {self.meta.samples:,} samples{variants} in {len(self.ends):,} shards; {columns}"]
 
+    def contents(self) -> str:
+        return contents_of("shards", [(shard.name, shard.sha256) for shard in self.meta.shards])
+
     def items(self, unit: int) -> Iterator[int | Unusable]:
-        """Yield the numbers of a shard's samples; one that cannot be had, or is not the right one, is skipped."""
+        """Yield the numbers of a shard's samples; all of one that cannot be had, or is a wrong one, are skipped."""
         self.note(self.place.address_of(unit))
         try:
             shard = self.opened.get(unit, self.place)
         except SkippedSample as problem:
-            yield problem
+            yield SkippedSample(problem.reason, problem.key, self.meta.shards[unit].samples)
             return
         end = int(self.ends[unit])
         yield from range(end - shard.samples, end)

@@ -26,7 +26,7 @@ class Counts:
     """How many samples were read, how many of them skipped for which reason, how many left out as the config asks.
 
     Attributes:
-        read: samples, the skipped and filtered ones included; a broken shard counts as one.
+        read: samples, the skipped and filtered ones included; a broken shard whose samples nobody knows counts as one.
         skipped: reason -> samples.
         examples: reason -> the first few keys.
         judged: samples that rules have looked at, those ahead in the shuffle buffer included.
@@ -60,7 +60,7 @@ class Counts:
 
     def skip(self, problem: SkippedSample) -> None:
         """Count a sample that is not used; it has been counted as read."""
-        one, examples = {problem.reason: 1}, {problem.reason: [problem.key]}
+        one, examples = {problem.reason: problem.samples}, {problem.reason: [problem.key]}
         if isinstance(problem, FilteredOut):
             self.add(Counts(filtered=one, examples=examples, judged=problem.judged))
         else:

@@ -49,6 +49,7 @@ class DataModule(LightningDataModule):
         self._rank, self._world_size = rank, world_size
         self._progress = Progress([[]] * self.workers)
         self._is_described = False
+        self._contents = ""  # of the source, as the first rank found it
         self._loader: Loader | None = None
         self.told_to_stop: Callable[[], bool] = lambda: False
         self._restored: tuple[list[RankState], int] | None = None
@@ -118,9 +119,18 @@ class DataModule(LightningDataModule):
                 f"data: {count} {unit} are too few for {readers} readers ({self.world_size} processes x {self.workers} "
                 f"workers), each of which needs its own: {remedy}, or bring more {unit}"
             )
+        self._contents = self._contents or self._looked_at()
         if self._restored is not None:
             self._restore(*self._restored)
             self._restored = None
+
+    def _looked_at(self) -> str:
+        """Return what stands for the data; one rank looks for all of a run, so that all of them decide alike."""
+        alone = self.trainer is None or self.world_size == 1
+        if alone:
+            return self.source.contents()
+        contents: str = self.trainer.strategy.broadcast(self.source.contents() if self.rank == 0 else "")
+        return contents
 
     def train_dataloader(self) -> Loader:
         """Return the batches from where this rank stands on.
@@ -162,6 +172,7 @@ class DataModule(LightningDataModule):
             count=self.source.count or 0,
             turn=self._progress.turn,
             items=self.source.items_key,
+            contents=self._contents,
             left=[[list(stretch) for stretch in reader] for reader in self._progress.left],
             counts=self._progress.counts.state(),
         )

@@ -12,6 +12,7 @@ from ldm_lab.config import PositiveInt, register
 from ldm_lab.data.beside import CaptionFiles, lines_about, path_beside, read_beside, read_regular
 from ldm_lab.data.caption_tables import CaptionTable
 from ldm_lab.data.captions import NONE, Caption, class_name
+from ldm_lab.data.contents import contents_of, file_entries, names_within
 from ldm_lab.data.folders import Listing, ending_of, is_image, need_plugins, walk
 from ldm_lab.data.image_lists import read_list
 from ldm_lab.data.order import Order
@@ -166,6 +167,14 @@ class FileSource(ImageSource):
                 if (path := path_beside(self.root / name, ending)) is not None
             ]
         return found + [(os.path.relpath(path, self.root), path) for path in self._tables]
+
+    def contents(self) -> str:
+        names = self.names
+        if all(map(os.path.isabs, names)):
+            names = names_within(names)
+        return contents_of(
+            self.unit, file_entries([(n, os.path.join(self.root, o)) for n, o in zip(names, self.names)])
+        )
 
     def decode(self, item: int, order: Order) -> Sample:
         return super().decode(self.read(item), order)

@@ -38,7 +38,6 @@ from ldm_lab.errors import UserError, first_line
 from ldm_lab.interfaces import Batch, ReaderState
 from ldm_lab.progress import print_line
 
-CHECK_AFTER = 500  # samples that a rank reads before the share of skipped ones is judged
 # A reader that finds nothing usable has to end, too. It gives up after this many unusable samples in a row if it has
 # skipped more than the allowed share so far, after ten times as many if it has not (a server that went down).
 CONSECUTIVE_FAILURES = 1000
@@ -66,10 +65,10 @@ class FailureWatch:
         self.total, self.since_usable = Counts(), Counts()
         self.consecutive_failures = 0.0  # behind the last usable sample, weighted
 
-    def read(self) -> None:
-        """Note that a sample, or a shard that cannot be read, was met."""
-        self.total.read += 1
-        self.since_usable.read += 1
+    def read(self, number: int = 1) -> None:
+        """Note that samples were met, or a shard that cannot be read."""
+        self.total.read += number
+        self.since_usable.read += number
 
     def usable(self) -> None:
         """Note that it can be used."""
@@ -112,8 +111,9 @@ def read(
             if isinstance(item, Judged):
                 counts.judged += item.count
                 continue
-            counts.read += 1
-            watch.read()
+            number = item.samples if isinstance(item, SkippedSample) else 1
+            counts.read += number
+            watch.read(number)
             try:
                 if isinstance(item, SkippedSample):
                     raise item
@@ -263,7 +263,7 @@ class Loader:
         ahead = self.progress.copy()
         for batch in self.delivered_again(ahead):
             ahead.advance(batch)
-            if ahead.counts.wanted >= CHECK_AFTER and ahead.counts.share > self.source.max_skipped:
+            if ahead.counts.wanted >= self.source.judged_after and ahead.counts.share > self.source.max_skipped:
                 allowed = f"data.max_skipped allows {self.source.max_skipped:.1%}"
                 raise ReadingError(f"too many unusable samples: {ahead.counts}. {allowed}")
             if len(batch):

@@ -31,9 +31,9 @@ from ldm_lab.data.jobs import (
     Preparation,
     Raw,
 )  # fmt: skip
-from ldm_lab.data.loader import CHECK_AFTER
 from ldm_lab.data.loader_processes import leave_signals_to_parent
 from ldm_lab.data.samples import BROKEN, DUPLICATE, UNREACHABLE, FilteredOut, Judged, SkippedSample, as_utf8
+from ldm_lab.data.source import CHECK_AFTER
 from ldm_lab.data.work_items import WorkItem
 from ldm_lab.errors import UserError
 from ldm_lab.processes import fail_together, keep_freed_memory, quiet_lightning, trainer_options

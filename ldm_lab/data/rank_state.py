@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import NamedTuple, TypedDict
 
+from ldm_lab.data.contents import are_contents, differing_contents
 from ldm_lab.data.counts import Counts, CountsState
 from ldm_lab.data.loader import Progress
 from ldm_lab.data.shares import Stretch, deal
@@ -20,6 +21,7 @@ class RankState(TypedDict):
         workers: readers per rank.
         unit, count: what is dealt out to them, and how many.
         items: stands for what the items of a unit and their order depend on.
+        contents: stands for names and contents of the data, as `contents.contents_of` has it; "" if nobody knows.
         turn: the reader that gives the next batch.
         left: of each reader the stretches before its next whole epoch, as `shares.Stretch`.
         counts: of what was read.
@@ -31,6 +33,7 @@ class RankState(TypedDict):
     unit: str
     count: int
     items: str
+    contents: str
     turn: int
     left: list[list[list[int]]]
     counts: CountsState
@@ -93,6 +96,8 @@ def changed_data(before: RankState, now: RankState) -> list[str]:
     if (before["unit"], before["count"]) != (now["unit"], now["count"]):
         unit = "" if before["unit"] == now["unit"] else f" {before['unit']}"
         changed.append(f"{now['unit']} {before['count']}{unit} -> {now['count']}")
+    elif others := differing_contents(before["contents"], now["contents"]):
+        changed.append(f"other data than before, {others}")
     return changed
 
 
@@ -141,6 +146,7 @@ def _is_sound(state: RankState, ranks: int) -> bool:
         and state["workers"] == len(state["left"]) > state["turn"]
         and isinstance(state["unit"], str)
         and isinstance(state["items"], str)
+        and are_contents(state["contents"])
         and all(_are_stretches(reader, state["count"]) for reader in state["left"])
         and _are_counts([counts.get("read", 0), counts.get("judged", 0)])
         and all(_are_tallies(its) for its in tallies)

@@ -75,11 +75,12 @@ class SkippedSample(Exception):
     Args:
         reason: a few words that the counts are kept by: "truncated image", "too small", "broken shard", ...
         key: which one, for the report.
+        samples: how many they are, as far as it is known; a shard whose samples nobody knows counts as one.
     """
 
-    def __init__(self, reason: str, key: str):
+    def __init__(self, reason: str, key: str, samples: int = 1):
         super().__init__(f"{reason}: {key}")
-        self.reason, self.key = reason, key
+        self.reason, self.key, self.samples = reason, key, samples
 
 
 class FilteredOut(SkippedSample):

@@ -11,12 +11,13 @@ import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from annotated_types import Ge, Interval
 from PIL import Image, ImageDraw
 
 from ldm_lab.config import PositiveInt, Share, register
+from ldm_lab.data.shape_wordings import WORDINGS, derived
 from ldm_lab.data.shard_source import ShardSource
 from ldm_lab.data.tar import write_shard
 from ldm_lab.errors import UserError
@@ -39,42 +40,8 @@ EXTENT = (0.5, 0.8)  # the longer side of the shape's bounding box, as a share o
 MARGIN = 1 / 32  # least distance between shape and border, as a share of the image's side
 ANGLE = 12  # degrees that a shape may be turned, either way
 SUPERSAMPLE = 4  # drawn at this multiple of the size and averaged down
-
-# Every wording names all three attributes. Short ones, so that a tiny text tower soon finds out which color is the
-# shape's and which the background's: that is said by the words around them alone.
-WORDINGS = (
-    "a {color} {shape} on a {background} background",
-    "a {color} {shape} on {background}",
-    "{color} {shape} on {background}",
-    "the {color} {shape} on the {background} background",
-    "a {color} {shape} in front of a {background} background",
-    "a {color} {shape} against a {background} background",
-    "{color} {shape}, {background} background",
-    "one {color} {shape} and a {background} background",
-    "a picture of a {color} {shape} on a {background} background",
-    "a drawing of a {color} {shape} on {background}",
-    "{background} background, {color} {shape}",
-    "a {background} background with a {color} {shape}",
-    "on a {background} background, a {color} {shape}",
-    "a {shape} in {color} on a {background} background",
-    "{shape}, {color}, on {background}",
-    "the {shape} is {color} and the background is {background}",
-    "the background is {background}, the {shape} is {color}",
-    "{background} behind a {color} {shape}",
-    "a {color} {shape} with {background} all around",
-    "a {background} picture with a {color} {shape} in it",
-)
-# Never used in training: other orders and words, to see whether a text tower reads or has learned sentences by heart.
-HELD_OUT_WORDINGS = (
-    "a {color} {shape} over {background}",
-    "there is a {color} {shape} in the middle of a {background} field",
-    "a {background} canvas showing a {color} {shape}",
-    "this {shape} is {color}, what lies behind it is {background}",
-    "a poster: {color} {shape}, all else {background}",
-    "{background} everywhere except for a {color} {shape}",
-    "a {shape} coloured {color}, surrounded by {background}",
-    "a {background} scene containing a single {color} {shape}",
-)
+GRAMMAR_CAPTIONS = 8  # of an image, where the grammar makes them
+Wordings = Annotated[int, Interval(ge=1, le=len(WORDINGS))] | Literal["grammar"]
 
 
 class Attributes(NamedTuple):
@@ -213,8 +180,15 @@ def random_caption(attributes: Attributes, rng: random.Random, wordings: int | N
     return caption(attributes, _choose(rng, WORDINGS[:wordings]))
 
 
+def random_captions(attributes: Attributes, rng: random.Random, wordings: Wordings | None) -> list[str]:
+    """Return the captions of an image: one as above, or several that the grammar derives."""
+    if wordings == "grammar":
+        return [caption(attributes, derived(rng)) for _ in range(GRAMMAR_CAPTIONS)]
+    return [random_caption(attributes, rng, wordings)]
+
+
 def caption(attributes: Attributes, wording: str) -> str:
-    """Return the caption in this wording, one of WORDINGS or HELD_OUT_WORDINGS."""
+    """Return the caption in a wording, such as one of WORDINGS (`ldm_lab.data.shape_wordings`)."""
     return wording.format(color=attributes.color, shape=attributes.shape, background=attributes.background)
 
 
@@ -234,7 +208,8 @@ class Shapes(ShardSource):
         shards: tar files that they are spread over; at least as many as loader processes of all devices.
         drawing_seed: another number, other images.
         variety: how much images of a kind differ in size, place, angle and shade, from 0 (not at all) to 1.
-        wordings: how many different sentences captions are made with, the plainest first; null is all 20.
+        wordings: how many different sentences captions are made with, the plainest first; null is all 20, grammar
+            is eight of an endless number for each image, of which every epoch takes one.
     """
 
     def __init__(
@@ -246,7 +221,7 @@ class Shapes(ShardSource):
         shards: PositiveInt = 16,
         drawing_seed: int = 0,
         variety: Share = 1.0,
-        wordings: Annotated[int, Interval(ge=1, le=len(WORDINGS))] | None = None,
+        wordings: Wordings | None = None,
         **common: Any,
     ):
         super().__init__(image_size=image_size, **common)
@@ -271,6 +246,17 @@ class Shapes(ShardSource):
         return [str(path) for path in write_shards(self.folder, self.images, self.shards, *made_with)]
 
 
+class MadeWith(NamedTuple):
+    """What a folder of shards is made with, see `write_shards`."""
+
+    count: int
+    shards: int
+    size: int
+    seed: int
+    variety: float
+    wordings: Wordings | None
+
+
 def write_shards(
     folder: str | Path,
     count: int,
@@ -278,7 +264,7 @@ def write_shards(
     size: int,
     seed: int = 0,
     variety: float = 1.0,
-    wordings: int | None = None,
+    wordings: Wordings | None = None,
 ) -> list[Path]:
     """Return the shards in `folder`, drawing and writing them first if the folder is not there yet.
 
@@ -292,20 +278,20 @@ def write_shards(
         size: pixels per side.
         seed: another number, other images.
         variety: of the images of a kind, see `draw`.
-        wordings: of the captions, see `random_caption`.
+        wordings: of the captions, see `random_captions`.
 
     Raises:
         UserError: the folder holds something else, or shapes made with other numbers.
     """
     folder = Path(folder)
-    made_with = {"count": count, "shards": shards, "size": size, "seed": seed, "variety": variety, "wordings": wordings}
+    made_with = MadeWith(count, shards, size, seed, variety, wordings)
     if not _is_filled(folder):
         with new_folder(folder) as drafts:
             for shard in range(shards):
                 first, last = (count * edge // shards for edge in (shard, shard + 1))
                 drawn = _samples(range(first, last), shard, size, seed, variety, wordings)
                 write_shard(drafts / f"{shard:05}.tar", drawn)
-            (drafts / MANIFEST).write_text(json.dumps(made_with, indent=2) + "\n")
+            (drafts / MANIFEST).write_text(json.dumps(made_with._asdict(), indent=2) + "\n")
     _check_manifest(folder, made_with)
     return [folder / f"{shard:05}.tar" for shard in range(shards)]
 
@@ -314,7 +300,7 @@ def _is_filled(folder: Path) -> bool:
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
-def _check_manifest(folder: Path, wanted: dict[str, float | None]) -> None:
+def _check_manifest(folder: Path, made_with: MadeWith) -> None:
     """Raise UserError unless the folder's shapes were made with the wanted numbers."""
     try:
         found = json.loads((folder / MANIFEST).read_text())
@@ -323,6 +309,7 @@ def _check_manifest(folder: Path, wanted: dict[str, float | None]) -> None:
             f"data.folder: {folder} holds other files than shapes; give a folder that does not exist"
         ) from None
     found = found if isinstance(found, dict) else {}
+    wanted = made_with._asdict()
     keys = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
     if keys:
         differences = ", ".join(f"{key} {found.get(key)}, not {wanted.get(key)}" for key in keys)
@@ -330,22 +317,22 @@ def _check_manifest(folder: Path, wanted: dict[str, float | None]) -> None:
 
 
 def _samples(
-    indices: range, shard: int, size: int, seed: int, variety: float, wordings: int | None
+    indices: range, shard: int, size: int, seed: int, variety: float, wordings: Wordings | None
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield (key, {extension: bytes}) of the images with these indices; an image depends on seed and index alone."""
     for place, index in enumerate(indices):
         rng = random.Random(f"{seed}/{index}")
         image, attributes = draw(rng, size, variety)
-        text = random_caption(attributes, rng, wordings)
+        texts = random_captions(attributes, rng, wordings)
         encoded = io.BytesIO()
         image.save(encoded, "PNG")
         key = f"{shard:05}{place:04}"
         about = {
             "key": key,
-            "caption": text,
+            "caption": texts[0],
             "status": "success",
             "width": size,
             "height": size,
             **attributes._asdict(),
         }
-        yield key, {"png": encoded.getvalue(), "txt": text.encode(), "json": json.dumps(about).encode()}
+        yield key, {"png": encoded.getvalue(), "txt": "\n".join(texts).encode(), "json": json.dumps(about).encode()}

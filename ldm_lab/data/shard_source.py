@@ -7,6 +7,7 @@ from typing import Any
 
 from ldm_lab.config import NonNegativeInt
 from ldm_lab.data.caption_tables import CaptionTable
+from ldm_lab.data.contents import contents_of, file_entries, names_within
 from ldm_lab.data.samples import RawSample, SkippedSample
 from ldm_lab.data.shard_urls import is_remote, scheme_of
 from ldm_lab.data.shards_found import describe_shards
@@ -64,6 +65,11 @@ class ShardSource(ImageSource):
         found: list[tuple[str, Path | None]] = [(os.path.relpath(path, common), Path(path)) for path in local]
         found += [(a, None) for a in self.addresses if is_remote(a) or scheme_of(a)]
         return found + self.beside_shards
+
+    def contents(self) -> str:
+        paths = [None if is_remote(its) or scheme_of(its) else os.path.abspath(its) for its in self.addresses]
+        names = names_within([path or its for path, its in zip(paths, self.addresses)])
+        return contents_of(self.unit, file_entries([*zip(names, paths)]))
 
     @property
     def items_key(self) -> str:

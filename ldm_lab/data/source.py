@@ -19,6 +19,7 @@ from ldm_lab.io.squares import Road, read_square, torch_has_lanczos
 
 Item = int | RawSample  # what `decode` takes: the number of a unit, or bytes
 Unusable = SkippedSample | Judged  # what `items` gives in the place of an item
+CHECK_AFTER = 500  # samples that are read before the share of skipped ones is judged
 
 
 class Source:
@@ -38,6 +39,7 @@ class Source:
         image_size: side of the square images that samples were made of, pixels; None if nobody has said it.
         shuffle_buffer: items that are held to draw the next one from, where a unit has several of them; None where
             every unit is an item.
+        judged_after: samples that a rank reads before the share of skipped ones is judged.
         note: told what is about to be read, for the message of a wait that takes long.
         encoded_by: of a cache, role -> what is known of the part that made its latents or conditions.
     """
@@ -46,6 +48,7 @@ class Source:
     count: int | None = None
     shuffle_buffer: int | None = None
     image_size: int | None = None
+    judged_after: int = CHECK_AFTER
     encoded_by: Mapping[str, dict[str, str]] = MappingProxyType({})
 
     def __init__(
@@ -83,6 +86,13 @@ class Source:
         elsewhere is None. None at all where the options say everything, or nobody knows.
         """
         return []
+
+    def contents(self) -> str:
+        """Return what stands for all that `open` found, as `contents.contents_of` does; "" where nobody knows.
+
+        By it a run that goes on knows whether other data lie in the place of those that it was trained on.
+        """
+        return ""
 
     def items(self, unit: int) -> Iterator[Item | Unusable]:
         """Yield the items of a unit, the same ones in the same order whenever it is read.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ldm_lab.config import PartMapping, Plain, part_class, register
+from ldm_lab.data.contents import contents_of, file_entries
 from ldm_lab.data.sample_metadata import metadata_of, read_scores, scores_path
 from ldm_lab.data.samples import UNREADABLE_SCORES, FilteredOut, Judged, RawSample, SkippedSample
 from ldm_lab.data.shard_source import ShardSource
@@ -53,6 +54,7 @@ class WebDataset(ShardSource):
         self.shards = [shards] if isinstance(shards, str) else shards
         self.rules, self.scores = build_rules(rules or {}), scores
         self.said = json.dumps([rules, names, scores], sort_keys=True, default=str)
+        self.scored = ""  # stands for the files of scores
         self.names = Names.of(names, f"data.{ASK}")
 
     @staticmethod
@@ -77,7 +79,7 @@ class WebDataset(ShardSource):
 
     @property
     def items_key(self) -> str:
-        return hashlib.sha256(f"{super().items_key} {self.said}".encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{super().items_key} {self.said} {self.scored}".encode()).hexdigest()[:16]
 
     def list_shards(self) -> list[str]:
         addresses = expand(self.shards)
@@ -91,6 +93,7 @@ class WebDataset(ShardSource):
                 )
             paths = [Path(scores_path(address, self.scores)) for address in addresses]
             self.beside_shards += [(f"data.scores/{number}/{path.name}", path) for number, path in enumerate(paths)]
+            self.scored = contents_of("scores", file_entries([(path.name, str(path)) for path in paths]))
         return addresses
 
     def samples(self, address: str) -> Iterator[RawSample | Unusable]:

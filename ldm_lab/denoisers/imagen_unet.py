@@ -21,6 +21,7 @@ from ldm_lab.denoisers.imagen_conditions import ConditionReader, taken_condition
 from ldm_lab.denoisers.imagen_layers import GROUPS, Builder, LevelPlan, MultiKernelConv, ResnetBlock
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import ConditionSpec, ImageCondition
+from ldm_lab.sampling_defaults import SamplingDefaults
 
 SKIP = 2**-0.5  # factor of what comes from the way down
 
@@ -42,6 +43,9 @@ class ImagenUNet(ConditionReader):
     )
     unordered_keys = ("attention_levels", "text_levels")
     most_guidance = 10.0
+    sampling_defaults = SamplingDefaults(
+        guidance=5.0, upsampler_guidance=5.0, upsampler_temperature=1.0, thresholding="dynamic"
+    )
 
     def __init__(
         self,
@@ -125,6 +129,10 @@ class ImagenUNet(ConditionReader):
         self.mid_block2 = build.middle(widths[-1])
         self.ups = nn.ModuleList(build.up(level, efficient) for level in reversed(plan))
         self.final_res_block = build.block(widths[0], widths[0], gated=True)
+
+    def outer_layers(self) -> list[str]:
+        """Return the names of the convolutions that read x, of which there are several, and of the last one."""
+        return [*(f"init_conv.convs.{i}" for i in range(len(self.init_conv.convs))), "final_conv"]
 
     @staticmethod
     def check(

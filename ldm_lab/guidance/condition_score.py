@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ldm_lab.guidance.base import Wrapper
-from ldm_lab.guidance.thresholding import StaticThresholding
+from ldm_lab.guidance.thresholding import Thresholding
 from ldm_lab.interfaces import Predict, Prediction, Schedule
 
 
@@ -22,7 +22,7 @@ class ConditionScore(Wrapper):
 
     order = 30
 
-    thresholding: StaticThresholding | None = None
+    thresholding: Thresholding | None = None
 
     def wrap(self, predict: Predict, schedule: Schedule) -> Predict:
         """Return `predict` with the gradient, if there is one, in its x0 and eps; see `Wrapper.wrap`."""

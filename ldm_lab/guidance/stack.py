@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ldm_lab.guidance.base import Wrapper
 from ldm_lab.guidance.condition_score import ConditionScore
-from ldm_lab.guidance.thresholding import StaticThresholding
+from ldm_lab.guidance.thresholding import Thresholding
 from ldm_lab.interfaces import Predict, Schedule
 
 
@@ -21,7 +21,7 @@ def stack(predict: Predict, wrappers: Sequence[Wrapper], *, schedule: Schedule, 
     wrappers = list(wrappers)
     is_worked_in = uses_gradient or any(isinstance(wrapper, ConditionScore) for wrapper in wrappers)
     if not is_worked_in and any(wrapper.adds_gradient for wrapper in wrappers):
-        thresholds = [wrapper for wrapper in wrappers if isinstance(wrapper, StaticThresholding)]
+        thresholds = [wrapper for wrapper in wrappers if isinstance(wrapper, Thresholding)]
         wrappers.append(ConditionScore(thresholds[0] if thresholds else None))
     for wrapper in sorted(wrappers, key=lambda wrapper: wrapper.order):
         predict = wrapper.wrap(predict, schedule)

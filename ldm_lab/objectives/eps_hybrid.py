@@ -64,6 +64,11 @@ class EpsHybrid(Objective):
             return [f"timesteps: at least 21 are needed for linear betas, which reach 1 with fewer, not {timesteps}"]
         return []
 
+    @staticmethod
+    def unused(*, weighting: str) -> dict[str, str]:
+        """Return which options have no effect, and why."""
+        return {"gamma": "objective.weighting is uniform"} if weighting == "uniform" else {}
+
     def check_denoiser(self, denoiser: Denoiser | type[Denoiser]) -> None:
         """Raise UserError for a denoiser that has no timesteps, or no channels for the variance that is trained."""
         super().check_denoiser(denoiser)

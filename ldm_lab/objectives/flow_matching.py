@@ -46,6 +46,12 @@ class FlowMatching(Objective):
         self.logit_mean, self.logit_std = logit_mean, logit_std
         self.weighting, self.gamma, self.timestep_sampler = weighting, gamma, timestep_sampler
 
+    @staticmethod
+    def unused(*, weighting: str, logit_std: float | None) -> dict[str, str]:
+        """Return which options have no effect, and why."""
+        found = {"gamma": "objective.weighting is uniform"} if weighting == "uniform" else {}
+        return found if logit_std is not None else {**found, "logit_mean": "objective.logit_std is null"}
+
     def times(self, u: Tensor) -> Tensor:
         """Return the t, [B] in [0, 1), of even draws u [B] from [0, 1): logit-normal ones."""
         if self.logit_std is None:

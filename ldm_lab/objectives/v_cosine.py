@@ -31,6 +31,11 @@ class VCosine(Objective):
         self.schedule = Cosine()
         self.weighting, self.gamma, self.timestep_sampler = weighting, gamma, timestep_sampler
 
+    @staticmethod
+    def unused(*, weighting: str) -> dict[str, str]:
+        """Return which options have no effect, and why."""
+        return {"gamma": "objective.weighting is uniform"} if weighting == "uniform" else {}
+
     def loss_terms(
         self, denoiser: Denoiser, x0: Tensor, conditions: Conditions, t: Tensor, noise: Tensor
     ) -> dict[str, Tensor]:

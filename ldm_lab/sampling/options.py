@@ -15,6 +15,7 @@ from PIL import Image
 
 from ldm_lab.config import LARGEST_SEED, PartSection, PositiveInt, Share, build, check_section, register
 from ldm_lab.errors import UserError
+from ldm_lab.sampling_defaults import SamplingDefaults, Thresholding
 
 SamplerConfig = dict[str, str | int | float | bool | None]  # a sampler's name and options
 ImageFile = str | Path | Image.Image
@@ -23,7 +24,7 @@ Resize = Literal["crop", "pad", "stretch"]
 Precision = Literal["32-true", "16-mixed", "bf16-mixed"]  # as the trainer calls them
 
 MIN_TIMESTEPS_FAST27 = 50  # that GLIDE's respacing for upsampling needs
-DEFAULT_GUIDANCE = 3.0
+DEFAULT_GUIDANCE = SamplingDefaults().guidance
 DEFAULT_UPSAMPLER = "ddim"
 DEFAULT_SAMPLER = "unipc"  # nearest to the converged picture for its model calls (docs/measured.md)
 # Options that make no sense between prompts (`ldm_lab.sampling.interpolation`).
@@ -37,11 +38,17 @@ BASE_ONLY = (
     "aesthetic", "aesthetic_weight", "aesthetic_embeddings",
     "clip_guidance", "rerank", "seed", "batch_size",
 )  # fmt: skip
-UPSAMPLER = "upsampler_"  # prefix of what is said of upsamplers
+UPSAMPLER = "upsampler_"  # prefix of what is said of all upsamplers
+STAGE = "upsampler."  # before the number of one of them, from 1 on, and a dot
 # Options that name a file, and those of `ModelOptions` that change pictures otherwise.
 IMAGE_FILES = ("init_image", "mask")
 MODEL_FILES = ("guide_model", "autoencoder", "conditioner", "aesthetic_embeddings")
 OF_LOADING = ("precision", "noised_clip_head_width")
+
+
+def stage_prefix(number: int) -> str:
+    """Return the prefix of what is said of one upsampler: "upsampler.2."."""
+    return f"{STAGE}{number}."
 
 
 class OptionValues(dict[str, OptionValue]):
@@ -59,13 +66,17 @@ class SamplingOptions:
     """How pictures are made. None stands for a default that depends on other choices or on the model (`resolved`).
 
     Attributes:
-        guidance: weight of prompts without one (default: 3; with CLIP guidance, and of an upsampler, 1)
+        guidance: weight of prompts without one (default: 3; with CLIP guidance, and of an upsampler, 1; of Imagen's
+            networks 5)
         negative: text that guidance steers away from (default: from no prompt at all)
         guidance_interval: guide between these two times only; 0 is the finished picture, 1 is noise
         guidance_rescale: bring the spread of guided predictions back, against burnt colors: 0 to 1
         sampler: name of the sampler (default: unipc; of an upsampler ddim in the steps fast27, or 27)
-        temperature: factor of the noise that sampling starts from (default: 1; of an upsampler 0.997)
+        temperature: factor of the noise that sampling starts from (default: 1; of an upsampler 0.997, of Imagen's 1)
         clip_denoised: keep clean estimates within the range of pixels (default: for models of pixels)
+        thresholding: how they are kept there: clamped (static), or divided by a percentile of each picture's magnitudes
+            (dynamic), against flat, burnt regions at much guidance (default: static; of Imagen's networks dynamic)
+        threshold_percentile: of dynamic thresholding, 0 to 1 (default: 0.995)
         low_res_level: of a super-resolution stage that is told of it: how much noise is added to what it enlarges, 0
             to 1 (default: the model's own, mostly 0.2); little keeps to the small picture
         size: pixels: 256, or 384x256 for width x height (default: as trained; the init image's own aspect, with about
@@ -95,6 +106,8 @@ class SamplingOptions:
     sampler: Annotated[str | SamplerConfig | None, PartSection("sampler")] = None
     temperature: Annotated[float, Ge(0), Le(2)] | None = None
     clip_denoised: bool | None = None
+    thresholding: Thresholding | None = None
+    threshold_percentile: Share | None = None
     low_res_level: Share | None = None
     size: int | str | tuple[int, int] | None = None
     init_image: ImageFile | None = None
@@ -122,6 +135,9 @@ class SamplingOptions:
     def check(
         *,
         guidance_interval: Sequence[float],
+        clip_denoised: bool | None,
+        thresholding: str | None,
+        threshold_percentile: float | None,
         size: int | str | Sequence[int] | None,
         init_image: ImageFile | None,
         strength: float | None,
@@ -148,6 +164,10 @@ class SamplingOptions:
             for key, (value, other, its) in belongs.items()
             if value is not None and its is None
         ]
+        if clip_denoised is False and (thresholding is not None or threshold_percentile is not None):
+            problems.append("clip_denoised: off leaves nothing to threshold; thresholding goes without it")
+        if thresholding == "static" and threshold_percentile is not None:
+            problems.append("threshold_percentile: belongs to dynamic thresholding")
         first, last = guidance_interval
         if not first <= last:
             problems.append(f"guidance_interval: two times 0 <= first <= last <= 1 are needed, not {first:g} {last:g}")
@@ -170,7 +190,9 @@ class SamplingOptions:
         names = [field.name for field in fields(self) if values[field.name] != field.default]
         return OptionValues((name, values[name]) for name in names)
 
-    def resolved(self, upsampler: bool = False, timesteps: int | None = None) -> "SamplingOptions":
+    def resolved(
+        self, upsampler: bool = False, timesteps: int | None = None, defaults: SamplingDefaults | None = None
+    ) -> "SamplingOptions":
         """Return the options with the defaults that depend on others, or on the model, filled in; no seed is -1.
 
         The strength of an init image follows from its files (`ldm_lab.sampling.image_to_image.InitImage`).
@@ -178,17 +200,28 @@ class SamplingOptions:
         Args:
             upsampler: whether the model is one.
             timesteps: of the model's noise schedule; None if it is continuous.
+            defaults: of the model's kind.
         """
-        plain = upsampler or self.clip_guidance is not None
+        defaults = defaults or SamplingDefaults()
+        guidance = defaults.upsampler_guidance if upsampler else defaults.guidance
+        guidance = guidance if self.clip_guidance is None else 1.0
+        asked = self.thresholding or (None if self.threshold_percentile is None else "dynamic")
+        thresholding = None if self.clip_denoised is False else asked or defaults.thresholding
+        percentile = defaults.percentile if self.threshold_percentile is None else self.threshold_percentile
         sampler = self.sampler or DEFAULT_SAMPLER
         if self.sampler is None and upsampler:  # as GLIDE's
             steps = "fast27" if (timesteps or 0) >= MIN_TIMESTEPS_FAST27 else 27
             sampler = {"name": DEFAULT_UPSAMPLER, "steps": steps}
         return replace(
             self,
-            guidance=(1.0 if plain else DEFAULT_GUIDANCE) if self.guidance is None else self.guidance,
+            guidance=guidance if self.guidance is None else self.guidance,
             sampler={"name": sampler} if isinstance(sampler, str) else sampler,
-            temperature=(0.997 if upsampler else 1.0) if self.temperature is None else self.temperature,
+            temperature=(defaults.upsampler_temperature if upsampler else 1.0)
+            if self.temperature is None
+            else self.temperature,
+            clip_denoised=self.clip_denoised if asked is None else True,
+            thresholding=thresholding,
+            threshold_percentile=percentile if thresholding == "dynamic" else None,
             aesthetic_weight=0.5
             if self.aesthetic is not None and self.aesthetic_weight is None
             else self.aesthetic_weight,

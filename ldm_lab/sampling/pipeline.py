@@ -16,7 +16,7 @@ from ldm_lab.guidance.classifier_free import guided
 from ldm_lab.guidance.clip import ClipGradient, ClipGuidance
 from ldm_lab.guidance.inpaint import Inpaint
 from ldm_lab.guidance.stack import stack
-from ldm_lab.guidance.thresholding import StaticThresholding
+from ldm_lab.guidance.thresholding import DynamicThresholding, StaticThresholding
 from ldm_lab.interfaces import Callback, Predict, Schedule
 from ldm_lab.sampling import rerank
 from ldm_lab.sampling.decode import Sample, decode
@@ -223,7 +223,13 @@ class Pipeline:
         clip_denoised = bound is not None if options.clip_denoised is None else options.clip_denoised
         wrappers: list[Wrapper] = []
         if clip_denoised:
-            wrappers.append(StaticThresholding(bound or 1 / float(model.autoencoder.latent_std.min())))
+            limit, percentile = bound or 1 / float(model.autoencoder.latent_std.min()), options.threshold_percentile
+            if options.thresholding == "dynamic" and percentile is not None:
+                defaults = model.denoiser.sampling_defaults
+                most = defaults.upsampler_most if request.low_res is not None else defaults.most
+                wrappers.append(DynamicThresholding(limit, percentile, most))
+            else:
+                wrappers.append(StaticThresholding(limit))
         if options.clip_guidance is not None:
             targets = target_embeddings(model, [request.mixes[i] for i in pictures], request.guidance)  # [B, D]
             guidance = ClipGuidance(model.load_noised_clip(), options.clip_guidance)

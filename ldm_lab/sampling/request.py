@@ -94,7 +94,7 @@ def checked_request(
     """
     schedule = model.objective.schedule
     asked = options
-    options = options.resolved(model.upscale_factor is not None, schedule.timesteps)
+    options = options.resolved(model.upscale_factor is not None, schedule.timesteps, model.denoiser.sampling_defaults)
     seeds = range(options.seed, options.seed + len(mixes)) if seeds is None else seeds
     if len(seeds) != len(mixes):
         raise UserError(f"seeds: {len(seeds)} for {len(mixes)} pictures; one for each is needed")

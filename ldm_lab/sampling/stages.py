@@ -116,14 +116,18 @@ class Stages:
         downscale = self.base.pipeline.model.autoencoder.downscale
         height, width = (side * downscale for side in base.latent_size)
         requests, base_width, before = [], width, self.base
-        for stage in self.upsamplers:
-            _check_sizes(before.pipeline.model, stage.pipeline.model, height, width)
-            before = stage
+        for number, stage in enumerate(self.upsamplers, start=1):
             low_res = torch.empty(len(base.mixes), 3, height, width, device="meta")  # [N, 3, h, w]
             options = _with_mask(stage.options, base, width * (stage.pipeline.model.upscale_factor or 1) / base_width)
-            mixes = [_guided_toward(stage, mix, base.guidance) for mix in base.mixes]
-            requests.append(stage.pipeline.check(mixes, options, low_res=low_res))
-            downscale = stage.pipeline.model.autoencoder.downscale
+            try:
+                _check_sizes(before.pipeline.model, stage.pipeline.model, height, width)
+                mixes = [_guided_toward(stage, mix, base.guidance) for mix in base.mixes]
+                requests.append(stage.pipeline.check(mixes, options, low_res=low_res))
+            except UserError as error:
+                if len(self.upsamplers) == 1:
+                    raise
+                raise UserError(f"upsampler {number}: {str(error).removeprefix('upsampler: ')}") from None
+            before, downscale = stage, stage.pipeline.model.autoencoder.downscale
             height, width = (side * downscale for side in requests[-1].latent_size)
         return Plan(base, requests)
 
@@ -167,12 +171,15 @@ def _with_mask(options: SamplingOptions, base: Request, scale: float) -> Samplin
 
 def _guided_toward(stage: Stage, mix: Sequence[Prompt], guidance: float) -> list[Prompt]:
     """Return the prompts that a picture is enlarged with: those that the base is guided toward, in proportion."""
-    total = stage.options.resolved(upsampler=True).guidance
-    assert total is not None, "it is resolved"
+    model = stage.pipeline.model
     shares = proportional_weights(prompt_weights([mix], guidance).float())[1:, 0].tolist()  # k numbers
     toward = [(prompt, share) for prompt, share in zip(mix, shares, strict=True) if share > 0]
-    unconditional = stage.pipeline.model.conditioner.is_unconditional
-    if total != 1 and (unconditional or not any(prompt.text.strip() for prompt, _ in toward)):
+    unconditional = model.conditioner.is_unconditional
+    has_text = not unconditional and any(prompt.text.strip() for prompt, _ in toward)
+    total = stage.options.guidance
+    if total is None:
+        total = model.denoiser.sampling_defaults.upsampler_guidance if has_text and model.dropout else 1.0
+    if total != 1 and not has_text:
         why = "it was trained without any" if unconditional else "this prompt is empty"
         raise UserError(f"guidance of the upsampler needs a text that it guides to, but {why}; leave it out")
     return [replace(prompt, weight=share * total) for prompt, share in toward] or [Prompt("", 1.0)]
@@ -187,13 +194,15 @@ def _enlarged(
 ) -> Iterator[tuple[Sample, ...]]:
     """Yield the pictures of the stages so far, each with one more that is the last one enlarged."""
     size = request.options.batch_size
+    told = "low_res_level" in pipeline.model.denoiser.spec  # of noise, beside which levels of 8 bits are nothing
     for first in range(0, len(request.mixes), size):
         group = list(islice(rows, size))
+        low_res = torch.stack([row[-1].pixels for row in group])  # [B, 3, h, w]
         (large,) = pipeline.samples(
             request.mixes[first : first + len(group)],
             request.options,
             seeds=[row[0].seed + seed_offset for row in group],
-            low_res=round_to_uint8(torch.stack([row[-1].pixels for row in group])),  # [B, 3, h, w]
+            low_res=low_res if told else round_to_uint8(low_res),  # [B, 3, h, w]
             progress=progress,
         )
         for row, sample in zip(group, large, strict=True):

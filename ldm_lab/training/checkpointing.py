@@ -90,6 +90,11 @@ class Checkpointing(Callback):
             return [f"keep_every: {keep_every} is not a multiple of every ({every})"]
         return []
 
+    @staticmethod
+    def unused(*, keep: int) -> dict[str, str]:
+        """Return which options have no effect, and why."""
+        return {} if keep else {"keep_every": "checkpoint.keep=0 keeps last.ckpt alone"}
+
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         self.trainer = trainer
         self.saved_at = trainer.global_step  # nothing new yet

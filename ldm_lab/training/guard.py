@@ -127,6 +127,20 @@ class Guard(Callback):
             if given[key]
         ]
 
+    @staticmethod
+    def unused(*, on_nonfinite: str, on_spike: str | None) -> dict[str, str]:
+        """Return which options have no effect, and why."""
+        policies = (on_nonfinite, on_spike)
+        found = {}
+        if on_spike is None:
+            found = dict.fromkeys(("spike_factor", "spike_window"), "guard.on_spike looks for no spikes")
+        if "skip" not in policies:
+            found["max_in_a_row"] = "neither guard.on_nonfinite nor guard.on_spike is skip"
+        if "rollback" not in policies:
+            why = "neither guard.on_nonfinite nor guard.on_spike is rollback"
+            found |= dict.fromkeys(("snapshot_every", "max_rollbacks"), why)
+        return found
+
     # ------------------------------------------------------------------------------------------------ Lightning
 
     def setup(self, trainer: Trainer, task: Task, stage: str) -> None:

@@ -1,5 +1,7 @@
 """The loss on held-out images during training, early stopping by it, and the best weights kept."""
 
+import hashlib
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -22,14 +24,17 @@ from ldm_lab.training.logs import log_values, print_rank_zero
 from ldm_lab.training.task import batch_seed, gather
 
 BEST = "best.safetensors"
+# Options of the data that losses do not depend on; where they lie is told by what is there.
+UNIMPORTANT = ("workers", "timeout", "max_skipped", "path", "shards", "folder", "local", "shuffle_buffer")
 
 
 class HeldOutState(TypedDict):
-    """What a checkpoint keeps: the lowest loss so far and its step, measurements since then."""
+    """What a checkpoint keeps: the lowest loss so far and its step, measurements since then, what was measured on."""
 
     best: float
     best_step: int
     since: int
+    measured_on: str
 
 
 @register("held_out")
@@ -39,6 +44,8 @@ class HeldOut(Callback):
     Latents, noise and times are the same at every measurement, and conditions are never dropped, so that the numbers
     of a run can be compared with each other, and with those of other runs with the same section and seed.
     """
+
+    goes_on = True  # with a checkpoint's measurements; not where it is tried out on a few images
 
     def __init__(
         self,
@@ -60,6 +67,7 @@ class HeldOut(Callback):
             samples: the first so many of the data, in an order that the run's seed gives.
             levels: times at which each sample is looked at, spread over all noise levels.
             patience: stop the run after this many measurements in a row without a new lowest loss; null never does.
+                Started again, a run that was stopped trains nothing unless this is larger.
             keep_best: write the model with the lowest loss as `best.safetensors`.
         """
         self.path = folder / BEST
@@ -70,6 +78,9 @@ class HeldOut(Callback):
         self.best, self.best_step, self.since = math.inf, 0, 0
         self.encoded: list[HeldOutBatch] = []
         self.measured_at = -1
+        options = {key: value for key, value in data.items() if key not in UNIMPORTANT}
+        self.described = json.dumps([options, samples, levels], sort_keys=True, default=str)
+        self.measured_on = self.measured_on_before = ""
 
     def setup(self, trainer: Trainer, task: DiffusionTask, stage: str) -> None:
         """Find the data before training. Raises UserError where there are none, or of another size."""
@@ -81,12 +92,17 @@ class HeldOut(Callback):
         except UserError as error:
             raise UserError(f"held_out.{error}") from None
         task.check_encoded_by(self.source, "held_out.data")
+        contents = trainer.strategy.broadcast(self.source.contents() if trainer.is_global_zero else "")
+        told = f"{self.described} {task.seed} {contents}"
+        self.measured_on = hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
         for line in self.source.found():
             print_rank_zero(f"held_out.data: {as_utf8(line)}")
 
     @told_in_one_line(lambda: "encoding the held-out images", "a smaller held_out.data.batch_size needs less")
     def on_train_start(self, trainer: Trainer, task: DiffusionTask) -> None:
         """Encode this rank's share. Raises UserError for data without a usable image."""
+        if self.is_exhausted(trainer):
+            return
         size, ours = self.source.image_size, trainer.datamodule.source.image_size
         if size is not None and ours is not None and size != ours:
             raise UserError(f"held_out.data.image_size: {size}; data.image_size is {ours}, and losses depend on it")
@@ -99,6 +115,27 @@ class HeldOut(Callback):
         self.measured_at = trainer.global_step  # that of a run that goes on was measured before it was saved
         if trainer.global_step == 0:
             self.measure(trainer, task)
+
+    def is_exhausted(self, trainer: Trainer) -> bool:
+        """Return whether the run has been stopped for want of lower losses, and is to train nothing more; say so.
+
+        Losses on other images, or at other times, count no more.
+        """
+        if self.measured_on_before not in ("", self.measured_on):
+            print_rank_zero(
+                f"held_out: other images or times than before: the lowest loss so far, {self.best:.5f} at step "
+                f"{self.best_step}, does not count any more"
+            )
+            self.best, self.best_step, self.since = math.inf, 0, 0
+        if self.patience is None or self.since < self.patience:
+            return False
+        print_rank_zero(
+            f"held_out.patience={self.patience}: this run has ended at step {trainer.global_step}: {self.since} "
+            f"measurements were not below the lowest loss, {self.best:.5f} at step {self.best_step}; nothing is "
+            "trained (a larger patience, or null, goes on)"
+        )
+        trainer.should_stop = True
+        return True
 
     def encode(self, trainer: Trainer, task: DiffusionTask) -> list[HeldOutBatch]:
         """Return this rank's batches, in main memory: every n-th one, and the same number on each of n ranks.
@@ -178,7 +215,10 @@ class HeldOut(Callback):
             task.write_model(self.path, weights, torch.float32, {"held_out_loss": str(self.best)})
 
     def state_dict(self) -> HeldOutState:
-        return {"best": self.best, "best_step": self.best_step, "since": self.since}
+        return HeldOutState(best=self.best, best_step=self.best_step, since=self.since, measured_on=self.measured_on)
 
     def load_state_dict(self, state: HeldOutState) -> None:
+        if not self.goes_on:
+            return
         self.best, self.best_step, self.since = state["best"], state["best_step"], state["since"]
+        self.measured_on_before = state["measured_on"]

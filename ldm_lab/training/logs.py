@@ -41,6 +41,11 @@ class Logging:
         """
         self.every, self.wandb, self.project, self.entity = every, wandb, project, entity
 
+    @staticmethod
+    def unused(*, wandb: str) -> dict[str, str]:
+        """Return which options have no effect, and why."""
+        return dict.fromkeys(("project", "entity"), "logging.wandb is none") if wandb == "none" else {}
+
     def loggers(self, folder: Path, run: str, resumed_step: int | None, wandb_id: str | None) -> list[Logger]:
         """Return the loggers of a run that starts at step 0 or goes on from `resumed_step`."""
         loggers: list[Logger] = [CSVLog(folder / "metrics.csv", resumed_step)]

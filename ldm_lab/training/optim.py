@@ -100,6 +100,14 @@ class Optim:
         self.peak = lr  # a resumed run may go on with another one
         self.began = Began()
 
+    @staticmethod
+    def unused(*, warmup_steps: int, schedule: str) -> dict[str, str]:
+        """Return which options have no effect, and why."""
+        found = {} if warmup_steps else {"warmup": "optim.warmup_steps is 0"}
+        if schedule == "constant":
+            found |= dict.fromkeys(("schedule_steps", "final_lr"), "optim.schedule is constant")
+        return found
+
     def factor(self, step: int, max_steps: int) -> float:
         """Return the multiplier of the peak for the optimizer step after `step` completed ones."""
         factor, warm = 1.0, step - self.began.origin + 1

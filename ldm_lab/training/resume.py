@@ -3,7 +3,7 @@
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
@@ -24,6 +24,12 @@ FIXED = ("optim.freeze", "optim.state", "optim.decay_on", "lora.rank", "lora.alp
 FREE = ("denoiser.dropout", "denoiser.gradient_checkpointing")
 
 
+class ResumeState(TypedDict):
+    """What a checkpoint keeps: the last `resume.lr` that its run has taken; None for none."""
+
+    lr: float | None
+
+
 @register("resume")
 class Resume(Callback):
     """Go on with a run: weights, EMA, optimizer, scaler, step, data position come from its checkpoint."""
@@ -42,11 +48,12 @@ class Resume(Callback):
             folder: the run's folder.
             checkpoint: a `.ckpt`; "last" is the run's own `last.ckpt`, or a fresh start if there is none.
             lr: peak learning rate from here on, in every parameter group and below the schedule; null keeps the
-                checkpoint's.
+                checkpoint's. It is taken once: the same command, started again, goes on with what the rate has become.
             schedule: what a learning rate's schedule does that has become another one, such as a longer one. "continue"
                 goes on from where it is, without a jump, to its new end; "restart" begins anew, with its warm-up.
         """
         self.lr, self.schedule = lr, schedule
+        self.taken: float | None = None  # the last `lr` that this run has taken
         self.path: Path | None = None
         self.stored: RunConfig | None = None  # the checkpoint's
         last = folder / LAST
@@ -63,6 +70,11 @@ class Resume(Callback):
             )
         if lr is not None and self.path is None and checkpoint != "last":
             raise UserError("resume.lr: needs resume.checkpoint; a fresh run takes optim.lr")
+
+    @staticmethod
+    def unused(*, checkpoint: str | None) -> dict[str, str]:
+        """Return which options have no effect, and why."""
+        return {"schedule": "a fresh run has no schedule to go on with"} if checkpoint is None else {}
 
     def differences(self, config: RunConfig, network: tuple[str, ...]) -> list[str]:
         """Return the lines "key: checkpoint's value -> new value" between the checkpoint's config and this one.
@@ -90,30 +102,44 @@ class Resume(Callback):
             )
         return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed]
 
+    def state_dict(self) -> ResumeState:
+        return ResumeState(lr=self.taken)
+
+    def load_state_dict(self, state: ResumeState) -> None:
+        self.taken = state["lr"]
+
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         """Set what Lightning has restored from the checkpoint, and the config has otherwise."""
         if self.path is None:
             return
+        taken_before = self.lr is not None and self.lr == self.taken
+        lr = None if taken_before else self.lr
+        self.taken = self.taken if self.lr is None else self.lr
         for optimizer, scheduler in zip(trainer.optimizers, trainer.lr_scheduler_configs):
             task.optim.set_options(optimizer)
             scheduler = scheduler.scheduler
             before = scheduler.base_lrs[0]
+            if taken_before and before != self.lr:
+                print_rank_zero(
+                    f"resume.lr: {self.lr:g} was taken when this run went on with it first; the rate has become "
+                    f"{before:g} since then (guard.lr_factor), which holds; another number changes it"
+                )
             if self.lr is None and before != task.optim.lr:
                 print_rank_zero(
                     f"optim.lr: {task.optim.lr:g} is not used, the checkpoint's {before:g} holds "
                     f"(resume.lr={task.optim.lr:g} changes it)"
                 )
-            peak = task.optim.peak = before if self.lr is None else self.lr
+            peak = task.optim.peak = before if lr is None else lr
             bent = self.bend_schedule(task.optim, scheduler.last_epoch, trainer.max_steps, before)
             factor = task.optim.factor(scheduler.last_epoch, trainer.max_steps)
-            if self.lr is None and bent is None:
+            if lr is None and bent is None:
                 continue
             scheduler.base_lrs = [peak] * len(scheduler.base_lrs)
             for group in optimizer.param_groups:
                 group["initial_lr"], group["lr"] = peak, peak * factor
             scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
-            if self.lr is not None:
-                print_rank_zero(f"learning rate: {before:g} -> {self.lr:g} (resume.lr)")
+            if lr is not None:
+                print_rank_zero(f"learning rate: {before:g} -> {lr:g} (resume.lr)")
             if bent:
                 print_rank_zero(bent)
 

@@ -257,6 +257,7 @@ class Task(JudgedSteps):
         self.load_average(checkpoint["state_dict"])
         align(checkpoint, self.trainer.accumulate_grad_batches)
         run = checked(checkpoint[FORMAT])
+        say_other_weights(run.get("frozen"), self.frozen_sha256)
         self.batches_seen, self.samples_seen = run["batches_seen"], run["samples_seen"]
         self.optim.began = Began.of(run["course"])
         self.trainer.datamodule.load_rank_states(run["data"], self.global_rank)
@@ -294,6 +295,13 @@ class Task(JudgedSteps):
         named = {f"train/{name}": value.detach() for name, value in values.items()}
         named["train/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log_dict(named, on_step=True, sync_dist=True, batch_size=batch_size)
+
+
+def say_other_weights(before: dict[str, str] | None, now: dict[str, str]) -> None:
+    """Say which frozen parts have other weights than a checkpoint's, role -> sha256 each."""
+    for role, checksum in now.items() if isinstance(before, dict) else ():
+        if before.get(role, checksum) != checksum:
+            print_rank_zero(f"{role}.weights: other weights than those that this run was trained with so far")
 
 
 def batch_seed(seed: int, rank: int, batch: int) -> int:

@@ -82,6 +82,13 @@ class TrainerOptions:
         """Return what is wrong across the options."""
         return [*_wrong_duration(max_time), *_wrong_strategy(strategy, str(precision), channels_last)]
 
+    @staticmethod
+    def unused(*, devices: int | str, num_nodes: int, strategy: str) -> dict[str, str]:
+        """Return which options have no effect, and why."""
+        if strategy == FSDP2:
+            return {"ddp": f"trainer.strategy is {FSDP2}"}
+        return {"ddp": "there is one device"} if str(devices) == "1" and num_nodes == 1 else {}
+
     def trainer(self, callbacks: list[Callback], loggers: list[Logger], log_every: int, folder: Path) -> Trainer:
         """Return the Trainer."""
         if self.threads:
