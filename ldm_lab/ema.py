@@ -100,17 +100,29 @@ class Pairs:
             torch._foreach_lerp_(self.moved, self.toward, 1 - decay)
         else:
             for moved, toward in self.by_dtype:
-                _move_unless(moved, toward, 1 - decay, left_out)
+                move = move_one_by_one if moved[0].device.type == "cpu" else move_at_once
+                move(moved, toward, 1 - decay, left_out)
         for mine, its in (*self.copied, *zip(self.average.buffers(), self.model.buffers(), strict=True)):
             mine.copy_(its)
 
 
-def _move_unless(moved: list[torch.Tensor], toward: list[torch.Tensor], share: float, left_out: torch.Tensor) -> None:
+def move_one_by_one(
+    moved: list[torch.Tensor], toward: list[torch.Tensor], share: float, left_out: torch.Tensor
+) -> None:
+    """Move tensors of one dtype by a share of the way toward others, unless the flag, float [], is 1.
+
+    Bit for bit as without a flag; on a GPU it would launch a kernel for each tensor.
+    """
+    weight = (1 - left_out.to(moved[0].dtype)) * share  # []
+    torch._foreach_lerp_(moved, toward, [weight] * len(moved))
+
+
+def move_at_once(moved: list[torch.Tensor], toward: list[torch.Tensor], share: float, left_out: torch.Tensor) -> None:
     """Move tensors of one dtype by a share of the way toward others, unless the flag, float [], is 1.
 
     The host need not know the flag. It is read by the one kernel of torch that takes one for many tensors, that of
     fused SGD: with the weights w toward which x moves as its gradient, and a weight decay of 1,
-    x - share * (x - w). `_foreach_lerp_` with shares on the device would launch a kernel for each tensor.
+    x - share * (x - w), which differs from `move_one_by_one` by rounding.
     """
     torch._fused_sgd_(
         moved, toward, [], weight_decay=1.0, momentum=0.0, lr=share, dampening=0.0, nesterov=False, maximize=True,

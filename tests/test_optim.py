@@ -109,10 +109,9 @@ def test_an_average_that_a_flag_of_the_device_holds_back_moves_in_one_pass_too(l
         for parameter in net.parameters():
             parameter.add_(torch.randn_like(parameter) * parameter.requires_grad)
     before, toward = copy.deepcopy(average), copy.deepcopy(net)
-    calls, fused = [], torch._fused_sgd_
-    counted = lambda moved, *args, **options: calls.append(len(moved)) or fused(moved, *args, **options)  # noqa: E731
-    monkeypatch.setattr(torch, "_fused_sgd_", counted)
-    monkeypatch.setattr(torch, "_foreach_lerp_", None)
+    calls = []
+    at_once = lambda moved, *args: calls.append(len(moved)) or ema.move_at_once(moved, *args)  # noqa: E731
+    monkeypatch.setattr(ema, "move_one_by_one", at_once)  # as on a GPU
     ema.Pairs(average, net).update(0.9, torch.tensor(left_out))
     assert sorted(calls) == [1, 4]
     for mine, its, old, new in zip(*(list(m.parameters()) for m in (average, net, before, toward))):

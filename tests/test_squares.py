@@ -212,7 +212,7 @@ def test_what_libjpeg_says_of_a_damaged_file_is_kept_off_the_terminal(place, cap
 
 
 def test_what_others_write_while_a_jpeg_is_decoded_is_handed_on(capfd, monkeypatch):
-    monkeypatch.delattr(os, "memfd_create", raising=False)  # as on other systems than Linux
+    monkeypatch.setattr(sys, "platform", "darwin")
     with WithoutComplaints():
         os.write(2, b"a line of another thread\nCorrupt JPEG data: 3 extraneous bytes before marker 0xd9\nand half")
     assert capfd.readouterr().err == "a line of another thread\nand half"

@@ -8,6 +8,7 @@ same pixels.
 
 import io
 import os
+import sys
 import tempfile
 import threading
 import warnings
@@ -82,7 +83,7 @@ class WithoutComplaints:
         except OSError:  # it is closed
             self.before = -1
             return self
-        self.held = os.memfd_create("stderr") if hasattr(os, "memfd_create") else _temporary_file()
+        self.held = os.memfd_create("stderr") if sys.platform == "linux" else _temporary_file()
         os.dup2(self.held, 2)
         return self
 
