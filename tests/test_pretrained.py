@@ -615,7 +615,7 @@ def test_a_wrong_entry_of_a_catalogue_is_named(change, message):
 def test_the_catalogue_is_installed_with_the_package():
     with open(ROOT / "pyproject.toml", "rb") as file:
         data = tomllib.load(file)["tool"]["setuptools"]["package-data"]
-    assert "**/*.yaml" in data["ldm_lab"] and len(catalogue()) == 51
+    assert "**/*.yaml" in data["ldm_lab"] and len(catalogue()) == 57
 
 
 def checked(capsys, *names: str) -> tuple[int, list[str]]:
@@ -738,6 +738,15 @@ def test_of_several_addresses_the_first_that_knows_tells_the_size(release, mirro
     release(f"{mirror.url}/gone.bin", f"{mirror.url}/w.bin")
     announce([to_download(NAME, "autoencoder.weights")])
     assert f"{len(CONTENT) / 2**20:.1f} MiB" in capsys.readouterr().err
+
+
+def test_the_license_of_if_s_weights_is_named(cache, capsys):
+    from ldm_lab.commands.pretrained import table
+
+    lines = [line for line in table().splitlines() if line.startswith("if/")]
+    assert len(lines) == 6 and all("DeepFloyd IF License (research only, to be accepted)" in line for line in lines)
+    with pytest.raises(UserError, match=r"no address is known .*put pytorch_model\.bin .from https://huggingface"):
+        fetch("if/i-m")
 
 
 def test_all_that_lies_on_cloob_s_and_compvis_s_servers_has_another_route():
