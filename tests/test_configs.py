@@ -155,6 +155,8 @@ def test_ccld_finetune_goes_on_with_the_released_model():
         ("miniglide", 156_947_494),
         ("miniglide_1m5", 1_495_814),
         ("dogglide", 156_947_494),
+        ("if_finetune_I", 371_605_830),
+        ("if_finetune_II", 351_076_102),
         ("glide_quickstart", 3_637_254),
         ("glide_quickstart_upsampler", 1_210_886),
         ("glide_quickstart_inpaint", 3_638_406),
