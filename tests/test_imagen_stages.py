@@ -9,10 +9,11 @@ from ldm_lab.autoencoders.identity import IdentityAutoencoder
 from ldm_lab.batch import Batch
 from ldm_lab.condition_sources.noised_low_res import NoisedLowRes
 from ldm_lab.conditions import ConditionRequest
-from ldm_lab.config import build, to_yaml
+from ldm_lab.config import build, load, to_yaml
 from ldm_lab.errors import UserError
 from ldm_lab.sampling import SamplingOptions
 from ldm_lab.schedules import LogSNR
+from ldm_lab.training.cost import config_cost
 
 
 def batch_of(images):
@@ -145,6 +146,12 @@ def test_a_stage_is_trained_and_draws_what_it_enlarges(here, program):
     code, _, err = program("train", "--config", config)
     assert code == 0, err
     assert list((here / "runs/sr32/enlargements").glob("*.png"))
+
+
+def test_what_a_step_costs_is_told_without_the_language_model(here):
+    config = recipe(here, "base", 16, imports=[], conditioner={"name": "t5", "model": "google/t5-v1_1-small"})
+    cost = config_cost(load(config))
+    assert cost.flops > 0 and cost.frozen < 1000
 
 
 @pytest.mark.slow

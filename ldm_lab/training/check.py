@@ -23,6 +23,7 @@ from ldm_lab.training.disk import check_space
 from ldm_lab.training.gap_runs import few_means, needs_means, prepare_means, with_own_means
 from ldm_lab.training.going_on import in_changed_precision, with_options
 from ldm_lab.training.guard import Guard
+from ldm_lab.training.held_out import HeldOut
 from ldm_lab.training.resume import Resume
 from ldm_lab.training.runner import RUNS, announce, build_task, less_memory, training_now
 from ldm_lab.training.sharding import FSDP2
@@ -61,6 +62,9 @@ def check(config: RunConfig) -> int:
         options.options["enable_progress_bar"] = False
         guard = Guard(Path(scratch), 1)
         drawing = task.callbacks(Path(scratch))
+        for callback in drawing:
+            if isinstance(callback, HeldOut):
+                callback.goes_on = False
         trainer = options.trainer([resume, guard, *drawing], [], 1, Path(scratch))
         if options.channels_last:
             task.to(memory_format=torch.channels_last)
@@ -91,7 +95,7 @@ def trial(config: RunConfig, scratch: Path, before: int) -> RunConfig:
         if section in config:
             tried = with_options(tried, section, {"every": 1, **({} if section == "demo" else {"images": 1})})
     if "held_out" in config:
-        tried = with_options(tried, "held_out", {"every": 1, "samples": 1, "levels": 1})
+        tried = with_options(tried, "held_out", {"every": 1, "samples": 1, "levels": 1, "patience": None})
     if "demo" in config:
         prompts = scratch / "prompts.txt"
         prompts.write_text(read_prompts(config["demo"]["prompts"])[0] + "\n", encoding="utf-8")

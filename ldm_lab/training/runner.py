@@ -133,7 +133,8 @@ def _run(config: RunConfig, folder: Path, lock: RunLock, began: float | None) ->
     announce(config, folder, resume.path, changes, task)
     with compiler_told_in_one_line(options.compile):
         stopped = fit(trainer, task, data, callbacks)
-    if guard.leaves_for is not None and not stopped:
+    is_done = 0 <= trainer.max_steps <= trainer.global_step
+    if guard.leaves_for is not None and not stopped and not is_done:
         return Done(0, gone_on(config, guard.leaves_for), callbacks.interrupt.began, trainer.strategy.launcher)
     summary = [data.summary(callbacks.bookkeeping.data_states), *guard.summary(), *task.summary()]
     report(trainer, folder, summary, stopped, before.get("global_step", 0), callbacks.checkpoint.saved_at)
