@@ -231,6 +231,8 @@ def test_a_training_step_waits_for_nothing(name):
     names, side = ["a", "b"], 16 if "glide" in name else 64
     for source in task.sources.values():  # the first step asks once whether latents are pixels
         source.from_batch(Batch(names, names, image=torch.zeros(PIXELS)), torch.zeros(PIXELS), task.autoencoder, None)
+    if task.autoencoder.pixel_range is not None:  # so does what looks at the spread of latents
+        task.spread.watch(torch.zeros(PIXELS))
     with fake_cuda() as gpu:
         for module in (task, *task.frozen.values()):
             to_gpu(module)
