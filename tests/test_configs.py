@@ -109,12 +109,8 @@ def test_yfcc_clip_differs_from_yfcc_cfg_in_nothing_but_the_frozen_parts():
     clip, cloob = load_filled(CONFIGS / "yfcc_clip.yaml"), load_filled(CONFIGS / "yfcc_cfg.yaml")
     assert {key for key in {*clip, *cloob} if clip.get(key) != cloob.get(key)} == {"autoencoder", "conditioner"}
     assert clip["conditioner"] == {
-<<<<<<< HEAD
-        "name": "clip", "model": "ViT-B-16", "pretrained": "laion2b_s34b_b88k", "dropout": 0.2, "gap": {},
-=======
         "name": "clip", "model": "ViT-B-16", "pretrained": "laion2b_s34b_b88k", "dropout": 0.2,
         "gap": {"noise": None},
->>>>>>> main
     }  # fmt: skip
     other = PartConfig("conditioner", "clip", {"model": "ViT-L-14-quickgelu", "pretrained": "openai"})
     clip = clip.with_part("conditioner", other)
@@ -132,12 +128,8 @@ def test_recipes_without_captions_take_parts_that_everyone_can_fetch(recipe):
     loaded, text = load_filled(CONFIGS / f"{recipe}.yaml"), (CONFIGS / f"{recipe}.yaml").read_text()
     assert loaded["autoencoder"]["weights"] == "hf://stabilityai/sd-vae-ft-mse"
     assert loaded["autoencoder"]["latent_std"] == pytest.approx(1 / 0.18215, rel=1e-3)
-<<<<<<< HEAD
-    assert loaded["conditioner"]["name"] == "clip" and loaded["conditioner"]["gap"] == {}
-=======
     assert loaded["conditioner"]["name"] == "clip"
     assert build("gap", loaded["conditioner"]["gap"]).needs_means, "texts and images are brought together"
->>>>>>> main
     mentioned = re.findall(r"# model: (\S+).*\n *# pretrained: (\w+)", text) + re.findall(r"(ViT-\S+) with (\w+)", text)
     assert "defaults: own" in text or {"dfn2b", "webli"} <= {pretrained for _, pretrained in mentioned}
     for model, pretrained in [(loaded["conditioner"]["model"], loaded["conditioner"]["pretrained"]), *mentioned]:
