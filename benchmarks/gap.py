@@ -41,7 +41,8 @@ from ldm_lab.conditioners.embedding import EmbeddingConditioner
 from ldm_lab.conditioners.gap import Gap
 from ldm_lab.config import PartConfig
 from ldm_lab.data.cache import Cache
-from ldm_lab.data.shapes import WORDINGS, draw, random_caption
+from ldm_lab.data.shape_wordings import WORDINGS
+from ldm_lab.data.shapes import draw, random_caption
 from ldm_lab.errors import run_program
 from ldm_lab.evaluation.shapes_checker import check
 from ldm_lab.io.atomic import atomic_write
@@ -159,12 +160,9 @@ class Bench:
 
     # ------------------------------------------------------------------------------------------------- training
 
-    def train(self, name: str, seed: int) -> Path:
-        """Train a row's model if that has not been done; return its file."""
+    def overrides(self, name: str, seed: int) -> list[str]:
+        """Return all settings of a row's run."""
         row = ROWS[name]
-        run = self.out / "runs" / f"{name.replace(' ', '_')}-{seed}"
-        if (run / "ema.safetensors").exists():
-            return run / "ema.safetensors"
         own = [*self.settings(row), f"cache.folder={self.cache(row)}"]
         if row.gap is not None:
             own.append("conditioner.gap=" + row.gap.format(means=self.means, noise=self.args.noise))
@@ -173,9 +171,19 @@ class Bench:
         steps = self.args.steps
         course = [f"trainer.max_steps={steps}", f"checkpoint={{every: {steps}, keep: 0}}", f"demo.every={10 * steps}"]
         course += ["logging.every=100", "trainer.threads=1"] if self.args.one_thread else ["logging.every=100"]
-        command = [sys.executable, "train.py", "--config", CONFIG, f"run={run}", f"seed={seed}"]
-        with open(self.out / f"{run.name}.log", "w") as log:
-            subprocess.run([*command, *SMALLER, *course, *own], check=True, cwd=ROOT, stdout=log, stderr=log)
+        return [f"run={self.run(name, seed)}", f"seed={seed}", *own, *SMALLER, *course]
+
+    def run(self, name: str, seed: int) -> Path:
+        """Return the folder of a row's run."""
+        return self.out / "runs" / f"{name.replace(' ', '_')}-{seed}"
+
+    def train(self, name: str, seed: int) -> Path:
+        """Train a row's model if that has not been done; return its file."""
+        run = self.run(name, seed)
+        if not (run / "ema.safetensors").exists():
+            command = [sys.executable, "train.py", "--config", CONFIG, *self.overrides(name, seed)]
+            with open(self.out / f"{run.name}.log", "w") as log:
+                subprocess.run(command, check=True, cwd=ROOT, stdout=log, stderr=log)
         return run / "ema.safetensors"
 
     def share_right(self, name: str, seed: int) -> float:

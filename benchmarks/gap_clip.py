@@ -19,13 +19,13 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a checkout that is not installed
 
-from quickstart_accuracy import say
+from quickstart_accuracy import EVERY, say
 
 from ldm_lab.checkpoints.native import save_part
 from ldm_lab.conditioners.cloob import CLOOB
 from ldm_lab.config import load
 from ldm_lab.data.shape_wordings import WORDINGS
-from ldm_lab.data.shapes import COLORS, SHAPES, draw, random_caption
+from ldm_lab.data.shapes import draw, random_caption
 from ldm_lab.errors import run_program
 from ldm_lab.io.images import to_tensor
 from ldm_lab.progress import Bar
@@ -102,9 +102,8 @@ def judge(model: CLOOB, count: int = 1000) -> dict[str, float]:
     fresh = drawings(count, "fresh", 64)
     image = model.encode_image(as_floats(fresh.images))  # [N, D]
     text = model.encode_text(fresh.texts)  # [N, D]
-    every = [(c, s, b) for c in COLORS for s in SHAPES for b in COLORS if b != c]
-    said = model.encode_text([say(names, WORDINGS[0]) for names in every])  # [336, D]
-    best = [every[i] for i in (image @ said.T).argmax(1).tolist()]
+    said = model.encode_text([say(names, WORDINGS[0]) for names in EVERY])  # [336, D]
+    best = [EVERY[i] for i in (image @ said.T).argmax(1).tolist()]
     right = sum(
         all(name in text.split() or f"{name}," in text for name in names) for names, text in zip(best, fresh.texts)
     )

@@ -137,6 +137,15 @@ def test_damaged_and_foreign_files_are_refused(tmp_path, change, message):
         read_gap(path)
 
 
+def test_inspect_says_what_a_file_holds(tmp_path, capsys):
+    make_parts(tmp_path)
+    assert not main(["inspect", str(gap_file(tmp_path, images=7))])
+    out = capsys.readouterr().out
+    assert "means of images and texts of ldm_lab's" in out and "gap: means of 16 numbers, " in out
+    with pytest.raises(UserError, match=r"which conditioner\.gap\.means=FILE takes as it is"):
+        main(["convert", str(tmp_path / "gap.safetensors"), str(tmp_path / "out.safetensors"), "name=cloob"])
+
+
 def test_means_of_another_conditioner_are_refused(tmp_path):
     sections = make_parts(tmp_path)
     path = gap_file(tmp_path)

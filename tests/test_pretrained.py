@@ -764,7 +764,13 @@ def test_where_a_server_is_gone_the_error_has_overrides_to_paste(name, mirror, c
         fetch(name)
     pasted = shlex.split(str(caught.value).partition("can do without it, with ")[2])
     config = load(ROOT / "configs" / "yfcc_cfg.yaml", ["data.shards=x.tar", *pasted])
-    clip = {"name": "clip", "model": "ViT-B-16", "pretrained": "laion2b_s34b_b88k", "dropout": 0.2}
+    clip = {
+        "name": "clip",
+        "model": "ViT-B-16",
+        "pretrained": "laion2b_s34b_b88k",
+        "dropout": 0.2,
+        "gap": {"noise": None},
+    }
     assert config["conditioner"] == clip, "and what the config says of its use stays"
     assert config["autoencoder"]["weights"] == "hf://stabilityai/sd-vae-ft-mse"
     assert config["autoencoder"]["latent_std"] == 5.49

@@ -153,6 +153,7 @@ def load_encoder(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
         **{"mt5": transformers.MT5EncoderModel, "umt5": transformers.UMT5EncoderModel},
     }
     transformers.utils.logging.disable_progress_bar()  # one for each tensor, however fast
+    transformers.utils.logging.set_verbosity_error()  # of tensors that are left over; `report` has those that lack
     options = {"add_pooling_layer": False} if kind == "bert" else {}
     try:
         model, report = classes[kind].from_pretrained(
