@@ -26,7 +26,8 @@ class LatentSpread:
         """
         self.autoencoder, self.goes_on = autoencoder, goes_on
         self.variances: list[Tensor] = []
-        self.images, self.done = 0, autoencoder.pixel_range is not None  # asked here: later it is on the device
+        # Asked here: later it is on the device. On the meta device, where costs are counted, there is nothing to watch.
+        self.images, self.done = 0, autoencoder.latent_mean.is_meta or autoencoder.pixel_range is not None
 
     @torch.no_grad()
     def watch(self, z: Tensor) -> None:
