@@ -40,6 +40,9 @@ class FakeCuda(FakeTensorMode):
             self.waits.append(f"{func}: a copy from the {'GPU' if to_cpu else 'CPU'} of {list(leaves[0].shape)}")
         if func in INDEXED and on_cpu:
             self.waits.append(f"{func}: indices on the CPU")
+        if func is torch.ops.aten._fused_sgd_.default:  # in place, and torch has no way of its own without numbers
+            assert len(on_gpu) == len([leaf for leaf in leaves if isinstance(leaf, Tensor)]), "tensors of two devices"
+            return None
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
