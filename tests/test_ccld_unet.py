@@ -194,7 +194,9 @@ def test_bilinear_upsampling_is_torch_s(shape, order):
 def test_attention_on_a_gpu_is_given_features_side_by_side(monkeypatch):
     seen = []
     kernel = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: seen.extend(qkv) or kernel(*qkv))
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *qkv, **rest: seen.extend(qkv) or kernel(*qkv, **rest)
+    )
     with fake_cuda():
         attention(*torch.randn(3, 2, 4, 8, 16, device=CUDA).transpose(-1, -2))  # as convolutions lay them out
     assert [x.stride(-1) for x in seen] == [1, 1, 1]

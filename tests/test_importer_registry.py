@@ -156,7 +156,7 @@ def test_an_importer_outside_the_package_is_found_and_used(tmp_path, released, o
 
 def test_every_importer_says_what_it_is():
     kinds = [known.kind for known in importers()]
-    assert len(kinds) == len(set(kinds)) == 23
+    assert len(kinds) == len(set(kinds)) == 26
     for known in importers():
         assert known.title and type(known).__doc__
         assert known.holds_model or known.parts or known.used_by or known.kind == "part"
