@@ -1,5 +1,7 @@
 """What one GPU does with the 1.17-billion-parameter model and around it, part by part. `benchmarks/gpu.sh` runs all.
 
+fp16, LoRA and sampling take the network of `own_images_24gb.yaml`: it starts and saves in a third of the time.
+
     python benchmarks/gpu.py matmul --out runs/gpu
     python benchmarks/gpu.py cached --out runs/gpu --tiny
 
@@ -16,7 +18,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -46,6 +51,8 @@ TINY_CLOOB = {
     "text_width": 32, "text_layers": 1, "text_heads": 2, "text_size": 24, "vocab_size": 600, "embed_dim": 16,
 }  # fmt: skip
 TINY = ["denoiser={name: ccld_unet, base_channels: 16, multipliers: [1, 2], mapping_width: 32, head_width: 16}"]
+# The network of own_images_24gb.yaml, 403 million parameters.
+MEDIUM = ["denoiser={name: ccld_unet, base_channels: 128, multipliers: [3, 4, 8, 8], mapping_width: 1024}"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,11 @@ class Setting:
     def image_size(self) -> int:
         """Side of the images, pixels."""
         return 64 if self.tiny else 256
+
+    @property
+    def medium(self) -> list[str]:
+        """Settings that make the U-Net smaller, where it is not tiny anyway."""
+        return [] if self.tiny else MEDIUM
 
     @property
     def batch_size(self) -> int:
@@ -113,10 +125,10 @@ def matmul(setting: Setting) -> None:
     setting.row("copy", "bytes", f"{2 * source.numel() / seconds / 1e9:.0f} GB/s", f"{1000 * seconds:.2f} ms")
 
 
-def unet(setting: Setting, width: int = EMBED) -> Denoiser:
-    """Return the U-Net for embeddings of a width, with its initial weights."""
+def unet(setting: Setting) -> Denoiser:
+    """Return the U-Net with its initial weights."""
     section = load(ROOT / CONFIG, ["data.shards=none", *(TINY if setting.tiny else [])])["denoiser"].architecture()
-    return build("denoiser", section, 4, {"embed": Embedding(width)})
+    return build("denoiser", section, 4, {"embed": Embedding(EMBED)})
 
 
 @functools.cache
@@ -202,14 +214,42 @@ def eager(setting: Setting) -> None:
 def compiled(setting: Setting) -> None:
     """Time the U-Net's step with its blocks compiled."""
     for size in (1, 2):
-        network_step(setting, "compiled step", "bf16", size * setting.batch_size, compile="blocks", channels_last=False)
+        compiled_step(setting, size)
+
+
+def compiled_step(setting: Setting, size: int) -> None:
+    """Time a step of `size` batches; the compiler keeps its results for the next process."""
+    network_step(setting, "compiled step", "bf16", size * setting.batch_size, compile="blocks", channels_last=False)
+
+
+def compile_both(setting: Setting) -> None:
+    """Have the compiler do its work for both sizes at once, which on a CPU the parts do by themselves."""
+    if setting.device != "cuda":
+        return
+    began = time.perf_counter()
+    both = [get_context("spawn").Process(target=compile_quietly, args=(setting, size)) for size in (1, 2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    if any(process.exitcode for process in both):
+        raise UserError("the blocks could not be compiled")
+    took = f"{time.perf_counter() - began:.0f} s"
+    setting.row("compiling the blocks", "bf16", "", took, "once for a card and a version of torch")
+
+
+def compile_quietly(setting: Setting, size: int) -> None:
+    """Make the step without its row: others are at work on the card."""
+    with redirect_stdout(StringIO()):
+        compiled_step(setting, size)
 
 
 def lora(setting: Setting) -> None:
     """Time the training of adapters alone, on the cache."""
     cache = f"cache.folder={setting.out / 'cache'}"
     base = f"init_from={model_file(setting)}"
-    train(setting, "lora", cache, base, "lora.rank=4", "trainer.compile=none", steps(setting, 18), config=FAST)
+    less = ["lora.rank=4", "trainer.compile=none", *setting.medium]
+    train(setting, "lora", cache, base, *less, steps(setting, 18), config=FAST)
 
 
 def prepare(setting: Setting) -> list[str]:
@@ -217,7 +257,7 @@ def prepare(setting: Setting) -> list[str]:
     folder = setting.out / "prepared"
     images = 32 if setting.tiny else 1024
     if not (folder / "shards").is_dir():
-        write_shards(folder / "shards", count=images, shards=4, size=setting.image_size, seed=0)
+        write_shards(folder / "shards", count=images, shards=4 if setting.tiny else 16, size=setting.image_size, seed=0)
     settings = [f"data.shards={folder}/shards/*.tar", f"data.image_size={setting.image_size}"]
     config = load(ROOT / CONFIG, settings)
     for role, tiny in (("autoencoder", TINY_AUTOENCODER), ("conditioner", TINY_CLOOB)):
@@ -234,11 +274,11 @@ def prepare(setting: Setting) -> list[str]:
 def model_file(setting: Setting) -> Path:
     """Write a model of random weights, once; return its path."""
     path = setting.out / "prepared" / "model.safetensors"
-    config = load(ROOT / CONFIG, prepare(setting))
+    config = load(ROOT / CONFIG, [*prepare(setting), *setting.medium])
     if not path.exists():
-        width = TINY_CLOOB["embed_dim"] if setting.tiny else EMBED
+        given = {"embed": Embedding(TINY_CLOOB["embed_dim"] if setting.tiny else EMBED)}
         with torch.device(setting.device):
-            weights = unet(setting, width).state_dict()
+            weights = build("denoiser", config["denoiser"].architecture(), 4, given).state_dict()
         cpu = {name: weight.cpu() for name, weight in weights.items()}
         save_model(path, cpu, config.to_dict(), {"step": "0", "image_size": str(setting.image_size)})
     return path
@@ -302,7 +342,7 @@ def half_to_full(setting: Setting) -> None:
     cache = f"cache.folder={setting.out / 'cache'}"
     half = "16-mixed" if setting.device == "cuda" else "bf16-mixed"
     few = 3 if setting.tiny else 18
-    plain = [cache, "trainer.compile=none", "trainer.channels_last=false"]
+    plain = [cache, "trainer.compile=none", *setting.medium]
     begun = [f"trainer.precision={half}", f"trainer.max_steps={few}"]
     train(setting, "fp16 then fp32", *plain, *begun, config=FAST, saves=True)
     resumed = ["trainer.precision=32-true", "resume.checkpoint=last", f"trainer.max_steps={2 * few}"]
@@ -355,8 +395,8 @@ def quickstart(setting: Setting) -> None:
 
 
 PARTS = {
-    "matmul": matmul, "eager": eager, "compiled": compiled, "cached": cached, "fp16": half_to_full,
-    "encoders": encoders, "lora": lora, "sampling": sampling, "quickstart": quickstart,
+    "matmul": matmul, "eager": eager, "compile": compile_both, "compiled": compiled, "cached": cached,
+    "fp16": half_to_full, "encoders": encoders, "lora": lora, "sampling": sampling, "quickstart": quickstart,
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """`python -m ldm_lab cache`: what it writes trains like the images it was made from, and nothing else is mixed in."""
 
+import json
 import os
 from pathlib import Path
 
@@ -129,6 +130,28 @@ def test_a_run_makes_its_cache_at_the_first_start(cached, program):
         assert weights.equal(runs[1][name]) and weights.equal(runs[2][name])
     code, _, err = program("train", "--config", yaml, "run=third", "cache.folder=own", "seed=5")
     assert code == 2 and "made with another seed" in err
+
+
+def test_a_seed_that_nothing_was_drawn_by_may_change(cached, program):
+    """Middle crops, no mirror images, one caption each: any seed would have made this cache. Several captions count."""
+    yaml = cached.parent / "tiny.yaml"
+    plain = ["data.crop=center", "data.flip=false", "cache.folder=own", "trainer.max_steps=1"]
+    assert program("train", "--config", yaml, "run=first", *plain)[0] == 0
+    assert json.loads((cached.parent / "own" / "meta.json").read_text())["description"]["seed"] is None
+    code, out, err = program("train", "--config", yaml, "run=second", *plain, "seed=5")
+    assert code == 0 and "encoding" not in out, err
+    shard = next((cached.parent / "own").glob("*.safetensors"))
+    shard.unlink()
+    code, out, err = program("ldm_lab.__main__", "cache", "--config", yaml, "--out", "own", *plain[:2], "seed=6")
+    assert code == 0 and "made again" in out, err
+    assert shard.exists()
+    write_files(cached.parent / "images", 4)
+    for path in (cached.parent / "images").rglob("00001.txt"):
+        path.write_text("one\ntwo\n")
+    folder = ["data={name: folder, path: images, image_size: 64, batch_size: 4}"]
+    code, out, err = program("ldm_lab.__main__", "cache", "--config", yaml, "--out", "captions", *folder)
+    assert code == 0, err
+    assert json.loads((cached.parent / "captions" / "meta.json").read_text())["description"]["seed"] == 1
 
 
 # ----------------------------------------------------------------------------------------------- as good as the images

@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from tiny_glide import FACTOR, SIDE
 
+from ldm_lab.commands import sample
+from ldm_lab.commands._sampling_flags import base_options, fill_in_stages, numbered, upsampler_options
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
 from ldm_lab.io.images import round_to_uint8, to_tensor
@@ -332,3 +334,122 @@ def test_the_command_guides_an_empty_upsampling_by_nothing(program, files, tmp_p
         "--upsampler-guidance", 2, "--out", tmp_path / "out", "--device", "cpu",
     )  # fmt: skip
     assert code == 2 and "guidance of the upsampler needs a text" in err and len(err.splitlines()) == 1
+
+
+# --------------------------------------------------------------------------------------------- options of each stage
+
+
+def stage_options(*words, upsamplers=2):
+    words = ["a cat", "--checkpoint", "base", *["--upsampler", "up"] * upsamplers, *map(str, words)]
+    return upsampler_options(sample.parser(numbered(words)).parse_words(words), 4)
+
+
+def test_each_upsampler_may_have_options_of_its_own():
+    first, second = stage_options(
+        "--upsampler-guidance", 2, "--upsampler-sampler", "ddim", "--upsampler-eta", 0.5, "--upsampler.2.steps", 40,
+        "--upsampler.2.low-res-level=0.1", "--upsampler.1.guidance", 1.5,
+    )  # fmt: skip
+    assert first.sampler == {"name": "ddim", "eta": 0.5} and first.guidance == 1.5 and first.low_res_level is None
+    assert second.sampler == {"name": "ddim", "eta": 0.5, "steps": 40}
+    assert (second.guidance, second.low_res_level, second.batch_size) == (2, 0.1, 4)
+    _, other = stage_options("--upsampler-steps", 8, "--upsampler-eta", 0.5, "--upsampler.2.sampler", "heun")
+    assert other.sampler == {"name": "heun", "steps": 8}  # ddim's eta is not heun's
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--upsampler.3.steps", 4), "--upsampler.3.steps: there are upsamplers 1 to 2"),
+        (("--upsampler.0.steps", 4), "--upsampler.0.steps: there are upsamplers 1 to 2"),
+        (("--upsampler.2.stepz", 4), r"unknown flag: --upsampler\.2\.stepz; is --upsampler\.2\.steps meant"),
+        (("--upsampler.two.steps", 4), r"unknown flag: --upsampler\.two\.steps"),
+        (("--upsampler.2.seed", 4), r"unknown flag: --upsampler\.2\.seed"),
+        (
+            ("--upsampler.2.eta", 0.5, "--upsampler.2.sampler", "heun"),
+            r"--upsampler\.2\.eta: no such key: 'eta' of sampler",
+        ),
+        (("--upsampler.2.low-res-level", 1.5), r"--upsampler\.2\.low-res-level: a number from 0 to 1"),
+        (("--upsampler.2.steps", "fast"), r"--upsampler\.2\.steps: .*is needed, not 'fast'"),
+        (("--upsampler.2.threshold-percentile", -1), r"--upsampler\.2\.threshold-percentile: a number from 0 to 1"),
+    ],
+)
+def test_options_of_an_upsampler_that_are_wrong(words, message):
+    with pytest.raises(UserError, match=message):
+        stage_options(*words)
+
+
+def test_which_of_several_upsamplers_is_meant_is_said(base, upsampler):
+    with pytest.raises(UserError, match=r"^low_res_level: this model is told of no noise"):
+        stages(base, upsampler, options(low_res_level=0.1)).check(["a cat"])
+    with pytest.raises(UserError, match=r"^upsampler 2: it was trained to enlarge 16 px to 32, and gets 32x32"):
+        Stages([Stage(base, options()), *[Stage(upsampler, options())] * 2]).check(["a cat"])
+
+
+def test_the_stages_of_a_yaml(tmp_path):
+    path = tmp_path / "cascade.yaml"
+    path.write_text(
+        "stages:\n- {checkpoint: base, guidance: 5, steps: 30}\n- {checkpoint: sr256, steps: 40}\n"
+        "- {checkpoint: sr1024, sampler: ddpm, low_res_level: 0.1}\n"
+    )
+    words = ["a cat", "--stages", str(path), "--upsampler.1.steps", "20"]
+    args = sample.parser(numbered(words)).parse_words(words)
+    fill_in_stages(args)
+    assert args.checkpoint == "base" and args.upsampler == ["sr256", "sr1024"]
+    options = base_options(args)
+    assert options.guidance == 5 and options.sampler == {"name": "unipc", "steps": 30}
+    first, second = upsampler_options(args, 4)
+    assert first.sampler == {"name": "ddim", "steps": 20}, "the command line goes before the file"
+    assert second.sampler == {"name": "ddpm"} and second.low_res_level == 0.1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: 3", "stages: a list is needed"),
+        ("stages: []", "stages: a list is needed"),
+        ("stages: [base]", "stages: a list is needed"),
+        ("stages: [{guidance: 3}]", "stages.0.checkpoint: the file of a model is needed"),
+        ("stages: [{checkpoint: a, stepz: 3}]", "stages.0.stepz: no such option: 'stepz'. Did you mean 'steps'"),
+        ("stages: [{checkpoint: a}, {checkpoint: b, seed: 3}]", "stages.1.seed: no such option: 'seed'"),
+        (
+            "stages: [{checkpoint: a}, {checkpoint: b, low_res_level: 3}]",
+            r"--upsampler\.1\.low-res-level: .*a number from 0 to 1",
+        ),
+        ("stages: [{checkpoint: a}, {checkpoint: b, guidance: much}]", r"--upsampler\.1\.guidance: number or null"),
+    ],
+)
+def test_stages_of_a_yaml_that_are_wrong(tmp_path, text, message):
+    path = tmp_path / "cascade.yaml"
+    path.write_text(text)
+    args = sample.parser().parse_words(["a cat", "--stages", str(path)])
+    with pytest.raises(UserError, match=message):
+        fill_in_stages(args)
+        upsampler_options(args, 4)
+
+
+def test_stages_name_the_models_themselves(tmp_path):
+    args = sample.parser().parse_words(["a cat", "--stages", "a.yaml", "--checkpoint", "b"])
+    with pytest.raises(UserError, match="--stages: names the models"):
+        fill_in_stages(args)
+
+
+def test_the_command_with_options_of_each_stage_and_once_more(program, files, tmp_path):
+    """Base and two upsamplers, of which the last picture alone is written; `--from` makes it again."""
+    out = tmp_path / "out"
+    large = tiny_glide.write(tmp_path / "large.safetensors", upsampler=True, side=SIDE * FACTOR**2)
+    models = ("--checkpoint", files["base"], "--upsampler", files["upsampler"], "--upsampler", large)
+    code, _, err = program(
+        "sample", *models, "a cat", "-n", 1, "--steps", 2, "--upsampler-steps", 3, "--upsampler.2.steps", 2,
+        "--upsampler.2.guidance", 1.5, "--only-last", "--out", out, "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0, err
+    assert sorted(path.name for path in out.glob("*.png")) == ["00000.png", "grid.png"]
+    (entry,) = json.loads((out / "samples.json").read_text())
+    assert entry["width"] == SIDE * FACTOR**2 and entry["base"] == {"width": SIDE, "height": SIDE}
+    assert (entry["upsampler_steps"], entry["upsampler.2.steps"], entry["upsampler.2.guidance"]) == (3, 2, 1.5)
+    again = ("--from", out / "00000.png", *models, "--out", tmp_path / "again", "--device", "cpu")
+    code, _, err = program("sample", *again)
+    assert code == 0 and "left out" not in err, err
+    with Image.open(out / "00000.png") as then, Image.open(tmp_path / "again/00000.png") as now:
+        assert np.array_equal(np.asarray(then), np.asarray(now))
+    assert len(list((tmp_path / "again").glob("00000*.png"))) == 3

@@ -4,10 +4,13 @@ import math
 
 import pytest
 import torch
+from fake_cuda import CUDA, fake_cuda
 from tiny import embedding
+from torch.nn import functional as F
 
+from ldm_lab.attention import attention
 from ldm_lab.config import build
-from ldm_lab.denoisers.ccld_unet import CCLDUNet, FourierFeatures, SelfAttention
+from ldm_lab.denoisers.ccld_unet import BilinearUpsample, CCLDUNet, FourierFeatures, SelfAttention
 from ldm_lab.errors import UserError
 
 TINY = {"base_channels": 16, "multipliers": [1, 2], "blocks_per_level": 2, "head_width": 16, "mapping_width": 24}
@@ -173,3 +176,25 @@ def test_half_precision_autocast_keeps_the_angles_of_time_exact():
         assert net.timestep_embed(t).dtype == torch.float32
         v = net(x, t, embed)
     torch.testing.assert_close(v.float(), net(x, t, embed), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 2, 1, 4)], ids=["odd", "one row"])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=["plain", "channels last"])
+def test_bilinear_upsampling_is_torch_s(shape, order):
+    x = torch.randn(shape).contiguous(memory_format=order).requires_grad_()
+    expected = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+    got = BilinearUpsample()(x)
+    assert torch.allclose(got, expected, atol=1e-6)
+    assert got.is_contiguous(memory_format=order)
+    towards = torch.randn_like(expected)
+    ours, theirs = (torch.autograd.grad(y, x, towards)[0] for y in (got, expected))
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_attention_on_a_gpu_is_given_features_side_by_side(monkeypatch):
+    seen = []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: seen.extend(qkv) or kernel(*qkv))
+    with fake_cuda():
+        attention(*torch.randn(3, 2, 4, 8, 16, device=CUDA).transpose(-1, -2))  # as convolutions lay them out
+    assert [x.stride(-1) for x in seen] == [1, 1, 1]

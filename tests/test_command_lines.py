@@ -25,7 +25,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
 
 
 @pytest.mark.parametrize(
-    "command", ["sample", "cache", "scale", "score", "scores", "select", "statistics", "train-head"]
+    "command", ["sample", "cache", "gap", "scale", "score", "scores", "select", "statistics", "train-head"]
 )
 def test_a_flag_given_twice_is_refused(command):
     """Of `--checkpoint a --checkpoint b` the last one would win, unsaid."""

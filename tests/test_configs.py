@@ -110,6 +110,7 @@ def test_yfcc_clip_differs_from_yfcc_cfg_in_nothing_but_the_frozen_parts():
     assert {key for key in {*clip, *cloob} if clip.get(key) != cloob.get(key)} == {"autoencoder", "conditioner"}
     assert clip["conditioner"] == {
         "name": "clip", "model": "ViT-B-16", "pretrained": "laion2b_s34b_b88k", "dropout": 0.2,
+        "gap": {"noise": None},
     }  # fmt: skip
     other = PartConfig("conditioner", "clip", {"model": "ViT-L-14-quickgelu", "pretrained": "openai"})
     clip = clip.with_part("conditioner", other)
@@ -128,6 +129,7 @@ def test_recipes_without_captions_take_parts_that_everyone_can_fetch(recipe):
     assert loaded["autoencoder"]["weights"] == "hf://stabilityai/sd-vae-ft-mse"
     assert loaded["autoencoder"]["latent_std"] == pytest.approx(1 / 0.18215, rel=1e-3)
     assert loaded["conditioner"]["name"] == "clip"
+    assert build("gap", loaded["conditioner"]["gap"]).needs_means, "texts and images are brought together"
     mentioned = re.findall(r"# model: (\S+).*\n *# pretrained: (\w+)", text) + re.findall(r"(ViT-\S+) with (\w+)", text)
     assert "defaults: own" in text or {"dfn2b", "webli"} <= {pretrained for _, pretrained in mentioned}
     for model, pretrained in [(loaded["conditioner"]["model"], loaded["conditioner"]["pretrained"]), *mentioned]:
@@ -153,6 +155,8 @@ def test_ccld_finetune_goes_on_with_the_released_model():
         ("miniglide", 156_947_494),
         ("miniglide_1m5", 1_495_814),
         ("dogglide", 156_947_494),
+        ("if_finetune_I", 371_605_830),
+        ("if_finetune_II", 351_076_102),
         ("glide_quickstart", 3_637_254),
         ("glide_quickstart_upsampler", 1_210_886),
         ("glide_quickstart_inpaint", 3_638_406),

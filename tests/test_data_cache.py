@@ -125,6 +125,15 @@ def test_what_a_reader_refuses(cache):
             )
             for name in ("text", "key", "key.ends")
         ),
+        *(
+            (json.dumps({**content, "columns": {**content["columns"], "huge": column}}), "columns is missing")
+            for column in (
+                {"dtype": "float16", "shape": [1 << 20], "ragged": False},
+                {"dtype": "float16", "shape": [1 << 40], "ragged": True},
+                {"dtype": "float16", "shape": [1 << 40, 0], "ragged": True},
+                {"dtype": "float32", "shape": [1 << 31, 1 << 31, 1 << 31], "ragged": True},
+            )
+        ),
         (json.dumps({**content, "shards": [{**content["shards"][0], "name": "../x.safetensors"}]}), "shards is"),
         (json.dumps({**content, "complete": False}), "is not complete"),
     ]:

@@ -137,6 +137,15 @@ def test_damaged_and_foreign_files_are_refused(tmp_path, change, message):
         read_gap(path)
 
 
+def test_inspect_says_what_a_file_holds(tmp_path, capsys):
+    make_parts(tmp_path)
+    assert not main(["inspect", str(gap_file(tmp_path, images=7))])
+    out = capsys.readouterr().out
+    assert "means of images and texts of ldm_lab's" in out and "gap: means of 16 numbers, " in out
+    with pytest.raises(UserError, match=r"which conditioner\.gap\.means=FILE takes as it is"):
+        main(["convert", str(tmp_path / "gap.safetensors"), str(tmp_path / "out.safetensors"), "name=cloob"])
+
+
 def test_means_of_another_conditioner_are_refused(tmp_path):
     sections = make_parts(tmp_path)
     path = gap_file(tmp_path)
@@ -272,7 +281,7 @@ def test_a_run_keeps_its_means_and_goes_on_bit_for_bit(tmp_path, capsys):
         out = capsys.readouterr().out
         assert "gap: means of 16 numbers, " in out and "noise 0.500; ridge map of texts" in out
         assert "map: ridge" in out and "noise: 0.5" in out
-        assert not main(["convert", "runs/whole/ema.safetensors", "half.safetensors", "--dtype", "float16"])
+        assert not main(["convert", "runs/whole/ema.safetensors", "half.safetensors", "--half"])
         assert Pipeline.from_checkpoint("half.safetensors").model.gap.image_mean.equal(some_gap().image_mean)
 
 

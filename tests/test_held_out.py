@@ -82,6 +82,9 @@ def test_a_run_ends_when_the_loss_does_not_fall(tmp_path, capsys):
         assert "held_out.patience=2: this run has ended at step 2: 2 measurements were not below the lowest" in said
         assert "step 2: nothing was left to do\n" in said and "encoding" not in said
         assert last.stat().st_mtime_ns == written
+        assert not main([*again, "--check"])
+        said = capsys.readouterr().out
+        assert "step 3 made" in said and "other images" not in said and "held_out.patience" not in said
         assert not main([*again, "held_out.patience=3"])
         assert "in 3 measurements; the run ends at step 3" in capsys.readouterr().out
         assert not main([*again, "held_out.patience=null", "trainer.max_steps=5"])

@@ -1,16 +1,19 @@
-"""Stages of Imagen: the noised small image, in training and in sampling."""
+"""Stages of Imagen: the noised small image, in training and in sampling, and a whole cascade."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ldm_lab.autoencoders.identity import IdentityAutoencoder
 from ldm_lab.batch import Batch
 from ldm_lab.condition_sources.noised_low_res import NoisedLowRes
 from ldm_lab.conditions import ConditionRequest
-from ldm_lab.config import build
+from ldm_lab.config import build, load, to_yaml
 from ldm_lab.errors import UserError
 from ldm_lab.sampling import SamplingOptions
 from ldm_lab.schedules import LogSNR
+from ldm_lab.training.cost import config_cost
 
 
 def batch_of(images):
@@ -70,3 +73,115 @@ def test_a_level_belongs_to_a_stage_that_is_told_of_it():
         with pytest.raises(UserError, match="low_res_level: a number from 0 to 1 is needed"):
             SamplingOptions(low_res_level=level)
     assert SamplingOptions(low_res_level=0.3).low_res_level == 0.3
+
+
+WORDS = '''
+"""A text as the states of its words, each drawn by its letters: what a frozen language model gives, without one."""
+
+import torch
+
+from ldm_lab.config import register
+from ldm_lab.interfaces import Conditioner, TokenStates
+
+WIDTH, LENGTH = 12, 8
+
+
+@register("conditioner", "word_states")
+class WordStates(Conditioner):
+    """States of words."""
+
+    spec = {"token_states": TokenStates(WIDTH, LENGTH)}
+
+    def from_batch(self, batch):
+        """Return the states of captions."""
+        return self.from_prompts(batch.text, [])
+
+    def from_prompts(self, texts, images):
+        """Return the states of texts."""
+        states, mask = torch.zeros(len(texts), LENGTH, WIDTH), torch.zeros(len(texts), LENGTH, dtype=torch.bool)
+        for row, text in enumerate(texts):
+            for place, word in enumerate(text.split()[:LENGTH]):
+                seed = sum(ord(letter) * 31**i for i, letter in enumerate(word))
+                states[row, place] = torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed))
+                mask[row, place] = True
+        return {"token_states": states, "token_states_mask": mask}
+'''
+UNET = {
+    **{"name": "imagen_unet", "base_channels": 8, "multipliers": [1, 2], "blocks_per_level": [1], "heads": 2},
+    **{"head_width": 4, "attention_levels": [1], "text_levels": [1], "text_latents": 2},
+}
+
+
+def recipe(folder, name, size, **sections):
+    config = {
+        **{"task": "diffusion", "run": name, "seed": 0, "imports": ["word_states"]},
+        "data": {"name": "shapes", "folder": str(folder / f"shapes{size}"), "count": 16, "shards": 2,
+                 "image_size": size, "batch_size": 4, "workers": 0},
+        "autoencoder": {"name": "identity"}, "conditioner": {"name": "word_states", "dropout": 0.1},
+        "denoiser": UNET, "objective": {"name": "continuous"}, "ema": {"from_step": [0], "decay": [0.5]},
+        "trainer": {"accelerator": "cpu", "max_steps": 2, "threads": 1},
+        "checkpoint": {"every": 2}, "logging": {"every": 1},
+    }  # fmt: skip
+    config |= sections
+    (folder / f"{name}.yaml").write_text(to_yaml(config))
+    return folder / f"{name}.yaml"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    (tmp_path / "word_states.py").write_text(WORDS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+EFFICIENT = {**UNET, "memory_efficient": True}
+
+
+def test_a_stage_is_trained_and_draws_what_it_enlarges(here, program):
+    config = recipe(
+        here, "sr32", 32, denoiser=EFFICIENT, condition_sources={"noised_low_res": {"scale_factor": 2}},
+        trainer={"accelerator": "cpu", "max_steps": 1, "threads": 1}, enlargements={"every": 1, "images": 2},
+    )  # fmt: skip
+    code, _, err = program("train", "--config", config)
+    assert code == 0, err
+    assert list((here / "runs/sr32/enlargements").glob("*.png"))
+
+
+def test_what_a_step_costs_is_told_without_the_language_model(here):
+    config = recipe(here, "base", 16, imports=[], conditioner={"name": "t5", "model": "google/t5-v1_1-small"})
+    cost = config_cost(load(config))
+    assert cost.flops > 0 and cost.frozen < 1000
+
+
+@pytest.mark.slow
+def test_a_cascade_is_trained_and_sampled(here, program):
+    """Base of 16 pixels, a stage to 32 and one to 64, each with its own YAML, all in one command."""
+    stages = [
+        recipe(here, "base", 16, objective={"name": "continuous", "prediction": "eps", "weighting": "p2"}),
+        recipe(here, "sr32", 32, denoiser=EFFICIENT, condition_sources={"noised_low_res": {"scale_factor": 2}}),
+        recipe(
+            here, "sr64", 64, denoiser={**EFFICIENT, "attention_levels": []},
+            objective={"name": "continuous", "curve": "linear"},
+            condition_sources={"noised_low_res": {"scale_factor": 2, "resize": "nearest", "level": 0.1}},
+        ),
+    ]  # fmt: skip
+    for config in stages:
+        code, _, err = program("train", "--config", config)
+        assert code == 0, err
+    base = ("sample", "--imports", "word_states", "--checkpoint", "runs/base", "a red star", "--device", "cpu")
+    last = ("--upsampler", "runs/sr64")
+
+    def made(folder, *more):
+        steps = ("-n", 2, "--steps", 3, "--upsampler-steps", 2)
+        code, _, err = program(*base, "--upsampler", "runs/sr32", *last, *steps, *more, "--out", here / folder)
+        assert code == 0, err
+        pictures = [np.asarray(Image.open(here / folder / f"00000{stage}.png")) for stage in ("_stage1", "")]
+        assert [picture.shape[0] for picture in pictures] == [32, 64]
+        return pictures
+
+    plain, other, again = made("plain"), made("other", "--upsampler.2.low-res-level", 0.9), made("again")
+    assert np.array_equal(plain[0], other[0]) and not np.array_equal(plain[1], other[1])
+    assert np.array_equal(plain[1], again[1])
+    code, _, err = program(*base, *last, "--out", here / "odd")
+    assert code == 2 and "it was trained to enlarge 32 px to 64, and gets 16x16" in err and len(err.splitlines()) == 1

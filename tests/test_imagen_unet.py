@@ -114,6 +114,12 @@ def test_gradient_checkpointing_changes_nothing(tiny):
             assert torch.allclose(parameter.grad, plain[name], atol=1e-5), name
 
 
+def test_the_layers_that_read_and_write_pictures(tiny):
+    modules = dict(tiny.named_modules())
+    layers = [modules[name] for name in tiny.outer_layers()]
+    assert [layer.in_channels for layer in layers] == [6, 6, 6, 8 + 3] and layers[-1].out_channels == 3
+
+
 @torch.no_grad()
 def test_without_a_text(tiny):
     net = ImagenUNet(3, {}, **TINY)

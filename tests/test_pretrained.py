@@ -615,7 +615,7 @@ def test_a_wrong_entry_of_a_catalogue_is_named(change, message):
 def test_the_catalogue_is_installed_with_the_package():
     with open(ROOT / "pyproject.toml", "rb") as file:
         data = tomllib.load(file)["tool"]["setuptools"]["package-data"]
-    assert "**/*.yaml" in data["ldm_lab"] and len(catalogue()) == 51
+    assert "**/*.yaml" in data["ldm_lab"] and len(catalogue()) == 57
 
 
 def checked(capsys, *names: str) -> tuple[int, list[str]]:
@@ -740,6 +740,15 @@ def test_of_several_addresses_the_first_that_knows_tells_the_size(release, mirro
     assert f"{len(CONTENT) / 2**20:.1f} MiB" in capsys.readouterr().err
 
 
+def test_the_license_of_if_s_weights_is_named(cache, capsys):
+    from ldm_lab.commands.pretrained import table
+
+    lines = [line for line in table().splitlines() if line.startswith("if/")]
+    assert len(lines) == 6 and all("DeepFloyd IF License (research only, to be accepted)" in line for line in lines)
+    with pytest.raises(UserError, match=r"no address is known .*put pytorch_model\.bin .from https://huggingface"):
+        fetch("if/i-m")
+
+
 def test_all_that_lies_on_cloob_s_and_compvis_s_servers_has_another_route():
     named = {name for name, entry in catalogue().items() if entry.instead}
     assert named == {name for name in catalogue() if name.startswith(("cloob/", "kl-f"))}
@@ -755,7 +764,13 @@ def test_where_a_server_is_gone_the_error_has_overrides_to_paste(name, mirror, c
         fetch(name)
     pasted = shlex.split(str(caught.value).partition("can do without it, with ")[2])
     config = load(ROOT / "configs" / "yfcc_cfg.yaml", ["data.shards=x.tar", *pasted])
-    clip = {"name": "clip", "model": "ViT-B-16", "pretrained": "laion2b_s34b_b88k", "dropout": 0.2}
+    clip = {
+        "name": "clip",
+        "model": "ViT-B-16",
+        "pretrained": "laion2b_s34b_b88k",
+        "dropout": 0.2,
+        "gap": {"noise": None},
+    }
     assert config["conditioner"] == clip, "and what the config says of its use stays"
     assert config["autoencoder"]["weights"] == "hf://stabilityai/sd-vae-ft-mse"
     assert config["autoencoder"]["latent_std"] == 5.49

@@ -12,8 +12,8 @@ from ldm_lab.errors import UserError
 from ldm_lab.pretrained.catalogue import catalogue
 from ldm_lab.pretrained.resolve import REPOSITORY
 from ldm_lab.sampling.names import FileRecord
-from ldm_lab.sampling.options import IMAGE_FILES, MODEL_FILES, UPSAMPLER
-from ldm_lab.sampling.recorded import Recorded, RecordedPrompt, read_recorded
+from ldm_lab.sampling.options import IMAGE_FILES, MODEL_FILES, STAGE, UPSAMPLER
+from ldm_lab.sampling.recorded import Recorded, RecordedPrompt, read_recorded, stage_prefixes
 
 if TYPE_CHECKING:  # these import torch, which takes seconds
     from ldm_lab.prompts import Prompt
@@ -115,7 +115,7 @@ def _fill_values(args: argparse.Namespace, recorded: Recorded, own_prompts: bool
     dropped = set[str]()
     if own_prompts and all(prompt.weight is not None for prompt in recorded.prompts):
         dropped.add("guidance")  # which is the weight of those without one
-    for prefix in ("", UPSAMPLER):
+    for prefix in ("", UPSAMPLER, *stage_prefixes(recorded.values)):
         if words.get(f"{prefix}sampler") not in (None, recorded.values.get(f"{prefix}sampler")):
             of_other = {prefix + name for name in samplers} - given
             dropped |= of_other
@@ -127,7 +127,7 @@ def _fill_values(args: argparse.Namespace, recorded: Recorded, own_prompts: bool
         if (
             name not in given
             and name not in dropped
-            and not (name.startswith(UPSAMPLER) and not _has_upsampler(args, recorded))
+            and not (name.startswith((UPSAMPLER, STAGE)) and not _has_upsampler(args, recorded))
         ):
             setattr(args, name, value)
     if recorded.is_ours:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ldm_lab.config.registry import part_info
 from ldm_lab.sampling.names import FileRecord, model_name, public_name
-from ldm_lab.sampling.options import IMAGE_FILES, MODEL_FILES, OF_LOADING, UPSAMPLER, SamplingOptions
+from ldm_lab.sampling.options import IMAGE_FILES, MODEL_FILES, OF_LOADING, STAGE, UPSAMPLER, SamplingOptions
 from ldm_lab.sampling.parameters import SAMPLER_NAMES, Parameters, escaped, version, written_prompt
 from ldm_lab.sampling.recorded import Entry
 
@@ -33,7 +33,7 @@ def described(args: argparse.Namespace, options: SamplingOptions, base: "Request
 
     words = dict(args._get_kwargs())
     others = {**options.given(), "strength": base.options.strength}
-    others |= {key: value for key, value in words.items() if key.startswith(UPSAMPLER) or key in OF_LOADING}
+    others |= {key: value for key, value in words.items() if key.startswith((UPSAMPLER, STAGE)) or key in OF_LOADING}
     settings |= {key: value for key, value in others.items() if key not in UNSAID and value is not None}
     for key in (*IMAGE_FILES, *MODEL_FILES):
         if words.get(key) is not None:

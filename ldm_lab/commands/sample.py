@@ -34,19 +34,21 @@ from typing import TYPE_CHECKING
 from ldm_lab.commands._arguments import add_imports_argument, whole_number
 from ldm_lab.commands._flags import FlagParser, add_flags, given
 from ldm_lab.commands._repeat import Repeat, fill_in, seeds
+from ldm_lab.commands._sampling_flags import (
+    add_upsampler_flags,
+    base_options,
+    fill_in_stages,
+    numbered,
+    sampler_options,
+    upsampler_options,
+)
 from ldm_lab.commands._settings import caption, described, parameters, prompt_entry
-from ldm_lab.config.reading import Option
 from ldm_lab.config.registry import add_imports, infos, part_info
 from ldm_lab.errors import UserError, told_in_one_line
-from ldm_lab.sampling.aliases import our_flag, our_sampler
+from ldm_lab.sampling.aliases import our_flag
 from ldm_lab.sampling.options import (
-    BASE_ONLY,
-    DEFAULT_SAMPLER,
-    DEFAULT_UPSAMPLER,
     NOT_INTERPOLATED,
-    UPSAMPLER,
     ModelOptions,
-    OptionValues,
     SamplingOptions,
 )
 
@@ -55,6 +57,7 @@ if TYPE_CHECKING:  # these import torch, which takes seconds
     from ldm_lab.sampling.output import SampleFolder
     from ldm_lab.sampling.request import Request
 
+EACH = "--upsampler.2.steps 40 is of the second upsampler alone, and so with all flags that begin with --upsampler-."
 STEPS = """Of a model with timesteps, --steps also takes which of them are visited: fast27, ddim50, 10,10,3,2,2, ...
 `python train.py --parts` tells the defaults."""
 
@@ -63,11 +66,12 @@ def main(words: Sequence[str] | None = None) -> int:
     """Parse the command line, make the pictures."""
     words = sys.argv[1:] if words is None else words
     add_imports(_imports(words))
-    return run(parser().parse_words(words))
+    return run(parser(numbered(words)).parse_words(words))
 
 
 def run(args: argparse.Namespace) -> int:
     """Make the pictures that a parsed command line asks for."""
+    fill_in_stages(args)
     repeat = fill_in(args)
     options = base_options(args)
     upsampling = upsampler_options(args, options.batch_size)
@@ -90,8 +94,8 @@ def run(args: argparse.Namespace) -> int:
 # ------------------------------------------------------------------------------------------------- the command line
 
 
-def parser() -> FlagParser:
-    """Return the command line's description."""
+def parser(upsamplers: Sequence[int] = ()) -> FlagParser:
+    """Return the command line's description; with the flags of single upsamplers, by their numbers."""
     p = FlagParser(prog="sample.py", description=__doc__, hint=our_flag)
     whole = {"type": whole_number(1), "metavar": "N"}
     add = p.add_argument
@@ -112,62 +116,20 @@ def parser() -> FlagParser:
     sampling = part_info("sampling", None).options
     add_flags(p.add_argument_group("how pictures are made"), sampling)
     add_flags(p.add_argument_group("options of samplers", f"{', '.join(infos('sampler'))}. {STEPS}"), sampler_options())
-    group = p.add_argument_group("models in a row", "A base model's pictures, enlarged by one or more upsamplers.")
+    group = p.add_argument_group(
+        "models in a row", f"A base model's pictures, enlarged by one or more upsamplers. {EACH}"
+    )
     group.add_argument(
         "--upsampler", action="append", default=[], metavar="FILE",
         help="enlarge the pictures with this model; all sizes are kept; may be given again",
     )  # fmt: skip
-    own = {name: option for name, option in sampling.items() if name not in BASE_ONLY}
-    add_flags(group, {**own, **sampler_options()}, UPSAMPLER)
+    group.add_argument(
+        "--stages", metavar="FILE", help="a YAML with the list `stages`: checkpoint and options of each, the base first"
+    )
+    group.add_argument("--only-last", action="store_true", help="write the pictures of the last stage alone")
+    add_upsampler_flags(group, upsamplers)
     add_flags(p.add_argument_group("the model"), part_info("model_options", None).options)
     return p
-
-
-def sampler_options() -> dict[str, Option]:
-    """Return the options of all samplers by flag; whose they are stands in their meanings."""
-    samplers = infos("sampler")
-    owners: dict[str, list[str]] = {}
-    merged: dict[str, Option] = {}
-    for sampler, info in samplers.items():
-        for name, option in info.options.items():
-            owners.setdefault(name, []).append(sampler)
-            kind = option.annotation if name not in merged else merged[name].annotation | option.annotation
-            meaning = merged[name].meaning if name in merged else option.meaning
-            merged[name] = Option(kind, None, False, meaning)
-    for name, option in merged.items():
-        whose = "" if len(owners[name]) == len(samplers) else f"of {', '.join(owners[name])}: "
-        merged[name] = Option(option.annotation, None, False, f"{whose}{option.meaning.rstrip('.')}")
-    return merged
-
-
-def base_options(args: argparse.Namespace) -> SamplingOptions:
-    """Return how the (base) model is asked. Raises UserError with the names of flags."""
-    chosen = given(args, part_info("sampling", None).options)
-    return _options(chosen, given(args, sampler_options()), DEFAULT_SAMPLER)
-
-
-def upsampler_options(args: argparse.Namespace, batch_size: int) -> SamplingOptions:
-    """Return how upsamplers are asked. Raises UserError with the names of flags."""
-    chosen = given(args, part_info("sampling", None).options, UPSAMPLER)
-    of_sampler = given(args, sampler_options(), UPSAMPLER)
-    if (chosen or of_sampler) and not args.upsampler:
-        flag = UPSAMPLER + next(iter(chosen or of_sampler))
-        raise UserError(f"--{flag.replace('_', '-')} belongs to an --upsampler")
-    return _options(OptionValues({**chosen, "batch_size": batch_size}), of_sampler, DEFAULT_UPSAMPLER)
-
-
-def _options(chosen: OptionValues, of_sampler: OptionValues, default_sampler: str) -> SamplingOptions:
-    name = chosen.get("sampler")
-    if name is not None and name not in infos("sampler") and (ours := our_sampler(name)):
-        raise UserError(ours)
-    if name is not None or of_sampler:
-        chosen = OptionValues({**chosen, "sampler": {"name": name or default_sampler, **of_sampler}})
-    try:
-        return SamplingOptions.from_values(chosen)
-    except UserError as error:
-        key = str(error).partition(":")[0]
-        message = str(error).replace(key, "--" + key.replace("_", "-"), 1) if key in chosen else str(error)
-        raise UserError(message) from None
 
 
 def check_together(args: argparse.Namespace, options: SamplingOptions) -> None:
@@ -238,7 +200,7 @@ def draw_pictures(
     folder: "SampleFolder",
     mixes: "list[list[Prompt]]",
     options: SamplingOptions,
-    upsampling: SamplingOptions,
+    upsampling: Sequence[SamplingOptions],
     loading: ModelOptions,
     repeat: Repeat | None = None,
 ) -> int:
@@ -249,7 +211,7 @@ def draw_pictures(
     files = [args.checkpoint, *args.upsampler]
     pipelines = [Pipeline.from_checkpoint(files[0], loading)]
     pipelines += [Pipeline.from_checkpoint(file, upsampler_loading(loading)) for file in args.upsampler]
-    stages = Stages([Stage(pipelines[0], options), *(Stage(pipeline, upsampling) for pipeline in pipelines[1:])])
+    stages = Stages([Stage(pipelines[0], options), *map(Stage, pipelines[1:], upsampling)])
     base = stages.check(mixes, seeds=seeds(repeat, options.seed)).base
     settings = described(args, options, base, pipelines[0].model.device.type)
     if repeat is not None:
@@ -262,7 +224,8 @@ def draw_pictures(
             told = row[0].image.info | {"batch": list(row[0].batch)}
             entry = Entry({"prompts": [prompt_entry(prompt, base) for prompt in mix], **told, **settings})
             shown = " + ".join(map(caption, mix))
-            folder.add([s.image for s in row], shown, entry, parameters(mix, base, settings, row[0].seed))
+            as_others_read = parameters(mix, base, settings, row[0].seed)
+            folder.add([s.image for s in row], shown, entry, as_others_read, args.only_last)
         folder.write_list()
     each = args.n or 1
     grid = folder.add_grid(each if args.prompts and each > 1 else None)  # a row for each line of the file

@@ -9,6 +9,7 @@ A new condition source is one file in this folder with one `@register("condition
 
 `low_res`         the image itself made small, for upsamplers
 `noised_low_res`  the same enlarged and noised, and how noised it is, for Imagen's
+`if_low_res`      the same as DeepFloyd IF has it
 `inpaint`         the known part of an image, and where it is known
 `clip_embed`      the place of a CLIP vector in glide-finetune's latent models
 """

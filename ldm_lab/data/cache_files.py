@@ -13,6 +13,7 @@ and lists the shards with size and checksum.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -41,6 +42,7 @@ DTYPES = {
     "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64,
 }  # fmt: skip
 LARGEST_META = 1 << 28  # bytes
+LARGEST_RAGGED = 1 << 26  # bytes of the longest row: 4,096 states of 8,192 numbers in half precision
 AGAIN = "delete the cache and make it anew"
 
 
@@ -77,7 +79,7 @@ class Column:
     @property
     def row_bytes(self) -> int:
         """Bytes of a row, of the longest one where they differ."""
-        return int(np.prod(self.shape, dtype=np.int64)) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     def __str__(self) -> str:
         return f"{self.dtype} {'up to ' if self.ragged else ''}{list(self.shape)}"
@@ -309,7 +311,7 @@ class CacheMeta:
             "description": description is not None,
             "complete": complete is not None,
             "variants": bool(variants),
-            "columns": columns is not None,
+            "columns": columns is not None and fit_into(columns, shards),
             "shards": listed is not None and len(listed) == len(shards) == len({shard.name for shard in shards}),
             "samples": fields.count("samples") == sum(shard.samples for shard in shards),
         }
@@ -317,6 +319,18 @@ class CacheMeta:
             if not is_right:
                 raise UserError(f"{where}: {key} is missing or damaged; {AGAIN}")
         return cls(description or {}, complete is True, variants or 1, columns or {}, shards)
+
+
+def fit_into(columns: Columns, shards: Sequence[ShardFacts]) -> bool:
+    """Return whether a row of each column fits into some shard: what is not there must not take memory in batches.
+
+    Of ragged columns short rows alone may be there; theirs are bounded.
+    """
+    largest = max((shard.bytes for shard in shards if shard.samples), default=LARGEST_RAGGED)
+    sizes = {
+        its: math.prod(max(length, 1) for length in its.shape) * DTYPES[its.dtype].itemsize for its in columns.values()
+    }
+    return all(size <= (max(largest, LARGEST_RAGGED) if its.ragged else largest) for its, size in sizes.items())
 
 
 def read_meta(folder: Path) -> CacheMeta:

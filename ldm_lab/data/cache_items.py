@@ -19,11 +19,13 @@ class ItemDone:
         finished: what of, and what was skipped.
         columns: of the shard.
         shard: None if no sample could be used.
+        drawn: whether a crop, a mirror image or a caption of it was drawn at random.
     """
 
     finished: Finished
     columns: Columns
     shard: ShardFacts | None
+    drawn: bool = True
 
     def write(self, path: Path) -> None:
         """Write it. Raises UserError if it cannot be written."""
@@ -35,6 +37,7 @@ class ItemDone:
                 "counts": asdict(self.finished.counts),
                 "columns": {name: asdict(column) for name, column in self.columns.items()},
                 "shard": None if self.shard is None else asdict(self.shard),
+                "drawn": self.drawn,
             },
         )
 
@@ -62,4 +65,4 @@ class ItemDone:
             counts.count("judged") or 0,
             counts.numbers("captions"),
         )
-        return cls(Finished(texts, content, read), columns, facts)
+        return cls(Finished(texts, content, read), columns, facts, fields.flag("drawn") is not False)

@@ -155,7 +155,10 @@ class SourceItem(WorkItem[Item]):
 
     def samples(self) -> Iterator[Item | Unusable]:
         for unit in range(self.first, self.first + self.units):
-            yield from self.source.items(unit)
+            if self.source.shuffle_buffer is None:  # every unit is an item
+                yield unit
+            else:
+                yield from self.source.items(unit)
 
 
 def source_items(source: Source, out: Path, limit: int | None = None) -> list[SourceItem]:

@@ -3,11 +3,40 @@
 The names of the modules are those of openai/glide-text2im@69b5307.
 """
 
+import math
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ldm_lab.attention import attention
+from ldm_lab.errors import UserError
+
+MAX_PERIOD = 10_000  # of the time's sinusoids
+EXACT = 1e-3  # a timestep this near to a whole one is the whole one: what is missing is float32's rounding of t
+
+
+def sinusoids(timestep: Tensor, width: int) -> Tensor:
+    """Return cosines and sines of timesteps [B], 0 .. T - 1, float32 [B, width]."""
+    index = timestep.float()  # [B]
+    whole = index.round()  # [B]
+    index = torch.where((index - whole).abs() < EXACT, whole, index)  # [B]
+    half = width // 2
+    place = torch.arange(half, dtype=torch.float32, device=index.device)  # [half]
+    angle = index[:, None] * torch.exp(place * (-math.log(MAX_PERIOD) / half))  # [B, half]
+    both = torch.cat([angle.cos(), angle.sin()], dim=1)  # [B, 2 * half]
+    return F.pad(both, (0, width % 2))  # [B, width]
+
+
+def check_size(x: Tensor, multiple_of: int) -> None:
+    """Raise UserError for noised images [B, C, h, w] whose size the levels of a U-Net do not divide."""
+    height, width = x.shape[2:]
+    if height % multiple_of or width % multiple_of:
+        raise UserError(
+            f"height and width have to be multiples of {multiple_of} for a U-Net of "
+            f"{multiple_of.bit_length()} levels, not {height}x{width}"
+        )
 
 
 class Builder:
@@ -15,7 +44,7 @@ class Builder:
 
     def __init__(
         self,
-        blocks: int,
+        blocks: list[int],
         attention: list[int],
         head_width: int,
         groups: int,
@@ -40,7 +69,7 @@ class Builder:
         modules = [nn.Sequential(nn.Conv2d(c_in, widths[0], 3, padding=1))]
         skips = [widths[0]]
         for level, width in enumerate(widths):
-            for _ in range(self.blocks):
+            for _ in range(self.blocks[level]):
                 modules.append(nn.Sequential(self.res(skips[-1], width), *self.attend(level, width)))
                 skips.append(width)
             if level < len(widths) - 1:
@@ -55,9 +84,9 @@ class Builder:
         """Return the way up; each block reads one result of the way down, the last one first."""
         modules, above, skips = [], widths[-1], list(skips)
         for level, width in reversed(list(enumerate(widths))):
-            for i in range(self.blocks + 1):
+            for i in range(self.blocks[level] + 1):
                 layers = [self.res(above + skips.pop(), width), *self.attend(level, width)]
-                if level and i == self.blocks:
+                if level and i == self.blocks[level]:
                     layers.append(self.res(width, width, "up"))
                 modules.append(nn.Sequential(*layers))
                 above = width
@@ -122,15 +151,15 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         """Return [B, c, h, w] for x [B, c, h, w] and the text's sequence [B, w, L]."""
         pixels = rearrange(x, "b c h w -> b c (h w)")
-        q, k, v = _heads(self.qkv(self.norm(pixels)), self.heads, 3)  # [B, heads, hw, d] each
-        text_k, text_v = _heads(self.encoder_kv(text), self.heads, 2)  # [B, heads, L, d] each
+        q, k, v = heads_of(self.qkv(self.norm(pixels)), self.heads, 3)  # [B, heads, hw, d] each
+        text_k, text_v = heads_of(self.encoder_kv(text), self.heads, 2)  # [B, heads, L, d] each
         k, v = torch.cat([text_k, k], dim=2), torch.cat([text_v, v], dim=2)  # [B, heads, L + hw, d] each
         attended = attention(q, k, v)  # [B, heads, hw, d]
         out = self.proj_out(rearrange(attended, "b n hw d -> b (n d) hw"))  # [B, c, hw]
         return x + rearrange(out, "b c (h w) -> b c h w", h=x.shape[2])  # [B, c, h, w]
 
 
-def _heads(x: Tensor, heads: int, parts: int) -> Tensor:
+def heads_of(x: Tensor, heads: int, parts: int) -> Tensor:
     """Return queries, keys, values (or the last two), [parts, B, heads, L, d], of x [B, heads * parts * d, L]."""
     return rearrange(x, "b (n parts d) l -> parts b n l d", n=heads, parts=parts)
 

@@ -5,7 +5,6 @@ A transformer reads the tokens. Its last position, projected, is added to the em
 shifts every residual block; its whole sequence stands beside the pixels in every attention.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Annotated
 
@@ -26,6 +25,8 @@ from ldm_lab.denoisers.glide_layers import (
     ResBlock,
     TextBlock,
     Transformer,
+    check_size,
+    sinusoids,
     zeroed,
 )
 from ldm_lab.errors import UserError
@@ -39,10 +40,8 @@ from ldm_lab.interfaces import (
     required_condition,
 )
 
-MAX_PERIOD = 10_000  # of the time's sinusoids
 FIRST = "input_blocks.0.0.weight"  # of the first convolution
 IMAGES = ("inpaint_image", "inpaint_mask", "low_res")  # conditions that it sees beside x, in the original's order
-EXACT = 1e-3  # a timestep this near to a whole one is the whole one: what is missing is float32's rounding of t
 
 
 @register("denoiser", "glide_unet")
@@ -114,7 +113,8 @@ class GlideUNet(Denoiser):
         self.checkpointing, self.learns_variance = gradient_checkpointing, learn_variance
         self._add_text(text_width, text_layers, text_heads)
         self.multiple_of, widths = 2 ** (len(multipliers) - 1), [base_channels * times for times in multipliers]
-        build = Builder(blocks_per_level, attention, head_width, norm_groups, dropout, text_width, 4 * base_channels)
+        blocks = [blocks_per_level] * len(multipliers)
+        build = Builder(blocks, attention, head_width, norm_groups, dropout, text_width, 4 * base_channels)
         self._add_unet(build, widths, channels * (1 + learn_variance))
         self._initialize_embeddings()
 
@@ -201,16 +201,7 @@ class GlideUNet(Denoiser):
 
     def time_embedding(self, timestep: Tensor) -> Tensor:
         """Return the embedding of timesteps [B], 0 .. T - 1, [B, 4 * base_channels]."""
-        index = timestep.float()  # [B]
-        whole = index.round()  # [B]
-        index = torch.where((index - whole).abs() < EXACT, whole, index)  # [B]
-        half = self.base_channels // 2
-        place = torch.arange(half, dtype=torch.float32, device=index.device)  # [half]
-        angle = index[:, None] * torch.exp(place * (-math.log(MAX_PERIOD) / half))  # [B, half]
-        sinusoids = torch.cat([angle.cos(), angle.sin()], dim=1)  # [B, base_channels]
-        if self.base_channels % 2:
-            sinusoids = F.pad(sinusoids, (0, 1))  # [B, base_channels]
-        return self.time_embed(sinusoids.to(self.time_embed[0].weight.dtype))
+        return self.time_embed(sinusoids(timestep, self.base_channels).to(self.time_embed[0].weight.dtype))
 
     def forward(
         self,
@@ -238,12 +229,7 @@ class GlideUNet(Denoiser):
         Raises:
             UserError: h or w is not a multiple of `multiple_of`; a condition that this form does not have, or lacks.
         """
-        height, width = x.shape[2:]
-        if height % self.multiple_of or width % self.multiple_of:
-            raise UserError(
-                f"height and width have to be multiples of {self.multiple_of} for a U-Net of "
-                f"{self.multiple_of.bit_length()} levels, not {height}x{width}"
-            )
+        check_size(x, self.multiple_of)
         pooled, text = self.encode_text(token_ids, token_ids_mask)  # [B, e], [B, w, L]
         emb = self.time_embedding(time) + pooled  # [B, e]
         if clip_embed is not None:

@@ -130,6 +130,10 @@ class ImagenUNet(ConditionReader):
         self.ups = nn.ModuleList(build.up(level, efficient) for level in reversed(plan))
         self.final_res_block = build.block(widths[0], widths[0], gated=True)
 
+    def outer_layers(self) -> list[str]:
+        """Return the names of the convolutions that read x, of which there are several, and of the last one."""
+        return [*(f"init_conv.convs.{i}" for i in range(len(self.init_conv.convs))), "final_conv"]
+
     @staticmethod
     def check(
         *, base_channels: int, multipliers: Sequence[int], blocks_per_level: Sequence[int],

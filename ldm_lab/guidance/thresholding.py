@@ -59,13 +59,16 @@ class DynamicThresholding(Thresholding):
 
     Attributes:
         percentile: share of the magnitudes that are not clamped, 0 to 1.
+        most: largest divisor, in limits, as DeepFloyd IF has it, against pale pictures.
     """
 
     percentile: float = 0.995
+    most: float = math.inf
 
     def bounded(self, x0: Tensor) -> Tensor:
         """Return clean estimates [B, C, h, w] within the limit."""
-        threshold = quantile(x0.abs().flatten(1), self.percentile).clamp(min=self.limit)  # [B]
+        threshold = quantile(x0.abs().flatten(1), self.percentile)  # [B]
+        threshold = threshold.clamp(self.limit, self.limit * self.most)  # [B]
         threshold = threshold[:, None, None, None]  # [B, 1, 1, 1]
         return x0.clamp(-threshold, threshold) * (self.limit / threshold)  # [B, C, h, w]
 

@@ -38,11 +38,17 @@ BASE_ONLY = (
     "aesthetic", "aesthetic_weight", "aesthetic_embeddings",
     "clip_guidance", "rerank", "seed", "batch_size",
 )  # fmt: skip
-UPSAMPLER = "upsampler_"  # prefix of what is said of upsamplers
+UPSAMPLER = "upsampler_"  # prefix of what is said of all upsamplers
+STAGE = "upsampler."  # before the number of one of them, from 1 on, and a dot
 # Options that name a file, and those of `ModelOptions` that change pictures otherwise.
 IMAGE_FILES = ("init_image", "mask")
 MODEL_FILES = ("guide_model", "autoencoder", "conditioner", "aesthetic_embeddings")
 OF_LOADING = ("precision", "noised_clip_head_width")
+
+
+def stage_prefix(number: int) -> str:
+    """Return the prefix of what is said of one upsampler: "upsampler.2."."""
+    return f"{STAGE}{number}."
 
 
 class OptionValues(dict[str, OptionValue]):

@@ -50,7 +50,12 @@ class SampleFolder:
         return f"{self.first + i:05d}.png"
 
     def add(
-        self, images: Sequence[Image.Image], caption: str, settings: Entry, parameters: Parameters | None = None
+        self,
+        images: Sequence[Image.Image],
+        caption: str,
+        settings: Entry,
+        parameters: Parameters | None = None,
+        only_last: bool = False,
     ) -> None:
         """Write the next picture with its settings as metadata, and remember them for the list.
 
@@ -60,20 +65,21 @@ class SampleFolder:
             caption: its prompts.
             settings: what it was made with.
             parameters: the same as other programs read it; None writes nothing of the kind.
+            only_last: write the last one alone; the list still tells the sizes of the others.
         """
         name = self.name(len(self.images))
         *smaller, image = images
         entry = Entry({"file": name, **settings, "width": image.width, "height": image.height})
         files = [name.replace(".png", f"_stage{i}.png" if i else "_base.png") for i in range(len(smaller))]
         steps = [
-            Entry({"file": file, "width": small.width, "height": small.height})
+            Entry({**({} if only_last else {"file": file}), "width": small.width, "height": small.height})
             for file, small in zip(files, smaller, strict=True)
         ]
         if steps:
             entry["base"] = steps[0]
         if len(steps) > 1:
             entry["stages"] = [*steps[1:]]
-        for file, picture in zip([*files, name], images, strict=True):
+        for file, picture in list(zip([*files, name], images, strict=True))[len(smaller) if only_last else 0 :]:
             # First of all, as some programs read the first text alone.
             known = {"parameters": str(parameters.sized(*picture.size))} if parameters else {}
             save_png(

@@ -225,7 +225,9 @@ class Pipeline:
         if clip_denoised:
             limit, percentile = bound or 1 / float(model.autoencoder.latent_std.min()), options.threshold_percentile
             if options.thresholding == "dynamic" and percentile is not None:
-                wrappers.append(DynamicThresholding(limit, percentile))
+                defaults = model.denoiser.sampling_defaults
+                most = defaults.upsampler_most if request.low_res is not None else defaults.most
+                wrappers.append(DynamicThresholding(limit, percentile, most))
             else:
                 wrappers.append(StaticThresholding(limit))
         if options.clip_guidance is not None:

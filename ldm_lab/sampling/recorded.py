@@ -7,7 +7,7 @@ of a file that it names the name alone is taken, to be looked for by its checksu
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from ldm_lab.sampling.options import (
     IMAGE_FILES,
     MODEL_FILES,
     OF_LOADING,
+    STAGE,
     UPSAMPLER,
     OptionValues,
 )
@@ -47,6 +48,7 @@ TOLD = (
     "device",
     "lora_weight",
 )
+ONE_STAGE = re.compile(rf"{re.escape(STAGE)}[1-9]\d{{0,2}}\.")
 SIZE = re.compile(r"(\d{1,5})\s*x\s*(\d{1,5})")
 
 
@@ -179,14 +181,21 @@ def _flags(entry: Entry) -> Iterator[str]:
     of_samplers = {name: list(info.options) for name, info in infos("sampler").items()}
     kept = [name for name in sampling if name not in ("seed", "size", "batch_size", "rerank", *FILE_LISTS)]
     yield from (*kept, *OF_LOADING)
-    for prefix in ("", UPSAMPLER):
+    stages = stage_prefixes(entry)
+    for prefix in ("", UPSAMPLER, *stages):
         name = entry.get(f"{prefix}sampler")
         if name is not None and not (isinstance(name, str) and name in of_samplers):
             raise UserError(f"no sampler {str(name)[:60]!r} here; if it is of your own, --imports its module")
         yield from (prefix + option for option in (of_samplers[name] if isinstance(name, str) else []))
-    yield from (UPSAMPLER + name for name in sampling if name not in BASE_ONLY)
-    if entry.get("upsampler_sampler") is None:
-        yield from (UPSAMPLER + option for options in of_samplers.values() for option in options)
+    for prefix in (UPSAMPLER, *stages):
+        yield from (prefix + name for name in sampling if name not in BASE_ONLY)
+        if entry.get(f"{prefix}sampler") is None:
+            yield from (prefix + option for options in of_samplers.values() for option in options)
+
+
+def stage_prefixes(values: Iterable[str]) -> list[str]:
+    """Return the prefixes, such as "upsampler.2.", of single upsamplers that options are said of."""
+    return sorted({match[0] for name in values if (match := ONE_STAGE.match(name))})
 
 
 def _value(entry: Entry, key: str) -> TakenValue:

@@ -116,14 +116,18 @@ class Stages:
         downscale = self.base.pipeline.model.autoencoder.downscale
         height, width = (side * downscale for side in base.latent_size)
         requests, base_width, before = [], width, self.base
-        for stage in self.upsamplers:
-            _check_sizes(before.pipeline.model, stage.pipeline.model, height, width)
-            before = stage
+        for number, stage in enumerate(self.upsamplers, start=1):
             low_res = torch.empty(len(base.mixes), 3, height, width, device="meta")  # [N, 3, h, w]
             options = _with_mask(stage.options, base, width * (stage.pipeline.model.upscale_factor or 1) / base_width)
-            mixes = [_guided_toward(stage, mix, base.guidance) for mix in base.mixes]
-            requests.append(stage.pipeline.check(mixes, options, low_res=low_res))
-            downscale = stage.pipeline.model.autoencoder.downscale
+            try:
+                _check_sizes(before.pipeline.model, stage.pipeline.model, height, width)
+                mixes = [_guided_toward(stage, mix, base.guidance) for mix in base.mixes]
+                requests.append(stage.pipeline.check(mixes, options, low_res=low_res))
+            except UserError as error:
+                if len(self.upsamplers) == 1:
+                    raise
+                raise UserError(f"upsampler {number}: {str(error).removeprefix('upsampler: ')}") from None
+            before, downscale = stage, stage.pipeline.model.autoencoder.downscale
             height, width = (side * downscale for side in requests[-1].latent_size)
         return Plan(base, requests)
 
@@ -190,13 +194,15 @@ def _enlarged(
 ) -> Iterator[tuple[Sample, ...]]:
     """Yield the pictures of the stages so far, each with one more that is the last one enlarged."""
     size = request.options.batch_size
+    told = "low_res_level" in pipeline.model.denoiser.spec  # of noise, beside which levels of 8 bits are nothing
     for first in range(0, len(request.mixes), size):
         group = list(islice(rows, size))
+        low_res = torch.stack([row[-1].pixels for row in group])  # [B, 3, h, w]
         (large,) = pipeline.samples(
             request.mixes[first : first + len(group)],
             request.options,
             seeds=[row[0].seed + seed_offset for row in group],
-            low_res=round_to_uint8(torch.stack([row[-1].pixels for row in group])),  # [B, 3, h, w]
+            low_res=low_res if told else round_to_uint8(low_res),  # [B, 3, h, w]
             progress=progress,
         )
         for row, sample in zip(group, large, strict=True):

@@ -15,6 +15,11 @@ FIRST_RATIO = 148.4  # sigma / alpha where the grids that divide by alpha begin;
 WHOLE = 1e-3  # of a timestep: float32 rounds t by less
 
 
+def step_of_level(level: Tensor, steps: int) -> Tensor:
+    """Return the step, int64 0 .. steps - 1, that noise levels in [0, 1] stand for: the whole one not above them."""
+    return (level.float() * steps + WHOLE).floor().long().clamp(0, steps - 1)  # level's shape
+
+
 class Discrete(Schedule):
     """alpha^2 = product of (1 - beta) over the timesteps so far; timestep i, 0 .. T - 1, is at t = (i + 1) / T.
 

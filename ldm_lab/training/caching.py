@@ -29,7 +29,7 @@ from ldm_lab.io.atomic import PARTIAL
 from ldm_lab.processes import wait_for_each_other
 from ldm_lab.training.disk import check_room
 from ldm_lab.training.encoders import Encoders
-from ldm_lab.training.encoding import CacheJob, CacheTarget, Variants, expected_row_bytes
+from ldm_lab.training.encoding import SEED, CacheJob, CacheTarget, Variants, expected_row_bytes
 from ldm_lab.training.logs import print_rank_zero
 
 PATHS = ("path", "shards", "folder")  # options that say where data are
@@ -168,7 +168,7 @@ def description(config: RunConfig, files: Files) -> dict[str, str]:
     for key in signature_options(data.load()):
         if key not in left_out:
             found[f"data.{key}"] = json.dumps(data.option(key), sort_keys=True)
-    found |= {"files": json.dumps(digest(files)), "seed": json.dumps(config.seed)}
+    found |= {"files": json.dumps(digest(files)), SEED: json.dumps(config.seed)}
     found |= {key: json.dumps(cache.get(key)) for key in OPEN_CHOICES}
     for role in ENCODERS:
         if role == "conditioner" or has_weights(role, config[role]):  # an autoencoder without weights encodes nothing
@@ -190,7 +190,9 @@ def encoder_facts(part: PartConfig, checksum: str | None) -> dict[str, str]:
 
 def description_differences(there: dict[str, str], wanted: dict[str, str]) -> list[str]:
     """Return the names of what is another one in an existing cache; choices that are left open are the cache's."""
-    compared = [key for key in wanted if key != "files" and not (key in OPEN_CHOICES and wanted[key] == "null")]
+    left_open = [key for key in OPEN_CHOICES if wanted.get(key) == "null"]
+    undrawn = [SEED] if there.get(SEED) == "null" else []  # nothing was drawn: any seed would have made it
+    compared = [key for key in wanted if key not in ("files", *left_open, *undrawn)]
     before, now = encoders_of(there), encoders_of(wanted)
     own = [key for key in compared if key.partition(".")[0] not in ENCODERS and there.get(key) != wanted[key]]
     others = [encoder_differences(role, before.get(role, {}), now.get(role, {})) for role in ENCODERS]

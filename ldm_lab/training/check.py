@@ -20,8 +20,10 @@ from ldm_lab.training.caching import cache_options, is_complete, training_data
 from ldm_lab.training.compiling import compiler_told_in_one_line
 from ldm_lab.training.cost import RunCost
 from ldm_lab.training.disk import check_space
+from ldm_lab.training.gap_runs import few_means, needs_means, prepare_means, with_own_means
 from ldm_lab.training.going_on import in_changed_precision, with_options
 from ldm_lab.training.guard import Guard
+from ldm_lab.training.held_out import HeldOut
 from ldm_lab.training.resume import Resume
 from ldm_lab.training.runner import RUNS, announce, build_task, less_memory, training_now
 from ldm_lab.training.sharding import FSDP2
@@ -44,6 +46,7 @@ def check(config: RunConfig) -> int:
     for line in config.unused_options():
         print(line)
     folder = RUNS / config.run
+    config = with_own_means(config, folder)
     resume: Resume = config.part("resume").build(folder)
     config = in_changed_precision(config, resume)
     changes = resume.differences(config, config.task_class().NETWORK) if resume.path else []
@@ -53,11 +56,15 @@ def check(config: RunConfig) -> int:
     with TemporaryDirectory(prefix="ldm_lab-check-") as scratch:
         tried = trial(config, Path(scratch), before)
         data = DataModule(training_data(tried).build(), seed=config.seed)
+        prepare_means(tried, Path(scratch), None)
         task = build_task(tried)
         options: TrainerOptions = tried.part("trainer").build()
         options.options["enable_progress_bar"] = False
         guard = Guard(Path(scratch), 1)
         drawing = task.callbacks(Path(scratch))
+        for callback in drawing:
+            if isinstance(callback, HeldOut):
+                callback.goes_on = False
         trainer = options.trainer([resume, guard, *drawing], [], 1, Path(scratch))
         if options.channels_last:
             task.to(memory_format=torch.channels_last)
@@ -88,7 +95,7 @@ def trial(config: RunConfig, scratch: Path, before: int) -> RunConfig:
         if section in config:
             tried = with_options(tried, section, {"every": 1, **({} if section == "demo" else {"images": 1})})
     if "held_out" in config:
-        tried = with_options(tried, "held_out", {"every": 1, "samples": 1, "levels": 1})
+        tried = with_options(tried, "held_out", {"every": 1, "samples": 1, "levels": 1, "patience": None})
     if "demo" in config:
         prompts = scratch / "prompts.txt"
         prompts.write_text(read_prompts(config["demo"]["prompts"])[0] + "\n", encoding="utf-8")
@@ -96,6 +103,9 @@ def trial(config: RunConfig, scratch: Path, before: int) -> RunConfig:
     if "cache" in config and not is_complete(folder := cache_options(config).folder, config):
         print(f"check: the run would encode its data first, into {folder}/; this step encodes its batch itself")
         tried = replace(tried, sections={name: part for name, part in tried.sections.items() if name != "cache"})
+    if needs_means(tried, RUNS / config.run):
+        print("check: the run would measure conditioner.gap's means first; this step measures them on a few images")
+        tried = with_own_means(few_means(tried, config["data"].option("batch_size")), scratch)
     if "cache" not in tried and type(source := config["data"].build()).prepare is not Source.prepare:
         tried = drawn_elsewhere(tried, source, scratch)
     return tried

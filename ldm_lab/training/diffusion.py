@@ -137,6 +137,8 @@ class DiffusionTask(Task):
                 mean, logvar = self.encoders.moments(batch.image)  # [B, C, h, w] each
             x0 = self.autoencoder.sample(mean, logvar, torch.randn_like(mean))  # [B, C, h, w]
             conditions = dict(batch.conditions)
+            if not conditions and self.rehearsing and not any(True for _ in self.conditioner.parameters()):
+                conditions = blank_conditions(self.conditioner.spec, len(x0))  # of a model that is not loaded, too
             if not conditions and (self.conditioning.reads_images or self.rehearsing):
                 conditions = self.encoders.conditions(batch, self.device.type)  # name -> [B, ...]
             conditions = {k: its.float() if its.is_floating_point() else its for k, its in conditions.items()}

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -52,6 +53,9 @@ class Variants:
         return self.crops * (2 if self.flip else 1)
 
 
+SEED = "seed"  # its name in a cache's description
+
+
 class EncodedSample(NamedTuple):
     """A sample in its variants, decoded.
 
@@ -60,20 +64,34 @@ class EncodedSample(NamedTuple):
         caption_place: where its caption came from, or why it cannot be read.
         images: uint8 [V, 3, S, S].
         texts: V captions.
+        drawn: whether something of it was drawn at random.
     """
 
     key: str
     caption_place: str
     images: Tensor
     texts: list[str]
+    drawn: bool = False
 
 
 class VariantBatch(NamedTuple):
-    """Some samples in their variants: images uint8 [B * V, 3, S, S], B keys, B * V texts."""
+    """Some samples in their variants: images uint8 [B * V, 3, S, S], B keys, B * V texts; whether any was drawn."""
 
     images: Tensor
     keys: list[str]
     texts: list[str]
+    drawn: bool = False
+
+
+@dataclass(frozen=True)
+class NotingOrder(Order):
+    """An order that notes what is drawn by it."""
+
+    drawn: list[str] = field(default_factory=list)
+
+    def random(self, *key: str | int) -> Random:
+        self.drawn.append(str(key[0]))
+        return super().random(*key)
 
 
 @dataclass(frozen=True)
@@ -88,7 +106,8 @@ class VariantPreparation:
 
     def prepare(self, sample: Item) -> EncodedSample:
         """Return a sample in all variants. Raises SkippedSample."""
-        decoded = [self.source.decode(sample, Order(self.seed, crop)) for crop in range(self.variants.crops)]
+        orders = [NotingOrder(self.seed, crop) for crop in range(self.variants.crops)]
+        decoded = [self.source.decode(sample, order) for order in orders]
         images, texts = list[Tensor](), list[str]()
         for one in decoded:
             if one.image is None:
@@ -96,12 +115,14 @@ class VariantPreparation:
             mirrored = [one.image.flip(-1)] if self.variants.flip else []  # [3, S, S]
             images += [one.image, *mirrored]
             texts += [one.text] * (1 + len(mirrored))
-        return EncodedSample(decoded[0].key, decoded[0].caption_place, torch.stack(images), texts)
+        drawn = any(order.drawn for order in orders)
+        return EncodedSample(decoded[0].key, decoded[0].caption_place, torch.stack(images), texts, drawn)
 
     def collate(self, samples: list[EncodedSample]) -> VariantBatch:
         """Return the batch of some samples."""
         images = torch.cat([sample.images for sample in samples])  # [B * V, 3, S, S]
-        return VariantBatch(images, [s.key for s in samples], [text for s in samples for text in s.texts])
+        texts = [text for sample in samples for text in sample.texts]
+        return VariantBatch(images, [s.key for s in samples], texts, any(sample.drawn for sample in samples))
 
 
 # ------------------------------------------------------------------------------------------------------------ columns
@@ -156,11 +177,13 @@ class EncodedRows:
         rows: of the samples that can be kept.
         columns: what they are.
         not_finite: keys of the others.
+        drawn: whether something of it was drawn at random.
     """
 
     rows: Rows
     columns: dict[str, Column]
     not_finite: list[str] = field(default_factory=list)
+    drawn: bool = False
 
 
 class CacheJob(Job[Item, EncodedSample, VariantBatch, EncodedRows]):
@@ -179,7 +202,8 @@ class CacheJob(Job[Item, EncodedSample, VariantBatch, EncodedRows]):
         return self.source.found()
 
     def fingerprint(self, precision: str) -> Fingerprint:
-        return {"description": json.dumps(self.target.description, sort_keys=True), "precision": precision}
+        made_with = {name: its for name, its in self.target.description.items() if name != SEED}  # the cache has it
+        return {"description": json.dumps(made_with, sort_keys=True), "precision": precision}
 
     def files(self, item: WorkItem[Item]) -> list[Path]:
         return [
@@ -217,7 +241,7 @@ class CacheJob(Job[Item, EncodedSample, VariantBatch, EncodedRows]):
                 there = torch.arange(values.shape[1])[None] < lengths[name][:, None]  # [R, L]
                 values = values[there]  # [sum of lengths, ...]
             packed[name] = values
-        return EncodedRows(Rows(packed, lengths, keys, texts), columns, not_finite)
+        return EncodedRows(Rows(packed, lengths, keys, texts), columns, not_finite, batch.drawn)
 
     def encode(self, batch: Batch) -> dict[str, Tensor]:
         """Return what is made of a batch's images in [-1, 1] and texts, column -> [B, ...], each in its own dtype.
@@ -252,7 +276,7 @@ class CacheJob(Job[Item, EncodedSample, VariantBatch, EncodedRows]):
         columns = rows[0].columns if rows else {}
         if any(batch.rows.keys for batch in rows):
             shard = write_shard(item.file(ENDING), Rows.joined([batch.rows for batch in rows]), columns)
-        ItemDone(done, columns, shard).write(item.file(DONE))
+        ItemDone(done, columns, shard, any(batch.drawn for batch in rows)).write(item.file(DONE))
 
     def finish(self, items: Sequence[WorkItem[Item]], report: PassReport) -> None:
         """Write `meta.json`, with the list of all shards, unless some of the data could not be reached."""
@@ -266,7 +290,10 @@ class CacheJob(Job[Item, EncodedSample, VariantBatch, EncodedRows]):
         if other is not None:
             raise UserError(f"{self.target.folder}: shards of other columns: {other.shard}, {done[0].shard}; {AGAIN}")
         shards = tuple(one.shard for one in done if one.shard is not None)
-        meta = CacheMeta(self.target.description, True, self.variants.count, dict(done[0].columns), shards)
+        description = self.target.description
+        if not any(one.drawn for one in done):
+            description = {**description, SEED: "null"}  # with any other one it would be the same
+        meta = CacheMeta(description, True, self.variants.count, dict(done[0].columns), shards)
         meta.write(self.target.folder)
 
 

@@ -13,6 +13,7 @@ from ldm_lab.errors import UserError
 from ldm_lab.interfaces import ConditionSpec, Embedding
 from ldm_lab.training.logs import print_rank_zero
 
+FILE = "gap.safetensors"  # in the folder of a run that measured its means itself
 MapChoice = Literal["none", "ridge", "residual", "best"]
 
 
@@ -39,22 +40,19 @@ class GapOptions:
                 the measured one.
             map: from texts' embeddings to images', fitted on images that have captions: linear (ridge), a small
                 network (residual), whichever finds held-out images best, or none; null takes what the file has.
-            texts: file of texts, one a line, whose mean is taken where means are measured; null takes those that come
-                with the program.
+            texts: file of texts, one a line, whose mean is taken where means are measured, or `captions`, those of the
+                data; null takes some thousand texts that come with the program.
             images: how many are measured, evenly spread over the data.
         """
         self.means, self.shift, self.noise, self.map = means, shift, noise, map
         self.texts, self.images = texts, images
 
     @staticmethod
-    def check(*, means: str | None, shift: bool, map: MapChoice | None, texts: str | None) -> list[str]:
+    def check(*, shift: bool, map: MapChoice | None) -> list[str]:
         """Return what is wrong across the options."""
-        problems = []
         if not shift and map not in (None, "none"):
-            problems.append(f"map: {map} is of embeddings without their means, and shift=false leaves those in")
-        if means is not None and texts is not None:
-            problems.append("texts: say whose mean is measured, and means names a file where that has been done")
-        return problems
+            return [f"map: {map} is of embeddings without their means, and shift=false leaves those in"]
+        return []
 
     @property
     def needs_means(self) -> bool:

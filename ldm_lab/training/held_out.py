@@ -45,6 +45,8 @@ class HeldOut(Callback):
     of a run can be compared with each other, and with those of other runs with the same section and seed.
     """
 
+    goes_on = True  # with a checkpoint's measurements; not where it is tried out on a few images
+
     def __init__(
         self,
         folder: Path,
@@ -216,5 +218,7 @@ class HeldOut(Callback):
         return HeldOutState(best=self.best, best_step=self.best_step, since=self.since, measured_on=self.measured_on)
 
     def load_state_dict(self, state: HeldOutState) -> None:
+        if not self.goes_on:
+            return
         self.best, self.best_step, self.since = state["best"], state["best_step"], state["since"]
         self.measured_on_before = state["measured_on"]

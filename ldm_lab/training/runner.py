@@ -25,6 +25,7 @@ from ldm_lab.training.checkpointing import LAST
 from ldm_lab.training.compiling import compiler_told_in_one_line
 from ldm_lab.training.cost import RunCost
 from ldm_lab.training.disk import check_space
+from ldm_lab.training.gap_runs import prepare_means, with_own_means
 from ldm_lab.training.going_on import gone_on, in_changed_precision
 from ldm_lab.training.guard import Guard
 from ldm_lab.training.interrupt import STOPPED, Interrupt
@@ -70,6 +71,7 @@ def run(config: RunConfig) -> int:
     for line in config.unused_options():
         print_rank_zero(line)
     folder = RUNS / config.run
+    config = with_own_means(config, folder)
     with RunLock(folder) as lock, ExitStack() as processes:
         done = _run(config, folder, lock, None)
         processes.enter_context(fail_together(done.launcher))  # another Trainer goes on in the same ones
@@ -104,6 +106,7 @@ def _run(config: RunConfig, folder: Path, lock: RunLock, began: float | None) ->
     changes = resume.differences(config, config.task_class().NETWORK) if resume.path else []
     source = check_start(config, folder)
     data = DataModule(source or training_data(config).build(), seed=config.seed)
+    prepare_means(config, folder, resume.path)
     task = build_task(config)
     options: TrainerOptions = config.part("trainer").build()
     guard: Guard = config.part("guard").build(folder, logging.every)
@@ -130,7 +133,8 @@ def _run(config: RunConfig, folder: Path, lock: RunLock, began: float | None) ->
     announce(config, folder, resume.path, changes, task)
     with compiler_told_in_one_line(options.compile):
         stopped = fit(trainer, task, data, callbacks)
-    if guard.leaves_for is not None and not stopped:
+    is_done = 0 <= trainer.max_steps <= trainer.global_step
+    if guard.leaves_for is not None and not stopped and not is_done:
         return Done(0, gone_on(config, guard.leaves_for), callbacks.interrupt.began, trainer.strategy.launcher)
     summary = [data.summary(callbacks.bookkeeping.data_states), *guard.summary(), *task.summary()]
     report(trainer, folder, summary, stopped, before.get("global_step", 0), callbacks.checkpoint.saved_at)

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+from ldm_lab.checkpoints.gap_files import read_gap
 from ldm_lab.checkpoints.parts import part_downloads
-from ldm_lab.config import RunConfig
+from ldm_lab.config import PartConfig, RunConfig
 from ldm_lab.data.cache_files import META, read_meta
 from ldm_lab.data.source import Source
+from ldm_lab.data.varied_texts import CAPTIONS, texts_of
 from ldm_lab.downloads import Download, raise_refusals, refusals
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Objective
@@ -19,6 +21,7 @@ from ldm_lab.pretrained.resolve import announce, offline, to_download
 from ldm_lab.sampling.needs import option_downloads
 from ldm_lab.training.captioned_grids import CaptionedGrids
 from ldm_lab.training.demo import Demo
+from ldm_lab.training.gap import FILE, gap_options
 from ldm_lab.training.lora import WITHOUT_PEFT
 from ldm_lab.training.perceptual import features_download
 from ldm_lab.training.sharding import FSDP2
@@ -75,6 +78,8 @@ def _findings(config: RunConfig, folder: Path, sources: list[Source]) -> list[Fi
     for role in ("autoencoder", "conditioner"):
         if role in config and role != trained:
             findings.append(partial(part_downloads, role, config[role], role))
+    if "conditioner" in config:
+        findings.append(partial(_check_gap, config["conditioner"], folder))
     if "perceptual" in config:
         findings.append(features_download)
     if "discriminator" in config and (weights := config["discriminator"].options.get("weights")):
@@ -136,6 +141,19 @@ def _open_data(config: RunConfig, sources: list[Source]) -> None:
     if type(source).prepare is Source.prepare:
         source.open()
         sources.append(source)
+
+
+def _check_gap(conditioner: PartConfig, folder: Path) -> None:
+    """Raise UserError for means of embeddings that are not there, or no texts to measure them on."""
+    options = gap_options(conditioner)
+    if options is None or not options.needs_means:
+        return
+    if options.means is not None and Path(options.means) != folder / FILE:
+        read_gap(options.means)  # whose they are is asked later: that needs the weights
+        if options.texts is not None:
+            raise UserError("conditioner.gap.texts: are of means that a run measures itself, and means names a file")
+    elif options.texts not in (None, CAPTIONS):
+        texts_of(options.texts)
 
 
 def _pictures(config: RunConfig, role: str, folder: Path) -> list[Download]:

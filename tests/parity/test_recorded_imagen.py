@@ -5,16 +5,19 @@ import torch
 from recorded import Case
 from stand_ins import FunctionDenoiser
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ldm_lab.checkpoints.formats import imagen
 from ldm_lab.checkpoints.parts import load_strictly
 from ldm_lab.condition_sources.noised_low_res import NoisedLowRes
-from ldm_lab.conditions import ConditionRequest
+from ldm_lab.conditions import ConditionRequest, ImageCondition
 from ldm_lab.config import build
 from ldm_lab.denoisers.imagen_unet import ImagenUNet
 from ldm_lab.guidance.classifier_free import guided
 from ldm_lab.guidance.thresholding import DynamicThresholding, StaticThresholding, quantile
+from ldm_lab.interfaces import Conditioner
 from ldm_lab.objectives.targets import as_prediction, target
+from ldm_lab.sampling import Model, Pipeline, SamplingOptions, Stage, Stages, pipeline
 from ldm_lab.schedules import LogSNR, Posterior
 
 
@@ -250,4 +253,73 @@ def test_sampling(case):
         recorded.check(f"{name}_sample", (last.clamp(-1, 1) + 1) / 2)
         if name == "cosine_eps_dynamic":
             recorded.check("cosine_log_snr_after_first", torch.stack(seen)[1:])
+    recorded.finish()
+
+
+class Told(Conditioner):
+    """What the recordings' network is told, whatever the prompts are."""
+
+    def __init__(self, cond: Tensor, null: Tensor) -> None:
+        super().__init__()
+        self.cond, self.nothing = cond, null
+
+    @property
+    def spec(self) -> dict:
+        return {"c": ImageCondition(3)}
+
+    def from_prompts(self, texts: list[str], images: list) -> dict[str, Tensor]:
+        return {"c": self.cond}
+
+    def null(self, conditions: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"c": self.nothing.expand_as(conditions["c"])}
+
+
+class Formula(FunctionDenoiser):
+    """The recordings' network, of a model whose pictures are kept in range as Imagen's are."""
+
+    sampling_defaults = ImagenUNet.sampling_defaults
+
+    def __init__(self, spec: dict) -> None:
+        super().__init__(lambda x, time, c, **low_res: closed_formula(x, time, c, **low_res), "log_snr")
+        self.spec = spec
+        self.weight = nn.Parameter(torch.zeros(1), requires_grad=False)  # says where the network is
+
+
+def test_cascade(case, monkeypatch):
+    """Two stages as they are sampled by us, with the recorded numbers in place of each picture's own noise."""
+    recorded = case("imagen_cascade")
+    given, config = recorded.inputs, recorded.config
+    small, large = config["image_sizes"]
+    source = NoisedLowRes(
+        scale_factor=large // small,
+        resize=config["resize_mode"],
+        curve=config["lowres_noise_schedule"],
+        level=config["lowres_sample_noise_level"],
+    )
+    # The original draws the small picture's noise before that of the chain; here the chain begins.
+    draws = iter([*given["noise1"][:-1], given["noise2"][0], given["lowres_noise"], *given["noise2"][1:]])
+    monkeypatch.setattr(pipeline, "SeededNoise", lambda seeds: lambda x: next(draws))
+    stages = []
+    for i, side in enumerate(config["image_sizes"]):
+        cond, null = (F.interpolate(given[name], size=(side, side), mode="nearest") for name in ("cond", "null"))
+        sources = {"noised_low_res": source} if i else {}
+        conditioner = Told(cond, null)
+        model = Model(
+            denoiser=Formula({"c": ImageCondition(3), **(source.spec if i else {})}),
+            objective=build("objective", objective_of(config["schedules"][i], config["objectives"][i])),
+            autoencoder=build("autoencoder", {"name": "identity"}),
+            conditioner=conditioner,
+            condition_sources=sources,
+            dropout=0.1,
+            image_size=(side, side),
+        )
+        options = SamplingOptions(
+            sampler={"name": "ddpm", "variance": "posterior", "steps": config["steps"][i]},
+            guidance=config["cond_scale"][i],
+            threshold_percentile=config["percentile"],
+        )
+        stages.append(Stage(Pipeline(model), options))
+    (rows,) = Stages(stages).samples(["one", "another"])
+    for name, samples in zip(("stage1", "stage2"), zip(*rows)):
+        recorded.check(name, (torch.stack([sample.pixels for sample in samples]).clamp(-1, 1) + 1) / 2)
     recorded.finish()

@@ -217,7 +217,7 @@ def model(file: OpenedFile, overrides: Section) -> LoadedModel:
     if isinstance(text, TokenStates):
         size = T5.get(text.width)
         named = Section() if size is None else Section(model=f"google/t5-v1_1-{size}")
-        config["conditioner"] = {"name": "t5", **named, "dropout": DROPOUT}
+        config["conditioner"] = {"name": "t5", **named, "text_size": text.length, "dropout": DROPOUT}
     if upsampler:
         config["condition_sources"] = {"noised_low_res": {"scale_factor": said["scale_factor"], "resize": "nearest"}}
     _say_assumed(file.path, list(found), said, overrides)

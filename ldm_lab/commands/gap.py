@@ -1,0 +1,73 @@
+"""Measure the gap between a conditioner's text and image embeddings, and write the means that close it.
+
+    python -m ldm_lab gap --config configs/yfcc_clip.yaml --out gap.safetensors data.shards='/data/{00000..00099}.tar'
+    python -m ldm_lab gap --config configs/yfcc_clip.yaml --out gap.safetensors --map best data.shards='/data/*.tar'
+
+A CLIP's texts and images lie in two clouds with a gap between them, so that a model that is trained on image embeddings
+follows words badly. `conditioner.gap.means=gap.safetensors` takes each cloud's mean off (docs/no_captions.md). Needed
+are images, those of the config or its cache, and texts that need not belong to them: some thousand that come with the
+program, or --texts FILE. Where images have captions, how well pairs meet is told, before and after, and with it how
+long the noise in training should be; --map fits a map on them. A training run whose config has conditioner.gap without
+means measures them by itself.
+"""
+
+import argparse
+from pathlib import Path
+
+from ldm_lab.commands._arguments import add_imports_argument, add_pass_arguments, safetensors_file, whole_number
+from ldm_lab.config import load
+from ldm_lab.errors import UserError
+
+PRECISIONS = ("32-true", "bf16-mixed")
+MAPS = ("none", "ridge", "residual", "best")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    add_imports_argument(parser)
+    add = parser.add_argument
+    add("--config", required=True, metavar="YAML", help="a config with sections data and conditioner")
+    add("--out", type=safetensors_file, required=True, metavar="FILE", help="write the means there (.safetensors)")
+    add(
+        "--texts",
+        metavar="FILE",
+        help="texts, one a line, or `captions`, those of the data (default: texts of our own)",
+    )
+    add("--map", choices=MAPS, default="none", help="of texts, fitted on images with captions (%(default)s)")
+    add("--images", type=whole_number(1), default=10_000, metavar="N", help="how many, evenly spread (%(default)s)")
+    add("--plot", metavar="FILE", help="a picture of both clouds (.png; default: beside --out)")
+    add_pass_arguments(parser, whose="the conditioner's", of_config=True, precisions=PRECISIONS)
+    add("overrides", nargs="*", metavar="key=value", help="values that replace the YAML's")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, print, write the means and the plot."""
+    from ldm_lab.data.jobs import PassOptions  # not before: torch takes seconds, and --help needs none
+    from ldm_lab.evaluation.gap_plot import plot_clouds
+    from ldm_lab.training.gap_measuring import GapWanted, say
+    from ldm_lab.training.gap_runs import measure_gap
+    from ldm_lab.training.start import check_encoding
+
+    config = load(args.config, args.overrides)
+    for role in ("data", "conditioner"):
+        if role not in config:
+            raise UserError(f"{args.config}: has no section {role}")
+    check_encoding(config, ["conditioner"])
+    data, out = config["data"], Path(args.out)
+    options = PassOptions(
+        batch_size=data.option("batch_size") if args.batch_size is None else args.batch_size,
+        workers=data.option("workers") if args.workers is None else args.workers,
+        devices=args.devices,
+        num_nodes=args.num_nodes,
+        accelerator=args.accelerator,
+        precision=args.precision or PassOptions.precision,
+    )
+    wanted = GapWanted(out, args.texts, args.map, f"{data.to_dict()}, {args.images} images")
+    report = measure_gap(config, wanted, args.images, options)
+    if report is None:  # another process of several
+        return
+    say(report)
+    picture = Path(args.plot) if args.plot else out.with_suffix(".png")
+    plot_clouds(picture, report.images, report.texts, report.captions, report.file.gap)
+    noise = report.file.gap.noise_length
+    print(f"{out}: conditioner.gap={{means: {out}, noise: {noise:.2f}}} uses it; both clouds: {picture}")

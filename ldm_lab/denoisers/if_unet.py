@@ -1,0 +1,253 @@
+"""The U-Net of DeepFloyd IF (2023; the package deepfloyd-if 1.0.1), under its own names: stages I, II and III.
+
+It is GLIDE's with additions: the states of a frozen language model, projected, stand beside the pixels in attention;
+pooled, they are added to the embedding of the time, and of a super-resolution stage the embedding of how noised the
+enlarged small image is, too.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+import torch
+from annotated_types import MinLen
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm_lab.conditions import UPSAMPLER_ALONE
+from ldm_lab.config import PositiveInt, ShareBelowOne, check_options, register, signature_options
+from ldm_lab.denoisers.glide_layers import GroupNorm, check_size, sinusoids, zeroed
+from ldm_lab.denoisers.if_layers import IFAttentionBlock, IFBuilder, IFResBlock, gelu_mlp, pooling
+from ldm_lab.errors import UserError
+from ldm_lab.interfaces import (
+    ConditionKind,
+    ConditionSpec,
+    Denoiser,
+    ImageCondition,
+    Level,
+    TokenStates,
+    required_condition,
+)
+from ldm_lab.sampling_defaults import SamplingDefaults
+from ldm_lab.schedules.discrete import step_of_level
+
+LEVELS = 1000  # steps of the small image's noise
+
+
+@register("denoiser", "if_unet")
+class IFUNet(Denoiser):
+    """The U-Net of DeepFloyd IF: a base model of pixels, or a super-resolution stage where `low_res` is given.
+
+    Attributes:
+        multiple_of: what height and width have to be multiples of, 2 ** (levels - 1).
+    """
+
+    time_input = "timestep"
+    block_types = (IFResBlock, IFAttentionBlock)
+    architecture_keys = (
+        *("base_channels", "multipliers", "blocks_per_level", "attention", "text_width", "efficient", "cross_only"),
+    )
+    unordered_keys = ("attention",)
+    sampling_defaults = SamplingDefaults(
+        guidance=7.0, upsampler_guidance=4.0, upsampler_temperature=1.0,
+        thresholding="dynamic", percentile=0.95, most=1.5, upsampler_most=1.0,
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        channels: int,
+        conditions: ConditionSpec,
+        *,
+        base_channels: PositiveInt = 192,
+        multipliers: Annotated[list[PositiveInt], MinLen(1)] = (1, 2, 3, 4),
+        blocks_per_level: Annotated[list[PositiveInt], MinLen(1)] = (3,),
+        attention: list[PositiveInt] = (2, 4, 8),
+        head_width: PositiveInt = 64,
+        norm_groups: PositiveInt = 32,
+        dropout: ShareBelowOne = 0.0,
+        text_width: PositiveInt = 768,
+        pool_heads: PositiveInt = 64,
+        efficient: bool = False,
+        cross_only: bool = False,
+        learn_variance: bool = True,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        """Build the network with initial weights for training from scratch; the defaults are those of IF-I-M.
+
+        Args:
+            channels: C of the images.
+            conditions: what is given; of it token states, a small image and its noise level are taken.
+            base_channels: the level at 1 / 2**i of the size is base_channels * multipliers[i] wide, a multiple of
+                norm_groups.
+            multipliers: one per level.
+            blocks_per_level: residual blocks on the way down, one more on the way up: one number for all levels, or
+                one for each.
+            attention: there is attention where height and width are 1/2, 1/4, ... (a number from here) of the image's.
+            head_width: channels of an attention head.
+            norm_groups: groups of channels that are normalized together, 32 in all that was released.
+            dropout: share of the features that training drops in each residual block.
+            text_width: channels of the projected text; the last level's in stage I.
+            pool_heads: heads of the attention that pools the text; they divide the width of its states.
+            efficient: the form of stages II and III: the embedding is activated once, each block's result is scaled.
+            cross_only: pixels attend to the text alone, as in stages II and III.
+            learn_variance: 2C channels come out: eps, and where the variance lies between its two bounds.
+            gradient_checkpointing: recompute each block in the backward pass; less memory, a third more time.
+
+        Raises:
+            UserError: options that contradict each other, no token states, an image without its noise level.
+        """
+        super().__init__()
+        given = {key: value for key, value in locals().items() if key in signature_options(IFUNet)}
+        check_options(IFUNet, **given)
+        self.spec = _taken(conditions, self.part_name)
+        self.channels, self.base_channels = channels, base_channels
+        self.checkpointing, self.learns_variance = gradient_checkpointing, learn_variance
+        self.multiple_of, widths = 2 ** (len(multipliers) - 1), [base_channels * times for times in multipliers]
+        blocks = [*blocks_per_level] * (len(multipliers) if len(blocks_per_level) == 1 else 1)
+        emb_width = max(widths)
+        build = IFBuilder(
+            *(blocks, attention, head_width, norm_groups, dropout, text_width, emb_width),
+            efficient=efficient, cross_only=cross_only,
+        )  # fmt: skip
+        self._add_text(text_width, emb_width, pool_heads)
+        self._add_unet(build, widths, channels * (1 + learn_variance))
+        self.activation = nn.GELU() if efficient else nn.Identity()
+
+    def _add_text(self, width: int, emb_width: int, pool_heads: int) -> None:
+        """Add what reads the token states."""
+        states = required_condition(self.spec, "token_states", TokenStates, self.part_name)
+        if states.width % pool_heads:
+            raise UserError(f"denoiser.pool_heads: {pool_heads} heads do not divide token states of {states.width}")
+        self.encoder_proj = nn.Identity() if states.width == width else nn.Linear(states.width, width)
+        self.encoder_pooling = pooling(pool_heads, states.width, emb_width)
+
+    def _add_unet(self, build: IFBuilder, widths: list[int], channels_out: int) -> None:
+        """Add the embeddings of time and noise level, and the U-Net, whose levels are `widths` wide."""
+        extra = sum(kind.channels for kind in self.spec.values() if isinstance(kind, ImageCondition))
+        self.time_embed = gelu_mlp(self.base_channels, build.emb_width)
+        if extra:
+            self.aug_proj = gelu_mlp(self.base_channels, build.emb_width)
+        self.input_blocks, skips = build.down(self.channels + extra, widths)
+        self.middle_block = build.middle(widths[-1])
+        self.output_blocks = build.up(widths, skips)
+        last = zeroed(nn.Conv2d(widths[0], channels_out, 3, padding=1))
+        self.out = nn.Sequential(GroupNorm(build.groups, widths[0]), nn.GELU(), last)
+
+    @staticmethod
+    def check(
+        *, base_channels: int, multipliers: Sequence[int], blocks_per_level: Sequence[int], attention: Sequence[int],
+        head_width: int, norm_groups: int, text_width: int) -> list[str]:  # fmt: skip
+        """Return what is wrong across the options."""
+        widths, problems = [base_channels * times for times in multipliers], []
+        scales = [2**level for level in range(len(widths))]
+        if len(blocks_per_level) not in (1, len(widths)):
+            problems.append(
+                f"blocks_per_level: {len(blocks_per_level)} numbers for {len(widths)} levels; give one, or all"
+            )
+        if odd := [scale for scale in attention if scale not in scales]:
+            problems.append(f"attention: the levels are at 1/{', 1/'.join(map(str, scales))}; not {odd}")
+        if odd := [width for width in (*widths, text_width) if width % norm_groups]:
+            problems.append(f"norm_groups: {norm_groups} groups do not divide {odd[0]} channels")
+        attended = [width for scale, width in zip(scales, widths) if scale in (*attention, scales[-1])]
+        if odd := [width for width in attended if width % head_width]:
+            problems.append(f"head_width: {head_width} does not divide {odd[0]}, a level's width with attention")
+        return problems
+
+    def freeze_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Return what reads the text, as `text`, and all else, as `unet`."""
+        named = ("encoder_proj.", "encoder_pooling.")
+        text = [p for name, p in self.named_parameters() if name.startswith(named)]
+        return {"text": text, "unet": [p for name, p in self.named_parameters() if not name.startswith(named)]}
+
+    def encode_text(self, states: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the text's sequence, [B, w, L], its vector, [B, e], and where it may be attended to, [B, L] or None.
+
+        Args:
+            states: [B, L, D].
+            mask: bool [B, L], false where there is padding, which is not attended to. A row without any true is no
+                text: all of its states are zeros. None: all that is given counts. The released networks were trained
+                on the states of the padding, too: the mask of those is true in all places.
+        """
+        if mask is not None:
+            mask = mask.bool()  # [B, L]
+            known = mask.any(1, keepdim=True)  # [B, 1]
+            states = torch.where(rearrange(mask, "b l -> b l 1"), states, torch.zeros_like(states))  # [B, L, D]
+            mask = mask | ~known  # [B, L]
+        states = states.to(self.encoder_pooling[0].weight)  # [B, L, D]
+        norm, pool, project, last = self.encoder_pooling
+        vector = last(project(pool(norm(states), mask)))  # [B, e]
+        return rearrange(self.encoder_proj(states), "b l w -> b w l"), vector, mask
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        token_states: Tensor,
+        token_states_mask: Tensor | None = None,
+        low_res: Tensor | None = None,
+        low_res_level: Tensor | None = None,
+    ) -> Tensor:
+        """Return [B, 2C, h, w]: eps and the learned variance's place; [B, C, h, w] without `learn_variance`.
+
+        Args:
+            x: noised images, [B, C, h, w].
+            time: the timestep, 0 .. T - 1, [B]; fractions are taken as they are.
+            token_states: [B, L, D].
+            token_states_mask: bool [B, L] (`encode_text`).
+            low_res: of a super-resolution stage: the small image, enlarged and noised at its level, [B, C, h, w].
+            low_res_level: how noised it is, [B] in [0, 1].
+
+        Raises:
+            UserError: h or w is not a multiple of `multiple_of`; a condition that this form does not have, or lacks.
+        """
+        check_size(x, self.multiple_of)
+        text, vector, mask = self.encode_text(token_states, token_states_mask)  # [B, w, L], [B, e], [B, L]
+        weight = self.time_embed[0].weight
+        emb = self.time_embed(sinusoids(time, self.base_channels).to(weight)) + vector  # [B, e]
+        h = x
+        if "low_res" in self.spec:
+            if low_res is None or low_res_level is None:
+                raise UserError(UPSAMPLER_ALONE)
+            if low_res.shape[2:] != x.shape[2:]:
+                sizes = ("x".join(map(str, image.shape[2:])) for image in (low_res, x))
+                raise UserError("low_res: {}, and x is {}: it has to come enlarged (if_low_res)".format(*sizes))
+            step = step_of_level(low_res_level, LEVELS)  # [B]
+            emb = emb + self.aug_proj(sinusoids(step, self.base_channels).to(weight))  # [B, e]
+            h = torch.cat([x, low_res.to(x)], dim=1)  # [B, C + C, h, w]
+        elif low_res is not None or low_res_level is not None:
+            raise UserError("this denoiser is a base model: it takes no low-resolution picture, an upsampler does")
+        emb, skips = self.activation(emb), []  # [B, e]
+        for block in self.input_blocks:
+            h = self._through(block, h, emb, text, mask)  # [B, c, h / 2**i, w / 2**i]
+            skips.append(h)
+        h = self._through(self.middle_block, h, emb, text, mask)  # [B, c, h / multiple_of, w / multiple_of]
+        for block in self.output_blocks:
+            h = self._through(block, torch.cat([h, skips.pop()], dim=1), emb, text, mask)  # [B, c, ., .]
+        return self.out(h)  # [B, C or 2C, h, w]
+
+    def _through(self, block: nn.Sequential, h: Tensor, emb: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+        """Return what the layers of a block make of h [B, c, h, w]."""
+        for layer in block:
+            if isinstance(layer, IFResBlock):
+                h = self._run(layer, h, emb)
+            elif isinstance(layer, IFAttentionBlock):
+                h = self._run(layer, h, text, mask)
+            else:
+                h = layer(h)
+        return h
+
+    def _run(self, module: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+        """Run a module; with gradient checkpointing none of its inner results is kept for the backward pass."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(module, *inputs, use_reentrant=False)
+        return module(*inputs)
+
+
+def _taken(conditions: ConditionSpec, name: str) -> ConditionSpec:
+    """Return those of the given conditions that IF takes. Raises UserError for no token states, or half a pair."""
+    states = required_condition(conditions, "token_states", TokenStates, name)
+    taken: dict[str, ConditionKind] = {"token_states": states}
+    if "low_res" in conditions or "low_res_level" in conditions:
+        taken["low_res"] = required_condition(conditions, "low_res", ImageCondition, name)
+        taken["low_res_level"] = required_condition(conditions, "low_res_level", Level, name)
+    return taken

@@ -1,0 +1,159 @@
+"""Means that are measured: by `python -m ldm_lab gap`, or when a run starts whose config names none."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from ldm_lab.checkpoints.embedders import embedder_of
+from ldm_lab.checkpoints.files import read_pickled
+from ldm_lab.checkpoints.gap_files import GapFile, read_gap, split_gap
+from ldm_lab.checkpoints.importer import Section
+from ldm_lab.checkpoints.parts import has_weights, load_part, weights_sha256
+from ldm_lab.conditioners.embedding import EmbeddingConditioner
+from ldm_lab.conditioners.gap import Gap
+from ldm_lab.config import ConditionerUse, PartConfig, RunConfig
+from ldm_lab.data.cache_files import META
+from ldm_lab.data.jobs import PassOptions
+from ldm_lab.data.passes import run_pass
+from ldm_lab.data.source import Source
+from ldm_lab.data.work_items import source_items
+from ldm_lab.errors import UserError, told_in_one_line
+from ldm_lab.processes import leave_process_group
+from ldm_lab.training.caching import cache_options, encoder_differences, encoder_facts, is_complete, options_of_run
+from ldm_lab.training.gap import FILE, GapOptions, gap_options
+from ldm_lab.training.gap_measuring import GapJob, GapReport, GapWanted, say
+from ldm_lab.training.logs import print_rank_zero
+
+
+def with_own_means(config: RunConfig, folder: Path) -> RunConfig:
+    """Return a run's config with the file named that its means go into, if it has to measure them itself.
+
+    Args:
+        config: checked.
+        folder: the run's.
+    """
+    section = config.sections.get("conditioner")
+    if section is None or not isinstance(section.use, ConditionerUse) or section.use.gap is None:
+        return config
+    options = gap_options(section)
+    if options is None or options.means is not None or not options.needs_means:
+        return config
+    return config.with_part("conditioner", section.with_use(gap={**section.use.gap, "means": str(folder / FILE)}))
+
+
+def own_means(config: RunConfig, folder: Path) -> GapOptions | None:
+    """Return the section `gap` of a run whose means are its own (`with_own_means`); None of any other."""
+    section = config.sections.get("conditioner")
+    if section is None or not isinstance(section.use, ConditionerUse):
+        return None
+    options = gap_options(section)
+    return options if options is not None and options.means == str(folder / FILE) else None
+
+
+def needs_means(config: RunConfig, folder: Path) -> bool:
+    """Return whether a run would measure its means when it starts."""
+    return own_means(config, folder) is not None and not (folder / FILE).exists()
+
+
+def few_means(config: RunConfig, images: int) -> RunConfig:
+    """Return a run like another one that measures its means itself, on a few images."""
+    section = config["conditioner"]
+    gap = {key: value for key, value in (section.use_as(ConditionerUse).gap or {}).items() if key != "means"}
+    return config.with_part("conditioner", section.with_use(gap={**gap, "images": images}))
+
+
+def prepare_means(config: RunConfig, folder: Path, resumed: Path | None) -> None:
+    """Measure the means of a run whose config names none, if they are not there; say so.
+
+    Args:
+        config: with `with_own_means`.
+        folder: the run's.
+        resumed: the checkpoint that it goes on with; None begins anew.
+
+    Raises:
+        UserError: data that cannot be read, what `measure_gap` raises.
+    """
+    options, path = own_means(config, folder), folder / FILE
+    if options is None:
+        return
+    section = config["conditioner"]
+    about = description(config, options)
+    if path.exists():
+        if resumed is not None or read_gap(path).facts.get("about") == about:
+            return
+        print_rank_zero(f"conditioner.gap: {path} was measured on other data; it is measured anew")
+    elif resumed is not None:
+        _, state = split_gap(read_pickled(resumed, mmap=True).get("state_dict", {}))
+        if state:  # they hold in any case
+            GapFile(Gap.from_state(state, str(resumed)), embedder_of(section), Section(about=about)).save(path)
+            return
+    print_rank_zero(f"conditioner.gap: no means are named; they are measured, into {path}")
+    wanted = GapWanted(path, options.texts, options.map or "none", about)
+    say(measure_gap(config, wanted, options.images, replace(options_of_run(config), devices=devices_of_run(config))))
+    leave_process_group()
+
+
+def devices_of_run(config: RunConfig) -> str:
+    """Return the devices of a run whose processes are there already; else one."""
+    many = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1
+    return str(config.part("trainer").option("devices")) if many else "1"
+
+
+def description(config: RunConfig, options: GapOptions) -> str:
+    """Return what means are of, in a line: the data, how many of it, which texts, which map."""
+    loading = ("batch_size", "workers", "timeout", "max_skipped", "shuffle_buffer")
+    data = {key: value for key, value in config["data"].to_dict().items() if key not in loading}
+    return f"{data}, {options.images} images, texts {options.texts}, map {options.map}"
+
+
+def data_to_measure(config: RunConfig) -> PartConfig:
+    """Return the data section whose images, or cached embeddings, are measured."""
+    data = config["data"]
+    if "cache" not in config:
+        return data
+    folder = cache_options(config).folder
+    if not (folder / META).is_file() or not is_complete(folder, config):
+        return data
+    loading = {key: data[key] for key in ("batch_size", "workers", "timeout", "max_skipped") if key in data}
+    return PartConfig("data", "cache", {"path": str(folder), **loading})
+
+
+@told_in_one_line(lambda: "measuring the gap", "a smaller data.batch_size needs less")
+def measure_gap(config: RunConfig, wanted: GapWanted, images: int, options: PassOptions) -> GapReport | None:
+    """Measure the means of a config's images, or of its cache, and of texts; an interrupted pass goes on.
+
+    Args:
+        config: with sections data and conditioner.
+        wanted: what is measured, and where it goes.
+        images: how many, evenly spread over the data.
+        options: of the pass.
+
+    Returns:
+        What was found, on the first process; None on all others.
+
+    Raises:
+        UserError: a conditioner that does not embed images and texts alike, or without weights; data that cannot be
+            reached, without a usable image, or a cache of another conditioner.
+    """
+    section = config.part("conditioner")
+    conditioner = load_part("conditioner", section)
+    if not isinstance(conditioner, EmbeddingConditioner):
+        raise UserError(f"conditioner.name: {section.name} does not embed images and texts alike")
+    if not has_weights("conditioner", section):
+        raise UserError("conditioner.weights: has to be given; an untrained conditioner's embeddings say nothing")
+    data = data_to_measure(config)
+    source: Source = data.build()
+    source.prepare()
+    source.open()
+    for role, there in source.encoded_by.items():
+        here = encoder_facts(section, weights_sha256("conditioner", section)) if role == "conditioner" else there
+        if other := encoder_differences(role, there, here):
+            raise UserError(f"data.path: this cache was made with another {', '.join(other)}")
+    job = GapJob(conditioner, embedder_of(section), source, wanted)
+    report = run_pass(job, source_items(source, wanted.parts, images), replace(options, max_skipped=source.max_skipped))
+    if report is not None and report.unreached:
+        raise UserError(
+            f"conditioner.gap: {len(report.unreached)} of {report.items} shards could not be read, such as "
+            f"{report.unreached[0]}; the same command tries again"
+        )
+    return job.report
