@@ -76,6 +76,13 @@ class Pairs:
         # Of what several processes share, each one's own.
         self.moved = [local(mine) for mine, its in pairs if its.requires_grad]
         self.toward = [local(its.detach()) for _, its in pairs if its.requires_grad]
+        self.by_dtype = [
+            (
+                [m for m in self.moved if m.dtype == dtype],
+                [t for m, t in zip(self.moved, self.toward) if m.dtype == dtype],
+            )
+            for dtype in dict.fromkeys(mine.dtype for mine in self.moved)
+        ]
         apart = [(mine, its) for mine, its in pairs if not its.requires_grad and mine is not its]
         self.copied = [(local(mine), local(its.detach())) for mine, its in apart]
 
@@ -91,12 +98,36 @@ class Pairs:
         """
         if left_out is None:
             torch._foreach_lerp_(self.moved, self.toward, 1 - decay)
-        else:  # as tensors, so that the host need not know
-            dtypes = {mine.dtype for mine in self.moved}
-            shares = {dtype: (1 - left_out.to(dtype)) * (1 - decay) for dtype in dtypes}  # [] each
-            torch._foreach_lerp_(self.moved, self.toward, [shares[mine.dtype] for mine in self.moved])
+        else:
+            for moved, toward in self.by_dtype:
+                move = move_one_by_one if moved[0].device.type == "cpu" else move_at_once
+                move(moved, toward, 1 - decay, left_out)
         for mine, its in (*self.copied, *zip(self.average.buffers(), self.model.buffers(), strict=True)):
             mine.copy_(its)
+
+
+def move_one_by_one(
+    moved: list[torch.Tensor], toward: list[torch.Tensor], share: float, left_out: torch.Tensor
+) -> None:
+    """Move tensors of one dtype by a share of the way toward others, unless the flag, float [], is 1.
+
+    Bit for bit as without a flag; on a GPU it would launch a kernel for each tensor.
+    """
+    weight = (1 - left_out.to(moved[0].dtype)) * share  # []
+    torch._foreach_lerp_(moved, toward, [weight] * len(moved))
+
+
+def move_at_once(moved: list[torch.Tensor], toward: list[torch.Tensor], share: float, left_out: torch.Tensor) -> None:
+    """Move tensors of one dtype by a share of the way toward others, unless the flag, float [], is 1.
+
+    The host need not know the flag. It is read by the one kernel of torch that takes one for many tensors, that of
+    fused SGD: with the weights w toward which x moves as its gradient, and a weight decay of 1,
+    x - share * (x - w), which differs from `move_one_by_one` by rounding.
+    """
+    torch._fused_sgd_(
+        moved, toward, [], weight_decay=1.0, momentum=0.0, lr=share, dampening=0.0, nesterov=False, maximize=True,
+        is_first_step=False, found_inf=left_out.float(),
+    )  # fmt: skip
 
 
 def update(average: nn.Module, model: nn.Module, decay: float, left_out: torch.Tensor | None = None) -> None:

@@ -27,7 +27,7 @@ from ldm_lab.data.streams import CommandOutput, drain
 from ldm_lab.data.webdataset import WebDataset
 from ldm_lab.errors import out_of_memory
 from ldm_lab.interfaces import Batch
-from ldm_lab.training import checkpointing, disk
+from ldm_lab.training import checkpointing, disk, logs
 from ldm_lab.training.logs import CSVLog, read_rows
 from ldm_lab.training.resume import is_whole
 
@@ -444,6 +444,23 @@ def test_torn_rows_are_left_out_and_said(tmp_path, capsys, torn):
     log.save()
     assert [row["step"] for row in read_rows(path, None)] == ["0", "1", "4"]
     assert "1 torn row" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("before", [4999, 2500, 0, 6000])
+def test_a_resumed_log_is_cut_at_its_end_without_being_read_whole(tmp_path, monkeypatch, before):
+    path, read = tmp_path / "metrics.csv", []
+    rows = [f"{step},0.{step},{'9' * 40}\r\n" for step in range(5000)]
+    path.write_text("step,loss,lr\r\n" + "".join(rows) + "5000,0.", newline="")
+    monkeypatch.setattr(logs, "read_rows", None)
+    step_of = logs.step_of
+    monkeypatch.setattr(logs, "step_of", lambda line, columns: read.append(line) or step_of(line, columns))
+    log = CSVLog(path, before)
+    log.log_metrics({"loss": 0.5}, before)
+    log.save()
+    assert path.read_text() == "".join(
+        ["step,loss,lr\n", *(r.replace("\r", "") for r in rows[:before]), f"{before},0.5,\n"]
+    )
+    assert before < 4999 or len(read) < 4
 
 
 def test_a_csv_of_nothing_is_begun_anew(tmp_path):

@@ -99,6 +99,26 @@ def test_the_average_moves_in_one_pass_and_sees_tensors_that_moved(monkeypatch):
     assert torch.equal(average[2].bias, net[2].bias)
 
 
+@pytest.mark.parametrize("left_out", [0.0, 1.0])
+def test_an_average_that_a_flag_of_the_device_holds_back_moves_in_one_pass_too(left_out, monkeypatch):
+    """One call for all tensors of a dtype, not one for each; what it moves toward stays as it is."""
+    net = network()
+    net[0].bias.data = net[0].bias.data.double()
+    average = ema.averaged_copy(net)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(torch.randn_like(parameter) * parameter.requires_grad)
+    before, toward = copy.deepcopy(average), copy.deepcopy(net)
+    calls = []
+    at_once = lambda moved, *args: calls.append(len(moved)) or ema.move_at_once(moved, *args)  # noqa: E731
+    monkeypatch.setattr(ema, "move_one_by_one", at_once)  # as on a GPU
+    ema.Pairs(average, net).update(0.9, torch.tensor(left_out))
+    assert sorted(calls) == [1, 4]
+    for mine, its, old, new in zip(*(list(m.parameters()) for m in (average, net, before, toward))):
+        assert torch.equal(its, new)
+        assert torch.equal(mine, old) if left_out else torch.allclose(mine, old.lerp(new, 0.1), rtol=1e-6, atol=1e-7)
+
+
 def test_values_are_logged_at_logging_steps_alone(tmp_path, monkeypatch, program):
     """Neither at others, nor, as if they were new, where the run is stopped between two."""
     monkeypatch.chdir(tmp_path)

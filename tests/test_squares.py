@@ -1,6 +1,7 @@
 """The two roads from a file to the square that is trained on: odd files come out the same, plain JPEGs nearly so."""
 
 import io
+import os
 import sys
 import tarfile
 from pathlib import Path
@@ -18,7 +19,7 @@ from ldm_lab.data.samples import RawSample, SkippedSample
 from ldm_lab.data.tar import write_shard
 from ldm_lab.io import squares
 from ldm_lab.io.color import BadImage
-from ldm_lab.io.jpeg import plain_jpeg
+from ldm_lab.io.jpeg import WithoutComplaints, plain_jpeg
 from ldm_lab.io.squares import Place, read_square, resize_and_crop
 
 CASES = Path(__file__).parent / "data" / "cases"
@@ -197,6 +198,28 @@ def test_cropping_before_resizing_changes_no_pixel(known, monkeypatch):
             continue
         whole = image.resize((place.width, place.height), Image.Resampling.LANCZOS)
         assert resize_and_crop(image, size, across, down) == whole.crop(place.box), (image.size, size)
+
+
+@pytest.mark.parametrize("place", [-2000, -900, -300])
+def test_what_libjpeg_says_of_a_damaged_file_is_kept_off_the_terminal(place, capfd):
+    image = np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "JPEG", quality=90)
+    damaged = bytearray(stream.getvalue())
+    damaged[place] ^= 0x55
+    assert plain_jpeg(bytes(damaged)) is not None and apart(bytes(damaged)) <= 2
+    assert capfd.readouterr().err == ""
+
+
+def test_what_others_write_while_a_jpeg_is_decoded_is_handed_on(capfd, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with WithoutComplaints():
+        os.write(2, b"a line of another thread\nCorrupt JPEG data: 3 extraneous bytes before marker 0xd9\nand half")
+    assert capfd.readouterr().err == "a line of another thread\nand half"
+    with pytest.raises(KeyError), WithoutComplaints():
+        raise KeyError
+    os.write(2, b"the terminal")
+    assert capfd.readouterr().err == "the terminal"
 
 
 @pytest.mark.parametrize("road", ["fast", "exact"])

@@ -23,6 +23,7 @@ from ldm_lab.checkpoints.parts import load_part
 from ldm_lab.config import build, load, part_class, to_yaml
 from ldm_lab.data.shapes import write_shards
 from ldm_lab.errors import UserError
+from ldm_lab.training import autoencoder as training_autoencoder
 from ldm_lab.training import perceptual
 from ldm_lab.training.autoencoder import ReconstructionLoss, psnr
 from ldm_lab.training.discriminator import Discriminator, adaptive_weight
@@ -191,6 +192,20 @@ def test_the_total_is_the_sum_that_the_recipe_says(here, monkeypatch):
     torch.testing.assert_close(total, by_hand / values + logged["discriminator"])
     total.backward()
     assert all(p.grad is not None for module in (task.model, task.discriminator) for p in module.parameters())
+
+
+def test_a_gradient_scaler_s_factor_is_not_waited_for(here, monkeypatch):
+    task = make_task(here, discriminator={**GAN, "start": 0})
+    monkeypatch.setattr(task, "log_means", lambda values, size: None)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    monkeypatch.setattr(type(task), "scaler", property(lambda task: scaler))
+    monkeypatch.setattr(torch.amp.GradScaler, "get_scale", None)
+    scales = []
+    weigh = training_autoencoder.adaptive_weight
+    monkeypatch.setattr(training_autoencoder, "adaptive_weight", lambda *args: scales.append(args[3]) or weigh(*args))
+    task._trainer = type("Trainer", (), {"global_step": 0, "precision_plugin": None})()
+    task.training_step(Batch([""] * 2, [""] * 2, torch.rand(2, 3, 16, 16) * 2 - 1), 0)
+    assert [float(scale) for scale in scales] == [pytest.approx(1024.0 / (3 * 16 * 16))]
 
 
 def test_each_network_is_taught_by_its_own_loss_alone():

@@ -1,11 +1,19 @@
 """Plain JPEG files by torchvision's decoder: Pillow's very pixels, as a tensor, for what torch resizes.
 
 Plain is a file of which nothing has to be known but its pixels: 8 bits, grey or color, upright, in sRGB. For all
-others, and for what the decoder refuses, there is `decoding.decode_image`, which also says what is wrong with them.
+others, and for what the decoder refuses, there is `decoding.decode_image`, which also says what is
+wrong with them. torchvision's decoder is on its way out; torchcodec's, which takes its place, is as fast and gives the
+same pixels.
 """
 
 import io
+import os
+import sys
+import tempfile
+import threading
 import warnings
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 import torch
@@ -19,6 +27,12 @@ from ldm_lab.io.profiles import stated_profile
 
 FORMATS = ("JPEG", "MPO")  # several JPEGs in one file; the first is the picture
 MODES = ("L", "RGB")
+# How libjpeg's warnings of damaged data begin (jerror.h).
+LIBJPEG = (
+    *(b"Corrupt JPEG data", b"Premature end of JPEG", b"Inconsistent progression", b"Invalid SOS parameters"),
+    *(b"Warning: unknown JFIF", b"Unknown Adobe color transform", b"Application transferred", b"Bogus marker length"),
+)
+STANDARD_ERROR = threading.Lock()
 
 
 def plain_jpeg(data: bytes, min_size: int = 1, max_pixels: int | None = None) -> Tensor | None:
@@ -49,8 +63,52 @@ def _decoded(data: bytes, image: Image.Image) -> Tensor:
         from torchvision.io import decode_jpeg
     except ImportError:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)  # [3, H, W]
-    pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))  # [1 or 3, H, W]
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # [bytes]
+    with WithoutComplaints():
+        pixels = decode_jpeg(encoded)  # [1 or 3, H, W]
     return pixels.expand(3, -1, -1)  # [3, H, W]
+
+
+class WithoutComplaints:
+    """Keeps libjpeg's complaints from the standard error: Pillow makes none of the same files, whose pixels it gives.
+
+    libjpeg writes them there itself, by the file descriptor, and nobody could tell which file they are about. What
+    others write at the same time is handed on.
+    """
+
+    def __enter__(self) -> Self:
+        STANDARD_ERROR.acquire()
+        try:
+            self.before = os.dup(2)
+        except OSError:  # it is closed
+            self.before = -1
+            return self
+        self.held = os.memfd_create("stderr") if sys.platform == "linux" else _temporary_file()
+        os.dup2(self.held, 2)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self.before < 0:
+                return
+            os.dup2(self.before, 2)
+            size = os.fstat(self.held).st_size
+            if size:
+                os.lseek(self.held, 0, os.SEEK_SET)
+                lines = os.read(self.held, size).splitlines(keepends=True)
+                os.write(2, b"".join(line for line in lines if not line.startswith(LIBJPEG)))
+            os.close(self.before)
+            os.close(self.held)
+        finally:
+            STANDARD_ERROR.release()
+
+
+def _temporary_file() -> int:
+    """Return the descriptor of a file that is gone when it is closed."""
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
 
 
 def _is_plain(image: Image.Image) -> bool:

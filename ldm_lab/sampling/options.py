@@ -219,7 +219,7 @@ class SamplingOptions:
             temperature=(defaults.upsampler_temperature if upsampler else 1.0)
             if self.temperature is None
             else self.temperature,
-            clip_denoised=self.clip_denoised if asked is None else True,
+            clip_denoised=self.clip_denoised if asked in (None, defaults.thresholding) else True,
             thresholding=thresholding,
             threshold_percentile=percentile if thresholding == "dynamic" else None,
             aesthetic_weight=0.5

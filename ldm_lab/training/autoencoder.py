@@ -141,7 +141,7 @@ class AutoencoderTask(PartTask):
         generator_loss = -self.discriminator.frozen_logits(reconstruction).float().mean()  # []
         # Going back through fp16 needs the gradient scaler's factor, and the size of a loss per value.
         scaler = None if self.rehearsing else self.scaler
-        loss_scale = scaler.get_scale() / image[0].numel() if scaler else 1.0
+        loss_scale = scaler.scale(nll.new_ones(())) / image[0].numel() if scaler else 1.0  # []
         last = self.model.decoder.conv_out.weight
         weight = self.discriminator.weight * adaptive_weight(nll, generator_loss, last, loss_scale)  # []
         on_real = self.discriminator(image).float()  # [B, 1, h, w]

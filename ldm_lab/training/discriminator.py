@@ -99,7 +99,7 @@ def vanilla_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def adaptive_weight(
-    reconstruction_loss: Tensor, generator_loss: Tensor, last: Tensor, loss_scale: float = 1.0
+    reconstruction_loss: Tensor, generator_loss: Tensor, last: Tensor, loss_scale: Tensor | float = 1.0
 ) -> Tensor:
     """Return the weight, a scalar without gradient, at which both losses pull equally hard at the decoder's last layer.
 
@@ -110,7 +110,8 @@ def adaptive_weight(
         reconstruction_loss: scalar.
         generator_loss: scalar.
         last: weight of the decoder's last layer.
-        loss_scale: factor on both before going back, that of fp16's gradient scaler, so that no gradient vanishes.
+        loss_scale: factor on both before going back, that of fp16's gradient scaler, so that no gradient vanishes; [],
+            as waiting for its number would hold up the host in every step.
     """
     pull, push = (
         torch.autograd.grad(loss_scale * loss, last, retain_graph=True)[0].float().norm() / loss_scale  # []

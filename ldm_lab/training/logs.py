@@ -16,6 +16,8 @@ from ldm_lab.errors import UserError, first_line
 from ldm_lab.io.atomic import atomic_write
 from ldm_lab.progress import print_line
 
+TAIL = 2**14  # bytes of the end of a CSV that are looked at first
+
 
 @register("logging")
 class Logging:
@@ -117,12 +119,14 @@ class CSVLog(Logger):
         if not self.waiting:
             return
         row, self.waiting = self.waiting, {}
-        if self.columns is None:
-            rows = read_rows(self.path, self.resumed_step) if self.resumed_step is not None else []
-            self._rewrite(rows, list(dict.fromkeys(k for r in [*rows, row] for k in r)))
-        elif new := [key for key in row if key not in self.columns]:
-            self._rewrite(read_rows(self.path, None), self.columns + new)
         try:
+            if self.columns is None and self.resumed_step is not None:
+                self.columns = cut_rows(self.path, self.resumed_step)
+            if self.columns is None:
+                rows = read_rows(self.path, self.resumed_step) if self.resumed_step is not None else []
+                self._rewrite(rows, list(dict.fromkeys(k for r in [*rows, row] for k in r)))
+            elif new := [key for key in row if key not in self.columns]:
+                self._rewrite(read_rows(self.path, None), self.columns + new)
             with open(self.path, "a", newline="") as file:
                 csv.DictWriter(file, self.columns).writerow(row)
         except OSError as error:
@@ -144,6 +148,57 @@ class CSVLog(Logger):
         self.save()
 
 
+def cut_rows(path: Path, before: int) -> list[str] | None:
+    """Cut off the rows of a `metrics.csv` from step `before` on, and torn ones among them, which is said.
+
+    Only the end of the file is read, however long the run has been.
+
+    Returns:
+        The columns; None if there is no such file, or its first line does not tell.
+    """
+    if not path.exists():
+        return None
+    with open(path, "r+b") as file:
+        head = file.readline()
+        columns = next(csv.reader([head.decode("utf-8", "replace")]), [])
+        if not head.endswith(b"\n") or "step" not in columns:
+            return None
+        first, size, length = len(head), file.seek(0, io.SEEK_END), TAIL
+        while True:
+            begin = max(first, size - length)
+            file.seek(begin)
+            lines = file.read().splitlines(keepends=True)
+            end, torn, kept = size, 0, False
+            for line in reversed(lines[begin > first :]):  # the first one may be half a line
+                step = step_of(line, columns)
+                kept = step is not None and step < before
+                if kept:
+                    break
+                torn += step is None
+                end -= len(line)
+            if kept or begin == first:
+                break
+            length *= 8
+        if torn:
+            print_rank_zero(torn_rows(path, torn))
+        file.truncate(end)
+    return columns
+
+
+def step_of(line: bytes, columns: list[str]) -> int | None:
+    """Return the step of a row; None of one that a full disk or a power failure has cut off."""
+    fields = next(csv.reader([line.decode("utf-8", "replace")]), [])
+    if not line.endswith(b"\n") or len(fields) != len(columns):
+        return None
+    step = fields[columns.index("step")]
+    return int(step) if step.isdecimal() else None
+
+
+def torn_rows(path: Path, count: int) -> str:
+    """Return the line that says that rows are left out."""
+    return f"{path}: {count} torn row{'s' * (count > 1)}, of a run that broke off, left out"
+
+
 def read_rows(path: Path, before: int | None) -> list[dict[str, str]]:
     """Return the rows of a `metrics.csv`, of steps before `before`; what is torn is left out, which is said.
 
@@ -159,7 +214,7 @@ def read_rows(path: Path, before: int | None) -> list[dict[str, str]]:
     if whole and not lines[-1].endswith("\n") and whole[-1] is records[-1]:
         whole.pop()
     if torn := len(records) - len(whole):
-        print_rank_zero(f"{path}: {torn} torn row{'s' * (torn > 1)}, of a run that broke off, left out")
+        print_rank_zero(torn_rows(path, torn))
     rows = [dict(zip(columns, record)) for record in whole]
     return rows if before is None else [row for row in rows if int(row["step"]) < before]
 

@@ -26,12 +26,11 @@ class LatentSpread:
         """
         self.autoencoder, self.goes_on = autoencoder, goes_on
         self.variances: list[Tensor] = []
-        self.images, self.done = 0, False
+        self.images, self.done = 0, autoencoder.pixel_range is not None  # asked here: later it is on the device
 
     @torch.no_grad()
     def watch(self, z: Tensor) -> None:
         """Take a batch of latents, [B, C, h, w]; the device is waited for once, after `ENOUGH` images."""
-        self.done = self.done or self.autoencoder.pixel_range is not None
         if self.done:
             return
         self.variances.append(z.var())  # []
