@@ -8,8 +8,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn import functional as F
 
 from ldm_lab import clip_tokens, config
+from ldm_lab.checkpoints.importer import Section
+from ldm_lab.checkpoints.parts import load_part
 from ldm_lab.data import shapes
 from ldm_lab.data.captions import Captions
 from ldm_lab.data.shape_wordings import (
@@ -23,6 +27,7 @@ from ldm_lab.data.shape_wordings import (
     rules,
     vocabulary,
 )
+from ldm_lab.io.images import to_tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "assets" / "quickstart"
@@ -143,7 +148,7 @@ def test_captions_leave_the_pictures_as_they_are():
 
 
 def test_the_text_tower_has_room_for_the_captions():
-    options = config.load(ROOT / "configs" / "quickstart_cloob.yaml")["conditioner"].to_dict()
+    options = config.load(ROOT / "configs" / "quickstart_cloob_text.yaml")["conditioner"].to_dict()
     rng = random.Random(0)
     texts = [shapes.caption(shapes.draw(rng, 16)[1], derived(rng)) for _ in range(1000)]
     encoding = clip_tokens.Encoding.of_size(options["vocab_size"])
@@ -153,3 +158,19 @@ def test_the_text_tower_has_room_for_the_captions():
 
 def test_the_bundle_is_small():
     assert sum(file.stat().st_size for file in BUNDLE.iterdir()) <= 4_000_000
+
+
+@torch.no_grad()
+def test_the_bundled_cloob_reads_wordings_that_it_never_saw():
+    cloob = load_part("conditioner", Section({"name": "cloob", "weights": str(BUNDLE / "cloob.safetensors")}))
+    kinds = [kind for kind in itertools.product(shapes.COLORS, shapes.SHAPES, shapes.COLORS) if kind[0] != kind[2]]
+    plain = [shapes.Attributes(*kind, extent=0.65, x=0.5, y=0.5, angle=0.0) for kind in kinds]
+    drawings = cloob.encode_image(torch.stack([to_tensor(shapes.render(a, 64)) for a in plain]))  # [336, D]
+    for family, wordings in {"usual wordings": WORDINGS, **HELD_OUT_FAMILIES}.items():
+        right = []
+        for turn, wording in enumerate(wordings):
+            asked = range(turn % 7, len(kinds), 7)
+            tokens = cloob.tokenize([shapes.caption(plain[i], wording) for i in asked])
+            texts = F.normalize(cloob.encode_tokens(tokens), dim=-1)  # [48, D]
+            right += [i == j for i, j in zip(asked, (texts @ drawings.T).argmax(1).tolist())]
+        assert sum(right) >= (0.99 if family == "usual wordings" else 0.9) * len(right), family

@@ -79,6 +79,23 @@ def test_a_learned_temperature_is_trained_logged_and_kept_in_range(here, program
     assert len(set(temperatures)) > 1 and max(temperatures) <= 100.001
 
 
+def test_a_frozen_image_tower_stays_while_a_text_tower_with_more_words_learns(here, program):
+    """The second half of the quickstart's CLOOB: what fits is taken over, of the text tower all is trained."""
+    assert program("train", "--config", make_run(here), "run=first", "trainer.max_steps=1")[0] == 0
+    first = here / "runs" / "first" / "cloob.safetensors"
+    yaml = make_run(here, conditioner={**CLOOB, "vocab_size": 640}, optim={"freeze": ["image_tower"]})
+    code, out, err = program("train", "--config", yaml, f"init_from={first}")
+    assert code == 0, err
+    assert "text_encoder.embed.weight stays as initialized" in out + err
+    before, after = (load_part("conditioner", {"name": "cloob", "weights": str(path)}) for path in
+                     (first, here / "runs" / "tiny" / "cloob.safetensors"))  # fmt: skip
+    assert torch.equal(before.image_encoder.proj.weight, after.image_encoder.proj.weight)
+    for name, value in before.image_encoder.state_dict().items():
+        assert torch.equal(value, after.image_encoder.state_dict()[name]), name
+    for name, value in before.text_encoder.state_dict().items():
+        assert not torch.equal(value, after.text_encoder.state_dict()[name]), name
+
+
 @pytest.mark.slow
 def test_two_processes_see_each_other_s_pairs(here):
     """The first step's loss over 2 x 8 pairs is that of the same 16 pairs in one process."""

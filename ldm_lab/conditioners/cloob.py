@@ -106,6 +106,11 @@ class CLOOB(EmbeddingConditioner):
                 problems.append(f"{tower}_width: {width} is no multiple of {tower}_heads ({heads})")
         return problems
 
+    def freeze_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Return both towers. Frozen images, trained texts: locked-image tuning (Zhai et al., arXiv 2111.07991)."""
+        towers = {"image_tower": self.image_encoder, "text_tower": self.text_encoder}
+        return {name: list(tower.parameters()) for name, tower in towers.items()}
+
     @property
     def image_transform(self) -> Callable[[Image.Image], Tensor]:
         """To [3, S, S] in [-1, 1] (see `images.center_crop_to`)."""

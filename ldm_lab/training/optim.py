@@ -90,7 +90,7 @@ class Optim:
             final_lr: learning rate at the end of the schedule.
             state: precision of AdamW's two averages; 8bit (Dettmers et al. 2022, arXiv 2110.02861) takes a quarter of
                 the memory, paged_8bit moves them to main memory when the GPU is full. Both need bitsandbytes.
-            freeze: parts of the network that stay as they are, by the names that the denoiser has for them, such as
+            freeze: parts of the network that stay as they are, by its own names for them, such as image_tower of cloob,
                 text_transformer and unet of glide_unet.
         """
         self.state, self.freeze = state, list(freeze)
