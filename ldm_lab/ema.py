@@ -100,7 +100,7 @@ class Pairs:
             torch._foreach_lerp_(self.moved, self.toward, 1 - decay)
         else:
             for moved, toward in self.by_dtype:
-                move = move_one_by_one if moved[0].device.type == "cpu" else move_at_once
+                move = move_at_once if moved[0].device.type == "cuda" else move_one_by_one
                 move(moved, toward, 1 - decay, left_out)
         for mine, its in (*self.copied, *zip(self.average.buffers(), self.model.buffers(), strict=True)):
             mine.copy_(its)
@@ -111,7 +111,7 @@ def move_one_by_one(
 ) -> None:
     """Move tensors of one dtype by a share of the way toward others, unless the flag, float [], is 1.
 
-    Bit for bit as without a flag; on a GPU it would launch a kernel for each tensor.
+    Bit for bit as without a flag; on CUDA it would launch a kernel for each tensor.
     """
     weight = (1 - left_out.to(moved[0].dtype)) * share  # []
     torch._foreach_lerp_(moved, toward, [weight] * len(moved))
@@ -122,7 +122,7 @@ def move_at_once(moved: list[torch.Tensor], toward: list[torch.Tensor], share: f
 
     The host need not know the flag. It is read by the one kernel of torch that takes one for many tensors, that of
     fused SGD: with the weights w toward which x moves as its gradient, and a weight decay of 1,
-    x - share * (x - w), which differs from `move_one_by_one` by rounding.
+    x - share * (x - w), which differs from `move_one_by_one` by rounding. On MPS it takes no flag.
     """
     torch._fused_sgd_(
         moved, toward, [], weight_decay=1.0, momentum=0.0, lr=share, dampening=0.0, nesterov=False, maximize=True,

@@ -400,6 +400,10 @@ def test_the_stages_of_a_yaml(tmp_path):
     first, second = upsampler_options(args, 4)
     assert first.sampler == {"name": "ddim", "steps": 20}, "the command line goes before the file"
     assert second.sampler == {"name": "ddpm"} and second.low_res_level == 0.1
+    words = ["a cat", "--stages", str(path), "--upsampler-steps", "10"]
+    args = sample.parser(numbered(words)).parse_words(words)
+    fill_in_stages(args)
+    assert upsampler_options(args, 4)[0].sampler["steps"] == 10, "also where it speaks of all stages"
 
 
 @pytest.mark.parametrize(
@@ -415,6 +419,8 @@ def test_the_stages_of_a_yaml(tmp_path):
             "stages: [{checkpoint: a}, {checkpoint: b, low_res_level: 3}]",
             r"--upsampler\.1\.low-res-level: .*a number from 0 to 1",
         ),
+        ("stages: [{checkpoint: a, sampler: {name: ddim, steps: 7}}]", "stages.0.sampler: a name is needed"),
+        ("stages: [{checkpoint: a}, {checkpoint: b, sampler: [ddim]}]", "stages.1.sampler: a name is needed"),
         ("stages: [{checkpoint: a}, {checkpoint: b, guidance: much}]", r"--upsampler\.1\.guidance: number or null"),
     ],
 )

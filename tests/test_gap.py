@@ -25,6 +25,7 @@ from ldm_lab.prompts import Prompt
 from ldm_lab.sampling import Aesthetic, Model, Pipeline, RatingEmbeddings, SamplingOptions, interpolate
 from ldm_lab.sampling.rerank import similarity
 from ldm_lab.training.conditioning import Conditioning
+from ldm_lab.training.gap import resumed_gap, stored_gap
 
 D = 16
 
@@ -458,3 +459,22 @@ def test_a_model_that_lost_its_means_is_refused(tmp_path):
         save_model(tmp_path / "m.safetensors", {**state, **beside}, config, {"image_size": "32"})
         with pytest.raises(UserError, match=message):
             Pipeline.from_checkpoint(tmp_path / "m.safetensors")
+
+
+def test_hostile_means_are_refused_before_anything_is_allocated():
+    width = 4_000_000
+    wide = {"image_mean": torch.zeros(width), "text_mean": torch.zeros(width), "noise": torch.tensor(0.1)}
+    with pytest.raises(UserError, match="no readable means"):
+        Gap.from_state({**wide, "map.weight": torch.zeros(1, 1)}, "file")
+    huge = {"image_mean": torch.full((4,), 1e300, dtype=torch.float64), "text_mean": torch.zeros(4)}
+    with pytest.raises(UserError, match="no readable means"):
+        Gap.from_state({**huge, "noise": torch.tensor(0.1)}, "file")
+
+
+def test_additions_to_a_model_take_its_means_and_the_noise_of_their_own_config(tmp_path):
+    """As a resumed run of theirs does, too."""
+    its = dict(Gap(torch.ones(16) / 8, torch.zeros(16), 0.5).state_dict())
+    section = PartConfig.from_dict("conditioner", {**CLOOB, "gap": {"noise": 0.1}})
+    began, resumed = stored_gap(its, "base", section), resumed_gap(stored_gap(its, "base", section), its, section)
+    assert began.noise_length == resumed.noise_length == 0.1
+    assert torch.equal(began.image_mean, resumed.image_mean) and began.shifts

@@ -210,6 +210,9 @@ def test_damaged_files_are_one_line(tmp_path):
     (folder / "config.yml").write_text("params: [1, 2")
     with pytest.raises(UserError, match="not a readable config"):
         read_model(folder)
+    (folder / "config.yml").write_text("a: &a [x, x]\nb: &b [*a, *a]\nparams: [*b, *b]")
+    with pytest.raises(UserError, match="not a readable config: it has aliases"):
+        read_model(folder)
     (folder / "config.yml").unlink()
     state = torch.load(folder / "pytorch_model.bin")
     for name in ("aug_proj.0.weight", "middle_block.1.encoder_kv.weight", "output_blocks.1.0.in_layers.2.weight"):

@@ -68,8 +68,13 @@ def fill_in_stages(args: argparse.Namespace) -> None:
         for name, value in stage.items():
             if name not in known and name != "checkpoint":
                 raise UserError(f"{where}.{name}: {unknown('option', str(name), [*known, 'checkpoint'])}")
+            if name == "sampler" and not isinstance(value, str):
+                raise UserError(
+                    f"{where}.sampler: a name is needed, such as ddim; its options stand beside it (steps: 20)"
+                )
             dest = (stage_prefix(number) if number else "") + str(name)
-            if name != "checkpoint" and dest not in given_already:
+            of_all = UPSAMPLER + str(name) if number else dest
+            if name != "checkpoint" and not {dest, of_all} & given_already:
                 setattr(args, dest, value)
     args.checkpoint, *args.upsampler = (stage["checkpoint"] for stage in stages)
 

@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure, print, write the means and the plot."""
     from ldm_lab.data.jobs import PassOptions  # not before: torch takes seconds, and --help needs none
+    from ldm_lab.data.varied_texts import CAPTIONS, texts_of
     from ldm_lab.evaluation.gap_plot import plot_clouds
     from ldm_lab.training.gap_measuring import GapWanted, say
     from ldm_lab.training.gap_runs import measure_gap
@@ -62,6 +63,8 @@ def run(args: argparse.Namespace) -> None:
         accelerator=args.accelerator,
         precision=args.precision or PassOptions.precision,
     )
+    if args.texts not in (None, CAPTIONS):
+        texts_of(args.texts)  # a file that is not there is told before the images are embedded
     wanted = GapWanted(out, args.texts, args.map, f"{data.to_dict()}, {args.images} images")
     report = measure_gap(config, wanted, args.images, options)
     if report is None:  # another process of several

@@ -151,17 +151,18 @@ class Gap(nn.Module):
         expected = {IMAGE_MEAN: (width,), TEXT_MEAN: (width,), NOISE: ()}
         mapped = {name.removeprefix(f"{MAP}."): value for name, value in state.items() if name.startswith(f"{MAP}.")}
         text_map: TextMap | None = None
-        if "weight" in mapped:
-            text_map = RidgeMap(torch.zeros(width, width))
-        elif "first.bias" in mapped:
-            text_map = ResidualMap(width, mapped["first.bias"].numel())
+        with torch.device("meta"):  # nothing is allocated for what a file only says
+            if "weight" in mapped:
+                text_map = RidgeMap(torch.zeros(width, width))
+            elif "first.bias" in mapped:
+                text_map = ResidualMap(width, mapped["first.bias"].numel())
         if text_map is not None:
             expected |= {f"{MAP}.{name}": tuple(value.shape) for name, value in text_map.state_dict().items()}
         shapes = {name: tuple(value.shape) for name, value in state.items()}
-        finite = all(value.is_floating_point() and bool(value.isfinite().all()) for value in state.values())
+        finite = all(value.is_floating_point() and bool(value.float().isfinite().all()) for value in state.values())
         if not width or shapes != expected or not finite or float(state[NOISE]) < 0:
             raise UserError(f"{where}: no readable means of images and texts: names, shapes or numbers make no sense")
         if text_map is not None:
-            text_map.load_state_dict(mapped)
-        found = cls(state[IMAGE_MEAN], state[TEXT_MEAN], float(state[NOISE]), text_map)
+            text_map.load_state_dict({name: value.float() for name, value in mapped.items()}, assign=True)
+        found = cls(state[IMAGE_MEAN].float(), state[TEXT_MEAN].float(), float(state[NOISE].float()), text_map)
         return found.eval().requires_grad_(False)

@@ -13,6 +13,7 @@ from ldm_lab.checkpoints.lora import FILE as LORA_FILE
 from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.parts import has_weights, load_part, load_strictly, weights_sha256
 from ldm_lab.condition_sources import build_sources, given_conditions
+from ldm_lab.conditioners.gap import NOISE
 from ldm_lab.conditions import ConditionSpec
 from ldm_lab.config import build
 from ldm_lab.devices import pick_device
@@ -61,7 +62,7 @@ def load_model(path: str | Path, options: ModelOptions) -> Model:
     add_loras(denoiser, objective, read_loras(options.lora))
     guide_model = None
     if options.guide_model is not None:
-        guide_model = _load_guide_model(options.guide_model, path, config, autoencoder.channels, given)
+        guide_model = _load_guide_model(options.guide_model, path, config, autoencoder.channels, given, gap_state)
     towers, head_width = options.noised_clip, options.noised_clip_head_width
     clip = None if towers is None else noised_clip.load(*towers, head_width)
     if options.compile:
@@ -118,14 +119,19 @@ def _load_denoiser(
     return denoiser.eval().requires_grad_(False)
 
 
-def _load_guide_model(name: str, path: Path, config: Section, channels: int, given: ConditionSpec) -> Denoiser:
+def _load_guide_model(
+    name: str, path: Path, config: Section, channels: int, given: ConditionSpec, gap_state: dict[str, Tensor]
+) -> Denoiser:
     """Return the denoiser of another model, to guide away from; arguments are those of the model at `path`."""
     if (guide_path := locate_model(name)).samefile(path):
         log.warning("guide_model: without effect: it is the model itself")
     guide_config, state, _ = read_model(guide_path)
     if guide_config.get("objective") != config["objective"]:
         raise UserError(f"{name}: its objective is another than that of {path}")
-    state, _ = split_gap(state)
+    state, its = split_gap(state)
+    means = [{key: value for key, value in gap.items() if key != NOISE} for gap in (its, gap_state)]
+    if means[0].keys() != means[1].keys() or any(not torch.equal(means[0][key], means[1][key]) for key in means[0]):
+        log.warning("guide_model: %s: its conditioner.gap differs from the model's, whose embeddings it is told", name)
     return _load_denoiser(guide_config, state, name, channels, given)
 
 

@@ -13,7 +13,7 @@ from ldm_lab.conditions import Conditions
 from ldm_lab.config import ConditionerUse, PartConfig
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Conditioner
-from ldm_lab.training.gap import gap_in_training, resumed_gap
+from ldm_lab.training.gap import gap_in_training, resumed_gap, stored_gap
 from ldm_lab.training.logs import print_rank_zero
 
 TEXT_SHARE = 0.5  # of "mixed" unless the config says otherwise
@@ -87,13 +87,13 @@ class Conditioning:
                 embeds = self.gap.images(embeds, z)  # [B, D]
         else:
             embeds = torch.zeros(len(batch), conditioner.embed_dim, device=conditioner.device)  # [B, D]
-        chosen = self.texts_chosen(batch)
+        chosen = self.texts_chosen(batch, counted=noisy)
         if chosen:
             texts = self.text_embeddings([batch.text[i] for i in chosen]).to(embeds)  # [n, D]
             embeds = embeds.index_copy(0, torch.tensor(chosen, device=embeds.device), texts)  # [B, D]
         return {**conditions, "embed": embeds}
 
-    def texts_chosen(self, batch: Batch) -> list[int]:
+    def texts_chosen(self, batch: Batch, counted: bool = True) -> list[int]:
         """Return the rows for which the caption stands. Those without one keep what they have: "mixed" their image's
         embedding, "text" the zeros of no condition.
         """
@@ -102,6 +102,8 @@ class Conditioning:
         drawn = torch.rand(len(batch)) < self.text_share  # [B]
         asked = [i for i, is_asked in enumerate(drawn.tolist()) if is_asked]
         there = [i for i in asked if batch.text[i].strip()]
+        if not counted:  # held-out images, which are not trained on
+            return there
         if len(there) < len(asked) and not self.without:
             key = next(batch.key[i] for i in asked if not batch.text[i].strip())
             print_rank_zero(f"conditioner.train_on: {key} has no caption; such samples are {self.instead}")
@@ -154,7 +156,7 @@ class Conditioning:
         """
         state, its = split_gap(state)
         if adds and its:
-            self.gap = Gap.from_state(its, path)
+            self.gap = stored_gap(its, path, self.config)
             print_rank_zero(f"conditioner.gap: as of {path}: {self.gap.describe()}")
         elif adds and self.gap is not None:
             raise UserError(f"conditioner.gap: lora adds to {path}, which was trained without; leave it out")

@@ -83,7 +83,9 @@ class DiffusionTask(Task):
         self.objective.check_denoiser(denoiser)
         self.check_image_size(config["data"].get("image_size"), autoencoder.downscale * denoiser.multiple_of)
         self.set_model(denoiser)
-        self.spread = LatentSpread(autoencoder, config.init_from is not None)
+        self.spread = LatentSpread(
+            autoencoder, config.init_from is not None or config.part("resume").option("checkpoint") is not None
+        )
 
     @property
     def autoencoder(self) -> Autoencoder:

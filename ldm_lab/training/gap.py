@@ -133,5 +133,18 @@ def resumed_gap(own: Gap | None, state: dict[str, Tensor], conditioner: PartConf
     return Gap(*_means(stored), noise, text_map).eval().requires_grad_(False)
 
 
+def stored_gap(state: dict[str, Tensor], where: str, conditioner: PartConfig) -> Gap:
+    """Return a model's own means for a run that adds to it, with the noise that the run's config names, if it does.
+
+    Args:
+        state: of the model's `Gap`.
+        where: its file.
+        conditioner: the run's section.
+    """
+    stored, options = Gap.from_state(state, where), gap_options(conditioner)
+    noise = stored.noise_length if options is None or options.noise is None else options.noise
+    return Gap(*_means(stored), noise, stored.map).eval().requires_grad_(False)
+
+
 def _means(gap: Gap) -> tuple[Tensor, Tensor]:
     return gap.image_mean, gap.text_mean  # [D] each

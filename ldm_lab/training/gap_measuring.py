@@ -194,7 +194,7 @@ class GapJob(Job[Item, Sample, EmbeddedBatch, Rows]):
         before = retrieval(captions, pairs) if len(captions) > 1 else None
         after = None if before is None else retrieval(gap.texts(captions), gap.images(pairs))
         meet = fitted.held_out if fitted is not None else after
-        noise = USUAL_NOISE if meet is None else noise_of(meet.cosine)
+        noise = USUAL_NOISE if meet is None else min(noise_of(meet.cosine), USUAL_NOISE)
         said = {None: f"{COUNT:,} texts of our own", CAPTIONS: f"{len(captions):,} captions"}
         facts = Section(
             images=len(images), captions=len(captions), texts=said.get(whose, str(whose)), map=self.wanted.map,

@@ -18,7 +18,7 @@ from ldm_lab.data.passes import run_pass
 from ldm_lab.data.source import Source
 from ldm_lab.data.work_items import source_items
 from ldm_lab.errors import UserError, told_in_one_line
-from ldm_lab.processes import leave_process_group
+from ldm_lab.processes import wait_for_each_other
 from ldm_lab.training.caching import cache_options, encoder_differences, encoder_facts, is_complete, options_of_run
 from ldm_lab.training.gap import FILE, GapOptions, gap_options
 from ldm_lab.training.gap_measuring import GapJob, GapReport, GapWanted, say
@@ -90,7 +90,7 @@ def prepare_means(config: RunConfig, folder: Path, resumed: Path | None) -> None
     print_rank_zero(f"conditioner.gap: no means are named; they are measured, into {path}")
     wanted = GapWanted(path, options.texts, options.map or "none", about)
     say(measure_gap(config, wanted, options.images, replace(options_of_run(config), devices=devices_of_run(config))))
-    leave_process_group()
+    wait_for_each_other()  # the processes of the pass go on training
 
 
 def devices_of_run(config: RunConfig) -> str:

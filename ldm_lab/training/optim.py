@@ -14,7 +14,7 @@ from ldm_lab.config import NonNegativeFloat, NonNegativeInt, PositiveInt, ShareB
 from ldm_lab.errors import UserError, unknown
 from ldm_lab.interfaces import Part
 
-FUSED = ("cpu", "cuda", "mps", "xpu")  # devices on which torch has AdamW in one kernel
+FUSED = ("cpu", "cuda", "xpu")  # devices with AdamW in one kernel that heeds a flag; that of MPS does not
 
 
 class CourseState(TypedDict):

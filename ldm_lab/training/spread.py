@@ -22,7 +22,7 @@ class LatentSpread:
 
         Args:
             autoencoder: with the statistics that the run uses.
-            goes_on: whether the network begins with another one's weights, which knows the latents as they are.
+            goes_on: whether the network begins with weights, another's or a checkpoint's, that know the latents.
         """
         self.autoencoder, self.goes_on = autoencoder, goes_on
         self.variances: list[Tensor] = []

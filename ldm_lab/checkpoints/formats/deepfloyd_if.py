@@ -66,8 +66,12 @@ def read_config(path: Path, name: str) -> Section:
         if config.stat().st_size > LARGEST_CONFIG:
             raise ValueError("it is larger than a mebibyte")
         text = config.read_text(encoding="utf-8")
+        if name == OWN and any(
+            isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)
+        ):
+            raise ValueError("it has aliases")  # a few lines of them can stand for gigabytes
         content = yaml.safe_load(text) if name == OWN else json.loads(text)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, OSError, yaml.YAMLError) as error:
         raise UserError(f"{config}: not a readable config: {str(error)[:200]}") from None
     if not isinstance(content, dict):
         raise UserError(f"{config}: a config is a mapping, this is a {type(content).__name__}")

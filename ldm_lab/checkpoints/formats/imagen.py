@@ -27,7 +27,7 @@ from ldm_lab.objectives.targets import Predicted
 from ldm_lab.schedules import LogSNRCurve
 
 T = TypeVar("T")
-MEMBER = re.compile(r"unets\.(\d+)\.")
+MEMBER = re.compile(r"unets\.(\d{1,4})\.")
 NEEDED = ("init_conv.convs.0.weight", "to_time_hiddens.0.weights", "final_conv.weight", "mid_attn.")
 ONE_BY_ONE = re.compile(r"layers\.\d+\.1\.\d+\.(g|weight)$")  # of a feed-forward network, as a convolution in 1.x
 T5 = {512: "small", 768: "base", 1024: "large", 2048: "xl", 4096: "xxl"}  # google/t5-v1_1-NAME by the width of states
