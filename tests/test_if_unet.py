@@ -17,6 +17,8 @@ from ldm_lab.condition_sources.if_low_res import IFLowRes
 from ldm_lab.conditions import ConditionRequest, ImageCondition, Level, TokenStates
 from ldm_lab.config import build
 from ldm_lab.denoisers.if_unet import IFUNet
+from ldm_lab.denoisers.if_unet import _taken as _taken_by_if
+from ldm_lab.denoisers.imagen_conditions import taken_conditions
 from ldm_lab.errors import UserError
 from ldm_lab.schedules import Discrete
 
@@ -271,3 +273,20 @@ def test_both_layouts_go_through_every_program(layout, text_model, tmp_path, mon
     assert not main(["train", "--config", str(config)])
     assert "weights of" in (said := capsys.readouterr().out) and "not in the checkpoint" not in said
     assert (tmp_path / "runs" / "tiny" / "ema.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("network", "schedule", "source"),
+    [("if_unet", "linear", "if_low_res"), ("imagen_unet", "squaredcos_cap_v2", "noised_low_res")],
+)
+def test_a_noise_level_of_another_schedule_is_refused(network, schedule, source):
+    """The network would be told another noise than there is."""
+    given = {
+        "token_states": TokenStates(WIDTH, LENGTH),
+        "low_res": ImageCondition(3, 2, enlarged=True),
+        "low_res_level": Level(schedule),
+    }
+    with pytest.raises(UserError, match=source):
+        (_taken_by_if if network == "if_unet" else taken_conditions)(
+            given, *(["if_unet"] if network == "if_unet" else [])
+        )

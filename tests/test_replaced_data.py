@@ -201,3 +201,14 @@ def test_the_text_of_a_million_names_is_as_long_as_that_of_one():
     assert len(contents_of("images", [("1", "")])) > len(contents_of("images", ((f"{n}", "") for n in range(9999)))) - 8
     assert contents_of("images", []) == ""
     json.dumps(build("data", {"name": "folder", "path": ".", "image_size": 8, "batch_size": 1}).items_key)
+
+
+def test_contents_that_only_one_side_knows_are_not_compared():
+    """The same shards on a server and on a disk, and a file that is out of reach for the moment."""
+    names = ["0.tar", "1.tar"]
+    there, away = (contents_of("shards", zip(names, its)) for its in (["5 1", "6 2"], ["", ""]))
+    one_away = contents_of("shards", zip(names, ["5 1", ""]))
+    assert differing_contents(there, away) == differing_contents(away, there) == ""
+    assert differing_contents(there, one_away) == ""
+    others = contents_of("shards", zip(names, ["5 1", "6 3"]))
+    assert "another content" in differing_contents(there, others)

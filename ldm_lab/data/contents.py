@@ -21,7 +21,7 @@ BUCKETS = 256
 SIZED = 20_000  # files whose sizes are asked for, evenly spread: over a network each question takes its time
 OPENED = 64  # files that are begun, likewise
 BEGINNING = 4096  # bytes that are read of these
-WRITTEN = re.compile(rf"(?P<kind>[a-z]+) (?P<number>\d{{1,18}}) [0-9a-f]{{{16 + 16 * BUCKETS}}}")
+WRITTEN = re.compile(rf"(?P<kind>[a-z]+) (?P<number>\d{{1,18}}) (?P<known>\d{{1,18}}) [0-9a-f]{{{16 + 16 * BUCKETS}}}")
 
 Entry = tuple[str, str]  # a name, and what tells its content from another one under this name
 
@@ -31,9 +31,9 @@ def contents_of(kind: str, entries: Iterable[Entry]) -> str:
 
     Args:
         kind: what they are, in the plural: "shards", "images".
-        entries: (name, what tells its content apart).
+        entries: (name, what tells its content apart; "" where nobody knows).
     """
-    names, contents, number = [0] * BUCKETS, [0] * BUCKETS, 0
+    names, contents, number, known = [0] * BUCKETS, [0] * BUCKETS, 0, 0
     order = hashlib.blake2b(digest_size=8)
     for name, content in entries:
         data = name.encode(errors="surrogateescape") + b"\0"
@@ -41,9 +41,9 @@ def contents_of(kind: str, entries: Iterable[Entry]) -> str:
         checksum = zlib.crc32(data)
         names[checksum % BUCKETS] += checksum
         contents[checksum % BUCKETS] += zlib.crc32(content.encode(), checksum) + 1
-        number += 1
+        number, known = number + 1, known + bool(content)
     sums = "".join(f"{total % 2**32:08x}" for total in (*names, *contents))
-    return f"{kind} {number} {order.hexdigest()}{sums}" if number else ""
+    return f"{kind} {number} {known} {order.hexdigest()}{sums}" if number else ""
 
 
 def are_contents(text: str) -> bool:
@@ -52,17 +52,21 @@ def are_contents(text: str) -> bool:
 
 
 def differing_contents(before: str, now: str) -> str:
-    """Return in what two texts of `contents_of` differ, in words; "" if they do not, or nobody knows."""
+    """Return in what two texts of `contents_of` differ, in words; "" if they do not, or nobody knows.
+
+    Contents are compared where as many of them are known: those that a server has are not, nor those of a file that
+    cannot be reached at the moment.
+    """
     if not before or not now or before == now:
         return ""
-    (kind, number, sums), (kind_now, number_now, sums_now) = before.split(" "), now.split(" ")
+    (kind, number, known, sums), (kind_now, number_now, known_now, sums_now) = before.split(" "), now.split(" ")
     if (kind, number) != (kind_now, number_now):
         return f"{number} {kind} -> {number_now} {kind_now}"
     order, names, contents = (_differing(sums, sums_now, part) for part in range(3))
     renamed = min(-(-names // 2), int(number))  # a name that went and one that came
     if renamed:
         return f"{_share(renamed, number)} {kind} have other names"
-    if contents:
+    if contents and known == known_now:
         return f"{_share(min(contents, int(number)), number)} {kind} have another content under the same name"
     return f"the {kind} are the same ones in another order" if order else ""
 
@@ -93,7 +97,7 @@ def file_entries(files: Sequence[tuple[str, str | None]]) -> Iterator[Entry]:
 
 
 def _told_apart_by(path: str, begins: bool) -> str:
-    """Return the size of a file, and the checksum of its beginning if that is asked for."""
+    """Return the size of a file, and the checksum of its beginning if that is asked for; "" if it is out of reach."""
     try:
         status = os.stat(path)
         if not begins or not stat.S_ISREG(status.st_mode):
@@ -101,7 +105,7 @@ def _told_apart_by(path: str, begins: bool) -> str:
         with open(path, "rb") as file:
             return f"{status.st_size} {zlib.crc32(file.read(BEGINNING))}"
     except OSError:
-        return "missing"
+        return ""
 
 
 def names_within(addresses: Sequence[str]) -> list[str]:

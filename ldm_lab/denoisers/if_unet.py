@@ -31,6 +31,8 @@ from ldm_lab.interfaces import (
 from ldm_lab.sampling_defaults import SamplingDefaults
 from ldm_lab.schedules.discrete import step_of_level
 
+AUGMENTATION = "squaredcos_cap_v2"  # the schedule by which the small image is noised
+
 LEVELS = 1000  # steps of the small image's noise
 
 
@@ -249,5 +251,11 @@ def _taken(conditions: ConditionSpec, name: str) -> ConditionSpec:
     taken: dict[str, ConditionKind] = {"token_states": states}
     if "low_res" in conditions or "low_res_level" in conditions:
         taken["low_res"] = required_condition(conditions, "low_res", ImageCondition, name)
-        taken["low_res_level"] = required_condition(conditions, "low_res_level", Level, name)
+        level = required_condition(conditions, "low_res_level", Level, name)
+        if level.schedule != AUGMENTATION:
+            raise UserError(
+                f"denoiser.name: {name} counts a small image's noise on the schedule {AUGMENTATION}, as "
+                f"condition_sources.if_low_res does; it is given a {level}"
+            )
+        taken["low_res_level"] = level
     return taken

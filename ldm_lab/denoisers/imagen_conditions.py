@@ -117,5 +117,10 @@ def taken_conditions(conditions: ConditionSpec) -> ConditionSpec:
             "condition_sources.noised_low_res gives both"
         )
     if isinstance(image, ImageCondition) and isinstance(level, Level):
+        if level.schedule not in LOG_SNR:
+            raise UserError(
+                f"denoiser.name: imagen_unet knows noise levels of the schedules {', '.join(LOG_SNR)}, as "
+                f"condition_sources.noised_low_res gives them; it is given a {level}"
+            )
         taken |= {"low_res": image, "low_res_level": level}
     return taken
