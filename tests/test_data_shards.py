@@ -336,6 +336,8 @@ def _train(shards: str, pipe) -> None:
     os.setsid()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
+    # As OpenBLAS does: a thread in the new process before anything of ours runs there, which takes signals, too.
+    os.register_at_fork(after_in_child=lambda: threading.Thread(target=time.sleep, args=(60,), daemon=True).start())
     batches = iter(module({"name": "webdataset", "shards": shards, "workers": 2}).train_dataloader())
     next(batches), next(batches)
     pipe.send("reading")

@@ -23,6 +23,7 @@ from ldm_lab.data.loader_processes import (
     PREFETCH,
     Piped,
     Whereabouts,
+    born_without_sigterm,
     death,
     free_shared_memory,
     lack_of_shared_memory,
@@ -302,7 +303,7 @@ class Loader:
             generator=torch.Generator(),  # else it draws from the global one, which belongs to the training
         )
         free = free_shared_memory()
-        with _without_interruption():
+        with _without_interruption(), born_without_sigterm():
             batches = iter(loader)
         processes = batches._workers if isinstance(batches, _MultiProcessingDataLoaderIter) else []
         wait = Wait(

@@ -6,7 +6,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from multiprocessing.sharedctypes import RawArray
@@ -79,6 +80,23 @@ def how_it_ended(code: int) -> str:
     if -code == signal.SIGKILL:
         return f"was killed ({name}: by the system if memory has run out)"
     return f"crashed ({name})" if -code in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT) else f"was ended by {name}"
+
+
+@contextmanager
+def born_without_sigterm() -> Iterator[None]:
+    """Have processes that are made here begin with SIGTERM blocked, in every thread of theirs.
+
+    Libraries such as OpenBLAS start threads in a new process before `leave_signals_to_parent` runs there. One of them
+    would take the signal that reaches the whole group, and with it the process. It waits for this one meanwhile.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def leave_signals_to_parent(process: int) -> None:
