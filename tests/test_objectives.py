@@ -205,7 +205,7 @@ DENOISERS = {  # options of tiny ones, and what they are told
 @pytest.mark.parametrize("objective", sorted(shipped("objective")))
 @pytest.mark.parametrize("denoiser", sorted(shipped("denoiser")))
 def test_the_ends_of_time_are_finite(objective, denoiser):
-    """At t = 0 there is no noise, at t = 1 no data: log SNR, loss, gradients and predictions are numbers all the same."""
+    """At t = 0 there is no noise, at t = 1 no data: log SNR, loss, gradients and predictions are numbers."""
     torch.manual_seed(0)
     options, spec = DENOISERS[denoiser]
     net = build("denoiser", {"name": denoiser, **options}, C, spec)
