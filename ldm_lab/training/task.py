@@ -26,6 +26,7 @@ from ldm_lab.errors import UserError, told_in_one_line
 from ldm_lab.sampling.names import model_name
 from ldm_lab.training.compiling import Compile
 from ldm_lab.training.judged import JudgedSteps
+from ldm_lab.training.laps import Laps
 from ldm_lab.training.logs import print_rank_zero
 from ldm_lab.training.lora import LoraOptions, additions, check_base, frozen_weights, leave_out_base
 from ldm_lab.training.optim import Began, Optim
@@ -101,6 +102,7 @@ class Task(JudgedSteps):
         sections = {role: config[role] for role in FROZEN if role in config} if read_weights else {}
         checksums = {role: weights_sha256(role, section) for role, section in sections.items()}
         self.frozen_sha256 = {role: checksum for role, checksum in checksums.items() if checksum is not None}
+        self.laps = Laps()  # of a training step, which `Speed` logs
         self.batches_seen = 0  # on this rank, since the run's very first batch
         self.samples_seen = 0  # on all ranks together, since then
         self.base: BaseModel | None = None  # of LoRA
