@@ -78,7 +78,7 @@ class Part:
         return None
 
     def load_pretrained(self) -> None:
-        """Load the weights that the part brings along itself, once it is built. Raises UserError: not there, damaged."""
+        """Load the weights that the part brings along itself, once it is built. Raises UserError: none, or damaged."""
 
     def load_later(self) -> None:
         """Have `load_pretrained` called when the part is first used, if it is at all; as it stands, call it now."""
