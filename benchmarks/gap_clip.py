@@ -40,9 +40,9 @@ from ldm_lab.training.cloob import agreement
 IMAGE_TOWER = "configs/quickstart.yaml"  # whose conditioner's image tower is begun with
 CONFIG = "configs/quickstart_cloob_text.yaml"  # of the towers
 OPTIONS = ("conditioner.text_size=20",)  # the usual wordings have at most 17 tokens
-IMAGES_APART = 1.8  # length of what is added to the image tower's outputs, of their own mean length
+IMAGES_APART = 2.1  # length of what is added to the image tower's outputs, of their own mean length
 TEXTS_APART = 20.0  # the same of the text tower, whose first outputs have a length of about 1
-INV_TAU = 40.0  # inverse temperature: the lower the temperature, the less there is to gain by closing the gap
+INV_TAU = 35.0  # inverse temperature: the lower the temperature, the less there is to gain by closing the gap
 SEED = "gap_clip"  # of the drawings
 BATCH, VARIETY, PAIRS, STEPS, RATE = 128, 0.5, 20_000, 2400, 2e-3
 ROOT = Path(__file__).resolve().parents[1]
