@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Interval, Le
 from PIL import Image
 
-from ldm_lab.config import LARGEST_SEED, PartSection, PositiveInt, Share, build, check_section, register
+from ldm_lab.config import LARGEST_SEED, NonNegativeInt, PartSection, PositiveInt, Share, build, check_section, register
 from ldm_lab.errors import UserError
 from ldm_lab.sampling_defaults import SamplingDefaults, Thresholding
 
@@ -97,6 +97,9 @@ class SamplingOptions:
         seed: of the first picture, the others count on from it; -1 draws one
         batch_size: pictures at once
         tile: decode larger pictures in tiles of this side, pixels; the same pictures, with less memory on the device
+        tile_denoiser: have the denoiser see larger pictures in overlapping tiles of this side, pixels, which are
+            blended in every step: other pictures, with the memory of a tile; for upsamplers, at the size of their crops
+        tile_overlap: pixels that these share at least (default: about a quarter)
     """
 
     guidance: float | None = None
@@ -124,6 +127,8 @@ class SamplingOptions:
     seed: Annotated[int, Interval(ge=-1, le=LARGEST_SEED)] = 0
     batch_size: PositiveInt = 16
     tile: PositiveInt | None = None
+    tile_denoiser: PositiveInt | None = None
+    tile_overlap: NonNegativeInt | None = None
 
     def __post_init__(self) -> None:
         if given := self.given():
@@ -148,6 +153,8 @@ class SamplingOptions:
         aesthetic: int | None,
         aesthetic_weight: float | None,
         aesthetic_embeddings: str | Path | None,
+        tile_denoiser: int | None,
+        tile_overlap: int | None,
     ) -> list[str]:
         """Return what is wrong across the options, of which each for itself is right."""
         belongs = {  # an option -> the one without which it means nothing
@@ -158,6 +165,7 @@ class SamplingOptions:
             "resize": (resize, "init_image", init_image),
             "aesthetic_weight": (aesthetic_weight, "aesthetic", aesthetic),
             "aesthetic_embeddings": (aesthetic_embeddings, "aesthetic", aesthetic),
+            "tile_overlap": (tile_overlap, "tile_denoiser", tile_denoiser),
         }
         problems = [
             f"{key}: belongs to {other}, which is not given"
