@@ -76,7 +76,9 @@ class SamplingOptions:
         clip_denoised: keep clean estimates within the range of pixels (default: for models of pixels)
         thresholding: how they are kept there: clamped (static), or divided by a percentile of each picture's magnitudes
             (dynamic), against flat, burnt regions at much guidance (default: static; of Imagen's networks dynamic)
-        threshold_percentile: of dynamic thresholding, 0 to 1 (default: 0.995)
+        threshold_percentile: of dynamic thresholding, 0 to 1 (default: 0.995; of IF's networks 0.95)
+        threshold_divisor: the most that dynamic thresholding divides by, from 1 on, against pale pictures (default:
+            whatever the percentile is; of IF's networks 1.5, of its super-resolution 1)
         low_res_level: of a super-resolution stage that is told of it: how much noise is added to what it enlarges, 0
             to 1 (default: the model's own, mostly 0.2); little keeps to the small picture
         size: pixels: 256, or 384x256 for width x height (default: as trained; the init image's own aspect, with about
@@ -111,6 +113,7 @@ class SamplingOptions:
     clip_denoised: bool | None = None
     thresholding: Thresholding | None = None
     threshold_percentile: Share | None = None
+    threshold_divisor: Annotated[float, Ge(1)] | None = None
     low_res_level: Share | None = None
     size: int | str | tuple[int, int] | None = None
     init_image: ImageFile | None = None
@@ -143,6 +146,7 @@ class SamplingOptions:
         clip_denoised: bool | None,
         thresholding: str | None,
         threshold_percentile: float | None,
+        threshold_divisor: float | None,
         size: int | str | Sequence[int] | None,
         init_image: ImageFile | None,
         strength: float | None,
@@ -172,10 +176,12 @@ class SamplingOptions:
             for key, (value, other, its) in belongs.items()
             if value is not None and its is None
         ]
-        if clip_denoised is False and (thresholding is not None or threshold_percentile is not None):
+        dynamic = {"threshold_percentile": threshold_percentile, "threshold_divisor": threshold_divisor}
+        given = [key for key, value in dynamic.items() if value is not None]
+        if clip_denoised is False and (given or thresholding is not None):
             problems.append("clip_denoised: off leaves nothing to threshold; thresholding goes without it")
-        if thresholding == "static" and threshold_percentile is not None:
-            problems.append("threshold_percentile: belongs to dynamic thresholding")
+        if thresholding == "static":
+            problems += [f"{key}: belongs to dynamic thresholding" for key in given]
         first, last = guidance_interval
         if not first <= last:
             problems.append(f"guidance_interval: two times 0 <= first <= last <= 1 are needed, not {first:g} {last:g}")
@@ -198,6 +204,12 @@ class SamplingOptions:
         names = [field.name for field in fields(self) if values[field.name] != field.default]
         return OptionValues((name, values[name]) for name in names)
 
+    @property
+    def asked_thresholding(self) -> Thresholding | None:
+        """How clean estimates are to be kept in range, by any of the options; None: as the network's kind has it."""
+        is_dynamic = self.threshold_percentile is not None or self.threshold_divisor is not None
+        return self.thresholding or ("dynamic" if is_dynamic else None)
+
     def resolved(
         self, upsampler: bool = False, timesteps: int | None = None, defaults: SamplingDefaults | None = None
     ) -> "SamplingOptions":
@@ -213,8 +225,9 @@ class SamplingOptions:
         defaults = defaults or SamplingDefaults()
         guidance = defaults.upsampler_guidance if upsampler else defaults.guidance
         guidance = guidance if self.clip_guidance is None else 1.0
-        asked = self.thresholding or (None if self.threshold_percentile is None else "dynamic")
+        asked = self.asked_thresholding
         thresholding = None if self.clip_denoised is False else asked or defaults.thresholding
+        most = defaults.upsampler_most if upsampler else defaults.most
         percentile = defaults.percentile if self.threshold_percentile is None else self.threshold_percentile
         sampler = self.sampler or DEFAULT_SAMPLER
         if self.sampler is None and upsampler:  # as GLIDE's
@@ -230,6 +243,7 @@ class SamplingOptions:
             clip_denoised=self.clip_denoised if asked is None or asked == defaults.thresholding == "static" else True,
             thresholding=thresholding,
             threshold_percentile=percentile if thresholding == "dynamic" else None,
+            threshold_divisor=(self.threshold_divisor or most) if thresholding == "dynamic" else None,
             aesthetic_weight=0.5
             if self.aesthetic is not None and self.aesthetic_weight is None
             else self.aesthetic_weight,

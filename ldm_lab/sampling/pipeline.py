@@ -1,5 +1,6 @@
 """From prompts to pictures, in numbered steps."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -227,9 +228,7 @@ class Pipeline:
         if clip_denoised:
             limit, percentile = bound or 1 / float(model.autoencoder.latent_std.min()), options.threshold_percentile
             if options.thresholding == "dynamic" and percentile is not None:
-                defaults = model.denoiser.sampling_defaults
-                most = defaults.upsampler_most if request.low_res is not None else defaults.most
-                wrappers.append(DynamicThresholding(limit, percentile, most))
+                wrappers.append(DynamicThresholding(limit, percentile, options.threshold_divisor or math.inf))
             else:
                 wrappers.append(StaticThresholding(limit))
         if options.clip_guidance is not None:

@@ -98,6 +98,7 @@ def checked_request(
     schedule = model.objective.schedule
     asked = options
     options = options.resolved(model.upscale_factor is not None, schedule.timesteps, model.denoiser.sampling_defaults)
+    options = _without_thresholds(model, asked, options)
     seeds = _seeds(range(options.seed, options.seed + len(mixes)) if seeds is None else seeds, len(mixes))
     given = _low_res(model, low_res, len(mixes))  # [N, 3, h, w] or None
     if options.low_res_level is not None and "low_res_level" not in model.denoiser.spec:
@@ -132,6 +133,21 @@ def checked_request(
         init_image=init_image,
         aesthetic=_aesthetic(model, options),
     )
+
+
+def _without_thresholds(model: Model, asked: SamplingOptions, options: SamplingOptions) -> SamplingOptions:
+    """Return the resolved options, of a model of latents without thresholds, unless it is to clip all the same.
+
+    Raises:
+        UserError: it is asked for some.
+    """
+    if model.pixel_bound is not None or asked.clip_denoised:
+        return options
+    if asked.asked_thresholding is not None:
+        raise UserError(
+            "thresholding: this model makes latents, which have no range to be kept in, as pixels have; leave it out"
+        )
+    return replace(options, thresholding=None, threshold_percentile=None, threshold_divisor=None)
 
 
 def _seeds(seeds: Sequence[int], pictures: int) -> Sequence[int]:

@@ -107,7 +107,7 @@ def in_tiles(predict: ConditionalPredict, tiles: Tiles, spec: ConditionSpec) -> 
         for tile in places:
             part = x[:, :, tile.rows, tile.columns]  # [R, C, s, s]
             said = predict(part, t, {name: _cut(name, value, tile, x, spec) for name, value in conditions.items()})
-            share = window(*part.shape[2:], tiles.overlap).to(weight)  # [s, s]
+            share = window(part.shape[2], part.shape[3], tiles.overlap).to(weight)  # [s, s]
             weight[tile.rows, tile.columns] += share
             for name, value in said._asdict().items():
                 if value is not None:
