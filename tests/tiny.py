@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+import warm
 
 from ldm_lab.checkpoints.native import save_part
 from ldm_lab.conditions import ConditionSpec, Embedding
@@ -19,7 +20,10 @@ CLOOB = {
     "name": "cloob", "image_size": 32, "patch_size": 16, "image_width": 32, "image_layers": 1, "image_heads": 2,
     "text_width": 32, "text_layers": 1, "text_heads": 2, "text_size": 24, "vocab_size": 600, "embed_dim": 16,
 }  # fmt: skip
-DENOISER = {"name": "ccld_unet", "base_channels": 16, "multipliers": [1, 2], "mapping_width": 32, "head_width": 16}
+DENOISER = {
+    "name": "ccld_unet", "base_channels": 16, "multipliers": [1, 2], "blocks_per_level": 1, "mapping_width": 32,
+    "head_width": 16,
+}  # fmt: skip
 
 
 def shipped(role: str) -> set[str]:
@@ -65,8 +69,23 @@ def make_run(folder: Path, images: int = 64, **sections: dict) -> Path:
 
 
 def run_program(*args: str | Path, cwd: Path, timeout: float = 240, **env: str) -> subprocess.CompletedProcess:
-    """Run `python ARGS...` as a user would, from the folder `cwd`, with the repository's packages."""
+    """Run `python ARGS...` in a process of its own, from the folder `cwd`, with the repository's packages.
+
+    A script or a module runs in a copy of a process that has imported torch (`warm`), where there can be one.
+    """
+    words = list(map(str, args))
+    if sys.platform != "linux" or (words[0].startswith("-") and words[0] != "-m"):
+        return run_fresh(*words, cwd=cwd, timeout=timeout, **env)
+    return subprocess.CompletedProcess(words, *warm.run(words, cwd, environment(env), timeout))
+
+
+def run_fresh(*args: str | Path, cwd: Path, timeout: float = 240, **env: str) -> subprocess.CompletedProcess:
+    """Run `python ARGS...` as a user would: the interpreter has nothing imported at first."""
     return subprocess.run(
-        [sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true", **env},
-    )  # fmt: skip
+        [sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment(env)
+    )
+
+
+def environment(more: dict[str, str]) -> dict[str, str]:
+    """Return the environment of a program that a test starts."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true", **more}
