@@ -112,7 +112,9 @@ def test_an_average_that_a_flag_of_the_device_holds_back_moves_in_one_pass_too(l
     calls = []
     move_at_once = ema.move_at_once
     monkeypatch.setattr(ema, "FLAG_KERNEL", "cpu")  # as on a GPU
-    monkeypatch.setattr(ema, "move_at_once", lambda moved, *args: calls.append(len(moved)) or move_at_once(moved, *args))
+    monkeypatch.setattr(
+        ema, "move_at_once", lambda moved, *args: calls.append(len(moved)) or move_at_once(moved, *args)
+    )
     ema.Pairs(average, net).update(0.9, torch.tensor(left_out))
     assert sorted(calls) == [1, 4]
     for mine, its, old, new in zip(*(list(m.parameters()) for m in (average, net, before, toward))):
@@ -140,7 +142,9 @@ def test_an_average_of_tensors_that_lie_otherwise_is_moved_one_by_one(other, lef
     calls = []
     move_at_once = ema.move_at_once
     monkeypatch.setattr(ema, "FLAG_KERNEL", "cpu")  # as on a GPU
-    monkeypatch.setattr(ema, "move_at_once", lambda moved, *args: calls.append(len(moved)) or move_at_once(moved, *args))
+    monkeypatch.setattr(
+        ema, "move_at_once", lambda moved, *args: calls.append(len(moved)) or move_at_once(moved, *args)
+    )
     ema.Pairs(average, net).update(0.9, None if left_out is None else torch.tensor(left_out))
     assert sum(calls) == (0 if left_out is None else 2 if other in ("half", "double") else 3)
     for mine, its, old, new in zip(*(list(m.parameters()) for m in (average, net, before, toward))):

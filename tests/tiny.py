@@ -15,6 +15,7 @@ from ldm_lab.config import build, parts, to_yaml
 from ldm_lab.data.shapes import write_shards
 
 ROOT = Path(__file__).resolve().parents[1]
+WARM = sys.platform == "linux"  # whether programs can be copies of a process that has imported torch
 AUTOENCODER = {"name": "kl_f8", "ch": 32, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1}
 CLOOB = {
     "name": "cloob", "image_size": 32, "patch_size": 16, "image_width": 32, "image_layers": 1, "image_heads": 2,
@@ -74,18 +75,20 @@ def run_program(*args: str | Path, cwd: Path, timeout: float = 240, **env: str) 
     A script or a module runs in a copy of a process that has imported torch (`warm`), where there can be one.
     """
     words = list(map(str, args))
-    if sys.platform != "linux" or (words[0].startswith("-") and words[0] != "-m"):
+    if not WARM or (words[0].startswith("-") and words[0] != "-m"):
         return run_fresh(*words, cwd=cwd, timeout=timeout, **env)
-    return subprocess.CompletedProcess(words, *warm.run(words, cwd, environment(env), timeout))
+    with warm.Program(words, cwd, program_environment(env)) as program:
+        return subprocess.CompletedProcess(words, program.wait(timeout), *program.printed())
 
 
 def run_fresh(*args: str | Path, cwd: Path, timeout: float = 240, **env: str) -> subprocess.CompletedProcess:
     """Run `python ARGS...` as a user would: the interpreter has nothing imported at first."""
     return subprocess.run(
-        [sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment(env)
-    )
+        [sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout,
+        env=program_environment(env),
+    )  # fmt: skip
 
 
-def environment(more: dict[str, str]) -> dict[str, str]:
+def program_environment(more: dict[str, str]) -> dict[str, str]:
     """Return the environment of a program that a test starts."""
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true", **more}

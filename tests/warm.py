@@ -1,5 +1,7 @@
-"""Programs begun in a copy of a process that has imported torch and Lightning, and nothing of ours: what a test starts is
-a process of its own, with its own environment, folder and files, and need not wait for these libraries each time.
+"""Programs begun in a copy of a process that has imported torch and Lightning, and nothing of ours.
+
+What a test starts is a process of its own, with its own environment, folder and files, and need not wait for these
+libraries each time.
 
 `tiny.run_program` asks; run as a program, this file is the process that is copied.
 """
@@ -19,37 +21,69 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 LONGEST = 1 << 20  # bytes of a request
 LIBRARIES = "import torch, pytorch_lightning, omegaconf, torch.distributed.tensor"
 
 
-def run(words: Sequence[str], folder: Path, environment: Mapping[str, str], timeout: float) -> tuple[int, str, str]:
-    """Run `python WORDS...`, WORDS beginning with a script or -m.
+class Program:
+    """A program that has been started: `python WORDS...`, WORDS beginning with a script or -m, in a session of its own.
 
-    Returns:
-        The exit code, below 0 for a signal; what was printed, and printed as errors.
-
-    Raises:
-        TimeoutExpired: it has been killed.
+    Attributes:
+        pid: its process.
+        returncode: once it has ended; below 0 for a signal.
     """
-    request = json.dumps({"words": words, "folder": str(folder), "environment": dict(environment)}).encode()
-    reading, writing = os.pipe()
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, open(reading, buffering=1) as answers:
+
+    def __init__(
+        self, words: Sequence[str], folder: Path, environment: Mapping[str, str], files: tuple[IO, IO] | None = None
+    ) -> None:
+        """Start it; what it prints, and prints as errors, goes to files of its own or to these."""
+        request = json.dumps({"words": list(words), "folder": str(folder), "environment": dict(environment)}).encode()
+        self.words, self.returncode = list(words), None
+        self.files = files or (tempfile.TemporaryFile(), tempfile.TemporaryFile())  # noqa: SIM115
+        reading, writing = os.pipe()
+        self.answers = open(reading, buffering=1)  # noqa: SIM115
         try:
-            socket.send_fds(server(), [request], [out.fileno(), err.fileno(), writing])
+            socket.send_fds(server(), [request], [*(file.fileno() for file in self.files), writing])
         finally:
             os.close(writing)
-        pid = int(answers.readline())
-        if not select.select([answers], [], [], timeout)[0]:
-            os.kill(pid, signal.SIGKILL)
-            raise subprocess.TimeoutExpired(list(words), timeout)
-        code = int(answers.readline())
+        self.pid = int(self.answers.readline())
+
+    def poll(self) -> int | None:
+        """Return its exit code, None as long as it runs."""
+        if self.returncode is None and select.select([self.answers], [], [], 0)[0]:
+            self.returncode = int(self.answers.readline())
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        """Wait for its end; return its exit code. Raises TimeoutExpired, and kills it."""
+        if self.returncode is None and not select.select([self.answers], [], [], timeout)[0]:
+            self.send_signal(signal.SIGKILL)
+            raise subprocess.TimeoutExpired(self.words, timeout)
+        return self.poll()
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal."""
+        os.kill(self.pid, number)
+
+    def printed(self) -> tuple[str, str]:
+        """Return what it has printed so far, and printed as errors, into files of its own."""
         texts = []
-        for file in (out, err):
+        for file in self.files:
             file.seek(0)
             texts.append(file.read().decode(errors="backslashreplace").replace("\r\n", "\n").replace("\r", "\n"))
-    return code, *texts
+        return tuple(texts)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.poll() is None:
+            self.send_signal(signal.SIGKILL)
+            self.wait(60)
+        for file in (self.answers, *self.files):
+            file.close()
 
 
 @functools.cache
@@ -95,6 +129,7 @@ def become(request: dict, files: Sequence[int], path: Sequence[str]) -> list[str
     os.dup2(files[1], 2)
     for file in files:
         os.close(file)
+    os.setsid()
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
