@@ -198,10 +198,10 @@ def started(here: Path, yaml: Path, environment: dict[str, str], fresh: bool) ->
     [
         pytest.param(signal.SIGTERM, 1, {}, True, id="SIGTERM"),
         pytest.param(signal.SIGINT, 3, {}, False, id="SIGINT-accumulated"),
-        pytest.param(signal.SIGHUP, 1, {}, False, id="SIGHUP"),
-        pytest.param(signal.SIGUSR1, 1, {}, False, id="SIGUSR1"),
+        pytest.param(signal.SIGHUP, 1, {}, False, id="SIGHUP", marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, 1, {}, False, id="SIGUSR1", marks=pytest.mark.slow),
         pytest.param(signal.SIGUSR1, 2, SLURM, False, id="SIGUSR1-SLURM-accumulated"),
-        pytest.param(signal.SIGTERM, 1, SLURM, False, id="SIGTERM-SLURM"),
+        pytest.param(signal.SIGTERM, 1, SLURM, False, id="SIGTERM-SLURM", marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_saves_before_leaving(here, number, accumulate, environment, fresh):
