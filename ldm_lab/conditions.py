@@ -16,7 +16,7 @@ from torch import Tensor
 from ldm_lab.errors import UserError
 
 Conditions = dict[str, Tensor]  # name -> [B, ...]
-Stored = Literal["float16", "float32"]  # how a cache keeps numbers
+Stored = Literal["float16", "bfloat16", "float32"]  # how a cache keeps numbers
 
 
 @dataclass(frozen=True)

@@ -78,11 +78,11 @@ class Part:
         return None
 
     def load_pretrained(self) -> None:
-        """Load the weights that the part brings along itself (`weights_identity`), once it is built.
+        """Load the weights that the part brings along itself, once it is built. Raises UserError: none, or damaged."""
 
-        Raises:
-            UserError: they are not there, damaged, or other ones.
-        """
+    def load_later(self) -> None:
+        """Have `load_pretrained` called when the part is first used, if it is at all; as it stands, call it now."""
+        self.load_pretrained()
 
     def convert_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return weights under the names that they are published with as this part's state dict."""

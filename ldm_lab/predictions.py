@@ -11,6 +11,7 @@ from torch import Tensor
 from ldm_lab.errors import UserError
 
 TimeInput = Literal["t", "timestep", "log_snr"]
+LEAST = 1e-8  # alpha or sigma below this counts as this: at t = 1 there is no data left, at t = 0 hardly any noise
 
 
 class Prediction(NamedTuple):
@@ -56,8 +57,8 @@ class Schedule:
         raise NotImplementedError
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """Return log(alpha^2 / sigma^2), of t's shape and dtype."""
-        alpha, sigma = self.alpha_sigma(t)
+        """Return log(alpha^2 / sigma^2), of t's shape and dtype: finite at both ends, 36.8 at most in magnitude."""
+        alpha, sigma = (level.clamp(min=LEAST) for level in self.alpha_sigma(t))  # t's shape each
         return 2 * (alpha / sigma).log()
 
     def t_of_sigma_over_alpha(self, ratio: Tensor) -> Tensor:

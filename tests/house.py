@@ -453,7 +453,7 @@ RULES = (
     Rule("modules that compute a file's SHA-256", 1, lambda: modules_that(hashes_files)),
     Rule("modules that read key=value", 1, lambda: modules_that(reads_pairs)),
     Rule("imports that pyproject.toml does not declare", 0, undeclared),
-    Rule("repeats of six lines", 5, repeats),
+    Rule("repeats of six lines", 3, repeats),
 )
 
 

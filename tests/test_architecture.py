@@ -9,7 +9,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [  # a module may import from its own line only what is in its own package, and from any line above
     {"errors"},
-    {"conditions", "predictions", "sampling_defaults", "progress", "downloads", "devices", "attention"},
+    {
+        *("conditions", "predictions", "sampling_defaults", "progress", "downloads", "devices", "attention"),
+        "lean_imports",
+    },
     {"batch"},
     {"interfaces", "io", "processes", "sharded"},
     {"config"},

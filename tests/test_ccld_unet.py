@@ -138,7 +138,7 @@ def test_initial_weights():
 
 @pytest.mark.parametrize("size", [(6, 8), (8, 6), (2, 8), (7, 7)])
 def test_a_latent_that_the_levels_do_not_divide(size):
-    with pytest.raises(UserError, match=rf"multiples of 4 for a U-Net of 3 levels, not {size[0]}x{size[1]}"):
+    with pytest.raises(UserError, match=rf"multiples of 4, not {size[0]}x{size[1]}"):
         tiny(multipliers=[1, 1, 1])(*inputs(*size))
 
 

@@ -1,6 +1,10 @@
 """What all command lines have in common: flags that are given twice, parts of one's own, help that is told at once."""
 
 import argparse
+import ast
+import functools
+import re
+import shlex
 import subprocess
 import sys
 
@@ -10,6 +14,7 @@ from tiny import ROOT
 from ldm_lab import __main__ as commands
 from ldm_lab.commands import sample
 from ldm_lab.commands._arguments import Parser
+from ldm_lab.commands._sampling_flags import numbered
 from ldm_lab.errors import UserError
 
 REPEATED = {"lora", "imports", "head", "upsampler"}  # flags of which several are meant
@@ -94,3 +99,40 @@ def test_help_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "--batch-size" in done.stdout, done.stderr
+
+
+COMMAND = re.compile(r"(?:python -m ldm_lab ([a-z]+(?:-[a-z]+)*)|python (sample)\.py)((?: [^`]*)?)")
+END = re.compile(r"\s{3,}|\s[|>#]\s|&&|;")  # of a command: an explanation behind it, a pipe, another command
+
+
+def written_commands():
+    """Yield where a command line is written, and its words: in docs, YAMLs and docstrings; a mere name is passed over.
+
+    Those of docs/extending.md are run, as they stand, by a test of their own.
+    """
+    folders = ("docs/[!e]*.md", "README.md", "configs/**/*.yaml", "ldm_lab/commands/*.py")
+    for path in sorted(path for pattern in folders for path in ROOT.glob(pattern)):
+        text = path.read_text()
+        text = (ast.get_docstring(ast.parse(text)) or "") if path.suffix == ".py" else text
+        for line in re.sub(r"\\+\n\s*(?:#\s*)?", "", text).splitlines():
+            for match in COMMAND.finditer(line):
+                words = shlex.split(END.split(match[3])[0].strip().rstrip(").,:"))
+                if words and "--help" not in words and match[1] != "train":
+                    yield f"{path.relative_to(ROOT)}: {match[0]}", match[1] or match[2], words
+
+
+sampling_parser = functools.cache(sample.parser)  # which has a hundred flags
+
+
+def test_every_command_that_is_written_somewhere_parses():
+    wrong, count = [], 0
+    for where, command, words in written_commands():
+        parser = sampling_parser(tuple(numbered(words))) if command == "sample" else parser_of(command)
+        parser._given.clear()
+        count += 1
+        try:
+            parser.parse_words(words) if command == "sample" else parser.parse_args(words)
+        except UserError as error:
+            if len(words) > 1 or "required" not in str(error):  # "scores build" is a name
+                wrong.append(f"{where}: {error}")
+    assert count > 100 and not wrong, "\n".join(wrong)

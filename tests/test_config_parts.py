@@ -378,6 +378,8 @@ WITHOUT_EFFECT = {
     "trainer.ddp": ({"trainer": {"ddp": {"bucket_mb": 100.0}}}, "trainer.ddp: without effect: there is one device"),
     "objective.gamma": ({"objective": {"name": "v_cosine", "gamma": 3.0}},
                         "objective.gamma: without effect: objective.weighting is uniform"),
+    "objective.gamma of continuous": ({"objective": {"name": "continuous", "gamma": 3.0}},
+                                      "objective.gamma: without effect: objective.weighting is uniform"),
     "data.local": ({"data": {"name": "cache", "path": "/a", "batch_size": 1, "local": "/b"}},
                    "data.local: without effect: they are for caches on a server"),
     "held_out.data.local": ({"held_out": {"data": {"name": "cache", "path": "x", "local": "y", "batch_size": 1}}},

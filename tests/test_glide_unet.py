@@ -232,7 +232,7 @@ def test_options_that_contradict_each_other(options, message):
 @pytest.mark.parametrize(
     ("forms", "change", "message"),
     [
-        ({}, {"x": torch.zeros(2, 3, 5, 4)}, "multiples of 2 for a U-Net of 2 levels, not 5x4"),
+        ({}, {"x": torch.zeros(2, 3, 5, 4)}, "multiples of 2, not 5x4"),
         ({}, {"low_res": torch.zeros(2, 3, 2, 2)}, "a base model"),
         ({"upsampler": True}, {}, "is an upsampler"),
         ({}, {"inpaint_image": torch.zeros(2, 3, 4, 4)}, "not trained for inpainting"),

@@ -97,9 +97,9 @@ def test_what_it_is_told_has_to_fit():
         IFUNet(3, states, base_channels=32, pool_heads=5, head_width=16)
     options = [
         ({"blocks_per_level": [1, 2]}, "blocks_per_level: 2 numbers for 4 levels"),
-        ({"attention": [3]}, "attention: the levels are at"),
-        ({"base_channels": 48}, "norm_groups: 32 groups do not divide 48"),
-        ({"text_width": 100}, "norm_groups: 32 groups do not divide 100"),
+        ({"attention": [3]}, "attention: 4 levels are at 1/1, 1/2, 1/4, 1/8; not"),
+        ({"base_channels": 48}, "base_channels: makes a level 48 wide, which is no multiple of 32"),
+        ({"text_width": 100}, "text_width: 100 is no multiple of 32"),
         ({"head_width": 60}, "head_width: 60 does not divide"),
     ]
     for changes, message in options:

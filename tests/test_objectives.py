@@ -2,7 +2,11 @@
 
 import pytest
 import torch
+from tiny import shipped
 
+from ldm_lab.condition_sources.if_low_res import IFLowRes
+from ldm_lab.condition_sources.noised_low_res import NoisedLowRes
+from ldm_lab.conditions import Embedding, TokenIds, TokenStates, blank_conditions
 from ldm_lab.config import build
 from ldm_lab.config.registry import infos
 from ldm_lab.errors import UserError
@@ -175,3 +179,52 @@ def test_the_last_time_is_where_training_and_sampling_begin():
     for wrong in (0.0, 1.5):
         with pytest.raises(UserError, match="last_time: a number"):
             build("objective", {"name": "continuous", "last_time": wrong})
+
+
+STATES = {"token_states": TokenStates(16, 4)}
+DENOISERS = {  # options of tiny ones, and what they are told
+    "ccld_unet": ({"base_channels": 8, "multipliers": [1, 1], "head_width": 8}, {"embed": Embedding(4)}),
+    "glide_unet": (
+        {"base_channels": 8, "multipliers": [1], "blocks_per_level": 1, "attention": [1], "head_width": 8}
+        | {"norm_groups": 4, "text_width": 8, "text_layers": 1, "text_heads": 1},
+        {"token_ids": TokenIds(4, 10)},
+    ),
+    "if_unet": (
+        {"base_channels": 8, "multipliers": [1], "blocks_per_level": [1], "attention": [1], "head_width": 8}
+        | {"norm_groups": 4, "text_width": 8, "pool_heads": 2},
+        {**STATES, **IFLowRes().spec},
+    ),
+    "imagen_unet": (
+        {"base_channels": 8, "multipliers": [1], "blocks_per_level": [1], "heads": 1, "head_width": 4}
+        | {"attention_levels": [0], "text_levels": [0], "text_latents": 2},
+        {**STATES, **NoisedLowRes().spec},
+    ),
+}
+
+
+@pytest.mark.parametrize("objective", sorted(shipped("objective")))
+@pytest.mark.parametrize("denoiser", sorted(shipped("denoiser")))
+def test_the_ends_of_time_are_finite(objective, denoiser):
+    """At t = 0 there is no noise, at t = 1 no data: log SNR, loss, gradients and predictions are numbers."""
+    torch.manual_seed(0)
+    options, spec = DENOISERS[denoiser]
+    net = build("denoiser", {"name": denoiser, **options}, C, spec)
+    ends, x0, noise = torch.tensor([0.0, 1.0]), torch.rand(2, C, 4, 4), torch.randn(2, C, 4, 4)
+    conditions = blank_conditions(spec, 2, 4, 4)
+    if "low_res_level" in conditions:
+        conditions["low_res_level"] = torch.tensor([1.0, 0.0])
+    extra = {"bound": False} if objective == "eps_hybrid" else {}
+    for weighting in ("uniform", "snr"):
+        part = build("objective", {"name": objective, "weighting": weighting, **extra})
+        try:
+            part.check_denoiser(net)
+        except UserError:
+            assert net.time_input == "timestep" and part.schedule.timesteps is None
+            return
+        assert torch.isfinite(part.schedule.log_snr(ends)).all()
+        loss = part.loss_terms(net, x0, conditions, ends, noise)["loss"]
+        gradients = torch.autograd.grad(loss.sum(), [p for p in net.parameters() if p.requires_grad], allow_unused=True)
+        assert torch.isfinite(loss).all() and all(g is None or torch.isfinite(g).all() for g in gradients)
+    with torch.no_grad():
+        said = part.predict(net, noise, ends, conditions)
+    assert torch.isfinite(said.x0).all() and torch.isfinite(said.eps).all()

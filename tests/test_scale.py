@@ -123,7 +123,9 @@ def test_the_command_takes_the_images_that_are_there(scale):
     assert float(re.search(r"latent std (\S+) on 24 images", out)[1]) == pytest.approx(whole, rel=0.02)
     assert read_safetensors(Path("scaled.safetensors"))[1]["scale_images"] == "24"
     code, _, err = scale("data.min_size=100")
-    assert code == 2 and "no image can be used: data: 24 samples read, 24 skipped (100.0%): too small 24" in err
+    assert (
+        code == 2 and "no image can be used: data: 24 samples read, 24 left out as asked (100.0%): too small 24" in err
+    )
 
 
 def test_a_smaller_batch_counts_for_less():

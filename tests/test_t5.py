@@ -74,11 +74,126 @@ def test_a_text_that_is_too_long_is_cut_and_keeps_its_end(folders, caplog):
         part.from_prompts([], [object()])
 
 
+TEXTS = ["a red circle", "a star", "a blue square on the green", "a green circle", "", "red", "a photo of the star"]
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_text_s_states_are_the_same_bits_in_every_batch(folders, kind, dtype):
+    part = load_part("conditioner", Section(name="t5", model=str(folders[kind]), text_size=8, dtype=dtype))
+    alone = [part.states([text])[0] for text in TEXTS]
+    for batch in (TEXTS, TEXTS[::-1], TEXTS * 3):
+        for text, its in zip(batch, part.states(batch), strict=True):
+            assert its.equal(alone[TEXTS.index(text)])
+    part.rounds = True
+    rounded = part.states(TEXTS)
+    assert {its.dtype for its in rounded} == {torch.bfloat16 if dtype == "bf16" else torch.float16}
+    assert all(torch.allclose(a.float(), b, rtol=2**-10) for a, b in zip(rounded, alone))
+
+
+def test_states_that_do_not_fit_into_float16_are_named_and_bfloat16_keeps_them(folders):
+    part = loaded(folders["t5"])
+    part.rounds = True
+    torch.nn.init.constant_(part.encoder.encoder.final_layer_norm.weight, 1e5)
+    made = part.encode_each(["a star", ""])
+    assert list(made.problems) == [0, 1] and "float16 ends at 65,504; conditioner.stored=bfloat16" in made.problems[0]
+    with pytest.raises(UserError, match=r"conditioner: 'a star': states up to [\d,]+, float16 ends at 65,504"):
+        part.encode(["a star"])
+    wide = loaded(folders["t5"], stored="bfloat16")
+    wide.rounds = True
+    torch.nn.init.constant_(wide.encoder.encoder.final_layer_norm.weight, 1e5)
+    assert wide.encode(["a star"])["token_states"].isfinite().all()
+
+
+def test_a_model_waits_until_a_text_is_encoded_and_the_empty_text_is_encoded_once(folders, monkeypatch):
+    section = Section(name="t5", model=str(folders["t5"]), text_size=8, padding="read")
+    part = load_part("conditioner", section, later=True)
+    assert part.encoder is None and not list(part.parameters())
+    given = part.from_prompts(["a star"], [])
+    assert part.encoder is not None and not any(p.requires_grad for p in part.parameters())
+    read, encode_each = [], part.encode_each
+    monkeypatch.setattr(part, "encode_each", lambda texts, once=False: read.append(texts) or encode_each(texts, once))
+    first, again = part.null(given), part.null(given)
+    assert read == [[""]] and first["token_states"].equal(again["token_states"])
+    assert first["token_states"].equal(part.encode([""])["token_states"])
+
+
+def test_captions_that_are_cut_are_counted(folders):
+    part = loaded(folders["t5"])
+    part.encode(["a " * 9, "a star"], once=True)
+    part.encode(["a " * 12], once=True)
+    assert part.cut == 2
+
+
+def test_tokenizers_that_are_not_the_model_s_are_refused(folders, tmp_path, monkeypatch):
+    folder = write_language_model(tmp_path / "t5")
+    (folder / "tokenizer.json").unlink()
+    (folder / "spiece.model").write_bytes(b"pieces")
+    monkeypatch.setattr(t5_models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=r"spiece\.model alone, without tokenizer\.json: pip install sentencepiece proto"
+    ):
+        load_part("conditioner", Section(name="t5", model=str(folder)))
+    monkeypatch.undo()
+    (folder / "spiece.model").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
+    with pytest.raises(UserError, match=r"its tokenizer knows 104 tokens and the encoder 15; are tokenizer\.json or"):
+        load_part("conditioner", Section(name="t5", model=str(folder)))
+
+
+def test_byt5_reads_bytes_without_a_file_of_its_own(folders, tmp_path):
+    import transformers
+
+    folder = tmp_path / "byt5"
+    config = transformers.T5Config(vocab_size=384, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    transformers.T5EncoderModel(config).save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125}')
+    part = load_part("conditioner", Section(name="t5", model=str(folder), text_size=16))
+    assert part.tokens("aé") == [ord("a") + 3, 0xC3 + 3, 0xA9 + 3, 1]
+    assert part.encode(["aé"])["token_states_mask"].sum() == 4
+
+
+def test_too_little_memory_for_the_encoder_is_one_line(folders, monkeypatch):
+    monkeypatch.setattr(t5_models, "free_memory", lambda device: 1000)
+    with pytest.raises(
+        UserError, match=r"the encoder takes .* and 0.001 MB of memory are left on cpu; a smaller"
+    ) as told:
+        loaded(folders["t5"])
+    assert "\n" not in str(told.value)
+    monkeypatch.undo()
+
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines")
+
+    monkeypatch.setattr("transformers.T5EncoderModel.from_pretrained", full)
+    with pytest.raises(UserError, match=r"out of the device's memory \(2.00 GiB .*\) while loading .*; a smaller"):
+        loaded(folders["t5"])
+
+
+def test_minilm_itself_tells_paraphrases_from_other_texts():
+    """The real weights, from the package: the numbers are those of the sentence vectors that it was trained for."""
+    part = load_part("conditioner", Section(name="t5", text_size=16))
+    texts = ["a small dog runs on the beach", "a puppy is running along the shore", "tax forms are due in april"]
+    given = part.encode(texts)
+    mask = given["token_states_mask"][..., None]
+    means = torch.nn.functional.normalize((given["token_states"] * mask).sum(1) / mask.sum(1), dim=1)
+    near, far = float(means[0] @ means[1]), float(means[0] @ means[2])
+    assert near > 0.5 and far < 0.1, (near, far)
+
+
 def test_what_pins_the_weights(folders, tmp_path):
     section = Section(name="t5", model=str(folders["t5"]))
     before = weights_sha256("conditioner", section)
     other = write_language_model(tmp_path / "other", "t5", width=64)
     assert len(before) == 64 and before != weights_sha256("conditioner", Section(name="t5", model=str(other)))
+    (other / "model.safetensors").rename(other / "a.safetensors")
+    (other / "model.safetensors.index.json").write_text('{"weight_map": {"shared.weight": "a.safetensors"}}')
+    whole = weights_sha256("conditioner", Section(name="t5", model=str(other)))
+    (other / "a.safetensors").write_bytes(b"others")
+    assert weights_sha256("conditioner", Section(name="t5", model=str(other))) != whole, "the index is the same"
+    (other / "model.safetensors.index.json").write_text('{"weight_map": {"shared.weight": "../a.safetensors"}}')
+    with pytest.raises(UserError, match="not beside it"):
+        weights_sha256("conditioner", Section(name="t5", model=str(other)))
 
 
 @pytest.mark.parametrize("model", sorted(t5_models.WIDTHS))
@@ -130,7 +245,7 @@ def test_what_it_refuses(folders, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name: (_ for _ in ()).throw(OSError("no network")))
     refused("somebody/unheard-of", "cannot be downloaded .*minilm needs no network")
-    part = loaded(folders["t5"])
+    part = loaded(folders["t5"], stored="float16")
     torch.nn.init.constant_(part.encoder.encoder.final_layer_norm.weight, float("nan"))
     with pytest.raises(UserError, match="states that are not finite"):
         part.encode(["a star"])

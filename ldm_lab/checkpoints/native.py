@@ -208,9 +208,10 @@ class RunCheckpoint(Importer):
             )
         averaged = ema and any(name.startswith(AVERAGED) for name in tensors)
         extra = {"step": str(file.extra.get("global_step")), **self._frozen(file)}
-        data = whole.get("data")
-        if isinstance(data, dict) and data.get("image_size"):
-            extra["image_size"] = str(data["image_size"])
+        run, data = file.extra[FORMAT], whole.get("data")
+        size = run.get("image_size", data.get("image_size") if isinstance(data, dict) else None)
+        if size:
+            extra["image_size"] = str(size)
         state = strip_prefix(tensors, AVERAGED if averaged else RAW)
         state |= {name: value for name, value in tensors.items() if name.startswith(GAP_PREFIX)}
         return LoadedModel(without_run_sections(whole), state, extra)

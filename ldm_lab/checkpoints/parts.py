@@ -17,7 +17,7 @@ from ldm_lab.pretrained.resolve import to_download
 from ldm_lab.sharded import load_shares
 
 
-def load_part(role: str, config: PartConfig | Section, read_weights: bool = True) -> nn.Module:
+def load_part(role: str, config: PartConfig | Section, read_weights: bool = True, later: bool = False) -> nn.Module:
     """Build a frozen part and load its weights: evaluation mode, no gradients.
 
     Args:
@@ -26,6 +26,7 @@ def load_part(role: str, config: PartConfig | Section, read_weights: bool = True
             given here must agree with it. Without, a part may find its weights itself (`Part.pretrained_path`) or bring
             them along (`Part.load_pretrained`). `latent_mean` and `latent_std` (autoencoder) replace the stored ones.
         read_weights: False builds the architecture alone (on the meta device, for counting).
+        later: weights that a part brings along itself may wait until it is used (`Part.load_later`).
 
     Raises:
         UserError: missing or damaged file; weights of something else, or of another architecture.
@@ -36,7 +37,9 @@ def load_part(role: str, config: PartConfig | Section, read_weights: bool = True
         module, _ = load_module(role, Section(config.architecture()), detect_format(path))
     else:
         module = build(role, config.architecture())
-        if read_weights:
+        if read_weights and later:
+            module.load_later()
+        elif read_weights:
             module.load_pretrained()
     if isinstance(module, Autoencoder):
         use = config.use_as(AutoencoderUse)

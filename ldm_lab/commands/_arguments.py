@@ -4,12 +4,17 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import NoReturn, TypeAlias
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 from ldm_lab.errors import UserError
 
+if TYPE_CHECKING:  # the list of commands needs no config, and no torch
+    from ldm_lab.config import PartConfig
+    from ldm_lab.data.jobs import PassOptions
+
 Parsed: TypeAlias = "int | float | str | bool | Sequence[Parsed] | None"
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+ENCODER_PRECISIONS = ("32-true", "bf16-mixed")  # of a config's frozen parts
 
 
 REPEATED = (argparse._AppendAction, argparse._ExtendAction, argparse._CountAction)  # flags that may be given again
@@ -120,35 +125,44 @@ def add_clip_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_pass_arguments(
-    parser: argparse.ArgumentParser,
-    whose: str = "the CLIP's",
-    of_config: bool = False,
-    precisions: Sequence[str] = PRECISIONS,
-) -> None:
-    """Declare the arguments of a pass over images: `ldm_lab.data.passes.PassOptions`.
+def add_config_arguments(parser: argparse.ArgumentParser, meaning: str) -> None:
+    """Declare the arguments that say which config, and what is changed in it: `config`, `overrides`, `--imports`."""
+    add_imports_argument(parser)
+    parser.add_argument("--config", required=True, metavar="YAML", help=meaning)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the YAML's")
+
+
+def add_pass_arguments(parser: argparse.ArgumentParser, whose: str = "the CLIP's", of_config: bool = False) -> None:
+    """Declare the arguments of a pass over images: those of `pass_options`.
 
     Args:
         parser: of the command.
         whose: arithmetic has the precision.
         of_config: whether batches, loader processes and precision are a config's, where they are not given.
-        precisions: the choices.
     """
     add = parser.add_argument
-    batch, workers = ("data.batch_size", "data.workers") if of_config else ("64", "2")
-    of = {"batch": None, "workers": None, "precision": None} if of_config else {}
+    batch, workers, precision = (None, None, None) if of_config else (64, 2, PRECISIONS[0])
+    said = ("data.batch_size", "data.workers", "the config's") if of_config else ("64", "2", PRECISIONS[0])
+    add("--batch-size", type=whole_number(1), default=batch, metavar="N", help=f"images at once ({said[0]})")
     add(
-        "--batch-size", type=whole_number(1), default=of.get("batch", 64), metavar="N", help=f"images at once ({batch})"
-    )
-    add(
-        "--workers",
-        type=whole_number(0),
-        default=of.get("workers", 2),
-        metavar="N",
-        help=f"loader processes per device ({workers})",
+        "--workers", type=whole_number(0), default=workers, metavar="N", help=f"loader processes per device ({said[1]})"
     )
     add("--devices", default="1", metavar="N", help="devices per node, or auto (%(default)s)")
     add("--num-nodes", type=whole_number(1), default=1, metavar="N", help="nodes (%(default)s)")
     add("--accelerator", default="auto", metavar="NAME", help="auto, gpu, cpu, mps (%(default)s)")
-    precision, said = of.get("precision", precisions[0]), "cache.precision" if of_config else precisions[0]
-    add("--precision", choices=precisions, default=precision, help=f"of {whose} arithmetic ({said})")
+    choices = ENCODER_PRECISIONS if of_config else PRECISIONS
+    add("--precision", choices=choices, default=precision, help=f"of {whose} arithmetic ({said[2]})")
+
+
+def pass_options(args: argparse.Namespace, data: "PartConfig | None" = None) -> "PassOptions":
+    """Return what `add_pass_arguments` declares; what is not given is as a config's data section has it."""
+    from ldm_lab.data.jobs import PassOptions  # not before: it imports torch, which takes seconds
+
+    return PassOptions(
+        batch_size=data.option("batch_size") if data and args.batch_size is None else args.batch_size,
+        workers=data.option("workers") if data and args.workers is None else args.workers,
+        devices=args.devices,
+        num_nodes=args.num_nodes,
+        accelerator=args.accelerator,
+        precision=args.precision or PassOptions.precision,
+    )

@@ -14,29 +14,24 @@ with the shards that are not done. Under torchrun or SLURM each process takes it
 import argparse
 import json
 
-from ldm_lab.commands._arguments import add_imports_argument, add_pass_arguments, whole_number
+from ldm_lab.commands._arguments import add_config_arguments, add_pass_arguments, pass_options, whole_number
 from ldm_lab.config import load
 from ldm_lab.errors import UserError
-
-PRECISIONS = ("32-true", "bf16-mixed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    add_imports_argument(parser)
+    add_config_arguments(parser, "a diffusion config: its data and frozen parts")
     add = parser.add_argument
-    add("--config", required=True, metavar="YAML", help="a diffusion config: its data and frozen parts")
     add("--out", required=True, metavar="DIR", help="folder for the cache")
     add("--limit", type=whole_number(1), metavar="N", help="encode so many images, evenly spread (default: all)")
     add("--without-unreached", action="store_true", help="end the cache without shards that cannot be reached")
-    add_pass_arguments(parser, whose="the encoders'", of_config=True, precisions=PRECISIONS)
-    add("overrides", nargs="*", metavar="key=value", help="values that replace the YAML's")
+    add_pass_arguments(parser, whose="the encoders'", of_config=True)
 
 
 def run(args: argparse.Namespace) -> int:
     """Encode, with a progress bar; say what was skipped. Returns 1 if some shards could not be reached."""
     from ldm_lab.data.cache import ENCODERS  # not before: it imports torch, which takes seconds
-    from ldm_lab.data.jobs import PassOptions
     from ldm_lab.training.caching import AGAIN, cache_options, make_cache, summary, unreached
     from ldm_lab.training.start import check_encoding
 
@@ -47,15 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if config.task != "diffusion":
         raise UserError(f"{args.config}: a cache is made from a diffusion config, with its autoencoder and conditioner")
     check_encoding(config, ENCODERS)
-    data = config["data"]
-    options = PassOptions(
-        batch_size=data.option("batch_size") if args.batch_size is None else args.batch_size,
-        workers=data.option("workers") if args.workers is None else args.workers,
-        devices=args.devices,
-        num_nodes=args.num_nodes,
-        accelerator=args.accelerator,
-    )
-    report = make_cache(config, options, args.without_unreached)
+    report = make_cache(config, pass_options(args, config["data"]), args.without_unreached)
     if report is None:  # another process of several
         return 0
     print(summary(cache_options(config).folder, report))

@@ -14,19 +14,23 @@ means measures them by itself.
 import argparse
 from pathlib import Path
 
-from ldm_lab.commands._arguments import add_imports_argument, add_pass_arguments, safetensors_file, whole_number
+from ldm_lab.commands._arguments import (
+    add_config_arguments,
+    add_pass_arguments,
+    pass_options,
+    safetensors_file,
+    whole_number,
+)
 from ldm_lab.config import load
 from ldm_lab.errors import UserError
 
-PRECISIONS = ("32-true", "bf16-mixed")
 MAPS = ("none", "ridge", "residual", "best")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    add_imports_argument(parser)
+    add_config_arguments(parser, "a config with sections data and conditioner")
     add = parser.add_argument
-    add("--config", required=True, metavar="YAML", help="a config with sections data and conditioner")
     add("--out", type=safetensors_file, required=True, metavar="FILE", help="write the means there (.safetensors)")
     add(
         "--texts",
@@ -36,14 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--map", choices=MAPS, default="none", help="of texts, fitted on images with captions (%(default)s)")
     add("--images", type=whole_number(1), default=10_000, metavar="N", help="how many, evenly spread (%(default)s)")
     add("--plot", metavar="FILE", help="a picture of both clouds (.png; default: beside --out)")
-    add_pass_arguments(parser, whose="the conditioner's", of_config=True, precisions=PRECISIONS)
-    add("overrides", nargs="*", metavar="key=value", help="values that replace the YAML's")
+    add_pass_arguments(parser, whose="the conditioner's", of_config=True)
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure, print, write the means and the plot."""
-    from ldm_lab.data.jobs import PassOptions  # not before: torch takes seconds, and --help needs none
-    from ldm_lab.data.varied_texts import CAPTIONS, texts_of
+    from ldm_lab.data.varied_texts import CAPTIONS, texts_of  # not before: torch takes seconds, and --help needs none
     from ldm_lab.evaluation.gap_plot import plot_clouds
     from ldm_lab.training.gap_measuring import GapWanted, say
     from ldm_lab.training.gap_runs import measure_gap
@@ -55,18 +57,10 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"{args.config}: has no section {role}")
     check_encoding(config, ["conditioner"])
     data, out = config["data"], Path(args.out)
-    options = PassOptions(
-        batch_size=data.option("batch_size") if args.batch_size is None else args.batch_size,
-        workers=data.option("workers") if args.workers is None else args.workers,
-        devices=args.devices,
-        num_nodes=args.num_nodes,
-        accelerator=args.accelerator,
-        precision=args.precision or PassOptions.precision,
-    )
     if args.texts not in (None, CAPTIONS):
         texts_of(args.texts)  # a file that is not there is told before the images are embedded
     wanted = GapWanted(out, args.texts, args.map, f"{data.to_dict()}, {args.images} images")
-    report = measure_gap(config, wanted, args.images, options)
+    report = measure_gap(config, wanted, args.images, pass_options(args, data))
     if report is None:  # another process of several
         return
     say(report)

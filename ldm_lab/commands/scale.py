@@ -10,7 +10,7 @@ autoencoder that was trained here brings its own.
 
 import argparse
 
-from ldm_lab.commands._arguments import add_imports_argument, safetensors_file, whole_number
+from ldm_lab.commands._arguments import add_config_arguments, safetensors_file, whole_number
 from ldm_lab.config import load
 from ldm_lab.errors import UserError
 from ldm_lab.progress import Bar
@@ -18,14 +18,12 @@ from ldm_lab.progress import Bar
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    add_imports_argument(parser)
+    add_config_arguments(parser, "a config with sections data and autoencoder")
     add = parser.add_argument
-    add("--config", required=True, metavar="YAML", help="a config with sections data and autoencoder")
     add("--out", type=safetensors_file, metavar="FILE", help="write the weights with it stored (.safetensors)")
     add("--batches", type=whole_number(1), default=32, metavar="N", help="batches to measure (%(default)s)")
     add("--batch-size", type=whole_number(1), default=64, metavar="N", help="images in a batch (%(default)s)")
     add("--device", metavar="NAME", help="cpu, cuda:0, ... (default: the accelerator, if there is one)")
-    add("overrides", nargs="*", metavar="key=value", help="values that replace the YAML's")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -15,13 +15,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm_lab.commands._arguments import add_clip_arguments, add_imports_argument, add_pass_arguments
+from ldm_lab.commands._arguments import add_clip_arguments, add_imports_argument, add_pass_arguments, pass_options
 from ldm_lab.config.overrides import split_name
 from ldm_lab.errors import UserError
 
 if TYPE_CHECKING:
     from ldm_lab.curation.heads.head import LoadedHead
-    from ldm_lab.data.jobs import PassOptions, PassReport
+    from ldm_lab.data.jobs import PassReport
 
 DEFAULT = "aesthetic/vit_l_14"
 AGAIN = "the same command tries again"
@@ -113,20 +113,6 @@ def load_heads(args: argparse.Namespace) -> "dict[str, LoadedHead]":
             raise UserError(f"--head {name}: there is a column {column} already; name it otherwise: NAME={source}")
         heads[column] = loaded
     return heads
-
-
-def pass_options(args: argparse.Namespace) -> "PassOptions":
-    """Return what `add_pass_arguments` declares."""
-    from ldm_lab.data.jobs import PassOptions
-
-    return PassOptions(
-        batch_size=args.batch_size,
-        workers=args.workers,
-        devices=args.devices,
-        num_nodes=args.num_nodes,
-        accelerator=args.accelerator,
-        precision=args.precision,
-    )
 
 
 def summary(report: "PassReport") -> str:

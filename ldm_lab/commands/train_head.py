@@ -24,12 +24,13 @@ from ldm_lab.commands._arguments import (
     add_imports_argument,
     add_pass_arguments,
     not_negative,
+    pass_options,
     positive,
     safetensors_file,
     share,
     whole_number,
 )
-from ldm_lab.commands.score import AGAIN, pass_options, summary
+from ldm_lab.commands.score import AGAIN, summary
 from ldm_lab.config import PartConfig
 from ldm_lab.errors import UserError
 

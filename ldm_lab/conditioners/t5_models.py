@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ldm_lab.devices import free_memory
 from ldm_lab.downloads import Download
-from ldm_lab.errors import UserError, first_line
-from ldm_lab.io.atomic import sha256
+from ldm_lab.errors import UserError, first_line, out_of_memory
+from ldm_lab.estimate import in_units
+from ldm_lab.io.atomic import digest, sha256
 from ldm_lab.io.json_files import Fields, parse_json
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ WIDTHS = {
     },
     **{f"google-t5/t5-{size}": width for size, width in (("small", 512), ("base", 768), ("large", 1024))},
 }
+LESS_MEMORY = "a smaller conditioner.model, or states that are stored elsewhere (embed-text, conditioner.store)"
+PIECES = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}  # module -> package
 INSTALL = "pip install -e '.[text]'"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -90,10 +94,22 @@ def identity(model: str) -> str:
     folder = local_folder(model) or fetched(model)
     if not Path(model).expanduser().is_dir():
         return f"{model}@{folder.name}"  # the Hub's cache calls a folder by its revision
-    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if weights is None:
+    sums = [sha256(path) for path in weights_files(folder)]
+    return sums[0] if len(sums) == 1 else digest(its.encode() for its in sums)
+
+
+def weights_files(folder: Path) -> list[Path]:
+    """Return the files with the weights of a model in a folder. Raises UserError: none, or some are missing."""
+    first = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if first is None:
         raise UserError(f"conditioner.model: {folder} has no {' or '.join(WEIGHTS[:2])}")
-    return sha256(weights)
+    if first.suffix != ".json":
+        return [first]
+    names = sorted({name for _, name in Fields(parse_json(first.read_bytes())).words("weight_map")})
+    for name in names or [""]:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise UserError(f"conditioner.model: {first} names {name or 'no file'}, which is not beside it")
+    return [first, *(folder / name for name in names)]
 
 
 def fetched(model: str) -> Path:
@@ -142,8 +158,14 @@ def width_in(folder: Path) -> int:
     return width
 
 
-def load_encoder(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
-    """Return the encoder in a folder, frozen. Raises UserError: damaged, or not all of one."""
+def load_encoder(folder: Path, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
+    """Return the encoder in a folder on a device, frozen. Raises UserError: damaged, not all of one; too little memory.
+
+    Args:
+        folder: with the model's files.
+        dtype: of its weights and its arithmetic.
+        device: where it is to work.
+    """
     import transformers
 
     width_in(folder)
@@ -156,21 +178,56 @@ def load_encoder(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     transformers.utils.logging.set_verbosity_error()  # of tensors that are left over; `report` has those that lack
     options = {"add_pooling_layer": False} if kind == "bert" else {}
     try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            count = sum(weight.numel() for weight in classes[kind](config, **options).parameters())
+    except Exception as error:  # as below
+        raise UserError(f"conditioner.model: {folder} cannot be loaded ({first_line(error)})") from None
+    check_memory(folder, count * dtype.itemsize, device)
+    try:
         model, report = classes[kind].from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
         )
     except Exception as error:  # whatever transformers and safetensors have to complain about
+        if out_of_memory(error):
+            raise
         raise UserError(f"conditioner.model: {folder} cannot be loaded ({first_line(error)})") from None
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"conditioner.model: {folder}: {missing[0]} and {len(missing) - 1} more tensors are missing")
-    return model.eval().requires_grad_(False)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def check_memory(folder: Path, need: int, device: torch.device) -> None:
+    """Raise UserError if a model's weights, bytes, do not fit into what is left of a device's memory."""
+    free = free_memory(device)
+    if free is not None and need > free:
+        raise UserError(
+            f"conditioner.model: {folder.name}: the encoder takes {in_units(need)}, and {in_units(free)} of memory are "
+            f"left on {device}; {LESS_MEMORY}"
+        )
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """Return the tokenizer in a folder. Raises UserError."""
+    """Return the tokenizer in a folder. Raises UserError: none, one that needs other libraries, or of another model."""
     import transformers
 
+    pieces = [path for path in sorted(folder.glob("*.model")) if not (folder / "tokenizer.json").is_file()]
+    lacking = [name for name in PIECES if pieces and importlib.util.find_spec(name) is None]
+    if lacking:
+        raise UserError(
+            f"conditioner.model: {folder}: its tokenizer is {pieces[0].name} alone, without tokenizer.json: "
+            f"pip install {' '.join(PIECES[name] for name in lacking)} reads it"
+        )
+    transformers.utils.logging.set_verbosity_error()
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # as above; some need sentencepiece, which it says
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever transformers has to complain about
         raise UserError(f"conditioner.model: {folder}: its tokenizer cannot be loaded ({first_line(error)})") from None
+    # A class of tokenizers without its files is one of a few words, without a complaint.
+    known, rows = len(tokenizer), Fields(parse_json((folder / "config.json").read_bytes())).count("vocab_size") or 0
+    if rows and not rows // 2 <= known <= rows:
+        raise UserError(
+            f"conditioner.model: {folder}: its tokenizer knows {known:,} tokens and the encoder {rows:,}; are "
+            "tokenizer.json or spiece.model missing?"
+        )
+    return tokenizer

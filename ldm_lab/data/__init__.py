@@ -41,3 +41,5 @@ shell command, which is why a data section is only ever built from the user's ow
 A new source is one file with one `@register("data", "name")`. A `**common` in its constructor stands for the options of
 its base class (see `source.Source`).
 """
+
+import ldm_lab.lean_imports  # noqa: F401  # before Lightning

@@ -19,7 +19,7 @@ from ldm_lab.data.contents import contents_of
 from ldm_lab.data.order import Order
 from ldm_lab.data.samples import Sample, SkippedSample
 from ldm_lab.data.shard_urls import scheme_of
-from ldm_lab.data.source import CHECK_AFTER, Source, Unusable
+from ldm_lab.data.source import CHECK_AFTER, WHOLE, Source, Unusable
 from ldm_lab.errors import UserError
 
 LUMPS = 10  # shards, of which one that is missing must not end the run at once
@@ -66,7 +66,7 @@ class Cache(Source):
 
     Attributes:
         description: what the cache was made with, such as the checksums of the encoding parts; set by `open`.
-        image_size: pixels, of the images that were encoded, if the description says it; set by `open`.
+        image_size, cut_from: of the images that were encoded, if the description says it; set by `open`.
     """
 
     def __init__(self, *, path: str, local: str | None = None, shuffle_buffer: NonNegativeInt = 4000, **common: Any):
@@ -88,6 +88,8 @@ class Cache(Source):
         self.description = meta.description
         size = self.description.get("image_size", "")
         self.image_size = int(size) if size.isdecimal() else None
+        cut_from = self.description.get("data.resize_to", "null")
+        self.cut_from = int(cut_from) if cut_from.isdecimal() else None if cut_from == "null" else WHOLE
         self.encoded_by = encoders_of(self.description)
         self.ends = np.cumsum([shard.samples for shard in meta.shards], dtype=np.int64)  # [shards]
         self.unit, self.count = "samples", meta.samples

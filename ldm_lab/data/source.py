@@ -13,12 +13,16 @@ from ldm_lab.config import NonNegativeInt, PartSection, Plain, PositiveFloat, Po
 from ldm_lab.data.captions import Captions
 from ldm_lab.data.order import Order
 from ldm_lab.data.samples import FilteredOut, Judged, RawSample, Sample, SkippedSample, caption_of
+from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Batch
 from ldm_lab.io.color import BadImage
 from ldm_lab.io.squares import Road, read_square, torch_has_lanczos
 
 Item = int | RawSample  # what `decode` takes: the number of a unit, or bytes
 Unusable = SkippedSample | Judged  # what `items` gives in the place of an item
+TOO_SMALL = "too small"  # the reader's reason (`io.decoding.check_pixels`)
+LEAST_SIDE = 16  # pixels; what is smaller is an icon, or one that tracks readers, and no picture
+WHOLE = 2**31  # pixels, longer than any side
 CHECK_AFTER = 500  # samples that are read before the share of skipped ones is judged
 
 
@@ -37,6 +41,8 @@ class Source:
         unit: what is dealt out to the readers, in the plural.
         count: units; None before `open`.
         image_size: side of the square images that samples were made of, pixels; None if nobody has said it.
+        cut_from: short side of the pictures that these were cut from, pixels; `WHOLE` if each has its own, None if the
+            squares have all of it.
         shuffle_buffer: items that are held to draw the next one from, where a unit has several of them; None where
             every unit is an item.
         judged_after: samples that a rank reads before the share of skipped ones is judged.
@@ -48,6 +54,7 @@ class Source:
     count: int | None = None
     shuffle_buffer: int | None = None
     image_size: int | None = None
+    cut_from: int | None = None
     judged_after: int = CHECK_AFTER
     encoded_by: Mapping[str, dict[str, str]] = MappingProxyType({})
 
@@ -62,6 +69,11 @@ class Source:
         self.batch_size, self.workers, self.max_skipped = batch_size, workers, max_skipped
         self.timeout = timeout
         self.note: Callable[[str], None] = noted_nowhere
+
+    @property
+    def picture_size(self) -> int | None:
+        """Short side of the pictures that samples are of, whole or cut out, pixels; None if each has its own."""
+        return self.image_size if self.cut_from is None else None if self.cut_from == WHOLE else self.cut_from
 
     def prepare(self) -> None:
         """Make what has to be on disk before reading. Called in one process per node, before `open`."""
@@ -143,12 +155,15 @@ class ImageSource(Source):
     """Base class of the sources whose items are `RawSample`: an encoded image with an optional caption.
 
     Args:
-        image_size: side of the square that the model sees, pixels. The short side is resized to it (Lanczos).
+        image_size: side of the square that the model sees, pixels. The short side is resized to it (Lanczos), unless
+            resize_to says otherwise.
+        resize_to: the square is cut from a larger picture: its short side is reduced to so many pixels, "original"
+            leaves it as it is. Nothing is enlarged then; images smaller than the square are left out, and counted.
         resize: fast reads and resizes plain JPEGs by torch; exact does everything by Pillow, pixel for pixel as the
             programs that are reproduced. They differ by two levels of 255 at most.
-        crop: which square of the resized image is taken.
+        crop: which square of the resized image is taken; a random one is drawn anew in every epoch.
         flip: mirror each image left to right with probability 0.5.
-        min_size: images with a shorter side below this are skipped, pixels.
+        min_size: images with a shorter side below this are skipped, pixels; above 16 they count as left out as asked.
         max_pixels: images with more than that are skipped; null is Pillow's limit, 179 million.
         require_text: leave out samples without a caption, "file" only those without any, not those with an empty one;
             otherwise their text is "". They are counted apart from unusable ones.
@@ -159,10 +174,11 @@ class ImageSource(Source):
         self,
         *,
         image_size: PositiveInt,
+        resize_to: PositiveInt | Literal["original"] | None = None,
         resize: Road = "fast",
         crop: Literal["center", "random"] = "center",
         flip: bool = False,
-        min_size: NonNegativeInt = 16,
+        min_size: NonNegativeInt = LEAST_SIDE,
         max_pixels: PositiveInt | None = None,
         require_text: bool | Literal["file"] = False,
         captions: Annotated[dict[str, Plain] | None, PartSection("captions")] = None,
@@ -171,6 +187,9 @@ class ImageSource(Source):
         super().__init__(**common)
         self.captions: Captions = build("captions", captions)
         self.image_size, self.crop, self.flip = image_size, crop, flip
+        self.cut_from = WHOLE if resize_to == "original" else resize_to
+        if self.cut_from is not None and self.cut_from < image_size:
+            raise UserError(f"data.resize_to: {resize_to} is less than data.image_size, {image_size}, which is cut out")
         self.resize: Road = resize
         self.min_size, self.max_pixels, self.require_text = min_size, max_pixels, require_text
 
@@ -197,10 +216,11 @@ class ImageSource(Source):
             across = down = 0.5
         try:
             image = read_square(
-                item.image, self.image_size, across, down, self.resize, self.min_size, self.max_pixels
+                item.image, self.image_size, across, down, self.resize, self.min_size, self.max_pixels, self.cut_from
             )  # [3, S, S]
         except BadImage as problem:
-            raise SkippedSample(str(problem), item.key) from None
+            asked = str(problem) == TOO_SMALL and (self.min_size > LEAST_SIDE or self.cut_from is not None)
+            raise (FilteredOut if asked else SkippedSample)(str(problem), item.key) from None
         if self.flip and mirror < 0.5:
             image = image.flip(2)  # [3, S, S]
         return Sample(item.key, text, caption.problem or caption.place, image)

@@ -7,5 +7,7 @@ objective's business: a denoiser knows no noise schedule. A new denoiser is one 
 
 `ccld_unet`   of cloob-latent-diffusion: takes an embedding
 `glide_unet`  of GLIDE: reads token ids; with a low-resolution image, an image to be filled in, or a CLIP vector, too
-`glide_layers` what glide_unet is built of
+`if_unet`     of DeepFloyd IF: GLIDE's, told a text by token states
+`imagen_unet` of Imagen: token states; with a noised small image a super-resolution stage
+`unet`        what they have in common; `glide_levels`, what GLIDE's and IF's have; others hold layers
 """

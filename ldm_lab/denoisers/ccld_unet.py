@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm_lab.attention import attention
 from ldm_lab.config import PositiveInt, check_options, register
-from ldm_lab.errors import UserError
+from ldm_lab.denoisers.unet import check_size
 from ldm_lab.interfaces import ConditionSpec, Denoiser, Embedding, required_condition
 
 MAPPING_FEATURES = 128  # Fourier features of t that the mapping network sees beside the embedding
@@ -115,14 +115,9 @@ class CCLDUNet(Denoiser):
         Raises:
             UserError: h or w is not a multiple of `multiple_of`.
         """
-        height, width = x.shape[2:]
-        if height % self.multiple_of or width % self.multiple_of:
-            raise UserError(
-                f"latent height and width have to be multiples of {self.multiple_of} for a U-Net of "
-                f"{self.multiple_of.bit_length()} levels, not {height}x{width}"
-            )
+        check_size(x, self.multiple_of)
         cond = self.conditioning(time, embed)  # [B, mapping_width]
-        planes = repeat(self.timestep_embed(time), "b f -> b f h w", h=height, w=width)  # [B, 16, h, w]
+        planes = repeat(self.timestep_embed(time), "b f -> b f h w", h=x.shape[2], w=x.shape[3])  # [B, 16, h, w]
         return self.net(torch.cat([x, planes], dim=1), cond)  # [B, C, h, w]
 
 

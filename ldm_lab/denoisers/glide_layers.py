@@ -4,6 +4,7 @@ The names of the modules are those of openai/glide-text2im@69b5307.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm_lab.attention import attention
-from ldm_lab.errors import UserError
 
 MAX_PERIOD = 10_000  # of the time's sinusoids
 EXACT = 1e-3  # a timestep this near to a whole one is the whole one: what is missing is float32's rounding of t
@@ -29,31 +29,27 @@ def sinusoids(timestep: Tensor, width: int) -> Tensor:
     return F.pad(both, (0, width % 2))  # [B, width]
 
 
-def check_size(x: Tensor, multiple_of: int) -> None:
-    """Raise UserError for noised images [B, C, h, w] whose size the levels of a U-Net do not divide."""
-    height, width = x.shape[2:]
-    if height % multiple_of or width % multiple_of:
-        raise UserError(
-            f"height and width have to be multiples of {multiple_of} for a U-Net of "
-            f"{multiple_of.bit_length()} levels, not {height}x{width}"
-        )
-
-
+@dataclass
 class Builder:
-    """The blocks, from the widths of the levels; `input_blocks.5.0` and the like come from the positions used here."""
+    """The blocks, from the widths of the levels; `input_blocks.5.0` and the like come from the positions used here.
 
-    def __init__(
-        self,
-        blocks: list[int],
-        attention: list[int],
-        head_width: int,
-        groups: int,
-        dropout: float,
-        text_width: int,
-        emb_width: int,
-    ) -> None:
-        self.blocks, self.attention, self.head_width, self.groups = blocks, attention, head_width, groups
-        self.dropout, self.text_width, self.emb_width = dropout, text_width, emb_width
+    Attributes:
+        blocks: residual blocks of each level on the way down.
+        attention: the scales, 1, 2, 4, ..., at which there is attention.
+        head_width: channels of an attention head.
+        groups: of channels that are normalized together.
+        dropout: in residual blocks.
+        text_width: channels of the text's sequence.
+        emb_width: of the time's embedding.
+    """
+
+    blocks: list[int]
+    attention: list[int]
+    head_width: int
+    groups: int
+    dropout: float
+    text_width: int
+    emb_width: int
 
     def res(self, c_in: int, c_out: int, resample: str | None = None) -> "ResBlock":
         return ResBlock(c_in, c_out, self.emb_width, self.groups, self.dropout, resample)

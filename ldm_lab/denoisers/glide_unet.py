@@ -5,7 +5,7 @@ A transformer reads the tokens. Its last position, projected, is added to the em
 shifts every residual block; its whole sequence stands beside the pixels in every attention.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -13,27 +13,24 @@ from annotated_types import MinLen
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ldm_lab.conditions import UPSAMPLER_ALONE
 from ldm_lab.config import PositiveInt, ShareBelowOne, check_options, register, signature_options
 from ldm_lab.denoisers.glide_layers import (
     AttentionBlock,
     Builder,
-    GroupNorm,
     LayerNorm,
     ResBlock,
     TextBlock,
     Transformer,
-    check_size,
     sinusoids,
-    zeroed,
 )
+from ldm_lab.denoisers.glide_levels import GlideLevels, level_problems
+from ldm_lab.denoisers.unet import check_size
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import (
     ConditionKind,
     ConditionSpec,
-    Denoiser,
     Embedding,
     ImageCondition,
     TokenIds,
@@ -45,7 +42,7 @@ IMAGES = ("inpaint_image", "inpaint_mask", "low_res")  # conditions that it sees
 
 
 @register("denoiser", "glide_unet")
-class GlideUNet(Denoiser):
+class GlideUNet(GlideLevels):
     """The U-Net of GLIDE with its text transformer; base, upsampler, inpainting, both, or for latents.
 
     Which it is follows from the conditions: `low_res` makes an upsampler, `inpaint_image` with `inpaint_mask` an
@@ -115,7 +112,8 @@ class GlideUNet(Denoiser):
         self.multiple_of, widths = 2 ** (len(multipliers) - 1), [base_channels * times for times in multipliers]
         blocks = [blocks_per_level] * len(multipliers)
         build = Builder(blocks, attention, head_width, norm_groups, dropout, text_width, 4 * base_channels)
-        self._add_unet(build, widths, channels * (1 + learn_variance))
+        self.time_embed = _mlp(base_channels, 4 * base_channels)
+        self.add_levels(build, channels, widths, nn.SiLU)
         self._initialize_embeddings()
 
     def _add_text(self, width: int, layers: int, heads: int) -> None:
@@ -133,16 +131,6 @@ class GlideUNet(Denoiser):
             self.clip_to_time = _mlp(clip.width, emb_width)
             self.clip_to_xf = nn.Linear(clip.width, self.clip_positions * width)
 
-    def _add_unet(self, build: Builder, widths: list[int], channels_out: int) -> None:
-        """Add the embedding of the time and the U-Net, whose levels are `widths` wide."""
-        extra = sum(kind.channels for kind in self.spec.values() if isinstance(kind, ImageCondition))
-        self.time_embed = _mlp(self.base_channels, 4 * self.base_channels)
-        self.input_blocks, skips = build.down(self.channels + extra, widths)
-        self.middle_block = build.middle(widths[-1])
-        self.output_blocks = build.up(widths, skips)
-        last = zeroed(nn.Conv2d(widths[0], channels_out, 3, padding=1))
-        self.out = nn.Sequential(GroupNorm(build.groups, widths[0]), nn.SiLU(), last)
-
     def _initialize_embeddings(self) -> None:
         """Draw the embeddings of tokens, places and padding.
 
@@ -157,7 +145,10 @@ class GlideUNet(Denoiser):
         *, base_channels: int, multipliers: Sequence[int], attention: Sequence[int], head_width: int, norm_groups: int,
         text_width: int, text_heads: int) -> list[str]:  # fmt: skip
         """Return what is wrong across the options."""
-        return _problems(base_channels, multipliers, attention, head_width, norm_groups, text_width, text_heads)
+        problems = level_problems(base_channels, multipliers, attention, head_width, norm_groups)
+        if text_width % text_heads:
+            problems.append(f"text_heads: {text_heads} heads do not divide text_width {text_width}")
+        return problems
 
     def freeze_groups(self) -> dict[str, list[nn.Parameter]]:
         """Return glide-finetune's parts to freeze; `encoder_kv`, by which a U-Net reads the text, is none of them."""
@@ -188,7 +179,7 @@ class GlideUNet(Denoiser):
         x = self.token_embedding(token_ids) + self.positional_embedding  # [B, L, w]
         x = torch.where(rearrange(mask.bool(), "b l -> b l 1"), x, self.padding_embedding.to(x))  # [B, L, w]
         for block in self.transformer.resblocks:
-            x = self._run(block, x)  # [B, L, w]
+            x = self.run(block, x)  # [B, L, w]
         x = self.final_ln(x)  # [B, L, w]
         return self.transformer_proj(x[:, -1]), rearrange(x, "b l w -> b w l")  # [B, e], [B, w, L]
 
@@ -235,14 +226,7 @@ class GlideUNet(Denoiser):
         if clip_embed is not None:
             emb, text = self._with_clip(clip_embed, emb, text)  # [B, e], [B, w, L + P]
         h = torch.cat([x, *self._image_conditions(x, low_res, inpaint_image, inpaint_mask)], dim=1)  # [B, C + ., h, w]
-        skips = []
-        for block in self.input_blocks:
-            h = self._through(block, h, emb, text)  # [B, c, h / 2**i, w / 2**i]
-            skips.append(h)
-        h = self._through(self.middle_block, h, emb, text)  # [B, c, h / multiple_of, w / multiple_of]
-        for block in self.output_blocks:
-            h = self._through(block, torch.cat([h, skips.pop()], dim=1), emb, text)  # [B, c, h / 2**i, w / 2**i]
-        return self.out(h)  # [B, C or 2C, h, w]
+        return self.through_levels(h, emb, text)  # [B, C or 2C, h, w]
 
     def _image_conditions(
         self, x: Tensor, low_res: Tensor | None, known: Tensor | None, known_mask: Tensor | None
@@ -265,23 +249,6 @@ class GlideUNet(Denoiser):
             low_res = F.interpolate(low_res, x.shape[2:], mode="bilinear", align_corners=False)  # [B, 3, h, w]
             concatenated.append(low_res)
         return [value.to(x) for value in concatenated]
-
-    def _through(self, block: nn.Sequential, h: Tensor, emb: Tensor, text: Tensor) -> Tensor:
-        """Return what the layers of a block make of h [B, c, h, w]."""
-        for layer in block:
-            if isinstance(layer, ResBlock):
-                h = self._run(layer, h, emb)
-            elif isinstance(layer, AttentionBlock):
-                h = self._run(layer, h, text)
-            else:
-                h = layer(h)
-        return h
-
-    def _run(self, module: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Run a module; with gradient checkpointing none of its inner results is kept for the backward pass."""
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(module, *inputs, use_reentrant=False)  # the same dropout again, from the saved generator
-        return module(*inputs)
 
 
 def _places(spec: ConditionSpec, channels: int) -> dict[str, slice]:
@@ -325,28 +292,3 @@ def _taken(conditions: ConditionSpec, channels: int, name: str) -> ConditionSpec
     if isinstance(clip := conditions.get("clip_embed"), Embedding):
         taken["clip_embed"] = clip
     return taken
-
-
-def _problems(
-    base_channels: int,
-    multipliers: Sequence[int],
-    attention: Sequence[int],
-    head_width: int,
-    norm_groups: int,
-    text_width: int,
-    text_heads: int,
-) -> list[str]:
-    """Return what is wrong with a network's options, each as "key: what"."""
-    widths = [base_channels * multiplier for multiplier in multipliers]
-    scales, problems = [2**level for level in range(len(widths))], []
-    if text_width % text_heads:
-        problems.append(f"text_heads: {text_heads} heads do not divide text_width {text_width}")
-    if unknown := [scale for scale in attention if scale not in scales]:
-        problems.append(f"attention: {len(widths)} levels are at 1/{', 1/'.join(map(str, scales))}; not {unknown}")
-    for scale, width in zip(scales, widths):
-        if width % norm_groups:
-            why = f"which is no multiple of {norm_groups} (norm_groups)"
-            return [*problems, f"base_channels: makes a level {width} wide, {why}"]
-        if (scale in attention or scale == scales[-1]) and width % head_width:
-            return [*problems, f"head_width: {head_width} does not divide {width}, a level's width with attention"]
-    return problems

@@ -3,6 +3,8 @@
 The names of the modules are those of the package deepfloyd-if 1.0.1.
 """
 
+from dataclasses import dataclass
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from ldm_lab.denoisers.glide_layers import AttentionBlock, Builder, GroupNorm, L
 SKIP = 0.7071  # of a block's result in the efficient form: 1 / sqrt(2), in four digits
 
 
+@dataclass(kw_only=True)
 class IFBuilder(Builder):
     """The blocks of IF, from the widths of the levels.
 
@@ -22,21 +25,8 @@ class IFBuilder(Builder):
         cross_only: pixels attend to the text alone.
     """
 
-    def __init__(
-        self,
-        blocks: list[int],
-        attention: list[int],
-        head_width: int,
-        groups: int,
-        dropout: float,
-        text_width: int,
-        emb_width: int,
-        *,
-        efficient: bool,
-        cross_only: bool,
-    ) -> None:
-        super().__init__(blocks, attention, head_width, groups, dropout, text_width, emb_width)
-        self.efficient, self.cross_only = efficient, cross_only
+    efficient: bool
+    cross_only: bool
 
     def res(self, c_in: int, c_out: int, resample: str | None = None) -> "IFResBlock":
         return IFResBlock(c_in, c_out, self.emb_width, self.groups, self.dropout, resample, self.efficient)

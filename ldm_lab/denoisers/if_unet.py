@@ -5,24 +5,24 @@ pooled, they are added to the embedding of the time, and of a super-resolution s
 enlarged small image is, too.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
 from annotated_types import MinLen
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ldm_lab.conditions import UPSAMPLER_ALONE
 from ldm_lab.config import PositiveInt, ShareBelowOne, check_options, register, signature_options
-from ldm_lab.denoisers.glide_layers import GroupNorm, check_size, sinusoids, zeroed
+from ldm_lab.denoisers.glide_layers import sinusoids
+from ldm_lab.denoisers.glide_levels import GlideLevels, level_problems
 from ldm_lab.denoisers.if_layers import IFAttentionBlock, IFBuilder, IFResBlock, gelu_mlp, pooling
+from ldm_lab.denoisers.unet import check_size, per_level, per_level_problems
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import (
     ConditionKind,
     ConditionSpec,
-    Denoiser,
     ImageCondition,
     Level,
     TokenStates,
@@ -37,7 +37,7 @@ LEVELS = 1000  # steps of the small image's noise
 
 
 @register("denoiser", "if_unet")
-class IFUNet(Denoiser):
+class IFUNet(GlideLevels):
     """The U-Net of DeepFloyd IF: a base model of pixels, or a super-resolution stage where `low_res` is given.
 
     Attributes:
@@ -50,6 +50,7 @@ class IFUNet(Denoiser):
         *("base_channels", "multipliers", "blocks_per_level", "attention", "text_width", "efficient", "cross_only"),
     )
     unordered_keys = ("attention",)
+    text_modules = ("encoder_proj.", "encoder_pooling.")
     sampling_defaults = SamplingDefaults(
         guidance=7.0, upsampler_guidance=4.0, upsampler_temperature=1.0,
         thresholding="dynamic", percentile=0.95, most=1.5, upsampler_most=1.0,
@@ -105,61 +106,36 @@ class IFUNet(Denoiser):
         self.channels, self.base_channels = channels, base_channels
         self.checkpointing, self.learns_variance = gradient_checkpointing, learn_variance
         self.multiple_of, widths = 2 ** (len(multipliers) - 1), [base_channels * times for times in multipliers]
-        blocks = [*blocks_per_level] * (len(multipliers) if len(blocks_per_level) == 1 else 1)
-        emb_width = max(widths)
+        blocks, emb_width = per_level(blocks_per_level, len(multipliers)), max(widths)
         build = IFBuilder(
             *(blocks, attention, head_width, norm_groups, dropout, text_width, emb_width),
             efficient=efficient, cross_only=cross_only,
         )  # fmt: skip
-        self._add_text(text_width, emb_width, pool_heads)
-        self._add_unet(build, widths, channels * (1 + learn_variance))
+        self._add_embeddings(text_width, emb_width, pool_heads)
+        self.add_levels(build, channels, widths, nn.GELU)
         self.activation = nn.GELU() if efficient else nn.Identity()
 
-    def _add_text(self, width: int, emb_width: int, pool_heads: int) -> None:
-        """Add what reads the token states."""
+    def _add_embeddings(self, width: int, emb_width: int, pool_heads: int) -> None:
+        """Add what reads the token states, the time, and how noised the small image is."""
         states = required_condition(self.spec, "token_states", TokenStates, self.part_name)
         if states.width % pool_heads:
             raise UserError(f"denoiser.pool_heads: {pool_heads} heads do not divide token states of {states.width}")
         self.encoder_proj = nn.Identity() if states.width == width else nn.Linear(states.width, width)
         self.encoder_pooling = pooling(pool_heads, states.width, emb_width)
-
-    def _add_unet(self, build: IFBuilder, widths: list[int], channels_out: int) -> None:
-        """Add the embeddings of time and noise level, and the U-Net, whose levels are `widths` wide."""
-        extra = sum(kind.channels for kind in self.spec.values() if isinstance(kind, ImageCondition))
-        self.time_embed = gelu_mlp(self.base_channels, build.emb_width)
-        if extra:
-            self.aug_proj = gelu_mlp(self.base_channels, build.emb_width)
-        self.input_blocks, skips = build.down(self.channels + extra, widths)
-        self.middle_block = build.middle(widths[-1])
-        self.output_blocks = build.up(widths, skips)
-        last = zeroed(nn.Conv2d(widths[0], channels_out, 3, padding=1))
-        self.out = nn.Sequential(GroupNorm(build.groups, widths[0]), nn.GELU(), last)
+        self.time_embed = gelu_mlp(self.base_channels, emb_width)
+        if "low_res" in self.spec:
+            self.aug_proj = gelu_mlp(self.base_channels, emb_width)
 
     @staticmethod
     def check(
         *, base_channels: int, multipliers: Sequence[int], blocks_per_level: Sequence[int], attention: Sequence[int],
         head_width: int, norm_groups: int, text_width: int) -> list[str]:  # fmt: skip
         """Return what is wrong across the options."""
-        widths, problems = [base_channels * times for times in multipliers], []
-        scales = [2**level for level in range(len(widths))]
-        if len(blocks_per_level) not in (1, len(widths)):
-            problems.append(
-                f"blocks_per_level: {len(blocks_per_level)} numbers for {len(widths)} levels; give one, or all"
-            )
-        if odd := [scale for scale in attention if scale not in scales]:
-            problems.append(f"attention: the levels are at 1/{', 1/'.join(map(str, scales))}; not {odd}")
-        if odd := [width for width in (*widths, text_width) if width % norm_groups]:
-            problems.append(f"norm_groups: {norm_groups} groups do not divide {odd[0]} channels")
-        attended = [width for scale, width in zip(scales, widths) if scale in (*attention, scales[-1])]
-        if odd := [width for width in attended if width % head_width]:
-            problems.append(f"head_width: {head_width} does not divide {odd[0]}, a level's width with attention")
+        problems = per_level_problems("blocks_per_level", blocks_per_level, len(multipliers))
+        problems += level_problems(base_channels, multipliers, attention, head_width, norm_groups)
+        if text_width % norm_groups:
+            problems.append(f"text_width: {text_width} is no multiple of {norm_groups} (norm_groups)")
         return problems
-
-    def freeze_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Return what reads the text, as `text`, and all else, as `unet`."""
-        named = ("encoder_proj.", "encoder_pooling.")
-        text = [p for name, p in self.named_parameters() if name.startswith(named)]
-        return {"text": text, "unet": [p for name, p in self.named_parameters() if not name.startswith(named)]}
 
     def encode_text(self, states: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the text's sequence, [B, w, L], its vector, [B, e], and where it may be attended to, [B, L] or None.
@@ -218,31 +194,7 @@ class IFUNet(Denoiser):
             h = torch.cat([x, low_res.to(x)], dim=1)  # [B, C + C, h, w]
         elif low_res is not None or low_res_level is not None:
             raise UserError("this denoiser is a base model: it takes no low-resolution picture, an upsampler does")
-        emb, skips = self.activation(emb), []  # [B, e]
-        for block in self.input_blocks:
-            h = self._through(block, h, emb, text, mask)  # [B, c, h / 2**i, w / 2**i]
-            skips.append(h)
-        h = self._through(self.middle_block, h, emb, text, mask)  # [B, c, h / multiple_of, w / multiple_of]
-        for block in self.output_blocks:
-            h = self._through(block, torch.cat([h, skips.pop()], dim=1), emb, text, mask)  # [B, c, ., .]
-        return self.out(h)  # [B, C or 2C, h, w]
-
-    def _through(self, block: nn.Sequential, h: Tensor, emb: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
-        """Return what the layers of a block make of h [B, c, h, w]."""
-        for layer in block:
-            if isinstance(layer, IFResBlock):
-                h = self._run(layer, h, emb)
-            elif isinstance(layer, IFAttentionBlock):
-                h = self._run(layer, h, text, mask)
-            else:
-                h = layer(h)
-        return h
-
-    def _run(self, module: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
-        """Run a module; with gradient checkpointing none of its inner results is kept for the backward pass."""
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(module, *inputs, use_reentrant=False)
-        return module(*inputs)
+        return self.through_levels(h, self.activation(emb), text, mask)  # [B, C or 2C, h, w]
 
 
 def _taken(conditions: ConditionSpec, name: str) -> ConditionSpec:

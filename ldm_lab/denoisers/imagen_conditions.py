@@ -6,12 +6,13 @@ from torch.nn import functional as F
 
 from ldm_lab.denoisers.imagen_attention import POSITIONS, AttentionPool, BiasedLayerNorm, Heads
 from ldm_lab.denoisers.imagen_layers import FREQUENCIES, TIME_TOKENS, Fourier
+from ldm_lab.denoisers.unet import UNet
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import ConditionKind, ConditionSpec, Denoiser, ImageCondition, Level, TokenStates
+from ldm_lab.interfaces import ConditionKind, ConditionSpec, ImageCondition, Level, TokenStates
 from ldm_lab.schedules.log_snr import LOG_SNR
 
 
-class ConditionReader(Denoiser):
+class ConditionReader(UNet):
     """The part of the network that makes a vector and tokens of the time, of a noise level and of a text.
 
     Attributes:
@@ -20,6 +21,7 @@ class ConditionReader(Denoiser):
         text_size: token states per text; 0 without a text.
     """
 
+    text_modules = ("text_to_cond", "null_text", "attn_pool", "to_text_non_attn_cond")
     vector_width: int
     tokens_width: int
     text_size: int
@@ -56,13 +58,6 @@ class ConditionReader(Denoiser):
         self.to_text_non_attn_cond = nn.Sequential(
             BiasedLayerNorm(width), nn.Linear(width, vector), nn.SiLU(), nn.Linear(vector, vector)
         )
-
-    def freeze_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Return what reads the text, as `text`, and all else, as `unet`."""
-        named = ("text_to_cond", "null_text", "attn_pool", "to_text_non_attn_cond")
-        text = [p for name, p in self.named_parameters() if name.startswith(named)]
-        unet = [p for name, p in self.named_parameters() if not name.startswith(named)]
-        return {"text": text, "unet": unet}
 
     def encode_text(self, states: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return a text's tokens, [B, 4 + text_latents, w], and its vector, [B, T].

@@ -5,13 +5,12 @@ the embedding of the time, which is the log SNR. A super-resolution model sees t
 input and before the last convolution, and how noised it is as it sees the time.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
 from annotated_types import Gt, MinLen
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ldm_lab.conditions import UPSAMPLER_ALONE
 from ldm_lab.config import NonNegativeInt, PositiveInt, check_options, register, signature_options
@@ -19,6 +18,7 @@ from ldm_lab.denoisers.glide_layers import zeroed
 from ldm_lab.denoisers.imagen_attention import Heads, Layout, TransformerBlock
 from ldm_lab.denoisers.imagen_conditions import ConditionReader, taken_conditions
 from ldm_lab.denoisers.imagen_layers import GROUPS, Builder, LevelPlan, MultiKernelConv, ResnetBlock
+from ldm_lab.denoisers.unet import check_size, per_level, per_level_problems
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import ConditionSpec, ImageCondition
 from ldm_lab.sampling_defaults import SamplingDefaults
@@ -103,7 +103,7 @@ class ImagenUNet(ConditionReader):
         self.add_text(text_latents, Heads(heads, head_width, layout))
         self.init_conv = MultiKernelConv(channels + extra, base_channels)
         builder = Builder(self.vector_width, self.tokens_width, Heads(heads, head_width, layout), feed_forward)
-        blocks = [*blocks_per_level] * (len(multipliers) if len(blocks_per_level) == 1 else 1)
+        blocks = per_level(blocks_per_level, len(multipliers))
         widths = [base_channels, *(base_channels * times for times in multipliers)]
         self._add_levels(builder, widths, blocks, attention_levels, text_levels, memory_efficient)
         self.final_conv = zeroed(nn.Conv2d(base_channels + extra, channels, 3, padding=1))
@@ -139,9 +139,8 @@ class ImagenUNet(ConditionReader):
         *, base_channels: int, multipliers: Sequence[int], blocks_per_level: Sequence[int],
         attention_levels: Sequence[int], text_levels: Sequence[int], layout: str) -> list[str]:  # fmt: skip
         """Return what is wrong across the options."""
-        levels, problems = len(multipliers), []
-        if len(blocks_per_level) not in (1, levels):
-            problems.append(f"blocks_per_level: {len(blocks_per_level)} numbers for {levels} levels; give one, or all")
+        levels = len(multipliers)
+        problems = per_level_problems("blocks_per_level", blocks_per_level, levels)
         for key, places in (("attention_levels", attention_levels), ("text_levels", text_levels)):
             if odd := [place for place in places if place >= levels]:
                 problems.append(f"{key}: levels are 0 to {levels - 1}, of which {odd[0]} is none")
@@ -178,27 +177,27 @@ class ImagenUNet(ConditionReader):
         beside = [] if low_res is None else [low_res.to(x)]  # [B, C, h, w]
         h = self.init_conv(torch.cat([x, *beside], dim=1))  # [B, c, h, w]
         if self.init_resnet_block is not None:
-            h = self._run(self.init_resnet_block, h, vector, tokens)  # [B, c, h, w]
+            h = self.run(self.init_resnet_block, h, vector, tokens)  # [B, c, h, w]
         skips: list[Tensor] = []
         for level in self.downs:
             before, first, blocks, attention, after = level.children()
-            h = self._run(first, before(h), vector, tokens)  # [B, c, h', w']
+            h = self.run(first, before(h), vector, tokens)  # [B, c, h', w']
             for block in blocks.children():
-                h = self._run(block, h, vector, tokens)  # [B, c, h', w']
+                h = self.run(block, h, vector, tokens)  # [B, c, h', w']
                 skips.append(h)
             h = self._attend(attention, h, tokens)  # [B, c, h', w']
             skips.append(h)
             h = after(h)  # [B, c', h'', w'']
-        h = self._run(self.mid_block1, h, vector, tokens)
+        h = self.run(self.mid_block1, h, vector, tokens)
         h = self._attend(self.mid_attn, h, tokens)
-        h = self._run(self.mid_block2, h, vector, tokens)
+        h = self.run(self.mid_block2, h, vector, tokens)
         for level in self.ups:
             first, blocks, attention, larger = level.children()
             for block in (first, *blocks.children()):
                 h = torch.cat([h, skips.pop() * SKIP], dim=1)  # [B, c + c', h', w']
-                h = self._run(block, h, vector, tokens)  # [B, c, h', w']
+                h = self.run(block, h, vector, tokens)  # [B, c, h', w']
             h = larger(self._attend(attention, h, tokens))  # [B, c, h'', w'']
-        h = self._run(self.final_res_block, h, vector, tokens)  # [B, c, h, w]
+        h = self.run(self.final_res_block, h, vector, tokens)  # [B, c, h, w]
         out: Tensor = self.final_conv(torch.cat([h, *(image.to(h) for image in beside)], dim=1))  # [B, C, h, w]
         return out
 
@@ -206,9 +205,7 @@ class ImagenUNet(ConditionReader):
         self, x: Tensor, states: Tensor | None, low_res: Tensor | None, low_res_level: Tensor | None
     ) -> None:
         """Raise UserError for a size or conditions that this form does not have."""
-        height, width = x.shape[2:]
-        if height % self.multiple_of or width % self.multiple_of:
-            raise UserError(f"height and width have to be multiples of {self.multiple_of}, not {height}x{width}")
+        check_size(x, self.multiple_of)
         if (states is not None) != ("token_states" in self.spec):
             raise UserError("token_states: this denoiser " + ("needs them" if states is None else "reads no text"))
         if "low_res" in self.spec and (low_res is None or low_res_level is None):
@@ -218,10 +215,4 @@ class ImagenUNet(ConditionReader):
 
     def _attend(self, attention: nn.Module, h: Tensor, tokens: Tensor) -> Tensor:
         """Return what a level's attention makes of h [B, c, h, w]; h itself where there is none."""
-        return h if isinstance(attention, nn.Identity) else self._run(attention, h, tokens)
-
-    def _run(self, module: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Run a module; with gradient checkpointing none of its inner results is kept for the backward pass."""
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(module, *inputs, use_reentrant=False)
-        return module(*inputs)
+        return h if isinstance(attention, nn.Identity) else self.run(attention, h, tokens)

@@ -66,6 +66,11 @@ class Fields:
         inner = self.inside(key) or Fields({})
         return {name: number for name in inner._content if (number := inner.count(name)) is not None}
 
+    def words(self, key: str) -> list[tuple[str, str]]:
+        """Return an object of texts, (name, text) each; what is none is left out."""
+        inner = self.inside(key) or Fields({})
+        return [(name, text) for name in inner._content if (text := inner.text(name)) is not None]
+
     def texts(self, key: str) -> dict[str, list[str]]:
         """Return an object of lists of texts; what is none is left out."""
         inner = self.inside(key) or Fields({})

@@ -33,6 +33,7 @@ def read_square(
     road: Road = "exact",
     min_size: int = 1,
     max_pixels: int | None = None,
+    cut_from: int | None = None,
 ) -> Tensor:
     """Return the square of an encoded image of any format, uint8 [3, size, size]; transparent ones are laid over white.
 
@@ -42,18 +43,21 @@ def read_square(
         across, down: where the crop lies, see `resize_and_crop`.
         road: by which it is read and resized.
         min_size, max_pixels: of the image, see `decode_image`.
+        cut_from: short side of the image that the square is cut from, see `Place.of`; an image that is smaller than
+            the square is "too small" for that.
 
     Raises:
         BadImage: what is wrong with it; the same on both roads.
     """
+    min_size = min_size if cut_from is None else max(min_size, size)
     pixels = plain_jpeg(data, min_size, max_pixels) if road == "fast" and torch_has_lanczos() else None  # [3, H, W]
     if pixels is not None and size > 1:  # torch 2.15 fails at one pixel
         height, width = pixels.shape[1:]
-        place = Place.of((width, height), size, across, down)
+        place = Place.of((width, height), size, across, down, cut_from)
         if not place.is_strip:
             return _by_torch(pixels, place)  # [3, S, S]
     image = to_rgb(decode_image(data, min_size, max_pixels))
-    square = np.array(resize_and_crop(image, size, across, down))  # [S, S, 3]
+    square = np.array(resize_and_crop(image, size, across, down, cut_from))  # [S, S, 3]
     return torch.from_numpy(square).permute(2, 0, 1)  # [3, S, S]
 
 
@@ -67,7 +71,9 @@ def torch_has_lanczos() -> bool:
     return True
 
 
-def resize_and_crop(image: Image.Image, size: int, across: float = 0.5, down: float = 0.5) -> Image.Image:
+def resize_and_crop(
+    image: Image.Image, size: int, across: float = 0.5, down: float = 0.5, cut_from: int | None = None
+) -> Image.Image:
     """Return a square of `size` pixels: the short side resized to it (Lanczos), the long side cropped.
 
     The sizes and the center crop are those of torchvision's Resize and CenterCrop on Pillow images, and so is every
@@ -76,9 +82,10 @@ def resize_and_crop(image: Image.Image, size: int, across: float = 0.5, down: fl
     Args:
         image: an RGB image.
         size: side of the square, pixels.
-        across, down: where the crop lies in the room that the long side leaves: 0 left/top, 0.5 center, 1 right/bottom.
+        across, down: where the crop lies in the room that the image leaves: 0 left/top, 0.5 center, 1 right/bottom.
+        cut_from: short side of the image that the square is cut from, see `Place.of`.
     """
-    place = Place.of(image.size, size, across, down)
+    place = Place.of(image.size, size, across, down, cut_from)
     if place.is_strip:
         x, y = image.width / place.width, image.height / place.height
         left, top, right, bottom = place.box
@@ -106,9 +113,18 @@ class Place(NamedTuple):
     size: int
 
     @classmethod
-    def of(cls, given: tuple[int, int], size: int, across: float, down: float) -> "Place":
-        """Return the place of a square of `size` in an image of the width and height `given`."""
-        width, height = (int(size * side / min(given)) for side in given)
+    def of(cls, given: tuple[int, int], size: int, across: float, down: float, cut_from: int | None = None) -> "Place":
+        """Return the place of a square of `size` in an image of the width and height `given`.
+
+        Args:
+            given: width and height, pixels.
+            size: side of the square, pixels.
+            across, down: where the square lies in the room that is left, 0 to 1 each.
+            cut_from: pixels that the short side is reduced to where it is longer, at least `size`; nothing is
+                enlarged. None: the short side is resized to `size`.
+        """
+        short = size if cut_from is None else min(cut_from, min(given))
+        width, height = (int(short * side / min(given)) for side in given)
         return cls(given, width, height, round((width - size) * across), round((height - size) * down), size)
 
     @property
@@ -119,7 +135,7 @@ class Place(NamedTuple):
     @property
     def is_strip(self) -> bool:
         """Whether the image is so long that it is cut before it is resized."""
-        return max(self.width, self.height) > LONGEST * self.size
+        return max(self.width, self.height) > LONGEST * min(self.width, self.height)
 
     @property
     def height_first(self) -> bool:
@@ -150,7 +166,8 @@ def _by_torch(pixels: Tensor, place: Place) -> Tensor:
         if batch.shape[2:] != side:
             batch = F.interpolate(batch, side, mode="lanczos", antialias=True)  # [1, 3, h, w]
     left, top, right, bottom = place.box
-    return batch[0, :, top:bottom, left:right]  # [3, S, S]
+    square = batch[0, :, top:bottom, left:right]  # [3, S, S]
+    return square if min(place.width, place.height) == place.size else square.clone()  # the whole would be kept
 
 
 def _by_pillow(image: Image.Image, place: Place) -> Image.Image:

@@ -54,6 +54,11 @@ class Continuous(Objective):
         self.predicted, self.error, self.last_time = prediction, error, last_time
         self.weighting, self.gamma, self.timestep_sampler = weighting, gamma, timestep_sampler
 
+    @staticmethod
+    def unused(*, weighting: str) -> dict[str, str]:
+        """Return which options have no effect, and why."""
+        return {"gamma": "objective.weighting is uniform"} if weighting == "uniform" else {}
+
     def times(self, u: Tensor) -> Tensor:
         """Return the t, [B] in [0, last_time), of even draws u [B] from [0, 1)."""
         return u * self.last_time  # [B]

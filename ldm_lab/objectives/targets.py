@@ -9,9 +9,9 @@ from typing import Literal
 from torch import Tensor
 
 from ldm_lab.interfaces import Prediction
+from ldm_lab.predictions import LEAST
 
 Predicted = Literal["eps", "x0", "v"]
-LEAST = 1e-8  # alpha or sigma below this divides as this: at t = 1 there is no data left, at t = 0 hardly any noise
 
 
 def target(predicted: Predicted, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

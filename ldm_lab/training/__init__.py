@@ -6,3 +6,5 @@
 `checkpointing`, `resume`, `demo`, `logs`, `interrupt`   one concern each, as a callback or a config section
 `disk`        room for the checkpoints, before the run starts
 """
+
+import ldm_lab.lean_imports  # noqa: F401  # before Lightning

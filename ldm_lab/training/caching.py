@@ -194,7 +194,10 @@ def description_differences(there: dict[str, str], wanted: dict[str, str]) -> li
     undrawn = [SEED] if there.get(SEED) == "null" else []  # nothing was drawn: any seed would have made it
     compared = [key for key in wanted if key not in ("files", *left_open, *undrawn)]
     before, now = encoders_of(there), encoders_of(wanted)
-    own = [key for key in compared if key.partition(".")[0] not in ENCODERS and there.get(key) != wanted[key]]
+    before_all = {key: "null" for key in wanted if key not in there}  # options that came later, and were not in use
+    own = [
+        key for key in compared if key.partition(".")[0] not in ENCODERS and {**before_all, **there}[key] != wanted[key]
+    ]
     others = [encoder_differences(role, before.get(role, {}), now.get(role, {})) for role in ENCODERS]
     return [f"cache.{key}" if key in OPEN_CHOICES else key for key in own] + [key for keys in others for key in keys]
 

@@ -104,6 +104,7 @@ class DiffusionTask(Task):
         keep = torch.rand(len(x0), device=self.device) > self.dropout  # [B]
         conditions = drop(conditions, self.conditioner.null(conditions), keep)
         conditions |= self.from_sources(batch, x0)
+        self.laps.lap("encode")
         drawn = self.objective.times(self.timesteps(self.samples_seen, len(x0)))  # [B], on the CPU
         t = drawn.to(x0, non_blocking=True)  # [B]
         noise = torch.randn_like(x0)  # [B, C, h, w]
@@ -199,15 +200,6 @@ class DiffusionTask(Task):
                     where = f"condition_sources.{name}.scale_factor"
                     raise UserError(f"data.image_size: {size} is not a multiple of {where}, {kind.scale_factor}")
 
-    def check_least_size(self, data: PartConfig) -> None:
-        """Say that an upsampler is trained on images which are enlarged themselves, if they are let through."""
-        size, least = data.get("image_size"), data.option("min_size")
-        if is_upsampler(self.model.spec) and isinstance(size, int) and isinstance(least, int) and least < size:
-            print_rank_zero(
-                f"data.min_size: {least}: images of less than {size} px are enlarged first, and an upsampler learns to "
-                f"make blurred ones; data.min_size={size} skips them"
-            )
-
     def check_encoded_by(self, source: Source, where: str) -> None:
         """Raise UserError for a cache, described at a key path, that other frozen parts than the run's have made."""
         for role, there in source.encoded_by.items():
@@ -217,7 +209,8 @@ class DiffusionTask(Task):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        self.check_least_size(self.run_config["data"])
+        if is_upsampler(self.model.spec):
+            say_enlarged(self.run_config["data"])
         self.check_encoded_by(self.trainer.datamodule.source, "data")
         timestep_sampler = TIMESTEP_SAMPLERS[self.objective.timestep_sampler]
         self.timesteps = timestep_sampler(self.seed, self.global_rank, self.trainer.world_size)
@@ -264,6 +257,7 @@ class DiffusionTask(Task):
     def on_save_checkpoint(self, checkpoint: Checkpoint) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint[FORMAT]["model"] = self.model_config().to_dict()
+        checkpoint[FORMAT]["image_size"] = self.picture_size()
         self.conditioning.put_into(checkpoint["state_dict"])
 
     def on_load_checkpoint(self, checkpoint: Checkpoint) -> None:
@@ -288,9 +282,16 @@ class DiffusionTask(Task):
 
     def facts(self) -> dict[str, str]:
         """Return what is told of the weights besides."""
-        size = self.trainer.datamodule.source.image_size
-        told = {"step": str(self.trainer.global_step), "image_size": str(size), **self.frozen_sha256}
+        told = {"step": str(self.trainer.global_step), "image_size": str(self.picture_size()), **self.frozen_sha256}
         return {**told, **self.conditioning.facts()}
+
+    def picture_size(self) -> int | None:
+        """Return the side of the pictures that the model makes, pixels; None if it is any.
+
+        That of its training images; of an upsampler trained on crops, that of the pictures that they were cut from.
+        """
+        source = self.trainer.datamodule.source
+        return source.picture_size if is_upsampler(self.model.spec) else source.image_size
 
     def model_config(self) -> RunConfig:
         """Return the run's config with what the model was trained with written out, whatever the config left open."""
@@ -302,6 +303,16 @@ class DiffusionTask(Task):
 
     def summary(self) -> list[str]:
         return self.conditioning.summary()
+
+
+def say_enlarged(data: PartConfig) -> None:
+    """Say that an upsampler is trained on images which are enlarged themselves, if its data let them through."""
+    size, least = data.get("image_size"), data.option("min_size")
+    if data.option("resize_to") is None and isinstance(size, int) and isinstance(least, int) and least < size:
+        print_rank_zero(
+            f"data.min_size: {least}: images of less than {size} px are enlarged first, and an upsampler learns to "
+            f"make blurred ones; data.min_size={size} skips them"
+        )
 
 
 def trains_on_cpu(config: RunConfig) -> bool:

@@ -141,7 +141,7 @@ def stored_dtype(name: str, values: Tensor, kind: ConditionKind | None) -> torch
     return torch.float32 if kind is None or isinstance(kind, TokenIds | Level) else STORED[kind.stored]
 
 
-STORED = {"float16": torch.float16, "float32": torch.float32}
+STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def expected_row_bytes(encoders: Encoders, side: int) -> int:

@@ -18,6 +18,7 @@ class RunState(TypedDict, total=False):
     Attributes:
         config: the run's, as a YAML has it.
         model: of a diffusion model, the config that rebuilds it, with what the run's left open.
+        image_size: side of the pictures that a diffusion model makes, pixels; None if it is any.
         frozen: role -> sha256 of the frozen parts' weights.
         batches_seen: on the first rank, since the run's very first batch.
         samples_seen: on all ranks together, since then.
@@ -29,6 +30,7 @@ class RunState(TypedDict, total=False):
 
     config: JsonObject
     model: JsonObject
+    image_size: int | None
     frozen: dict[str, str]
     batches_seen: int
     samples_seen: int

@@ -13,6 +13,7 @@ from ldm_lab.batch import Batch
 from ldm_lab.estimate import in_units, listed, peak_flops
 from ldm_lab.progress import Bar
 from ldm_lab.training.cost import RunCost
+from ldm_lab.training.laps import Laps
 from ldm_lab.training.logs import print_rank_zero
 from ldm_lab.training.sharding import FSDP2
 from ldm_lab.training.task import Task
@@ -28,11 +29,13 @@ class Mark:
         seconds: on a clock that never goes back.
         images: trained on since the run began, on all devices.
         waited: seconds that this process has waited for data.
+        steps: optimizer steps since the run began.
     """
 
     seconds: float
     images: int
     waited: float
+    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,9 @@ class Rates:
 
 
 class Speed(Callback):
-    """Says what memory a run needs, after its first steps how fast it is; logs it from then on.
+    """Says what memory a run needs, after its first steps how fast it is; logs it from then on, with its parts.
 
-    All is measured on the host: nothing waits for the device.
+    Nothing waits for the device, but where a step is logged, which waits for it anyway.
     """
 
     def __init__(self, cost: RunCost, tf32: bool) -> None:
@@ -70,7 +73,7 @@ class Speed(Callback):
             tf32: whether products in single precision may be rounded to TF32.
         """
         self.cost, self.tf32 = cost, tf32
-        self.images = 0
+        self.images = self.steps = 0
         self.began_at = 0  # optimizer steps, of the run that goes on
         self.first: Mark | None = None  # behind the first step, which warms up
         self.logged: Mark | None = None
@@ -78,6 +81,7 @@ class Speed(Callback):
 
     def on_train_start(self, trainer: Trainer, task: Task) -> None:
         self.began_at, self.first = trainer.global_step, None
+        task.laps = Laps(task.device)
         self.cost.image_size = trainer.datamodule.source.image_size
         device = task.device
         if device.type == "cuda":
@@ -104,25 +108,45 @@ class Speed(Callback):
     def on_train_batch_start(self, trainer: Trainer, task: Task, batch: Batch, index: int) -> None:
         if self.first is None and trainer.global_step > self.began_at:
             self.first = self.logged = self.mark(trainer)
+            task.laps.take()
+        task.laps.begin()
+
+    def on_after_backward(self, trainer: Trainer, task: Task) -> None:
+        task.laps.lap("loss")
 
     def on_train_batch_end(self, trainer: Trainer, task: Task, outputs: STEP_OUTPUT, batch: Batch, index: int) -> None:
+        task.laps.lap("update")
         self.images += len(batch) * trainer.world_size
+        self.steps += (index + 1) % trainer.accumulate_grad_batches == 0
         if self.first is None or self.logged is None or (index + 1) % trainer.accumulate_grad_batches:
             return
         step = trainer.global_step
         if step == self.began_at + FIRST_RATE:
             self.say(trainer, self.since(self.first, trainer))
         if step % trainer.log_every_n_steps == 0:
-            rates = self.since(self.logged, trainer)
+            rates, parts = self.since(self.logged, trainer), self.parts_since(self.logged, trainer, task.laps)
             self.logged = self.mark(trainer)
-            values = {"images_per_s": rates.images, "waiting": rates.waiting, "mfu": rates.mfu}
+            values = {"images_per_s": rates.images, "waiting": rates.waiting, "mfu": rates.mfu, **parts}
             for name, value in values.items():
                 if value is not None:
                     task.log(f"speed/{name}", value, batch_size=len(batch))
 
     def mark(self, trainer: Trainer) -> Mark:
         """Return where the run is now."""
-        return Mark(time.monotonic(), self.images, trainer.datamodule.waited)
+        return Mark(time.monotonic(), self.images, trainer.datamodule.waited, self.steps)
+
+    def parts_since(self, mark: Mark, trainer: Trainer, laps: Laps) -> dict[str, float]:
+        """Return the seconds that each part of an optimizer step took since a moment, on average, and what is left.
+
+        Args:
+            mark: the moment; laps were taken then.
+            trainer: of the run.
+            laps: of the parts that the device does.
+        """
+        taken, now = laps.take(), self.mark(trainer)
+        parts = {"fetch": now.waited - mark.waited, **taken}
+        parts["rest"] = max(now.seconds - mark.seconds - sum(parts.values()), 0.0)
+        return {f"{name}_s": seconds / max(now.steps - mark.steps, 1) for name, seconds in parts.items()}
 
     def since(self, mark: Mark, trainer: Trainer) -> Rates:
         """Return how fast the run was from a moment until now."""

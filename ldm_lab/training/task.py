@@ -1,6 +1,7 @@
 """The base class of tasks: optimizer, EMA, random numbers that a resumed run repeats, checkpoint contents."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, NamedTuple, TypeVar
 
@@ -21,16 +22,18 @@ from ldm_lab.checkpoints.parts import load_strictly, weights_sha256
 from ldm_lab.checkpoints.sharded import weights_checksum
 from ldm_lab.config import FROZEN, RunConfig
 from ldm_lab.data.rank_state import RankState
-from ldm_lab.errors import UserError
+from ldm_lab.errors import UserError, told_in_one_line
 from ldm_lab.sampling.names import model_name
 from ldm_lab.training.compiling import Compile
 from ldm_lab.training.judged import JudgedSteps
+from ldm_lab.training.laps import Laps
 from ldm_lab.training.logs import print_rank_zero
 from ldm_lab.training.lora import LoraOptions, additions, check_base, frozen_weights, leave_out_base
 from ldm_lab.training.optim import Began, Optim
 from ldm_lab.training.run_state import Checkpoint, RunState, align, checked, take_back
 
 T = TypeVar("T")
+LESS_FROZEN = "a smaller one, or what it makes stored beforehand (section cache, conditioner.store) needs less"
 
 
 class AtStep(NamedTuple):
@@ -99,6 +102,7 @@ class Task(JudgedSteps):
         sections = {role: config[role] for role in FROZEN if role in config} if read_weights else {}
         checksums = {role: weights_sha256(role, section) for role, section in sections.items()}
         self.frozen_sha256 = {role: checksum for role, checksum in checksums.items() if checksum is not None}
+        self.laps = Laps()  # of a training step, which `Speed` logs
         self.batches_seen = 0  # on this rank, since the run's very first batch
         self.samples_seen = 0  # on all ranks together, since then
         self.base: BaseModel | None = None  # of LoRA
@@ -185,8 +189,9 @@ class Task(JudgedSteps):
 
     def on_fit_start(self) -> None:
         self.ema_pairs = None
-        for module in self.frozen.values():
-            module.to(self.device)
+        for role, module in self.frozen.items():
+            with told_in_one_line(partial(f"bringing the frozen {role} to {{}}".format, self.device), LESS_FROZEN):
+                module.to(self.device)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         torch.manual_seed(batch_seed(self.seed, self.global_rank, self.batches_seen))
