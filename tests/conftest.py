@@ -17,6 +17,11 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_sessionfinish():
+    """What is left at the end libraries would complain of."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """The suite's tensors are tiny: more threads only wait for one another."""

@@ -125,6 +125,7 @@ def serve(connection: socket.socket) -> list[str]:
 
 def become(request: dict, files: Sequence[int], path: Sequence[str]) -> list[str]:
     """Have this copy begin as an interpreter of its own does. Returns its words."""
+    gc.unfreeze()  # what is left at the end libraries would complain of
     os.dup2(files[0], 1)
     os.dup2(files[1], 2)
     for file in files:
