@@ -75,6 +75,32 @@ def test_a_run_goes_on_fused_or_not_whatever_it_was_before(before, after):
         assert torch.allclose(mine, its, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("after", [torch.contiguous_format, torch.channels_last], ids=["plain", "channels last"])
+@pytest.mark.parametrize("before", [torch.contiguous_format, torch.channels_last], ids=["plain", "channels last"])
+def test_a_run_goes_on_the_same_with_its_weights_in_another_order_in_memory(before, after):
+    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> None:
+        for seed in seeds:
+            torch.manual_seed(seed)
+            optimizer.zero_grad()
+            model(torch.randn(2, 3, 8, 8)).square().mean().backward()
+            optimizer.step()
+
+    def made(order: torch.memory_format) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3).to(memory_format=order)
+        return model, build("optim", {"lr": 0.1}).optimizer(model)
+
+    straight, optimizer = made(torch.contiguous_format)
+    steps(straight, optimizer, range(4))
+    first, optimizer = made(before)
+    steps(first, optimizer, range(2))
+    second, other = made(after)
+    second.load_state_dict(first.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    steps(second, other, range(2, 4))
+    assert torch.allclose(second.weight, straight.weight, atol=1e-5)
+
+
 def test_the_average_moves_in_one_pass_and_sees_tensors_that_moved(monkeypatch):
     net = network()
     average = ema.averaged_copy(net)
