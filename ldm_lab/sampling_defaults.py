@@ -1,6 +1,5 @@
 """What kinds of networks are sampled with unless it is said otherwise. Imports no torch."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +16,8 @@ class SamplingDefaults:
         upsampler_temperature: factor of the noise that an upsampler starts from; GLIDE's own.
         thresholding: how clean estimates of pixels are kept within their range.
         percentile: of dynamic thresholding.
-        most, upsampler_most: largest divisor of dynamic thresholding, in limits, of a base model and of an upsampler.
+        most, upsampler_most: largest divisor of dynamic thresholding, in limits, of a base model and of an upsampler;
+            None is any.
     """
 
     guidance: float = 3.0
@@ -25,5 +25,5 @@ class SamplingDefaults:
     upsampler_temperature: float = 0.997
     thresholding: Thresholding = "static"
     percentile: float = 0.995
-    most: float = math.inf
-    upsampler_most: float = math.inf
+    most: float | None = None
+    upsampler_most: float | None = None

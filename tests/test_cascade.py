@@ -1,6 +1,7 @@
 """Base and upsampler in a row, inpainting models, clamped estimates: the Python side and the command."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from ldm_lab.config import build
 from ldm_lab.errors import UserError
 from ldm_lab.io.images import round_to_uint8, to_tensor
 from ldm_lab.prompts import Prompt
-from ldm_lab.sampling import SamplingOptions, Stage, Stages, interpolate
+from ldm_lab.sampling import Pipeline, SamplingOptions, Stage, Stages, interpolate
 
 FAST = {"name": "ddim", "steps": 3}
 
@@ -128,6 +129,37 @@ def test_three_stages(base, upsampler, monkeypatch):
     assert torch.allclose(third["low_res"][0], to_tensor(made[0][1]), atol=1e-6)
     assert not torch.allclose(second["x"][0], third["x"][0, :, :16, :16], atol=0.1), "each stage has noise of its own"
     assert reports == [(i + 1, 3 + 2 * 3 + 3) for i in range(12)]
+
+
+def test_offloading_has_one_part_of_one_stage_on_the_device_at_a_time(base, upsampler, monkeypatch):
+    """Text encoders, denoisers and autoencoders of all stages come and go: what is resident is the one that works."""
+    resident, most, moves = set(), [], []
+
+    def watched(pipeline, stage):
+        model = replace(pipeline.model, run_device=torch.device("cpu:0"), offload=True)
+        for role in ("denoiser", "autoencoder", "conditioner"):
+            part = getattr(model, role)
+
+            def to(device, part=part, name=(stage, role)):
+                (resident.discard if str(device) == "cpu" else resident.add)(name)
+                most.append(len(resident))
+                moves.append(name)
+                return part
+
+            monkeypatch.setattr(part, "to", to)
+
+        def forward(*args, call=model.denoiser.forward, **conditions):
+            assert resident == {(stage, "denoiser")}
+            return call(*args, **conditions)
+
+        monkeypatch.setattr(model.denoiser, "forward", forward)
+        return Pipeline(model)
+
+    plain = stages(base, upsampler, batch_size=1)(["a cat", "a dog"])
+    cheap = stages(watched(base, 0), watched(upsampler, 1), batch_size=1)(["a cat", "a dog"])
+    assert [image.tobytes() for row in cheap for image in row] == [image.tobytes() for row in plain for image in row]
+    assert max(most) == 1 and not resident
+    assert {(stage, role) for stage in (0, 1) for role in ("denoiser", "autoencoder", "conditioner")} == set(moves)
 
 
 def test_prompts_of_the_upsampler_count_in_proportion(base, upsampler, monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ldm_lab.denoisers.glide_unet import GlideUNet
+from ldm_lab.denoisers.if_unet import IFUNet
 from ldm_lab.denoisers.imagen_unet import ImagenUNet
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.base import Wrapper
@@ -287,18 +288,38 @@ def test_the_network_says_how_its_estimates_are_kept_in_range(given):
     assert (imagen.guidance, others.guidance, imagen.resolved(upsampler=True).temperature) == (5, 3, 1)
 
 
+def test_the_divisor_of_a_threshold_is_the_network_s_unless_it_is_given():
+    base, upsampler = (
+        SamplingOptions().resolved(upsampler=upsampler, defaults=IFUNet.sampling_defaults)
+        for upsampler in (False, True)
+    )
+    assert (base.threshold_divisor, upsampler.threshold_divisor) == (1.5, 1.0)
+    assert SamplingOptions().resolved(defaults=ImagenUNet.sampling_defaults).threshold_divisor is None
+    given = SamplingOptions(threshold_divisor=2.0).resolved(defaults=GlideUNet.sampling_defaults)
+    assert (given.thresholding, given.threshold_divisor, given.clip_denoised) == ("dynamic", 2.0, True)
+    x0 = torch.linspace(-4, 4, 9).expand(1, 1, 1, 9)
+    assert torch.equal(DynamicThresholding(1, 0.995, 1.0).bounded(x0), StaticThresholding().bounded(x0))
+    assert torch.equal(DynamicThresholding(1, 0.995, 2.0).bounded(x0), (x0 / 2).clamp(-1, 1))
+
+
 def test_nothing_is_thresholded_where_nothing_is_clipped():
     resolved = SamplingOptions(clip_denoised=False).resolved(defaults=ImagenUNet.sampling_defaults)
     assert (resolved.clip_denoised, resolved.thresholding, resolved.threshold_percentile) == (False, None, None)
 
 
 def test_thresholding_that_cannot_be():
-    for wrong in (1.5, -0.1):
-        with pytest.raises(UserError, match="threshold_percentile: a number from 0 to 1 is needed"):
+    for wrong in (1.5, -0.1, float("nan")):
+        with pytest.raises(UserError, match=r"threshold_percentile: .*from 0 to 1.* is needed"):
             SamplingOptions(threshold_percentile=wrong)
     with pytest.raises(UserError, match="threshold_percentile: belongs to dynamic thresholding"):
         SamplingOptions(thresholding="static", threshold_percentile=0.9)
-    with pytest.raises(UserError, match="clip_denoised: off leaves nothing to threshold"):
-        SamplingOptions(thresholding="dynamic", clip_denoised=False)
+    for wrong in (0.5, float("inf"), float("nan")):
+        with pytest.raises(UserError, match="threshold_divisor: "):
+            SamplingOptions(threshold_divisor=wrong)
+    with pytest.raises(UserError, match="threshold_divisor: belongs to dynamic thresholding"):
+        SamplingOptions(thresholding="static", threshold_divisor=1.5)
+    for given in ({"thresholding": "dynamic"}, {"thresholding": "static"}, {"threshold_divisor": 2.0}):
+        with pytest.raises(UserError, match="clip_denoised: off leaves nothing to threshold"):
+            SamplingOptions(**given, clip_denoised=False)
     with pytest.raises(UserError, match="thresholding: "):
         SamplingOptions(thresholding="soft")

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from language_models import write_language_model
+from PIL import Image
 from tiny import make_run
 from tiny_if import LENGTH, WIDTH, diffusers_unet, edit_json, tiny_if, write_own
 
@@ -14,6 +15,7 @@ from ldm_lab.checkpoints.importer import Section, detect_format
 from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.opened import open_weights
 from ldm_lab.condition_sources.if_low_res import IFLowRes
+from ldm_lab.conditioners.t5 import T5
 from ldm_lab.conditions import ConditionRequest, ImageCondition, Level, TokenStates
 from ldm_lab.config import build
 from ldm_lab.denoisers.if_unet import IFUNet
@@ -233,9 +235,9 @@ def text_model(tmp_path_factory):
 
 @pytest.mark.parametrize("layout", ["own", "diffusers"])
 def test_both_layouts_go_through_every_program(layout, text_model, tmp_path, monkeypatch, capsys):
-    """inspect, convert, sample, a cascade of two, and init_from of a training."""
+    """inspect, convert, sample, a cascade of three, the last one in tiles, and init_from of a training."""
     monkeypatch.chdir(tmp_path)
-    for name, upsampler in (("I", False), ("II", True)):
+    for name, upsampler in (("I", False), ("II", True), ("III", True)):
         if layout == "own":
             write_own(tmp_path / name, tiny_if(upsampler))
         else:
@@ -243,14 +245,31 @@ def test_both_layouts_go_through_every_program(layout, text_model, tmp_path, mon
     assert not main(["inspect", "I", "--json"])
     report = json.loads(capsys.readouterr().out)
     assert report["config"]["denoiser"]["name"] == "if_unet" and report["parameters"] > 10_000
-    for name in ("I", "II"):
-        assert not main(["convert", name, f"{name}.safetensors", f"model={text_model}", f"text_size={LENGTH}"])
-    shared = ["--device", "cpu", "--seed", "1", "-n", "1"]
-    options = ["--upsampler", "II.safetensors", "--steps", "2", "--sampler", "ddpm"]
-    assert not main(["sample", "--checkpoint", "I.safetensors", *options, "a red star", *shared, "--out", "out"])
-    from PIL import Image
-
-    assert Image.open(tmp_path / "out" / "00000.png").size == (64, 64)
+    text = [f"model={text_model}", f"text_size={LENGTH}"]
+    for name, more in (("I", []), ("II", ["image_size=32"]), ("III", [])):
+        more += ["scale_factor=2"] if name != "I" else []
+        assert not main(["convert", name, f"{name}.safetensors", *text, *more])
+    shared = [
+        "--device",
+        "cpu",
+        "--seed",
+        "1",
+        "-n",
+        "1",
+        "--steps",
+        "2",
+        "--upsampler-steps",
+        "1",
+        "--sampler",
+        "ddpm",
+    ]
+    stages = ["--upsampler", "II.safetensors", "--upsampler", "III.safetensors", "--upsampler.2.tile-denoiser", "32"]
+    loaded = []
+    monkeypatch.setattr(T5, "load_pretrained", lambda self, load=T5.load_pretrained: loaded.append(load(self)))
+    assert not main(["sample", "--checkpoint", "I.safetensors", *stages, "a red star", *shared, "--out", "out"])
+    assert len(loaded) == 1, "the text encoder is in memory once"
+    sizes = [Image.open(tmp_path / "out" / f"00000{name}.png").size for name in ("_base", "_stage1", "")]
+    assert sizes == [(16, 16), (32, 32), (64, 64)]
     (tmp_path / "run").mkdir()
     config = make_run(
         tmp_path / "run",

@@ -216,6 +216,16 @@ def test_tiled_pictures_are_the_whole_ones(pipeline):
             pipeline.check(["red"], options(tile=tile))
 
 
+@pytest.mark.parametrize("name", ["thresholding", "threshold_percentile", "threshold_divisor"])
+def test_latents_have_no_range_to_be_kept_in(pipeline, name):
+    given = {name: {"thresholding": "static", "threshold_percentile": 0.9, "threshold_divisor": 1.5}[name]}
+    with pytest.raises(UserError, match="thresholding: this model makes latents"):
+        pipeline.check(["red"], options(**given))
+    assert pipeline.check(["red"], options(**given, clip_denoised=True)).options.thresholding is not None
+    checked = pipeline.check(["red"], options()).options
+    assert checked.thresholding is None and pipeline.check(["red"], checked).options == checked
+
+
 def test_half_precision_is_near_full_precision(pipeline):
     full = raw(pipeline, ["red", "blue"], [0, 1], 2, "ddim")
     half = raw(again(pipeline, dtype=torch.bfloat16), ["red", "blue"], [0, 1], 2, "ddim")

@@ -84,7 +84,9 @@ def run(args: argparse.Namespace) -> int:
     folder = SampleFolder(Path(args.out))
     mixes = keyframes(args) if args.interpolate else prompt_mixes(args, repeat)
     announce_models(args.checkpoint, args.upsampler, loading, options)
-    less = f"less than --batch-size {options.batch_size}, --offload or --precision bf16 need less"
+    less = (
+        f"less than --batch-size {options.batch_size}, --offload, --precision bf16-mixed or --tile-denoiser need less"
+    )
     with told_in_one_line(lambda: "loading the model and drawing pictures", less):
         if args.interpolate:
             return draw_film(args, folder, mixes, options, loading)
@@ -210,7 +212,8 @@ def draw_pictures(
 
     files = [args.checkpoint, *args.upsampler]
     pipelines = [Pipeline.from_checkpoint(files[0], loading)]
-    pipelines += [Pipeline.from_checkpoint(file, upsampler_loading(loading)) for file in args.upsampler]
+    for file in args.upsampler:
+        pipelines.append(Pipeline.from_checkpoint(file, upsampler_loading(loading), pipelines))
     stages = Stages([Stage(pipelines[0], options), *map(Stage, pipelines[1:], upsampling)])
     base = stages.check(mixes, seeds=seeds(repeat, options.seed)).base
     settings = described(args, options, base, pipelines[0].model.device.type)

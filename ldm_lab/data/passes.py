@@ -31,7 +31,7 @@ from ldm_lab.data.jobs import (
     Preparation,
     Raw,
 )  # fmt: skip
-from ldm_lab.data.loader_processes import leave_signals_to_parent
+from ldm_lab.data.loader_processes import SharedSignalsLoader, leave_signals_to_parent
 from ldm_lab.data.samples import BROKEN, DUPLICATE, UNREACHABLE, FilteredOut, Judged, SkippedSample, as_utf8
 from ldm_lab.data.source import CHECK_AFTER
 from ldm_lab.data.work_items import WorkItem
@@ -237,7 +237,7 @@ class _Pass(LightningModule):
             raise UserError(left.problem)
         self.counts = left.counts
         mine = {index: self.items[index] for index in left.items[self.global_rank :: self.trainer.world_size]}
-        return DataLoader(
+        return SharedSignalsLoader(
             _Reader(mine, self.job.preparation, self.options.batch_size),
             batch_size=None,  # the readers make whole batches
             num_workers=min(self.options.workers, len(mine)),

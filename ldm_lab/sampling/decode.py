@@ -14,6 +14,7 @@ from ldm_lab.interfaces import Autoencoder
 from ldm_lab.io.images import to_images, to_tensor
 from ldm_lab.sampling.image_to_image import InitImage
 from ldm_lab.sampling.model import Model
+from ldm_lab.sampling.tiles import starts, window
 
 log = logging.getLogger(__name__)
 
@@ -97,23 +98,21 @@ def decode_in_tiles(autoencoder: Autoencoder, latents: Tensor, tile: int, overla
     total = torch.zeros(len(latents), 3, height * scale, width * scale)  # [B, 3, H, W]
     weight = torch.zeros(1, 1, height * scale, width * scale)  # [1, 1, H, W]
     apart = 0.0  # in color, of neighboring tiles
-    for top in _starts(height, tile, overlap):
-        for left in _starts(width, tile, overlap):
+    for top in starts(height, tile, overlap):
+        for left in starts(width, tile, overlap):
             part = latents[:, :, top : top + tile, left : left + tile]  # [B, C, <= tile, <= tile]
             image = autoencoder.decode(part).float().cpu()  # [B, 3, ...]
-            share = _ramp(part.shape[2] * scale, overlap * scale)[:, None] * _ramp(
-                part.shape[3] * scale, overlap * scale
-            )  # [tile's H, tile's W]
-            window = (
+            share = window(part.shape[2] * scale, part.shape[3] * scale, overlap * scale)  # [tile's H, tile's W]
+            place = (
                 ...,
                 slice(top * scale, top * scale + image.shape[2]),
                 slice(left * scale, left * scale + image.shape[3]),
             )
-            if (shared := weight[window] > 0).any():
-                gap = (image - total[window] / weight[window].clamp(min=1e-9)) * shared  # [B, 3, ...]
+            if (shared := weight[place] > 0).any():
+                gap = (image - total[place] / weight[place].clamp(min=1e-9)) * shared  # [B, 3, ...]
                 apart = max(apart, (gap.sum((2, 3)) / shared.sum()).abs().max().item())
-            total[window] += image * share
-            weight[window] += share
+            total[place] += image * share
+            weight[place] += share
     if (levels := apart * 127.5) > SEEN:
         _tell_once(
             f"tile: colors of neighboring tiles differ by up to {levels:.0f} of 255 levels; larger tiles less so"
@@ -124,16 +123,3 @@ def decode_in_tiles(autoencoder: Autoencoder, latents: Tensor, tile: int, overla
 @cache
 def _tell_once(line: str) -> None:
     log.warning("%s", line)
-
-
-def _starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Return where tiles begin along a side, so that the last one ends with it."""
-    if size <= tile:
-        return [0]
-    return [*range(0, size - tile, tile - overlap), size - tile]
-
-
-def _ramp(size: int, overlap: int) -> Tensor:
-    """Return weights that rise over the overlap, stay 1, and fall again, [size], none of them 0."""
-    place = torch.arange(size) + 0.5  # [size]
-    return (torch.minimum(place, size - place) / max(overlap, 1)).clamp(max=1.0)

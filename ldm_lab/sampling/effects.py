@@ -16,6 +16,7 @@ from ldm_lab.sampling.image_to_image import InitImage
 from ldm_lab.sampling.model import Model
 from ldm_lab.sampling.options import SamplingOptions
 from ldm_lab.sampling.prompts import prompt_weights
+from ldm_lab.sampling.tiles import Tiles
 
 MOST_UPSAMPLER_GUIDANCE = 5.0  # they are asked without guidance, by GLIDE and here
 MOST_CLIP_GUIDANCE = 15.0  # GLIDE's notebook has 3
@@ -34,6 +35,7 @@ class Asked:
         sampler: of these options.
         init_image: what to begin with; None is noise.
         height, width: of the pictures, pixels.
+        denoiser_tiles: how the denoiser sees them; None: at once.
     """
 
     model: Model
@@ -45,6 +47,7 @@ class Asked:
     init_image: InitImage | None
     height: int
     width: int
+    denoiser_tiles: Tiles | None = None
 
     @property
     def is_upsampling(self) -> bool:
@@ -58,7 +61,7 @@ def remarks(asked: Asked) -> list[str]:
     Raises:
         UserError: a mask of which nothing is left.
     """
-    found = [*_of_weights(asked), *_of_grid(asked), *_of_tiles(asked)]
+    found = [*_of_weights(asked), *_of_grid(asked), *_of_tiles(asked), *_of_denoiser_tiles(asked)]
     if asked.is_upsampling:
         return [f"upsampler: {line}" for line in found]
     return [*_of_prompts(asked), *found, *_of_init_image(asked)]
@@ -144,6 +147,22 @@ def _of_tiles(asked: Asked) -> Iterator[str]:
         yield "tile: without effect: this model makes pixels, and nothing is decoded"
     elif tile >= max(asked.height, asked.width):
         yield f"tile: without effect: {asked.width}x{asked.height} pixels fit into one of {tile}"
+
+
+def _of_denoiser_tiles(asked: Asked) -> Iterator[str]:
+    """Yield what tiles of the denoiser mean, wherever there are several."""
+    tiles, downscale = asked.denoiser_tiles, asked.model.autoencoder.downscale
+    if tiles is None:
+        return
+    side, count = tiles.side * downscale, tiles.count(asked.height // downscale, asked.width // downscale)
+    if count == 1:
+        yield f"tile_denoiser: without effect: {asked.width}x{asked.height} pixels fit into one of {side}"
+        return
+    drawn = "" if asked.is_upsampling else "; a base model draws its prompt in each of them"
+    yield (
+        f"tile_denoiser: {asked.width}x{asked.height} pixels in {count} tiles of {side}: norms and attention see one "
+        f"at a time, so that pictures differ from those without{drawn}"
+    )
 
 
 def _of_init_image(asked: Asked) -> Iterator[str]:

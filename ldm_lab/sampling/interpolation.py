@@ -62,9 +62,13 @@ def check(
 
 def interpolate_prompts(keyframes: PromptBatch, frames: int) -> PromptBatch:
     """Return the prompts of `frames` pictures, one each, evenly spread over those of the keyframes."""
-    rows = {name: value[keyframes.index[:, 0].to(value.device)] for name, value in keyframes.conditions.items()}
+    rows, null = (
+        {name: value[keyframes.index[:, 0].to(value.device)] for name, value in conditions.items()}
+        for conditions in (keyframes.conditions, keyframes.null)
+    )  # [S, ...] each
     weights = F.interpolate(keyframes.weights.T[None], frames, mode="linear", align_corners=True)[0].T  # [frames, 1]
-    return PromptBatch(interpolate_conditions(rows, frames), torch.arange(frames)[:, None], weights)
+    film, null = interpolate_conditions(rows, frames), interpolate_conditions(null, frames)  # [frames, ...] each
+    return PromptBatch(film, torch.arange(frames)[:, None], weights, null)
 
 
 def interpolate_conditions(keyframes: Conditions, frames: int) -> Conditions:

@@ -1,6 +1,7 @@
 """A trained model out of its checkpoint, with the frozen parts that it was trained with."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,14 +12,14 @@ from ldm_lab.checkpoints.gap_files import gap_of, split_gap
 from ldm_lab.checkpoints.importer import Section
 from ldm_lab.checkpoints.lora import FILE as LORA_FILE
 from ldm_lab.checkpoints.models import read_model
-from ldm_lab.checkpoints.parts import has_weights, load_part, load_strictly, weights_sha256
+from ldm_lab.checkpoints.parts import as_part_config, has_weights, load_part, load_strictly, weights_sha256
 from ldm_lab.condition_sources import build_sources, given_conditions
 from ldm_lab.conditioners.gap import NOISE
 from ldm_lab.conditions import ConditionSpec
 from ldm_lab.config import build
 from ldm_lab.devices import pick_device
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Denoiser, Objective, check_conditions
+from ldm_lab.interfaces import Conditioner, Denoiser, Objective, check_conditions
 from ldm_lab.pretrained.resolve import check_untrusted, resolve_weights
 from ldm_lab.sampling.loras import add_loras, read_loras
 from ldm_lab.sampling.model import Model
@@ -30,13 +31,15 @@ DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": to
 log = logging.getLogger(__name__)
 
 
-def load_model(path: str | Path, options: ModelOptions) -> Model:
+def load_model(path: str | Path, options: ModelOptions, others: Sequence[Model] = ()) -> Model:
     """Return a trained model with its averaged weights.
 
     Args:
         path: `ema.safetensors` or the folder that it is in, a `.ckpt` of a run, or whatever else
             `ldm_lab.pretrained.resolve.resolve_weights` takes.
         options: where it runs, where its frozen parts are, ...
+        others: loaded ones, such as the stages before it: of those whose conditioner is the same one it is theirs, and
+            in memory once.
 
     Raises:
         UserError: missing, damaged or foreign file; weights of another architecture; no such device.
@@ -49,7 +52,7 @@ def load_model(path: str | Path, options: ModelOptions) -> Model:
             raise UserError(f"{path}: not a diffusion model; its config has no section {role!r}")
     autoencoder, _ = _load_frozen("autoencoder", config["autoencoder"], options.autoencoder, path, extra)
     conditioner, conditioner_config = _load_frozen(
-        "conditioner", config["conditioner"], options.conditioner, path, extra
+        "conditioner", config["conditioner"], options.conditioner, path, extra, others
     )
     if not isinstance(sections := config.get("condition_sources") or {}, dict):
         raise UserError(f"{path}: its config has no readable section 'condition_sources'")
@@ -136,7 +139,12 @@ def _load_guide_model(
 
 
 def _load_frozen(
-    role: str, config: Section, moved: str | Path | None, model: Path, extra: dict[str, str]
+    role: str,
+    config: Section,
+    moved: str | Path | None,
+    model: Path,
+    extra: dict[str, str],
+    others: Sequence[Model] = (),
 ) -> tuple[nn.Module, Section]:
     """Return a frozen part of a checkpoint, and its config; warn if its weights are not those of training.
 
@@ -146,6 +154,7 @@ def _load_frozen(
         moved: its weights file, if not where the section says.
         model: the checkpoint; a weights file that is not where the section says may lie beside it.
         extra: of the checkpoint, with the checksum of the weights under the role.
+        others: models whose conditioner it may be.
     """
     moved = moved or beside(model, role, config)
     if moved is not None:
@@ -153,7 +162,7 @@ def _load_frozen(
     try:
         if moved is None:
             check_untrusted(config.get("weights"), f"{role}.weights")
-        part = load_part(role, config)
+        part = _loaded_conditioner(config, others) or load_part(role, config)
         if any(True for _ in part.parameters()) and not has_weights(role, config):
             raise UserError("the file does not say where its weights are")
         checksum = weights_sha256(role, config) if extra.get(role) else None
@@ -164,6 +173,17 @@ def _load_frozen(
         name = config.get("weights") or config.get("pretrained") or config.get("model")
         log.warning("%s: not the %s file that the model was trained with", name, role)
     return part, config
+
+
+def _loaded_conditioner(config: Section, others: Sequence[Model]) -> Conditioner | None:
+    """Return the conditioner of another model that is built and filled as this section says; None without."""
+    wanted = as_part_config("conditioner", config)
+    for other in others:
+        if other.conditioner_config is not None:
+            its = as_part_config("conditioner", other.conditioner_config)
+            if (its.architecture(), its.use.weights) == (wanted.architecture(), wanted.use.weights):
+                return other.conditioner
+    return None
 
 
 def beside(model: Path, role: str, config: Section) -> Path | None:

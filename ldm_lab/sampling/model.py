@@ -15,6 +15,7 @@ from ldm_lab.conditions import Conditions, Embedding, ImageCondition
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.noised_clip import NoisedCLIP
 from ldm_lab.interfaces import Autoencoder, Conditioner, ConditionSource, Denoiser, Objective, Prediction
+from ldm_lab.sampling.tiles import Tiles, in_tiles
 
 
 @dataclass
@@ -112,14 +113,19 @@ class Model:
             )
         return height // self.autoencoder.downscale, width // self.autoencoder.downscale
 
-    def predict(self, denoiser: Denoiser) -> Callable[[Tensor, Tensor, Conditions], Prediction]:
-        """Return what a denoiser says about rows of x, times and conditions, at the precision that was asked for."""
+    def predict(
+        self, denoiser: Denoiser, tiles: Tiles | None = None
+    ) -> Callable[[Tensor, Tensor, Conditions], Prediction]:
+        """Return what a denoiser says about rows of x, times and conditions, at the precision that was asked for.
+
+        With tiles it sees one at a time.
+        """
 
         def predict(x: Tensor, t: Tensor, conditions: Conditions) -> Prediction:
             with torch.autocast(x.device.type, self.dtype, enabled=self.dtype is not torch.float32):
                 return self.objective.predict(denoiser, x, t, conditions)
 
-        return predict
+        return predict if tiles is None else in_tiles(predict, tiles, denoiser.spec)
 
     @contextlib.contextmanager
     def on_device(self, *modules: nn.Module | None) -> Iterator[None]:

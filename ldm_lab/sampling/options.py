@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Interval, Le
 from PIL import Image
 
-from ldm_lab.config import LARGEST_SEED, PartSection, PositiveInt, Share, build, check_section, register
+from ldm_lab.config import LARGEST_SEED, NonNegativeInt, PartSection, PositiveInt, Share, build, check_section, register
 from ldm_lab.errors import UserError
 from ldm_lab.sampling_defaults import SamplingDefaults, Thresholding
 
@@ -76,7 +76,9 @@ class SamplingOptions:
         clip_denoised: keep clean estimates within the range of pixels (default: for models of pixels)
         thresholding: how they are kept there: clamped (static), or divided by a percentile of each picture's magnitudes
             (dynamic), against flat, burnt regions at much guidance (default: static; of Imagen's networks dynamic)
-        threshold_percentile: of dynamic thresholding, 0 to 1 (default: 0.995)
+        threshold_percentile: of dynamic thresholding, 0 to 1 (default: 0.995; of IF's networks 0.95)
+        threshold_divisor: the most that dynamic thresholding divides by, from 1 on, against pale pictures (default:
+            whatever the percentile is; of IF's networks 1.5, of its super-resolution 1)
         low_res_level: of a super-resolution stage that is told of it: how much noise is added to what it enlarges, 0
             to 1 (default: the model's own, mostly 0.2); little keeps to the small picture
         size: pixels: 256, or 384x256 for width x height (default: as trained; the init image's own aspect, with about
@@ -97,6 +99,9 @@ class SamplingOptions:
         seed: of the first picture, the others count on from it; -1 draws one
         batch_size: pictures at once
         tile: decode larger pictures in tiles of this side, pixels; the same pictures, with less memory on the device
+        tile_denoiser: have the denoiser see larger pictures in overlapping tiles of this side, pixels, which are
+            blended in every step: other pictures, with the memory of a tile; for upsamplers, at the size of their crops
+        tile_overlap: pixels that these share at least (default: about a quarter)
     """
 
     guidance: float | None = None
@@ -108,6 +113,7 @@ class SamplingOptions:
     clip_denoised: bool | None = None
     thresholding: Thresholding | None = None
     threshold_percentile: Share | None = None
+    threshold_divisor: Annotated[float, Ge(1)] | None = None
     low_res_level: Share | None = None
     size: int | str | tuple[int, int] | None = None
     init_image: ImageFile | None = None
@@ -124,6 +130,8 @@ class SamplingOptions:
     seed: Annotated[int, Interval(ge=-1, le=LARGEST_SEED)] = 0
     batch_size: PositiveInt = 16
     tile: PositiveInt | None = None
+    tile_denoiser: PositiveInt | None = None
+    tile_overlap: NonNegativeInt | None = None
 
     def __post_init__(self) -> None:
         if given := self.given():
@@ -138,6 +146,7 @@ class SamplingOptions:
         clip_denoised: bool | None,
         thresholding: str | None,
         threshold_percentile: float | None,
+        threshold_divisor: float | None,
         size: int | str | Sequence[int] | None,
         init_image: ImageFile | None,
         strength: float | None,
@@ -148,6 +157,8 @@ class SamplingOptions:
         aesthetic: int | None,
         aesthetic_weight: float | None,
         aesthetic_embeddings: str | Path | None,
+        tile_denoiser: int | None,
+        tile_overlap: int | None,
     ) -> list[str]:
         """Return what is wrong across the options, of which each for itself is right."""
         belongs = {  # an option -> the one without which it means nothing
@@ -158,16 +169,19 @@ class SamplingOptions:
             "resize": (resize, "init_image", init_image),
             "aesthetic_weight": (aesthetic_weight, "aesthetic", aesthetic),
             "aesthetic_embeddings": (aesthetic_embeddings, "aesthetic", aesthetic),
+            "tile_overlap": (tile_overlap, "tile_denoiser", tile_denoiser),
         }
         problems = [
             f"{key}: belongs to {other}, which is not given"
             for key, (value, other, its) in belongs.items()
             if value is not None and its is None
         ]
-        if clip_denoised is False and (thresholding is not None or threshold_percentile is not None):
+        dynamic = {"threshold_percentile": threshold_percentile, "threshold_divisor": threshold_divisor}
+        given = [key for key, value in dynamic.items() if value is not None]
+        if clip_denoised is False and (given or thresholding is not None):
             problems.append("clip_denoised: off leaves nothing to threshold; thresholding goes without it")
-        if thresholding == "static" and threshold_percentile is not None:
-            problems.append("threshold_percentile: belongs to dynamic thresholding")
+        if thresholding == "static":
+            problems += [f"{key}: belongs to dynamic thresholding" for key in given]
         first, last = guidance_interval
         if not first <= last:
             problems.append(f"guidance_interval: two times 0 <= first <= last <= 1 are needed, not {first:g} {last:g}")
@@ -190,6 +204,12 @@ class SamplingOptions:
         names = [field.name for field in fields(self) if values[field.name] != field.default]
         return OptionValues((name, values[name]) for name in names)
 
+    @property
+    def asked_thresholding(self) -> Thresholding | None:
+        """How clean estimates are to be kept in range, by any of the options; None: as the network's kind has it."""
+        is_dynamic = self.threshold_percentile is not None or self.threshold_divisor is not None
+        return self.thresholding or ("dynamic" if is_dynamic else None)
+
     def resolved(
         self, upsampler: bool = False, timesteps: int | None = None, defaults: SamplingDefaults | None = None
     ) -> "SamplingOptions":
@@ -205,8 +225,9 @@ class SamplingOptions:
         defaults = defaults or SamplingDefaults()
         guidance = defaults.upsampler_guidance if upsampler else defaults.guidance
         guidance = guidance if self.clip_guidance is None else 1.0
-        asked = self.thresholding or (None if self.threshold_percentile is None else "dynamic")
+        asked = self.asked_thresholding
         thresholding = None if self.clip_denoised is False else asked or defaults.thresholding
+        most = defaults.upsampler_most if upsampler else defaults.most
         percentile = defaults.percentile if self.threshold_percentile is None else self.threshold_percentile
         sampler = self.sampler or DEFAULT_SAMPLER
         if self.sampler is None and upsampler:  # as GLIDE's
@@ -222,6 +243,7 @@ class SamplingOptions:
             clip_denoised=self.clip_denoised if asked is None or asked == defaults.thresholding == "static" else True,
             thresholding=thresholding,
             threshold_percentile=percentile if thresholding == "dynamic" else None,
+            threshold_divisor=(self.threshold_divisor or most) if thresholding == "dynamic" else None,
             aesthetic_weight=0.5
             if self.aesthetic is not None and self.aesthetic_weight is None
             else self.aesthetic_weight,

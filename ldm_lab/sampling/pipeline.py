@@ -1,5 +1,6 @@
 """From prompts to pictures, in numbered steps."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -51,17 +52,20 @@ class Pipeline:
         self.model = model
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, options: ModelOptions | None = None) -> "Pipeline":
+    def from_checkpoint(
+        cls, path: str | Path, options: ModelOptions | None = None, others: Sequence["Pipeline"] = ()
+    ) -> "Pipeline":
         """Load a trained model with its averaged weights.
 
         Args:
             path: `ema.safetensors` or the run's folder, a `.ckpt` of a run, another program's file, or a released name.
             options: device, precision, where the frozen parts are, ...
+            others: of models in a row, those loaded before: the same text encoder is in memory once.
 
         Raises:
             UserError: missing, damaged or foreign file; weights of another architecture.
         """
-        return cls(load_model(path, options or ModelOptions()))
+        return cls(load_model(path, options or ModelOptions(), [other.model for other in others]))
 
     def __call__(
         self,
@@ -157,8 +161,7 @@ class Pipeline:
         pictures, seeds = [draw.picture for draw in draws], [draw.seed for draw in draws]
 
         # 1. Conditions of the prompts, [B, k, ...] each, their weights, [B, k], and what stands for no prompt.
-        conditions, weights = prompts.select(pictures, model.device)
-        null = model.conditioner.null({name: value[:, 0] for name, value in conditions.items()})  # [B, ...] each
+        conditions, weights, null = prompts.select(pictures, model.device)
 
         # 2. Noise, of each picture's own seed.
         noise = SeededNoise(seeds)
@@ -183,7 +186,7 @@ class Pipeline:
             given = source.from_request(asked)  # [B, ...] each
             null |= source.null(given)
             conditions |= {name: repeat(value, "b ... -> b k ...", k=weights.shape[1]) for name, value in given.items()}
-        predict = self._classifier_free(options, schedule, conditions, null, weights)
+        predict = self._classifier_free(request, schedule, conditions, null, weights)
         wrappers = self._wrappers(request, pictures, known, mask)
         predict = stack(predict, wrappers, schedule=schedule, uses_gradient=request.sampler.uses_gradient)
 
@@ -193,18 +196,18 @@ class Pipeline:
             return request.sampler.sample(predict, x, schedule=schedule, noise=noise, callback=callback)
 
     def _classifier_free(
-        self, options: SamplingOptions, schedule: Schedule, conditions: Conditions, null: Conditions, weights: Tensor
+        self, request: Request, schedule: Schedule, conditions: Conditions, null: Conditions, weights: Tensor
     ) -> Predict:
         """Return the denoiser's predictions, guided by weighted prompts."""
-        model = self.model
+        model, options, tiles = self.model, request.options, request.denoiser_tiles
         return guided(
-            model.predict(model.denoiser),
+            model.predict(model.denoiser, tiles),
             conditions,
             null,
             weights,
             interval=options.guidance_interval,
             rescale=options.guidance_rescale,
-            guide_model=None if model.guide_model is None else model.predict(model.guide_model),
+            guide_model=None if model.guide_model is None else model.predict(model.guide_model, tiles),
             schedule=schedule,
         )
 
@@ -225,9 +228,7 @@ class Pipeline:
         if clip_denoised:
             limit, percentile = bound or 1 / float(model.autoencoder.latent_std.min()), options.threshold_percentile
             if options.thresholding == "dynamic" and percentile is not None:
-                defaults = model.denoiser.sampling_defaults
-                most = defaults.upsampler_most if request.low_res is not None else defaults.most
-                wrappers.append(DynamicThresholding(limit, percentile, most))
+                wrappers.append(DynamicThresholding(limit, percentile, options.threshold_divisor or math.inf))
             else:
                 wrappers.append(StaticThresholding(limit))
         if options.clip_guidance is not None:

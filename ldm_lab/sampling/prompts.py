@@ -82,11 +82,13 @@ class PromptBatch:
         conditions: of the U distinct prompts, [U, ...] each.
         index: which of them each picture has, [N, k].
         weights: of a picture's prompts, float64 [N, k], on the CPU; 0 where it has fewer than k.
+        null: what stands for no prompt beside each of the U, [U, ...] each.
     """
 
     conditions: Conditions
     index: Tensor
     weights: Tensor
+    null: Conditions
 
     @classmethod
     @torch.no_grad()
@@ -113,15 +115,17 @@ class PromptBatch:
                     index[i, j] = encoder.number(prompt, aesthetic is not None)
             if negative is not None and len(mixes):
                 index[:, -1] = encoder.number(Prompt(negative), False)
-        names = encoder.rows[0] if encoder.rows else ()
-        conditions = {name: torch.cat([row[name] for row in encoder.rows]) for name in names}
-        return cls(conditions, index, prompt_weights(mixes, guidance, negative is not None))
+            names = encoder.rows[0] if encoder.rows else ()
+            conditions = {name: torch.cat([row[name] for row in encoder.rows]) for name in names}
+            null = model.conditioner.null(conditions) if conditions else Conditions()  # it may encode the empty text
+        return cls(conditions, index, prompt_weights(mixes, guidance, negative is not None), null)
 
-    def select(self, pictures: Sequence[int], device: torch.device) -> tuple[Conditions, Tensor]:
-        """Return the conditions of some pictures' prompts, [B, k, ...] each on a device, and their weights [B, k]."""
+    def select(self, pictures: Sequence[int], device: torch.device) -> tuple[Conditions, Tensor, Conditions]:
+        """Return pictures' prompts, [B, k, ...] each, their weights, [B, k], and no prompt for each, [B, ...] each."""
         chosen = self.index[list(pictures)]  # [B, k]
         rows = {name: value[chosen.to(value.device)].to(device) for name, value in self.conditions.items()}
-        return rows, self.weights[list(pictures)]
+        null = {name: value[chosen[:, 0].to(value.device)].to(device) for name, value in self.null.items()}
+        return rows, self.weights[list(pictures)], null
 
 
 class _Encoder:

@@ -24,6 +24,7 @@ from ldm_lab.sampling.image_to_image import InitImage
 from ldm_lab.sampling.model import Model
 from ldm_lab.sampling.options import SamplingOptions, parse_size
 from ldm_lab.sampling.prompts import check_target_embeddings, prompt_weights
+from ldm_lab.sampling.tiles import Tiles, unit_of
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Request:
         sampler: of these options.
         latent_size: height and width of the latents.
         tile: side of a decoder's tile in latent elements; None decodes at once.
+        denoiser_tiles: how the denoiser sees them; None: at once.
         low_res: what an upsampler is to enlarge, [N, 3, h, w] in [-1, 1]; None for a base model.
         init_image: what to begin with; None is noise.
         aesthetic: what the texts are guided toward; None leaves them as they are.
@@ -56,6 +58,7 @@ class Request:
     sampler: Sampler
     latent_size: tuple[int, int]
     tile: int | None
+    denoiser_tiles: Tiles | None
     low_res: Tensor | None
     init_image: InitImage | None
     aesthetic: Aesthetic | None
@@ -95,11 +98,8 @@ def checked_request(
     schedule = model.objective.schedule
     asked = options
     options = options.resolved(model.upscale_factor is not None, schedule.timesteps, model.denoiser.sampling_defaults)
-    seeds = range(options.seed, options.seed + len(mixes)) if seeds is None else seeds
-    if len(seeds) != len(mixes):
-        raise UserError(f"seeds: {len(seeds)} for {len(mixes)} pictures; one for each is needed")
-    if odd := [seed for seed in seeds if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**64]:
-        raise UserError(f"seeds: whole numbers of at most 64 bits are needed, not {odd[0]!r}")
+    options = _without_thresholds(model, asked, options)
+    seeds = _seeds(range(options.seed, options.seed + len(mixes)) if seeds is None else seeds, len(mixes))
     given = _low_res(model, low_res, len(mixes))  # [N, 3, h, w] or None
     if options.low_res_level is not None and "low_res_level" not in model.denoiser.spec:
         raise UserError("low_res_level: this model is told of no noise in what it enlarges")
@@ -116,7 +116,8 @@ def checked_request(
     height, width = (side * model.autoencoder.downscale for side in latent_size)
     if options.clip_guidance is not None:
         check_target_embeddings(model, mixes, guidance, height, width)
-    for line in remarks(Asked(model, mixes, asked, options, guidance, sampler, init_image, height, width)):
+    tiles = _denoiser_tiles(model, options)
+    for line in remarks(Asked(model, mixes, asked, options, guidance, sampler, init_image, height, width, tiles)):
         _tell_once(line)
     return Request(
         mixes=mixes,
@@ -127,10 +128,35 @@ def checked_request(
         sampler=sampler,
         latent_size=latent_size,
         tile=_tile(model, options.tile),
+        denoiser_tiles=tiles,
         low_res=given,
         init_image=init_image,
         aesthetic=_aesthetic(model, options),
     )
+
+
+def _without_thresholds(model: Model, asked: SamplingOptions, options: SamplingOptions) -> SamplingOptions:
+    """Return the resolved options, of a model of latents without thresholds, unless it is to clip all the same.
+
+    Raises:
+        UserError: it is asked for some.
+    """
+    if model.pixel_bound is not None or asked.clip_denoised:
+        return options
+    if asked.asked_thresholding is not None:
+        raise UserError(
+            "thresholding: this model makes latents, which have no range to be kept in, as pixels have; leave it out"
+        )
+    return replace(options, thresholding=None, threshold_percentile=None, threshold_divisor=None)
+
+
+def _seeds(seeds: Sequence[int], pictures: int) -> Sequence[int]:
+    """Return the seeds of pictures. Raises UserError unless there is one for each, of 64 bits."""
+    if len(seeds) != pictures:
+        raise UserError(f"seeds: {len(seeds)} for {pictures} pictures; one for each is needed")
+    if odd := [seed for seed in seeds if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**64]:
+        raise UserError(f"seeds: whole numbers of at most 64 bits are needed, not {odd[0]!r}")
+    return seeds
 
 
 def _low_res(model: Model, low_res: Sequence[Image.Image] | Tensor | None, pictures: int) -> Tensor | None:
@@ -179,6 +205,21 @@ def _tile(model: Model, pixels: int | None) -> int | None:
     if pixels < MIN_TILE * unit or pixels % unit:
         raise UserError(f"tile: a multiple of {unit} pixels from {MIN_TILE * unit} on is needed, not {pixels}")
     return pixels // unit
+
+
+def _denoiser_tiles(model: Model, options: SamplingOptions) -> Tiles | None:
+    """Return how the denoiser sees the latents. Raises UserError for sides that its levels do not divide."""
+    side, overlap = options.tile_denoiser, options.tile_overlap
+    if side is None:
+        return None
+    downscale = model.autoencoder.downscale
+    unit = downscale * unit_of(model.denoiser.spec, model.denoiser.multiple_of)
+    if side % unit:
+        raise UserError(f"tile_denoiser: a multiple of {unit} pixels is needed, not {side}")
+    overlap = max(side // 4 // unit, side > unit) * unit if overlap is None else overlap
+    if overlap % unit or overlap >= side:
+        raise UserError(f"tile_overlap: a multiple of {unit} below {side} (tile_denoiser) is needed, not {overlap}")
+    return Tiles(side // downscale, overlap // downscale)
 
 
 def _check_guidance(model: Model, mixes: list[list[Prompt]], options: SamplingOptions, guidance: float) -> None:
