@@ -39,11 +39,11 @@ setup-dev: $(READY_DEV)
 
 $(READY): requirements.lock | $(UV)
 	$(UV) venv --quiet --allow-existing --python '>=3.11,<3.15' .venv
-	$(UV) pip install --quiet --python $(PY) --require-hashes -r requirements.lock
+	$(UV) pip install --quiet --compile-bytecode --python $(PY) --require-hashes -r requirements.lock
 	touch $@
 
 $(READY_DEV): requirements-dev.lock $(READY)
-	$(UV) pip install --quiet --python $(PY) --require-hashes -r requirements-dev.lock
+	$(UV) pip install --quiet --compile-bytecode --python $(PY) --require-hashes -r requirements-dev.lock
 	touch $@
 
 .tools/bin/uv:

@@ -219,7 +219,7 @@ def compiled(setting: Setting) -> None:
 
 def compiled_step(setting: Setting, size: int) -> None:
     """Time a step of `size` batches; the compiler keeps its results for the next process."""
-    network_step(setting, "compiled step", "bf16", size * setting.batch_size, compile="blocks", channels_last=False)
+    network_step(setting, "compiled step", "bf16", size * setting.batch_size, compile="blocks", channels_last=True)
 
 
 def compile_both(setting: Setting) -> None:

@@ -61,6 +61,41 @@ def averaged_copy(model: nn.Module, share_frozen: bool = False) -> nn.Module:
     return copy.deepcopy(model, shared).eval().requires_grad_(False)
 
 
+FLAG_KERNEL = "cuda"  # where `move_at_once` is worth it
+
+
+def goes_at_once(mine: torch.Tensor, its: torch.Tensor) -> bool:
+    """Return whether the one kernel that takes a flag can move a tensor toward another one.
+
+    It walks through the memory of both: they have to lie alike, without gaps, in one dtype on one device. Those of a
+    model do not lie as its average's after `model.to(memory_format=torch.channels_last)`, say.
+    """
+    lie_alike = mine.stride() == its.stride() and torch.ops.aten.is_non_overlapping_and_dense(mine)
+    return mine.device.type == FLAG_KERNEL and mine.device == its.device and mine.dtype == its.dtype and lie_alike
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Tensors of an average and those of its model that are moved by one call.
+
+    Attributes:
+        moved: of the average, of one dtype on one device.
+        toward: of the model, of one dtype.
+        at_once: whether `move_at_once` can.
+    """
+
+    moved: list[torch.Tensor]
+    toward: list[torch.Tensor]
+    at_once: bool
+
+    def toward_as_moved(self) -> list[torch.Tensor]:
+        """Return the model's in the average's dtype, on its device."""
+        mine, its = self.moved[0], self.toward[0]
+        if (mine.dtype, mine.device) == (its.dtype, its.device):
+            return self.toward
+        return [each.to(mine.device, mine.dtype, non_blocking=True) for each in self.toward]
+
+
 class Pairs:
     """The tensors of an average beside those of its model, listed once instead of in every step."""
 
@@ -74,14 +109,13 @@ class Pairs:
         self.average, self.model = average, model
         pairs = list(zip(average.parameters(), model.parameters(), strict=True))
         # Of what several processes share, each one's own.
-        self.moved = [local(mine) for mine, its in pairs if its.requires_grad]
-        self.toward = [local(its.detach()) for _, its in pairs if its.requires_grad]
-        self.by_dtype = [
-            (
-                [m for m in self.moved if m.dtype == dtype],
-                [t for m, t in zip(self.moved, self.toward) if m.dtype == dtype],
-            )
-            for dtype in dict.fromkeys(mine.dtype for mine in self.moved)
+        trained = [(local(mine), local(its.detach())) for mine, its in pairs if its.requires_grad]
+        kinds: dict[tuple[torch.device, torch.dtype, torch.dtype, bool], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        for mine, its in trained:
+            kinds.setdefault((mine.device, mine.dtype, its.dtype, goes_at_once(mine, its)), []).append((mine, its))
+        self.kinds = [
+            Alike([mine for mine, _ in alike], [its for _, its in alike], at_once)
+            for (*_, at_once), alike in kinds.items()
         ]
         apart = [(mine, its) for mine, its in pairs if not its.requires_grad and mine is not its]
         self.copied = [(local(mine), local(its.detach())) for mine, its in apart]
@@ -96,12 +130,13 @@ class Pairs:
             decay: share of the average that stays.
             left_out: 1 if the model's step was left out, and the average does not move either, else 0: float [].
         """
-        if left_out is None:
-            torch._foreach_lerp_(self.moved, self.toward, 1 - decay)
-        else:
-            for moved, toward in self.by_dtype:
-                move = move_at_once if moved[0].device.type == "cuda" else move_one_by_one
-                move(moved, toward, 1 - decay, left_out)
+        for alike in self.kinds:
+            toward = alike.toward_as_moved()
+            if left_out is None:
+                torch._foreach_lerp_(alike.moved, toward, 1 - decay)
+            else:
+                move = move_at_once if alike.at_once else move_one_by_one
+                move(alike.moved, toward, 1 - decay, left_out)
         for mine, its in (*self.copied, *zip(self.average.buffers(), self.model.buffers(), strict=True)):
             mine.copy_(its)
 

@@ -1,5 +1,6 @@
 """What all tests share: one thread per process, no network, the programs called in-process."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -8,6 +9,17 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+
+def pytest_collection_finish():
+    """What was imported stays: the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    """What is left at the end libraries would complain of."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

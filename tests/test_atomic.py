@@ -98,10 +98,10 @@ def test_of_two_that_write_a_new_folder_the_first_wins(tmp_path):
 
 def test_nothing_else_renames_or_hashes_files():
     """One atomic write and one checksum of a file in the whole package."""
+    forbidden = {"os.replace", "hashlib.file_digest", "tempfile.mkstemp", "tempfile.NamedTemporaryFile"}
     for path in (ROOT / "ldm_lab").rglob("*.py"):
-        if path.name == "atomic.py":
+        text = path.read_text()
+        if path.name == "atomic.py" or not any(name.rpartition(".")[2] in text for name in forbidden):
             continue
-        called = {
-            ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)
-        }
-        assert not called & {"os.replace", "hashlib.file_digest", "tempfile.mkstemp", "tempfile.NamedTemporaryFile"}
+        called = {ast.unparse(node.func) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)}
+        assert not called & forbidden, path

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from fake_cuda import CUDA, fake_cuda
+from fake_cuda import CUDA, fake_cuda, to_gpu
 from tiny import embedding
 from torch.nn import functional as F
 
 from ldm_lab.attention import attention
 from ldm_lab.config import build
-from ldm_lab.denoisers.ccld_unet import BilinearUpsample, CCLDUNet, FourierFeatures, SelfAttention
+from ldm_lab.denoisers.ccld_unet import BilinearUpsample, CCLDUNet, FourierFeatures, SelfAttention, WholeNorm
 from ldm_lab.errors import UserError
 
 TINY = {"base_channels": 16, "multipliers": [1, 2], "blocks_per_level": 2, "head_width": 16, "mapping_width": 24}
@@ -189,6 +189,36 @@ def test_bilinear_upsampling_is_torch_s(shape, order):
     towards = torch.randn_like(expected)
     ours, theirs = (torch.autograd.grad(y, x, towards)[0] for y in (got, expected))
     assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_norm_that_keeps_channels_last_is_the_group_norm(affine):
+    norm = WholeNorm(6, affine)
+    if affine:
+        torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    x = torch.randn(3, 6, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
+    expected, got = norm(x), norm.with_channels_last(x)
+    assert torch.allclose(got, expected, atol=1e-5)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    towards = torch.randn_like(expected)
+    ours, theirs = (torch.autograd.grad(y, x, towards)[0] for y in (got, expected))
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_channels_stay_last_through_the_whole_network_on_a_gpu():
+    """A single layer that gives them back in another order has every convolution behind it copy its input."""
+    net = tiny().to(memory_format=torch.channels_last)
+    with fake_cuda():
+        to_gpu(net)
+        orders = {}
+        for name, module in net.net.named_modules():
+            module.register_forward_hook(
+                lambda module, given, made, name=name: orders.update({name: made.stride(1) if made.ndim == 4 else 1})
+            )
+        x, t, embed = (torch.empty_like(each, device=CUDA) for each in inputs(8, 8))
+        net(x, t, embed)
+    assert len(orders) > 50
+    assert not {name: stride for name, stride in orders.items() if stride != 1}
 
 
 def test_attention_on_a_gpu_is_given_features_side_by_side(monkeypatch):

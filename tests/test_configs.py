@@ -17,6 +17,7 @@ from ldm_lab.training.cost import config_cost
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
 IMAGEN = CONFIGS.parent / "docs" / "imagen.md"
+BUILT_BY_OTHERS = ("sf_v1_1", "sf_v1_2")  # networks that sf_v1_3 has, too
 
 
 def load_filled(path: Path, *changes: str) -> RunConfig:
@@ -30,7 +31,9 @@ def load_filled(path: Path, *changes: str) -> RunConfig:
     return load(path, [*(f"{key}=somewhere" for key in sorted(missing)), *changes])
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, marks=[pytest.mark.slow] * (p.stem in BUILT_BY_OTHERS), id=p.stem) for p in RECIPES]
+)
 def test_a_recipe_loads_and_builds(path):
     loaded = load_filled(path)
     with torch.device("meta"):

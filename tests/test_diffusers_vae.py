@@ -81,7 +81,10 @@ def test_a_vae_of_diffusers(tmp_path, factor):
     assert_same_network(net, vae)
 
 
-@pytest.mark.parametrize(("factor", "sample_size"), [(0.18215, 512), (0.13025, 1024)])
+@pytest.mark.parametrize(
+    ("factor", "sample_size"),
+    [pytest.param(0.18215, 512, id="1.x"), pytest.param(0.13025, 1024, id="XL", marks=pytest.mark.slow)],
+)
 def test_vaes_of_the_configuration_of_stable_diffusion(tmp_path, factor, sample_size):
     """Those of 1.x and XL at their full width: 84 million parameters."""
     vae = theirs(factor, block_out_channels=(128, 256, 512, 512), norm_num_groups=32, sample_size=sample_size)

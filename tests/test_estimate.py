@@ -1,5 +1,7 @@
 """What a training step costs: estimates against what torch's profiler counts, and the words that are made of them."""
 
+import itertools
+
 import pytest
 import torch
 from tiny import AUTOENCODER, CLOOB, DENOISER
@@ -87,9 +89,16 @@ def measured_peak(config: RunConfig) -> int:
     return peak
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("batch_size", [2, 8])
-@pytest.mark.parametrize("denoiser", [CCLD, GLIDE, TRANSFORMER], ids=lambda section: section["name"])
+ONCE = [(CCLD, 2, False), (CCLD, 8, True), (GLIDE, 2, True), (TRANSFORMER, 2, False)]  # the others are slow
+
+
+@pytest.mark.parametrize(
+    ("denoiser", "batch_size", "checkpointing"),
+    [
+        pytest.param(*case, marks=[] if case in ONCE else pytest.mark.slow, id=f"{case[0]['name']}-{case[1]}-{case[2]}")
+        for case in itertools.product([CCLD, GLIDE, TRANSFORMER], [2, 8], [False, True])
+    ],
+)
 def test_the_peak_is_within_a_tenth_of_what_torch_s_profiler_counts(denoiser, batch_size, checkpointing):
     size = 16 if denoiser is GLIDE else 128  # latents of 16
     config = made({**denoiser, "gradient_checkpointing": checkpointing}, batch_size, size)

@@ -1,34 +1,56 @@
-"""The benchmark of the gap: its rows are runs that differ in the conditioner's section alone."""
+"""The benchmark of the gap: rows differ in the conditioner alone, a result is known by all that decides it."""
 
-import argparse
+import json
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny import ROOT
 
+from ldm_lab.checkpoints.gap_files import GapFile
+from ldm_lab.conditioners.gap import Gap
 from ldm_lab.config import load
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory):
+def module():
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import gap
 
-    folder = tmp_path_factory.mktemp("gap")
-    (folder / "clip.safetensors").touch()  # as if it had been trained
-    words = {"shards": None, "clip": [], "clip_steps": 1, "noise": 0.5, "steps": 10, "guidance": 3.0, "texts": None}
-    return gap, gap.Bench(argparse.Namespace(out=str(folder), one_thread=True, **words)), words
+    return gap
 
 
-def test_rows_are_alike_in_all_but_the_conditioner(bench):
-    module, made, _ = bench
+@pytest.fixture
+def bench(module, tmp_path, monkeypatch):
+    """Return what makes a benchmark of a command line, as if the CLIP, the caches and the means were there."""
+    (tmp_path / "clip.safetensors").write_bytes(b"weights")
+    cache = SimpleNamespace(meta=SimpleNamespace(shards=[SimpleNamespace(sha256="of a shard")]), encoded_by={})
+    monkeypatch.setattr(module.Bench, "opened", lambda bench, row: cache)
+    monkeypatch.setattr(module, "weights_sha256", lambda role, section: (tmp_path / "clip.safetensors").read_text())
+    means = Gap(torch.ones(4), torch.zeros(4), 0.25)
+
+    def make(*words):
+        made = module.Bench(module.arguments(["--out", str(tmp_path), *words]))
+        made.measured = GapFile(means, {}, {})
+        return made
+
+    return make
+
+
+def test_rows_are_alike_in_all_but_the_conditioner(module, bench):
+    made = bench("--noise", "0.5")
     trained = {
         name: load(ROOT / module.CONFIG, made.overrides(name, 0)) for name, row in module.ROWS.items() if not row.of
     }
     assert len({config["conditioner"]["weights"] for config in trained.values()}) == 2, "the CLIP, and CLOOB"
-    for config in trained.values():
-        for section in ("data", "denoiser", "objective", "optim", "ema", "trainer"):
+    for name, config in trained.items():
+        for section in ("denoiser", "objective", "optim", "ema", "trainer"):
             assert config[section] == trained["nothing"][section]
+        assert ("cloob" in config["data"]["path"]) == (name == "CLOOB")
+        assert {**config["data"].options, "path": ""} == {**trained["nothing"]["data"].options, "path": ""}
     gaps = {name: config["conditioner"].get("gap") for name, config in trained.items()}
     assert gaps["noise alone"] == {"shift": False, "noise": 0.5} and gaps["shift"]["noise"] == 0
     assert gaps["shift and noise"] == {"means": str(made.means), "noise": 0.5}
@@ -36,16 +58,86 @@ def test_rows_are_alike_in_all_but_the_conditioner(bench):
     assert trained["trained on text"]["conditioner"]["train_on"] == "text"
 
 
-def test_any_clip_and_any_shards(bench, tmp_path):
-    module, _, words = bench
-    clip = ["model=ViT-B-32", "pretrained=laion2b_s34b_b79k"]
-    args = {**words, "shards": "data/{00000..00003}.tar", "clip": clip, "out": str(tmp_path), "one_thread": False}
-    config = load(ROOT / module.CONFIG, module.Bench(argparse.Namespace(**args)).overrides("nothing", 1))
-    assert config["data"]["name"] == "webdataset" and config["data"]["shards"] == "data/{00000..00003}.tar"
-    assert config["conditioner"]["model"] == "ViT-B-32" and config["data"]["batch_size"] == 32
+def test_the_noise_is_the_measured_one_unless_it_is_asked_for(bench):
+    assert bench().noise == 0.25 and bench("--noise", "0.1").noise == 0.1
 
 
-def test_the_table_says_how_many_seeds_a_row_has(bench):
-    lines = bench[0].table({"shift": {"0": 0.5, "1": 0.75}, "CLOOB": {"0": 1.0}}).splitlines()
-    assert lines[1].split() == ["shift", "62.5%", "17.7%", "50.0%,", "75.0%"]
-    assert lines[2].split() == ["CLOOB", "100.0%", "-", "100.0%"]
+def test_shards_are_judged_by_any_clip_through_the_autoencoder_of_their_config(module, bench):
+    made = bench(
+        *("--shards", "data/{00000..00003}.tar", "--clip", "model=ViT-B-32", "pretrained=laion2b_s34b_b79k"),
+        *("--data", "image_size=128", "batch_size=32", "--set", "denoiser.base_channels=32"),
+    )
+    config = load(ROOT / made.config, made.overrides("nothing", 1))
+    assert config["conditioner"]["model"] == "ViT-B-32" and "gap" not in config["conditioner"]
+    assert config["data"]["batch_size"] == 32 and config["denoiser"]["base_channels"] == 32
+    assert config["autoencoder"]["weights"].startswith("hf://"), "not the quickstart's, which knows shapes alone"
+    encoded = load(ROOT / made.config, [*made.images(), *made.settings(module.CLIP_ROW)])
+    assert encoded["data"]["shards"] == "data/{00000..00003}.tar" and encoded["data"]["image_size"] == 128
+    assert "CLOOB" not in made.args.rows
+
+
+CHANGES = {
+    "seed": ((), 1),
+    "steps": (("--steps", "7"), 0),
+    "guidance": (("--guidance", "2"), 0),
+    "noise": (("--noise", "0.1"), 0),
+    "U-Net": (("--set", "denoiser.base_channels=32"), 0),
+}
+
+
+@pytest.mark.parametrize("change", [*CHANGES])
+def test_a_result_of_something_else_is_another_file(bench, change):
+    words, seed = CHANGES[change]
+    assert bench(*words).result("shift and noise", seed) != bench().result("shift and noise", 0)
+
+
+def test_a_result_of_other_weights_or_means_is_another_file_and_of_other_hardware_is_not(bench, tmp_path):
+    before = {name: bench().result(name, 0) for name in ("nothing", "shift and noise")}
+    assert len({*before.values(), bench().result("map on 1 % of the pairs", 0)}) == 3
+    same = bench("--threads", "3", "--workers", "2", "--device", "cuda", "--jobs", "4")
+    assert {name: same.result(name, 0) for name in before} == before
+    other = bench()
+    other.measured = GapFile(Gap(torch.ones(4), torch.ones(4), 0.25), {}, {})
+    assert other.result("shift and noise", 0) != before["shift and noise"]
+    assert other.result("nothing", 0) == before["nothing"]
+    (tmp_path / "clip.safetensors").write_bytes(b"other weights")
+    assert all(bench().result(name, 0) != path for name, path in before.items())
+
+
+def test_what_is_missing_is_trained_once_for_all_rows_that_draw_with_it_and_a_failure_leaves_the_others(
+    module, bench, monkeypatch, capsys
+):
+    made = bench()
+    rows, done = ["shift and noise", "map on 1 % of the pairs", "CLOOB"], made.result("CLOOB", 0)
+    done.parent.mkdir()
+    done.write_text(json.dumps({"right": {"all": 1.0, "color": 1.0}}))
+    tasks = module.missing(made, rows, [0, 1])
+    assert tasks == {("shift and noise", 0): rows[:2], ("shift and noise", 1): rows[:2], ("CLOOB", 1): rows[2:]}
+
+    def work(args, trained, seed, rows):
+        if trained == "CLOOB":
+            raise ValueError("no memory")
+        return dict.fromkeys(rows, 0.5)
+
+    monkeypatch.setattr(module, "work", work)
+    monkeypatch.setattr(module, "ProcessPoolExecutor", lambda jobs, mp_context: ThreadPoolExecutor(jobs))
+    assert not module.measure_all(made.args, tasks)
+    said = capsys.readouterr().out
+    assert "CLOOB, seed 1: failed: ValueError: no memory" in said and said.count("50.0%") == 4
+    assert module.results_of(made, rows, [0, 1]) == {"CLOOB": {0: {"all": 1.0, "color": 1.0}}}
+
+
+def test_what_a_training_prints_goes_into_its_log(module, tmp_path, capfd):
+    with module.output_to(tmp_path / "logs" / "a.log"):
+        os.write(1, b"of a process\n")
+    os.write(1, b"of ours\n")
+    assert (tmp_path / "logs" / "a.log").read_text() == "of a process\n" and capfd.readouterr().out == "of ours\n"
+
+
+def test_the_table_says_how_many_seeds_a_row_has(module):
+    results = {"shift": {0: {"all": 0.5, "color": 0.5}, 2: {"all": 0.75, "color": 1.0}}, "CLOOB": {0: {"all": 1.0}}}
+    results["CLOOB"][0]["color"] = 1.0
+    lines = module.table(results).splitlines()
+    assert lines[0] == "|  | all right | spread | seeds | color |"
+    assert lines[2] == "| shift | 62.5 % | 17.7 | 50.0, 75.0 | 75.0 % |"
+    assert lines[3] == "| CLOOB | 100.0 % | - | 100.0 | 100.0 % |"

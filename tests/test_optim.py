@@ -75,6 +75,32 @@ def test_a_run_goes_on_fused_or_not_whatever_it_was_before(before, after):
         assert torch.allclose(mine, its, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("after", [torch.contiguous_format, torch.channels_last], ids=["plain", "channels last"])
+@pytest.mark.parametrize("before", [torch.contiguous_format, torch.channels_last], ids=["plain", "channels last"])
+def test_a_run_goes_on_the_same_with_its_weights_in_another_order_in_memory(before, after):
+    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> None:
+        for seed in seeds:
+            torch.manual_seed(seed)
+            optimizer.zero_grad()
+            model(torch.randn(2, 3, 8, 8)).square().mean().backward()
+            optimizer.step()
+
+    def made(order: torch.memory_format) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3).to(memory_format=order)
+        return model, build("optim", {"lr": 0.1}).optimizer(model)
+
+    straight, optimizer = made(torch.contiguous_format)
+    steps(straight, optimizer, range(4))
+    first, optimizer = made(before)
+    steps(first, optimizer, range(2))
+    second, other = made(after)
+    second.load_state_dict(first.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    steps(second, other, range(2, 4))
+    assert torch.allclose(second.weight, straight.weight, atol=1e-5)
+
+
 def test_the_average_moves_in_one_pass_and_sees_tensors_that_moved(monkeypatch):
     net = network()
     average = ema.averaged_copy(net)
@@ -110,13 +136,47 @@ def test_an_average_that_a_flag_of_the_device_holds_back_moves_in_one_pass_too(l
             parameter.add_(torch.randn_like(parameter) * parameter.requires_grad)
     before, toward = copy.deepcopy(average), copy.deepcopy(net)
     calls = []
-    at_once = lambda moved, *args: calls.append(len(moved)) or ema.move_at_once(moved, *args)  # noqa: E731
-    monkeypatch.setattr(ema, "move_one_by_one", at_once)  # as on a GPU
+    move_at_once = ema.move_at_once
+    monkeypatch.setattr(ema, "FLAG_KERNEL", "cpu")  # as on a GPU
+    monkeypatch.setattr(
+        ema, "move_at_once", lambda moved, *args: calls.append(len(moved)) or move_at_once(moved, *args)
+    )
     ema.Pairs(average, net).update(0.9, torch.tensor(left_out))
     assert sorted(calls) == [1, 4]
     for mine, its, old, new in zip(*(list(m.parameters()) for m in (average, net, before, toward))):
         assert torch.equal(its, new)
         assert torch.equal(mine, old) if left_out else torch.allclose(mine, old.lerp(new, 0.1), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("left_out", [None, 0.0, 1.0])
+@pytest.mark.parametrize("other", ["channels_last", "half", "expanded", "double"])
+def test_an_average_of_tensors_that_lie_otherwise_is_moved_one_by_one(other, left_out, monkeypatch):
+    """The kernel that takes a flag walks through both memories alike: of tensors that do not match it knows nothing."""
+    net = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Linear(5, 5))
+    average = ema.averaged_copy(net)
+    if other == "channels_last":
+        net.to(memory_format=torch.channels_last)
+    elif other == "expanded":  # with a gap behind each row
+        average[0].weight.data = torch.rand(6, 4, 3, 6)[..., ::2]
+        net[0].weight.data = torch.rand(6, 4, 3, 6)[..., ::2]
+    else:
+        net[0].to({"half": torch.float16, "double": torch.float64}[other])
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    before, toward = copy.deepcopy(average), copy.deepcopy(net)
+    calls = []
+    move_at_once = ema.move_at_once
+    monkeypatch.setattr(ema, "FLAG_KERNEL", "cpu")  # as on a GPU
+    monkeypatch.setattr(
+        ema, "move_at_once", lambda moved, *args: calls.append(len(moved)) or move_at_once(moved, *args)
+    )
+    ema.Pairs(average, net).update(0.9, None if left_out is None else torch.tensor(left_out))
+    assert sum(calls) == (0 if left_out is None else 2 if other in ("half", "double") else 3)
+    for mine, its, old, new in zip(*(list(m.parameters()) for m in (average, net, before, toward))):
+        assert torch.equal(its, new) and its.dtype == new.dtype and mine.dtype == old.dtype
+        moved = old if left_out else old.lerp(new.to(old.dtype), 0.1)
+        assert torch.allclose(mine, moved, rtol=1e-6, atol=1e-6)
 
 
 def test_values_are_logged_at_logging_steps_alone(tmp_path, monkeypatch, program):

@@ -11,7 +11,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from tiny import DENOISER, ROOT, embedding, make_parts, run_program, shipped
 
 from ldm_lab.checkpoints.native import save_model
@@ -107,7 +107,8 @@ def test_numbers_go_on_and_nothing_is_overwritten(call, tmp_path):
         "00000.png", "00001.png", "00002.png",
     ]  # fmt: skip
     with Image.open(out / "00001.png") as first, Image.open(out / "00002.png") as second:
-        assert first.tobytes() == second.tobytes()  # the same seed
+        _, high = zip(*ImageChops.difference(first, second).getextrema())
+        assert max(high) <= 1, "the same seed; in another batch"
 
 
 def test_eta_is_ddim_s(call, tmp_path):

@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import warm
 from filelock import FileLock
 from PIL import Image
-from tiny import DENOISER, ROOT, make_parts, make_run, run_program
+from tiny import DENOISER, ROOT, WARM, make_parts, make_run, program_environment, run_program
 from torch.quasirandom import SobolEngine
 
 from ldm_lab.checkpoints.files import FORMAT, read_pickled, read_safetensors
@@ -179,31 +181,41 @@ SLURM = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "run", "SLURM_JOB_ID": "7", "SLU
          "SLURM_NODEID": "0", "SLURM_NTASKS_PER_NODE": "1"}  # fmt: skip
 
 
+def started(here: Path, yaml: Path, environment: dict[str, str], fresh: bool) -> subprocess.Popen | warm.Program:
+    """Start train.py in a session of its own; what it prints goes to `said`. Fresh: with nothing imported at first."""
+    words = [str(ROOT / "train.py"), "--config", str(yaml)]
+    with (here / "said").open("w") as said:
+        if fresh or not WARM:
+            return subprocess.Popen(
+                [sys.executable, *words], cwd=here, stdout=said, stderr=said, start_new_session=True,
+                env={**os.environ, **environment},
+            )  # fmt: skip
+        return warm.Program(words, here, program_environment(environment), (said, said))
+
+
 @pytest.mark.parametrize(
-    ("number", "accumulate", "environment"),
+    ("number", "accumulate", "environment", "fresh"),
     [
-        (signal.SIGTERM, 1, {}),
-        (signal.SIGINT, 3, {}),
-        (signal.SIGHUP, 1, {}),
-        (signal.SIGUSR1, 1, {}),
-        (signal.SIGUSR1, 2, SLURM),
-        (signal.SIGTERM, 1, SLURM),
+        pytest.param(signal.SIGTERM, 1, {}, True, id="SIGTERM"),
+        pytest.param(signal.SIGINT, 3, {}, False, id="SIGINT-accumulated"),
+        pytest.param(signal.SIGHUP, 1, {}, False, id="SIGHUP", marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, 1, {}, False, id="SIGUSR1", marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, 2, SLURM, False, id="SIGUSR1-SLURM-accumulated"),
+        pytest.param(signal.SIGTERM, 1, SLURM, False, id="SIGTERM-SLURM", marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_saves_before_leaving(here, number, accumulate, environment):
+def test_a_signal_saves_before_leaving(here, number, accumulate, environment, fresh):
     trainer = {"max_steps": 100_000, "accumulate_grad_batches": accumulate}
     yaml = make_run(here, trainer=trainer, checkpoint={"every": 50_000})
     run = here / "runs" / "tiny"
-    with subprocess.Popen(
-        [sys.executable, ROOT / "train.py", "--config", yaml], cwd=here, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, start_new_session=True, env={**os.environ, **environment},
-    ) as process:  # fmt: skip
+    with started(here, yaml, environment, fresh) as process:
         deadline = time.monotonic() + 120
         while not (run / "metrics.csv").exists() or len(losses(run)) < 3:
-            assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
-            time.sleep(0.1)
+            assert process.poll() is None and time.monotonic() < deadline, (here / "said").read_text()
+            time.sleep(0.02)
         process.send_signal(number)
-        out, _ = process.communicate(timeout=60)
+        process.wait(60)
+    out = (here / "said").read_text()
     assert process.returncode == 75, out
     assert "and saved" in out
     assert sorted(path.name for path in run.glob("*.ckpt")) == ["last.ckpt"], "no checkpoint of Lightning's own"
@@ -270,16 +282,13 @@ def test_a_fresh_start_instead_of_a_resume_is_said(here, program):
 def test_kill_minus_nine_leaves_a_whole_checkpoint(here, program):
     yaml = make_run(here, trainer={"max_steps": 100_000}, checkpoint={"every": 1, "keep": 2})
     run = here / "runs" / "tiny"
-    with subprocess.Popen(
-        [sys.executable, ROOT / "train.py", "--config", yaml], cwd=here, stdout=subprocess.DEVNULL,
-        stderr=subprocess.STDOUT, start_new_session=True,
-    ) as process:  # fmt: skip
+    with started(here, yaml, {}, fresh=False) as process:
         deadline = time.monotonic() + 120
         while not (run / "metrics.csv").exists() or len(losses(run)) < 4:
             assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        process.kill()
-        process.wait()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait(60)
     step = read_pickled(run / "last.ckpt")["global_step"]
     code, _, err = program(
         "train", "--config", yaml, "resume.checkpoint=last", f"trainer.max_steps={step + 2}", "checkpoint.every=2"

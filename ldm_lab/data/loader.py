@@ -15,15 +15,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ldm_lab.data.counts import Counts
 from ldm_lab.data.loader_processes import (
     PREFETCH,
     Piped,
+    SharedSignalsLoader,
     Whereabouts,
-    born_without_sigterm,
     death,
     free_shared_memory,
     lack_of_shared_memory,
@@ -118,7 +118,9 @@ def read(
             try:
                 if isinstance(item, SkippedSample):
                     raise item
-                samples.append(source.decode(item, order))
+                sample = source.decode(item, order)
+                source.accept(sample)
+                samples.append(sample)
             except SkippedSample as problem:
                 counts.skip(problem)
                 watch.skip(problem)
@@ -292,7 +294,7 @@ class Loader:
         """Yield the batches as the readers make them, from where `progress` stands."""
         workers = self.source.workers
         whereabouts = Whereabouts(workers)
-        loader = DataLoader(
+        loader = SharedSignalsLoader(
             _Readers(self, progress, whereabouts),
             batch_size=None,  # the readers make whole batches
             num_workers=workers,
@@ -303,7 +305,7 @@ class Loader:
             generator=torch.Generator(),  # else it draws from the global one, which belongs to the training
         )
         free = free_shared_memory()
-        with _without_interruption(), born_without_sigterm():
+        with _without_interruption():
             batches = iter(loader)
         processes = batches._workers if isinstance(batches, _MultiProcessingDataLoaderIter) else []
         wait = Wait(

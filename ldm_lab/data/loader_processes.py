@@ -15,6 +15,8 @@ from multiprocessing.sharedctypes import RawArray
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from ldm_lab.interfaces import Batch
 
@@ -97,6 +99,18 @@ def born_without_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class SharedSignalsLoader(DataLoader):
+    """A DataLoader whose processes leave it to this one to act on SIGTERM from their first moment on.
+
+    What they leave it to do later is for `leave_signals_to_parent` to say, its worker_init_fn.
+    """
+
+    def __iter__(self) -> _BaseDataLoaderIter:
+        """Start the processes."""
+        with born_without_sigterm():
+            return super().__iter__()
 
 
 def leave_signals_to_parent(process: int) -> None:

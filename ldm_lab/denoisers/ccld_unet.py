@@ -67,7 +67,7 @@ class CCLDUNet(Denoiser):
         embed = required_condition(conditions, "embed", Embedding, self.part_name)
         self.spec = {"embed": embed}
         self.multiple_of = 2 ** (len(multipliers) - 1)
-        self.block_types = (ConvBlock, SelfAttention)
+        self.block_types = (ConvBlock, SelfAttention, BilinearUpsample)
         widths = [base_channels * multiplier for multiplier in multipliers]
 
         self.mapping_timestep_embed = FourierFeatures(MAPPING_FEATURES)
@@ -204,10 +204,10 @@ class ConvBlock(nn.Module):
     def __init__(self, c_in: int, c_mid: int, c_out: int, cond_width: int, is_last: bool = False) -> None:
         """`is_last`: the net's last block ends with the second convolution, so that its output can take any sign."""
         super().__init__()
-        first = [nn.Conv2d(c_in, c_mid, 3, padding=1), _norm(c_mid), Modulation(cond_width, c_mid), nn.ReLU()]
+        first = [nn.Conv2d(c_in, c_mid, 3, padding=1), WholeNorm(c_mid), Modulation(cond_width, c_mid), nn.ReLU()]
         second = [nn.Conv2d(c_mid, c_out, 3, padding=1)]
         if not is_last:
-            second += [_norm(c_out), Modulation(cond_width, c_out), nn.ReLU()]
+            second += [WholeNorm(c_out), Modulation(cond_width, c_out), nn.ReLU()]
         self.main = nn.ModuleList([*first, *second])
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1, bias=False)
 
@@ -219,8 +219,28 @@ class ConvBlock(nn.Module):
         return h + self.skip(x)  # [B, c_out, h, w]
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(1, channels, affine=False)
+class WholeNorm(nn.GroupNorm):
+    """Normalization over channels and pixels together: of one group, in whatever order the channels lie in memory.
+
+    torch's kernel for GPUs gives back feature maps whose channels are no longer last, so that each convolution
+    behind one would have its input copied.
+    """
+
+    def __init__(self, channels: int, affine: bool = False) -> None:
+        super().__init__(1, channels, affine=affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [B, c, h, w] for x [B, c, h, w]."""
+        if x.device.type == "cpu" or not _is_channels_last(x):
+            return super().forward(x)
+        return self.with_channels_last(x)
+
+    def with_channels_last(self, x: Tensor) -> Tensor:
+        """Return [B, c, h, w] for x [B, c, h, w], both with their channels last in memory."""
+        rows = rearrange(x, "b c h w -> b (h w c)")  # [B, h w c], without a copy
+        rows = F.layer_norm(rows, rows.shape[1:], eps=self.eps)
+        x = rearrange(rows, "b (h w c) -> b c h w", h=x.shape[2], w=x.shape[3])  # [B, c, h, w]
+        return x if self.weight is None else torch.addcmul(self.bias[:, None, None], x, self.weight[:, None, None])
 
 
 class Modulation(nn.Module):
@@ -242,7 +262,7 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, head_width: int) -> None:
         super().__init__()
         self.heads = channels // head_width  # where this does not divide, heads are wider than head_width
-        self.norm = nn.GroupNorm(1, channels)
+        self.norm = WholeNorm(channels, affine=True)
         self.qkv_proj = nn.Conv2d(channels, channels * 3, 1)
         self.out_proj = nn.Conv2d(channels, channels, 1)
 
@@ -268,13 +288,19 @@ class BilinearUpsample(nn.Upsample):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [B, c, 2h, 2w] for x [B, c, h, w]."""
-        order = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
-        for dim in (2, 3):
+        if _is_channels_last(x):
+            return self.twice(x.movedim(1, -1), 1).movedim(-1, 1)  # [B, c, 2h, 2w], channels last as well
+        return self.twice(x, 2)  # [B, c, 2h, 2w]
+
+    @staticmethod
+    def twice(x: Tensor, first: int) -> Tensor:
+        """Return x with the sides `first` and `first + 1` twice as long."""
+        for dim in (first, first + 1):
             size = x.shape[dim]
             before = torch.cat([x.narrow(dim, 0, 1), x.narrow(dim, 0, size - 1)], dim)  # the neighbors, as large as x
             after = torch.cat([x.narrow(dim, 1, size - 1), x.narrow(dim, size - 1, 1)], dim)
             x = torch.stack([x.lerp(before, 0.25), x.lerp(after, 0.25)], dim + 1).flatten(dim, dim + 1)
-        return x.contiguous(memory_format=order)
+        return x
 
 
 def _is_channels_last(x: Tensor) -> bool:

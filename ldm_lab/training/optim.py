@@ -181,6 +181,7 @@ class Optim:
                 groups, self.lr, self.betas, self.eps, self.weight_decay, fused=fused, foreach=foreach
             )
             adamw.register_load_state_dict_pre_hook(_keep_implementation)
+            adamw.register_load_state_dict_post_hook(_lay_out_as_parameters)
             return adamw
         return _bitsandbytes().AdamW8bit(
             groups, self.lr, self.betas, self.eps, self.weight_decay, is_paged=self.state == "paged_8bit"
@@ -218,6 +219,18 @@ def _keep_implementation(optimizer: torch.optim.Optimizer, state: StateDict) -> 
         for theirs, ours in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
     return {**state, "param_groups": groups}
+
+
+def _lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Lay averages out in memory as their parameters lie, for fused AdamW goes through both side by side.
+
+    They come in another order where `trainer.channels_last` is changed on resume; torch does not look at it on CPUs,
+    and would move each weight by another one's averages.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _bitsandbytes() -> ModuleType:

@@ -48,7 +48,8 @@ class Sharded(ModelParallelStrategy):
                     "a parameter of shape [1] can be"
                 )
         mesh = self.device_mesh["data_parallel"]
-        for module in (*network.block_modules(), network):
+        blocks = [block for block in network.block_modules() if any(True for _ in block.parameters())]
+        for module in (*blocks, network):
             # Also the outermost goes back to shares at once: averages and checkpoints are made of them.
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
