@@ -111,7 +111,7 @@ def test_what_the_table_of_imagen_says_of_a_size_is_what_is_counted(row):
     assert cost.batch_size == images
     assert parameters == pytest.approx(cost.parameters / 1e6, abs=0.5)
     for said, counted in ((operations, cost.flops / images / 1e12), (peak, cost.peak / 1e9)):
-        assert said == pytest.approx(counted, rel=0.03)
+        assert said == pytest.approx(counted, rel=0.05), "two digits"
 
 
 def test_the_table_of_imagen_has_all_recipes_and_sizes():
