@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ldm_lab.checkpoints.files import FORMAT
 from ldm_lab.checkpoints.importer import Section
+from ldm_lab.checkpoints.initialization import no_initial_weights
 from ldm_lab.checkpoints.lora import FILE as LORA_FILE
 from ldm_lab.checkpoints.lora import save_lora
 from ldm_lab.checkpoints.models import read_model
@@ -64,9 +65,10 @@ class DiffusionTask(Task):
     )
     REQUIRED = ("data", "autoencoder", "conditioner", "denoiser", "objective")
     NETWORK = ("denoiser", "objective")
+    WEIGHTS_MAY_FOLLOW = True
 
-    def __init__(self, config: RunConfig, read_weights: bool = True) -> None:
-        super().__init__(config, read_weights)
+    def __init__(self, config: RunConfig, read_weights: bool = True, weights_follow: bool = False) -> None:
+        super().__init__(config, read_weights, weights_follow)
         autoencoder: Autoencoder = load_part("autoencoder", config["autoencoder"], read_weights)
         conditioner: Conditioner = load_part("conditioner", config["conditioner"], read_weights)
         self.sources = build_sources(config.condition_sources)
@@ -77,8 +79,10 @@ class DiffusionTask(Task):
         dropout = config["conditioner"].use_as(ConditionerUse).dropout
         self.dropout = DROPOUT if dropout is None else dropout
         self.conditioning = Conditioning(config["conditioner"], conditioner, read_weights)
-        given = given_conditions(conditioner, self.sources)
-        denoiser: Denoiser = config["denoiser"].build(autoencoder.channels, given)
+        self.given = given = given_conditions(conditioner, self.sources)
+        self.before_drawing = torch.get_rng_state()
+        with no_initial_weights(follow=weights_follow):
+            denoiser: Denoiser = config["denoiser"].build(autoencoder.channels, given)
         check_conditions(denoiser, given)
         self.objective.check_denoiser(denoiser)
         self.check_image_size(config["data"].get("image_size"), autoencoder.downscale * denoiser.multiple_of)
@@ -86,6 +90,14 @@ class DiffusionTask(Task):
         self.spread = LatentSpread(
             autoencoder, config.init_from is not None or config.part("resume").option("checkpoint") is not None
         )
+
+    def drawn_weights(self) -> dict[str, Tensor]:
+        if not self.weights_follow:
+            return super().drawn_weights()
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self.before_drawing)
+            drawn: Denoiser = self.run_config["denoiser"].build(self.autoencoder.channels, self.given)
+        return drawn.state_dict()
 
     @property
     def autoencoder(self) -> Autoencoder:
