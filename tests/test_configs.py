@@ -18,6 +18,9 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
 
 
+BUILT_BY_OTHERS = ("sf_v1_1", "sf_v1_2")  # networks that sf_v1_3 has, too
+
+
 def load_filled(path: Path) -> RunConfig:
     """Load a recipe with something in the places that its users have to fill."""
     missing, files = set(), [path]
@@ -29,7 +32,9 @@ def load_filled(path: Path) -> RunConfig:
     return load(path, [f"{key}=somewhere" for key in sorted(missing)])
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, marks=[pytest.mark.slow] * (p.stem in BUILT_BY_OTHERS), id=p.stem) for p in RECIPES]
+)
 def test_a_recipe_loads_and_builds(path):
     loaded = load_filled(path)
     with torch.device("meta"):

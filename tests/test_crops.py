@@ -210,3 +210,36 @@ def test_on_a_gpu_laps_are_times_between_events_of_its_queue(monkeypatch):
     assert waited and max(waited) < clock[0] and len(laps.pending) <= 9
     assert laps.take() == pytest.approx({"encode": 0.1 * steps, "loss": 0.5 * steps, "update": 0.05 * steps})
     assert waited[-1] == clock[0] and laps.take() == {}
+
+
+@pytest.mark.slow
+def test_both_stages_of_a_cascade_learn_from_images_of_many_sizes(here, program):  # noqa: F811
+    """A base of whole pictures, a stage of squares cut out of them: losses fall, what is too small is counted."""
+    (here / "images").mkdir()
+    for number in range(48):
+        large = number % 4  # every fourth is too small for the squares
+        image = picture_of_waves(number).resize((90 + number, 70) if large else (30, 40))
+        (here / f"images/{number:02}.jpg").write_bytes(stored(image, "jpeg"))
+        (here / f"images/{number:02}.txt").write_text("waves")
+    data = {"name": "folder", "path": str(here / "images"), "batch_size": 8, "workers": 0}
+    run = {"trainer": {"accelerator": "cpu", "max_steps": 120, "threads": 1}, "optim": {"lr": 3e-3}, "ema": None}
+    base = recipe(here, "base", 16, data={**data, "image_size": 16, "crop": "random"}, **run)
+    stage = recipe(
+        here, "sr", 32, data={**data, "image_size": 32, "crop": "random", "resize_to": 64, "flip": True},
+        denoiser={**EFFICIENT, "attention_levels": []}, condition_sources={"noised_low_res": {"most": 0.3}}, **run,
+    )  # fmt: skip
+    for config, name in ((base, "base"), (stage, "sr")):
+        code, out, err = program("train", "--config", config)
+        assert code == 0, err
+        rows = list(csv.DictReader((here / f"runs/{name}/metrics.csv").read_text().splitlines()))
+        loss = [float(row["train/loss"]) for row in rows]
+        assert np.mean(loss[-20:]) < 0.6 * np.mean(loss[:10]), (name, np.mean(loss[:10]), np.mean(loss[-20:]))
+        assert ("left out as asked (25.0%): too small" in out) == (name == "sr")
+
+
+def picture_of_waves(number: int) -> Image.Image:
+    """Return a soft image in two colors, another one for each number."""
+    y, x = np.mgrid[:64, :64] / 64
+    phase = np.sin(2 * np.pi * (x * (1 + number % 3) + y * (number % 2) + number / 48)) / 2 + 0.5  # [64, 64]
+    colors = np.random.RandomState(number).randint(0, 256, (2, 3))
+    return Image.fromarray((phase[..., None] * colors[0] + (1 - phase[..., None]) * colors[1]).astype(np.uint8))

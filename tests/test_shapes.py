@@ -53,6 +53,12 @@ def test_checker_reads_what_was_drawn(degrade, least):
     assert right / 500 >= least
 
 
+def test_checker_reads_the_smallest_drawings():
+    """Those of the quickstart cascade's base, in which soft edges are most of a shape."""
+    drawn = [shapes.draw(f"small/{index}", 16) for index in range(300)]
+    assert sum(tuple(check(image)) == attributes[:3] for image, attributes in drawn) >= 0.99 * 300
+
+
 def test_checker_takes_every_size_and_tells_shapes_of_one_kind_apart():
     for size in (32, 64, 128):
         for shape in shapes.SHAPES:

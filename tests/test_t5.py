@@ -96,8 +96,11 @@ def test_states_that_do_not_fit_into_float16_are_named_and_bfloat16_keeps_them(f
     part.rounds = True
     torch.nn.init.constant_(part.encoder.encoder.final_layer_norm.weight, 1e5)
     made = part.encode_each(["a star", ""])
-    assert list(made.problems) == [0, 1] and "float16 ends at 65,504; conditioner.stored=bfloat16" in made.problems[0]
-    with pytest.raises(UserError, match=r"conditioner: 'a star': states up to [\d,]+, float16 ends at 65,504"):
+    assert (
+        list(made.problems) == [0, 1]
+        and "beyond 65,504, where float16 ends; conditioner.stored=bfloat16 keeps them" in made.problems[0]
+    )
+    with pytest.raises(UserError, match=r"'a star': states beyond 65,504, where float16 ends; conditioner\.stored"):
         part.encode(["a star"])
     wide = loaded(folders["t5"], stored="bfloat16")
     wide.rounds = True

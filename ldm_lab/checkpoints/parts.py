@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ldm_lab.checkpoints.importer import DetectedFile, LoadedPart, Section, detect_format, find_weights, importers_of
 from ldm_lab.checkpoints.initialization import no_initial_weights
 from ldm_lab.checkpoints.sharded import weights_checksum
+from ldm_lab.checkpoints.stored_texts import encodes_missing, identity_in_store, store_folder
 from ldm_lab.config import AutoencoderUse, PartConfig, build
 from ldm_lab.downloads import Download
 from ldm_lab.errors import UserError
@@ -115,6 +116,8 @@ def part_downloads(role: str, config: PartConfig | Section, where: str) -> list[
     """
     config = as_part_config(role, config)
     if not config.use.weights:
+        if store_folder(config) is not None and not encodes_missing(config):
+            return []
         return [replace(its, where=where) for its in config.load().downloads(config.to_dict())]
     found = to_download(config.use.weights, f"{where}.weights")
     return [found] if found else []
@@ -241,4 +244,5 @@ def weights_sha256(role: str, config: PartConfig | Section) -> str | None:
 
 def _identity(role: str, config: PartConfig | Section) -> str | None:
     config = as_part_config(role, config)
-    return config.load().weights_identity(config.to_dict())
+    identity: str | None = identity_in_store(config)
+    return config.load().weights_identity(config.to_dict()) if identity is None else identity

@@ -132,24 +132,36 @@ def add_config_arguments(parser: argparse.ArgumentParser, meaning: str) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the YAML's")
 
 
-def add_pass_arguments(parser: argparse.ArgumentParser, whose: str = "the CLIP's", of_config: bool = False) -> None:
+def add_pass_arguments(
+    parser: argparse.ArgumentParser,
+    whose: str | None = "the CLIP's",
+    of_config: bool = False,
+    batch: int | None = None,
+    what: str = "images",
+) -> None:
     """Declare the arguments of a pass over images: those of `pass_options`.
 
     Args:
         parser: of the command.
-        whose: arithmetic has the precision.
+        whose: arithmetic has the precision; None declares none.
         of_config: whether batches, loader processes and precision are a config's, where they are not given.
+        batch: size of a batch unless it is given.
+        what: is processed.
     """
     add = parser.add_argument
-    batch, workers, precision = (None, None, None) if of_config else (64, 2, PRECISIONS[0])
-    said = ("data.batch_size", "data.workers", "the config's") if of_config else ("64", "2", PRECISIONS[0])
-    add("--batch-size", type=whole_number(1), default=batch, metavar="N", help=f"images at once ({said[0]})")
+    workers, precision = (None, None) if of_config else (2, PRECISIONS[0])
+    batch = batch if of_config or batch is not None else 64
+    said = (batch or "data.batch_size", workers or "data.workers", precision or "the config's")
+    add("--batch-size", type=whole_number(1), default=batch, metavar="N", help=f"{what} at once ({said[0]})")
     add(
         "--workers", type=whole_number(0), default=workers, metavar="N", help=f"loader processes per device ({said[1]})"
     )
     add("--devices", default="1", metavar="N", help="devices per node, or auto (%(default)s)")
     add("--num-nodes", type=whole_number(1), default=1, metavar="N", help="nodes (%(default)s)")
     add("--accelerator", default="auto", metavar="NAME", help="auto, gpu, cpu, mps (%(default)s)")
+    if whose is None:
+        parser.set_defaults(precision=None)
+        return
     choices = ENCODER_PRECISIONS if of_config else PRECISIONS
     add("--precision", choices=choices, default=precision, help=f"of {whose} arithmetic ({said[2]})")
 

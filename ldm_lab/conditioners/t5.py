@@ -1,5 +1,6 @@
 """A text as the states of a frozen language model, one for each of its tokens: T5, Flan, ByT5, or MiniLM offline."""
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -93,6 +94,7 @@ class T5(Conditioner):
         lowercase: bool = False,
         dtype: Literal["bf16", "fp32"] | None = None,
         stored: Literal["float16", "bfloat16"] | None = None,
+        width: PositiveInt | None = None,
     ) -> None:
         """Choose the model; its weights are loaded by `load_pretrained`.
 
@@ -106,6 +108,7 @@ class T5(Conditioner):
             dtype: of the encoder's arithmetic (default: fp32 for minilm, else bf16).
             stored: type that states are stored in, and rounded to wherever they are trained on (default: bfloat16 for
                 bf16, which loses nothing, else float16, which is finer and ends at 65,504).
+            width: D, of a state, of a model that nobody has heard of and that is not here (default: as its files say).
 
         Raises:
             UserError: no such model.
@@ -114,7 +117,7 @@ class T5(Conditioner):
         self.model_name, self.text_size, self.padding, self.lowercase = model, text_size, padding, lowercase
         self.dtype = TYPES[dtype or ("fp32" if model == MINILM else "bf16")]
         self.stored = STORED[stored or ("bfloat16" if self.dtype == torch.bfloat16 else "float16")]
-        self.width = width_of(model)
+        self.width = width or width_of(model)
         self.encoder: torch.nn.Module | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.register_buffer("place", torch.zeros(()), persistent=False)  # []; says where the part is
@@ -140,9 +143,18 @@ class T5(Conditioner):
         self.tokenizer = load_tokenizer(folder)
         with told_in_one_line(lambda: f"loading {name}", f"{LESS_MEMORY} need less"):
             self.encoder = load_encoder(folder, self.dtype, device)
+        if (right := width_of(name)) != self.width:
+            raise UserError(f"conditioner.width: {self.width}, and the states of {name} are {right} wide")
 
     def load_later(self) -> None:
         self.is_postponed = True
+
+    def facts(self) -> dict[str, str]:
+        """Return what makes a text's states what they are, beside the weights, by name, each as JSON."""
+        dtype = next(name for name, its in TYPES.items() if its == self.dtype)
+        words = {"name": self.part_name, "model": self.model_name, "padding": self.padding, "dtype": dtype}
+        numbers = {"text_size": self.text_size, "lowercase": self.lowercase, "chunk": CHUNK}
+        return {key: json.dumps(its) for key, its in {**words, **numbers, "stored": self.stored_name}.items()}
 
     @property
     def stored_name(self) -> Stored:
@@ -202,7 +214,7 @@ class T5(Conditioner):
             )
         made = self.encode_each(missing, once) if missing else Encoded([], {})
         for place, problem in made.problems.items():
-            raise UserError(f"conditioner: {quoted(missing[place])}: {problem}")
+            raise UserError(f"conditioner: {self.model_name}: {quoted(missing[place])}: {problem}")
         of_text = dict(zip(missing, made.states))
         if self.store is not None and missing:
             of_text = {text: its.cpu() for text, its in of_text.items()}  # where the others are
@@ -238,10 +250,10 @@ class T5(Conditioner):
         sizes = torch.stack([torch.cat(largest), torch.cat(kept)]).tolist() if order else [[], []]  # [2, n]
         for i, size, size_kept in zip(order, *sizes):
             if not size < torch.inf:
-                problems[i] = f"{self.model_name} gives states that are not finite; conditioner.dtype=fp32"
+                problems[i] = "states that are not finite; conditioner.dtype=fp32 may help"
             elif not size_kept < torch.inf:
                 most = torch.finfo(dtype).max
-                problems[i] = f"states up to {size:,.0f}, float16 ends at {most:,.0f}; conditioner.stored=bfloat16"
+                problems[i] = f"states beyond {most:,.0f}, where float16 ends; conditioner.stored=bfloat16 keeps them"
         return Encoded(states, problems)
 
     def chunks(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[int]]]:

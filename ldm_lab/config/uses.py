@@ -8,6 +8,7 @@ from annotated_types import Len
 from ldm_lab.config.bounds import PartSection, Plain, PositiveFloat, Share, TypeForm
 
 EncoderPrecision = Literal["fp32", "bf16"]
+MissingText = Literal["encode", "skip"]
 TrainOn = Literal["image", "text", "mixed"]
 
 
@@ -53,6 +54,9 @@ class ConditionerUse(PartUse):
         train_on: whose embedding stands for the condition in training: the image's, its caption's, or either; None is
             the image's.
         text_share: of "mixed", how often it is the caption's; None is half.
+        store: folder with the states of captions, which `embed-text` makes; None encodes them anew in each step.
+        missing: what becomes of captions that the store lacks: encode adds them to it, skip leaves their images out;
+            None encodes where the model is here, or there is no store yet.
     """
 
     dropout: Share | None = None
@@ -60,6 +64,8 @@ class ConditionerUse(PartUse):
     gap: Annotated[dict[str, Plain] | None, PartSection("gap")] = None
     train_on: TrainOn | None = None
     text_share: Share | None = None
+    store: str | None = None
+    missing: MissingText | None = None
 
 
 def keys_of(use: type[PartUse] | None) -> dict[str, TypeForm]:

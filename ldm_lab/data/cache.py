@@ -17,7 +17,7 @@ from ldm_lab.data.cache_files import DTYPES, CacheShard
 from ldm_lab.data.cache_places import Opened, RemoteCache, open_place
 from ldm_lab.data.contents import contents_of
 from ldm_lab.data.order import Order
-from ldm_lab.data.samples import Sample, SkippedSample
+from ldm_lab.data.samples import Captioned, Sample, SkippedSample
 from ldm_lab.data.shard_urls import scheme_of
 from ldm_lab.data.source import CHECK_AFTER, WHOLE, Source, Unusable
 from ldm_lab.errors import UserError
@@ -128,6 +128,13 @@ class Cache(Source):
         variant = order.turn(item, self.meta.variants) if self.meta.variants > 1 else 0
         row = sample * self.meta.variants + variant
         return CachedRow(shard.key[sample], shard.text[row], shard=shard, row=row)
+
+    def captions_of(self, item: int) -> Captioned:
+        sample = self.decode(item, Order(0, 0))
+        variants, shard = self.meta.variants, sample.shard
+        first = sample.row - sample.row % variants
+        texts = [sample.text] if shard is None else [shard.text[row] for row in range(first, first + variants)]
+        return Captioned(sample.key, "", list(dict.fromkeys(texts)))
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Return the batch of some rows, read shard by shard, in the cache's own precision."""

@@ -247,6 +247,11 @@ class CacheShard:
             filled[place, : int(ends[row]) - start] = values[start : int(ends[row])]  # [length, ...]
         return filled
 
+    def ragged_row(self, name: str, row: int) -> Tensor:
+        """Return a row of a ragged column, [length, ...]."""
+        ends = self.ends[name]
+        return self.tensors[name][int(ends[row - 1]) if row else 0 : int(ends[row])]  # [length, ...]
+
 
 # ---------------------------------------------------------------------------------------------------------- meta.json
 

@@ -16,7 +16,7 @@ from ldm_lab.data.contents import contents_of, file_entries, names_within
 from ldm_lab.data.folders import Listing, ending_of, is_image, need_plugins, walk
 from ldm_lab.data.image_lists import read_list
 from ldm_lab.data.order import Order
-from ldm_lab.data.samples import RawSample, Sample, SkippedSample
+from ldm_lab.data.samples import Captioned, RawSample, Sample, SkippedSample
 from ldm_lab.data.source import ImageSource
 from ldm_lab.data.strings import Strings
 from ldm_lab.data.text import spellings
@@ -178,6 +178,13 @@ class FileSource(ImageSource):
 
     def decode(self, item: int, order: Order) -> Sample:
         return super().decode(self.read(item), order)
+
+    def captions_of(self, item: int) -> Captioned:
+        """Return what is said of an image, which is not read."""
+        try:
+            return super().captions_of(RawSample(self._names[item], b"", caption=self.caption_of(item)))
+        except OSError:
+            raise SkippedSample("unreadable file", self._names[item]) from None
 
 
 @register("data", "image_list")

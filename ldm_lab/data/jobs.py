@@ -72,11 +72,13 @@ class Job(nn.Module, Generic[Raw, One, Many, Made]):
     Attributes:
         task: a verb for the progress bar.
         results: what its files hold, in the plural.
+        unit: of what the bar counts.
         preparation: of the samples.
     """
 
     task: ClassVar[str]
     results: ClassVar[str]
+    unit: ClassVar[str] = "image"
     preparation: Preparation[Raw, One, Many]
 
     def check(self, items: Sequence[WorkItem[Raw]]) -> None:

@@ -118,7 +118,9 @@ def read(
             try:
                 if isinstance(item, SkippedSample):
                     raise item
-                samples.append(source.decode(item, order))
+                sample = source.decode(item, order)
+                source.accept(sample)
+                samples.append(sample)
             except SkippedSample as problem:
                 counts.skip(problem)
                 watch.skip(problem)

@@ -69,7 +69,7 @@ def run_pass(job: Job[Raw, One, Many, Made], items: Sequence[WorkItem[Raw]], opt
         trainer = Trainer(
             accelerator=options.accelerator, devices=options.devices, num_nodes=options.num_nodes,
             precision=options.precision, strategy="auto" if alone else DDPStrategy(timeout=LONGEST_WAIT),
-            callbacks=[_Bar(job.task)], logger=False, enable_progress_bar=False, enable_checkpointing=False,
+            callbacks=[_Bar(job.task, job.unit)], logger=False, enable_progress_bar=False, enable_checkpointing=False,
             enable_model_summary=False, use_distributed_sampler=False,
         )  # fmt: skip
     keep_freed_memory(trainer.strategy.root_device)
@@ -268,13 +268,13 @@ class _Pass(LightningModule):
 class _Bar(Callback):
     """A progress bar of samples, with samples per second over all processes, on the first one."""
 
-    def __init__(self, task: str) -> None:
-        self.task = task
-        self.bar = Bar(task, "image", shown=False)  # until it begins
+    def __init__(self, task: str, unit: str) -> None:
+        self.task, self.unit = task, unit
+        self.bar = Bar(task, unit, shown=False)  # until it begins
         self.samples = self.items = 0
 
     def on_predict_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.bar = Bar(self.task, "image", shown=trainer.is_global_zero)
+        self.bar = Bar(self.task, self.unit, shown=trainer.is_global_zero)
 
     def on_predict_batch_end(
         self,

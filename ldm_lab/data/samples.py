@@ -69,6 +69,20 @@ class Sample:
     conditions: dict[str, Tensor] = field(default_factory=dict)
 
 
+class Captioned(NamedTuple):
+    """What is said of a sample.
+
+    Attributes:
+        key: its name.
+        caption_place: where its captions came from, or why they cannot be read; "" if nobody knows.
+        texts: all that an epoch may draw as its caption; "" where there is none.
+    """
+
+    key: str
+    caption_place: str
+    texts: list[str]
+
+
 class SkippedSample(Exception):
     """A sample (or a whole shard) that cannot be used.
 

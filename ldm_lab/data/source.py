@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ldm_lab.config import NonNegativeInt, PartSection, Plain, PositiveFloat, PositiveInt, ShareBelowOne, build
-from ldm_lab.data.captions import Captions
+from ldm_lab.data.captions import Caption, Captions
 from ldm_lab.data.order import Order
-from ldm_lab.data.samples import FilteredOut, Judged, RawSample, Sample, SkippedSample, caption_of
+from ldm_lab.data.samples import Captioned, FilteredOut, Judged, RawSample, Sample, SkippedSample, caption_of
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Batch
 from ldm_lab.io.color import BadImage
@@ -47,6 +47,7 @@ class Source:
             every unit is an item.
         judged_after: samples that a rank reads before the share of skipped ones is judged.
         note: told what is about to be read, for the message of a wait that takes long.
+        accept: raises SkippedSample for a decoded sample that the run cannot use.
         encoded_by: of a cache, role -> what is known of the part that made its latents or conditions.
     """
 
@@ -69,6 +70,7 @@ class Source:
         self.batch_size, self.workers, self.max_skipped = batch_size, workers, max_skipped
         self.timeout = timeout
         self.note: Callable[[str], None] = noted_nowhere
+        self.accept: Callable[[Sample], None] = accept_all
 
     @property
     def picture_size(self) -> int | None:
@@ -119,6 +121,11 @@ class Source:
         """Return the sample of an item; every random choice comes from `order.random`. Raises SkippedSample."""
         raise NotImplementedError
 
+    def captions_of(self, item: Item) -> Captioned:
+        """Return what is said of an item, undecoded where that is known without its image. Raises SkippedSample."""
+        sample = self.decode(item, Order(0, 0))
+        return Captioned(sample.key, sample.caption_place, [sample.text])
+
     def collate(self, samples: list[Sample]) -> Batch:
         """Return the batch of some samples, its image uint8; runs in the loader process."""
         return Batch(
@@ -143,6 +150,10 @@ class Source:
 
 def noted_nowhere(name: str) -> None:
     """Forget what is about to be read."""
+
+
+def accept_all(sample: Sample) -> None:
+    """Take every sample."""
 
 
 def _stacked(rows: list[Tensor | None]) -> Tensor | None:
@@ -198,8 +209,8 @@ class ImageSource(Source):
             return []
         return ["resize: fast: takes torch 2.12 or a newer one; with this one Pillow reads and resizes (exact)"]
 
-    def decode(self, item: RawSample, order: Order) -> Sample:
-        """Return the sample with its image, uint8 [3, S, S]. Raises SkippedSample."""
+    def parts_of(self, item: RawSample) -> tuple[bytes, Caption]:
+        """Return the encoded image and the caption of a sample. Raises SkippedSample: none, or no wanted caption."""
         if item.image is None:
             raise SkippedSample("no image", item.key)
         caption = caption_of(item, self.captions)
@@ -207,6 +218,15 @@ class ImageSource(Source):
             raise SkippedSample(caption.problem, item.key)
         if self.require_text and not caption.texts and not (self.require_text == "file" and caption.exists):
             raise FilteredOut("no caption", item.key)  # the user asked for that: nothing is wrong with the image
+        return item.image, caption
+
+    def captions_of(self, item: RawSample) -> Captioned:
+        caption = self.parts_of(item)[1]
+        return Captioned(item.key, caption.problem or caption.place, list(caption.texts) or [""])
+
+    def decode(self, item: RawSample, order: Order) -> Sample:
+        """Return the sample with its image, uint8 [3, S, S]. Raises SkippedSample."""
+        data, caption = self.parts_of(item)
         text = caption.draw(order.random("caption", item.key)) if len(caption.texts) > 1 else caption.whole
         across, down, mirror = 0.5, 0.5, 0.5
         if self.crop == "random" or self.flip:  # a generator costs as much as the header of an image
@@ -216,7 +236,7 @@ class ImageSource(Source):
             across = down = 0.5
         try:
             image = read_square(
-                item.image, self.image_size, across, down, self.resize, self.min_size, self.max_pixels, self.cut_from
+                data, self.image_size, across, down, self.resize, self.min_size, self.max_pixels, self.cut_from
             )  # [3, S, S]
         except BadImage as problem:
             asked = str(problem) == TOO_SMALL and (self.min_size > LEAST_SIDE or self.cut_from is not None)

@@ -15,6 +15,8 @@ from ldm_lab.data.shapes import ANGLE, COLORS, SHAPES, Attributes, render
 GRID = 32  # pixels; masks are compared at this size
 PAD = 4  # pixels of background around the shape in that comparison
 STEP = 3  # degrees between the templates of a shape
+SMALL = 32  # pixels; below, soft edges are most of a shape, and the image is enlarged first
+ENLARGED = 4  # times
 
 
 class Reading(NamedTuple):
@@ -35,6 +37,9 @@ def check(image: Image.Image | np.ndarray) -> Reading:
     """
     if isinstance(image, Image.Image):
         image = np.asarray(image.convert("RGB"))  # [H, W, 3]
+    if min(image.shape[:2]) < SMALL:
+        sides = image.shape[1] * ENLARGED, image.shape[0] * ENLARGED
+        image = np.asarray(Image.fromarray(image.astype(np.uint8)).resize(sides, Image.Resampling.BICUBIC))  # [H, W, 3]
     pixels = image.astype(np.float64)  # [H, W, 3]
     width = max(1, round(min(pixels.shape[:2]) / 32))  # the frame that no shape reaches (shapes.MARGIN)
     frame = np.ones(pixels.shape[:2], bool)  # [H, W]

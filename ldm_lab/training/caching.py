@@ -31,6 +31,7 @@ from ldm_lab.training.disk import check_room
 from ldm_lab.training.encoders import Encoders
 from ldm_lab.training.encoding import SEED, CacheJob, CacheTarget, Variants, expected_row_bytes
 from ldm_lab.training.logs import print_rank_zero
+from ldm_lab.training.texts import load_conditioner, store_of, watch
 
 PATHS = ("path", "shards", "folder")  # options that say where data are
 PROBE = 100  # samples of a shard that tell how many there are in all
@@ -247,7 +248,11 @@ def make_cache(config: RunConfig, options: PassOptions, without_unreached: bool 
     check_room(cache.folder, samples_left(source, items) * cache.variants.count * row, "this cache")
     job = CacheJob(encoders, source, cache.variants, CacheTarget(cache.folder, wanted, config.seed, without_unreached))
     precision, max_skipped = cache.precision or PassOptions.precision, source.max_skipped
-    return run_pass(job, items, replace(options, precision=precision, max_skipped=max_skipped))
+    watch(source, encoders.conditioner)
+    report = run_pass(job, items, replace(options, precision=precision, max_skipped=max_skipped))
+    if (store := store_of(encoders.conditioner)) is not None:
+        store.flush()
+    return report
 
 
 def with_choices(config: RunConfig) -> RunConfig:
@@ -271,7 +276,7 @@ def load_encoders(config: RunConfig) -> Encoders:
     for role in ENCODERS:
         if role not in config:
             raise UserError(f"{role}: this section has to be given")
-        part = load_part(role, config[role])
+        part = load_part(role, config[role]) if role != "conditioner" else load_conditioner(config, later=False)
         if any(True for _ in part.parameters()) and not has_weights(role, config[role]):
             raise UserError(f"{role}.weights: has to be given; a cache is made with trained parts")
         parts.append(part)

@@ -29,6 +29,7 @@ from ldm_lab.training.runner import RUNS, announce, build_task, less_memory, tra
 from ldm_lab.training.sharding import FSDP2
 from ldm_lab.training.start import check_start
 from ldm_lab.training.task import Task
+from ldm_lab.training.texts import StoredTexts
 from ldm_lab.training.trainer import TrainerOptions
 
 PICTURES = ("demo", "enlargements", "inpaintings", "reconstructions")  # sections that draw every now and then
@@ -65,6 +66,8 @@ def check(config: RunConfig) -> int:
         for callback in drawing:
             if isinstance(callback, HeldOut):
                 callback.goes_on = False
+            if isinstance(callback, StoredTexts):
+                callback.store.writes = False
         trainer = options.trainer([resume, guard, *drawing], [], 1, Path(scratch))
         if options.channels_last:
             task.to(memory_format=torch.channels_last)

@@ -50,6 +50,7 @@ from ldm_lab.training.run_state import Checkpoint
 from ldm_lab.training.sharding import Sharded
 from ldm_lab.training.spread import LatentSpread
 from ldm_lab.training.task import Task
+from ldm_lab.training.texts import cut_summary, load_conditioner, text_callbacks, watch
 from ldm_lab.training.timesteps import TIMESTEP_SAMPLERS, UniformTimesteps
 
 DROPOUT = 0.2  # share of conditions that are dropped unless the config says otherwise (cloob-latent-diffusion's)
@@ -70,7 +71,7 @@ class DiffusionTask(Task):
     def __init__(self, config: RunConfig, read_weights: bool = True, weights_follow: bool = False) -> None:
         super().__init__(config, read_weights, weights_follow)
         autoencoder: Autoencoder = load_part("autoencoder", config["autoencoder"], read_weights)
-        conditioner: Conditioner = load_part("conditioner", config["conditioner"], read_weights)
+        conditioner = load_conditioner(config, read_weights)
         self.sources = build_sources(config.condition_sources)
         self.frozen = {"autoencoder": autoencoder, "conditioner": conditioner, **self.sources}
         in_precision = [config[role].get("precision") for role in ("autoencoder", "conditioner")]
@@ -218,6 +219,7 @@ class DiffusionTask(Task):
             here = encoder_facts(self.run_config[role], self.frozen_sha256.get(role))
             if other := encoder_differences(role, there, here):
                 raise UserError(f"{where}.path: this cache was made with another {', '.join(other)}")
+        watch(source, self.conditioner)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -262,7 +264,8 @@ class DiffusionTask(Task):
             raise UserError("inpaintings: are an inpainting model's, which condition_sources.inpaint makes")
         if sections["ema_snapshots"] is not None and self.lora is not None:
             raise UserError("ema_snapshots: are of a whole network, and with a section lora none is trained")
-        return [section.build(folder) for section in sections.values() if section is not None]
+        own = [section.build(folder) for section in sections.values() if section is not None]
+        return text_callbacks(self.run_config, self.conditioner) + own
 
     # ------------------------------------------------------------------------------------------------ what it leaves
 
@@ -310,11 +313,11 @@ class DiffusionTask(Task):
         statistics = {key: value.tolist() for key, value in self.autoencoder.latent_statistics().items()}
         config = self.run_config
         config = config.with_part("autoencoder", config["autoencoder"].with_use(**statistics))
-        conditioner = config["conditioner"].with_use(dropout=self.dropout)
+        conditioner = config["conditioner"].with_use(dropout=self.dropout, store=None, missing=None)
         return config.with_part("conditioner", self.conditioning.stored(conditioner))
 
     def summary(self) -> list[str]:
-        return self.conditioning.summary()
+        return self.conditioning.summary() + cut_summary(self.conditioner)
 
 
 def say_enlarged(data: PartConfig) -> None:

@@ -108,6 +108,8 @@ class VariantPreparation:
         """Return a sample in all variants. Raises SkippedSample."""
         orders = [NotingOrder(self.seed, crop) for crop in range(self.variants.crops)]
         decoded = [self.source.decode(sample, order) for order in orders]
+        for variant in decoded:
+            self.source.accept(variant)
         images, texts = list[Tensor](), list[str]()
         for one in decoded:
             if one.image is None:

@@ -1,0 +1,361 @@
+"""States of captions stored once: what is stored trains as what is encoded, bit for bit."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from language_models import write_language_model
+from tiny import run_program
+
+from ldm_lab.batch import Batch
+from ldm_lab.checkpoints.files import read_pickled
+from ldm_lab.checkpoints.importer import Section
+from ldm_lab.checkpoints.parts import load_part
+from ldm_lab.config import RunConfig, load, to_yaml
+from ldm_lab.data.cache_files import META, read_meta
+from ldm_lab.data.jobs import PassOptions
+from ldm_lab.data.text_store import LACKING, TextStore, store_columns, text_key
+from ldm_lab.errors import UserError
+from ldm_lab.training.embed_texts import embed_texts
+from ldm_lab.training.texts import load_conditioner, prompts_of
+
+COLUMNS = store_columns("float16", 8, 48)
+MADE_BY = {"kind": '"texts"', "conditioner.sha256": '"a"', "conditioner.model": '"b"', "conditioner.text_size": "8"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a tiny T5, drawn shapes with captions, and the YAML of a run on them."""
+    folder = tmp_path_factory.mktemp("texts")
+    write_language_model(folder / "t5")
+    (folder / "prompts.txt").write_text("a red circle\na star:2\n")
+    config = {
+        "task": "diffusion", "run": "texts", "seed": 0,
+        "data": {"name": "shapes", "folder": str(folder / "shapes"), "count": 16, "shards": 2, "image_size": 16,
+                 "batch_size": 4, "workers": 0},
+        "autoencoder": {"name": "identity"},
+        "conditioner": {"name": "t5", "model": str(folder / "t5"), "text_size": 12, "dropout": 0.1},
+        "denoiser": {"name": "imagen_unet", "base_channels": 8, "multipliers": [1, 2], "blocks_per_level": [1],
+                     "heads": 2, "head_width": 4, "attention_levels": [1], "text_levels": [1], "text_latents": 2},
+        "objective": {"name": "continuous"}, "ema": {"from_step": [0], "decay": [0.5]},
+        "trainer": {"accelerator": "cpu", "max_steps": 4, "threads": 1},
+        "checkpoint": {"every": 2}, "logging": {"every": 1},
+        "demo": {"prompts": str(folder / "prompts.txt"), "every": 4,
+                 "sampling": {"sampler": {"name": "ddim", "steps": 1}}},
+    }  # fmt: skip
+    (folder / "texts.yaml").write_text(to_yaml(config))
+    return folder
+
+
+@pytest.fixture
+def yaml(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return made / "texts.yaml"
+
+
+def losses(run: str) -> list[str]:
+    lines = [line.split(",") for line in Path("runs", run, "metrics.csv").read_text().splitlines()]
+    place = lines[0].index("train/loss")
+    return [line[place] for line in lines[1:] if line[place]]
+
+
+def weights(run: str) -> dict[str, torch.Tensor]:
+    return read_pickled(Path("runs", run, "last.ckpt"))["state_dict"]
+
+
+def embed(yaml, folder, *overrides: str, batch_size: int = 8, workers: int = 0):
+    config = load(yaml, [f"conditioner.store={folder}", *overrides])
+    return embed_texts(config, PassOptions(batch_size, workers, accelerator="cpu"))
+
+
+def test_stored_and_online_are_the_same_bit_for_bit_and_resume_exactly(yaml, program):
+    code, out, err = program("ldm_lab.__main__", "embed-text", "--config", yaml, "--out", "store", "--workers", "0")
+    assert code == 0, err
+    assert "store: 19 texts of " in out and "data: 16 samples read, none skipped" in out, out
+    runs = {
+        "live": [],
+        "stored": ["conditioner.store=store", "conditioner.missing=skip"],
+        "filled": ["conditioner.store=filled"],
+    }
+    for run, overrides in runs.items():
+        code, out, err = program("train", "--config", yaml, f"run={run}", *overrides)
+        assert code == 0, err
+        assert ("texts added by the first process" in out) == (run == "filled"), out
+    assert len(set(losses("live"))) == 4 and all(losses(run) == losses("live") for run in runs)
+    assert program("train", "--config", yaml, "run=parts", "conditioner.store=parts", "trainer.max_steps=2")[0] == 0
+    code, out, err = program(
+        "train", "--config", yaml, "run=parts", "conditioner.store=parts", "resume.checkpoint=last"
+    )
+    assert code == 0, err
+    live = weights("live")
+    for run in (*runs, "parts"):
+        its = weights(run)
+        assert all(its[name].equal(live[name]) for name in live), run
+    texts = {run: set(read_store(folder)) for run, folder in (("stored", "store"), ("filled", "filled"))}
+    assert texts["filled"] <= texts["stored"] and "a star" in texts["stored"] and "" in texts["stored"]
+
+
+def read_store(folder: str) -> list[str]:
+    store = TextStore(Path(folder), read_meta(Path(folder)).description, dict(read_meta(Path(folder)).columns))
+    shards = [store._open(number, path) for number, path in enumerate(store._shards)]
+    return [shard.text[row] for shard in shards for row in range(shard.samples)]
+
+
+def test_a_model_s_file_names_no_store(yaml, program):
+    embed(yaml, "store")
+    assert program("train", "--config", yaml, "conditioner.store=store", "trainer.max_steps=1")[0] == 0
+    code, out, _ = program("ldm_lab.__main__", "inspect", "runs/texts/ema.safetensors")
+    assert code == 0 and "t5" in out and "store" not in out.replace("stored", "")
+
+
+@pytest.mark.slow
+def test_with_a_full_store_training_never_imports_the_language_model(yaml, made):
+    """Nor is it there: the folder with its files has gone."""
+    embed(yaml, "store")
+    words = ["train", "--config", str(yaml), "conditioner.store=store", "trainer.max_steps=2"]
+    script = (
+        "import sys; from ldm_lab.__main__ import main\n"
+        f"assert main({words!r}) == 0\n"
+        "print('loaded:', sorted(name for name in sys.modules if name.split('.')[0] in ('transformers', 'tokenizers')))"
+    )
+    away = made / "away"
+    (made / "t5").rename(away)
+    try:
+        done = run_program("-c", script, cwd=Path.cwd())
+    finally:
+        away.rename(made / "t5")
+    assert done.returncode == 0, done.stderr
+    assert "loaded: []" in done.stdout
+    assert "a caption that lacks is left out with its image, and counted" in done.stdout
+
+
+def test_the_model_is_not_loaded_where_all_is_stored(yaml, monkeypatch, program):
+    """As above, in this process: with a store, and with a cache of images."""
+    embed(yaml, "store")
+    monkeypatch.setattr("ldm_lab.conditioners.t5.load_encoder", None)
+    code, _, err = program("train", "--config", yaml, "conditioner.store=store", "trainer.max_steps=1")
+    assert code == 0, err
+    config = load(yaml, ["cache.folder=cache"])
+    assert load_conditioner(config).encoder is None
+
+
+def test_captions_that_a_closed_store_lacks_are_skipped_and_counted(yaml, program):
+    embed(yaml, "store")
+    of_data = [path for path in sorted(Path("store").glob("*-*.json")) if not path.name.startswith("added")]
+    closed = ["conditioner.store=store", "conditioner.missing=skip", "trainer.max_steps=3", "data.max_skipped=0.9"]
+    of_data[0].unlink()
+    code, out, err = program("train", "--config", yaml, *closed)
+    assert code == 0 and "skipped (" in out and f"{LACKING} " in out, out
+    of_data[1].unlink()
+    code, _, err = program("train", "--config", yaml, *closed, "run=other")
+    assert code == 2 and "no usable sample in a long time: " in err and LACKING in err.splitlines()[-1], err
+
+
+def test_prompts_that_a_closed_store_lacks_are_told_before_training(yaml, tmp_path, program):
+    embed(yaml, "store")
+    (tmp_path / "more.txt").write_text("a photo of the star\n")
+    code, _, err = program(
+        "train", "--config", yaml, "conditioner.store=store", "conditioner.missing=skip", "demo.prompts=more.txt"
+    )
+    assert code == 2 and "store has no states of the prompt 'a photo of the star'; python -m ldm_lab embed-text" in err
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("conditioner.text_size=10", "another conditioner.text_size: 12, and this is 10"),
+        ("conditioner.dtype=fp32", 'another conditioner.dtype: "bf16", and this is "fp32"'),
+        ("conditioner.padding=read", 'another conditioner.padding: "masked", and this is "read"'),
+        ("conditioner.model=OTHER", "another conditioner.sha256"),
+        ("conditioner.model=minilm", "another conditioner."),
+    ],
+    ids=["length", "dtype", "padding", "weights", "minilm"],
+)
+def test_a_store_of_another_text_encoder_is_refused(yaml, tmp_path, program, override, told):
+    embed(yaml, "store")
+    if "OTHER" in override:
+        override = override.replace("OTHER", str(write_language_model(tmp_path / "other", width=64)))
+    for command in (("train",), ("ldm_lab.__main__", "embed-text")):
+        code, _, err = program(*command, "--config", yaml, "conditioner.store=store", override)
+        assert code == 2 and f"store: its states were made with {told}" in err.splitlines()[-1], err
+        assert "Traceback" not in err and err.count("error:") == 1
+
+
+def test_the_same_weights_under_another_name_are_the_same_encoder(yaml, made, tmp_path):
+    import shutil
+
+    embed(yaml, "store")
+    shutil.copytree(made / "t5", tmp_path / "copied")
+    conditioner = load_conditioner(load(yaml, ["conditioner.store=store", "conditioner.model=copied"]))
+    assert len(conditioner.store) == 19
+    store, report = embed(yaml, "store", "conditioner.model=copied")
+    assert report.done == report.items and len(store) == 19
+
+
+def test_what_it_refuses_to_be_a_store(yaml, tmp_path, program):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "photo.png").write_bytes(b"")
+    (tmp_path / "file").write_text("")
+    for folder in ("full", "file"):
+        with pytest.raises(UserError, match=rf"conditioner\.store: {folder}: neither empty nor a store"):
+            load_conditioner(load(yaml, [f"conditioner.store={folder}"]))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / META).write_text(
+        json.dumps(
+            {
+                "format": "ldm_lab cache 2",
+                "complete": True,
+                "samples": 0,
+                "variants": 1,
+                "description": {},
+                "columns": {},
+                "shards": [],
+            }
+        )
+    )
+    with pytest.raises(UserError, match="cache: a cache of images, no store of text states"):
+        load_conditioner(load(yaml, ["conditioner.store=cache"]))
+    with pytest.raises(UserError, match=r"skip is of what conditioner\.store lacks, and none is given"):
+        load_conditioner(load(yaml, ["conditioner.missing=skip"]))
+    none = RunConfig.from_dict({**load(yaml).to_dict(), "conditioner": {"name": "none", "store": "store"}})
+    with pytest.raises(UserError, match="which none does not make; t5 does"):
+        load_conditioner(none)
+    code, _, err = program("ldm_lab.__main__", "embed-text", "--config", yaml)
+    assert code == 2 and "--out: the folder of the store has to be given" in err
+
+
+def test_an_interrupted_pass_goes_on_other_data_add_and_nothing_is_encoded_twice(yaml, made, monkeypatch):
+    from ldm_lab.conditioners.t5 import T5
+
+    encoded, encode_each = [], T5.encode_each
+
+    def breaks_off(self, texts, once=False):
+        if len(encoded) >= 3:
+            raise KeyboardInterrupt
+        encoded.extend(texts)
+        return encode_each(self, texts, once)
+
+    monkeypatch.setattr(T5, "encode_each", breaks_off)
+    with pytest.raises(KeyboardInterrupt):
+        embed(yaml, "store", batch_size=8)
+    monkeypatch.setattr(T5, "encode_each", lambda s, t, once=False: encoded.extend(t) or encode_each(s, t, once))
+    store, report = embed(yaml, "store", batch_size=3)
+    assert report.counts.read == 16 and report.done == 2 and len(store) == len(read_store("store"))
+    assert len(set(read_store("store"))) == len(read_store("store")), "each text once"
+    before, texts = len(encoded), len(store)
+    store, _ = embed(yaml, "store")
+    assert len(encoded) == before and len(store) == texts, "all was there"
+    store, _ = embed(yaml, "store", "data.count=12", f"data.folder={made / 'others'}", "data.drawing_seed=5")
+    assert len(store) > texts and len(set(read_store("store"))) == len(store)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work_and_leave_whole_files(yaml, tmp_path):
+    done = run_program(
+        "-m", "ldm_lab", "embed-text", "--config", yaml, "--out", "two", "--devices", "2", "--accelerator", "cpu",
+        "--workers", "0", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    embed(yaml, "one")
+    assert sorted(set(read_store("two"))) == sorted(read_store("one"))
+    assert not list((tmp_path / "two").glob("*.part"))
+
+
+def test_a_damaged_shard_is_left_out_and_made_again(yaml, caplog):
+    store, _ = embed(yaml, "store")
+    path = next(path for path in sorted(Path("store").glob("*.safetensors")) if "added" not in path.name)
+    whole = path.read_bytes()
+    for broken in (whole[:-8], whole.replace(b"token_states", b"taken_states", 1)):
+        path.write_bytes(broken)
+        with caplog.at_level(logging.WARNING):
+            assert len(TextStore(Path("store"), store.description, dict(store.columns))) < len(store)
+        assert f"{path}: left out" in caplog.text
+        again, _ = embed(yaml, "store")
+        assert len(again) == len(store) and path.read_bytes() == whole
+
+
+def test_a_store_adds_reads_and_grows_as_the_tokens(tmp_path):
+    """Of lengths 1 to 8: what the files take beside the states is bounded for each text."""
+    torch.manual_seed(0)
+    texts = [f"caption {i}" + ("\ud800" if i == 3 else "") for i in range(400)]
+    states = [torch.randn(1 + i % 8, 48).half() for i in range(400)]
+    store = TextStore(tmp_path / "store", MADE_BY, COLUMNS)
+    assert not (tmp_path / "store").exists() and store.read(["caption 1"]) == [None]
+    store.add(texts[:300], states[:300])
+    assert store.read(texts[:1])[0].equal(states[0]), "before it is written"
+    store.flush()
+    other = TextStore(tmp_path / "store", MADE_BY, COLUMNS)
+    other.add(texts[300:], states[300:])
+    other.flush()
+    store.refresh()
+    for its in (store, other, TextStore(tmp_path / "store", MADE_BY, COLUMNS)):
+        assert all(found.equal(state) for found, state in zip(its.read(texts), states, strict=True))
+        assert len(its) == 400 and its.tokens == sum(map(len, states))
+        assert texts[399] in its.known and "caption 400" not in its.known and its.read(["caption 400"]) == [None]
+    size = sum(path.stat().st_size for path in (tmp_path / "store").glob("*.safetensors"))
+    assert size < store.tokens * 48 * 2 + 400 * 80 + 4000
+
+
+def test_texts_whose_hashes_begin_alike_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm_lab.data.text_store.text_key", lambda text: "0" * 16 + text_key(text)[16:])
+    store = TextStore(tmp_path / "store", MADE_BY, COLUMNS)
+    states = [torch.full((2, 48), i, dtype=torch.float16) for i in range(5)]
+    store.add(list("abcde"), states)
+    store.flush()
+    assert all(found.equal(state) for found, state in zip(store.read(list("abcde")), states, strict=True))
+    assert store.read(["f"]) == [None]
+
+
+def test_states_that_overflow_leave_their_samples_out_and_counted(yaml, monkeypatch):
+    from ldm_lab.conditioners.t5 import T5, Encoded
+
+    def some_overflow(self, texts, once=False):
+        made = encode_each(self, texts, once)
+        return Encoded(made.states, {i: "states beyond" for i, text in enumerate(texts) if "star" in text})
+
+    encode_each = T5.encode_each
+    monkeypatch.setattr(T5, "encode_each", some_overflow)
+    _, report = embed(yaml, "store", "demo=null", "data.max_skipped=0.9")
+    skipped = report.counts.skipped["states beyond"]
+    assert 0 < skipped < 16 and "" in read_store("store") and not any("star" in text for text in read_store("store"))
+
+
+def test_what_a_run_needs_beside_its_captions(yaml):
+    config = load(yaml, ["demo.sampling.negative=blurred"])
+    assert prompts_of(config) == ["", "a red circle", "a star", "blurred"]
+
+
+def test_files_captions_are_read_without_their_images(tmp_path):
+    from ldm_lab.config import build
+    from ldm_lab.data.samples import SkippedSample
+
+    for name, caption in (("a", "a cat\na dog"), ("b", "")):
+        (tmp_path / f"{name}.png").write_bytes(b"no image")
+        (tmp_path / f"{name}.txt").write_text(caption)
+    source = build("data", {"name": "folder", "path": str(tmp_path), "image_size": 16, "batch_size": 1})
+    source.open()
+    assert [source.captions_of(i).texts for i in range(2)] == [["a cat", "a dog"], [""]]
+    source.require_text = True
+    with pytest.raises(SkippedSample, match="no caption"):
+        source.captions_of(1)
+
+
+def test_a_cache_of_images_is_made_of_stored_states(yaml, program, monkeypatch):
+    embed(yaml, "store")
+    part = load_part("conditioner", Section(**load(yaml)["conditioner"].architecture()))
+    part.rounds = True
+    monkeypatch.setattr("ldm_lab.conditioners.t5.load_encoder", None)
+    code, _, err = program("ldm_lab.__main__", "cache", "--config", yaml, "--out", "cache", "conditioner.store=store")
+    assert code == 0, err
+    from ldm_lab.config import build
+
+    cache = build("data", {"name": "cache", "path": "cache", "batch_size": 4, "workers": 0})
+    cache.open()
+    from ldm_lab.data.order import Order
+
+    batch = cache.to_device_format(cache.collate([cache.decode(i, Order(0, 0)) for i in range(4)]))
+    told = part.from_batch(Batch(batch.key, batch.text))
+    assert batch.conditions["token_states"].equal(told["token_states"])
+    assert cache.captions_of(0).texts == [batch.text[0]]
