@@ -10,12 +10,11 @@ from tiny import AUTOENCODER, CLOOB, DENOISER, embedding, make_run
 from tiny_glide import UNET, conditions
 from torch import nn
 
-from ldm_lab.checkpoints import parts
+from ldm_lab.checkpoints import initialization, parts
 from ldm_lab.checkpoints.files import read_pickled
 from ldm_lab.checkpoints.initialization import no_initial_weights
 from ldm_lab.config import build
 from ldm_lab.sampling import loading
-from ldm_lab.training import diffusion
 
 NETWORKS = {
     "ccld_unet": lambda: build("denoiser", DENOISER, 4, embedding(16)),
@@ -97,7 +96,7 @@ def test_a_run_is_the_same_bit_for_bit(base, program, monkeypatch, way):
     options, followed, states = WAYS[way], [], []
     name = f"way{len(list((base / 'runs').iterdir()))}"
     for number in range(2):
-        monkeypatch.setattr(diffusion, "no_initial_weights", context(number, followed))
+        monkeypatch.setattr(initialization, "no_initial_weights", context(number, followed))
         code, out, err = program("train", "--config", "tiny.yaml", *options, f"run={name}_{number}")
         assert code == 0 and ("stays as initialized" in out) == ("new layer" in way), err
         states.append(read_pickled(base / f"runs/{name}_{number}/last.ckpt")["state_dict"])

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -35,3 +37,25 @@ def no_initial_weights(follow: bool = True) -> Iterator[None]:
     """
     with _NoDraws() if follow else nullcontext():
         yield
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def built(make: Callable[[], Module], weights_follow: bool) -> tuple[Module, Callable[[], dict[str, Tensor]] | None]:
+    """Return a module and, if its weights follow and are not drawn, what draws those that it would have.
+
+    Args:
+        make: returns it, as an initialized one.
+        weights_follow: whether they are read behind this.
+    """
+    before = torch.get_rng_state()
+    with no_initial_weights(weights_follow):
+        module = make()
+
+    def drawn() -> dict[str, Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(before)
+            return make().state_dict()
+
+    return module, drawn if weights_follow else None

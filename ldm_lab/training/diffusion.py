@@ -1,5 +1,6 @@
 """The main task: a denoiser in the latent space of a frozen autoencoder, told what conditioner and sources give."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 
 from ldm_lab.checkpoints.files import FORMAT
 from ldm_lab.checkpoints.importer import Section
-from ldm_lab.checkpoints.initialization import no_initial_weights
+from ldm_lab.checkpoints.initialization import built
 from ldm_lab.checkpoints.lora import FILE as LORA_FILE
 from ldm_lab.checkpoints.lora import save_lora
 from ldm_lab.checkpoints.models import read_model
@@ -26,7 +27,6 @@ from ldm_lab.interfaces import (
     Batch,
     Conditioner,
     Conditions,
-    Denoiser,
     ImageCondition,
     Objective,
     check_conditions,
@@ -66,10 +66,9 @@ class DiffusionTask(Task):
     )
     REQUIRED = ("data", "autoencoder", "conditioner", "denoiser", "objective")
     NETWORK = ("denoiser", "objective")
-    WEIGHTS_MAY_FOLLOW = True
 
     def __init__(self, config: RunConfig, read_weights: bool = True, weights_follow: bool = False) -> None:
-        super().__init__(config, read_weights, weights_follow)
+        super().__init__(config, read_weights)
         autoencoder: Autoencoder = load_part("autoencoder", config["autoencoder"], read_weights)
         conditioner = load_conditioner(config, read_weights)
         self.sources = build_sources(config.condition_sources)
@@ -80,10 +79,8 @@ class DiffusionTask(Task):
         dropout = config["conditioner"].use_as(ConditionerUse).dropout
         self.dropout = DROPOUT if dropout is None else dropout
         self.conditioning = Conditioning(config["conditioner"], conditioner, read_weights)
-        self.given = given = given_conditions(conditioner, self.sources)
-        self.before_drawing = torch.get_rng_state()
-        with no_initial_weights(follow=weights_follow):
-            denoiser: Denoiser = config["denoiser"].build(autoencoder.channels, given)
+        given = given_conditions(conditioner, self.sources)
+        denoiser, self.drawn = built(partial(config["denoiser"].build, autoencoder.channels, given), weights_follow)
         check_conditions(denoiser, given)
         self.objective.check_denoiser(denoiser)
         self.check_image_size(config["data"].get("image_size"), autoencoder.downscale * denoiser.multiple_of)
@@ -91,14 +88,6 @@ class DiffusionTask(Task):
         self.spread = LatentSpread(
             autoencoder, config.init_from is not None or config.part("resume").option("checkpoint") is not None
         )
-
-    def drawn_weights(self) -> dict[str, Tensor]:
-        if not self.weights_follow:
-            return super().drawn_weights()
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(self.before_drawing)
-            drawn: Denoiser = self.run_config["denoiser"].build(self.autoencoder.channels, self.given)
-        return drawn.state_dict()
 
     @property
     def autoencoder(self) -> Autoencoder:

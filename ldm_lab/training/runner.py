@@ -49,12 +49,11 @@ def build_task(config: RunConfig, resumes: bool = False) -> Task:
         resumes: a checkpoint's weights are read behind this.
     """
     torch.manual_seed(config.seed)  # the initial weights
-    kind = config.task_class()
     from_file = config.init_from is not None and "lora" not in config  # whose additions are drawn behind the network
-    task = kind(config, weights_follow=True) if kind.WEIGHTS_MAY_FOLLOW and (resumes or from_file) else kind(config)
+    task = config.task_class()(config, weights_follow=resumes or from_file)
     if config.init_from:
         state, what = task.initial_weights(config.init_from)
-        left = load_fitting(task.model, state, config.init_from, None if resumes else task.drawn_weights)
+        left = load_fitting(task.model, state, config.init_from, None if resumes else task.drawn)
         if task.model_ema is not None:
             task.model_ema.load_state_dict(task.model.state_dict())
         print_rank_zero(f"init_from: {what}, fresh optimizer")

@@ -50,6 +50,9 @@ class AtStep(NamedTuple):
     data: RankState
 
 
+Names = tuple[str, ...]
+
+
 class Task(JudgedSteps):
     """A LightningModule around one trained network, `self.model`, and its average, `self.model_ema`.
 
@@ -76,11 +79,8 @@ class Task(JudgedSteps):
     REQUIRED: ClassVar[tuple[str, ...]] = ("data",)
     NETWORK: ClassVar[tuple[str, ...]] = ()
     PART: ClassVar[str | None] = None
-    SECTIONS: ClassVar[tuple[str, ...]] = (
-        *("data", "optim", "ema", "trainer", "checkpoint", "logging", "resume"),
-        *("guard",),
-    )
-    WEIGHTS_MAY_FOLLOW: ClassVar[bool] = False  # whether the trained network is the last that draws initial weights
+    SECTIONS: ClassVar[Names] = ("data", "optim", "ema", "trainer", "checkpoint", "logging", "resume", "guard")
+    drawn: Callable[[], dict[str, Tensor]] | None = None  # of a network that was not drawn, the weights it would have
     rehearsing = False  # whether steps are made by `rehearse`
 
     def __init__(self, config: RunConfig, read_weights: bool = True, weights_follow: bool = False) -> None:
@@ -89,13 +89,11 @@ class Task(JudgedSteps):
         Args:
             config: a checked config.
             read_weights: False builds the architecture alone (say, on the meta device), without any weights file.
-            weights_follow: the trained network's weights are all read behind this, and need not be drawn; for a task
-                with `WEIGHTS_MAY_FOLLOW`. Where a file lacks some, they are drawn later (`drawn_weights`).
+            weights_follow: those of the trained network are read behind this, and need not be drawn.
         """
         super().__init__()
         self.run_config = config
         self.seed = config.seed
-        self.weights_follow = weights_follow
         self.optim: Optim = config.part("optim").build()
         self.ema_schedule: ema.EMASchedule | None = config["ema"].build() if "ema" in config else None
         self.lora: LoraOptions | None = config["lora"].build() if "lora" in config else None
@@ -119,10 +117,6 @@ class Task(JudgedSteps):
         self.model = model
         self.model_ema = ema.averaged_copy(model) if self.ema_schedule and self.lora is None else None
         self.ema_pairs = None
-
-    def drawn_weights(self) -> dict[str, Tensor]:
-        """Return the weights that the trained network begins with where no file has any."""
-        return self.model.state_dict()
 
     def trained_modules(self) -> list[nn.Module]:
         """Return all that the optimizer trains."""
