@@ -79,7 +79,9 @@ def accuracy(args: argparse.Namespace) -> None:
         options = SamplingOptions(
             guidance=guidance, thresholding=thresholding, sampler=sampler, seed=args.seed, batch_size=COUNT
         )
-        enlarging = SamplingOptions(sampler={**sampler, "steps": args.sr_steps}, batch_size=COUNT)
+        enlarging = SamplingOptions(
+            sampler={**sampler, "steps": args.sr_steps}, thresholding="static", batch_size=COUNT
+        )  # dynamic thresholding moves colors, and a stage without guidance has no need of it
         pairs = Stages([Stage(base, options), Stage(sr, enlarging)])(texts)
         shown = [[small for small, _ in pairs], [large for _, large in pairs]]
         before, after = (right_share(pictures, wanted) for pictures in shown)
