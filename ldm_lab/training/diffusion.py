@@ -103,7 +103,7 @@ class DiffusionTask(Task):
         if not self.rehearsing:
             self.spread.watch(x0)
         keep = torch.rand(len(x0), device=self.device) > self.dropout  # [B]
-        conditions = drop(conditions, self.conditioner.null(conditions), keep)
+        conditions = drop(conditions, conditions if self.rehearsing else self.conditioner.null(conditions), keep)
         conditions |= self.from_sources(batch, x0)
         self.laps.lap("encode")
         drawn = self.objective.times(self.timesteps(self.samples_seen, len(x0)))  # [B], on the CPU

@@ -46,6 +46,8 @@ def load_conditioner(config: RunConfig, read_weights: bool = True, later: bool |
     )
     if isinstance(part, T5):
         part.rounds = True
+        if use.precision is not None:
+            print_rank_zero("conditioner.precision: without effect: conditioner.dtype is how t5 computes")
     elif folder is not None:
         raise UserError(f"conditioner.store: has the states of texts, which {section.name} does not make; t5 does")
     if isinstance(part, T5) and folder is not None and read_weights:
