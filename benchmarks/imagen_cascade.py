@@ -40,7 +40,7 @@ CASCADES = (("imagen_quickstart_base", "imagen_quickstart_sr"), ("glide_quicksta
 COUNT = 48
 VARIETY = 0.25  # of the fresh drawings: that of configs/imagen_quickstart_base.yaml
 TRAINED = 4  # wordings: those of its captions
-GUIDANCE = (1.0, 3.0, 7.0)
+GUIDANCE = (1.0, 1.5, 3.0, 7.0)
 SHOWN = (0, 9, 18, 27, 36, 45)  # prompts of the grid: another color and another shape each
 
 
@@ -50,8 +50,8 @@ def main() -> None:
     add = parser.add_argument
     add("--base", default="runs/imagen_quickstart_base", metavar="MODEL", help="default: %(default)s")
     add("--sr", default="runs/imagen_quickstart_sr", metavar="MODEL", help="default: %(default)s")
-    add("--steps", type=int, default=25, metavar="N", help="of the base; default: %(default)s")
-    add("--sr-steps", type=int, default=10, metavar="N", help="default: %(default)s")
+    add("--steps", type=int, default=15, metavar="N", help="of the base; default: %(default)s")
+    add("--sr-steps", type=int, default=5, metavar="N", help="default: %(default)s")
     add("--seed", type=int, default=0, metavar="N", help="of the first picture; default: %(default)s")
     add("--device", metavar="NAME", help="default: the GPU if there is one")
     add("--grid", metavar="PNG", help="write pictures by guidance and thresholding there")
@@ -93,7 +93,9 @@ def accuracy(args: argparse.Namespace) -> None:
         cells += [pairs[i][1] for i in SHOWN]
         labels += [f"guidance {guidance:g}, {thresholding}" for _ in SHOWN]
     if args.grid:
-        save_png(Path(args.grid), grid(cells, columns=len(SHOWN), captions=labels))
+        page = grid(cells, columns=len(SHOWN), captions=labels)
+        half = page.resize((page.width // 2, page.height // 2), Image.Resampling.LANCZOS)
+        save_png(Path(args.grid), half.quantize(64).convert("RGB"))
 
 
 def right_share(pictures: Sequence[Image.Image], wanted: Sequence[Names]) -> float:
