@@ -11,12 +11,15 @@ from ldm_lab.checkpoints.importer import DetectedFile, LoadedPart, Section, dete
 from ldm_lab.checkpoints.initialization import no_initial_weights
 from ldm_lab.checkpoints.sharded import weights_checksum
 from ldm_lab.checkpoints.stored_texts import encodes_missing, identity_in_store, store_folder
+from ldm_lab.conditions import ConditionSpec
 from ldm_lab.config import AutoencoderUse, PartConfig, build
 from ldm_lab.downloads import Download
-from ldm_lab.errors import UserError
+from ldm_lab.errors import UserError, first_line
 from ldm_lab.interfaces import Autoencoder
 from ldm_lab.pretrained.resolve import to_download
 from ldm_lab.sharded import load_shares
+
+ROOM = 1_000_000  # numbers that a part may have beside those of its file: tables that are made, statistics
 
 
 def load_part(
@@ -75,12 +78,55 @@ def load_module(role: str, overrides: Section, found: DetectedFile, draws: bool 
             raise UserError(f"{role}.{key}: {value!r} is asked for, but {found.path} holds {config[key]!r}")
     section = Section({**config, **overrides})
     with no_initial_weights(follow=not draws):
-        module = build(role, section)
+        module = build_for(state, found.path, role, section)
     state = module.convert_state_dict(state)
     if isinstance(module, Autoencoder):
         _shape_statistics(module, state)
     load_strictly(module, state, found.path)
     return module, section
+
+
+def build_for(
+    state: Mapping[str, Tensor], path: str | Path, role: str, section: Section, *shape: int | ConditionSpec
+) -> nn.Module:
+    """Return a part as its config says, before a file's weights go into it.
+
+    It is built without memory first: shapes, and configs in files, may ask for any size.
+
+    Args:
+        state: the weights, which are about as many as the part has to have.
+        path: where they are from.
+        role, section: of the part.
+        shape: what it is constructed with beside its options.
+
+    Raises:
+        UserError: sizes that cannot be, or are far from those of the weights.
+    """
+    with_weights = sum(value.numel() for value in state.values())
+    try:
+        size = sum(value.numel() for value in build_on_meta(path, role, section, *shape).state_dict().values())
+        if size > 2 * with_weights + ROOM:
+            raise UserError(
+                f"{path}: weights of another architecture: a {role} as its config and shapes say has {size:,} numbers, "
+                f"the file {with_weights:,}"
+            )
+        return build(role, section, *shape)
+    except RuntimeError as error:
+        raise UserError(f"{path}: a {role} of these sizes cannot be built: {first_line(error)}") from None
+
+
+def build_on_meta(path: str | Path, role: str, section: Section, *shape: int | ConditionSpec) -> nn.Module:
+    """Return a part without memory for its tensors; arguments and errors are those of `build_for`."""
+    try:
+        with torch.device("meta"):
+            return build(role, section, *shape)
+    except RuntimeError as error:
+        raise UserError(f"{path}: a {role} of these sizes cannot be built: {first_line(error)}") from None
+    except UserError as error:
+        first, *problems = str(error).splitlines()
+        raise UserError(
+            f"{path}: {'; '.join(problem.strip() for problem in problems)}" if problems else first
+        ) from None
 
 
 def _shape_statistics(module: Autoencoder, state: Mapping[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ from ldm_lab.checkpoints.importer import Section
 from ldm_lab.checkpoints.initialization import no_initial_weights
 from ldm_lab.checkpoints.lora import FILE as LORA_FILE
 from ldm_lab.checkpoints.models import read_model
-from ldm_lab.checkpoints.parts import as_part_config, has_weights, load_part, load_strictly, weights_sha256
+from ldm_lab.checkpoints.parts import as_part_config, build_for, has_weights, load_part, load_strictly, weights_sha256
 from ldm_lab.condition_sources import build_sources, given_conditions
 from ldm_lab.conditioners.gap import NOISE
 from ldm_lab.conditions import ConditionSpec
@@ -118,7 +118,7 @@ def _load_denoiser(
 ) -> Denoiser:
     """Return the denoiser of a model file, frozen, on the CPU."""
     with no_initial_weights():
-        denoiser: Denoiser = build("denoiser", config["denoiser"], channels, given)
+        denoiser: Denoiser = build_for(state, path, "denoiser", config["denoiser"], channels, given)
     check_conditions(denoiser, given)
     load_strictly(denoiser, state, path)
     return denoiser.eval().requires_grad_(False)

@@ -128,7 +128,7 @@ class StoredTexts(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.store.flush()
-        if self.store.added:
+        if self.store.added and self.store.writes:
             print_rank_zero(
                 f"conditioner.store: {self.store.folder}: {self.store.added:,} texts added by the first process"
             )
