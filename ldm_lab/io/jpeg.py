@@ -104,16 +104,12 @@ def simple_size(data: bytes) -> tuple[int, int] | None:
 
 @cache
 def _decoder() -> Callable[[Tensor], Tensor] | None:
-    """Return torchvision's decoder, as the operator below its function, which warns each time; None without it."""
+    """Return torchvision's decoder, the operator below its function, which warns each time; None without it."""
     try:
-        from torchvision.io import decode_jpeg
+        from torchvision.io import decode_jpeg  # noqa: F401 -- brings the operator
     except ImportError:
         return None
-    try:
-        operator = torch.ops.image.decode_jpeg.default
-    except (AttributeError, RuntimeError):
-        return decode_jpeg
-    return lambda encoded: operator(encoded, UNCHANGED)
+    return lambda encoded: torch.ops.image.decode_jpeg.default(encoded, UNCHANGED)
 
 
 def _decoded(data: bytes, image: Image.Image | None) -> Tensor:
