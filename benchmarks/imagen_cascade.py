@@ -32,7 +32,7 @@ from ldm_lab.ema import Pairs, averaged_copy
 from ldm_lab.errors import run_program
 from ldm_lab.evaluation.shapes_checker import check
 from ldm_lab.io.images import grid, save_png
-from ldm_lab.sampling import Pipeline, SamplingOptions, Stage, Stages
+from ldm_lab.sampling import ModelOptions, Pipeline, SamplingOptions, Stage, Stages
 from ldm_lab.training.cost import example_batch
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -63,7 +63,9 @@ def main() -> None:
 
 def accuracy(args: argparse.Namespace) -> None:
     """Print a row for each guidance and way of thresholding; write the grid."""
-    base, sr = (Pipeline.from_checkpoint(path, device=args.device) for path in (args.base, args.sr))
+    where = ModelOptions(device=args.device)
+    base = Pipeline.from_checkpoint(args.base, where)
+    sr = Pipeline.from_checkpoint(args.sr, where, [base])
     small = base.model.image_size[0]
     drawn = [draw(f"imagen_cascade/{i}", small, VARIETY) for i in range(1000)]
     right = shares([tuple(check(image)) for image, _ in drawn], [attributes[:3] for _, attributes in drawn])
@@ -77,7 +79,9 @@ def accuracy(args: argparse.Namespace) -> None:
         options = SamplingOptions(
             guidance=guidance, thresholding=thresholding, sampler=sampler, seed=args.seed, batch_size=COUNT
         )
-        enlarging = SamplingOptions(sampler={**sampler, "steps": args.sr_steps}, batch_size=COUNT)
+        enlarging = SamplingOptions(
+            sampler={**sampler, "steps": args.sr_steps}, thresholding="static", batch_size=COUNT
+        )  # dynamic thresholding moves colors, and a stage without guidance has no need of it
         pairs = Stages([Stage(base, options), Stage(sr, enlarging)])(texts)
         shown = [[small for small, _ in pairs], [large for _, large in pairs]]
         before, after = (right_share(pictures, wanted) for pictures in shown)
