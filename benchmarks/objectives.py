@@ -24,9 +24,9 @@ from ldm_lab.prompts import Prompt
 from ldm_lab.sampling import Pipeline, SamplingOptions
 
 VARIANTS = {  # name -> settings of the command line
-    "v, uniform": [],
-    "v, min_snr": ["objective.weighting=min_snr"],
-    "v, soft_min_snr": ["objective.weighting=soft_min_snr"],
+    "v, uniform": ["objective={name: v_cosine}"],
+    "v, min_snr": ["objective={name: v_cosine, weighting: min_snr}"],
+    "v, soft_min_snr": ["objective={name: v_cosine, weighting: soft_min_snr}"],
     "flow matching": ["objective={name: flow_matching}"],
     "flow matching, even times": ["objective={name: flow_matching, logit_std: null}"],
 }

@@ -268,8 +268,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """Return [B, c, h, w] for x [B, c, h, w]; `cond` is not used."""
-        qkv = self.qkv_proj(self.norm(x))  # [B, 3c, h, w]
-        q, k, v = rearrange(qkv, "b (qkv n d) h w -> qkv b n (h w) d", qkv=3, n=self.heads)  # [B, heads, hw, d] each
+        qkv = self.qkv_proj(self.norm(x)).chunk(3, dim=1)  # [B, c, h, w] each
+        q, k, v = (rearrange(part, "b (n d) h w -> b n (h w) d", n=self.heads) for part in qkv)  # [B, heads, hw, d]
         attended = attention(q, k, v)  # [B, heads, hw, d]
         attended = rearrange(attended, "b n (h w) d -> b (n d) h w", h=x.shape[2])  # [B, c, h, w]
         return x + self.out_proj(attended)  # [B, c, h, w]
