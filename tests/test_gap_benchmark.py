@@ -68,6 +68,8 @@ def test_shards_are_judged_by_any_clip_through_the_autoencoder_of_their_config(m
         *("--data", "image_size=128", "batch_size=32", "--set", "denoiser.base_channels=32"),
     )
     config = load(ROOT / made.config, made.overrides("nothing", 1))
+    both = load(ROOT / made.config, made.overrides("shift and noise", 1))
+    assert both["conditioner"]["gap"] == {"means": str(made.means), "noise": 0.25}
     assert config["conditioner"]["model"] == "ViT-B-32" and "gap" not in config["conditioner"]
     assert config["data"]["batch_size"] == 32 and config["denoiser"]["base_channels"] == 32
     assert config["autoencoder"]["weights"].startswith("hf://"), "not the quickstart's, which knows shapes alone"

@@ -3,16 +3,17 @@
 import contextlib
 import hashlib
 import math
+import os
 import shutil
 
 import pytest
 import torch
 from PIL import Image
-from tiny import CLOOB, make_run, run_program
+from tiny import CLOOB, ROOT, make_run, run_program
 from torch.nn import functional as F
 
 from ldm_lab.__main__ import main
-from ldm_lab.checkpoints.files import read_pickled
+from ldm_lab.checkpoints.files import read_pickled, read_safetensors
 from ldm_lab.checkpoints.gap_files import read_gap
 from ldm_lab.checkpoints.native import save_part
 from ldm_lab.checkpoints.parts import load_part
@@ -195,6 +196,46 @@ def test_a_run_without_means_measures_them_and_keeps_them(run, capsys):
         assert "gap.safetensors is of other images or texts; it is measured anew" in capsys.readouterr().out
         assert not main([*train[:-1], "run=noise", "conditioner.gap={shift: false, noise: 0.3}"])
         assert not (folder / "runs/noise/gap.safetensors").exists()
+
+
+NOTES = """
+import os
+from safetensors.torch import save_file
+from ldm_lab.training import conditioning
+
+own = conditioning.gap_in_training
+
+
+def noted(*args):
+    gap = own(*args)
+    save_file(gap.state_dict(), f"rank{os.environ.get('LOCAL_RANK', '0')}.safetensors")
+    return gap
+
+
+conditioning.gap_in_training = noted
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
+def test_two_processes_train_with_the_same_means(run, launcher):
+    """Lightning starts the second process when training begins; torchrun has both measure."""
+    folder, _ = run
+    (folder / "notes.py").write_text(NOTES)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    program = (*(torchrun if launcher == "torchrun" else ()), ROOT / "train.py", "--config", folder / "tiny.yaml")
+    words = ["conditioner.gap={}", "trainer.devices=2", "trainer.strategy=ddp", "imports=[notes]"]
+    for again in range(2):  # the second run finds the means of the first
+        done = run_program(*program, *words, cwd=folder, PYTHONPATH=f"{ROOT}{os.pathsep}{folder}")
+        assert done.returncode == 0, done.stderr
+        assert ("are measured, into runs/tiny/gap.safetensors" in done.stdout) == (not again), done.stdout
+        means = [read_safetensors(folder / f"rank{rank}.safetensors")[0] for rank in range(2)]
+        found = read_gap(folder / "runs/tiny/gap.safetensors")
+        assert found.facts["images"] == 40
+        for rank in means:
+            assert all(torch.equal(rank[name], value) for name, value in found.gap.state_dict().items())
+        for path in [*(folder / "runs/tiny").glob("*.ckpt"), *folder.glob("rank*")]:
+            path.unlink()
 
 
 def drawn_anew(folder):
