@@ -39,7 +39,7 @@ def main(words: Sequence[str] | None = None) -> int | None:
     words = list(sys.argv[1:] if words is None else words)
     if words[:1] and words[0] in PROGRAMS:
         return _module(words[0]).main(words[1:])
-    parser = Parser(prog="python -m ldm_lab", description=__doc__)
+    parser = Parser(prog="python -m ldm_lab", description=__doc__, allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for path in sorted(Path(commands.__path__[0]).glob("[!_]*.py")):
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
@@ -49,6 +49,7 @@ def main(words: Sequence[str] | None = None) -> int | None:
             help=text.partition("\n")[0],
             description=text,
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,  # a flag that comes later would change what an abbreviation means
         )
         if name in words[:1]:  # no other is imported: some of them take ten seconds for that
             _module(name).add_arguments(command)

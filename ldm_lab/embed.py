@@ -35,7 +35,7 @@ class Encoder(nn.Module):
         if not has_weights("conditioner", config):
             raise UserError("clip.weights: has to be given, a file with trained weights")
         self.embedder = embedder_of(config)
-        self.conditioner: EmbeddingConditioner = load_part("conditioner", config)
+        self.conditioner: EmbeddingConditioner = load_part("conditioner", config, draws=False)
         self.embed_dim = self.conditioner.embed_dim
 
     @property

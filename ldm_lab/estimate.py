@@ -75,7 +75,7 @@ class StepCost:
             "frozen parts": self.frozen,
             f"intermediate results of {self.batch_size} images": self.activations,
         }
-        return {name: size for name, size in named.items() if size}
+        return {name: size for name, size in named.items() if size >= 1000}
 
     def shared_by(self, devices: int) -> "StepCost":
         """Return what each of some devices holds that share the network; without the block that is at work."""

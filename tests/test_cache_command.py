@@ -300,7 +300,7 @@ def test_what_is_limited_skipped_or_without_room(tmp_path, monkeypatch):
     report = make_cache(load(yaml, [*overrides, "cache.limit=5"]), options)
     assert report.counts.used == 5 == read_meta(tmp_path / "cache").samples
     monkeypatch.setattr("ldm_lab.data.passes.CHECK_AFTER", 2)
-    small = [*overrides[:2], "data.min_size=21", f"cache.folder={tmp_path / 'small'}"]
+    small = [*overrides[:2], "data.max_pixels=9", f"cache.folder={tmp_path / 'small'}"]
     with pytest.raises(UserError, match=r"too many unusable samples: 4 samples read, 4 skipped .* allows 10\.0%"):
         make_cache(load(yaml, small), options)
     assert not read_meta(tmp_path / "small").complete

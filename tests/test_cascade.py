@@ -12,6 +12,7 @@ from tiny_glide import FACTOR, SIDE
 
 from ldm_lab.commands import sample
 from ldm_lab.commands._sampling_flags import base_options, fill_in_stages, numbered, upsampler_options
+from ldm_lab.conditions import ImageCondition
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
 from ldm_lab.io.images import round_to_uint8, to_tensor
@@ -113,6 +114,13 @@ def test_sizes_that_do_not_meet_are_refused(base, upsampler):
     stages(base, upsampler, size=64).check(["a cat"])  # models of one another make larger ones than they were shown
     large.model.image_size = None
     stages(large, upsampler, size=32).check(["a cat"])  # nobody says
+
+
+def test_channels_that_do_not_meet_are_refused(base, upsampler, monkeypatch):
+    odd = {**upsampler.model.denoiser.spec, "low_res": ImageCondition(4, FACTOR)}
+    monkeypatch.setattr(upsampler.model.denoiser, "spec", odd)
+    with pytest.raises(UserError, match=r"upsampler: it enlarges images of 4 channels, and gets pictures of 3 \(RGB\)"):
+        stages(base, upsampler).check(["a cat"])
 
 
 def test_three_stages(base, upsampler, monkeypatch):

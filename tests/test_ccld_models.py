@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny import CLOOB, ROOT, embedding, make_run, run_program
+from tiny import CLOOB, KL_F8, ROOT, embedding, make_run, run_program
 
 from ldm_lab.checkpoints.files import read_pickled, read_safetensors
 from ldm_lab.checkpoints.native import save_part
@@ -28,6 +28,7 @@ def trained(tmp_path_factory):
     sections = {"denoiser": {**UNET, "head_width": 64}, "autoencoder": {"latent_std": SCALE}}
     yaml = make_run(folder, trainer={"max_steps": 3}, checkpoint={"every": 3}, **sections)
     torch.manual_seed(1)
+    save_part(folder / "autoencoder.safetensors", build("autoencoder", KL_F8), KL_F8)
     save_part(folder / "conditioner.safetensors", build("conditioner", TOWERS), TOWERS)
     done = run_program(ROOT / "train.py", "--config", yaml, cwd=folder)
     assert done.returncode == 0, done.stderr

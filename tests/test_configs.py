@@ -16,20 +16,19 @@ from ldm_lab.training.cost import config_cost
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
-
-
+IMAGEN = CONFIGS.parent / "docs" / "imagen.md"
 BUILT_BY_OTHERS = ("sf_v1_1", "sf_v1_2")  # networks that sf_v1_3 has, too
 
 
-def load_filled(path: Path) -> RunConfig:
-    """Load a recipe with something in the places that its users have to fill."""
+def load_filled(path: Path, *changes: str) -> RunConfig:
+    """Load a recipe with something in the places that its users have to fill, and other changes."""
     missing, files = set(), [path]
     for file in files:  # which grows by what each is an addition to
         content = OmegaConf.load(file)
         missing |= OmegaConf.missing_keys(content)
         below = content.get("defaults") or []
         files += [file.parent / name for name in ([below] if isinstance(below, str) else below)]
-    return load(path, [f"{key}=somewhere" for key in sorted(missing)])
+    return load(path, [*(f"{key}=somewhere" for key in sorted(missing)), *changes])
 
 
 @pytest.mark.parametrize(
@@ -86,6 +85,42 @@ def test_what_a_recipe_says_of_memory_and_speed_is_what_is_counted(recipe, room)
         assert float(speed["hours"]) == pytest.approx(batches * cost.batch_size / rate / 3600, rel=0.02)
     if f"{cost.parameters:,} parameters" not in text:
         assert "defaults:" in text
+
+
+def imagen_sizes() -> dict[str, tuple[str, str, float, float, float, int]]:
+    """Return the rows of the table in docs/imagen.md: recipe, base_channels, parameters, operations, memory, images."""
+    rows = re.findall(r"^\| `(imagen_\w+)`[^|]*((?:\|[^|\n]+){5})\|$", IMAGEN.read_text(), re.M)
+    found = {}
+    for recipe, cells in rows:
+        names, *columns, memory = [cell.strip() for cell in cells.split("|")[1:]]
+        gigabytes, images = re.fullmatch(r"(.+) GB for (\d+)", memory).groups()
+        numbers = [[float(n) for n in column.removesuffix(" M").split(", ")] for column in (*columns[1:], gigabytes)]
+        names = names.replace(" and ", ", ").split(", ")
+        widths = columns[0].split(", ")
+        assert {*map(len, numbers)} == {len(widths)} and len(names) >= len(widths)
+        for width, name, parameters, operations, peak in zip(widths, names, *numbers):
+            found[f"{recipe} {name}"] = recipe, width, parameters, operations, peak, int(images)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", imagen_sizes())
+def test_what_the_table_of_imagen_says_of_a_size_is_what_is_counted(row):
+    recipe, width, parameters, operations, peak, images = imagen_sizes()[row]
+    cost = config_cost(load_filled(CONFIGS / f"{recipe}.yaml", f"denoiser.base_channels={width}"))
+    assert cost.batch_size == images
+    assert parameters == pytest.approx(cost.parameters / 1e6, abs=0.5)
+    for said, counted in ((operations, cost.flops / images / 1e12), (peak, cost.peak / 1e9)):
+        assert said == pytest.approx(counted, rel=0.05), "two digits"
+
+
+def test_the_table_of_imagen_has_all_recipes_and_sizes():
+    sizes: dict[str, set[str]] = {}
+    for row in imagen_sizes():
+        recipe, name = row.split()
+        sizes.setdefault(recipe, set()).add(name)
+    assert sizes.keys() == {path.stem for path in RECIPES if re.fullmatch(r"imagen_(sr)?\d+", path.stem)}
+    assert sizes["imagen_64"] == {"small", "medium", "large", "paper"}
 
 
 def test_yfcc_cfg_is_the_original_run():

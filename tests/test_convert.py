@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import AUTOENCODER, CLOOB, DENOISER, embedding
+from tiny import CLOOB, DENOISER, KL_F8, embedding
 
 from ldm_lab.checkpoints.files import FORMAT, read_safetensors
 from ldm_lab.checkpoints.importer import detect_format
@@ -31,8 +31,8 @@ def folder(tmp_path, monkeypatch):
     """A working directory with a part of each role, a released autoencoder and a run's checkpoint in it."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    autoencoder, unet = build("autoencoder", AUTOENCODER), build("denoiser", DENOISER, 3, embedding(0))
-    save_part("ae.safetensors", autoencoder, AUTOENCODER, {"step": "12"})
+    autoencoder, unet = build("autoencoder", KL_F8), build("denoiser", DENOISER, 3, embedding(0))
+    save_part("ae.safetensors", autoencoder, KL_F8, {"step": "12"})
     save_part("cloob.safetensors", build("conditioner", CLOOB), CLOOB)
     state = {name: value for name, value in autoencoder.state_dict().items() if not name.startswith("latent_")}
     torch.save({"state_dict": {**state, "loss.logvar": torch.zeros(())}, "global_step": 5}, "kl.ckpt")
@@ -60,13 +60,13 @@ def inspect(program, file: str) -> dict:
 
 
 def test_what_is_said_of_files(folder, program):
-    autoencoder = size(build("autoencoder", AUTOENCODER))
+    autoencoder = size(build("autoencoder", KL_F8))
     for file, expected in {
         "ae.safetensors": {
             "kind": "part",
             "parameters": autoencoder,
             "step": "12",
-            "config": {"autoencoder": AUTOENCODER},
+            "config": {"autoencoder": KL_F8},
         },
         "cloob.safetensors": {"kind": "part", "parameters": size(build("conditioner", CLOOB))},
         "kl.ckpt": {"kind": "compvis", "parameters": autoencoder, "step": 5},
@@ -81,7 +81,7 @@ def test_what_is_said_of_files(folder, program):
         assert f"{report['parameters']:,}" in out
         assert report["sha256"] in out
     assert inspect(program, "last.ckpt")["parameters"] == size(build("denoiser", DENOISER, 3, embedding(0)))
-    assert inspect(program, "kl.ckpt")["config"]["autoencoder"]["ch_mult"] == AUTOENCODER["ch_mult"]
+    assert inspect(program, "kl.ckpt")["config"]["autoencoder"]["ch_mult"] == KL_F8["ch_mult"]
     save_file({"a.b": torch.zeros(3, dtype=torch.bfloat16)}, "other.safetensors", {"x": "y"})
     report = inspect(program, "other.safetensors")
     assert (report["kind"], report["dtypes"], report["metadata"]) == ("unknown", {"bfloat16": 1}, {"x": "y"})
@@ -126,7 +126,7 @@ def test_a_run_becomes_a_model(folder, program):
 
 
 def test_half_size(folder, program):
-    save_part("scaled.safetensors", build("autoencoder", AUTOENCODER), AUTOENCODER)
+    save_part("scaled.safetensors", build("autoencoder", KL_F8), KL_F8)
     assert program(COMMAND, "convert", "kl.ckpt", "half.safetensors", "--half", "--scale", "5.489981")[0] == 0
     state, _ = read_safetensors("half.safetensors")
     assert {value.dtype for name, value in state.items() if not name.startswith("latent_")} == {torch.float16}

@@ -5,6 +5,7 @@ import http.server
 import io
 import multiprocessing
 import os
+import re
 import signal
 import tarfile
 import threading
@@ -19,7 +20,7 @@ from data_sets import keys, module, samples, take, write_shards
 from ldm_lab.data import streams
 from ldm_lab.data.samples import RawSample, SkippedSample
 from ldm_lab.data.shard_urls import expand
-from ldm_lab.data.tar import read_shard, write_shard
+from ldm_lab.data.tar import FIRST, read_shard, write_shard
 from ldm_lab.errors import UserError
 
 ALL = [f"{n:05d}" for n in range(16)]
@@ -40,6 +41,9 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     asked: list[str] = []
 
     def do_GET(self):
+        if re.fullmatch(r"bytes=0-\d+", self.headers.get("Range", "")):  # how it begins, not the shard itself
+            self.send_error(404)
+            return
         fault = self.faults.pop(0) if self.faults else None
         self.asked.append(self.headers.get("Range", ""))
         if fault == "503":
@@ -69,7 +73,7 @@ def server(folder, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     Handler.faults, Handler.asked, Handler.ranges = [], [], True
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder))) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{running.server_address[1]}"
         running.shutdown()
 
@@ -131,12 +135,14 @@ def test_a_failing_command_is_a_broken_shard(folder):
     assert read == ALL[:8] and skipped == {"broken shard": 2}
 
 
-def test_commands_end_with_their_reader(folder, tmp_path):
+def test_commands_end_with_their_reader(tmp_path):
     """A reader that stops in mid-shard leaves no command behind."""
-    marker = tmp_path / "pid"
-    items = read_shard(f"pipe:echo $$ > {marker}; cat {folder}/00000.tar; exec sleep 60")
+    marker, began = tmp_path / "pid", time.monotonic()
+    write_shards(tmp_path, shards=1, per_shard=2 * FIRST)
+    items = read_shard(f"pipe:echo $$ > {marker}; cat {tmp_path}/00000.tar; exec sleep 60")
     assert next(items).key == "00000"
     items.close()
+    assert time.monotonic() - began < 50, "what has come is read at once, however little it is"
     with pytest.raises(ProcessLookupError):
         os.kill(int(marker.read_text()), 0)
 

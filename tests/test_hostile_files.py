@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save as safetensors_bytes
-from tiny import AUTOENCODER, make_run
+from tiny import KL_F8, make_run
 
 from ldm_lab.checkpoints.files import FORMAT
 from ldm_lab.config import build
@@ -320,7 +320,7 @@ def test_hostile_files_are_refused(tmp_path, monkeypatch, program, recipe, write
 def test_good_files_pass(tmp_path, monkeypatch, program):
     """The same commands work on files without a fault."""
     monkeypatch.chdir(tmp_path)
-    state = {name: value for name, value in build("autoencoder", AUTOENCODER).state_dict().items() if name != "scale"}
+    state = {name: value for name, value in build("autoencoder", KL_F8).state_dict().items() if name != "scale"}
     torch.save({"state_dict": state}, "model.ckpt")
     with zipfile.ZipFile("kl.zip", "w") as archive:
         archive.write("model.ckpt")

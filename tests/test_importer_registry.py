@@ -8,7 +8,7 @@ import pytest
 import safetensors
 import torch
 from safetensors.torch import save_file
-from tiny import AUTOENCODER, DENOISER, embedding
+from tiny import DENOISER, KL_F8, embedding
 
 from ldm_lab.checkpoints import files, importer, opened, released_zip
 from ldm_lab.checkpoints.importer import detect_format, importers
@@ -66,13 +66,13 @@ def counted(monkeypatch):
 def released(tmp_path):
     """A released zip with an autoencoder in it, the same as a checkpoint, and as a part of ours."""
     torch.manual_seed(0)
-    net = build("autoencoder", AUTOENCODER)
+    net = build("autoencoder", KL_F8)
     own = {name for name, _ in net.named_parameters()}
     state = {name: value for name, value in net.state_dict().items() if name in own}
     torch.save({"state_dict": state}, tmp_path / "model.ckpt")
     with zipfile.ZipFile(tmp_path / "kl.zip", "w") as archive:
         archive.write(tmp_path / "model.ckpt", "model.ckpt")
-    save_part(tmp_path / "part.safetensors", net, AUTOENCODER)
+    save_part(tmp_path / "part.safetensors", net, KL_F8)
     save_file(state, tmp_path / "plain.safetensors")
     return net
 
@@ -131,7 +131,7 @@ def test_what_a_zip_held_stays_readable_after_it_is_gone(tmp_path, released):
 @pytest.fixture
 def outside(tmp_path, monkeypatch):
     """A module outside the package that registers an importer; forgotten afterwards."""
-    (tmp_path / "my_formats.py").write_text(MODULE % AUTOENCODER)
+    (tmp_path / "my_formats.py").write_text(MODULE % KL_F8)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(importer, "_registry", dict(importer._registry))
     yield __import__("my_formats")
@@ -145,7 +145,7 @@ def test_an_importer_outside_the_package_is_found_and_used(tmp_path, released, o
     part = load_part("autoencoder", {"name": "kl_f8", "weights": str(tmp_path / "mine.safetensors")})
     assert all(torch.equal(value, part.state_dict()[name]) for name, value in released.state_dict().items())
     code, out, err = program("ldm_lab.__main__", "inspect", tmp_path / "mine.safetensors")
-    assert code == 0 and "an autoencoder of mine" in out and f"ch: {AUTOENCODER['ch']}" in out, err
+    assert code == 0 and "an autoencoder of mine" in out and f"ch: {KL_F8['ch']}" in out, err
     converted = tmp_path / "ours.safetensors"
     code, out, err = program("ldm_lab.__main__", "convert", tmp_path / "mine.safetensors", converted)
     assert code == 0 and "from an autoencoder of mine" in out, err

@@ -1,13 +1,19 @@
 """Other data in the place of those that a run was trained on: noticed on resume, said in a line, a new epoch begun."""
 
+import contextlib
+import http.server
 import json
 import shutil
+import threading
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from data_sets import encoded, keys, module, take, write_cache, write_files, write_shards
 
 from ldm_lab.config import build
+from ldm_lab.data import remote_contents
 from ldm_lab.data.contents import contents_of, differing_contents, file_entries, names_within
 from ldm_lab.data.tar import write_shard
 from ldm_lab.errors import UserError
@@ -148,6 +154,83 @@ def test_other_scores_under_the_same_names_read_the_begun_shards_again(tmp_path,
     assert "other items in the shards, or another order of them: those that were begun begin anew" in (
         capsys.readouterr().out
     )
+
+
+class Server(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder, pieces of its files if asked for them, as kinds of servers do; notes what it was asked for."""
+
+    kind = "pieces"
+    asked: list[str] = []
+
+    def do_GET(self):
+        self.asked.append(self.headers.get("Range", ""))
+        path = Path(self.translate_path(self.path))
+        if self.kind == "out of reach" or not path.is_file():
+            self.send_error(404)
+            return
+        data, asked = path.read_bytes(), self.headers.get("Range")
+        first, _, last = (asked or "=0-").partition("=")[2].partition("-")
+        whole = asked is None or self.kind == "whole files"
+        piece = data if whole else data[int(first) : int(last) + 1 if last else None]
+        self.send_response(200 if whole else 206)
+        if not whole:
+            self.send_header("Content-Range", f"bytes {first}-{int(first) + len(piece) - 1}/{len(data)}")
+        self.send_header("ETag", f'"{len(self.asked)}"')  # another one each time, as of several machines
+        self.send_header("Content-Length", str(len(piece)))
+        self.end_headers()
+        with contextlib.suppress(OSError):  # who asks may have enough
+            self.wfile.write(piece)
+
+    def log_message(self, *args):
+        """Keep the test's output clean."""
+
+
+@pytest.fixture
+def served(root, monkeypatch):
+    """The address of the shards on a server of their own."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Server, "asked", [])
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Server, directory=str(root))) as running:
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_address[1]}/shards/{{00000..0000{SHARDS - 1}}}.tar"
+        running.shutdown()
+
+
+@pytest.mark.parametrize("kind", ["pieces", "whole files"])
+def test_other_shards_of_the_same_names_on_a_server_are_noticed(root, served, kind, monkeypatch, capsys):
+    """Of the same sizes, too; the same ones are the same whatever else the server says, and when it says nothing."""
+    monkeypatch.setattr(Server, "kind", kind)
+    its = {**section("webdataset", root), "shards": served}
+    states, trained = stopped(its)
+    assert Server.asked.count("bytes=0-4095") == SHARDS
+    assert len(trained) + len(goes_on(its, states)) == 2 * COUNT and "other data" not in capsys.readouterr().out
+    monkeypatch.setattr(Server, "kind", "out of reach")
+    data = module(its)
+    data.load_rank_states(states, 0)
+    assert data.rank_state()["left"] == states[0]["left"] and "other data" not in capsys.readouterr().out
+    monkeypatch.setattr(Server, "kind", kind)
+    write(root, first=100)
+    assert len(goes_on(its, states)) == COUNT
+    assert "6 of 6 shards have another content under the same name" in capsys.readouterr().out
+
+
+def test_few_shards_on_servers_are_asked_for_and_a_silent_server_once(monkeypatch):
+    asked = []
+
+    class Silent:
+        def __init__(self, url, **_):
+            asked.append(url)
+            raise remote_contents.NoAnswer("timed out")
+
+    monkeypatch.setattr(remote_contents, "Response", Silent)
+    monkeypatch.setattr(remote_contents, "location_on_hub", lambda address: address.replace("hf://", "https://hub/"))
+    many = [f"https://a/{n}.tar" for n in range(10_000)] + ["pipe:cat x", "gs://b/1.tar", "/local/1.tar"]
+    assert set(remote_contents.remote_contents(many).values()) == {""}
+    assert 1 <= len(asked) <= remote_contents.AT_ONCE
+    asked.clear()
+    assert len(remote_contents.remote_contents([f"hf://datasets/o/r/{n}.tar" for n in range(1000)])) <= 64
+    assert asked[0].startswith("https://hub/datasets/o/r/")
 
 
 @pytest.mark.parametrize("damage", ["x", "shards 3 00", 7, None], ids=str)

@@ -143,7 +143,7 @@ def test_the_model_is_not_loaded_where_all_is_stored(yaml, monkeypatch, program)
 
 def test_captions_that_a_closed_store_lacks_are_skipped_and_counted(yaml, program):
     embed(yaml, "store")
-    of_data = [path for path in sorted(Path("store").glob("*-*.json")) if not path.name.startswith("added")]
+    of_data = sorted(Path("store").glob("texts-*.safetensors"), key=lambda path: -path.stat().st_size)[:2]
     closed = ["conditioner.store=store", "conditioner.missing=skip", "trainer.max_steps=3", "data.max_skipped=0.9"]
     of_data[0].unlink()
     code, out, err = program("train", "--config", yaml, *closed)
@@ -251,6 +251,17 @@ def test_an_interrupted_pass_goes_on_other_data_add_and_nothing_is_encoded_twice
     assert len(store) > texts and len(set(read_store("store"))) == len(store)
 
 
+def test_a_second_pass_at_the_same_time_takes_nothing_away(yaml, monkeypatch):
+    """It finds all texts stored when it comes to an item, as another process was quicker."""
+    from ldm_lab.training.embed_texts import TextJob
+
+    embed(yaml, "store")
+    before = sorted(read_store("store"))
+    monkeypatch.setattr(TextJob, "finished", lambda self, item: None)
+    embed(yaml, "store")
+    assert sorted(read_store("store")) == before
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_work_and_leave_whole_files(yaml, tmp_path):
     done = run_program(
@@ -265,7 +276,7 @@ def test_two_processes_share_the_work_and_leave_whole_files(yaml, tmp_path):
 
 def test_a_damaged_shard_is_left_out_and_made_again(yaml, caplog):
     store, _ = embed(yaml, "store")
-    path = next(path for path in sorted(Path("store").glob("*.safetensors")) if "added" not in path.name)
+    path = max(Path("store").glob("texts-*.safetensors"), key=lambda path: path.stat().st_size)
     whole = path.read_bytes()
     for broken in (whole[:-8], whole.replace(b"token_states", b"taken_states", 1)):
         path.write_bytes(broken)
@@ -359,3 +370,23 @@ def test_a_cache_of_images_is_made_of_stored_states(yaml, program, monkeypatch):
     told = part.from_batch(Batch(batch.key, batch.text))
     assert batch.conditions["token_states"].equal(told["token_states"])
     assert cache.captions_of(0).texts == [batch.text[0]]
+
+
+def test_a_run_is_tried_out_and_counted_and_nothing_is_written(yaml, made, program):
+    read = ["conditioner.padding=read", f"data.folder={made / 'shapes'}"]
+    code, out, err = program("train", "--config", yaml, "--check", "conditioner.store=store", *read)
+    assert code == 0, err
+    assert not Path("store").exists() and "added by" not in out
+    assert "check: counted, a step takes" in out and "one picture of demo drawn" in out
+
+
+def test_what_a_step_costs_is_counted_without_the_model(yaml):
+    from ldm_lab.training.cost import config_cost
+
+    read = ["conditioner.padding=read", "conditioner.model=google/t5-v1_1-small", "conditioner.text_size=4"]
+    assert config_cost(load(yaml, read)).flops > 0
+
+
+def test_a_precision_that_says_nothing_is_said(yaml, capsys):
+    load_conditioner(load(yaml, ["conditioner.precision=bf16"]))
+    assert "conditioner.precision: without effect: conditioner.dtype is how t5 computes" in capsys.readouterr().out

@@ -16,7 +16,13 @@ from ldm_lab.data.shapes import write_shards
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM = sys.platform == "linux"  # whether programs can be copies of a process that has imported torch
-AUTOENCODER = {"name": "kl_f8", "ch": 32, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+AUTOENCODER = {"name": "kl_f8", "ch": 8, "norm_groups": 4, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+KL_F8 = {
+    "name": "kl_f8",
+    "ch": 32,
+    "ch_mult": [1, 1, 1, 1],
+    "num_res_blocks": 1,
+}  # 32 norm groups, as original files have
 CLOOB = {
     "name": "cloob", "image_size": 32, "patch_size": 16, "image_width": 32, "image_layers": 1, "image_heads": 2,
     "text_width": 32, "text_layers": 1, "text_heads": 2, "text_size": 24, "vocab_size": 600, "embed_dim": 16,

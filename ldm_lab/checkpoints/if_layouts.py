@@ -184,7 +184,7 @@ def our_tensors(state: dict[str, Tensor], head_width: int) -> dict[str, Tensor]:
         parts = [state[name] for name in names]
         value = parts[0]
         if len(parts) > 1:
-            if len({part.shape for part in parts}) > 1 or value.shape[0] % head_width:
+            if len({part.shape for part in parts}) > 1 or value.ndim == 0 or value.shape[0] % head_width:
                 raise ValueError(f"{names[0]}: {list(value.shape)}, in heads of {head_width}")
             stacked = torch.stack(parts)  # [parts, heads * d, ...]
             value = rearrange(stacked, "p (n d) ... -> (n p d) ...", d=head_width)  # [heads * parts * d, ...]
@@ -199,5 +199,6 @@ def our_shapes(state: Shapes) -> dict[str, tuple[int, ...]]:
     for ours, names in our_names(state).items():
         first = tuple(state[names[0]].shape)
         is_matrix = ours.endswith((".qkv.weight", ".encoder_kv.weight", ".proj_out.weight"))
-        made[ours] = (first[0] * len(names), *first[1:], *((1,) if is_matrix and len(first) == 2 else ()))
+        joined = (first[0] * len(names), *first[1:]) if first else ()
+        made[ours] = (*joined, *((1,) if is_matrix and len(first) == 2 else ()))
     return made

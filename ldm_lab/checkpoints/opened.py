@@ -35,6 +35,7 @@ DTYPES = {
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before its zips: the pickle of a magic number
 ARRAY = ".npy"  # the name of the one tensor in a `.npy`, which no state dict has
 LARGEST_ARRAY = 64 << 20  # bytes: a larger one is no head
+MOST_REPEATED = 64 << 20  # bytes: a view that is so much larger than what it looks at is a trap
 LARGEST_TEXT = 1 << 20  # bytes of a YAML beside weights
 
 
@@ -153,6 +154,9 @@ def _of_tensors(path: Path, found: Unwrapped, yaml: bytes | None) -> OpenedFile:
         if value.is_meta or value.is_quantized or value.layout != torch.strided or value.is_complex():
             kind = "without its values" if value.is_meta else "quantized, sparse or complex, which no network here has"
             raise UserError(f"{path}: not supported: {name} is {kind}")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes() + MOST_REPEATED:
+            size = "x".join(map(str, value.shape))
+            raise UserError(f"{path}: damaged: {name} is said to be {size}, and the file has fewer numbers than that")
     notes = (*found.notes, *notes, *_rounded(infos(tensors)))
     return OpenedFile(path, infos(tensors), extra=found.rest, yaml=yaml, loaded=tensors, notes=notes)
 

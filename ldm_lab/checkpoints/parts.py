@@ -1,6 +1,6 @@
 """Frozen parts from their config: `{name, weights, ...}` -> a module with its weights in place."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,17 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from ldm_lab.checkpoints.importer import DetectedFile, LoadedPart, Section, detect_format, find_weights, importers_of
+from ldm_lab.checkpoints.initialization import no_initial_weights
 from ldm_lab.checkpoints.sharded import weights_checksum
 from ldm_lab.checkpoints.stored_texts import encodes_missing, identity_in_store, store_folder
+from ldm_lab.conditions import ConditionSpec
 from ldm_lab.config import AutoencoderUse, PartConfig, build
 from ldm_lab.downloads import Download
-from ldm_lab.errors import UserError
+from ldm_lab.errors import UserError, first_line
 from ldm_lab.interfaces import Autoencoder
 from ldm_lab.pretrained.resolve import to_download
 from ldm_lab.sharded import load_shares
 
+ROOM = 1_000_000  # numbers that a part may have beside those of its file: tables that are made, statistics
 
-def load_part(role: str, config: PartConfig | Section, read_weights: bool = True, later: bool = False) -> nn.Module:
+
+def load_part(
+    role: str, config: PartConfig | Section, read_weights: bool = True, later: bool = False, draws: bool = True
+) -> nn.Module:
     """Build a frozen part and load its weights: evaluation mode, no gradients.
 
     Args:
@@ -28,6 +34,7 @@ def load_part(role: str, config: PartConfig | Section, read_weights: bool = True
             them along (`Part.load_pretrained`). `latent_mean` and `latent_std` (autoencoder) replace the stored ones.
         read_weights: False builds the architecture alone (on the meta device, for counting).
         later: weights that a part brings along itself may wait until it is used (`Part.load_later`).
+        draws: draw random weights first, though a file's replace them, so that what is drawn next is as without them.
 
     Raises:
         UserError: missing or damaged file; weights of something else, or of another architecture.
@@ -35,7 +42,7 @@ def load_part(role: str, config: PartConfig | Section, read_weights: bool = True
     config = as_part_config(role, config)
     path = weights_path(role, config) if read_weights else None
     if path is not None:
-        module, _ = load_module(role, Section(config.architecture()), detect_format(path))
+        module, _ = load_module(role, Section(config.architecture()), detect_format(path), draws)
     else:
         module = build(role, config.architecture())
         if read_weights and later:
@@ -53,13 +60,14 @@ def as_part_config(role: str, config: PartConfig | Section) -> PartConfig:
     return config if isinstance(config, PartConfig) else PartConfig.from_dict(role, config)
 
 
-def load_module(role: str, overrides: Section, found: DetectedFile) -> tuple[nn.Module, Section]:
+def load_module(role: str, overrides: Section, found: DetectedFile, draws: bool = True) -> tuple[nn.Module, Section]:
     """Return a part with its weights in place, and its config: that of its file and what is said besides.
 
     Args:
         role: of the part.
         overrides: its name, and options: those that the file does not tell, others have to agree with it.
         found: the file.
+        draws: see `load_part`.
 
     Raises:
         UserError: damaged or another program's file; weights of another architecture.
@@ -69,12 +77,56 @@ def load_module(role: str, overrides: Section, found: DetectedFile) -> tuple[nn.
         if key in config and config[key] != value:
             raise UserError(f"{role}.{key}: {value!r} is asked for, but {found.path} holds {config[key]!r}")
     section = Section({**config, **overrides})
-    module = build(role, section)
+    with no_initial_weights(follow=not draws):
+        module = build_for(state, found.path, role, section)
     state = module.convert_state_dict(state)
     if isinstance(module, Autoencoder):
         _shape_statistics(module, state)
     load_strictly(module, state, found.path)
     return module, section
+
+
+def build_for(
+    state: Mapping[str, Tensor], path: str | Path, role: str, section: Section, *shape: int | ConditionSpec
+) -> nn.Module:
+    """Return a part as its config says, before a file's weights go into it.
+
+    It is built without memory first: shapes, and configs in files, may ask for any size.
+
+    Args:
+        state: the weights, which are about as many as the part has to have.
+        path: where they are from.
+        role, section: of the part.
+        shape: what it is constructed with beside its options.
+
+    Raises:
+        UserError: sizes that cannot be, or are far from those of the weights.
+    """
+    with_weights = sum(value.numel() for value in state.values())
+    try:
+        size = sum(value.numel() for value in build_on_meta(path, role, section, *shape).state_dict().values())
+        if size > 2 * with_weights + ROOM:
+            raise UserError(
+                f"{path}: weights of another architecture: a {role} as its config and shapes say has {size:,} numbers, "
+                f"the file {with_weights:,}"
+            )
+        return build(role, section, *shape)
+    except RuntimeError as error:
+        raise UserError(f"{path}: a {role} of these sizes cannot be built: {first_line(error)}") from None
+
+
+def build_on_meta(path: str | Path, role: str, section: Section, *shape: int | ConditionSpec) -> nn.Module:
+    """Return a part without memory for its tensors; arguments and errors are those of `build_for`."""
+    try:
+        with torch.device("meta"):
+            return build(role, section, *shape)
+    except RuntimeError as error:
+        raise UserError(f"{path}: a {role} of these sizes cannot be built: {first_line(error)}") from None
+    except UserError as error:
+        first, *problems = str(error).splitlines()
+        raise UserError(
+            f"{path}: {'; '.join(problem.strip() for problem in problems)}" if problems else first
+        ) from None
 
 
 def _shape_statistics(module: Autoencoder, state: Mapping[str, Tensor]) -> None:
@@ -185,13 +237,20 @@ def check_strictly(own: dict[str, Tensor], state: dict[str, Tensor], path: str |
         raise UserError(f"{path}: weights of another architecture: {'; '.join(problems[:3])}{more}")
 
 
-def load_fitting(module: nn.Module, state: dict[str, Tensor], path: str | Path) -> list[str]:
+def load_fitting(
+    module: nn.Module,
+    state: dict[str, Tensor],
+    path: str | Path,
+    drawn: Callable[[], Mapping[str, Tensor]] | None = None,
+) -> list[str]:
     """Load those tensors whose name and shape are the module's, and leave its others as they are.
 
     Args:
         module: the network.
         state: its weights, or those of a network of the same kind with, say, a wider embedding.
         path: where they are from, for the message.
+        drawn: returns the weights of a module that was built without (`no_initial_weights`); for those that the file
+            does not have.
 
     Returns:
         What was not loaded, and why, a line each.
@@ -204,7 +263,8 @@ def load_fitting(module: nn.Module, state: dict[str, Tensor], path: str | Path) 
     if sum(value.numel() for value in fits.values()) < 0.5 * sum(value.numel() for value in own.values()):
         load_strictly(module, state, path)  # says what is different
     check_finite(dict(module.named_parameters()), fits, path)
-    module.load_state_dict({**own, **fits})
+    initial = drawn() if drawn is not None and len(fits) < len(own) else own
+    module.load_state_dict({**initial, **fits})
     missing = [f"{name} stays as initialized: the file does not have it" for name in own if name not in state]
     other = [
         f"{name} stays as initialized: {list(state[name].shape)} in the file, {list(own[name].shape)} here"

@@ -28,9 +28,9 @@ from ldm_lab.checkpoints.formats import diffusers_vae
 from ldm_lab.checkpoints.importer import DetectedFile, Section, config_problems, detect_format
 from ldm_lab.checkpoints.lora import MERGED, WeightedLora, add_all
 from ldm_lab.checkpoints.native import LATENT_STATISTICS, NOT_FACTS, listed, part_config, save_model, save_part
-from ldm_lab.checkpoints.parts import check_strictly, load_module, load_strictly
+from ldm_lab.checkpoints.parts import build_for, build_on_meta, check_strictly, load_module, load_strictly
 from ldm_lab.commands._arguments import add_imports_argument
-from ldm_lab.config import build, part_class, signature_options
+from ldm_lab.config import part_class, signature_options
 from ldm_lab.config.overrides import values
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Autoencoder
@@ -187,7 +187,7 @@ def _trained_part(args: argparse.Namespace, found: DetectedFile) -> Part | None:
     role = part_class("task", {"name": config.get("task", "diffusion")}).PART
     if role is None:
         return None
-    module = build(role, config.get(role))
+    module = build_for(state, found.path, role, Section(config.get(role)))
     load_strictly(module, state, found.path)
     return Part(module, Section(config.get(role)), {"step": extra["step"]})
 
@@ -201,8 +201,7 @@ def _write_model(args: argparse.Namespace, found: DetectedFile, out: Path, dtype
         raise UserError(f"{found.path}: {problems[0]}")
     shape = found.importer.denoiser_shape(found.file, not args.raw)
     if shape is not None:
-        with torch.device("meta"):
-            network = build("denoiser", config["denoiser"], *shape)
+        network = build_on_meta(found.path, "denoiser", config["denoiser"], *shape)
         check_strictly(network.state_dict(), state, found.path)
     if loras := read_loras(args.lora):
         state, extra = _merged(loras, state, config, extra)

@@ -16,7 +16,7 @@ from ldm_lab.commands._arguments import add_config_arguments, add_pass_arguments
 from ldm_lab.config import load
 from ldm_lab.errors import UserError
 
-BATCH = 256  # captions, so that there are enough of each number of tokens
+BATCH = 1024  # captions, so that there are enough of each number of tokens
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

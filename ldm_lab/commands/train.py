@@ -25,7 +25,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="build all, make one step and one picture, say what it takes; write nothing",
+        help="build all, make one step and one picture, say what it takes; write nothing. `python -m ldm_lab plan` "
+        "counts instead, and runs nothing",
     )
     add_imports_argument(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the YAML's")

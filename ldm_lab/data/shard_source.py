@@ -8,6 +8,7 @@ from typing import Any
 from ldm_lab.config import NonNegativeInt
 from ldm_lab.data.caption_tables import CaptionTable
 from ldm_lab.data.contents import contents_of, file_entries, names_within
+from ldm_lab.data.remote_contents import remote_contents
 from ldm_lab.data.samples import RawSample, SkippedSample
 from ldm_lab.data.shard_urls import is_remote, scheme_of
 from ldm_lab.data.shards_found import describe_shards
@@ -69,7 +70,9 @@ class ShardSource(ImageSource):
     def contents(self) -> str:
         paths = [None if is_remote(its) or scheme_of(its) else os.path.abspath(its) for its in self.addresses]
         names = names_within([path or its for path, its in zip(paths, self.addresses)])
-        return contents_of(self.unit, file_entries([*zip(names, paths)]))
+        remote = remote_contents(self.addresses)
+        entries = zip(file_entries([*zip(names, paths)]), self.addresses)
+        return contents_of(self.unit, ((name, remote.get(its, content)) for (name, content), its in entries))
 
     @property
     def items_key(self) -> str:

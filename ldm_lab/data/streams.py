@@ -72,7 +72,7 @@ def open_stream(address: str) -> ByteStream:
     if scheme in ("http", "https"):
         return open_url(address, first_tries=FIRST_TRIES)
     if scheme == "hf":
-        return open_url(_location_on_hub(address), first_tries=FIRST_TRIES)
+        return open_url(location_on_hub(address), first_tries=FIRST_TRIES)
     if scheme in TOOLS:
         return ToolOutput([*TOOLS[scheme], address])
     return gopen(address)
@@ -83,7 +83,7 @@ def reason_of(error: Exception) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error, 160)
 
 
-def _location_on_hub(address: str) -> str:
+def location_on_hub(address: str) -> str:
     """Return where the Hub has a file; it is asked with the user's own token. Raises OSError."""
     match = ON_HUB.fullmatch(address)
     if match is None:
@@ -167,7 +167,7 @@ class CommandOutput:
         )
 
     def read(self, size: int) -> bytes:
-        data = self.process.stdout.read(size)
+        data = self.process.stdout.read1(size)  # what there is, instead of waiting for as many
         if not data and self.process.wait() != 0:
             raise OSError(f"the command ended with status {self.process.returncode}")
         return data

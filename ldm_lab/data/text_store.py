@@ -1,8 +1,8 @@
 """The states of texts, stored once: a cache whose samples are texts, each under a hash of it, and which grows.
 
-`cache_files.py` says what the files are. `meta.json` says which text encoder made the states; shards count as soon as
-the file beside each says that it is done, so that any number of processes may add some at any time. Images stay where
-they are.
+`cache_files.py` says what the files are. `meta.json` says which text encoder made the states. A shard counts as soon as
+it is there, and is called by the hashes of its texts: any number of processes may add some at any time, and none ever
+replaces other texts. Images stay where they are.
 """
 
 import hashlib
@@ -16,10 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm_lab.data.cache_files import META, CacheMeta, CacheShard, Column, Rows, read_meta, size_of, write_shard
-from ldm_lab.data.cache_items import DONE, ItemDone
-from ldm_lab.data.counts import Counts
-from ldm_lab.data.jobs import Fingerprint, Finished
+from ldm_lab.data.cache_files import (
+    ENDING,
+    META,
+    CacheMeta,
+    CacheShard,
+    Column,
+    Rows,
+    ShardFacts,
+    read_meta,
+    write_shard,
+)
+from ldm_lab.data.jobs import Fingerprint
 from ldm_lab.data.samples import Sample, SkippedSample
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import PARTIAL
@@ -29,6 +37,7 @@ KIND, OF_TEXTS = "kind", '"texts"'  # in a description
 ENCODER = "conditioner."  # what the description's other names begin with
 SHA256 = f"{ENCODER}sha256"
 LACKING = "caption that conditioner.store lacks"
+SHARD = "texts-"  # what the names of shards begin with
 FULL = 1 << 26  # bytes of states that wait to be written
 MOST_OPENED = 1000  # shards
 KEY_BYTES = 16  # of a text's hash
@@ -80,7 +89,7 @@ class TextStore:
         columns: of its shards.
         tokens: in the shards, of all texts together.
         added: texts that this process has added.
-        damaged: what stands beside shards that cannot be read.
+        damaged: shards that cannot be read.
         writes: whether it may write what is added.
     """
 
@@ -93,7 +102,7 @@ class TextStore:
         self.folder, self.description, self.columns = folder, description, columns
         self.added, self.tokens, self.writes = 0, 0, True
         self._shards: list[Path] = []  # by their numbers
-        self._seen: set[Path] = set()  # what stands beside them
+        self._seen: set[Path] = set()  # shards, those that are damaged, too
         self.damaged: set[Path] = set()
         self._opened: dict[int, CacheShard] = {}
         self._hashes = np.empty(0, np.uint64)  # [N], in order
@@ -121,30 +130,24 @@ class TextStore:
         """Look for shards that have been written since; damaged ones are said and left out.
 
         Args:
-            rewritten: what stands beside a shard that has been made again.
+            rewritten: a shard that has been made again.
         """
-        if rewritten is not None:
+        if rewritten in self.damaged:
             self._seen.discard(rewritten)
             self.damaged.discard(rewritten)
         hashes, places = [self._hashes], [self._places]
-        for path in sorted(self.folder.glob(f"[!.]*{DONE}")) if self.folder.is_dir() else ():
-            if path.name == META or path in self._seen:
-                continue
+        for path in sorted(set(self.folder.glob(f"{SHARD}*{ENDING}")) - self._seen):
             self._seen.add(path)
-            done = ItemDone.read(path)
-            if done is None or done.shard is None:
-                continue
-            shard, number = self.folder / done.shard.name, len(self._shards)
+            number = len(self._shards)
             try:
-                if size_of(shard) != done.shard.bytes:
-                    raise SkippedSample("missing or cut off", str(shard))
-                its = hashes_of(self._open(number, shard))  # [S]
+                shard = CacheShard(path, self.columns, 1)
+                its = hashes_of(shard)  # [S]
             except SkippedSample as problem:
-                log.warning("%s: left out: %s; embed-text makes it again", shard, problem.reason)
+                log.warning("%s: left out: %s; embed-text makes it again", path, problem.reason)
                 self.damaged.add(path)
                 continue
-            self._shards.append(shard)
-            self.tokens += int(self._open(number, shard).ends[STATES][-1:].sum())
+            self._shards.append(path)
+            self.tokens += int(shard.ends[STATES][-1:].sum())
             hashes.append(its)
             places.append(np.stack([np.full(len(its), number), np.arange(len(its))], 1))
         if len(hashes) > 1:
@@ -184,14 +187,19 @@ class TextStore:
 
     def flush(self) -> None:
         """Write what was added. Raises UserError if that cannot be done."""
-        if not self._waiting or not self.writes:
-            return
-        rows = packed_rows(list(self._waiting), list(self._waiting.values()))
+        if self._waiting and self.writes:
+            self.write(list(self._waiting), list(self._waiting.values()))
+            self._waiting, self._waiting_bytes = {}, 0
+
+    def write(self, texts: Sequence[str], states: Sequence[Tensor]) -> ShardFacts:
+        """Write texts and their states as a shard, and look what others have written. Raises UserError."""
+        rows = packed_rows(texts, states)
         name = hashlib.blake2b("".join(rows.keys).encode(), digest_size=KEY_BYTES).hexdigest()
         self.begin()
-        write_texts(self.folder / f"added-{name}", rows, self.columns, self.finished(Counts(read=len(rows.keys))))
-        self.refresh()
-        self._waiting, self._waiting_bytes = {}, 0
+        path = self.folder / f"{SHARD}{name}{ENDING}"
+        facts = write_shard(path, rows, self.columns)
+        self.refresh(rewritten=path)
+        return facts
 
     def begin(self) -> None:
         """Write what the states are made by, where nothing is yet; several processes write the same."""
@@ -202,16 +210,6 @@ class TextStore:
     def fingerprint(self) -> Fingerprint:
         """What makes its results what they are."""
         return {"description": json.dumps(self.description, sort_keys=True)}
-
-    def finished(self, counts: Counts, content: str | int | None = "") -> Finished:
-        """Return what is said beside a shard."""
-        return Finished(self.fingerprint, content, counts)
-
-
-def write_texts(target: Path, rows: Rows | None, columns: dict[str, Column], done: Finished) -> None:
-    """Write a shard, and then beside it that it is done; `target` is their name without the ending."""
-    facts = None if rows is None else write_shard(target.with_name(f"{target.name}.safetensors"), rows, columns)
-    ItemDone(done, columns, facts, drawn=False).write(target.with_name(target.name + DONE))
 
 
 def hashes_of(shard: CacheShard) -> np.ndarray:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from ldm_lab.checkpoints.formats import noised_clip
 from ldm_lab.checkpoints.gap_files import gap_of, split_gap
 from ldm_lab.checkpoints.importer import Section
+from ldm_lab.checkpoints.initialization import no_initial_weights
 from ldm_lab.checkpoints.lora import FILE as LORA_FILE
 from ldm_lab.checkpoints.models import read_model
-from ldm_lab.checkpoints.parts import as_part_config, has_weights, load_part, load_strictly, weights_sha256
+from ldm_lab.checkpoints.parts import as_part_config, build_for, has_weights, load_part, load_strictly, weights_sha256
 from ldm_lab.condition_sources import build_sources, given_conditions
 from ldm_lab.conditioners.gap import NOISE
 from ldm_lab.conditions import ConditionSpec
@@ -116,7 +117,8 @@ def _load_denoiser(
     config: Section, state: dict[str, Tensor], path: str | Path, channels: int, given: ConditionSpec
 ) -> Denoiser:
     """Return the denoiser of a model file, frozen, on the CPU."""
-    denoiser: Denoiser = build("denoiser", config["denoiser"], channels, given)
+    with no_initial_weights():
+        denoiser: Denoiser = build_for(state, path, "denoiser", config["denoiser"], channels, given)
     check_conditions(denoiser, given)
     load_strictly(denoiser, state, path)
     return denoiser.eval().requires_grad_(False)
@@ -162,7 +164,7 @@ def _load_frozen(
     try:
         if moved is None:
             check_untrusted(config.get("weights"), f"{role}.weights")
-        part = _loaded_conditioner(config, others) or load_part(role, config)
+        part = _loaded_conditioner(config, others) or load_part(role, config, draws=False)
         if any(True for _ in part.parameters()) and not has_weights(role, config):
             raise UserError("the file does not say where its weights are")
         checksum = weights_sha256(role, config) if extra.get(role) else None

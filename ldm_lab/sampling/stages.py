@@ -7,6 +7,7 @@ from itertools import islice
 import torch
 from PIL import Image
 
+from ldm_lab.conditions import ImageCondition
 from ldm_lab.errors import UserError
 from ldm_lab.guidance.classifier_free import proportional_weights
 from ldm_lab.io.images import round_to_uint8
@@ -21,6 +22,7 @@ from ldm_lab.sampling.request import Request
 # Added to a picture's seed in each further stage, so that its noise is not that of the one before: 2**32 over the
 # golden ratio, which is far from all neighboring seeds. (Of a seed torch's generators take the lowest 32 bits alone.)
 SEED_OFFSET = 2_654_435_769
+RGB = 3  # channels of a picture
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Stages:
 
 
 def _check_sizes(before: Model, upsampler: Model, height: int, width: int) -> None:
-    """Raise UserError for an upsampler of smaller, or larger, pictures than it is to get.
+    """Raise UserError for an upsampler of smaller, or larger, pictures than it is to get, or of other channels.
 
     Models that were trained for one another may be asked for any size; others have to meet in the size that is asked.
 
@@ -142,6 +144,11 @@ def _check_sizes(before: Model, upsampler: Model, height: int, width: int) -> No
         upsampler: the upsampler.
         height, width: of these pictures.
     """
+    enlarged = upsampler.denoiser.spec["low_res"]
+    if isinstance(enlarged, ImageCondition) and enlarged.channels != RGB:
+        raise UserError(
+            f"upsampler: it enlarges images of {enlarged.channels} channels, and gets pictures of {RGB} (RGB)"
+        )
     if upsampler.image_size is None or before.image_size is None or upsampler.upscale_factor is None:
         return
     small, large, made = (min(side) for side in (upsampler.image_size, upsampler.image_size, before.image_size))

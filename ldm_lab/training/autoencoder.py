@@ -84,7 +84,7 @@ class AutoencoderTask(PartTask):
     NETWORK = ("autoencoder",)
     PART, FILE, LOSS = "autoencoder", "autoencoder.safetensors", ReconstructionLoss
 
-    def __init__(self, config: RunConfig, read_weights: bool = True) -> None:
+    def __init__(self, config: RunConfig, read_weights: bool = True, weights_follow: bool = False) -> None:
         """Build the task; `read_weights=False` leaves out the weights of LPIPS and of the discriminator."""
         super().__init__(config, read_weights)
         if "perceptual" in config:

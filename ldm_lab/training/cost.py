@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm_lab.batch import Batch
-from ldm_lab.conditions import TokenIds, blank_conditions
+from ldm_lab.conditions import TokenIds, TokenStates, blank_conditions
 from ldm_lab.config import RunConfig
 from ldm_lab.errors import first_line
 from ldm_lab.estimate import StepCost, autocast_of_gpus, module_bytes, optimizer_bytes, step_cost
@@ -158,6 +158,7 @@ def example_batch(task: Task, image_size: int) -> Batch:
         batch.image = torch.zeros(count, 3, image_size, image_size)  # [B, 3, H, W]
     if "conditioner" in task.frozen:
         spec = task.frozen["conditioner"].spec
-        if is_cached or all(isinstance(kind, TokenIds) for kind in spec.values()):  # ids cost nothing to make
+        # Ids cost nothing to make; states are made once for each caption, or have been, in numbers that texts decide.
+        if is_cached or all(isinstance(kind, TokenIds | TokenStates) for kind in spec.values()):
             batch.conditions = blank_conditions(spec, count)
     return batch

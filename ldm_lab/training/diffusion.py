@@ -1,5 +1,6 @@
 """The main task: a denoiser in the latent space of a frozen autoencoder, told what conditioner and sources give."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 
 from ldm_lab.checkpoints.files import FORMAT
 from ldm_lab.checkpoints.importer import Section
+from ldm_lab.checkpoints.initialization import built
 from ldm_lab.checkpoints.lora import FILE as LORA_FILE
 from ldm_lab.checkpoints.lora import save_lora
 from ldm_lab.checkpoints.models import read_model
@@ -25,7 +27,6 @@ from ldm_lab.interfaces import (
     Batch,
     Conditioner,
     Conditions,
-    Denoiser,
     ImageCondition,
     Objective,
     check_conditions,
@@ -66,7 +67,7 @@ class DiffusionTask(Task):
     REQUIRED = ("data", "autoencoder", "conditioner", "denoiser", "objective")
     NETWORK = ("denoiser", "objective")
 
-    def __init__(self, config: RunConfig, read_weights: bool = True) -> None:
+    def __init__(self, config: RunConfig, read_weights: bool = True, weights_follow: bool = False) -> None:
         super().__init__(config, read_weights)
         autoencoder: Autoencoder = load_part("autoencoder", config["autoencoder"], read_weights)
         conditioner = load_conditioner(config, read_weights)
@@ -79,7 +80,7 @@ class DiffusionTask(Task):
         self.dropout = DROPOUT if dropout is None else dropout
         self.conditioning = Conditioning(config["conditioner"], conditioner, read_weights and self.lora is None)
         given = given_conditions(conditioner, self.sources)
-        denoiser: Denoiser = config["denoiser"].build(autoencoder.channels, given)
+        denoiser, self.drawn = built(partial(config["denoiser"].build, autoencoder.channels, given), weights_follow)
         check_conditions(denoiser, given)
         self.objective.check_denoiser(denoiser)
         self.check_image_size(config["data"].get("image_size"), autoencoder.downscale * denoiser.multiple_of)
@@ -103,7 +104,7 @@ class DiffusionTask(Task):
         if not self.rehearsing:
             self.spread.watch(x0)
         keep = torch.rand(len(x0), device=self.device) > self.dropout  # [B]
-        conditions = drop(conditions, self.conditioner.null(conditions), keep)
+        conditions = drop(conditions, conditions if self.rehearsing else self.conditioner.null(conditions), keep)
         conditions |= self.from_sources(batch, x0)
         self.laps.lap("encode")
         drawn = self.objective.times(self.timesteps(self.samples_seen, len(x0)))  # [B], on the CPU

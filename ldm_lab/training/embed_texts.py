@@ -17,7 +17,7 @@ from ldm_lab.data.jobs import Fingerprint, Finished, Job, PassOptions, PassRepor
 from ldm_lab.data.passes import run_pass
 from ldm_lab.data.samples import Captioned, SkippedSample, as_utf8
 from ldm_lab.data.source import Item, Source
-from ldm_lab.data.text_store import TextStore, packed_rows, write_texts
+from ldm_lab.data.text_store import SHARD, TextStore
 from ldm_lab.data.work_items import WorkItem, source_items
 from ldm_lab.errors import UserError, told_in_one_line
 from ldm_lab.estimate import in_units
@@ -89,11 +89,11 @@ class TextJob(Job[Item, Captioned, TextBatch, EmbeddedTexts]):
         return [item.file(DONE)]  # an item whose captions are all stored has no shard
 
     def finished(self, item: WorkItem[Item]) -> Finished | None:
-        path = item.file(DONE)
-        done = None if path in self.store.damaged else ItemDone.read(path)
-        if done is None or (done.shard is not None and size_of(item.file(ENDING)) != done.shard.bytes):
-            return None
-        return done.finished
+        done = ItemDone.read(item.file(DONE))
+        if done is not None and done.shard is not None:
+            shard = self.store.folder / done.shard.name
+            done = done if shard not in self.store.damaged and size_of(shard) == done.shard.bytes else None
+        return None if done is None else done.finished
 
     def process(self, batch: TextBatch) -> EmbeddedTexts:
         known, made = self.store.known, EmbeddedTexts()
@@ -121,9 +121,9 @@ class TextJob(Job[Item, Captioned, TextBatch, EmbeddedTexts]):
             place = f"cut to {self.conditioner.text_size} tokens"
             done.counts.captions[place] = done.counts.captions.get(place, 0) + cut
         states = [its for made in rows for its in made.states]
+        facts = self.store.write(texts, states) if texts else None
         self.store.begin()
-        write_texts(item.target, packed_rows(texts, states) if texts else None, self.store.columns, done)
-        self.store.refresh(rewritten=item.file(DONE))  # and what others have written
+        ItemDone(done, self.store.columns, facts, drawn=False).write(item.file(DONE))
         self.claimed.difference_update(texts)
 
     def finish(self, items: Sequence[WorkItem[Item]], report: PassReport) -> None:
@@ -173,5 +173,5 @@ def tag_of(data: PartConfig, source: Source) -> str:
 def summary(store: TextStore, report: PassReport) -> str:
     """Return what is stored, in words, and what was read and skipped."""
     store.refresh()
-    size = in_units(sum(path.stat().st_size for path in store.folder.glob(f"*{ENDING}")))
+    size = in_units(sum(path.stat().st_size for path in store.folder.glob(f"{SHARD}*{ENDING}")))
     return f"{store.folder}: {len(store):,} texts of {store.tokens:,} tokens, {size}. data: {report.counts}"

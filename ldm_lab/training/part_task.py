@@ -28,7 +28,7 @@ class PartTask(Task):
     FILE: ClassVar[str]
     LOSS: ClassVar[type[nn.Module]]
 
-    def __init__(self, config: RunConfig, read_weights: bool = True) -> None:
+    def __init__(self, config: RunConfig, read_weights: bool = True, weights_follow: bool = False) -> None:
         """Build the network and the loss. Raises UserError for keys that only make sense for a frozen part."""
         part = config[self.PART]
         frozen_only = [key for key in part if key in use_keys(self.PART)]

@@ -41,13 +41,19 @@ from ldm_lab.training.trainer import TrainerOptions
 RUNS = Path("runs")
 
 
-def build_task(config: RunConfig) -> Task:
-    """Return the task that a checked config describes, with the weights of `init_from` if it names any."""
+def build_task(config: RunConfig, resumes: bool = False) -> Task:
+    """Return the task that a checked config describes, with the weights of `init_from` if it names any.
+
+    Args:
+        config: of the run.
+        resumes: a checkpoint's weights are read behind this.
+    """
     torch.manual_seed(config.seed)  # the initial weights
-    task = config.task_class()(config)
+    from_file = config.init_from is not None and "lora" not in config  # whose additions are drawn behind the network
+    task = config.task_class()(config, weights_follow=resumes or from_file)
     if config.init_from:
         state, what = task.initial_weights(config.init_from)
-        left = load_fitting(task.model, state, config.init_from)
+        left = load_fitting(task.model, state, config.init_from, None if resumes else task.drawn)
         if task.model_ema is not None:
             task.model_ema.load_state_dict(task.model.state_dict())
         print_rank_zero(f"init_from: {what}, fresh optimizer")
@@ -107,7 +113,7 @@ def _run(config: RunConfig, folder: Path, lock: RunLock, began: float | None) ->
     source = check_start(config, folder)
     data = DataModule(source or training_data(config).build(), seed=config.seed)
     prepare_means(config, folder, resume.path)
-    task = build_task(config)
+    task = build_task(config, resumes=resume.path is not None)
     options: TrainerOptions = config.part("trainer").build()
     guard: Guard = config.part("guard").build(folder, logging.every)
     speed = Speed(RunCost(task), options.tf32)

@@ -50,6 +50,9 @@ class AtStep(NamedTuple):
     data: RankState
 
 
+Names = tuple[str, ...]
+
+
 class Task(JudgedSteps):
     """A LightningModule around one trained network, `self.model`, and its average, `self.model_ema`.
 
@@ -76,18 +79,17 @@ class Task(JudgedSteps):
     REQUIRED: ClassVar[tuple[str, ...]] = ("data",)
     NETWORK: ClassVar[tuple[str, ...]] = ()
     PART: ClassVar[str | None] = None
-    SECTIONS: ClassVar[tuple[str, ...]] = (
-        *("data", "optim", "ema", "trainer", "checkpoint", "logging", "resume"),
-        *("guard",),
-    )
+    SECTIONS: ClassVar[Names] = ("data", "optim", "ema", "trainer", "checkpoint", "logging", "resume", "guard")
+    drawn: Callable[[], dict[str, Tensor]] | None = None  # of a network that was not drawn, the weights it would have
     rehearsing = False  # whether steps are made by `rehearse`
 
-    def __init__(self, config: RunConfig, read_weights: bool = True) -> None:
+    def __init__(self, config: RunConfig, read_weights: bool = True, weights_follow: bool = False) -> None:
         """Build what all tasks have.
 
         Args:
             config: a checked config.
             read_weights: False builds the architecture alone (say, on the meta device), without any weights file.
+            weights_follow: those of the trained network are read behind this, and need not be drawn.
         """
         super().__init__()
         self.run_config = config

@@ -46,6 +46,8 @@ def load_conditioner(config: RunConfig, read_weights: bool = True, later: bool |
     )
     if isinstance(part, T5):
         part.rounds = True
+        if use.precision is not None:
+            print_rank_zero("conditioner.precision: without effect: conditioner.dtype is how t5 computes")
     elif folder is not None:
         raise UserError(f"conditioner.store: has the states of texts, which {section.name} does not make; t5 does")
     if isinstance(part, T5) and folder is not None and read_weights:
@@ -126,7 +128,7 @@ class StoredTexts(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.store.flush()
-        if self.store.added:
+        if self.store.added and self.store.writes:
             print_rank_zero(
                 f"conditioner.store: {self.store.folder}: {self.store.added:,} texts added by the first process"
             )

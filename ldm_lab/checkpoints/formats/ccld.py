@@ -54,7 +54,9 @@ def unet(tensors: dict[str, Tensor], path: str | Path, ema: bool = True) -> Load
         options = infer_config(state)
         channels = state[FIRST].shape[1] - PIXEL_FEATURES
         embed_dim = state["mapping.0.main.0.weight"].shape[1] - MAPPING_FEATURES
-    except (KeyError, IndexError) as error:
+        if channels < 1 or embed_dim < 1:
+            raise ValueError(f"{FIRST} or mapping.0.main.0.weight")
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{path}: not a complete CCLD U-Net ({error} is missing or misshapen)") from None
     return LoadedDenoiser(state, options, DenoiserShape(channels, {"embed": Embedding(embed_dim)}))
 
@@ -93,7 +95,7 @@ def cloob(tensors: dict[str, Tensor], path: str | Path) -> LoadedPart:
     state = strip_prefix(tensors, FROZEN["conditioner"])
     try:
         return LoadedPart(state, Section(name="cloob", **cloob_pickle.infer_config(state)))
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{path}: no complete CLOOB in it ({error} is missing or misshapen)") from None
 
 

@@ -72,7 +72,7 @@ class CLOOBPickle(Importer):
         state = towers(file.pickled, file.path)
         try:
             return LoadedPart(state, Section(name="cloob", **infer_config(state)))
-        except (KeyError, IndexError, ValueError) as error:
+        except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
             raise UserError(f"{file.path}: not a complete CLOOB model ({error} is missing or misshapen)") from None
 
 

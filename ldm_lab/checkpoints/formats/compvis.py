@@ -74,7 +74,7 @@ def autoencoder(file: OpenedFile) -> LoadedPart:
     state = own(tensors)
     try:
         config = infer_config(state)
-    except (KeyError, IndexError, ZeroDivisionError) as error:
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise UserError(
             f"{shown}: not a complete KL autoencoder of CompVis's ({error} is missing or misshapen)"
         ) from None

@@ -74,7 +74,7 @@ def unet(tensors: Mapping[str, Tensor], path: str | Path, scale_factor: int = SC
     _check_layout(tensors, path)
     state = {our_name(name): value for name, value in tensors.items()}
     state = {
-        name: (value.reshape(value.shape[0], -1) if name.endswith("weight") else value.flatten())
+        name: (value.flatten(1) if name.endswith("weight") else value.flatten())
         if ONE_BY_ONE.search(name) and value.ndim == 4
         else value
         for name, value in state.items()
