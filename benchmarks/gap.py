@@ -156,7 +156,7 @@ class Bench:
     @cached_property
     def section(self) -> PartConfig:
         """The CLIP's section."""
-        return load(self.root(self.config), self.settings(CLIP_ROW))["conditioner"]
+        return load(self.root(self.config), [*self.images(), *self.settings(CLIP_ROW)])["conditioner"]
 
     @cached_property
     def pairs(self) -> tuple[Tensor, list[str]]:
@@ -258,7 +258,8 @@ class Bench:
 
             kind = "cpu" if self.args.device == "cpu" else "gpu"
             words = [f"run={run}", f"trainer.accelerator={kind}", f"trainer.threads={self.args.threads}"]
-            words += [f"checkpoint={{every: {self.args.steps}, keep: 0}}", "logging.every=100"]
+            words += [f"checkpoint={{every: {self.args.steps}, keep_every: null, keep: 0}}"]
+            words += ["trainer.devices=1", "logging={every: 100, wandb: none}"]
             if main(["--config", str(self.root(self.config)), *self.overrides(name, seed), *words]):
                 raise KeyboardInterrupt  # told to stop
         return file

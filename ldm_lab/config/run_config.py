@@ -149,7 +149,7 @@ class PartConfig(Mapping[str, Any]):
         lines = [f"{', '.join(keys)}: without effect: {why}" for why, keys in by_reason.items()]
         forms = {key: info.options[key].annotation for key in self.options} | use_keys(self.role)
         for key, form in forms.items():
-            mark, value = marker(form), self.options.get(key, getattr(self.use, key, None))
+            mark, value = marker(form), self.get(key)
             if isinstance(mark, PartSection) and isinstance(value, dict):
                 lines += PartConfig.from_dict(mark.role, {"name": mark.name or mark.role, **value}).unused_options(
                     f"{path}.{key}"
