@@ -32,7 +32,7 @@ from ldm_lab.ema import Pairs, averaged_copy
 from ldm_lab.errors import run_program
 from ldm_lab.evaluation.shapes_checker import check
 from ldm_lab.io.images import grid, save_png
-from ldm_lab.sampling import Pipeline, SamplingOptions, Stage, Stages
+from ldm_lab.sampling import ModelOptions, Pipeline, SamplingOptions, Stage, Stages
 from ldm_lab.training.cost import example_batch
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -40,7 +40,7 @@ CASCADES = (("imagen_quickstart_base", "imagen_quickstart_sr"), ("glide_quicksta
 COUNT = 48
 VARIETY = 0.25  # of the fresh drawings: that of configs/imagen_quickstart_base.yaml
 TRAINED = 4  # wordings: those of its captions
-GUIDANCE = (1.0, 3.0, 7.0)
+GUIDANCE = (1.0, 1.5, 3.0, 7.0)
 SHOWN = (0, 9, 18, 27, 36, 45)  # prompts of the grid: another color and another shape each
 
 
@@ -50,8 +50,8 @@ def main() -> None:
     add = parser.add_argument
     add("--base", default="runs/imagen_quickstart_base", metavar="MODEL", help="default: %(default)s")
     add("--sr", default="runs/imagen_quickstart_sr", metavar="MODEL", help="default: %(default)s")
-    add("--steps", type=int, default=25, metavar="N", help="of the base; default: %(default)s")
-    add("--sr-steps", type=int, default=10, metavar="N", help="default: %(default)s")
+    add("--steps", type=int, default=15, metavar="N", help="of the base; default: %(default)s")
+    add("--sr-steps", type=int, default=5, metavar="N", help="default: %(default)s")
     add("--seed", type=int, default=0, metavar="N", help="of the first picture; default: %(default)s")
     add("--device", metavar="NAME", help="default: the GPU if there is one")
     add("--grid", metavar="PNG", help="write pictures by guidance and thresholding there")
@@ -63,7 +63,9 @@ def main() -> None:
 
 def accuracy(args: argparse.Namespace) -> None:
     """Print a row for each guidance and way of thresholding; write the grid."""
-    base, sr = (Pipeline.from_checkpoint(path, device=args.device) for path in (args.base, args.sr))
+    where = ModelOptions(device=args.device)
+    base = Pipeline.from_checkpoint(args.base, where)
+    sr = Pipeline.from_checkpoint(args.sr, where, [base])
     small = base.model.image_size[0]
     drawn = [draw(f"imagen_cascade/{i}", small, VARIETY) for i in range(1000)]
     right = shares([tuple(check(image)) for image, _ in drawn], [attributes[:3] for _, attributes in drawn])
@@ -77,7 +79,9 @@ def accuracy(args: argparse.Namespace) -> None:
         options = SamplingOptions(
             guidance=guidance, thresholding=thresholding, sampler=sampler, seed=args.seed, batch_size=COUNT
         )
-        enlarging = SamplingOptions(sampler={**sampler, "steps": args.sr_steps}, batch_size=COUNT)
+        enlarging = SamplingOptions(
+            sampler={**sampler, "steps": args.sr_steps}, thresholding="static", batch_size=COUNT
+        )  # dynamic thresholding moves colors, and a stage without guidance has no need of it
         pairs = Stages([Stage(base, options), Stage(sr, enlarging)])(texts)
         shown = [[small for small, _ in pairs], [large for _, large in pairs]]
         before, after = (right_share(pictures, wanted) for pictures in shown)
@@ -89,7 +93,9 @@ def accuracy(args: argparse.Namespace) -> None:
         cells += [pairs[i][1] for i in SHOWN]
         labels += [f"guidance {guidance:g}, {thresholding}" for _ in SHOWN]
     if args.grid:
-        save_png(Path(args.grid), grid(cells, columns=len(SHOWN), captions=labels))
+        page = grid(cells, columns=len(SHOWN), captions=labels)
+        half = page.resize((page.width // 2, page.height // 2), Image.Resampling.LANCZOS)
+        save_png(Path(args.grid), half.quantize(64).convert("RGB"))
 
 
 def right_share(pictures: Sequence[Image.Image], wanted: Sequence[Names]) -> float:

