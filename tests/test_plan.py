@@ -59,6 +59,31 @@ def test_speed_and_days_follow_from_the_share_of_the_peak(tmp_path, devices):
     assert found.images_per_step == 2 * devices * found.cost.batch_size
 
 
+@pytest.mark.parametrize(
+    ("said", "count"), [("2", 2), ("'2'", 2), ("'0,1,3'", 3), ("'5,'", 1), ("auto", 1), ("-1", 1)]
+)
+def test_devices_are_counted_as_lightning_takes_them(tmp_path, said, count):
+    found = plan(load(make_run(tmp_path, images=8), [f"trainer.devices={said}", "trainer.num_nodes=2"]))
+    assert (found.devices, found.images_per_step) == (2 * count, 4 * 2 * count)
+
+
+def test_devices_that_share_a_network_hold_as_little_of_it_with_checkpointing(tmp_path):
+    path = make_run(tmp_path, images=8)
+    alone = plan(load(path))
+    shared = plan(load(path, ["trainer.devices=2", "trainer.num_nodes=2", "trainer.strategy=fsdp2"]))
+    assert shared.cost.weights == alone.cost.weights // 4
+    assert shared.checkpointed == alone.checkpointed.shared_by(4)
+    assert shared.checkpointed.lasting == shared.cost.lasting
+
+
+def test_checkpoints_of_lora_are_without_the_base_model(tmp_path):
+    path = make_run(tmp_path, images=8)
+    whole, lora = plan(load(path)), plan(load(path, ["lora.rank=2", "init_from=runs/base"]))
+    additions = 4 * lora.cost.trained  # bytes; their average and the optimizer's two besides
+    assert lora.checkpoint == 4 * additions < whole.checkpoint / 2
+    assert lora.exported == additions
+
+
 def test_a_small_network_is_bound_by_its_launches_and_a_run_may_have_no_end(tmp_path):
     found = plan(load(make_run(tmp_path, images=8), ["trainer.max_steps=-1", "trainer.precision=bf16-mixed"]))
     speed = found.speeds(["H100"], 0.5)[0]

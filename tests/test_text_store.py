@@ -19,7 +19,7 @@ from ldm_lab.data.jobs import PassOptions
 from ldm_lab.data.text_store import LACKING, TextStore, store_columns, text_key
 from ldm_lab.errors import UserError
 from ldm_lab.training.embed_texts import embed_texts
-from ldm_lab.training.texts import load_conditioner, prompts_of
+from ldm_lab.training.texts import load_conditioner, prompts_of, text_callbacks
 
 COLUMNS = store_columns("float16", 8, 48)
 MADE_BY = {"kind": '"texts"', "conditioner.sha256": '"a"', "conditioner.model": '"b"', "conditioner.text_size": "8"}
@@ -307,6 +307,39 @@ def test_a_store_adds_reads_and_grows_as_the_tokens(tmp_path):
         assert texts[399] in its.known and "caption 400" not in its.known and its.read(["caption 400"]) == [None]
     size = sum(path.stat().st_size for path in (tmp_path / "store").glob("*.safetensors"))
     assert size < store.tokens * 48 * 2 + 400 * 80 + 4000
+
+
+def test_stores_of_two_text_encoders_do_not_begin_in_one_folder(tmp_path):
+    ours = TextStore(tmp_path / "store", MADE_BY, COLUMNS)
+    other = TextStore(tmp_path / "store", {**MADE_BY, "conditioner.sha256": '"c"'}, COLUMNS)
+    ours.add(["a star"], [torch.ones(2, 48, dtype=torch.float16)])
+    ours.flush()
+    other.add(["a circle"], [torch.zeros(2, 48, dtype=torch.float16)])
+    with pytest.raises(UserError, match='another conditioner.sha256: "a", and this is "c"'):
+        other.flush()
+    ours.refresh()
+    assert len(ours) == 1
+
+
+def test_a_run_claims_its_store_before_it_trains(yaml, tmp_path):
+    callback = text_callbacks(load(yaml, ["conditioner.store=store"]), conditioner_of(yaml, "store"))[0]
+    callback.setup(None, None, "fit")
+    with pytest.raises(UserError, match="another conditioner.padding"):
+        conditioner_of(yaml, "store", "conditioner.padding=read")
+
+
+def conditioner_of(yaml, folder: str, *overrides: str):
+    return load_conditioner(load(yaml, [f"conditioner.store={folder}", *overrides]))
+
+
+def test_a_shard_that_goes_away_meanwhile_is_one_line(tmp_path):
+    store = TextStore(tmp_path / "store", MADE_BY, COLUMNS)
+    store.add(["a star"], [torch.ones(2, 48, dtype=torch.float16)])
+    store.flush()
+    for path in store.folder.glob("texts-*"):
+        path.unlink()
+    with pytest.raises(UserError, match="texts-.*: unreachable shard, and it was there"):
+        store.read(["a star"])
 
 
 def test_texts_whose_hashes_begin_alike_are_told_apart(tmp_path, monkeypatch):

@@ -156,7 +156,11 @@ class TextStore:
             self._hashes, self._places = joined[order], np.concatenate(places)[order]
 
     def read(self, texts: Sequence[str]) -> list[Tensor | None]:
-        """Return the states of texts, [l, D] each, on the CPU; None for those that are not there."""
+        """Return the states of texts, [l, D] each, on the CPU; None for those that are not there.
+
+        Raises:
+            UserError: a shard that was there cannot be read any more.
+        """
         return [self._waiting[text] if text in self._waiting else self._find(text) for text in texts]
 
     def _find(self, text: str) -> Tensor | None:
@@ -174,7 +178,12 @@ class TextStore:
         if number not in self._opened:
             while len(self._opened) >= MOST_OPENED:
                 del self._opened[next(iter(self._opened))]
-            self._opened[number] = CacheShard(path, self.columns, 1)
+            try:
+                self._opened[number] = CacheShard(path, self.columns, 1)
+            except SkippedSample as problem:
+                raise UserError(
+                    f"conditioner.store: {path}: {problem.reason}, and it was there; embed-text makes it again"
+                ) from None
         return self._opened[number]
 
     def add(self, texts: Sequence[str], states: Sequence[Tensor]) -> None:
@@ -202,9 +211,14 @@ class TextStore:
         return facts
 
     def begin(self) -> None:
-        """Write what the states are made by, where nothing is yet; several processes write the same."""
+        """Write what the states are made by, where nothing is yet; several processes write the same.
+
+        Raises:
+            UserError: it cannot be written, or another text encoder's store has begun there since this one was opened.
+        """
         if not (self.folder / META).is_file():
             CacheMeta(self.description, columns=self.columns).write(self.folder)
+        check_store(self.folder, self.description, self.columns)
 
     @property
     def fingerprint(self) -> Fingerprint:

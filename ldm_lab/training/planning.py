@@ -163,12 +163,14 @@ def plan(config: RunConfig) -> Plan:
     checkpointing: Checkpointing = config.part("checkpoint").build(folder, Guard(folder, 1))
     own = config.part("trainer")
     devices = _devices(str(own.option("devices"))) * own.option("num_nodes")
+    checkpointed = _with_checkpointing(config)
     if own.option("strategy") == FSDP2:
         cost = cost.shared_by(devices)
+        checkpointed = checkpointed and checkpointed.shared_by(devices)
     return Plan(
         run=config.run,
         cost=cost,
-        checkpointed=_with_checkpointing(config),
+        checkpointed=checkpointed,
         devices=devices,
         images_per_step=cost.batch_size * devices * own.option("accumulate_grad_batches"),
         max_steps=own.option("max_steps"),
@@ -207,7 +209,9 @@ def _with_checkpointing(config: RunConfig) -> StepCost | None:
 
 
 def _devices(said: str) -> int:
-    return int(said) if said.isdecimal() else 1  # "auto": one, as nobody knows the machine
+    """Return how many devices a node has; "auto" and -1, all that there are: one, as nobody knows the machine."""
+    listed = [number for number in said.split(",") if number.strip()]
+    return int(said) if said.isdecimal() else len(listed)  # "0,1": these two
 
 
 def _cached_image(config: RunConfig, task: Task) -> int | None:

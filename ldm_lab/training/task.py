@@ -154,8 +154,6 @@ class Task(JudgedSteps):
         self.base = BaseModel(model_name(path), weights_checksum(file), fingerprint(self.model.state_dict()))
         for line in self.insert_lora():
             print_rank_zero(line)
-        self.register_state_dict_post_hook(leave_out_base)
-        self.strict_loading = False  # for Lightning; `on_load_checkpoint` compares all names and shapes
 
     def insert_lora(self) -> list[str]:
         """Put additions into the network if the config asks for any, and start their average; return what to say."""
@@ -163,6 +161,8 @@ class Task(JudgedSteps):
             return []
         lines = self.lora.insert(self.model)
         self.model_ema = ema.averaged_copy(self.model, share_frozen=True) if self.ema_schedule else None
+        self.register_state_dict_post_hook(leave_out_base)
+        self.strict_loading = False  # for Lightning; `on_load_checkpoint` compares all names and shapes
         return lines
 
     def exported_weights(self) -> dict[str, Tensor]:

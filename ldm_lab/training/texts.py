@@ -106,7 +106,7 @@ class StoredTexts(Callback):
         self.conditioner, self.store, self.prompts = conditioner, store, prompts
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say what there is. Raises UserError for prompts that are not there and may not be encoded."""
+        """Say what there is. Raises UserError for prompts that lack and may not be encoded."""
         lacking = [text for text, its in zip(self.prompts, self.store.read(self.prompts)) if its is None and text]
         encodes = self.conditioner.has_model
         if lacking and not encodes:
@@ -120,6 +120,8 @@ class StoredTexts(Callback):
         print_rank_zero(
             f"conditioner.store: {self.store.folder}: {len(self.store):,} texts; a caption that lacks is {then}"
         )
+        if encodes and self.store.writes:
+            self.store.begin()  # now, so that a run with another text encoder does not begin the same one meanwhile
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Checkpoint) -> None:
         self.store.flush()
