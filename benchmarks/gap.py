@@ -115,14 +115,16 @@ class Bench:
 
     # ------------------------------------------------------------------------------------------------- parts
 
-    def settings(self, row: Row) -> list[str]:
-        """Return the settings of a row's conditioner, and of what all rows share."""
+    def settings(self, row: Row, gap: str = "null") -> list[str]:
+        """Return the settings of a row's conditioner, with a section `gap`, and of what all rows share."""
         if row.cloob:
             own = []
         elif self.args.shards:
-            own = [f"conditioner.{word}" for word in (*self.args.clip, "gap=null")]
+            own = [f"conditioner.{word}" for word in self.args.clip]
         else:
             own = [f"conditioner.weights={self.clip_file}"]
+        if gap != "null" or self.args.shards:  # whose config has one
+            own.append(f"conditioner.gap={gap}")
         return [f"objective={OBJECTIVE}", "demo=null", *own, *self.args.set]
 
     def images(self) -> list[str]:
@@ -154,7 +156,7 @@ class Bench:
     @cached_property
     def section(self) -> PartConfig:
         """The CLIP's section."""
-        return load(self.root(self.config), self.settings(CLIP_ROW))["conditioner"]
+        return load(self.root(self.config), [*self.images(), *self.settings(CLIP_ROW)])["conditioner"]
 
     @cached_property
     def pairs(self) -> tuple[Tensor, list[str]]:
@@ -213,9 +215,8 @@ class Bench:
     def overrides(self, name: str, seed: int) -> list[str]:
         """Return the settings that decide what a row's run becomes."""
         row = ROWS[name]
-        own = [*self.cached(row), *self.settings(row)]
-        if row.gap is not None:
-            own.append("conditioner.gap=" + row.gap.format(means=self.means, noise=self.noise))
+        gap = "null" if row.gap is None else row.gap.format(means=self.means, noise=self.noise)
+        own = [*self.cached(row), *self.settings(row, gap)]
         if row.train_on != "image":
             own.append(f"conditioner.train_on={row.train_on}")
         return [f"seed={seed}", f"trainer.max_steps={self.args.steps}", *own]
@@ -257,7 +258,8 @@ class Bench:
 
             kind = "cpu" if self.args.device == "cpu" else "gpu"
             words = [f"run={run}", f"trainer.accelerator={kind}", f"trainer.threads={self.args.threads}"]
-            words += [f"checkpoint={{every: {self.args.steps}, keep: 0}}", "logging.every=100"]
+            words += [f"checkpoint={{every: {self.args.steps}, keep_every: null, keep: 0}}"]
+            words += ["trainer.devices=1", "logging={every: 100, wandb: none}"]
             if main(["--config", str(self.root(self.config)), *self.overrides(name, seed), *words]):
                 raise KeyboardInterrupt  # told to stop
         return file

@@ -392,6 +392,16 @@ WITHOUT_EFFECT = {
                             "held_out.data.local: without effect: they are for caches on a server"),
     "condition_sources.inpaint": ({"condition_sources": {"inpaint": {"strokes": 0.0, "thickest": 0.2}}},
                                   "condition_sources.inpaint.thickest: without effect: no strokes are drawn"),
+    "conditioner.gap of a file": ({"conditioner": {"name": "clip", "gap": {"means": "a", "texts": "b", "images": 9}}},
+                                  "conditioner.gap.texts, conditioner.gap.images: without effect: means names a file, "
+                                  "and these are of means that a run measures itself"),
+    "conditioner.gap.means": ({"conditioner": {"name": "clip", "weights": "w.pt", "gap": {
+                                  "means": "a", "shift": False, "noise": 0.3, "map": "none"}}},
+                              "conditioner.gap.means, conditioner.gap.map: without effect: shift=false with a noise "
+                              "needs nothing that is measured"),
+    "conditioner.gap.noise": ({"conditioner": {"name": "clip", "train_on": "text", "gap": {"noise": 0.3}}},
+                              "conditioner.gap.noise: without effect: train_on=text trains on texts' embeddings, "
+                              "which get none"),
 }  # fmt: skip
 
 
@@ -408,5 +418,6 @@ def test_options_with_an_effect_and_defaults_are_passed_over():
         "objective": {"name": "v_cosine", "weighting": "min_snr", "gamma": 3.0},
         "data": {"name": "cache", "path": "hf://datasets/a/b/c", "batch_size": 1, "local": "/b"},
         "trainer": {"devices": 2, "ddp": {"bucket_mb": 100.0}},
+        "conditioner": {"name": "clip", "train_on": "mixed", "gap": {"texts": "b", "images": 9, "noise": 0.3}},
     }
     assert RunConfig.from_dict(sections).unused_options() == []

@@ -353,6 +353,17 @@ def test_lora_and_other_weights_to_begin_with(tmp_path, capsys):
         assert "conditioner.gap: as of runs/base: means of 16 numbers" in capsys.readouterr().out
         with pytest.raises(UserError, match="lora adds to runs/plain, which was trained without"):
             main([*train, *words, "run=refused", "init_from=runs/plain", "lora={rank: 2}", "optim.weight_decay=0"])
+        capsys.readouterr()
+        own = ["conditioner.gap={noise: 0.2, images: 9}", "lora={rank: 2}", "optim.weight_decay=0"]
+        assert not main([*train, *own, "run=noisy", "init_from=runs/base"])
+        out = capsys.readouterr().out
+        assert "conditioner.gap.images: without effect: lora keeps the gap of the model that it adds to" in out
+        assert "measured" not in out and not list((tmp_path / "runs/noisy").glob("gap.safetensors*"))
+        state, base = (read_pickled(f"runs/{name}/last.ckpt")["state_dict"] for name in ("noisy", "base"))
+        assert torch.equal(state["conditioner.gap.text_mean"], base["conditioner.gap.text_mean"])
+        assert float(state["conditioner.gap.noise"]) == pytest.approx(0.2)
+        with pytest.raises(UserError, match="lora adds to runs/plain, which was trained without"):
+            main([*train, *own, "run=refused", "init_from=runs/plain"])
 
 
 # ---------------------------------------------------------------------------------------------------------- sampling

@@ -11,8 +11,10 @@ import torch
 from tiny import ROOT
 
 from ldm_lab.checkpoints.gap_files import GapFile
+from ldm_lab.checkpoints.native import save_part
 from ldm_lab.conditioners.gap import Gap
-from ldm_lab.config import load
+from ldm_lab.config import build, load
+from ldm_lab.data.shapes import write_shards
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,8 @@ def test_shards_are_judged_by_any_clip_through_the_autoencoder_of_their_config(m
         *("--data", "image_size=128", "batch_size=32", "--set", "denoiser.base_channels=32"),
     )
     config = load(ROOT / made.config, made.overrides("nothing", 1))
+    both = load(ROOT / made.config, made.overrides("shift and noise", 1))
+    assert both["conditioner"]["gap"] == {"means": str(made.means), "noise": 0.25}
     assert config["conditioner"]["model"] == "ViT-B-32" and "gap" not in config["conditioner"]
     assert config["data"]["batch_size"] == 32 and config["denoiser"]["base_channels"] == 32
     assert config["autoencoder"]["weights"].startswith("hf://"), "not the quickstart's, which knows shapes alone"
@@ -141,3 +145,38 @@ def test_the_table_says_how_many_seeds_a_row_has(module):
     assert lines[0] == "|  | all right | spread | seeds | color |"
     assert lines[2] == "| shift | 62.5 % | 17.7 | 50.0, 75.0 | 75.0 % |"
     assert lines[3] == "| CLOOB | 100.0 % | - | 100.0 | 100.0 % |"
+
+
+ARCHITECTURE = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 16, "head_width": 8, "layers": 1},
+    "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+@pytest.mark.slow
+def test_any_clip_and_any_shards_from_the_images_to_the_table(module, tmp_path, monkeypatch):
+    clip = build("conditioner", {"name": "clip", "architecture": ARCHITECTURE})
+    save_part(tmp_path / "clip.safetensors", clip, {"name": "clip", "architecture": ARCHITECTURE})
+    write_shards(tmp_path / "shards", count=200, shards=2, size=64, seed=0)
+    (tmp_path / "texts.txt").write_text("a cat\na red star\nthe sea at night\n")
+    network = {"denoiser.base_channels": 16, "denoiser.multipliers": [1, 2], "denoiser.blocks_per_level": 1}
+    network |= {"denoiser.mapping_width": 16, "denoiser.head_width": 16, "autoencoder.latent_std": "null"}
+    network["autoencoder.weights"] = ROOT / "assets/quickstart/autoencoder.safetensors"
+    words = [
+        *("--out", tmp_path / "out", "--shards", tmp_path / "shards/*.tar", "--texts", tmp_path / "texts.txt"),
+        *("--clip", f"weights={tmp_path / 'clip.safetensors'}", "model=null", "pretrained=null"),
+        *("--data", "image_size=64", "batch_size=8", "workers=0", "--set"),
+        *(f"{key}={value}" for key, value in network.items()),
+        *("--steps", "2", "--device", "cpu", "--threads", "1"),
+    ]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(module, "SAMPLER", {"name": "ddim", "steps": 2})
+    made = module.Bench(module.arguments([*map(str, words)]))
+    made.prepare()
+    rows = ["nothing", "shift and noise", "map on 10 % of the pairs", "trained on text"]
+    for name in rows:
+        assert 0 <= made.write(name, 0) <= 0.1, "an untrained CLIP finds about one of 96"
+    found = module.results_of(made, rows, [0])
+    assert [*found] == rows and module.table(found).count(" | - | ") == 4
+    assert len(made.prompts()) == 96 and len(list((tmp_path / "out/runs").glob("*/ema.safetensors"))) == 3

@@ -3,23 +3,28 @@
 import contextlib
 import hashlib
 import math
+import os
+import shutil
 
 import pytest
 import torch
 from PIL import Image
-from tiny import make_run, run_program
+from tiny import CLOOB, ROOT, make_run, run_program
 from torch.nn import functional as F
 
 from ldm_lab.__main__ import main
-from ldm_lab.checkpoints.files import read_pickled
+from ldm_lab.checkpoints.files import read_pickled, read_safetensors
 from ldm_lab.checkpoints.gap_files import read_gap
+from ldm_lab.checkpoints.native import save_part
 from ldm_lab.checkpoints.parts import load_part
 from ldm_lab.conditioners.gap import unit
-from ldm_lab.config import load
+from ldm_lab.config import build, load
+from ldm_lab.data.shapes import write_shards
 from ldm_lab.data.varied_texts import SLOT, texts_of, varied_texts
 from ldm_lab.errors import UserError
 from ldm_lab.training.gap_maps import fit, retrieval, ridge
 from ldm_lab.training.gap_measuring import noise_of
+from ldm_lab.training.gap_runs import needs_means, prepare_means, with_own_means
 from ldm_lab.training.scale import image_batches
 
 DATA = {"crop": "center", "flip": False, "image_size": 64}
@@ -94,7 +99,7 @@ def test_a_pass_that_was_interrupted_goes_on(run, monkeypatch):
         monkeypatch.setattr(GapJob, "write", breaks)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             main(words)
-        assert len(list((folder / "gap.safetensors.parts").glob("*.json"))) == 2
+        assert len(list((folder / "gap.safetensors.parts").rglob("*.json"))) == 2
         monkeypatch.setattr(
             GapJob, "write", lambda job, item, *rest: (seen.append(item.address), write(job, item, *rest))
         )
@@ -188,9 +193,109 @@ def test_a_run_without_means_measures_them_and_keeps_them(run, capsys):
         for path in (folder / "runs/tiny").glob("*.ckpt"):
             path.unlink()
         assert not main([*train, "conditioner.gap.images=8"])
-        assert "was measured on other data; it is measured anew" in capsys.readouterr().out
+        assert "gap.safetensors is of other images or texts; it is measured anew" in capsys.readouterr().out
         assert not main([*train[:-1], "run=noise", "conditioner.gap={shift: false, noise: 0.3}"])
         assert not (folder / "runs/noise/gap.safetensors").exists()
+
+
+NOTES = """
+import os
+from safetensors.torch import save_file
+from ldm_lab.training import conditioning
+
+own = conditioning.gap_in_training
+
+
+def noted(*args):
+    gap = own(*args)
+    save_file(gap.state_dict(), f"rank{os.environ.get('LOCAL_RANK', '0')}.safetensors")
+    return gap
+
+
+conditioning.gap_in_training = noted
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
+def test_two_processes_train_with_the_same_means(run, launcher):
+    """Lightning starts the second process when training begins; torchrun has both measure."""
+    folder, _ = run
+    (folder / "notes.py").write_text(NOTES)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    program = (*(torchrun if launcher == "torchrun" else ()), ROOT / "train.py", "--config", folder / "tiny.yaml")
+    words = ["conditioner.gap={}", "trainer.devices=2", "trainer.strategy=ddp", "imports=[notes]"]
+    for again in range(2):  # the second run finds the means of the first
+        done = run_program(*program, *words, cwd=folder, PYTHONPATH=f"{ROOT}{os.pathsep}{folder}")
+        assert done.returncode == 0, done.stderr
+        assert ("are measured, into runs/tiny/gap.safetensors" in done.stdout) == (not again), done.stdout
+        means = [read_safetensors(folder / f"rank{rank}.safetensors")[0] for rank in range(2)]
+        found = read_gap(folder / "runs/tiny/gap.safetensors")
+        assert found.facts["images"] == 40
+        for rank in means:
+            assert all(torch.equal(rank[name], value) for name, value in found.gap.state_dict().items())
+        for path in [*(folder / "runs/tiny").glob("*.ckpt"), *folder.glob("rank*")]:
+            path.unlink()
+
+
+def drawn_anew(folder):
+    """Put other images in the place of a run's."""
+    shutil.rmtree(folder / "shards")
+    write_shards(folder / "shards", count=40, shards=4, size=64, seed=7)
+
+
+def test_means_of_what_has_changed_are_measured_anew(run, capsys):
+    folder, _ = run
+    texts, means = folder / "texts.txt", folder / "run/gap.safetensors"
+    texts.write_text("a red star\na cat on a sofa")
+    config = load(folder / "tiny.yaml", [f"conditioner.gap={{texts: {texts}, images: 8}}"])
+    config = with_own_means(config, folder / "run")
+
+    def measured():
+        """Measure if need be; return what was said, and the means."""
+        needed = needs_means(config, folder / "run")
+        prepare_means(config, folder / "run", None)
+        said = capsys.readouterr().out
+        assert needed == ("are measured, into" in said) and not needs_means(config, folder / "run")
+        return said, read_gap(means).gap
+
+    said, first = measured()
+    assert "are measured, into" in said and "anew" not in said
+    assert not measured()[0], "nothing has changed"
+    texts.write_text("a red star\na cat on a sofa\nthe sea")
+    said, second = measured()
+    assert f"conditioner.gap: {means} is of other images or texts; it is measured anew" in said
+    assert not torch.equal(first.text_mean, second.text_mean) and torch.equal(first.image_mean, second.image_mean)
+    drawn_anew(folder)
+    said, third = measured()
+    assert "is of other images or texts" in said and not torch.equal(second.image_mean, third.image_mean)
+    torch.manual_seed(5)
+    save_part(folder / "conditioner.safetensors", build("conditioner", CLOOB), CLOOB)
+    said, fourth = measured()
+    assert "is of another conditioner" in said and not torch.equal(third.text_mean, fourth.text_mean)
+
+
+def test_what_was_begun_with_other_data_is_not_gone_on_with(run, monkeypatch):
+    from ldm_lab.training.gap_measuring import GapJob
+
+    folder, words = run
+    write, seen = GapJob.write, []
+
+    def breaks(job, item, rows, done):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(item.address)
+        write(job, item, rows, done)
+
+    with contextlib.chdir(folder):
+        monkeypatch.setattr(GapJob, "write", breaks)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            main(words)
+        monkeypatch.setattr(GapJob, "write", write)
+        drawn_anew(folder)
+        assert not main(words)
+    assert torch.allclose(read_gap(folder / "gap.safetensors").gap.image_mean, embeddings(folder)[1].mean(0), atol=1e-5)
+    assert not list(folder.glob("*.parts"))
 
 
 # ---------------------------------------------------------------------------------------------------------- arithmetic

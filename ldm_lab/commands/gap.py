@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     from ldm_lab.data.varied_texts import CAPTIONS, texts_of  # not before: torch takes seconds, and --help needs none
     from ldm_lab.evaluation.gap_plot import plot_clouds
     from ldm_lab.training.gap_measuring import GapWanted, say
-    from ldm_lab.training.gap_runs import measure_gap
+    from ldm_lab.training.gap_runs import measure_gap, of_data, opened
     from ldm_lab.training.start import check_encoding
 
     config = load(args.config, args.overrides)
@@ -59,8 +59,9 @@ def run(args: argparse.Namespace) -> None:
     data, out = config["data"], Path(args.out)
     if args.texts not in (None, CAPTIONS):
         texts_of(args.texts)  # a file that is not there is told before the images are embedded
-    wanted = GapWanted(out, args.texts, args.map, f"{data.to_dict()}, {args.images} images")
-    report = measure_gap(config, wanted, args.images, pass_options(args, data))
+    source = opened(config)
+    wanted = GapWanted(out, args.texts, args.map, f"{of_data(config, source)}, {args.images} images")
+    report = measure_gap(config, source, wanted, args.images, pass_options(args, data))
     if report is None:  # another process of several
         return
     say(report)

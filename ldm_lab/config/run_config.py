@@ -144,9 +144,12 @@ class PartConfig(Mapping[str, Any]):
             option = info.options[key]
             if key in self.options and converted(self.options[key], option.annotation) != option.default:
                 by_reason.setdefault(why, []).append(f"{path}.{key}")
+        for key, why in self.use.unused().items():
+            by_reason.setdefault(why, []).append(f"{path}.{key}")
         lines = [f"{', '.join(keys)}: without effect: {why}" for why, keys in by_reason.items()]
-        for key, value in self.options.items():
-            mark = marker(info.options[key].annotation)
+        forms = {key: info.options[key].annotation for key in self.options} | use_keys(self.role)
+        for key, form in forms.items():
+            mark, value = marker(form), self.get(key)
             if isinstance(mark, PartSection) and isinstance(value, dict):
                 lines += PartConfig.from_dict(mark.role, {"name": mark.name or mark.role, **value}).unused_options(
                     f"{path}.{key}"

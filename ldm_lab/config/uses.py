@@ -24,6 +24,10 @@ class PartUse:
 
     OF_WEIGHTS: ClassVar[tuple[str, ...]] = ("weights",)  # keys that make no sense for another part's weights
 
+    def unused(self) -> dict[str, str]:
+        """Return which keys are given and have no effect beside the others, each with the reason."""
+        return {}
+
 
 @dataclass(frozen=True)
 class AutoencoderUse(PartUse):
@@ -66,6 +70,11 @@ class ConditionerUse(PartUse):
     text_share: Share | None = None
     store: str | None = None
     missing: MissingText | None = None
+
+    def unused(self) -> dict[str, str]:
+        if self.train_on == "text" and self.gap is not None and self.gap.get("noise"):
+            return {"gap.noise": "train_on=text trains on texts' embeddings, which get none"}
+        return {}
 
 
 def keys_of(use: type[PartUse] | None) -> dict[str, TypeForm]:

@@ -31,13 +31,13 @@ class Conditioning:
         seen, without: samples whose caption was asked for, and those that had none, on this rank.
     """
 
-    def __init__(self, config: PartConfig, conditioner: Conditioner, read_weights: bool = True) -> None:
+    def __init__(self, config: PartConfig, conditioner: Conditioner, read_means: bool = True) -> None:
         """Take a conditioner and how it is used.
 
         Args:
             config: its section.
             conditioner: built, frozen.
-            read_weights: False leaves the means unread.
+            read_means: False leaves them unread: those of a model come that is added to, or nothing is trained.
 
         Raises:
             UserError: texts and images of this conditioner share no space; what `gap_in_training` raises.
@@ -57,7 +57,7 @@ class Conditioning:
                 f"conditioner.{key}: is of conditioners that embed images and texts alike, and "
                 f"{conditioner.part_name} does not"
             )
-        if use.gap is not None and read_weights:
+        if use.gap is not None and read_means:
             self.gap = gap_in_training(config, conditioner.spec)
 
     @property
@@ -155,10 +155,13 @@ class Conditioning:
             UserError: additions to a model that knows no means.
         """
         state, its = split_gap(state)
+        asked = self.config.use_as(ConditionerUse).gap
         if adds and its:
+            if others := [f"conditioner.gap.{key}" for key in asked or {} if key != "noise"]:
+                print_rank_zero(f"{', '.join(others)}: without effect: lora keeps the gap of the model that it adds to")
             self.gap = stored_gap(its, path, self.config)
             print_rank_zero(f"conditioner.gap: as of {path}: {self.gap.describe()}")
-        elif adds and self.gap is not None:
+        elif adds and asked is not None:
             raise UserError(f"conditioner.gap: lora adds to {path}, which was trained without; leave it out")
         elif its and self.gap is not None:
             theirs = Gap.from_state(its, path).describe()

@@ -78,7 +78,7 @@ class DiffusionTask(Task):
         self.objective: Objective = config["objective"].build()
         dropout = config["conditioner"].use_as(ConditionerUse).dropout
         self.dropout = DROPOUT if dropout is None else dropout
-        self.conditioning = Conditioning(config["conditioner"], conditioner, read_weights)
+        self.conditioning = Conditioning(config["conditioner"], conditioner, read_weights and self.lora is None)
         given = given_conditions(conditioner, self.sources)
         denoiser, self.drawn = built(partial(config["denoiser"].build, autoencoder.channels, given), weights_follow)
         check_conditions(denoiser, given)

@@ -54,6 +54,18 @@ class GapOptions:
             return [f"map: {map} is of embeddings without their means, and shift=false leaves those in"]
         return []
 
+    @staticmethod
+    def unused(*, means: str | None, shift: bool, noise: float | None) -> dict[str, str]:
+        """Return which options have no effect, and why."""
+        if not shift and noise is not None:
+            why = "shift=false with a noise needs nothing that is measured"
+            return dict.fromkeys(("means", "map", "texts", "images"), why)
+        if means is None:
+            return {}
+        return dict.fromkeys(
+            ("texts", "images"), "means names a file, and these are of means that a run measures itself"
+        )
+
     @property
     def needs_means(self) -> bool:
         """Whether something of it is measured."""

@@ -1,5 +1,6 @@
 """What a pass over images (or a cache) tells of the gap: means of both clouds, how pairs meet, noise, perhaps a map."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -53,7 +54,7 @@ class GapWanted:
 
     @property
     def parts(self) -> Path:
-        """The folder of what is not finished."""
+        """The folder of what is not finished, in a folder of its own for whatever is measured (`GapJob.folder`)."""
         return self.out.with_name(f"{self.out.name}.parts")
 
 
@@ -107,6 +108,11 @@ class GapJob(Job[Item, Sample, EmbeddedBatch, Rows]):
             CAPTIONED: Column("bool", ()),
         }
         self.report: GapReport | None = None
+
+    def folder(self, precision: str) -> Path:
+        """Return where the results go: those of other data or of another conditioner lie in another folder."""
+        told = json.dumps(self.fingerprint(precision), sort_keys=True)
+        return self.wanted.parts / hashlib.sha256(told.encode()).hexdigest()[:12]
 
     def describe(self, items: Sequence[WorkItem[Item]]) -> list[str]:
         return self.source.found()

@@ -1,10 +1,11 @@
 """Means that are measured: by `python -m ldm_lab gap`, or when a run starts whose config names none."""
 
+import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
 
-from ldm_lab.checkpoints.embedders import embedder_of
+from ldm_lab.checkpoints.embedders import embedder_of, same
 from ldm_lab.checkpoints.files import read_pickled
 from ldm_lab.checkpoints.gap_files import GapFile, read_gap, split_gap
 from ldm_lab.checkpoints.importer import Section
@@ -16,6 +17,7 @@ from ldm_lab.data.cache_files import META
 from ldm_lab.data.jobs import PassOptions
 from ldm_lab.data.passes import run_pass
 from ldm_lab.data.source import Source
+from ldm_lab.data.varied_texts import CAPTIONS, texts_of
 from ldm_lab.data.work_items import source_items
 from ldm_lab.errors import UserError, told_in_one_line
 from ldm_lab.processes import wait_for_each_other
@@ -28,6 +30,8 @@ from ldm_lab.training.logs import print_rank_zero
 def with_own_means(config: RunConfig, folder: Path) -> RunConfig:
     """Return a run's config with the file named that its means go into, if it has to measure them itself.
 
+    A run that adds to a model (LoRA) keeps the model's.
+
     Args:
         config: checked.
         folder: the run's.
@@ -36,7 +40,7 @@ def with_own_means(config: RunConfig, folder: Path) -> RunConfig:
     if section is None or not isinstance(section.use, ConditionerUse) or section.use.gap is None:
         return config
     options = gap_options(section)
-    if options is None or options.means is not None or not options.needs_means:
+    if options is None or options.means is not None or not options.needs_means or "lora" in config:
         return config
     return config.with_part("conditioner", section.with_use(gap={**section.use.gap, "means": str(folder / FILE)}))
 
@@ -52,7 +56,11 @@ def own_means(config: RunConfig, folder: Path) -> GapOptions | None:
 
 def needs_means(config: RunConfig, folder: Path) -> bool:
     """Return whether a run would measure its means when it starts."""
-    return own_means(config, folder) is not None and not (folder / FILE).exists()
+    options = own_means(config, folder)
+    if options is None or not (folder / FILE).exists():
+        return options is not None
+    goes_on = config.part("resume").option("checkpoint") is not None
+    return not goes_on and bool(outdated(config, options, folder / FILE, opened(config)))
 
 
 def few_means(config: RunConfig, images: int) -> RunConfig:
@@ -63,7 +71,7 @@ def few_means(config: RunConfig, images: int) -> RunConfig:
 
 
 def prepare_means(config: RunConfig, folder: Path, resumed: Path | None) -> None:
-    """Measure the means of a run whose config names none, if they are not there; say so.
+    """Measure the means of a run whose config names none, if they are not there or are of something else; say so.
 
     Args:
         config: with `with_own_means`.
@@ -76,20 +84,23 @@ def prepare_means(config: RunConfig, folder: Path, resumed: Path | None) -> None
     options, path = own_means(config, folder), folder / FILE
     if options is None:
         return
-    section = config["conditioner"]
-    about = description(config, options)
-    if path.exists():
-        if resumed is not None or read_gap(path).facts.get("about") == about:
-            return
-        print_rank_zero(f"conditioner.gap: {path} was measured on other data; it is measured anew")
-    elif resumed is not None:
+    if resumed is not None and path.exists():
+        return  # the checkpoint's hold in any case
+    if resumed is not None:
         _, state = split_gap(read_pickled(resumed, mmap=True).get("state_dict", {}))
-        if state:  # they hold in any case
-            GapFile(Gap.from_state(state, str(resumed)), embedder_of(section), Section(about=about)).save(path)
+        if state:
+            about = Section(about=f"as of {resumed}")
+            GapFile(Gap.from_state(state, str(resumed)), embedder_of(config["conditioner"]), about).save(path)
             return
+    source = opened(config)
+    if path.exists():
+        if not (other := outdated(config, options, path, source)):
+            return
+        print_rank_zero(f"conditioner.gap: {path} is of {other}; it is measured anew")
     print_rank_zero(f"conditioner.gap: no means are named; they are measured, into {path}")
-    wanted = GapWanted(path, options.texts, options.map or "none", about)
-    say(measure_gap(config, wanted, options.images, replace(options_of_run(config), devices=devices_of_run(config))))
+    wanted = GapWanted(path, options.texts, options.map or "none", description(config, options, source))
+    passing = replace(options_of_run(config), devices=devices_of_run(config))
+    say(measure_gap(config, source, wanted, options.images, passing))
     wait_for_each_other()  # the processes of the pass go on training
 
 
@@ -99,11 +110,43 @@ def devices_of_run(config: RunConfig) -> str:
     return str(config.part("trainer").option("devices")) if many else "1"
 
 
-def description(config: RunConfig, options: GapOptions) -> str:
-    """Return what means are of, in a line: the data, how many of it, which texts, which map."""
+def outdated(config: RunConfig, options: GapOptions, path: Path, source: Source) -> str:
+    """Return of what else a file of means is than a run would measure, in words; "" if they are the same."""
+    file = read_gap(path)
+    if not same(file.embedder, embedder_of(config["conditioner"])):
+        return "another conditioner"
+    return "" if file.facts.get("about") == description(config, options, source) else "other images or texts"
+
+
+def description(config: RunConfig, options: GapOptions, source: Source) -> str:
+    """Return what means are of, in a line: the conditioner, the data, how many, which texts, which map.
+
+    Other files under the same name have another checksum.
+    """
+    texts = "" if options.texts == CAPTIONS else f" ({_checksum(chr(10).join(texts_of(options.texts)))})"
+    return (
+        f"{config['conditioner'].architecture()}, {of_data(config, source)}, {options.images} images, "
+        f"texts {options.texts}{texts}, map {options.map}"
+    )
+
+
+def of_data(config: RunConfig, source: Source) -> str:
+    """Return which data are measured, in a line: their section, and a checksum of what was found (`opened`)."""
     loading = ("batch_size", "workers", "timeout", "max_skipped", "shuffle_buffer")
     data = {key: value for key, value in config["data"].to_dict().items() if key not in loading}
-    return f"{data}, {options.images} images, texts {options.texts}, map {options.map}"
+    return f"{data} ({_checksum(source.contents())})"
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:12]
+
+
+def opened(config: RunConfig) -> Source:
+    """Return the data that are measured, opened. Raises UserError."""
+    source: Source = data_to_measure(config).build()
+    source.prepare()
+    source.open()
+    return source
 
 
 def data_to_measure(config: RunConfig) -> PartConfig:
@@ -119,11 +162,14 @@ def data_to_measure(config: RunConfig) -> PartConfig:
 
 
 @told_in_one_line(lambda: "measuring the gap", "a smaller data.batch_size needs less")
-def measure_gap(config: RunConfig, wanted: GapWanted, images: int, options: PassOptions) -> GapReport | None:
+def measure_gap(
+    config: RunConfig, source: Source, wanted: GapWanted, images: int, options: PassOptions
+) -> GapReport | None:
     """Measure the means of a config's images, or of its cache, and of texts; an interrupted pass goes on.
 
     Args:
         config: with sections data and conditioner.
+        source: its data (`opened`).
         wanted: what is measured, and where it goes.
         images: how many, evenly spread over the data.
         options: of the pass.
@@ -141,16 +187,13 @@ def measure_gap(config: RunConfig, wanted: GapWanted, images: int, options: Pass
         raise UserError(f"conditioner.name: {section.name} does not embed images and texts alike")
     if not has_weights("conditioner", section):
         raise UserError("conditioner.weights: has to be given; an untrained conditioner's embeddings say nothing")
-    data = data_to_measure(config)
-    source: Source = data.build()
-    source.prepare()
-    source.open()
     for role, there in source.encoded_by.items():
         here = encoder_facts(section, weights_sha256("conditioner", section)) if role == "conditioner" else there
         if other := encoder_differences(role, there, here):
             raise UserError(f"data.path: this cache was made with another {', '.join(other)}")
     job = GapJob(conditioner, embedder_of(section), source, wanted)
-    report = run_pass(job, source_items(source, wanted.parts, images), replace(options, max_skipped=source.max_skipped))
+    items = source_items(source, job.folder(options.precision), images)
+    report = run_pass(job, items, replace(options, max_skipped=source.max_skipped))
     if report is not None and report.unreached:
         raise UserError(
             f"conditioner.gap: {len(report.unreached)} of {report.items} shards could not be read, such as "

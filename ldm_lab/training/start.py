@@ -78,7 +78,7 @@ def _findings(config: RunConfig, folder: Path, sources: list[Source]) -> list[Fi
     for role in ("autoencoder", "conditioner"):
         if role in config and role != trained:
             findings.append(partial(part_downloads, role, config[role], role))
-    if "conditioner" in config:
+    if "conditioner" in config and "lora" not in config:  # which keeps the means of the model that it adds to
         findings.append(partial(_check_gap, config["conditioner"], folder))
     if "perceptual" in config:
         findings.append(features_download)
@@ -150,8 +150,6 @@ def _check_gap(conditioner: PartConfig, folder: Path) -> None:
         return
     if options.means is not None and Path(options.means) != folder / FILE:
         read_gap(options.means)  # whose they are is asked later: that needs the weights
-        if options.texts is not None:
-            raise UserError("conditioner.gap.texts: are of means that a run measures itself, and means names a file")
     elif options.texts not in (None, CAPTIONS):
         texts_of(options.texts)
 
