@@ -76,6 +76,24 @@ def test_the_plan_says_what_is_chosen_and_what_changes():
     assert one["data"]["batch_size"] * one["trainer"]["accumulate_grad_batches"] == 256
 
 
+@pytest.mark.parametrize(
+    ("base", "stage"),
+    [
+        ("sf_v1_1", "sf_v1_1_sr"),
+        ("imagen_64", "imagen_sr256"),
+        ("imagen_256", "imagen_sr512"),
+        ("imagen_sr256", "imagen_sr1024"),
+        ("imagen_quickstart_base", "imagen_quickstart_sr"),
+    ],
+)
+def test_recipes_that_are_sampled_together_meet_in_size(base, stage):
+    """What a stage's file says that it makes, over its factor, is the size of the pictures that it gets."""
+    data = [] if "quickstart" in base else ["data.shards=0.tar"]
+    before, after = (load(ROOT / f"configs/{name}.yaml", data) for name in (base, stage))
+    factor = after.condition_sources["noised_low_res"].build().scale_factor
+    assert after["data"].build().picture_size == before["data"].build().image_size * factor
+
+
 @pytest.mark.slow
 def test_the_plan_at_the_quickstarts_size(tmp_path):
     """The YAMLs as they are, with smaller networks and pictures: each command begins where the one before ended."""
