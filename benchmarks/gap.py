@@ -364,13 +364,23 @@ def output_to(path: Path) -> Iterator[None]:
                 os.close(before)
 
 
-def work(args: argparse.Namespace, trained: str, seed: int, rows: Sequence[str]) -> dict[str, float]:
-    """Train one model, in a process of several, and find the rows that draw with it; return what is right in all."""
+def work(args: argparse.Namespace, trained: str, seed: int, rows: Sequence[str]) -> tuple[dict[str, float], list[str]]:
+    """Train one model, in a process of several, and find the rows that draw with it.
+
+    Returns:
+        Row -> the share that is right in all; what went wrong with the others, a line each.
+    """
     os.chdir(ROOT)  # paths of configs are relative to it
     torch.set_num_threads(args.threads)
     bench = Bench(args)
+    shares_of, problems = {}, []
     with output_to(bench.out / "logs" / f"{_stem(trained, seed)}.log"):
-        return {name: bench.write(name, seed) for name in rows}
+        for name in rows:
+            try:
+                shares_of[name] = bench.write(name, seed)
+            except UserError as error:  # the other rows do without it, such as a map on more pairs
+                problems.append(f"{name}, seed {seed}: failed: {error}")
+    return shares_of, problems
 
 
 def missing(bench: Bench, rows: Sequence[str], seeds: Sequence[int]) -> dict[tuple[str, int], list[str]]:
@@ -394,8 +404,11 @@ def measure_all(args: argparse.Namespace, tasks: dict[tuple[str, int], list[str]
                 well = False
                 print(f"{', '.join(rows)}, seed {seed}: failed: {type(error).__name__}: {error}", flush=True)
                 continue
-            for name, share in done.result().items():
-                print(f"{name}, seed {seed}: {share:.1%}", flush=True)
+            found, problems = done.result()
+            well = well and not problems
+            print(
+                *(f"{name}, seed {seed}: {share:.1%}" for name, share in found.items()), *problems, sep="\n", flush=True
+            )
     return well
 
 

@@ -1,5 +1,6 @@
 """The benchmark of the gap: rows differ in the conditioner alone, a result is known by all that decides it."""
 
+import contextlib
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from ldm_lab.checkpoints.native import save_part
 from ldm_lab.conditioners.gap import Gap
 from ldm_lab.config import build, load
 from ldm_lab.data.shapes import write_shards
+from ldm_lab.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +123,7 @@ def test_what_is_missing_is_trained_once_for_all_rows_that_draw_with_it_and_a_fa
     def work(args, trained, seed, rows):
         if trained == "CLOOB":
             raise ValueError("no memory")
-        return dict.fromkeys(rows, 0.5)
+        return dict.fromkeys(rows, 0.5), []
 
     monkeypatch.setattr(module, "work", work)
     monkeypatch.setattr(module, "ProcessPoolExecutor", lambda jobs, mp_context: ThreadPoolExecutor(jobs))
@@ -129,6 +131,23 @@ def test_what_is_missing_is_trained_once_for_all_rows_that_draw_with_it_and_a_fa
     said = capsys.readouterr().out
     assert "CLOOB, seed 1: failed: ValueError: no memory" in said and said.count("50.0%") == 4
     assert module.results_of(made, rows, [0, 1]) == {"CLOOB": {0: {"all": 1.0, "color": 1.0}}}
+
+
+def test_a_row_that_fails_leaves_those_that_draw_with_the_same_model(module, bench, monkeypatch, capsys):
+    def write(made, name, seed):
+        if "1 %" in name:
+            raise UserError("8 images with captions are too few")
+        return 0.5
+
+    rows = ["map on 1 % of the pairs", "map on 10 % of the pairs"]
+    made = bench("--threads", "1")
+    monkeypatch.setattr(module.Bench, "write", write)
+    monkeypatch.setattr(module, "ProcessPoolExecutor", lambda jobs, mp_context: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(module, "output_to", lambda path: contextlib.nullcontext())
+    monkeypatch.chdir(ROOT)
+    assert not module.measure_all(made.args, {("shift and noise", 0): rows})
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"{rows[1]}, seed 0: 50.0%", f"{rows[0]}, seed 0: failed: 8 images with captions are too few"]
 
 
 def test_what_a_training_prints_goes_into_its_log(module, tmp_path, capfd):
