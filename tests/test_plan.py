@@ -59,9 +59,7 @@ def test_speed_and_days_follow_from_the_share_of_the_peak(tmp_path, devices):
     assert found.images_per_step == 2 * devices * found.cost.batch_size
 
 
-@pytest.mark.parametrize(
-    ("said", "count"), [("2", 2), ("'2'", 2), ("'0,1,3'", 3), ("'5,'", 1), ("auto", 1), ("-1", 1)]
-)
+@pytest.mark.parametrize(("said", "count"), [("2", 2), ("'2'", 2), ("'0,1,3'", 3), ("'5,'", 1), ("auto", 1), ("-1", 1)])
 def test_devices_are_counted_as_lightning_takes_them(tmp_path, said, count):
     found = plan(load(make_run(tmp_path, images=8), [f"trainer.devices={said}", "trainer.num_nodes=2"]))
     assert (found.devices, found.images_per_step) == (2 * count, 4 * 2 * count)
