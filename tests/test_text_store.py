@@ -315,7 +315,7 @@ def test_stores_of_two_text_encoders_do_not_begin_in_one_folder(tmp_path):
     ours.add(["a star"], [torch.ones(2, 48, dtype=torch.float16)])
     ours.flush()
     other.add(["a circle"], [torch.zeros(2, 48, dtype=torch.float16)])
-    with pytest.raises(UserError, match='another conditioner.sha256: "a", and this is "c"'):
+    with pytest.raises(UserError, match=r'another conditioner.sha256: "a", and this is "c"'):
         other.flush()
     ours.refresh()
     assert len(ours) == 1
@@ -324,7 +324,7 @@ def test_stores_of_two_text_encoders_do_not_begin_in_one_folder(tmp_path):
 def test_a_run_claims_its_store_before_it_trains(yaml, tmp_path):
     callback = text_callbacks(load(yaml, ["conditioner.store=store"]), conditioner_of(yaml, "store"))[0]
     callback.setup(None, None, "fit")
-    with pytest.raises(UserError, match="another conditioner.padding"):
+    with pytest.raises(UserError, match=r"another conditioner.padding"):
         conditioner_of(yaml, "store", "conditioner.padding=read")
 
 
@@ -338,7 +338,7 @@ def test_a_shard_that_goes_away_meanwhile_is_one_line(tmp_path):
     store.flush()
     for path in store.folder.glob("texts-*"):
         path.unlink()
-    with pytest.raises(UserError, match="texts-.*: unreachable shard, and it was there"):
+    with pytest.raises(UserError, match=r"texts-.*: unreachable shard, and it was there"):
         store.read(["a star"])
 
 
