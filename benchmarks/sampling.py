@@ -43,7 +43,8 @@ def untrained(size: int, device: torch.device, dtype: torch.dtype) -> Pipeline:
     weights = [f"{part}.weights={quickstart / file}.safetensors"
                for part, file in (("autoencoder", "autoencoder"), ("conditioner", "cloob"))]  # fmt: skip
     torch.manual_seed(0)
-    task = DiffusionTask(load(ROOT / "configs" / "quickstart.yaml", [f"data.image_size={size}", *weights]))
+    own = [f"data.image_size={size}", "objective={name: v_cosine}", *weights]  # the loop below is written for v
+    task = DiffusionTask(load(ROOT / "configs" / "quickstart.yaml", own))
     for parameter in task.model.parameters():  # the last layer begins with zeros
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)

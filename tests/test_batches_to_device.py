@@ -49,7 +49,7 @@ def test_batches_are_pinned_for_a_gpu_alone(section, device, pinned, workers, mo
         asked.append(pin_memory)
         return DataLoader(*args, **options)
 
-    monkeypatch.setattr(loader, "DataLoader", stand_in)
+    monkeypatch.setattr(loader, "SharedSignalsLoader", stand_in)
     next(iter(with_trainer(module({**section, "workers": workers}), device).train_dataloader()))
     next(iter(module(section).train_dataloader()))
     assert asked == [pinned, False]
