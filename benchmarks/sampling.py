@@ -60,9 +60,8 @@ class BareLoop:
         """Encode the prompts; that is not timed on this side, and hardly counts on the other."""
         self.model: Model = pipeline.model
         request = pipeline.check(prompts, options)
-        conditions, _ = pipeline.encode(request).select(list(range(len(prompts))), self.model.device)
+        conditions, _, self.null = pipeline.encode(request).select(list(range(len(prompts))), self.model.device)
         self.given = {name: values[:, 0] for name, values in conditions.items()}  # [B, ...] each
-        self.null = self.model.conditioner.null(self.given)
         self.times = request.sampler.times(self.model.objective.schedule, request.latent_size).tolist()
         self.shape = (len(prompts), self.model.autoencoder.channels, *request.latent_size)
         self.seeds = list(request.seeds)
