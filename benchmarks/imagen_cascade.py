@@ -40,7 +40,7 @@ CASCADES = (("imagen_quickstart_base", "imagen_quickstart_sr"), ("glide_quicksta
 COUNT = 48
 VARIETY = 0.25  # of the fresh drawings: that of configs/imagen_quickstart_base.yaml
 TRAINED = 4  # wordings: those of its captions
-GUIDANCE = (1.0, 1.5, 3.0, 7.0)
+GUIDANCE = (1.0, 1.5, 2.0, 3.0, 7.0)
 SHOWN = (0, 9, 18, 27, 36, 45)  # prompts of the grid: another color and another shape each
 
 

@@ -83,7 +83,8 @@ def test_a_cache_gives_what_its_images_do(run, capsys):
     assert "text mean of 4,000 texts of our own" in capsys.readouterr().out
 
 
-def test_a_pass_that_was_interrupted_goes_on(run, monkeypatch):
+def interrupted(run, monkeypatch) -> list[str]:
+    """Begin to measure, and break off behind two shards; return their addresses."""
     from ldm_lab.training.gap_measuring import GapJob
 
     folder, words = run
@@ -95,10 +96,19 @@ def test_a_pass_that_was_interrupted_goes_on(run, monkeypatch):
         seen.append(item.address)
         write(job, item, rows, done)
 
-    with contextlib.chdir(folder):
-        monkeypatch.setattr(GapJob, "write", breaks)
+    with contextlib.chdir(folder), monkeypatch.context() as patch:
+        patch.setattr(GapJob, "write", breaks)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             main(words)
+    return seen
+
+
+def test_a_pass_that_was_interrupted_goes_on(run, monkeypatch):
+    from ldm_lab.training.gap_measuring import GapJob
+
+    folder, words = run
+    write, seen = GapJob.write, interrupted(run, monkeypatch)
+    with contextlib.chdir(folder):
         assert len(list((folder / "gap.safetensors.parts").rglob("*.json"))) == 2
         monkeypatch.setattr(
             GapJob, "write", lambda job, item, *rest: (seen.append(item.address), write(job, item, *rest))
@@ -276,22 +286,9 @@ def test_means_of_what_has_changed_are_measured_anew(run, capsys):
 
 
 def test_what_was_begun_with_other_data_is_not_gone_on_with(run, monkeypatch):
-    from ldm_lab.training.gap_measuring import GapJob
-
     folder, words = run
-    write, seen = GapJob.write, []
-
-    def breaks(job, item, rows, done):
-        if len(seen) == 2:
-            raise KeyboardInterrupt
-        seen.append(item.address)
-        write(job, item, rows, done)
-
+    interrupted(run, monkeypatch)
     with contextlib.chdir(folder):
-        monkeypatch.setattr(GapJob, "write", breaks)
-        with pytest.raises((KeyboardInterrupt, SystemExit)):
-            main(words)
-        monkeypatch.setattr(GapJob, "write", write)
         drawn_anew(folder)
         assert not main(words)
     assert torch.allclose(read_gap(folder / "gap.safetensors").gap.image_mean, embeddings(folder)[1].mean(0), atol=1e-5)

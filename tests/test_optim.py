@@ -125,6 +125,16 @@ def test_the_average_moves_in_one_pass_and_sees_tensors_that_moved(monkeypatch):
     assert torch.equal(average[2].bias, net[2].bias)
 
 
+def counted_kernels(monkeypatch) -> list[int]:
+    """Have averages moved as on a GPU; return a list that gets the number of tensors of each call."""
+    calls, move_at_once = [], ema.move_at_once
+    monkeypatch.setattr(ema, "FLAG_KERNEL", "cpu")
+    monkeypatch.setattr(
+        ema, "move_at_once", lambda moved, *args: calls.append(len(moved)) or move_at_once(moved, *args)
+    )
+    return calls
+
+
 @pytest.mark.parametrize("left_out", [0.0, 1.0])
 def test_an_average_that_a_flag_of_the_device_holds_back_moves_in_one_pass_too(left_out, monkeypatch):
     """One call for all tensors of a dtype, not one for each; what it moves toward stays as it is."""
@@ -135,12 +145,7 @@ def test_an_average_that_a_flag_of_the_device_holds_back_moves_in_one_pass_too(l
         for parameter in net.parameters():
             parameter.add_(torch.randn_like(parameter) * parameter.requires_grad)
     before, toward = copy.deepcopy(average), copy.deepcopy(net)
-    calls = []
-    move_at_once = ema.move_at_once
-    monkeypatch.setattr(ema, "FLAG_KERNEL", "cpu")  # as on a GPU
-    monkeypatch.setattr(
-        ema, "move_at_once", lambda moved, *args: calls.append(len(moved)) or move_at_once(moved, *args)
-    )
+    calls = counted_kernels(monkeypatch)
     ema.Pairs(average, net).update(0.9, torch.tensor(left_out))
     assert sorted(calls) == [1, 4]
     for mine, its, old, new in zip(*(list(m.parameters()) for m in (average, net, before, toward))):
@@ -165,12 +170,7 @@ def test_an_average_of_tensors_that_lie_otherwise_is_moved_one_by_one(other, lef
         for parameter in net.parameters():
             parameter.add_(torch.randn_like(parameter))
     before, toward = copy.deepcopy(average), copy.deepcopy(net)
-    calls = []
-    move_at_once = ema.move_at_once
-    monkeypatch.setattr(ema, "FLAG_KERNEL", "cpu")  # as on a GPU
-    monkeypatch.setattr(
-        ema, "move_at_once", lambda moved, *args: calls.append(len(moved)) or move_at_once(moved, *args)
-    )
+    calls = counted_kernels(monkeypatch)
     ema.Pairs(average, net).update(0.9, None if left_out is None else torch.tensor(left_out))
     assert sum(calls) == (0 if left_out is None else 2 if other in ("half", "double") else 3)
     for mine, its, old, new in zip(*(list(m.parameters()) for m in (average, net, before, toward))):

@@ -287,7 +287,7 @@ def _batches(plan: Plan) -> list[str]:
 
 
 def _table_of_speeds(plan: Plan, speeds: Sequence[Speed], mfu: float) -> list[str]:
-    devices = f", {plan.devices} devices" if plan.devices > 1 else ""
+    devices = f", {plan.devices} device{'s' if plan.devices > 1 else ''}"
     length = "without end" if plan.max_steps < 0 else f"{plan.max_steps:,} steps of {plan.images_per_step} images"
     rows = [f"| {s.card} | {_rate(s.images)} | {'' if s.days is None else _duration(s.days)} |" for s in speeds]
     if any(speed.is_small for speed in speeds):
