@@ -43,7 +43,7 @@ $(READY): requirements.lock | $(UV)
 	touch $@
 
 $(READY_DEV): requirements-dev.lock $(READY)
-	$(UV) pip install --quiet --compile-bytecode --python $(PY) --require-hashes -r requirements-dev.lock
+	$(UV) pip install --quiet --compile-bytecode --no-deps --python $(PY) --require-hashes -r requirements-dev.lock
 	touch $@
 
 .tools/bin/uv:
@@ -52,11 +52,11 @@ $(READY_DEV): requirements-dev.lock $(READY)
 
 lock: | $(UV)
 	$(UV) $(COMPILE) -o requirements.lock >/dev/null
-	$(UV) $(COMPILE) --extra dev -c requirements.lock -o requirements-dev.lock >/dev/null
+	$(UV) $(COMPILE) --extra dev --override requirements-override.txt -c requirements.lock -o requirements-dev.lock >/dev/null
 
 upgrade: | $(UV)
 	$(UV) $(COMPILE) --upgrade -o requirements.lock >/dev/null
-	$(UV) $(COMPILE) --upgrade --extra dev -c requirements.lock -o requirements-dev.lock >/dev/null
+	$(UV) $(COMPILE) --upgrade --extra dev --override requirements-override.txt -c requirements.lock -o requirements-dev.lock >/dev/null
 
 clean:
 	rm -rf .venv .tools .pytest_cache .ruff_cache .mypy_cache
