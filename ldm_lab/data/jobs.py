@@ -121,6 +121,9 @@ class Job(nn.Module, Generic[Raw, One, Many, Made]):
         """
         raise NotImplementedError
 
+    def leave(self, rows: list[Made]) -> None:
+        """Take leave of an item that is left for another time, as its end could not be reached. Raises UserError."""
+
     def finish(self, items: Sequence[WorkItem[Raw]], report: "PassReport") -> None:
         """Write what is about all items, in the first process, while all others wait. Raises UserError."""
 

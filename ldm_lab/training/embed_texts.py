@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm_lab.conditioners.t5 import T5
 from ldm_lab.config import PartConfig, RunConfig
-from ldm_lab.data.cache_files import ENDING, size_of
+from ldm_lab.data.cache_files import ENDING, ShardFacts, size_of
 from ldm_lab.data.cache_items import DONE, ItemDone
 from ldm_lab.data.jobs import Fingerprint, Finished, Job, PassOptions, PassReport
 from ldm_lab.data.passes import run_pass
@@ -114,17 +114,25 @@ class TextJob(Job[Item, Captioned, TextBatch, EmbeddedTexts]):
         return made
 
     def write(self, item: WorkItem[Item], rows: list[EmbeddedTexts], done: Finished) -> None:
-        texts = [text for made in rows for text in made.texts]
         for problem in (problem for made in rows for problem in made.skipped):
             done.counts.skip(problem)
         if cut := sum(made.cut for made in rows):
             place = f"cut to {self.conditioner.text_size} tokens"
             done.counts.captions[place] = done.counts.captions.get(place, 0) + cut
-        states = [its for made in rows for its in made.states]
-        facts = self.store.write(texts, states) if texts else None
+        facts = self.keep(rows)
         self.store.begin()
         ItemDone(done, self.store.columns, facts, drawn=False).write(item.file(DONE))
+
+    def leave(self, rows: list[EmbeddedTexts]) -> None:
+        self.keep(rows)  # other items have left these texts to this one
+
+    def keep(self, rows: list[EmbeddedTexts]) -> ShardFacts | None:
+        """Write texts as a shard of the store, and return what it is; None without any. Raises UserError."""
+        texts = [text for made in rows for text in made.texts]
+        states = [its for made in rows for its in made.states]
+        facts = self.store.write(texts, states) if texts else None
         self.claimed.difference_update(texts)
+        return facts
 
     def finish(self, items: Sequence[WorkItem[Item]], report: PassReport) -> None:
         """Add what a run needs beside its captions."""
