@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -412,9 +413,23 @@ def test_what_a_run_needs_beside_its_captions(yaml):
     assert prompts_of(config) == ["", "a red circle", "a star", "blurred"]
 
 
+def test_captions_of_held_out_images_are_stored_too(yaml, made):
+    drawn = {"name": "shapes", "folder": str(made / "held_out"), "count": 8, "shards": 1, "drawing_seed": 9}
+    held_out = {"data": {**drawn, "image_size": 16, "batch_size": 4, "workers": 0}, "samples": 8}
+    config = RunConfig.from_dict({**load(yaml).to_dict(), "held_out": held_out})
+    embed(yaml, "those_of_the_data")
+    section = config["conditioner"].with_use(store="store", missing="encode")
+    options = PassOptions(4, 0, accelerator="cpu")
+    store, report = embed_texts(config.with_part("conditioner", section), options)
+    assert report.counts.read == 16 + 8 and report.done == report.items == 3
+    assert set(read_store("store")) > set(read_store("those_of_the_data"))
+    with tarfile.open(made / "held_out" / "00000.tar") as tar:
+        captions = {tar.extractfile(name).read().decode().strip() for name in tar.getnames() if name.endswith(".txt")}
+    assert len(store.read(list(captions))) > 2 and None not in store.read(list(captions))
+
+
 def test_files_captions_are_read_without_their_images(tmp_path):
     from ldm_lab.config import build
-    from ldm_lab.data.samples import UNREACHABLE, SkippedSample
 
     for name, caption in (("a", "a cat\na dog"), ("b", "")):
         (tmp_path / f"{name}.png").write_bytes(b"no image")

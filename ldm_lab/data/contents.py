@@ -21,7 +21,7 @@ BUCKETS = 256
 SIZED = 20_000  # files whose sizes are asked for, evenly spread: over a network each question takes its time
 OPENED = 64  # files that are begun, likewise
 BEGINNING = 4096  # bytes that are read of these
-WRITTEN = re.compile(rf"(?P<kind>[a-z]+) (?P<number>\d{{1,18}}) (?P<known>[0-9a-f]{{16}}) [0-9a-f]{{{16 + 16 * BUCKETS}}}")
+WRITTEN = re.compile(rf"[a-z]+ \d{{1,18}} [0-9a-f]{{16}} [0-9a-f]{{{16 + 16 * BUCKETS}}}")
 
 Entry = tuple[str, str]  # a name, and what tells its content from another one under this name
 

@@ -143,7 +143,7 @@ class TextJob(Job[Item, Captioned, TextBatch, EmbeddedTexts]):
 
 @told_in_one_line(lambda: "embedding captions", "a smaller --batch-size needs less")
 def embed_texts(config: RunConfig, options: PassOptions) -> tuple[TextStore, PassReport | None]:
-    """Store the states of a config's captions and prompts in its `conditioner.store`, with a progress bar.
+    """Store the states of a config's captions, held-out ones too, and prompts in its `conditioner.store`, with a bar.
 
     What is there already is not made again: an interrupted pass goes on, other data add to it.
 
@@ -158,17 +158,34 @@ def embed_texts(config: RunConfig, options: PassOptions) -> tuple[TextStore, Pas
     store = store_of(conditioner)
     if not isinstance(conditioner, T5) or store is None:
         raise UserError("conditioner.store: has to be given")
-    source: Source = config["data"].build()
+    prompts, whole = prompts_of(config), None
+    for section in captioned(config):
+        report = run_pass_over(section, conditioner, store, prompts, options)
+        if report is not None:
+            whole = report if whole is None else whole.with_that_of(report)
+    return store, whole
+
+
+def captioned(config: RunConfig) -> list[PartConfig]:
+    """Return the sections of the data whose captions a run reads: those that it trains on, and the held-out ones."""
+    held_out = config["held_out"].option("data") if "held_out" in config else None
+    return [config["data"], *([PartConfig.from_dict("data", held_out)] if held_out else [])]
+
+
+def run_pass_over(
+    section: PartConfig, conditioner: T5, store: TextStore, prompts: Sequence[str], options: PassOptions
+) -> PassReport | None:
+    """Store the states of some data's captions, and of further texts. As `embed_texts`."""
+    source: Source = section.build()
     source.prepare()
     source.open()
-    tag = tag_of(config["data"], source)
+    tag = tag_of(section, source)
     items = [
         replace(item, target=item.target.with_name(f"{tag}-{item.target.name}"))
         for item in source_items(source, store.folder)
     ]
-    job = TextJob(conditioner, source, store, prompts_of(config))
-    report = run_pass(job, items, replace(options, max_skipped=source.max_skipped))
-    return store, report
+    job = TextJob(conditioner, source, store, prompts)
+    return run_pass(job, items, replace(options, max_skipped=source.max_skipped))
 
 
 def tag_of(data: PartConfig, source: Source) -> str:

@@ -106,8 +106,8 @@ class Resume(Callback):
         order = bool(old.get(CHANNELS_LAST)), bool(new.get(CHANNELS_LAST))
         if order[0] != order[1] and old.get("optim.state") in IN_BLOCKS:
             raise UserError(
-                f"{CHANNELS_LAST}: was {str(order[0]).lower()}, and has to stay: the optimizer's averages in 8 bits are "
-                "stored in the order that the weights have in memory"
+                f"{CHANNELS_LAST}: was {str(order[0]).lower()}, and has to stay: the optimizer's averages in 8 bits "
+                "are stored in the order that the weights have in memory"
             )
         return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed]
 
