@@ -4,10 +4,10 @@ Name, type, bounds, default and meaning are those of `SamplingOptions` and of th
 """
 
 import enum
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Optional, get_args, get_origin
+from typing import Literal, get_args, get_origin
 
 from PIL import Image
 
@@ -74,7 +74,7 @@ class Choice:
         if self.kind is Kind.CHOICE and ON in self.choices:
             return bool | None
         if self.kind is Kind.CHOICE:
-            return Optional[Literal[tuple(_literals(self.option.annotation)) or self.choices]]  # type: ignore[return-value]
+            return _one_of(_literals(self.option.annotation) or self.choices)
         plain = [form for form in kinds(self.option.annotation) if form in (int, float, str, bool)]
         types: dict[Kind, TypeForm] = {Kind.CHECK: bool, Kind.NUMBERS: list[float], Kind.FILE: str, Kind.IMAGE: dict}
         found = types.get(self.kind) or plain[0]
@@ -157,6 +157,11 @@ def _choice(name: str, option: Option, with_preset: bool) -> Choice:
         written = _written(option.default) if option.default and with_preset else None
         return Choice(name, option, Kind.NUMBERS, preset=written)
     return Choice(name, option, Kind.NUMBER if str not in forms else Kind.TEXT, preset=preset)
+
+
+def _one_of(words: Sequence[int | float | str]) -> TypeForm:
+    found: TypeForm = Literal[tuple(words)] | None  # type: ignore[assignment]
+    return found
 
 
 def _literals(annotation: TypeForm) -> list[int | float | str]:

@@ -11,7 +11,6 @@ from ldm_lab.io.color import BadImage
 from ldm_lab.io.decoding import decode_image
 from ldm_lab.sampling.options import SamplingOptions, parse_size
 from ldm_lab.sampling.recorded import LONGEST_PROMPT
-from ldm_lab.schedules import num_steps
 
 MEBI, MEGA = 2**20, 1_000_000
 MOST_PROMPTS = 32  # of a picture
@@ -50,6 +49,8 @@ class Limits:
     def check_options(self, options: SamplingOptions) -> None:
         """Raise UserError for too many steps, or too large a picture, before anything is made of them."""
         if isinstance(options.sampler, dict) and isinstance(asked := options.sampler.get("steps"), int | str):
+            from ldm_lab.schedules import num_steps  # not before: it imports torch, which takes seconds
+
             steps = num_steps(asked)
             if steps > self.steps:
                 raise UserError(f"steps: {steps} are too many; {self.steps} at most here")

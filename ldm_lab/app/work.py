@@ -7,7 +7,7 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from ldm_lab.prompts import Prompt, parse_prompt
 from ldm_lab.sampling import flat
 from ldm_lab.sampling.loras import applied_loras, split_weight
 from ldm_lab.sampling.needs import option_downloads
-from ldm_lab.sampling.options import ModelOptions, OptionValues, SamplingOptions
+from ldm_lab.sampling.options import MODEL_FILES, OF_LOADING, ModelOptions, OptionValues, SamplingOptions
 from ldm_lab.sampling.output import SampleFolder
 from ldm_lab.sampling.pipeline import Pipeline
 from ldm_lab.sampling.settings import Given, described, keep
@@ -156,10 +156,9 @@ class Workshop:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            loading = replace(self.loading, lora=())
-            pipelines = [Pipeline.from_checkpoint(files[0], loading)]
+            pipelines = [Pipeline.from_checkpoint(files[0], self.loading)]
             for file in files[1:]:
-                pipelines.append(Pipeline.from_checkpoint(file, loading.of_upsampler(), pipelines))
+                pipelines.append(Pipeline.from_checkpoint(file, self.loading.of_upsampler(), pipelines))
             self._loaded, self._pipelines = wanted, pipelines
         return self._pipelines
 
@@ -223,11 +222,8 @@ class Job:
                 keep(out, row, asked.mix, plan.base, settings)
             self._step_over()
         out.write_list()
-        return Pictures(
-            files,
-            list(plan.base.seeds),
-            [without_folders(line) for line in dict.fromkeys([*plan.remarks, *said.lines])],
-        )
+        lines = dict.fromkeys([*plan.remarks, *said.lines])
+        return Pictures(files, list(plan.base.seeds), list(map(without_folders, lines)))
 
     def _say(self, doing: str) -> None:
         self._step_over()
@@ -272,17 +268,24 @@ class _Asked:
         for key in ("init_image", "mask"):
             if values.get(key) is not None:
                 limits.open_upload(Path(str(values[key])))
-        missing = [
-            f"{needed.name}: is not here; it has to be downloaded first" for needed in option_downloads(options, "")
-        ]
-        raise_refusals(missing)
+        needed = option_downloads(options, "")
+        raise_refusals([f"{file.name}: is not on this machine, and requests download nothing" for file in needed])
         mix = [parse_prompt(text) for text in request.prompts]
         images = [(image, limits.open_upload(image.path)) for image in request.images]
         mix += [Prompt(str(image.path), image.weight, opened) for image, opened in images]
         if not mix:
             raise UserError("no prompt: a text or an image is needed; a model without a conditioner takes an empty one")
-        given = Given(str(model), list(map(str, upsamplers)), loras, values)
+        words = OptionValues({**_of_loading(shop.loading), **values})
+        towers = list(map(str, shop.loading.noised_clip or ()))
+        given = Given(str(model), list(map(str, upsamplers)), loras, words, towers)
         return cls([model, *upsamplers], loras, mix, options, upsampling, given)
+
+
+def _of_loading(loading: ModelOptions) -> OptionValues:
+    """Return how models are loaded here, as far as it changes pictures and is not at its default."""
+    values = asdict(loading)
+    told = [field.name for field in fields(loading) if field.name in (*OF_LOADING, *MODEL_FILES)]
+    return OptionValues({name: values[name] for name in told if values[name] not in (None, ModelOptions.precision)})
 
 
 def _split(written: str, names: Sequence[str]) -> tuple[str, float]:

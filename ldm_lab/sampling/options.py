@@ -293,7 +293,7 @@ class ModelOptions:
             raise UserError("; ".join(problem.removeprefix("model_options.") for problem in problems))
 
     def of_upsampler(self) -> "ModelOptions":
-        """Return how an upsampler is loaded beside this model: where and how precisely it runs; its parts are its own."""
+        """Return how an upsampler is loaded beside it: where and how precisely it runs; its parts are its own."""
         own = ModelOptions(device=self.device, precision=self.precision)
         return replace(own, compile=self.compile, offload=self.offload)
 
