@@ -105,9 +105,7 @@ class Choice:
         """Return a value as its control shows it."""
         if self.kind is Kind.CHOICE and ON in self.choices:
             return ON if value else OFF
-        if self.kind is Kind.NUMBERS or self.kind is Kind.TEXT or isinstance(value, tuple):
-            return _written(value)
-        return value
+        return value if self.kind is Kind.CHECK else _written(value)
 
     @property
     def _is_whole(self) -> bool:

@@ -1,14 +1,12 @@
 """What no request may do: have the server fetch an address, send more than is taken, or find a page that frames it."""
 
 import json
-from collections.abc import Awaitable, Callable, Iterator
-from typing import TypeAlias
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ldm_lab.io.json_files import Json
+from ldm_lab.io.json_files import JsonObject
 
 JSON_LIMIT = 4 * 2**20  # bytes of a request that uploads nothing
 MULTIPART = 2**16  # bytes around an uploaded file
@@ -24,7 +22,10 @@ POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-an
 HEADERS = {
     "content-security-policy": POLICY, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer",
 }  # fmt: skip
-Reply: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class _Named(JsonObject):
+    """An object of a request, by name."""
 
 
 class Guard:
@@ -119,27 +120,16 @@ def _with_headers(send: Send) -> Send:
 
 def _wrong(body: bytes) -> str:
     """Return why a JSON body is not taken; "" if nothing is wrong with it."""
+    addresses: list[str] = []
+
+    def look(entry: _Named) -> None:
+        if isinstance(path := entry.get("path"), str) and ("://" in path or path.strip().startswith("//")):
+            addresses.append(path)
+
     try:
-        content = json.loads(body or b"null")
-        addresses = any(_is_address(path) for path in _paths(content))
+        json.loads(body or b"null", object_hook=look)
     except ValueError:
         return ""  # no JSON: a form, or something that the application refuses
     except RecursionError:
         return "nested too deeply"
     return "addresses are not fetched here; upload the file" if addresses else ""
-
-
-def _paths(content: Json) -> Iterator[str]:
-    """Yield the paths of the files that a body names."""
-    if isinstance(content, dict):
-        if isinstance(path := content.get("path"), str):
-            yield path
-        for value in content.values():
-            yield from _paths(value)
-    elif isinstance(content, list):
-        for value in content:
-            yield from _paths(value)
-
-
-def _is_address(path: str) -> bool:
-    return "://" in path or path.strip().startswith("//")

@@ -54,11 +54,8 @@ class Painted:
 class UploadedImage(gr.Image):
     """An image that is handed on as the path of its file, once it is known to be one."""
 
-    is_template = True  # its looks are gr.Image's
-
-    def __init__(self, limits: Limits, label: str, elem_id: str) -> None:
-        self.limits = limits
-        super().__init__(label=label, elem_id=elem_id, type="filepath", sources=["upload", "clipboard"], height=200)
+    is_template = True  # its looks are gr.Image's; so is its constructor, out of whose text Gradio takes what they are
+    limits = Limits()
 
     def preprocess(self, payload: ImageData | None) -> str | None:
         """Return the path. Raises gr.Error: no image, too large a one, one that was not uploaded."""
@@ -67,28 +64,11 @@ class UploadedImage(gr.Image):
         return str(_looked_at(self.limits, payload.path, payload.orig_name))
 
 
-class UploadedPicture(gr.File):
-    """A file that may hold a picture's settings, handed on as its path."""
-
-    is_template = True
-
-    def __init__(self, label: str, elem_id: str) -> None:
-        super().__init__(label=label, elem_id=elem_id, type="filepath", height=110)
-
-
 class MaskEditor(gr.ImageEditor):
     """An image to begin with, on which a brush says what is painted anew."""
 
     is_template = True
-
-    def __init__(self, limits: Limits, label: str, elem_id: str) -> None:
-        self.limits = limits
-        brush = gr.Brush(default_size=24, colors=["#ffffff"], color_mode="fixed")
-        super().__init__(
-            label=label, elem_id=elem_id, type="pil", format="png", brush=brush, layers=False, transforms=(),
-            sources=["upload", "clipboard"], height=420, buttons=["fullscreen"],
-        )  # fmt: skip
-        self.blob_storage = LRUCache(MOST_CANVASES)
+    limits = Limits()
 
     def preprocess(self, payload: EditorData | None) -> Painted | None:  # type: ignore[override]
         """Return the image's file and the mask. Raises gr.Error: no image, too large a one."""
@@ -118,6 +98,24 @@ class MaskEditor(gr.ImageEditor):
         data = Path(layer.path).read_bytes() if isinstance(layer, FileData) else layer
         with telling():
             return self.limits.decode(data, "mask").convert("RGBA").getchannel("A")
+
+
+def uploaded_image(limits: Limits, label: str, elem_id: str) -> UploadedImage:
+    """Return the component for an image prompt."""
+    made = UploadedImage(label=label, elem_id=elem_id, type="filepath", sources=["upload", "clipboard"], height=200)
+    made.limits = limits
+    return made
+
+
+def mask_editor(limits: Limits, label: str, elem_id: str) -> MaskEditor:
+    """Return the component for an image to begin with."""
+    brush = gr.Brush(default_size=24, colors=["#ffffff"], color_mode="fixed")
+    made = MaskEditor(
+        label=label, elem_id=elem_id, type="pil", format="png", brush=brush, layers=False, transforms=(),
+        sources=["upload", "clipboard"], height=420, buttons=["fullscreen"],
+    )  # fmt: skip
+    made.limits, made.blob_storage = limits, LRUCache(MOST_CANVASES)
+    return made
 
 
 def _looked_at(limits: Limits, path: str | None, name: str | None) -> Path:

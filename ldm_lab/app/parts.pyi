@@ -18,11 +18,9 @@ from ldm_lab.errors import UserError
 
 MOST_CANVASES = 32  # that browsers have sent and not used yet
 
-
 def told(error: UserError) -> gr.Error:
     """Return a user's mistake as the page tells it: escaped, without a traceback in the log."""
     return gr.Error(escaped(without_folders(str(error))), duration=30, print_exception=False)
-
 
 @contextmanager
 def telling() -> Iterator[None]:
@@ -32,11 +30,9 @@ def telling() -> Iterator[None]:
     except UserError as error:
         raise told(error) from None
 
-
 def escaped(text: str) -> str:
     """Return a text for the page's messages, which take HTML."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
 
 @dataclass(frozen=True)
 class Painted:
@@ -49,8 +45,6 @@ class Painted:
 
     image: Path
     mask: Image.Image | None
-
-from gradio.events import Dependency
 
 class UploadedImage(gr.Image):
     """An image that is handed on as the path of its file, once it is known to be one."""
@@ -66,12 +60,14 @@ class UploadedImage(gr.Image):
         if payload is None:
             return None
         return str(_looked_at(self.limits, payload.path, payload.orig_name))
-    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from collections.abc import Callable, Sequence
+    from typing import TYPE_CHECKING, Any, Literal
+
     from gradio.blocks import Block
+
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
-
 
 class UploadedPicture(gr.File):
     """A file that may hold a picture's settings, handed on as its path."""
@@ -80,12 +76,14 @@ class UploadedPicture(gr.File):
 
     def __init__(self, label: str, elem_id: str) -> None:
         super().__init__(label=label, elem_id=elem_id, type="filepath", height=110)
-    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from collections.abc import Callable, Sequence
+    from typing import TYPE_CHECKING, Any, Literal
+
     from gradio.blocks import Block
+
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
-
 
 class MaskEditor(gr.ImageEditor):
     """An image to begin with, on which a brush says what is painted anew."""
@@ -129,12 +127,14 @@ class MaskEditor(gr.ImageEditor):
         data = Path(layer.path).read_bytes() if isinstance(layer, FileData) else layer
         with telling():
             return self.limits.decode(data, "mask").convert("RGBA").getchannel("A")
-    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from collections.abc import Callable, Sequence
+    from typing import TYPE_CHECKING, Any, Literal
+
     from gradio.blocks import Block
+
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
-
 
 def _looked_at(limits: Limits, path: str | None, name: str | None) -> Path:
     """Return the path of an uploaded image. Raises gr.Error."""

@@ -84,11 +84,13 @@ def _page(shelf: Shelf, settings: Settings, folder: Path) -> Iterator[str]:
     page = pages.build(workshop, endpoints.add)
     page.queue(api_open=False, max_size=settings.limits.waiting, default_concurrency_limit=4)
     theme = gr.themes.Default(font=pages.FONTS, font_mono=["ui-monospace", "monospace"])
+    theme = theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
     guard = Middleware(Guard, upload=settings.limits.upload * MEBI)
     try:
         page.launch(
-            server_name=settings.host, server_port=settings.port or _free_port(), auth=_door(settings.password), auth_message=LOGIN,
-            prevent_thread_lock=True, quiet=True, share=False, inbrowser=False, show_error=False, ssr_mode=False,
+            server_name=settings.host, server_port=settings.port or _free_port(),
+            auth=_door(settings.password), auth_message=LOGIN, prevent_thread_lock=True,
+            quiet=True, share=False, inbrowser=False, show_error=False, ssr_mode=False,
             enable_monitoring=False, max_file_size=settings.limits.upload * MEBI, allowed_paths=[], footer_links=[],
             theme=theme, css=pages.CSS, app_kwargs={"middleware": [guard]}, run_history=False, mcp_server=False,
             pwa=False, state_session_capacity=200,

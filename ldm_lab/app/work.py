@@ -6,7 +6,7 @@ import queue
 import re
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -203,7 +203,7 @@ class Job:
             pipelines = shop.pipelines(asked.files)
             self._say("preparing")
             applied = applied_loras(pipelines[0].model, asked.loras) if asked.loras else nullcontext()
-            with _Remarks() as said, applied:
+            with _remarks() as said, applied:
                 return self._draw(asked, pipelines, said)
 
     def _draw(self, asked: "_Asked", pipelines: Sequence[Pipeline], said: "_Remarks") -> Pictures:
@@ -307,7 +307,7 @@ def without_folders(text: str) -> str:
 
 
 class _Remarks(logging.Handler):
-    """Collects what is logged in this thread for as long as it is entered."""
+    """Collects what is logged in the thread that has made it."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -319,9 +319,13 @@ class _Remarks(logging.Handler):
         if record.thread == self._thread:
             self.lines.append(record.getMessage())
 
-    def __enter__(self) -> "_Remarks":
-        logging.getLogger("ldm_lab").addHandler(self)
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        logging.getLogger("ldm_lab").removeHandler(self)
+@contextmanager
+def _remarks() -> Iterator[_Remarks]:
+    """Collect what is logged in this thread for a while."""
+    handler, logger = _Remarks(), logging.getLogger("ldm_lab")
+    logger.addHandler(handler)
+    try:
+        yield handler
+    finally:
+        logger.removeHandler(handler)

@@ -1,7 +1,7 @@
 """Serve a web page to sample from, and the same over HTTP.
 
     python -m ldm_lab app --checkpoint runs/quickstart              http://127.0.0.1:7860
-    python -m ldm_lab app --models runs --port 8000                 the models that lie there, also those that come later
+    python -m ldm_lab app --models runs --port 8000                 the models that lie there, also new ones
     python -m ldm_lab app --models runs --host 0.0.0.0 --password-file secret.txt
 
 It listens on this machine alone unless --host says otherwise. docs/app.md tells what is on the page, and the HTTP
