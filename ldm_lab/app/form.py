@@ -9,10 +9,11 @@ from pathlib import Path
 
 import gradio as gr
 from gradio.components import Component
+from PIL import Image
 
 from ldm_lab.app.choices import Choice, FormValue, base_choices, of_sampler, upsampler_choices
 from ldm_lab.app.choices import Kind as Ask
-from ldm_lab.app.parts import MaskEditor, Painted, UploadedImage, mask_editor, uploaded_image
+from ldm_lab.app.parts import MaskEditor, UploadedImage, mask_editor, uploaded_image
 from ldm_lab.app.shelf import Kind
 from ldm_lab.app.work import ImagePrompt, Request, Workshop
 from ldm_lab.errors import UserError
@@ -46,6 +47,7 @@ class Form:
     strengths: list[gr.Number]
     images: list[UploadedImage]
     weights: list[gr.Textbox]
+    begin: UploadedImage
     editor: MaskEditor
     fields: list[Field]
 
@@ -54,18 +56,18 @@ class Form:
         """All of them."""
         first = [self.model, self.upsamplers, self.prompts, self.count]
         rest = [field.control for field in self.fields]
-        return [*first, *self.loras, *self.strengths, *self.images, *self.weights, self.editor, *rest]
+        return [*first, *self.loras, *self.strengths, *self.images, *self.weights, self.begin, self.editor, *rest]
 
-    def request(self, values: Sequence[FormValue | Painted]) -> Request:
+    def request(self, values: Sequence[FormValue | Image.Image]) -> Request:
         """Return what the controls' values ask for. Raises UserError."""
         left = iter(values)
 
-        def take(count: int) -> list[FormValue | Painted]:
+        def take(count: int) -> list[FormValue | Image.Image]:
             return [next(left) for _ in range(count)]
 
         model, upsamplers, prompts, count = take(4)
         loras, strengths, images, weights = take(LORAS), take(LORAS), take(IMAGE_PROMPTS), take(IMAGE_PROMPTS)
-        (painted,) = take(1)
+        begin, mask = take(2)
         if not model:
             raise UserError(NO_MODEL)
         lines = [line.strip() for line in str(prompts or "").splitlines() if line.strip()]
@@ -78,12 +80,18 @@ class Form:
             prompts=tuple(lines) if lines or given else ("",),
             images=tuple(ImagePrompt(Path(file), _weight(weight)) for file, weight in given),
             count=_whole(count),
-            values=self._options(list(left), painted if isinstance(painted, Painted) else None, bool(upsamplers)),
+            values=self._options(list(left), str(begin) if begin else None, mask, bool(upsamplers)),
         )
 
-    def _options(self, values: Sequence[FormValue | Painted], painted: Painted | None, enlarged: bool) -> OptionValues:
+    def _options(
+        self,
+        values: Sequence[FormValue | Image.Image],
+        begin: str | None,
+        mask: FormValue | Image.Image,
+        enlarged: bool,
+    ) -> OptionValues:
         """Return the options that are given: of a sampler its own alone, of an image only beside one."""
-        pairs = [(field.choice, value) for field, value in zip(self.fields, values) if not isinstance(value, Painted)]
+        pairs = [(field.choice, value) for field, value in zip(self.fields, values)]
         read = {choice.name: value for choice, form in pairs if (value := choice.read(form)) is not None}
         found = OptionValues({name: value for name, value in read.items() if enlarged or not _enlarges(name)})
         for prefix in ("", UPSAMPLER):
@@ -92,11 +100,11 @@ class Form:
                 own = of_sampler(str(sampler or DEFAULT_SAMPLER))
                 for name in of_sampler(None) - own:
                     found.pop(prefix + name, None)
-        if painted is None:
+        if begin is None:
             return OptionValues({name: value for name, value in found.items() if name not in WITH_IMAGE})
-        found["init_image"] = str(painted.image)
-        if painted.mask is not None:
-            found["mask"] = str(_saved_mask(painted))
+        found["init_image"] = begin
+        if isinstance(mask, Image.Image):
+            found["mask"] = str(_saved_mask(Path(begin), mask))
         else:
             found.pop("invert_mask", None)
         return found
@@ -140,8 +148,8 @@ def controls(workshop: Workshop) -> tuple[Form, Buttons, gr.File]:
     with gr.Accordion("Image prompts", open=False, elem_id="image-prompts"):
         images, weights = _image_prompts(workshop)
     with gr.Accordion("Begin with an image; paint a mask", open=False, elem_id="begin-with"):
-        gr.Markdown("Where you paint, something new is drawn; all else stays. Without paint the whole image changes.")
-        editor = mask_editor(limits, "Image", "editor")
+        begin = uploaded_image(limits, "Image to begin with", "begin")
+        editor = mask_editor(limits, "Paint where something new is to be drawn; all else stays", "editor")
         _add([base[name] for name in WITH_IMAGE if name in base], fields, workshop)
     with gr.Accordion("LoRA", open=False, elem_id="loras"):
         loras, strengths = _loras(workshop)
@@ -157,7 +165,9 @@ def controls(workshop: Workshop) -> tuple[Form, Buttons, gr.File]:
         dropped = gr.File(
             label="Drop a picture here to have its settings above", elem_id="dropped", type="filepath", height=110
         )
-    form = Form(model, upsamplers, prompts, count, loras, strengths, images, weights, editor, list(fields.values()))
+    form = Form(
+        model, upsamplers, prompts, count, loras, strengths, images, weights, begin, editor, list(fields.values())
+    )
     return form, Buttons(draw, again, stop, look), dropped
 
 
@@ -201,16 +211,15 @@ def _loras(workshop: Workshop) -> tuple[list[gr.Dropdown], list[gr.Number]]:
     return names, strengths
 
 
-def _saved_mask(painted: Painted) -> Path:
+def _saved_mask(image: Path, mask: Image.Image) -> Path:
     """Return the file of a mask, at its image's size, beside the image."""
-    assert painted.mask is not None, "the caller knows"
-    path = painted.image.parent / f"mask-{secrets.token_hex(8)}.png"
-    size = open_image(str(painted.image)).size  # upright, as the browser shows it
-    save_png(path, painted.mask if painted.mask.size == size else painted.mask.resize(size))
+    path = image.parent / f"mask-{secrets.token_hex(8)}.png"
+    size = open_image(str(image)).size  # upright, as it was shown to be painted on
+    save_png(path, mask if mask.size == size else mask.resize(size))
     return path
 
 
-def _whole(value: FormValue | Painted) -> int:
+def _whole(value: FormValue | Image.Image) -> int:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int):
@@ -218,7 +227,7 @@ def _whole(value: FormValue | Painted) -> int:
     return value
 
 
-def _weight(value: FormValue | Painted) -> float | None:
+def _weight(value: FormValue | Image.Image) -> float | None:
     """Return the weight of an image prompt; None for none. Raises UserError for anything but a number."""
     text = str(value or "").strip()
     try:

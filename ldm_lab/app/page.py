@@ -9,11 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import gradio as gr
+from PIL import Image
 
 from ldm_lab.app.choices import Choice, FormValue, Value
 from ldm_lab.app.choices import Kind as Ask
 from ldm_lab.app.form import LORAS, Buttons, Form, controls
-from ldm_lab.app.parts import Painted, escaped, telling
+from ldm_lab.app.parts import escaped, preview, telling
 from ldm_lab.app.recall import recall
 from ldm_lab.app.shelf import Kind
 from ldm_lab.app.work import Pictures, Progress, Request, Workshop
@@ -68,7 +69,7 @@ def _connect(
     status, _, _, last = outputs
     fields = {field.choice.name: field.control for field in form.fields}
 
-    def draw(*values: FormValue | Painted) -> Iterator[Painting]:
+    def draw(*values: FormValue | Image.Image) -> Iterator[Painting]:
         with telling():
             request = form.request(values)
         yield from paint(workshop, request)
@@ -95,18 +96,23 @@ def _connect(
         lambda: _shown_status(Progress("stopped")), None, [status], cancels=[drawn, sent, repeated],
         api_visibility="private", queue=False,
     )  # fmt: skip
-    _connect_uploads(form)
+    _connect_uploads(workshop, form)
     _connect_shelf(workshop, page, form, buttons.look)
     _connect_recall(workshop, form, dropped)
 
 
-def _connect_uploads(form: Form) -> None:
-    """Have a file that is not taken disappear again, with a word why."""
-    for component in (*form.images, form.editor):
-        refused = component.upload(
-            lambda _: None, [component], None, api_visibility="private", queue=False, show_progress="hidden"
-        )
-        refused.failure(lambda: None, None, [component], api_visibility="private", queue=False)
+def _connect_uploads(workshop: Workshop, form: Form) -> None:
+    """Have a file that is not taken disappear again, with a word why, and an image to begin with be painted on."""
+    quiet = {"api_visibility": "private", "show_progress": "hidden"}
+    for image in form.images:
+        image.upload(_nothing, [image], None, **quiet).failure(_nothing, None, [image], **quiet)
+    begun = form.begin.upload(lambda path: preview(workshop.limits, path), [form.begin], [form.editor], **quiet)
+    begun.failure(lambda: (None, None), None, [form.begin, form.editor], **quiet)
+    form.begin.clear(_nothing, None, [form.editor], **quiet)
+
+
+def _nothing(*_: FormValue) -> None:
+    """Return what empties a component."""
 
 
 def _connect_shelf(workshop: Workshop, page: gr.Blocks, form: Form, look: gr.Button) -> None:
@@ -123,7 +129,7 @@ def _connect_shelf(workshop: Workshop, page: gr.Blocks, form: Form, look: gr.But
         found = [gr.Dropdown(models, value=model), gr.Dropdown(shelf.names(Kind.UPSAMPLER))]
         return [*found, *(gr.Dropdown(loras) for _ in form.loras), *(gr.Dropdown(others) for _ in files)]
 
-    quiet = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
+    quiet = {"api_visibility": "private", "show_progress": "hidden"}
     page.load(offered, [form.model], targets, **quiet)
     look.click(offered, [form.model], targets, **quiet)
 
@@ -154,7 +160,7 @@ def _connect_recall(workshop: Workshop, form: Form, dropped: gr.File) -> None:
 
     targets = [form.model, form.upsamplers, form.prompts, *form.loras, *form.strengths]
     targets += [field.control for field in form.fields]
-    dropped.upload(recalled, [dropped], targets, api_visibility="private", queue=False)
+    dropped.upload(recalled, [dropped], targets, api_visibility="private")
 
 
 def paint(workshop: Workshop, request: Request) -> Iterator[Painting]:

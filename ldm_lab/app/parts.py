@@ -1,9 +1,7 @@
 """Components for files from strangers: what is uploaded is looked at before anything else decodes it."""
 
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import gradio as gr
@@ -15,7 +13,9 @@ from PIL import Image, ImageChops
 from ldm_lab.app.limits import Limits
 from ldm_lab.app.work import without_folders
 from ldm_lab.errors import UserError
+from ldm_lab.io.images import to_rgb
 
+CANVAS = 768  # pixels
 MOST_CANVASES = 32  # that browsers have sent and not used yet
 
 
@@ -38,19 +38,6 @@ def escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-@dataclass(frozen=True)
-class Painted:
-    """An image to begin with, and what is painted on it.
-
-    Attributes:
-        image: the uploaded file.
-        mask: where something is painted: white, L; None: nowhere.
-    """
-
-    image: Path
-    mask: Image.Image | None
-
-
 class UploadedImage(gr.Image):
     """An image that is handed on as the path of its file, once it is known to be one."""
 
@@ -65,39 +52,37 @@ class UploadedImage(gr.Image):
 
 
 class MaskEditor(gr.ImageEditor):
-    """An image to begin with, on which a brush says what is painted anew."""
+    """A picture of the image to begin with, on which a brush says what is painted anew."""
 
     is_template = True
     limits = Limits()
 
-    def preprocess(self, payload: EditorData | None) -> Painted | None:  # type: ignore[override]
-        """Return the image's file and the mask. Raises gr.Error: no image, too large a one."""
+    def preprocess(self, payload: EditorData | None) -> Image.Image | None:  # type: ignore[override]
+        """Return where something is painted, L, white; None for nowhere. Raises gr.Error for too large a picture."""
         if payload is None:
             return None
         canvas = payload if payload.id is None else self.blob_storage.pop(payload.id, None)
-        if canvas is None or canvas.background is None:
-            return None
-        image = self._file_of(canvas.background)
-        masks = [self._alpha(layer) for layer in canvas.layers if layer is not None]
         mask: Image.Image | None = None
-        for one in masks:
-            mask = one if mask is None else ImageChops.lighter(mask, one)
-        return Painted(image, mask if mask is not None and mask.getbbox() else None)
-
-    def _file_of(self, given: FileData | bytes) -> Path:
-        if isinstance(given, FileData):
-            return _looked_at(self.limits, given.path, given.orig_name)
-        with telling():
-            self.limits.decode(given, "init image")
-        path = Path(self.GRADIO_CACHE) / secrets.token_hex(16) / "image.png"
-        path.parent.mkdir(parents=True)
-        path.write_bytes(given)
-        return path
+        for layer in canvas.layers if canvas is not None else ():
+            if layer is not None:
+                painted = self._alpha(layer)
+                mask = painted if mask is None or mask.size != painted.size else ImageChops.lighter(mask, painted)
+        return mask if mask is not None and mask.getbbox() else None
 
     def _alpha(self, layer: FileData | bytes) -> Image.Image:
         data = Path(layer.path).read_bytes() if isinstance(layer, FileData) else layer
         with telling():
             return self.limits.decode(data, "mask").convert("RGBA").getchannel("A")
+
+
+def preview(limits: Limits, path: str | None) -> Image.Image | None:
+    """Return an uploaded image to be painted on: upright, RGB, of at most `CANVAS` pixels a side."""
+    if path is None:
+        return None
+    with telling():
+        image = to_rgb(limits.open_upload(Path(path)))
+        scale = min(1.0, CANVAS / max(image.size))
+        return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
 
 
 def uploaded_image(limits: Limits, label: str, elem_id: str) -> UploadedImage:
@@ -112,7 +97,7 @@ def mask_editor(limits: Limits, label: str, elem_id: str) -> MaskEditor:
     brush = gr.Brush(default_size=24, colors=["#ffffff"], color_mode="fixed")
     made = MaskEditor(
         label=label, elem_id=elem_id, type="pil", format="png", brush=brush, layers=False, transforms=(),
-        sources=["upload", "clipboard"], height=420, buttons=["fullscreen"],
+        sources=(), height=420, buttons=["fullscreen"],
     )  # fmt: skip
     made.limits, made.blob_storage = limits, LRUCache(MOST_CANVASES)
     return made

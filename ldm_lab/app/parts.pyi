@@ -9,7 +9,6 @@ from pathlib import Path
 import gradio as gr
 from gradio.components.image_editor import EditorData
 from gradio.data_classes import FileData, ImageData
-from gradio.utils import LRUCache
 from PIL import Image, ImageChops
 
 from ldm_lab.app.limits import Limits
@@ -49,22 +48,16 @@ class Painted:
 class UploadedImage(gr.Image):
     """An image that is handed on as the path of its file, once it is known to be one."""
 
-    is_template = True  # its looks are gr.Image's
-
-    def __init__(self, limits: Limits, label: str, elem_id: str) -> None:
-        self.limits = limits
-        super().__init__(label=label, elem_id=elem_id, type="filepath", sources=["upload", "clipboard"], height=200)
+    is_template = True  # its looks are gr.Image's; so is its constructor, out of whose text Gradio takes what they are
+    limits = Limits()
 
     def preprocess(self, payload: ImageData | None) -> str | None:
         """Return the path. Raises gr.Error: no image, too large a one, one that was not uploaded."""
         if payload is None:
             return None
         return str(_looked_at(self.limits, payload.path, payload.orig_name))
-    from collections.abc import Callable, Sequence
-    from typing import TYPE_CHECKING, Any, Literal
-
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
     from gradio.blocks import Block
-
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
@@ -86,52 +79,29 @@ class UploadedPicture(gr.File):
         from gradio.components.base import Component
 
 class MaskEditor(gr.ImageEditor):
-    """An image to begin with, on which a brush says what is painted anew."""
+    """A picture of the image to begin with, on which a brush says what is painted anew."""
 
     is_template = True
+    limits = Limits()
 
-    def __init__(self, limits: Limits, label: str, elem_id: str) -> None:
-        self.limits = limits
-        brush = gr.Brush(default_size=24, colors=["#ffffff"], color_mode="fixed")
-        super().__init__(
-            label=label, elem_id=elem_id, type="pil", format="png", brush=brush, layers=False, transforms=(),
-            sources=["upload", "clipboard"], height=420, buttons=["fullscreen"],
-        )  # fmt: skip
-        self.blob_storage = LRUCache(MOST_CANVASES)
-
-    def preprocess(self, payload: EditorData | None) -> Painted | None:  # type: ignore[override]
-        """Return the image's file and the mask. Raises gr.Error: no image, too large a one."""
+    def preprocess(self, payload: EditorData | None) -> Image.Image | None:  # type: ignore[override]
+        """Return where something is painted, L, white; None for nowhere. Raises gr.Error for too large a picture."""
         if payload is None:
             return None
         canvas = payload if payload.id is None else self.blob_storage.pop(payload.id, None)
-        if canvas is None or canvas.background is None:
-            return None
-        image = self._file_of(canvas.background)
-        masks = [self._alpha(layer) for layer in canvas.layers if layer is not None]
         mask: Image.Image | None = None
-        for one in masks:
-            mask = one if mask is None else ImageChops.lighter(mask, one)
-        return Painted(image, mask if mask is not None and mask.getbbox() else None)
-
-    def _file_of(self, given: FileData | bytes) -> Path:
-        if isinstance(given, FileData):
-            return _looked_at(self.limits, given.path, given.orig_name)
-        with telling():
-            self.limits.decode(given, "init image")
-        path = Path(self.GRADIO_CACHE) / secrets.token_hex(16) / "image.png"
-        path.parent.mkdir(parents=True)
-        path.write_bytes(given)
-        return path
+        for layer in canvas.layers if canvas is not None else ():
+            if layer is not None:
+                painted = self._alpha(layer)
+                mask = painted if mask is None or mask.size != painted.size else ImageChops.lighter(mask, painted)
+        return mask if mask is not None and mask.getbbox() else None
 
     def _alpha(self, layer: FileData | bytes) -> Image.Image:
         data = Path(layer.path).read_bytes() if isinstance(layer, FileData) else layer
         with telling():
             return self.limits.decode(data, "mask").convert("RGBA").getchannel("A")
-    from collections.abc import Callable, Sequence
-    from typing import TYPE_CHECKING, Any, Literal
-
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
     from gradio.blocks import Block
-
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
