@@ -13,7 +13,7 @@ from PIL import Image
 
 from ldm_lab.app.choices import Choice, FormValue, base_choices, of_sampler, upsampler_choices
 from ldm_lab.app.choices import Kind as Ask
-from ldm_lab.app.parts import MaskEditor, UploadedImage, mask_editor, uploaded_image
+from ldm_lab.app.parts import mask_editor, uploaded_image
 from ldm_lab.app.shelf import Kind
 from ldm_lab.app.work import ImagePrompt, Request, Workshop
 from ldm_lab.errors import UserError
@@ -45,10 +45,10 @@ class Form:
     count: gr.Number
     loras: list[gr.Dropdown]
     strengths: list[gr.Number]
-    images: list[UploadedImage]
+    images: list[gr.Image]
     weights: list[gr.Textbox]
-    begin: UploadedImage
-    editor: MaskEditor
+    begin: gr.Image
+    editor: gr.ImageEditor
     fields: list[Field]
 
     @property
@@ -189,7 +189,7 @@ def _control(choice: Choice, workshop: Workshop) -> Component:
     return gr.Textbox(preset, placeholder="default", max_lines=3, **its)
 
 
-def _image_prompts(workshop: Workshop) -> tuple[list[UploadedImage], list[gr.Textbox]]:
+def _image_prompts(workshop: Workshop) -> tuple[list[gr.Image], list[gr.Textbox]]:
     images, weights = [], []
     with gr.Row():
         for number in range(1, IMAGE_PROMPTS + 1):

@@ -38,43 +38,6 @@ def escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-class UploadedImage(gr.Image):
-    """An image that is handed on as the path of its file, once it is known to be one."""
-
-    is_template = True  # its looks are gr.Image's; so is its constructor, out of whose text Gradio takes what they are
-    limits = Limits()
-
-    def preprocess(self, payload: ImageData | None) -> str | None:
-        """Return the path. Raises gr.Error: no image, too large a one, one that was not uploaded."""
-        if payload is None:
-            return None
-        return str(_looked_at(self.limits, payload.path, payload.orig_name))
-
-
-class MaskEditor(gr.ImageEditor):
-    """A picture of the image to begin with, on which a brush says what is painted anew."""
-
-    is_template = True
-    limits = Limits()
-
-    def preprocess(self, payload: EditorData | None) -> Image.Image | None:  # type: ignore[override]
-        """Return where something is painted, L, white; None for nowhere. Raises gr.Error for too large a picture."""
-        if payload is None:
-            return None
-        canvas = payload if payload.id is None else self.blob_storage.pop(payload.id, None)
-        mask: Image.Image | None = None
-        for layer in canvas.layers if canvas is not None else ():
-            if layer is not None:
-                painted = self._alpha(layer)
-                mask = painted if mask is None or mask.size != painted.size else ImageChops.lighter(mask, painted)
-        return mask if mask is not None and mask.getbbox() else None
-
-    def _alpha(self, layer: FileData | bytes) -> Image.Image:
-        data = Path(layer.path).read_bytes() if isinstance(layer, FileData) else layer
-        with telling():
-            return self.limits.decode(data, "mask").convert("RGBA").getchannel("A")
-
-
 def preview(limits: Limits, path: str | None) -> Image.Image | None:
     """Return an uploaded image to be painted on: upright, RGB, of at most `CANVAS` pixels a side."""
     if path is None:
@@ -85,22 +48,49 @@ def preview(limits: Limits, path: str | None) -> Image.Image | None:
         return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
 
 
-def uploaded_image(limits: Limits, label: str, elem_id: str) -> UploadedImage:
-    """Return the component for an image prompt."""
-    made = UploadedImage(label=label, elem_id=elem_id, type="filepath", sources=["upload", "clipboard"], height=200)
-    made.limits = limits
+def uploaded_image(limits: Limits, label: str, elem_id: str) -> gr.Image:
+    """Return a component whose image is handed on as the path of its file, once it is known to be one.
+
+    It raises gr.Error for what is no image, too large, or was not uploaded. The component is changed rather than its
+    class derived from, as Gradio writes a file beside every derived class.
+    """
+    made = gr.Image(label=label, elem_id=elem_id, type="filepath", sources=["upload", "clipboard"], height=200)
+
+    def preprocess(payload: ImageData | None) -> str | None:
+        return None if payload is None else str(_looked_at(limits, payload.path, payload.orig_name))
+
+    made.preprocess = preprocess
     return made
 
 
-def mask_editor(limits: Limits, label: str, elem_id: str) -> MaskEditor:
-    """Return the component for an image to begin with."""
+def mask_editor(limits: Limits, label: str, elem_id: str) -> gr.ImageEditor:
+    """Return a component on which a brush says what of an image is painted anew: white, L; None for nothing."""
     brush = gr.Brush(default_size=24, colors=["#ffffff"], color_mode="fixed")
-    made = MaskEditor(
+    made = gr.ImageEditor(
         label=label, elem_id=elem_id, type="pil", format="png", brush=brush, layers=False, transforms=(),
         sources=(), height=420, buttons=["fullscreen"],
     )  # fmt: skip
-    made.limits, made.blob_storage = limits, LRUCache(MOST_CANVASES)
+    made.blob_storage = LRUCache(MOST_CANVASES)
+
+    def preprocess(payload: EditorData | None) -> Image.Image | None:
+        if payload is None:
+            return None
+        canvas = payload if payload.id is None else made.blob_storage.pop(payload.id, None)
+        mask: Image.Image | None = None
+        for layer in canvas.layers if canvas is not None else ():
+            if layer is not None:
+                painted = _alpha(limits, layer)
+                mask = painted if mask is None or mask.size != painted.size else ImageChops.lighter(mask, painted)
+        return mask if mask is not None and mask.getbbox() else None
+
+    made.preprocess = preprocess
     return made
+
+
+def _alpha(limits: Limits, layer: FileData | bytes) -> Image.Image:
+    data = Path(layer.path).read_bytes() if isinstance(layer, FileData) else layer
+    with telling():
+        return limits.decode(data, "mask").convert("RGBA").getchannel("A")
 
 
 def _looked_at(limits: Limits, path: str | None, name: str | None) -> Path:
