@@ -97,7 +97,9 @@ def to_download(text: str | Path, where: str) -> Download | None:
     """
     if isinstance(text, str) and text in catalogue():
         path, entry = cached_path(text), catalogue()[text]
-        return None if path.exists() or lying(text) else Download(where, text, path, entry.size, entry.mirrors, entry.page)
+        return (
+            None if path.exists() or lying(text) else Download(where, text, path, entry.size, entry.mirrors, entry.page)
+        )
     if not (isinstance(text, str) and text.startswith(HUB)):
         resolve_weights(text, where)
         return None
@@ -327,9 +329,7 @@ class _Repository:
         import huggingface_hub
 
         try:
-            file = huggingface_hub.hf_hub_download(
-                self.name, path, revision=self.revision, local_files_only=self.local
-            )
+            file = huggingface_hub.hf_hub_download(self.name, path, revision=self.revision, local_files_only=self.local)
         except Exception as error:  # whatever the Hub, its client or the connection has to complain about
             raise self.refused(error) from None
         return Path(file)
@@ -355,7 +355,7 @@ class _Repository:
         return UserError(f"{self.what}: {self.text} cannot be downloaded ({reason})")
 
     def shared(self, folder: Path) -> Path:
-        """Return the folder of a shared model with all files that it names. Raises UserError: some are not to be had."""
+        """Return the folder of a shared model with all files that it names. Raises UserError."""
         if (model := HubFolder.read(folder)) is not None:
             if missing := [name for name in model.files if not (folder / name).is_file()]:
                 self.folder(missing, [])
@@ -381,9 +381,7 @@ def _from_hub(text: str, what: str, local: bool) -> Path:
                 return file
             repository.shared(config.parent)
         return file
-    folder = repository.folder(
-        [f"{path}*.json", f"{path}*.safetensors"], [f"{path}*/*", "*.fp16.safetensors"]
-    )
+    folder = repository.folder([f"{path}*.json", f"{path}*.safetensors"], [f"{path}*/*", "*.fp16.safetensors"])
     if not (folder / path / SHARED_CONFIG).is_file():
         raise UserError(
             f"{what}: {text} has no config.json; a folder has to be a shared model's, or that of a diffusers model"

@@ -54,8 +54,8 @@ def load_model(path: str | Path, options: ModelOptions, others: Sequence[Model] 
     for role in ("autoencoder", "conditioner", "denoiser", "objective"):
         if not isinstance(config.get(role), dict):
             raise UserError(f"{path}: not a diffusion model; its config has no section {role!r}")
-    autoencoder, _ = _load_frozen("autoencoder", config["autoencoder"], options.autoencoder, path, extra)
-    conditioner, conditioner_config = _load_frozen(
+    autoencoder, _ = load_frozen("autoencoder", config["autoencoder"], options.autoencoder, path, extra)
+    conditioner, conditioner_config = load_frozen(
         "conditioner", config["conditioner"], options.conditioner, path, extra, others
     )
     if not isinstance(sections := config.get("condition_sources") or {}, dict):
@@ -153,7 +153,7 @@ def _load_guide_model(
     return _load_denoiser(guide_config, state, name, channels, given)
 
 
-def _load_frozen(
+def load_frozen(
     role: str,
     config: Section,
     moved: str | Path | None,
