@@ -15,7 +15,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors import safe_open
-from tiny import CLOOB, DENOISER, ROOT, make_parts, run_program
+from tiny import CLOOB, DENOISER, ROOT, make_parts, make_run, run_program
 
 from ldm_lab.__main__ import main
 from ldm_lab.checkpoints.native import save_model, save_part
@@ -435,3 +435,14 @@ def tiny_if_model(path: Path, model: str = "minilm") -> Path:
     }  # fmt: skip
     save_model(path, net.state_dict(), config, {"image_size": "16"})
     return path
+
+
+def test_a_run_tells_what_it_was_trained_on(tmp_path, program, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = program("train", "--config", make_run(tmp_path, trainer={"max_steps": 2}))
+    assert code == 0, err
+    with safe_open(tmp_path / "runs/tiny/ema.safetensors", "pt") as file:
+        told = file.metadata()
+    assert (told["data"], told["batch"], told["data_count"]) == ("webdataset", "4", "4 shards")
+    assert told["hardware"].startswith("1 x CPU (") and re.fullmatch(r"\d{4}-\d\d-\d\d", told["date"])
+    assert told["precision"] == "32-true"

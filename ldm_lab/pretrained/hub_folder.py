@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ldm_lab.errors import UserError
-from ldm_lab.io.json_files import Fields, JsonObject, parse_json
+from ldm_lab.io.json_files import Fields, parse_json, write_json
 from ldm_lab.pretrained.catalogue import SAFE_PART
 
 NAME = "config.json"
@@ -77,8 +77,7 @@ class HubFolder:
         if not (real.is_relative_to(home) or real.is_relative_to(blobs)):
             raise UserError(f"{file}: refused: a link to {os.readlink(file)[:200] if file.is_symlink() else real}")
 
-    def to_json(self) -> JsonObject:
-        """Return what config.json says."""
-        return JsonObject(
-            format=FORMAT, version=VERSION, model=self.model, upsamplers=list(self.upsamplers), files=dict(self.files)
-        )
+    def write(self) -> None:
+        """Write config.json."""
+        named = {"model": self.model, "upsamplers": list(self.upsamplers), "files": dict(self.files)}
+        write_json(self.path / NAME, {"format": FORMAT, "version": VERSION, **named})

@@ -49,7 +49,6 @@ def load_model(path: str | Path, options: ModelOptions, others: Sequence[Model] 
     """
     device = pick_device(options.device)
     path = locate_model(path)
-    look_in(path.parent)
     config, state, extra = read_model(path)
     for role in ("autoencoder", "conditioner", "denoiser", "objective"):
         if not isinstance(config.get(role), dict):
@@ -171,6 +170,7 @@ def load_frozen(
         extra: of the checkpoint, with the checksum of the weights under the role.
         others: models whose conditioner it may be.
     """
+    look_in(model.parent)
     moved = moved or beside(model, role, config, extra.get(role))
     if moved is not None:
         config = Section({**config, "weights": str(moved)})

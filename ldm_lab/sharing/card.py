@@ -70,8 +70,7 @@ class Card:
 
     def text(self, folder: Path) -> str:
         """Return README.md; `folder` is where the files lie at this time."""
-        import jinja2  # here, as the Hub's library takes a second to import
-        from huggingface_hub import ModelCard, ModelCardData
+        from huggingface_hub import ModelCard, ModelCardData  # here, as it takes a second to import
 
         data = ModelCardData(
             license=self.license,
@@ -79,11 +78,10 @@ class Card:
             tags=["ldm_lab", "diffusion", *sorted({network.kind for network in self.networks})],
             library_name="ldm_lab",
         )
-        environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
-        template = environment.from_string(files("ldm_lab.sharing").joinpath(TEMPLATE).read_text(encoding="utf-8"))
         prompts = [plain(prompt) for prompt in self.prompts]
-        text = template.render(
-            card_data=data.to_yaml(),
+        card = ModelCard.from_template(
+            data,
+            template_str=files("ldm_lab.sharing").joinpath(TEMPLATE).read_text(encoding="utf-8"),
             name=plain(self.name),
             summary=self.summary(),
             model=self.model,
@@ -100,7 +98,7 @@ class Card:
                 for name, checksum in self.model.files.items()
             ],
         )
-        return str(ModelCard(text))
+        return f"{card}\n"
 
     @property
     def reads_text(self) -> bool:

@@ -19,7 +19,6 @@ from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Part
 from ldm_lab.io.atomic import atomic_write, replaced_folder, sha256
 from ldm_lab.io.images import grid, save_png
-from ldm_lab.io.json_files import write_json
 from ldm_lab.pretrained.catalogue import catalogue
 from ldm_lab.pretrained.hub_folder import CARD, FILE, MODEL, NAME, UPSAMPLER, HubFolder
 from ldm_lab.pretrained.resolve import HUB
@@ -90,7 +89,7 @@ def export(asked: Export) -> HubFolder:
         assert all(FILE.fullmatch(name) for name in names), "names that reading would refuse"
         files = {name: sha256(folder / name) for name in names}
         model = HubFolder(folder, networks[0].file, tuple(network.file for network in networks[1:]), files)
-        write_json(folder / NAME, model.to_json())
+        model.write()
         prompts = list((facts.prompts if asked.prompts is None else asked.prompts)[:MOST_SAMPLES])
         shown = _samples(model, prompts)
         if shown is not None:

@@ -15,7 +15,6 @@ from ldm_lab.conditioners.glide_text import GPT2_MERGES, GlideText
 from ldm_lab.conditioners.t5 import T5
 from ldm_lab.conditioners.t5_models import MINILM, fetched, identity, local_folder, weights_files
 from ldm_lab.config import use_keys
-from ldm_lab.config.bounds import Plain
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Part
 from ldm_lab.io.atomic import sha256
@@ -174,8 +173,7 @@ def _share_text_encoder(folder: Path, module: T5, section: Section) -> SharedPar
 
 def origin_of(role: str, config: Section, stored: Section) -> Origin:
     """Return where a part's weights are from: a release, by its name or by what is in the file."""
-    names: list[Plain] = [stored.get("weights"), config.get("weights")]
-    for name in names:
+    for name in (stored.get("weights"), config.get("weights")):
         if isinstance(name, str) and name in catalogue():
             entry = catalogue()[name]
             return Origin(name, entry.license, entry.page)

@@ -288,8 +288,7 @@ class DiffusionTask(Task):
     def facts(self) -> dict[str, str]:
         """Return what is told of the weights besides."""
         told = {"step": str(self.trainer.global_step), "image_size": str(self.picture_size()), **self.frozen_sha256}
-        told |= provenance(self.trainer, self.run_config, self.trainer.datamodule.source)
-        return {**told, **self.conditioning.facts()}
+        return {**told, **provenance(self.trainer, self.run_config), **self.conditioning.facts()}
 
     def picture_size(self) -> int | None:
         """Return the side of the pictures that the model makes, pixels; None if it is any.

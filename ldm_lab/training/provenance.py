@@ -10,17 +10,17 @@ from ldm_lab.config import RunConfig
 from ldm_lab.data.source import Source
 
 
-def provenance(trainer: Trainer, config: RunConfig, source: Source) -> dict[str, str]:
+def provenance(trainer: Trainer, config: RunConfig) -> dict[str, str]:
     """Return what is told of a training beside its step.
 
     Args:
         trainer: of the run.
         config: the run's.
-        source: of its data, open.
     """
-    batch = config.data.option("batch_size") * trainer.world_size * trainer.accumulate_grad_batches
+    source: Source = trainer.datamodule.source
+    batch = source.batch_size * trainer.world_size * trainer.accumulate_grad_batches
     told = {
-        "data": str(config.data.name),
+        "data": str(config["data"].name),
         "batch": str(batch),
         "precision": str(trainer.precision),
         "hardware": f"{trainer.world_size} x {device_name(trainer.strategy.root_device)}",
