@@ -4,7 +4,8 @@
     python -m ldm_lab evaluate --checkpoint runs/a --data /data/held_out --guidance 1 --guidance 3 --steps 25 --steps 50
     python -m ldm_lab evaluate --checkpoint runs/a --data shards='/data/{00000..00009}.tar' --metric fid --metric kid
     python -m ldm_lab evaluate --checkpoint runs/a --data /data/held_out --metric loss --metric psnr --metric retrieval
-    python -m ldm_lab evaluate --images samples --data /data/held_out --clip model=ViT-B-32 pretrained=laion2b_s34b_b79k
+    python -m ldm_lab evaluate --images samples --data path=/data/held_out image_size=256 \\
+        --clip model=ViT-B-32 pretrained=laion2b_s34b_b79k
 
 Real images are read as training reads them. Pictures are made of their captions, or of the lines of --prompts; number i
 of seed 0 has the noise of `sample.py --seed i`. Distances are of the embeddings of the first model's own conditioner,
@@ -69,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pictures", **whole, default=PICTURES, help="that are made of each seed (%(default)s)")
     add("--seeds", nargs="+", **number, default=[0], help="of pictures; several give margins")
     add("--bootstrap", **number, default=BOOTSTRAP, help="draws for margins of one seed (%(default)s)")
-    add("--out", required=True, metavar="DIR", help="where evaluation.json, .csv, .md and .png go")
+    add("--out", default="evaluation", metavar="DIR", help="where evaluation.json, .csv, .md, .png go (%(default)s)")
     add_clip_arguments(parser)
     add("--inception", metavar="FILE", help="weights of Inception by hand, as pytorch-fid and torch-fidelity have them")
     add_pass_arguments(parser, whose=None, batch=BATCH, what="images and pictures")
