@@ -19,7 +19,7 @@ from ldm_lab.errors import UserError
 from ldm_lab.sampling import flat
 from ldm_lab.sampling.options import UPSAMPLER
 
-Value = int | float | str | bool | tuple[float, ...]  # of an option that is given
+Chosen = int | float | str | bool | tuple[float, ...]  # of an option that is given
 FormValue = int | float | str | bool | list[str] | None  # of a control; None and "" leave the default
 ON, OFF = "on", "off"  # of an option that is neither by default
 
@@ -82,7 +82,7 @@ class Choice:
             found = found | form
         return found | None
 
-    def read(self, given: FormValue) -> Value | None:
+    def read(self, given: FormValue) -> Chosen | None:
         """Return what a control of a form gives as a value of the option; None where it says nothing.
 
         What the value is allowed to be is checked where all options are.
@@ -101,7 +101,7 @@ class Choice:
             return tuple(_number(self.name, word) for word in given.replace(",", " ").split())
         return from_text(self.option.annotation, given.strip() if self.kind is not Kind.TEXT else given)
 
-    def shown(self, value: Value) -> FormValue:
+    def shown(self, value: Chosen) -> FormValue:
         """Return a value as its control shows it."""
         if self.kind is Kind.CHOICE and ON in self.choices:
             return ON if value else OFF
@@ -173,5 +173,5 @@ def _number(name: str, word: str) -> float:
         raise UserError(f"{name}: numbers are needed, such as 0.2 0.8, not {word!r}") from None
 
 
-def _written(value: Value | Iterable[float]) -> str:
+def _written(value: Chosen | Iterable[float]) -> str:
     return " ".join(f"{entry:g}" for entry in value) if isinstance(value, list | tuple) else str(value)

@@ -9,7 +9,7 @@ from pathlib import Path
 import gradio as gr
 from gradio.utils import get_upload_folder
 
-from ldm_lab.app.choices import Choice, FormValue, Kind, Value, base_choices, upsampler_choices
+from ldm_lab.app.choices import Choice, Chosen, FormValue, Kind, base_choices, upsampler_choices
 from ldm_lab.app.page import QUEUE
 from ldm_lab.app.parts import telling
 from ldm_lab.app.recall import recall
@@ -57,7 +57,7 @@ class Arguments(JsonObject):
             raise UserError(f"{name}: a list of {what} is needed, not {str(value)[:60]}")
         return value
 
-    def option(self, name: str, choice: Choice) -> Value:
+    def option(self, name: str, choice: Choice) -> Chosen:
         """Return the value of an option as it came; an image as the path of its uploaded file."""
         given = self[name]
         if choice.kind is Kind.IMAGE:

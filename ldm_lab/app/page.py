@@ -11,7 +11,7 @@ from pathlib import Path
 import gradio as gr
 from PIL import Image
 
-from ldm_lab.app.choices import Choice, FormValue, Value
+from ldm_lab.app.choices import Choice, Chosen, FormValue
 from ldm_lab.app.choices import Kind as Ask
 from ldm_lab.app.form import LORAS, Buttons, Form, controls
 from ldm_lab.app.parts import escaped, preview, telling
@@ -195,7 +195,7 @@ def _shown_status(said: Progress | Pictures) -> str:
     return f"<p>{html.escape(said.doing)}</p>{bar}"
 
 
-def _shown(choice: Choice, value: Value | None) -> FormValue:
+def _shown(choice: Choice, value: Chosen | None) -> FormValue:
     """Return what the control of an option shows for a value; None is its default."""
     if value is not None:
         return choice.shown(value)
