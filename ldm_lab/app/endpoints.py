@@ -82,6 +82,17 @@ class Reply(JsonObject):
     """What is answered."""
 
 
+def sample_types() -> dict[str, TypeForm]:
+    """Return the parameters of `sample` with their types."""
+    choices = (*base_choices(), *upsampler_choices())
+    return OTHERS | {choice.name: choice.json_type for choice in choices}
+
+
+def names() -> dict[str, list[str]]:
+    """Return the endpoints with the names of their parameters."""
+    return {"sample": list(sample_types()), "settings": ["picture"], "options": [], "models": []}
+
+
 def add(workshop: Workshop) -> None:
     """Add the endpoints to the page that is being built: `sample`, `options`, `models`, `settings`."""
     choices = {choice.name: choice for choice in (*base_choices(), *upsampler_choices())}
@@ -116,7 +127,7 @@ def add(workshop: Workshop) -> None:
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in found.values.items()}
         return Reply({**asked, **values, "remarks": found.remarks})
 
-    types = OTHERS | {name: choice.json_type for name, choice in choices.items()}
+    types = sample_types()
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in types]
     _describe(sample, parameters, types)
     gr.api(sample, api_name="sample", concurrency_id=QUEUE, concurrency_limit=1)

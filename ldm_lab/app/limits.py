@@ -36,15 +36,13 @@ class Limits:
     upload: int = 32
     waiting: int = 32
 
-    def check_count(self, count: int, rerank: int, batch_size: int) -> None:
+    def check_count(self, count: int, rerank: int) -> None:
         """Raise UserError for too many pictures."""
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise UserError(f"count: a whole number from 1 on is needed, not {count!r}")
         if count * rerank > self.pictures:
             made = f"{count} pictures" if rerank == 1 else f"{count} pictures, each the best of {rerank},"
             raise UserError(f"count: {made} are too many for one request; {self.pictures} at most are made here")
-        if batch_size > self.pictures:
-            raise UserError(f"batch_size: {batch_size} at once are too many; {self.pictures} at most here")
 
     def check_options(self, options: SamplingOptions) -> None:
         """Raise UserError for too many steps, or too large a picture, before anything is made of them."""

@@ -85,7 +85,7 @@ def _page(shelf: Shelf, settings: Settings, folder: Path) -> Iterator[str]:
     page.queue(api_open=False, max_size=settings.limits.waiting, default_concurrency_limit=4)
     theme = gr.themes.Default(font=pages.FONTS, font_mono=["ui-monospace", "monospace"])
     theme = theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
-    guard = Middleware(Guard, upload=settings.limits.upload * MEBI)
+    guard = Middleware(Guard, upload=settings.limits.upload * MEBI, endpoints=endpoints.names())
     try:
         page.launch(
             server_name=settings.host, server_port=settings.port or _free_port(),

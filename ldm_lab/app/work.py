@@ -263,8 +263,9 @@ class _Asked:
         upsampling = flat.upsampler_options(values, len(upsamplers), options.batch_size, str)
         for each in (options, *upsampling):
             limits.check_options(each)
-        limits.check_count(request.count, options.rerank, options.batch_size)
-        limits.check_texts([*request.prompts, *(prompt.path.name for prompt in request.images), options.negative or ""])
+        limits.check_count(request.count, options.rerank)
+        limits.check_texts([*request.prompts, *(image.path.name for image in request.images)])
+        limits.check_texts([options.negative or ""])
         for key in ("init_image", "mask"):
             if values.get(key) is not None:
                 limits.open_upload(Path(str(values[key])))
