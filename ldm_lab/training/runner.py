@@ -30,7 +30,7 @@ from ldm_lab.training.going_on import gone_on, in_changed_precision
 from ldm_lab.training.guard import Guard
 from ldm_lab.training.interrupt import STOPPED, Interrupt
 from ldm_lab.training.lock import RunLock
-from ldm_lab.training.logs import Logging, print_rank_zero
+from ldm_lab.training.logs import Logging, log_config, print_rank_zero
 from ldm_lab.training.resume import Resume
 from ldm_lab.training.sharding import FSDP2
 from ldm_lab.training.speed import Speed, StepProgress
@@ -137,6 +137,7 @@ def _run(config: RunConfig, folder: Path, lock: RunLock, began: float | None) ->
         print_rank_zero(task.compile_network(options.compile))
     check_space(folder, task, callbacks.checkpoint, trainer.max_steps)
     announce(config, folder, resume.path, changes, task)
+    log_config(trainer, config, before.get("global_step", 0))
     with compiler_told_in_one_line(options.compile):
         stopped = fit(trainer, task, data, callbacks)
     is_done = 0 <= trainer.max_steps <= trainer.global_step
