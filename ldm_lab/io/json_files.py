@@ -51,6 +51,18 @@ class Fields:
             return None
         return {name: Fields(its) for name, its in value.items()}
 
+    def number(self, key: str) -> float | None:
+        """Return a number; NaN and infinity, which JSON has not, are written as texts."""
+        value = self._content.get(key)
+        if value in ("nan", "inf", "-inf"):
+            return float(str(value))
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+    def sequence(self, key: str) -> list[str]:
+        """Return a list of texts; what is none is left out."""
+        value = self._content.get(key)
+        return [its for its in value if isinstance(its, str)] if isinstance(value, list) else []
+
     def listed(self, key: str) -> "list[Fields] | None":
         """Return a list of objects."""
         value = self._content.get(key)
