@@ -73,7 +73,7 @@ def now() -> str:
 
 def is_run(folder: Path) -> bool:
     """Return whether a folder is a run's."""
-    return (folder / METRICS).is_file() or (folder / CONFIG).is_file()
+    return (folder / METRICS).is_file()
 
 
 def read_events(folder: Path) -> Events:
@@ -193,13 +193,4 @@ def read_config(folder: Path) -> ConfigText:
         loaded = yaml.load(text, _Loader)
     except (yaml.YAMLError, RecursionError, ValueError):
         return ConfigText(text)
-    return ConfigText(text, dict(_flat(JsonObject(loaded))) if isinstance(loaded, dict) else {})
-
-
-def _flat(tree: JsonObject, above: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (key path, value) of all that is no mapping; a list is one value."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(JsonObject(value), f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value if isinstance(value, str) else json.dumps(value, default=str)
+    return ConfigText(text, dict(Fields(loaded).flat()))

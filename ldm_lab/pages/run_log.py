@@ -16,7 +16,7 @@ STEP = "step"
 
 
 class RunLog:
-    """A `metrics.csv`. Steps count from 1 here, as everywhere but in the file: a row's step is the one it was logged in.
+    """A `metrics.csv`. Steps count from 1 here, as everywhere but in the file: a row is of the step that logged it.
 
     Rows that a full disk or a power failure has cut off are left out, and counted.
 
@@ -94,8 +94,9 @@ class RunLog:
             self.torn += len(lines)
             return
         table, there = numbers(fit, width)
-        steps = table[:, self._names.index(STEP)]  # [n]
-        sound = (steps >= 0) & (steps < 2**53) & (steps == np.floor(steps)) & there.any(axis=1)  # [n]
+        place = self._names.index(STEP)
+        steps = table[:, place]  # [n]
+        sound = (steps >= 0) & (steps < 2**53) & (steps == np.floor(steps)) & there[:, place]  # [n]
         self.torn += len(lines) - int(sound.sum())
         self._add(steps[sound].astype(np.int64) + 1, table[sound], there[sound])
 

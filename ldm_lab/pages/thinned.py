@@ -1,6 +1,6 @@
-"""A column of a long log in few numbers: buckets of steps, each with mean, lowest and highest value, and what is no number.
+"""A column of a long log in few numbers: buckets of steps, each with its mean, lowest and highest value.
 
-A spike of one step in a million is still the highest value of its bucket.
+What is no number is counted by itself. A spike of one step in a million is still the highest value of its bucket.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Points:
         width: steps that a bucket is of; 1 where every value is there.
         steps: of each bucket, the mean of its entries' steps.
         mean, low, high: of finite values; None where a bucket has none. `low` and `high` are empty for width 1.
-        odd: buckets with what is no number: place in `steps`, how many NaN, inf, -inf.
+        odd: buckets with what is no number: [place in `steps`, how many NaN, inf, -inf].
         first_odd: the first step of these; None without any.
     """
 
@@ -41,7 +41,7 @@ class Points:
     mean: list[float | None]
     low: list[float | None]
     high: list[float | None]
-    odd: list[tuple[int, int, int, int]]
+    odd: list[list[int]]
     first_odd: int | None
 
 
@@ -121,6 +121,11 @@ class Thinned:
             self.width *= 2
             self.index = self.index // 2
 
+    def odd_counts(self) -> dict[str, int]:
+        """Return how many values are no numbers, by what they are."""
+        totals = self.sums[:, [NAN, INF, MINUS_INF]].sum(axis=0)  # [3]
+        return {kind: int(total) for kind, total in zip(("NaN", "inf", "-inf"), totals)}
+
     def points(self) -> Points:
         """Return what a page draws."""
         count = self.sums[:, FINITE]  # [n]
@@ -136,7 +141,7 @@ class Thinned:
             mean=_rounded(mean, has),
             low=[] if thin else _rounded(self.low, has),
             high=[] if thin else _rounded(self.high, has),
-            odd=[(int(place), *map(int, kinds[place])) for place in odd],
+            odd=[[place, *counts] for place, counts in zip(odd.tolist(), kinds[odd].tolist())],
             first_odd=self.first_odd,
         )
 

@@ -11,7 +11,7 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from ldm_lab.config import PositiveInt, RunConfig, register, to_yaml
+from ldm_lab.config import PositiveFloat, PositiveInt, RunConfig, register, to_yaml
 from ldm_lab.errors import UserError, first_line
 from ldm_lab.io.atomic import atomic_write
 from ldm_lab.progress import print_line
@@ -32,6 +32,7 @@ class Logging:
         project: str = "ldm_lab",
         entity: str | None = None,
         tensorboard: bool = False,
+        page: PositiveFloat | None = 60.0,
     ) -> None:
         """Set where to log.
 
@@ -41,9 +42,10 @@ class Logging:
             project: wandb project.
             entity: wandb team or user; null is the account's default.
             tensorboard: write TensorBoard's files, too, below `tensorboard/` in the run's folder.
+            page: seconds at least between renewals of the page `index.html` in the run's folder; null writes none.
         """
         self.every, self.wandb, self.project, self.entity = every, wandb, project, entity
-        self.tensorboard = tensorboard
+        self.tensorboard, self.page = tensorboard, page
 
     @staticmethod
     def unused(*, wandb: str) -> dict[str, str]:
