@@ -1,5 +1,6 @@
 # make demo   set up, train the quickstart, sample a grid of prompts
 # make test   set up with all that the tests need, run them (about ten minutes at most); make test-all runs the slow ones, too
+# make test-browser   pages in a real browser: sets up a Chromium of its own (apt-get as root, npm otherwise) if there is none
 # make check  lint, format, types, tests
 # make lock   write both lock files anew after a change of pyproject.toml; make upgrade takes newer versions, too
 PYTHON ?= python3
@@ -10,7 +11,7 @@ READY := .venv/.ready
 READY_DEV := .venv/.ready-dev
 COMPILE := pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes --no-header
 
-.PHONY: demo test test-all check lint types setup setup-dev lock upgrade clean
+.PHONY: demo test test-all test-browser check lint types setup setup-dev lock upgrade clean
 
 demo: $(READY)
 	$(PY) train.py --config configs/quickstart.yaml resume.checkpoint=last
@@ -19,10 +20,14 @@ demo: $(READY)
 	@echo "Look at out/quickstart/grid.png: images from text, by a model that was trained without a caption."
 
 test: $(READY_DEV)
-	$(PY) -m pytest -m "not slow" $(PARALLEL)
+	$(PY) -m pytest -m "not slow and not browser" $(PARALLEL)
 
 test-all: $(READY_DEV)
-	$(PY) -m pytest $(PARALLEL)
+	$(PY) -m pytest -m "not browser" $(PARALLEL)
+
+test-browser: $(READY_DEV)
+	$(PY) tests/browser/chromium.py
+	$(PY) -m pytest -m browser tests/browser
 
 check: lint types test
 

@@ -9,6 +9,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+pytest_plugins = ["pytester"]
+
+
+def pytest_configure(config):
+    from left_out import LeftOut
+
+    config.pluginmanager.register(LeftOut())
 
 
 def pytest_collection_finish():

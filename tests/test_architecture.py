@@ -16,7 +16,7 @@ LAYERS = [  # a module may import from its own line only what is in its own pack
     {"batch"},
     {"interfaces", "io", "processes", "sharded"},
     {"config"},
-    {"schedules", "ema", "estimate", "rules", "clip_tokens"},
+    {"schedules", "ema", "estimate", "rules", "clip_tokens", "pages"},
     {"pretrained"},
     {
         "data",
@@ -80,6 +80,7 @@ def test_imports_go_one_way(path):
         ("webdataset", {"data"}),
         ("tqdm", {"progress"}),
         ("wandb", {"training"}),
+        ("jinja2", {"pages"}),
         ("ibis", {"curation"}),
         ("duckdb", {"curation"}),
         ("pyspark", {"curation"}),

@@ -553,6 +553,18 @@ def test_an_optimizer_in_8_bits_is_left_as_it_was(planted, monkeypatch, policy):
     assert code == 0 and all(torch.isfinite(value).all() for value in saved("first")["state_dict"].values())
 
 
+@pytest.mark.parametrize("before", [False, True], ids=["then_channels_last", "no_longer_channels_last"])
+def test_averages_in_8_bits_are_not_resumed_in_another_order_in_memory(planted, monkeypatch, before):
+    monkeypatch.setattr(optim_module, "_bitsandbytes", lambda: SimpleNamespace(AdamW8bit=EightBit))
+    options = ["optim.state=8bit", "trainer.max_steps=1"]
+    word = {False: "false", True: "true"}
+    assert planted("run", {}, *options, f"trainer.channels_last={word[before]}")[0] == 0
+    again = ["resume.checkpoint=last", "trainer.max_steps=2"]
+    code, said = planted("run", {}, *options, *again, f"trainer.channels_last={word[not before]}")
+    assert code == 2 and f"trainer.channels_last: was {word[before]}, and has to stay" in said
+    assert planted("run", {}, *options, *again, f"trainer.channels_last={word[before]}")[0] == 0
+
+
 COMPILED = TWO.replace("own = DiffusionTask.encode", """
 from ldm_lab.training import diffusion
 from ldm_lab.training.compiling import compile_network

@@ -293,5 +293,7 @@ def test_contents_that_only_one_side_knows_are_not_compared():
     one_away = contents_of("shards", zip(names, ["5 1", ""]))
     assert differing_contents(there, away) == differing_contents(away, there) == ""
     assert differing_contents(there, one_away) == ""
+    other_away = contents_of("shards", zip(names, ["", "6 2"]))
+    assert differing_contents(one_away, other_away) == "", "as many are known, and not the same ones"
     others = contents_of("shards", zip(names, ["5 1", "6 3"]))
     assert "another content" in differing_contents(there, others)

@@ -53,7 +53,7 @@ class Page(HTMLParser):
         self.tags.append(tag)
         if tag == "img":
             self.images.append(dict(attributes)["src"])
-        elif tag != "meta":
+        elif tag not in ("meta", "link"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):

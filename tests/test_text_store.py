@@ -2,6 +2,8 @@
 
 import json
 import logging
+import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,11 @@ from ldm_lab.batch import Batch
 from ldm_lab.checkpoints.files import read_pickled
 from ldm_lab.checkpoints.importer import Section
 from ldm_lab.checkpoints.parts import load_part
+from ldm_lab.conditioners.t5_models import identity
 from ldm_lab.config import RunConfig, load, to_yaml
 from ldm_lab.data.cache_files import META, read_meta
 from ldm_lab.data.jobs import PassOptions
+from ldm_lab.data.samples import UNREACHABLE, SkippedSample
 from ldm_lab.data.text_store import LACKING, TextStore, store_columns, text_key
 from ldm_lab.errors import UserError
 from ldm_lab.training.embed_texts import embed_texts
@@ -184,14 +188,30 @@ def test_a_store_of_another_text_encoder_is_refused(yaml, tmp_path, program, ove
 
 
 def test_the_same_weights_under_another_name_are_the_same_encoder(yaml, made, tmp_path):
-    import shutil
-
     embed(yaml, "store")
     shutil.copytree(made / "t5", tmp_path / "copied")
     conditioner = load_conditioner(load(yaml, ["conditioner.store=store", "conditioner.model=copied"]))
     assert len(conditioner.store) == 19
     store, report = embed(yaml, "store", "conditioner.model=copied")
     assert report.done == report.items and len(store) == 19
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "same"),
+    [
+        ("tokenizer.json", lambda told: told["model"]["vocab"].update(red=4, circle=3), False),
+        ("config.json", lambda told: told.update(layer_norm_epsilon=0.5), False),
+        ("config.json", lambda told: told.update(transformers_version="0.0.1", dtype="bfloat16"), True),
+    ],
+    ids=["tokenizer", "config", "version_of_the_program"],
+)
+def test_what_makes_other_states_of_a_text_makes_another_encoder(made, tmp_path, file, change, same):
+    """Its weights are the same in each case."""
+    shutil.copytree(made / "t5", tmp_path / "copied")
+    told = json.loads((tmp_path / "copied" / file).read_text())
+    change(told)
+    (tmp_path / "copied" / file).write_text(json.dumps(told))
+    assert (identity(str(tmp_path / "copied")) == identity(str(made / "t5"))) is same
 
 
 def test_what_it_refuses_to_be_a_store(yaml, tmp_path, program):
@@ -249,6 +269,28 @@ def test_an_interrupted_pass_goes_on_other_data_add_and_nothing_is_encoded_twice
     assert len(encoded) == before and len(store) == texts, "all was there"
     store, _ = embed(yaml, "store", "data.count=12", f"data.folder={made / 'others'}", "data.drawing_seed=5")
     assert len(store) > texts and len(set(read_store("store"))) == len(store)
+
+
+def test_texts_that_were_left_to_an_item_whose_end_cannot_be_read_are_stored(yaml, monkeypatch):
+    """Two shards with the same captions: while the first is at work, the second leaves its texts to it."""
+    from ldm_lab.data import passes
+
+    embed(yaml, "whole")
+    own, waiting = passes._Pass.write, []
+
+    def write(self, index, counts):
+        if index == 0:  # its end comes last, and then it turns out that it cannot be reached
+            counts.skip(SkippedSample(UNREACHABLE, "00000.tar"))
+            waiting.append((index, counts))
+            return
+        own(self, index, counts)
+        for late in waiting:
+            own(self, *late)
+
+    monkeypatch.setattr(passes._Pass, "write", write)
+    _, report = embed(yaml, "store")
+    assert report.done == 1 and len(report.unreached) == 1
+    assert set(read_store("whole")) == set(read_store("store"))
 
 
 def test_a_second_pass_at_the_same_time_takes_nothing_away(yaml, monkeypatch):
@@ -371,9 +413,23 @@ def test_what_a_run_needs_beside_its_captions(yaml):
     assert prompts_of(config) == ["", "a red circle", "a star", "blurred"]
 
 
+def test_captions_of_held_out_images_are_stored_too(yaml, made):
+    drawn = {"name": "shapes", "folder": str(made / "held_out"), "count": 8, "shards": 1, "drawing_seed": 9}
+    held_out = {"data": {**drawn, "image_size": 16, "batch_size": 4, "workers": 0}, "samples": 8}
+    config = RunConfig.from_dict({**load(yaml).to_dict(), "held_out": held_out})
+    embed(yaml, "those_of_the_data")
+    section = config["conditioner"].with_use(store="store", missing="encode")
+    options = PassOptions(4, 0, accelerator="cpu")
+    store, report = embed_texts(config.with_part("conditioner", section), options)
+    assert report.counts.read == 16 + 8 and report.done == report.items == 3
+    assert set(read_store("store")) > set(read_store("those_of_the_data"))
+    with tarfile.open(made / "held_out" / "00000.tar") as tar:
+        captions = {tar.extractfile(name).read().decode().strip() for name in tar.getnames() if name.endswith(".txt")}
+    assert len(store.read(list(captions))) > 2 and None not in store.read(list(captions))
+
+
 def test_files_captions_are_read_without_their_images(tmp_path):
     from ldm_lab.config import build
-    from ldm_lab.data.samples import SkippedSample
 
     for name, caption in (("a", "a cat\na dog"), ("b", "")):
         (tmp_path / f"{name}.png").write_bytes(b"no image")

@@ -4,10 +4,10 @@
         data.shards='/data/cc12m/{00000..01242}.tar'
 
 Then train with `conditioner.store=data/cc12m_t5xl`: the images stream from where they are, the states come from there,
-and the language model is not loaded. Stored are all captions that an epoch may draw, the prompts that the config draws
-(`demo`), and no text at all. Each text is stored once, at its own number of tokens: 100,000 captions of 20 tokens of
-T5-XL take 8 GB. What is there already is not encoded again: interrupted, the same command goes on, and other data add
-to the same store. Images are not decoded.
+and the language model is not loaded. Stored are all captions that an epoch may draw, those of the held-out images, the
+prompts that the config draws (`demo`), and no text at all. Each text is stored once, at its own number of tokens:
+100,000 captions of 20 tokens of T5-XL take 8 GB. What is there already is not encoded again: interrupted, the same
+command goes on, and other data add to the same store. Images are not decoded.
 """
 
 import argparse

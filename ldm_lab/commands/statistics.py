@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> None:
     """Count, write, print."""
     from ldm_lab.curation.buckets import Buckets
     from ldm_lab.curation.metadata.histogram import short, summed
-    from ldm_lab.curation.metadata.pages import page, plot
+    from ldm_lab.curation.metadata.pages import plot, samples_page
+    from ldm_lab.pages import render
 
     buckets = Buckets(args.low, args.high, args.width)
     buckets.check()
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     written = {
         "histogram.json": json.dumps(report, indent=2).encode(),
         "histogram.png": plot(histograms, args.quantity),
-        "samples.html": page(histograms, args.quantity).encode(errors="replace"),
+        "samples.html": render(samples_page(histograms, args.quantity)).encode(errors="replace"),
     }
     for name, content in written.items():
         with atomic_write(out / name) as file:

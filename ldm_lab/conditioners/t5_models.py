@@ -12,7 +12,7 @@ from ldm_lab.downloads import Download
 from ldm_lab.errors import UserError, first_line, out_of_memory
 from ldm_lab.estimate import in_units
 from ldm_lab.io.atomic import digest, sha256
-from ldm_lab.io.json_files import Fields, parse_json
+from ldm_lab.io.json_files import Fields, parse_json, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,6 +35,12 @@ WIDTHS = {
 LESS_MEMORY = "a smaller conditioner.model, or states that are stored elsewhere (embed-text, conditioner.store)"
 PIECES = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}  # module -> package
 INSTALL = "pip install -e '.[text]'"
+# What makes tokens of a text, where a repository has it; and keys of config.json that change no state.
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json", "merges.txt"),
+)
+NO_MATTER = ("transformers_version", "_name_or_path", "architectures", "torch_dtype", "dtype")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -83,7 +89,9 @@ def to_fetch(model: str) -> list[Download]:
 
 
 def identity(model: str) -> str:
-    """Return what pins the weights of a model: a checksum, or the repository's revision.
+    """Return what pins the states that a model makes: a checksum, or the repository's revision.
+
+    In a folder tokenizer and config.json count beside the weights: with another tokenizer a text has other states.
 
     Raises:
         UserError: they are not here and cannot be downloaded.
@@ -94,8 +102,10 @@ def identity(model: str) -> str:
     folder = local_folder(model) or fetched(model)
     if not Path(model).expanduser().is_dir():
         return f"{model}@{folder.name}"  # the Hub's cache calls a folder by its revision
-    sums = [sha256(path) for path in weights_files(folder)]
-    return sums[0] if len(sums) == 1 else digest(its.encode() for its in sums)
+    told = [sha256(path) for path in weights_files(folder)]
+    told += [f"{name} {sha256(folder / name)}" for name in TOKENIZER if (folder / name).is_file()]
+    matters = {key: value for key, value in read_json(folder / "config.json").items() if key not in NO_MATTER}
+    return digest(its.encode() for its in (*told, json.dumps(matters, sort_keys=True)))
 
 
 def weights_files(folder: Path) -> list[Path]:

@@ -21,7 +21,7 @@ BUCKETS = 256
 SIZED = 20_000  # files whose sizes are asked for, evenly spread: over a network each question takes its time
 OPENED = 64  # files that are begun, likewise
 BEGINNING = 4096  # bytes that are read of these
-WRITTEN = re.compile(rf"(?P<kind>[a-z]+) (?P<number>\d{{1,18}}) (?P<known>\d{{1,18}}) [0-9a-f]{{{16 + 16 * BUCKETS}}}")
+WRITTEN = re.compile(rf"[a-z]+ \d{{1,18}} [0-9a-f]{{16}} [0-9a-f]{{{16 + 16 * BUCKETS}}}")
 
 Entry = tuple[str, str]  # a name, and what tells its content from another one under this name
 
@@ -33,17 +33,19 @@ def contents_of(kind: str, entries: Iterable[Entry]) -> str:
         kind: what they are, in the plural: "shards", "images".
         entries: (name, what tells its content apart; "" where nobody knows).
     """
-    names, contents, number, known = [0] * BUCKETS, [0] * BUCKETS, 0, 0
-    order = hashlib.blake2b(digest_size=8)
+    names, contents, number = [0] * BUCKETS, [0] * BUCKETS, 0
+    order, known = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
     for name, content in entries:
         data = name.encode(errors="surrogateescape") + b"\0"
         order.update(data)
         checksum = zlib.crc32(data)
         names[checksum % BUCKETS] += checksum
         contents[checksum % BUCKETS] += zlib.crc32(content.encode(), checksum) + 1
-        number, known = number + 1, known + bool(content)
+        number += 1
+        if content:
+            known.update(data)
     sums = "".join(f"{total % 2**32:08x}" for total in (*names, *contents))
-    return f"{kind} {number} {known} {order.hexdigest()}{sums}" if number else ""
+    return f"{kind} {number} {known.hexdigest()} {order.hexdigest()}{sums}" if number else ""
 
 
 def are_contents(text: str) -> bool:
@@ -54,8 +56,8 @@ def are_contents(text: str) -> bool:
 def differing_contents(before: str, now: str) -> str:
     """Return in what two texts of `contents_of` differ, in words; "" if they do not, or nobody knows.
 
-    Contents are compared where as many of them are known: those that a server has are not, nor those of a file that
-    cannot be reached at the moment.
+    Contents are compared where those of the same entries are known: what a server does not say is not, nor what cannot
+    be reached at the moment.
     """
     if not before or not now or before == now:
         return ""

@@ -1,9 +1,9 @@
 """The contract of a pass: what is made of work items (`Job`), how it runs, what comes of it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from typing import ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar
 
 from torch import nn
 
@@ -121,6 +121,9 @@ class Job(nn.Module, Generic[Raw, One, Many, Made]):
         """
         raise NotImplementedError
 
+    def leave(self, rows: list[Made]) -> None:
+        """Take leave of an item that is left for another time, as its end could not be reached. Raises UserError."""
+
     def finish(self, items: Sequence[WorkItem[Raw]], report: "PassReport") -> None:
         """Write what is about all items, in the first process, while all others wait. Raises UserError."""
 
@@ -161,3 +164,11 @@ class PassReport:
     done: int
     items: int
     unreached: list[str]
+
+    def with_that_of(self, other: Self) -> Self:
+        """Return the report on this pass and another one together."""
+        counts = Counts()
+        counts.add(self.counts)
+        counts.add(other.counts)
+        done, items, unreached = self.done + other.done, self.items + other.items, self.unreached + other.unreached
+        return replace(self, counts=counts, done=done, items=items, unreached=unreached)

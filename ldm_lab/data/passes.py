@@ -257,6 +257,7 @@ class _Pass(LightningModule):
         """Write an item's files; an item that could not be reached is left for another time."""
         item, rows = self.items[index], self.rows.pop(index, [])
         if UNREACHABLE in counts.skipped or (item.is_remote and BROKEN in counts.skipped):
+            self.job.leave(rows)
             return
         self.counts.add(counts)
         check_share(self.counts, self.options.max_skipped)

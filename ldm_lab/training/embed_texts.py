@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm_lab.conditioners.t5 import T5
 from ldm_lab.config import PartConfig, RunConfig
-from ldm_lab.data.cache_files import ENDING, size_of
+from ldm_lab.data.cache_files import ENDING, ShardFacts, size_of
 from ldm_lab.data.cache_items import DONE, ItemDone
 from ldm_lab.data.jobs import Fingerprint, Finished, Job, PassOptions, PassReport
 from ldm_lab.data.passes import run_pass
@@ -114,17 +114,25 @@ class TextJob(Job[Item, Captioned, TextBatch, EmbeddedTexts]):
         return made
 
     def write(self, item: WorkItem[Item], rows: list[EmbeddedTexts], done: Finished) -> None:
-        texts = [text for made in rows for text in made.texts]
         for problem in (problem for made in rows for problem in made.skipped):
             done.counts.skip(problem)
         if cut := sum(made.cut for made in rows):
             place = f"cut to {self.conditioner.text_size} tokens"
             done.counts.captions[place] = done.counts.captions.get(place, 0) + cut
-        states = [its for made in rows for its in made.states]
-        facts = self.store.write(texts, states) if texts else None
+        facts = self.keep(rows)
         self.store.begin()
         ItemDone(done, self.store.columns, facts, drawn=False).write(item.file(DONE))
+
+    def leave(self, rows: list[EmbeddedTexts]) -> None:
+        self.keep(rows)  # other items have left these texts to this one
+
+    def keep(self, rows: list[EmbeddedTexts]) -> ShardFacts | None:
+        """Write texts as a shard of the store, and return what it is; None without any. Raises UserError."""
+        texts = [text for made in rows for text in made.texts]
+        states = [its for made in rows for its in made.states]
+        facts = self.store.write(texts, states) if texts else None
         self.claimed.difference_update(texts)
+        return facts
 
     def finish(self, items: Sequence[WorkItem[Item]], report: PassReport) -> None:
         """Add what a run needs beside its captions."""
@@ -135,7 +143,7 @@ class TextJob(Job[Item, Captioned, TextBatch, EmbeddedTexts]):
 
 @told_in_one_line(lambda: "embedding captions", "a smaller --batch-size needs less")
 def embed_texts(config: RunConfig, options: PassOptions) -> tuple[TextStore, PassReport | None]:
-    """Store the states of a config's captions and prompts in its `conditioner.store`, with a progress bar.
+    """Store the states of a config's captions, held-out ones too, and prompts in its `conditioner.store`, with a bar.
 
     What is there already is not made again: an interrupted pass goes on, other data add to it.
 
@@ -150,17 +158,34 @@ def embed_texts(config: RunConfig, options: PassOptions) -> tuple[TextStore, Pas
     store = store_of(conditioner)
     if not isinstance(conditioner, T5) or store is None:
         raise UserError("conditioner.store: has to be given")
-    source: Source = config["data"].build()
+    prompts, whole = prompts_of(config), None
+    for section in captioned(config):
+        report = run_pass_over(section, conditioner, store, prompts, options)
+        if report is not None:
+            whole = report if whole is None else whole.with_that_of(report)
+    return store, whole
+
+
+def captioned(config: RunConfig) -> list[PartConfig]:
+    """Return the sections of the data whose captions a run reads: those that it trains on, and the held-out ones."""
+    held_out = config["held_out"].option("data") if "held_out" in config else None
+    return [config["data"], *([PartConfig.from_dict("data", held_out)] if held_out else [])]
+
+
+def run_pass_over(
+    section: PartConfig, conditioner: T5, store: TextStore, prompts: Sequence[str], options: PassOptions
+) -> PassReport | None:
+    """Store the states of some data's captions, and of further texts. As `embed_texts`."""
+    source: Source = section.build()
     source.prepare()
     source.open()
-    tag = tag_of(config["data"], source)
+    tag = tag_of(section, source)
     items = [
         replace(item, target=item.target.with_name(f"{tag}-{item.target.name}"))
         for item in source_items(source, store.folder)
     ]
-    job = TextJob(conditioner, source, store, prompts_of(config))
-    report = run_pass(job, items, replace(options, max_skipped=source.max_skipped))
-    return store, report
+    job = TextJob(conditioner, source, store, prompts)
+    return run_pass(job, items, replace(options, max_skipped=source.max_skipped))
 
 
 def tag_of(data: PartConfig, source: Source) -> str:

@@ -20,6 +20,9 @@ from ldm_lab.training.run_state import Checkpoint
 QUIET = ("run", "logging", "resume", "init_from", "imports")
 # Keys outside the network's sections that have to stay: what the optimizer has a state for, and of which kind.
 FIXED = ("optim.freeze", "optim.state", "optim.decay_on", "lora.rank", "lora.alpha", "lora.targets")
+# Laid out in memory as the weights are, in blocks that have a scale each: such averages can't be laid out anew.
+IN_BLOCKS = ("8bit", "paged_8bit")
+CHANNELS_LAST = "trainer.channels_last"
 # Keys inside the network's sections that may change: they say how it is trained, not what it is.
 FREE = ("denoiser.dropout", "denoiser.gradient_checkpointing")
 
@@ -99,6 +102,12 @@ class Resume(Callback):
             raise UserError(
                 f"{self.path}: {key} was {old.get(key)!r}, the config says {new.get(key)!r}; "
                 "another architecture cannot be resumed (init_from takes over weights)"
+            )
+        order = bool(old.get(CHANNELS_LAST)), bool(new.get(CHANNELS_LAST))
+        if order[0] != order[1] and old.get("optim.state") in IN_BLOCKS:
+            raise UserError(
+                f"{CHANNELS_LAST}: was {str(order[0]).lower()}, and has to stay: the optimizer's averages in 8 bits "
+                "are stored in the order that the weights have in memory"
             )
         return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed]
 

@@ -1,18 +1,39 @@
 """Histograms for people: a plot, and a page with sample images of each bucket."""
 
-import html
 import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 from ldm_lab.curation.metadata.histogram import Histogram, Shown, short
+from ldm_lab.pages import Page
 
-STYLE = """
-body { font: 15px/1.4 sans-serif; margin: 2em; color: #222 }
-nav a { margin-right: 1em }
-.images { display: flex; flex-wrap: wrap; gap: 8px }
-figure { margin: 0; width: 160px }
-figure img { width: 160px; height: 160px; object-fit: cover; background: #eee }
-figcaption { font-size: 11px; overflow-wrap: anywhere; max-height: 4.2em; overflow: hidden }
-""".strip()
+
+@dataclass(frozen=True)
+class Bucket:
+    """A bucket with the rows to show of it, the best first."""
+
+    heading: str
+    shown: Sequence[Shown]
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A collection: its buckets from the best on, and in words what is in none."""
+
+    name: str
+    rows: int
+    outside: str
+    buckets: Sequence[Bucket]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplesPage(Page):
+    """Per collection and bucket the number of rows, their share, and images."""
+
+    template: ClassVar[str] = "samples.html"
+    remote_images: ClassVar[bool] = True
+    collections: Sequence[Collection]
 
 
 def plot(histograms: dict[str, Histogram], quantity: str) -> bytes:
@@ -46,43 +67,17 @@ def plot(histograms: dict[str, Histogram], quantity: str) -> bytes:
     return stream.getvalue()
 
 
-def page(histograms: dict[str, Histogram], quantity: str) -> str:
-    """Return an HTML page: per collection and bucket the number of rows, their share, and images, the best first."""
-    title = f"{quantity} scores: {', '.join(histograms)}"
-    lines = [
-        "<!DOCTYPE html>",
-        '<html lang="en">',
-        "<head>",
-        '<meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{html.escape(title)}</title>",
-        f"<style>{STYLE}</style>",
-        "</head>",
-        "<body>",
-        f"<h1>{html.escape(title)}</h1>",
-    ]
-    if len(histograms) > 1:
-        links = [f'<a href="#c{i}">{html.escape(name)}</a>' for i, name in enumerate(histograms)]
-        lines.append(f"<nav>{''.join(links)}</nav>")
-    for number, (collection, histogram) in enumerate(histograms.items()):
-        outside = f"below {histogram.below:,}, above {histogram.above:,}, without a score {histogram.missing:,}"
-        lines.append(f'<h2 id="c{number}">{html.escape(collection)}</h2>')
-        lines.append(f"<p>{histogram.rows:,} rows; {outside}</p>")
-        for name, count in reversed(histogram.buckets.items()):
-            share = count / histogram.rows if histogram.rows else 0
-            lines.append(f"<h3>{name}: {short(count)} rows ({share:.2%})</h3>")
-            shown = sorted(histogram.shown.get(name, []), key=lambda one: -one.score)
-            lines.append(f'<div class="images">{"".join(map(_figure, shown))}</div>')
-    return "\n".join([*lines, "</body>", "</html>", ""])
+def samples_page(histograms: dict[str, Histogram], quantity: str) -> SamplesPage:
+    """Return the page of these histograms."""
+    collections = [_collection(name, histogram) for name, histogram in histograms.items()]
+    return SamplesPage(title=f"{quantity} scores: {', '.join(histograms)}", collections=collections)
 
 
-def _figure(shown: Shown) -> str:
-    """Return an image with its score and caption. Only http, https and embedded images are linked."""
-    caption = html.escape(shown.caption[:300])
-    text = f"<figcaption>{shown.score:.2f} {caption}</figcaption>"
-    if not shown.image.lower().startswith(("http://", "https://", "data:image/jpeg;base64,")):
-        return f"<figure>{text}</figure>"
-    alt = html.escape(shown.caption[:100])
-    source = html.escape(shown.image)
-    image = f'<img src="{source}" alt="{alt}" loading="lazy" referrerpolicy="no-referrer">'
-    return f"<figure>{image}{text}</figure>"
+def _collection(name: str, histogram: Histogram) -> Collection:
+    outside = f"below {histogram.below:,}, above {histogram.above:,}, without a score {histogram.missing:,}"
+    buckets = []
+    for bucket, count in reversed(histogram.buckets.items()):
+        share = count / histogram.rows if histogram.rows else 0
+        shown = sorted(histogram.shown.get(bucket, []), key=lambda one: -one.score)
+        buckets.append(Bucket(f"{bucket}: {short(count)} rows ({share:.2%})", shown))
+    return Collection(name, histogram.rows, outside, buckets)

@@ -1,0 +1,73 @@
+/**
+ * Images that enlarge: every <a class="enlarge" href="IMAGE" data-caption="...">. Left and right go through all that are
+ * shown, up and down stay in the column (data-column) where there are columns; a swipe does as left and right.
+ */
+const lightbox = (() => {
+  const image = element("img", { alt: "" });
+  const caption = element("p", { class: "caption" });
+  const back = element("button", { type: "button", "aria-label": "previous image" }, "‹");
+  const on = element("button", { type: "button", "aria-label": "next image" }, "›");
+  const close = element("button", { type: "button", "aria-label": "close" }, "×");
+  const foot = element("div", { class: "foot" }, back, caption, on, close);
+  const box = element("dialog", { class: "lightbox", "aria-label": "enlarged image" }, image, foot);
+  document.body.append(box);
+  let shown = null;
+
+  const links = () => [...document.querySelectorAll("a.enlarge")].filter((link) => link.getClientRects().length > 0);
+
+  function show(link) {
+    if (!link) return;
+    shown = link;
+    image.src = link.href;
+    image.alt = link.dataset.caption ?? "";
+    caption.textContent = link.dataset.caption ?? "";
+    const all = links();
+    back.disabled = link === all[0];
+    on.disabled = link === all[all.length - 1];
+    if (!box.open) box.showModal();
+  }
+
+  function step(by) {
+    const all = links();
+    show(all[all.indexOf(shown) + by]);
+  }
+
+  function stepInColumn(by) {
+    const column = shown.dataset.column;
+    if (column === undefined) return;
+    const all = links().filter((link) => link.dataset.column === column);
+    show(all[all.indexOf(shown) + by]);
+  }
+
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest("a.enlarge");
+    if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
+    event.preventDefault();
+    show(link);
+  });
+  const moves = {
+    ArrowLeft: () => step(-1), ArrowRight: () => step(1), ArrowUp: () => stepInColumn(-1), ArrowDown: () => stepInColumn(1),
+  };
+  document.addEventListener("keydown", (event) => {  // not of the box: a button that is disabled loses the focus
+    if (!box.open || !(event.key in moves) || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    moves[event.key]();
+  });
+  back.addEventListener("click", () => step(-1));
+  on.addEventListener("click", () => step(1));
+  close.addEventListener("click", () => box.close());
+  box.addEventListener("click", (event) => { if (event.target === box) box.close(); });
+  box.addEventListener("close", () => { shown?.focus(); image.removeAttribute("src"); });
+
+  let start = null;
+  box.addEventListener("touchstart", (event) => {
+    start = event.touches.length === 1 ? event.touches[0] : null;
+  }, { passive: true });
+  box.addEventListener("touchend", (event) => {
+    if (!start) return;
+    const x = event.changedTouches[0].clientX - start.clientX, y = event.changedTouches[0].clientY - start.clientY;
+    start = null;
+    if (Math.abs(x) > 40 && Math.abs(x) > 2 * Math.abs(y)) step(x < 0 ? 1 : -1);
+  });
+  return { box, show };
+})();
