@@ -277,7 +277,7 @@ def test_a_card_without_bf16_gets_fp16(begin, tmp_path, monkeypatch):
 def test_nothing_is_overwritten_unasked(begin, tmp_path):
     fill(tmp_path / "photos", 2)
     (tmp_path / "photos.yaml").write_text("mine")
-    code, out, err = begin("photos", "--memory", "cpu", "--offline", "--write-only")
+    code, _out, err = begin("photos", "--memory", "cpu", "--offline", "--write-only")
     assert code == 2 and "--overwrite replaces it" in err and (tmp_path / "photos.yaml").read_text() == "mine"
     assert begin("photos", "--memory", "cpu", "--offline", "--write-only", "--overwrite")[0] == 0
     (tmp_path / "photos.yaml").unlink()

@@ -20,7 +20,8 @@ GIB = 2**30
 SIDES = (256, 128, 64)  # pixels that networks of these recipes take
 MOST = 0.9  # of data.max_skipped
 SMALL_CHANNELS = 16  # of the latents of the small autoencoder
-SMALL_SIDE = 64  # pixels
+SMALL_SIDE = 128  # pixels
+SMALL_MULTIPLIERS = "[1, 2, 2]"  # of the small network
 FEW = 2_000  # images, below which several crops of each are kept
 HELD = 64  # images at most that the small autoencoder does not see
 
@@ -280,6 +281,8 @@ def small(facts: FolderFacts, names: Names) -> Recipe:
         *crop_settings(facts), *length_settings(steps, draws=False),
         Setting("autoencoder.name", "kl_f8", f"frozen: 3x{side}x{side} -> {SMALL_CHANNELS}x{side // 8}x{side // 8}"),
         Setting("autoencoder.weights", text(names.autoencoder_file), "with its latent scale"),
+        Setting("data.image_size", str(side), "pixels: short side resized (Lanczos), then cropped"),
+        Setting("denoiser.multipliers", SMALL_MULTIPLIERS, _levels(side // 8, SMALL_MULTIPLIERS)),
         Setting("conditioner.name", "cloob", "frozen; it knows drawn shapes and their colors, no photographs"),
         Setting("demo", None),
     ]  # fmt: skip
