@@ -16,6 +16,7 @@ from ldm_lab.data.source import Source
 from ldm_lab.data.varied_texts import CAPTIONS, texts_of
 from ldm_lab.downloads import Download, raise_refusals, refusals
 from ldm_lab.errors import UserError
+from ldm_lab.evaluation.perceptual import features_download
 from ldm_lab.interfaces import Objective
 from ldm_lab.pretrained.resolve import announce, offline, to_download
 from ldm_lab.sampling.needs import option_downloads
@@ -23,7 +24,6 @@ from ldm_lab.training.captioned_grids import CaptionedGrids
 from ldm_lab.training.demo import Demo
 from ldm_lab.training.gap import FILE, gap_options
 from ldm_lab.training.lora import WITHOUT_PEFT
-from ldm_lab.training.perceptual import features_download
 from ldm_lab.training.sharding import FSDP2
 from ldm_lab.training.tensorboard import WITHOUT_TENSORBOARD, has_tensorboard
 
