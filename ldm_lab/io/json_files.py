@@ -1,6 +1,7 @@
 """Small JSON files: read with distrust, written atomically."""
 
 import json
+import math
 from pathlib import Path
 
 from ldm_lab.io.atomic import atomic_write
@@ -35,6 +36,12 @@ class Fields:
         counts = _counts([self._content.get(key)])
         return counts[0] if counts else None
 
+    def number(self, key: str) -> float | None:
+        """Return a finite number."""
+        value = self._content.get(key)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return float(value) if is_number else None
+
     def counts(self, key: str) -> tuple[int, ...] | None:
         """Return a list of whole numbers from 0 on."""
         value = self._content.get(key)
@@ -43,6 +50,13 @@ class Fields:
     def has(self, key: str) -> bool:
         """Return whether there is a value that is not null."""
         return self._content.get(key) is not None
+
+    def strings(self, key: str) -> list[str] | None:
+        """Return a list of texts."""
+        value = self._content.get(key)
+        if not isinstance(value, list) or not all(isinstance(its, str) for its in value):
+            return None
+        return [text for text in value if isinstance(text, str)]
 
     def named(self, key: str) -> "dict[str, Fields] | None":
         """Return an object of objects."""

@@ -80,13 +80,7 @@ class SampleFolder:
         if len(steps) > 1:
             entry["stages"] = [*steps[1:]]
         for file, picture in list(zip([*files, name], images, strict=True))[len(smaller) if only_last else 0 :]:
-            # First of all, as some programs read the first text alone.
-            known = {"parameters": str(parameters.sized(*picture.size))} if parameters else {}
-            save_png(
-                self.path / file,
-                picture,
-                {**known, "Description": caption, "Software": SOFTWARE, SETTINGS: json.dumps(entry)},
-            )
+            write_picture(self.path / file, picture, caption, entry, parameters)
         self.entries.append(entry)
         self.images.append(image)
         self.captions.append(caption)
@@ -116,6 +110,25 @@ class SampleFolder:
         """Write a page of this run's pictures, with their files' names."""
         names = [self.name(i) for i in range(min(len(self.images), GRID_LIMIT))]
         save_png(path, page, {"Software": SOFTWARE, SETTINGS: json.dumps({"files": names})})
+
+
+def write_picture(
+    path: Path, picture: Image.Image, caption: str, entry: Entry, parameters: Parameters | None = None
+) -> None:
+    """Write a picture with its settings as metadata.
+
+    Args:
+        path: the PNG.
+        picture: its pixels.
+        caption: its prompts.
+        entry: what it was made with.
+        parameters: the same as other programs read it, which is first of all, as some read the first text alone.
+
+    Raises:
+        UserError: the folder cannot be written to, or is full.
+    """
+    known = {"parameters": str(parameters.sized(*picture.size))} if parameters else {}
+    save_png(path, picture, {**known, "Description": caption, "Software": SOFTWARE, SETTINGS: json.dumps(entry)})
 
 
 def save_gif(path: str | Path, images: Sequence[Image.Image], seconds: float = 3.0) -> None:
