@@ -61,7 +61,7 @@ def test_models_and_a_sweep_with_the_pictures_of_sample(compare, program, models
     it = json.loads(Path("out/comparison.json").read_text())
     assert labels() == ["a guidance 1", "a guidance 3", "b guidance 1", "b guidance 3"]
     assert [(row["prompt"], row["seed"]) for row in it["rows"]] == [("a red fox", 0), ("a cat:2 </script>", 1)]
-    assert "conditioner of" in it["scorer"] and all(
+    assert "prompt by cloob with weights of sha256" in it["scorer"] and all(
         -1 <= cell["score"] <= 1 for row in it["rows"] for cell in row["cells"]
     )
     page = Path("out/index.html").read_text()

@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # these import torch, which takes seconds
 
 IMAGES, THUMBNAILS = "images", "thumbnails"
 LARGEST_SHOWN = 384  # pixels of a side; larger pictures have a thumbnail
+MANY = 5  # columns are not all named in the title
 HIDDEN = ("device", "width", "height")  # of the settings that a page tells
 
 
@@ -86,15 +87,17 @@ def run(args: argparse.Namespace) -> None:
         announce_models(column.model.checkpoint, column.model.upsamplers, loading, column.options)
     folder = Path(args.out).expanduser()
     grid = Grid(folder, columns, rows, args.title, args.blind_seed)
-    embedding = None
-    for number, (_, group) in enumerate(groupby(columns, key=lambda column: id(column.model)), start=1):
+    if args.no_scores:
+        grid.scores = ("", {})
+    scorer = None
+    for _, group in groupby(columns, key=lambda column: id(column.model)):
         with told_in_one_line(lambda: "loading the model and making pictures", "less than --batch-size, --offload"):
-            has_embeddings = make_columns(list(group), grid, loading, number)
-        if has_embeddings and embedding is None:
-            embedding = columns[grid.done - 1].model.checkpoint
+            found = make_columns(list(group), grid, loading)
+        scorer = scorer or found
         write_comparison(folder, grid.comparison())
-    scores = None if args.no_scores else scored(args, grid, embedding, loading)
-    it = scores or grid.comparison()
+    if not args.no_scores:
+        score(args, grid, scorer, loading)
+    it = grid.comparison()
     write_comparison(folder, it)
     grid.tell_unused()
     if args.wandb != "none":
@@ -135,11 +138,12 @@ class Grid:
         from ldm_lab.evaluation.compare_page import earlier_scores
 
         self.folder, self.columns, self.rows, self.blind_seed = folder, columns, rows, blind_seed
-        self.title = title or "Comparison: " + ", ".join(column.label for column in columns)
+        labels = ", ".join(column.label for column in columns)
+        self.title = title or (labels if len(columns) < MANY else f"Comparison of {len(columns)} columns")
         self.cells: list[list[Cell | None]] = [[None] * len(columns) for _ in rows]
         self.headings: list[Heading] = []
         self.made = 0
-        self.earlier = earlier_scores(folder)
+        self.scores = earlier_scores(folder)
 
     @property
     def done(self) -> int:
@@ -150,9 +154,11 @@ class Grid:
         """Return what is there."""
         from ldm_lab.evaluation.compare_page import Comparison, Heading, Row
 
-        rows = [Row(row.written, row.seed, tuple(cells)) for row, cells in zip(self.rows, self.cells, strict=True)]
+        scorer, scores = self.scores
+        cells = [[cell and replace(cell, score=scores.get(cell.image)) for cell in row] for row in self.cells]
+        rows = [Row(row.written, row.seed, its) for row, its in zip(self.rows, cells, strict=True)]
         rest = [Heading(column.label, {}) for column in self.columns[self.done :]]
-        return Comparison(self.title, [*self.headings, *rest], rows, blind_seed=self.blind_seed)
+        return Comparison(self.title, [*self.headings, *rest], rows, scorer, self.blind_seed)
 
     def tell_unused(self) -> None:
         """Say how many pictures in the folder are of other settings."""
@@ -162,8 +168,17 @@ class Grid:
             print(f"note: {len(there)} pictures in {self.folder / IMAGES} are of other settings; they stay there")
 
 
-def make_columns(columns: Sequence[Column], grid: Grid, loading: ModelOptions, number: int) -> bool:
-    """Make the missing pictures of a model's columns; return whether its conditioner compares images and texts."""
+@dataclass(frozen=True)
+class Scorer:
+    """A model whose conditioner compares images and texts: its checkpoint, and in words which conditioner it is."""
+
+    checkpoint: str
+    conditioner: str
+
+
+def make_columns(columns: Sequence[Column], grid: Grid, loading: ModelOptions) -> Scorer | None:
+    """Make the missing pictures of a model's columns; return the model if its conditioner can score pictures."""
+    from ldm_lab.checkpoints.embedders import describe
     from ldm_lab.commands.sample import upsampler_loading
     from ldm_lab.sampling import Pipeline, Stage, Stages
 
@@ -179,8 +194,11 @@ def make_columns(columns: Sequence[Column], grid: Grid, loading: ModelOptions, n
             make_column(column, grid, stages, pipelines[0])
         except UserError as error:
             raise UserError(f"{column.label}: {error}") from None
-    conditioner = pipelines[0].model.conditioner
-    return pipelines[0].model.embed_width is not None and not conditioner.is_unconditional
+    loaded = pipelines[0].model
+    if loaded.embed_width is None or loaded.conditioner.is_unconditional:
+        return None
+    embedder = loaded.embedder()
+    return Scorer(model.checkpoint, describe(embedder) if embedder else f"the conditioner of {model.name(True)}")
 
 
 def make_column(column: Column, grid: Grid, stages: "Stages", pipeline: "Pipeline") -> None:
@@ -263,31 +281,28 @@ def cell_of(folder: Path, name: str) -> "Cell | None":
 # ------------------------------------------------------------------------------------------------- scores and tables
 
 
-def scored(args: argparse.Namespace, grid: Grid, embedding: str | None, loading: ModelOptions) -> "Comparison | None":
-    """Return the comparison with scores, those of an earlier page among them; None where nothing can give them."""
+def score(args: argparse.Namespace, grid: Grid, scorer: Scorer | None, loading: ModelOptions) -> None:
+    """Score the pictures that have no score of the same kind from an earlier page."""
     from ldm_lab.commands._similarity import by_clip, by_conditioner
-    from ldm_lab.sampling.names import model_name
 
     similarity: Similarity | None = None
     if args.clip:
         which, similarity = by_clip(args.clip, loading.device)
         name = f"cosine of picture and prompt by {which}"
-    elif embedding is not None:
-        name = f"cosine of picture and prompt by the conditioner of {model_name(embedding)}"
+    elif scorer is not None:
+        name = f"cosine of picture and prompt by {scorer.conditioner}"
     else:
         print("note: no scores: no model's conditioner compares images and texts; --clip names one that does")
-        return None
-    scorer, scores = grid.earlier
-    known = scores if scorer == name else {}
+        grid.scores = ("", {})
+        return
+    kind, scores = grid.scores
+    known = scores if kind == name else {}
     todo = [(row.prompt, i, j) for i, row in enumerate(grid.rows) for j in range(len(grid.columns))]
     missing = [(prompt, cell) for prompt, i, j in todo if (cell := grid.cells[i][j]) and cell.image not in known]
     if missing:
-        similarity = similarity or by_conditioner(str(embedding), loading)
+        similarity = similarity or by_conditioner(scorer.checkpoint if scorer else "", loading)
         known |= _scores(grid.folder, missing, similarity)
-    cells = [[cell and replace(cell, score=known.get(cell.image)) for cell in row] for row in grid.cells]
-    it = grid.comparison()
-    rows = [replace(row, cells=tuple(its)) for row, its in zip(it.rows, cells, strict=True)]
-    return replace(it, rows=rows, scorer=name)
+    grid.scores = (name, known)
 
 
 def _scores(folder: Path, missing: "list[tuple[Prompt, Cell]]", similarity: "Similarity") -> dict[str, float]:
