@@ -55,6 +55,8 @@ def main() -> None:
     add("--steps", type=int, default=15, metavar="N", help="of the base; default: %(default)s")
     add("--sr-steps", type=int, default=5, metavar="N", help="default: %(default)s")
     add("--seed", type=int, default=0, metavar="N", help="of the first picture; default: %(default)s")
+    add("--first", type=int, default=0, metavar="N", help="of all kinds of pictures; default: %(default)s")
+    add("--guidance", type=float, nargs="+", default=GUIDANCE, metavar="W", help="default: %(default)s")
     add("--device", metavar="NAME", help="default: the GPU if there is one")
     add("--grid", metavar="PNG", help="write pictures by guidance and thresholding there")
     add("--costs", action="store_true", help="measure training steps instead")
@@ -72,11 +74,11 @@ def accuracy(args: argparse.Namespace) -> None:
     drawn = [draw(f"imagen_cascade/{i}", small, VARIETY) for i in range(1000)]
     right = shares([tuple(check(image)) for image, _ in drawn], [attributes[:3] for _, attributes in drawn])
     print(f"the checker on 1,000 fresh drawings of {small} px: {right[3]:.1%} right", flush=True)
-    wanted = kinds()[:COUNT]
+    wanted = kinds()[args.first : args.first + COUNT]
     texts = [say(names, wording) for names, wording in zip(wanted, itertools.cycle(WORDINGS[:TRAINED]))]
     print(f"{'guidance':>8} {'thresholding':>12} {'base':>7} {'enlarged':>9} {'keeps to it':>12} {'at most':>8}")
     cells, labels = list[Image.Image](), list[str]()
-    for guidance, thresholding in itertools.product(GUIDANCE, ("static", "dynamic")):
+    for guidance, thresholding in itertools.product(args.guidance, ("static", "dynamic")):
         sampler = {"name": "ddim", "steps": args.steps}
         options = SamplingOptions(
             guidance=guidance, thresholding=thresholding, sampler=sampler, seed=args.seed, batch_size=COUNT

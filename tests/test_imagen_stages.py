@@ -138,14 +138,21 @@ def here(tmp_path, monkeypatch):
 EFFICIENT = {**UNET, "memory_efficient": True}
 
 
-def test_a_stage_is_trained_and_draws_what_it_enlarges(here, program):
+@pytest.mark.parametrize("dropout", [0.1, 0.0], ids=["guided", "never_without_text"])
+def test_a_stage_is_trained_and_draws_what_it_enlarges(here, program, dropout):
+    """A stage that knows no picture without a text is not guided, unless it is asked for, which is refused at once."""
     config = recipe(
         here, "sr32", 32, denoiser=EFFICIENT, condition_sources={"noised_low_res": {"scale_factor": 2}},
         trainer={"accelerator": "cpu", "max_steps": 1, "threads": 1}, enlargements={"every": 1, "images": 2},
+        conditioner={"name": "word_states", "dropout": dropout},
     )  # fmt: skip
     code, _, err = program("train", "--config", config)
     assert code == 0, err
     assert list((here / "runs/sr32/enlargements").glob("*.png"))
+    if not dropout:
+        code, _, err = program("train", "--config", config, "run=other", "enlargements.sampling.guidance=2")
+        assert code == 2 and "enlargements: guidance needs a model that was trained with dropped conditions" in err
+        assert not list((here / "runs/other").glob("*.ckpt"))
 
 
 def test_what_a_step_costs_is_told_without_the_language_model(here):

@@ -22,6 +22,7 @@ from ldm_lab.training.diffusion import DiffusionTask
 CPU = torch.device("cpu")
 PIXELS = build("autoencoder", {"name": "identity"})
 KINDS = ("rectangle", "strokes", "whole", "outside")
+UNGUIDED = {**INPAINT, "conditioner": {"dropout": 0.0}}
 GRIDS = {"every": 2, "images": 6, "sampling": {"sampler": {"name": "ddim", "steps": 2}}}
 
 
@@ -192,7 +193,9 @@ def test_a_run_draws_what_it_paints_and_resumes_exactly(tmp_path, program, monke
         ({"inpaintings": {}}, "inpaintings: are an inpainting model's, which condition_sources.inpaint makes"),
         ({**INPAINT, "inpaintings": {"images": 0}}, "inpaintings.images: at least 1 is needed, not 0"),
         ({**INPAINT, "inpaintings": {"sampling": {"seed": -1}}}, "inpaintings.sampling.seed: the grids of a run share"),
+        ({**UNGUIDED, "inpaintings": {}}, "inpaintings: guidance needs a model that was trained with dropped"),
     ],
+    ids=["no_inpainting", "no_images", "seed", "guidance"],
 )
 def test_grids_that_cannot_be(tmp_path, program, monkeypatch, sections, message):
     monkeypatch.chdir(tmp_path)

@@ -15,8 +15,9 @@ from ldm_lab.batch import Batch
 from ldm_lab.checkpoints.files import read_pickled
 from ldm_lab.checkpoints.importer import Section
 from ldm_lab.checkpoints.parts import load_part
+from ldm_lab.checkpoints.stored_texts import with_known_width
 from ldm_lab.conditioners.t5_models import identity
-from ldm_lab.config import RunConfig, load, to_yaml
+from ldm_lab.config import PartConfig, RunConfig, load, to_yaml
 from ldm_lab.data.cache_files import META, read_meta
 from ldm_lab.data.jobs import PassOptions
 from ldm_lab.data.samples import UNREACHABLE, SkippedSample
@@ -479,3 +480,14 @@ def test_what_a_step_costs_is_counted_without_the_model(yaml):
 def test_a_precision_that_says_nothing_is_said(yaml, capsys):
     load_conditioner(load(yaml, ["conditioner.precision=bf16"]))
     assert "conditioner.precision: without effect: conditioner.dtype is how t5 computes" in capsys.readouterr().out
+
+
+def test_the_width_of_states_is_the_store_s_where_the_model_is_not_here(yaml):
+    embed(yaml, "store")
+    away = load(yaml, ["conditioner.store=store", "conditioner.model=someone/never-heard-of"])["conditioner"]
+    assert with_known_width(away).options["width"] == 48
+    assert with_known_width(PartConfig(away.role, away.name, {**away.options, "width": 48}, away.use)).options == {
+        **away.options, "width": 48
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"conditioner\.width: 32, and the states in store are 48 wide"):
+        with_known_width(PartConfig(away.role, away.name, {**away.options, "width": 32}, away.use))

@@ -37,11 +37,15 @@ def identity_in_store(config: PartConfig) -> str | None:
 
 
 def with_known_width(config: PartConfig) -> PartConfig:
-    """Return a section that says how wide its store's states are, where the model that made them is not here."""
+    """Return a section that says how wide its store's states are, where the model that made them is not here.
+
+    Raises:
+        UserError: the section says another width.
+    """
     folder = store_folder(config)
     width = None if folder is None or is_here(config) else store_width(folder)
-    return (
-        config
-        if width is None
-        else PartConfig(config.role, config.name, {**config.options, "width": width}, config.use)
-    )
+    if width is None:
+        return config
+    if (given := config.options.get("width")) not in (None, width):
+        raise UserError(f"conditioner.width: {given}, and the states in {folder} are {width} wide; leave it out")
+    return PartConfig(config.role, config.name, {**config.options, "width": width}, config.use)

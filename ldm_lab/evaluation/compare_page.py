@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -156,5 +157,7 @@ def earlier_scores(folder: Path) -> tuple[str, dict[str, float]]:
     earlier = Fields(read_json(folder / FILE))
     cells = [cell for row in earlier.listed("rows") or [] for cell in row.listed("cells") or []]
     pairs = [(cell.text("image"), cell.number("score")) for cell in cells]
-    scores = {image: score for image, score in pairs if image is not None and score is not None}
+    scores = {
+        image: score for image, score in pairs if image is not None and score is not None and math.isfinite(score)
+    }
     return earlier.text("scorer") or "", scores

@@ -76,7 +76,7 @@ def add_up(paths: Sequence[str]) -> Tally:
             continue
         seen[digest] = path
         votes = Fields(parse_json(content))
-        columns = votes.strings("columns")
+        columns = votes.all_texts("columns")
         comparison, title = votes.text("comparison"), votes.text("title")
         if votes.text("format") != FORMAT or not columns or comparison is None or title is None:
             raise UserError(f"{path}: no file of votes, as a comparison's page saves them")

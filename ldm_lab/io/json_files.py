@@ -1,7 +1,7 @@
 """Small JSON files: read with distrust, written atomically."""
 
 import json
-import math
+from collections.abc import Iterator
 from pathlib import Path
 
 from ldm_lab.io.atomic import atomic_write
@@ -36,12 +36,6 @@ class Fields:
         counts = _counts([self._content.get(key)])
         return counts[0] if counts else None
 
-    def number(self, key: str) -> float | None:
-        """Return a finite number."""
-        value = self._content.get(key)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        return float(value) if is_number else None
-
     def counts(self, key: str) -> tuple[int, ...] | None:
         """Return a list of whole numbers from 0 on."""
         value = self._content.get(key)
@@ -51,19 +45,24 @@ class Fields:
         """Return whether there is a value that is not null."""
         return self._content.get(key) is not None
 
-    def strings(self, key: str) -> list[str] | None:
-        """Return a list of texts."""
-        value = self._content.get(key)
-        if not isinstance(value, list) or not all(isinstance(its, str) for its in value):
-            return None
-        return [text for text in value if isinstance(text, str)]
-
     def named(self, key: str) -> "dict[str, Fields] | None":
         """Return an object of objects."""
         value = self._content.get(key)
         if not isinstance(value, dict) or not all(isinstance(its, dict) for its in value.values()):
             return None
         return {name: Fields(its) for name, its in value.items()}
+
+    def number(self, key: str) -> float | None:
+        """Return a number; NaN and infinity, which JSON has not, are written as texts."""
+        value = self._content.get(key)
+        if value in ("nan", "inf", "-inf"):
+            return float(str(value))
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+    def sequence(self, key: str) -> list[str]:
+        """Return a list of texts; what is none is left out."""
+        value = self._content.get(key)
+        return [its for its in value if isinstance(its, str)] if isinstance(value, list) else []
 
     def listed(self, key: str) -> "list[Fields] | None":
         """Return a list of objects."""
@@ -80,10 +79,24 @@ class Fields:
         inner = self.inside(key) or Fields({})
         return {name: number for name in inner._content if (number := inner.count(name)) is not None}
 
+    def flat(self) -> Iterator[tuple[str, str]]:
+        """Yield (key path, value) of all that is no object, texts as they are, all else as JSON."""
+        for name, value in self._content.items():
+            if isinstance(value, dict):
+                yield from ((f"{name}.{inner}", its) for inner, its in Fields(value).flat())
+            else:
+                yield str(name), value if isinstance(value, str) else json.dumps(value, default=str)
+
     def words(self, key: str) -> list[tuple[str, str]]:
         """Return an object of texts, (name, text) each; what is none is left out."""
         inner = self.inside(key) or Fields({})
         return [(name, text) for name in inner._content if (text := inner.text(name)) is not None]
+
+    def all_texts(self, key: str) -> list[str] | None:
+        """Return a list of texts."""
+        value = self._content.get(key)
+        texts = [text for text in value if isinstance(text, str)] if isinstance(value, list) else None
+        return texts if texts is not None and len(texts) == len(value) else None
 
     def texts(self, key: str) -> dict[str, list[str]]:
         """Return an object of lists of texts; what is none is left out."""

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -21,6 +21,8 @@ from ldm_lab.io.http import ConnectionBroken, size_of
 from ldm_lab.io.json_files import Json, read_json, write_json
 from ldm_lab.io.near import meant, near_paths
 from ldm_lab.pretrained.catalogue import SAFE_PART, Released, catalogue
+from ldm_lab.pretrained.hub_folder import NAME as SHARED_CONFIG
+from ldm_lab.pretrained.hub_folder import HubFolder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HUB = "hf://"
@@ -95,7 +97,9 @@ def to_download(text: str | Path, where: str) -> Download | None:
     """
     if isinstance(text, str) and text in catalogue():
         path, entry = cached_path(text), catalogue()[text]
-        return None if path.exists() else Download(where, text, path, entry.size, entry.mirrors, entry.page)
+        return (
+            None if path.exists() or lying(text) else Download(where, text, path, entry.size, entry.mirrors, entry.page)
+        )
     if not (isinstance(text, str) and text.startswith(HUB)):
         resolve_weights(text, where)
         return None
@@ -187,6 +191,8 @@ def fetch(name: str) -> Path:
     path, entry = cached_path(name), catalogue()[name]
     if _is_unchanged(path, entry):
         return path
+    if not path.exists() and (beside := lying(name)) is not None:
+        return beside
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.parent / ".lock"):
@@ -198,6 +204,22 @@ def fetch(name: str) -> Path:
         reason = error.strerror or error
         raise UserError(f"{path}: cannot be written: {reason} (LDM_LAB_CACHE=FOLDER moves it)") from None
     return path
+
+
+_beside: list[Path] = []  # folders of models, where released files may lie as well
+
+
+def look_in(folder: Path) -> None:
+    """Have released files looked for in a folder, too, before they are downloaded: that of a model which needs some."""
+    if folder not in _beside:
+        _beside.append(folder)
+
+
+def lying(name: str) -> Path | None:
+    """Return the file of a released name that lies in one of the folders of `look_in`; its checksum has to be right."""
+    entry = catalogue()[name]
+    files = [folder / entry.file for folder in _beside] if entry.sha256 else []
+    return next((file for file in files if file.is_file() and sha256(file) == entry.sha256), None)
 
 
 def _record_path(path: Path) -> Path:
@@ -272,6 +294,8 @@ def other_route(entry: Released) -> str:
 
 # ------------------------------------------------------------------------------------------------ Hugging Face Hub
 
+NETWORK = re.compile(r"model\.safetensors|upsampler_\d{1,2}\.safetensors")  # of a shared model
+
 
 def _hub_address(text: str, what: str) -> re.Match[str]:
     """Return the pieces of an address of the Hub. Raises UserError."""
@@ -283,27 +307,83 @@ def _hub_address(text: str, what: str) -> re.Match[str]:
     return match
 
 
-def _from_hub(text: str, what: str, local: bool) -> Path:
-    """Return a file, or the folder of a diffusers model, from huggingface_hub's cache; unless `local` it fetches it."""
-    match = _hub_address(text, what)
-    import huggingface_hub
+@dataclass(frozen=True)
+class _Repository:
+    """A repository of the Hub, as it was asked for.
 
-    repository, path, revision = match["repository"], match["path"] or "", match["revision"]
-    try:
-        if path and not path.endswith("/"):
-            return Path(huggingface_hub.hf_hub_download(repository, path, revision=revision, local_files_only=local))
-        folder = huggingface_hub.snapshot_download(
-            repository,
-            revision=revision,
-            allow_patterns=[f"{path}*.json", f"{path}*.safetensors"],
-            ignore_patterns=[f"{path}*/*", "*.fp16.safetensors"],
-            local_files_only=local,
-        )
-    except Exception as error:  # whatever the Hub, its client or the connection has to complain about
-        if local:
-            raise UserError(f"{what}: {text} is not in the Hub's cache, and downloads are switched off") from None
+    Attributes:
+        name: OWNER/REPOSITORY.
+        revision: of it; None is the newest.
+        local: only what is in the Hub's cache.
+        text, what: the address and its use, for messages.
+    """
+
+    name: str
+    revision: str | None
+    local: bool
+    text: str
+    what: str
+
+    def file(self, path: str) -> Path:
+        """Return a file. Raises UserError."""
+        import huggingface_hub
+
+        try:
+            file = huggingface_hub.hf_hub_download(self.name, path, revision=self.revision, local_files_only=self.local)
+        except Exception as error:  # whatever the Hub, its client or the connection has to complain about
+            raise self.refused(error) from None
+        return Path(file)
+
+    def folder(self, allowed: list[str], ignored: list[str]) -> Path:
+        """Return the folder with the files of some patterns. Raises UserError."""
+        import huggingface_hub
+
+        try:
+            folder = huggingface_hub.snapshot_download(
+                self.name, revision=self.revision, allow_patterns=allowed, ignore_patterns=ignored,
+                local_files_only=self.local,
+            )  # fmt: skip
+        except Exception as error:  # likewise
+            raise self.refused(error) from None
+        return Path(folder)
+
+    def refused(self, error: Exception) -> UserError:
+        """Return what is said of an answer that is no file."""
+        if self.local:
+            return UserError(f"{self.what}: {self.text} is not in the Hub's cache, and downloads are switched off")
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{what}: {text} cannot be downloaded ({reason})") from None
-    if not (Path(folder) / path / "config.json").is_file():
-        raise UserError(f"{what}: {text} has no config.json; a folder has to be that of a diffusers model")
-    return Path(folder) / path
+        return UserError(f"{self.what}: {self.text} cannot be downloaded ({reason})")
+
+    def shared(self, folder: Path) -> Path:
+        """Return the folder of a shared model with all files that it names. Raises UserError."""
+        if (model := HubFolder.read(folder)) is not None:
+            if missing := [name for name in model.files if not (folder / name).is_file()]:
+                self.folder(missing, [])
+            model.check()
+        return folder
+
+
+def _from_hub(text: str, what: str, local: bool) -> Path:
+    """Return a file or a folder from huggingface_hub's cache; unless `local` it fetches what is not there.
+
+    A folder is that of a diffusers model, or a shared model's (`HubFolder`), of which all files come that it needs,
+    also where one of its networks is asked for alone.
+    """
+    match = _hub_address(text, what)
+    path = match["path"] or ""
+    repository = _Repository(match["repository"], match["revision"], local, text, what)
+    if path and not path.endswith("/"):
+        file = repository.file(path)
+        if NETWORK.fullmatch(path):
+            try:
+                config = repository.file(SHARED_CONFIG)
+            except UserError:  # it is not a shared model's
+                return file
+            repository.shared(config.parent)
+        return file
+    folder = repository.folder([f"{path}*.json", f"{path}*.safetensors"], [f"{path}*/*", "*.fp16.safetensors"])
+    if not (folder / path / SHARED_CONFIG).is_file():
+        raise UserError(
+            f"{what}: {text} has no config.json; a folder has to be a shared model's, or that of a diffusers model"
+        )
+    return folder / path if path else repository.shared(folder)

@@ -21,7 +21,9 @@ from ldm_lab.config import build
 from ldm_lab.devices import pick_device
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Conditioner, Denoiser, Objective, check_conditions
-from ldm_lab.pretrained.resolve import check_untrusted, resolve_weights
+from ldm_lab.pretrained.hub_folder import HubFolder
+from ldm_lab.pretrained.resolve import check_untrusted, look_in, resolve_weights
+from ldm_lab.sampling.beside import beside, text_encoder_beside
 from ldm_lab.sampling.loras import add_loras, read_loras
 from ldm_lab.sampling.model import Model
 from ldm_lab.sampling.options import ModelOptions
@@ -51,8 +53,8 @@ def load_model(path: str | Path, options: ModelOptions, others: Sequence[Model] 
     for role in ("autoencoder", "conditioner", "denoiser", "objective"):
         if not isinstance(config.get(role), dict):
             raise UserError(f"{path}: not a diffusion model; its config has no section {role!r}")
-    autoencoder, _ = _load_frozen("autoencoder", config["autoencoder"], options.autoencoder, path, extra)
-    conditioner, conditioner_config = _load_frozen(
+    autoencoder, _ = load_frozen("autoencoder", config["autoencoder"], options.autoencoder, path, extra)
+    conditioner, conditioner_config = load_frozen(
         "conditioner", config["conditioner"], options.conditioner, path, extra, others
     )
     if not isinstance(sections := config.get("condition_sources") or {}, dict):
@@ -95,10 +97,20 @@ def load_model(path: str | Path, options: ModelOptions, others: Sequence[Model] 
 
 
 def locate_model(path: str | Path) -> Path:
-    """Return the file of a trained model, of a run's folder its `ema.safetensors`. Raises UserError without one."""
+    """Return the file of a trained model, of a run's folder its `ema.safetensors`, of a shared model's its base model.
+
+    Raises:
+        UserError: there is none, or it is not whole.
+    """
     folder = Path(path).expanduser()
-    if not folder.is_dir():
-        return resolve_weights(path, "checkpoint")
+    is_local = folder.is_dir()
+    if not is_local:
+        folder = resolve_weights(path, "checkpoint")
+    if folder.is_dir() and (shared := HubFolder.read(folder)) is not None:
+        shared.check()
+        return folder / shared.model
+    if not is_local:
+        return folder
     if not (folder / MODEL_FILE).is_file() and (folder / LORA_FILE).is_file():
         raise UserError(f"{path}: a run of LoRA, which is added to its base model: --checkpoint BASE --lora {path}")
     if not (folder / MODEL_FILE).is_file():
@@ -140,7 +152,7 @@ def _load_guide_model(
     return _load_denoiser(guide_config, state, name, channels, given)
 
 
-def _load_frozen(
+def load_frozen(
     role: str,
     config: Section,
     moved: str | Path | None,
@@ -158,9 +170,12 @@ def _load_frozen(
         extra: of the checkpoint, with the checksum of the weights under the role.
         others: models whose conditioner it may be.
     """
-    moved = moved or beside(model, role, config)
+    look_in(model.parent)
+    moved = moved or beside(model, role, config, extra.get(role))
     if moved is not None:
-        config = {**config, "weights": str(moved)}
+        config = Section({**config, "weights": str(moved)})
+    elif role == "conditioner" and (folder := text_encoder_beside(model, config)) is not None:
+        config = Section({**config, "model": str(folder)})
     try:
         if moved is None:
             check_untrusted(config.get("weights"), f"{role}.weights")
@@ -186,14 +201,3 @@ def _loaded_conditioner(config: Section, others: Sequence[Model]) -> Conditioner
             if (its.architecture(), its.use.weights) == (wanted.architecture(), wanted.use.weights):
                 return other.conditioner
     return None
-
-
-def beside(model: Path, role: str, config: Section) -> Path | None:
-    """Return the weights file beside a model's that stands for one that is not where its config says."""
-    weights = config.get("weights")
-    if not isinstance(weights, str) or "://" in weights or not Path(weights).suffix:
-        return None  # not a path
-    if Path(weights).expanduser().exists():
-        return None
-    candidates = [model.parent / Path(weights).name, model.parent / f"{role}.safetensors"]
-    return next((path for path in candidates if path.is_file()), None)

@@ -8,9 +8,11 @@ from ldm_lab.checkpoints.importer import Section, detect_format
 from ldm_lab.checkpoints.parts import part_downloads
 from ldm_lab.downloads import Download, raise_refusals, refusals
 from ldm_lab.errors import UserError
+from ldm_lab.io.json_files import Fields
 from ldm_lab.pretrained.catalogue import catalogue
 from ldm_lab.pretrained.resolve import HUB, announce, offline, to_download
-from ldm_lab.sampling.loading import beside, locate_model
+from ldm_lab.sampling.beside import beside
+from ldm_lab.sampling.loading import locate_model
 from ldm_lab.sampling.loras import split_weight
 from ldm_lab.sampling.options import ModelOptions, SamplingOptions
 
@@ -86,11 +88,12 @@ def _frozen_downloads(path: Path, options: ModelOptions) -> list[Download]:
     """Return what has to be downloaded for the parts that a checkpoint names and does not hold."""
     detected = detect_format(path)
     config = detected.importer.config(detected.file)
+    frozen = Fields(detected.importer.facts(detected.file)).inside("frozen") or Fields({})
     found: list[Download] = []
     for role, moved in (("autoencoder", options.autoencoder), ("conditioner", options.conditioner)):
         its = config.get(role) if isinstance(config, dict) else None
         section = Section(its) if isinstance(its, dict) else Section()
-        if moved or not section or beside(path, role, section):
+        if moved or not section or beside(path, role, section, frozen.text(role)):
             continue
         try:
             if not str(section.get("weights")).startswith(HUB):  # which a checkpoint may not have downloaded

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from ldm_lab.batch import Batch
 from ldm_lab.config import PartSection, Plain, PositiveInt
+from ldm_lab.errors import UserError
 from ldm_lab.io.images import save_png
+from ldm_lab.sampling import Pipeline
 from ldm_lab.sampling.options import DEMO
-from ldm_lab.training.demo import comparable
+from ldm_lab.training.demo import comparable, trained_model
+from ldm_lab.training.diffusion import DiffusionTask
 from ldm_lab.training.logs import log_images
 from ldm_lab.training.reconstructions import Reconstructions, to_levels
 
@@ -58,6 +61,19 @@ class CaptionedGrids(Reconstructions):
         super().__init__(folder, every=every, images=images)
         self.options = comparable({**self.DEFAULTS, **(sampling or {})}, self.part_name)
         self.texts: list[str] = []
+
+    def setup(self, trainer: Trainer, task: DiffusionTask, stage: str) -> None:
+        """Find out before training whether this model can draw them. Raises UserError."""
+        side = trainer.datamodule.source.image_size
+        if side is None:
+            return
+        model = trained_model(task, (side, side))
+        scale = model.upscale_factor
+        low = None if scale is None else torch.zeros(1, 3, side // scale, side // scale)
+        try:
+            Pipeline(model).check([""], self.options, low_res=low)
+        except UserError as error:
+            raise UserError(f"{self.part_name}: {error}") from None
 
     def state_dict(self) -> KeptImages:
         return {"levels": self.levels, "texts": self.texts}

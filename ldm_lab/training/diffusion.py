@@ -46,6 +46,7 @@ from ldm_lab.training.initial import (
 )
 from ldm_lab.training.logs import print_rank_zero
 from ldm_lab.training.lora import additions
+from ldm_lab.training.provenance import provenance
 from ldm_lab.training.run_state import Checkpoint
 from ldm_lab.training.sharding import Sharded
 from ldm_lab.training.spread import LatentSpread
@@ -287,7 +288,7 @@ class DiffusionTask(Task):
     def facts(self) -> dict[str, str]:
         """Return what is told of the weights besides."""
         told = {"step": str(self.trainer.global_step), "image_size": str(self.picture_size()), **self.frozen_sha256}
-        return {**told, **self.conditioning.facts()}
+        return {**told, **provenance(self.trainer, self.run_config), **self.conditioning.facts()}
 
     def picture_size(self) -> int | None:
         """Return the side of the pictures that the model makes, pixels; None if it is any.

@@ -1,0 +1,62 @@
+"""Share a model: one folder that others sample from offline, with a model card.
+
+    python -m ldm_lab export runs/quickstart --hub-folder shared/shapes --prompts configs/quickstart_prompts.txt
+    python -m ldm_lab export runs/quickstart --hub-folder shared/shapes --license mit --overwrite
+    python -m ldm_lab export runs/glide_quickstart --upsampler runs/glide_quickstart_upsampler --hub-folder shared/glide
+    python sample.py --checkpoint shared/shapes "a red star"
+
+The folder holds all that sampling needs: the network, its autoencoder and conditioner, config.json, and README.md, a
+model card as the Hugging Face Hub reads it. Whatever is not known, the card says is not recorded; names of folders and
+users of this machine are nowhere in it. Upload it as it is; `--checkpoint hf://OWNER/NAME` samples from there.
+"""
+
+import argparse
+from pathlib import Path
+
+from ldm_lab.commands._arguments import add_imports_argument
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    add_imports_argument(parser)
+    add = parser.add_argument
+    add("checkpoint", metavar="F", help="a run's folder, ema.safetensors, or .ckpt; a released name")
+    add("--hub-folder", type=Path, required=True, metavar="DIR", help="the folder that is written")
+    add("--upsampler", action="append", default=[], metavar="FILE",
+        help="a model that enlarges its pictures, which is shared with it; may be given again")  # fmt: skip
+    add("--name", metavar="NAME", help="of the model, in its card (default: that of the folder)")
+    add(
+        "--license",
+        metavar="ID",
+        help="of your weights, as the Hub calls it, such as cc-by-4.0 (default: not recorded)",
+    )
+    add("--prompts", type=Path, metavar="FILE",
+        help="text, a prompt a line, for the card's samples (default: the run's own; at most 16)")  # fmt: skip
+    add("--half", action="store_true", help="store the networks in float16, at half the size")
+    add("--autoencoder", metavar="FILE", help="its weights, if not where the checkpoint says")
+    add("--conditioner", metavar="FILE", help="its weights, if not where the checkpoint says")
+    add("--overwrite", action="store_true", help="replace what an earlier export has written to DIR")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the folder, and say what is in it."""
+    from ldm_lab.prompts import read_prompts  # these import torch, which takes seconds
+    from ldm_lab.sampling.options import ModelOptions
+    from ldm_lab.sharing.hub import Export, export
+
+    shared = export(
+        Export(
+            checkpoint=args.checkpoint,
+            out=args.hub_folder.expanduser(),
+            upsamplers=args.upsampler,
+            name=args.name,
+            license=args.license,
+            prompts=None if args.prompts is None else read_prompts(args.prompts),
+            half=args.half,
+            overwrite=args.overwrite,
+            loading=ModelOptions(autoencoder=args.autoencoder, conditioner=args.conditioner),
+        )
+    )
+    size = sum((shared.path / name).stat().st_size for name in shared.files)
+    print(f"{shared.path}: {', '.join(shared.files)} ({size / 1e6:,.1f} MB), config.json, README.md")
+    print(f'python sample.py --checkpoint {shared.path} "..." samples from it')

@@ -1,0 +1,83 @@
+"""The folder of a shared model, as `python -m ldm_lab export` writes it: what its config.json says lies there.
+
+Such a folder comes from strangers. Names in it are those of files in it; nothing that they say leads out of it.
+"""
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ldm_lab.errors import UserError
+from ldm_lab.io.json_files import Fields, parse_json, write_json
+from ldm_lab.pretrained.catalogue import SAFE_PART
+
+NAME = "config.json"
+CARD = "README.md"
+FORMAT, VERSION = "ldm_lab", 1
+MODEL, UPSAMPLER = "model.safetensors", "upsampler_{}.safetensors"
+LARGEST = 1 << 20  # bytes of a config.json
+FILE = re.compile(rf"(?:{SAFE_PART}/)?{SAFE_PART}")
+
+
+@dataclass(frozen=True)
+class HubFolder:
+    """A shared model.
+
+    Attributes:
+        path: the folder.
+        model: name of the (base) model's file.
+        upsamplers: names of the files of what enlarges its pictures, in order.
+        files: name of each file that sampling needs -> its sha256.
+    """
+
+    path: Path
+    model: str
+    upsamplers: tuple[str, ...] = ()
+    files: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> "HubFolder | None":
+        """Return what a folder says of itself; None for one that is no shared model of ldm_lab's.
+
+        Raises:
+            UserError: it is one of another version, damaged, or names files outside of it.
+        """
+        config = path / NAME
+        if not config.is_file():
+            return None
+        if config.stat().st_size > LARGEST:
+            raise UserError(f"{config}: refused: it is larger than {LARGEST:,} bytes, which no model's is")
+        fields = Fields(parse_json(config.read_bytes()))
+        if fields.text("format") != FORMAT:
+            return None
+        if (version := fields.count("version")) != VERSION:
+            raise UserError(f"{config}: of version {version}, and this program reads version {VERSION}")
+        files = dict(fields.words("files"))
+        model, upsamplers = fields.text("model") or "", tuple(fields.all_texts("upsamplers") or ())
+        for name in (model, *upsamplers, *files):
+            if not FILE.fullmatch(name):
+                raise UserError(f"{config}: refused: {name[:100]!r} is no name of a file in this folder")
+        if lost := [name for name in (model, *upsamplers) if name not in files]:
+            raise UserError(f"{config}: damaged: {lost[0]!r} is not among its files")
+        return cls(path, model, upsamplers, files)
+
+    def check(self) -> None:
+        """Raise UserError if a file is missing, or is a link to somewhere else."""
+        for name in self.files:
+            file = self.path / name
+            if not file.is_file():
+                raise UserError(f"{file}: {NAME} beside it names it, and it is not there: the folder is not whole")
+            self.check_inside(file)
+
+    def check_inside(self, file: Path) -> None:
+        """Raise UserError for a link that leads out of the folder; those of the Hub's cache lead to its own files."""
+        real, home = file.resolve(), self.path.resolve()
+        blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+        if not (real.is_relative_to(home) or real.is_relative_to(blobs)):
+            raise UserError(f"{file}: refused: a link to {os.readlink(file)[:200] if file.is_symlink() else real}")
+
+    def write(self) -> None:
+        """Write config.json."""
+        named = {"model": self.model, "upsamplers": list(self.upsamplers), "files": dict(self.files)}
+        write_json(self.path / NAME, {"format": FORMAT, "version": VERSION, **named})

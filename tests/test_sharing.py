@@ -1,0 +1,448 @@
+"""`python -m ldm_lab export`: a folder that a stranger samples from, its card, hostile folders."""
+
+import json
+import re
+import shutil
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_glide
+import torch
+import yaml
+from PIL import Image
+from safetensors import safe_open
+from tiny import CLOOB, DENOISER, ROOT, make_parts, make_run, run_program
+
+from ldm_lab.__main__ import main
+from ldm_lab.checkpoints.native import save_model, save_part
+from ldm_lab.config import build
+from ldm_lab.errors import UserError
+from ldm_lab.io.atomic import sha256
+from ldm_lab.pretrained.hub_folder import LARGEST, HubFolder
+from ldm_lab.sampling import Pipeline, SamplingOptions
+from ldm_lab.sampling.beside import beside
+
+OPTIONS = SamplingOptions(sampler={"name": "unipc", "steps": 3}, size=16)
+
+
+def make_model(folder: Path, **changes: dict) -> Path:
+    """Write a run's ema.safetensors with its frozen parts elsewhere; return its path."""
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir(parents=True)
+    sections = make_parts(elsewhere)
+    torch.manual_seed(3)
+    net = build("denoiser", DENOISER, 4, build("conditioner", CLOOB).spec)
+    config = {
+        "task": "diffusion", "run": str(folder / "run"), "cache": {"folder": str(folder / "cache")},
+        "autoencoder": {**sections["autoencoder"], "latent_mean": 0.1, "latent_std": 1.5},
+        "conditioner": {**sections["conditioner"], "dropout": 0.2, "store": str(folder / "store")},
+        "denoiser": DENOISER, "objective": {"name": "v_cosine"}, **changes,
+    }  # fmt: skip
+    sums = {role: sha256(its["weights"]) for role, its in sections.items()}
+    path = folder / "run" / "ema.safetensors"
+    facts = {"step": "123", "image_size": "16", "batch": "8", "hardware": "1 x CPU (x, 1 threads)", **sums}
+    save_model(path, net.state_dict(), config, facts)
+    (folder / "run" / "config.yaml").write_text(
+        yaml.safe_dump({"run": str(folder / "run"), "data": {"name": "folder", "path": str(folder)}, "denoiser": {}})
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A model, and the folder that it was exported to."""
+    folder = tmp_path_factory.mktemp("someone")
+    model = make_model(folder)
+    prompts = folder / "prompts.txt"
+    prompts.write_text("a red | star\n<b>blue</b>\n")
+    out = folder / "out"
+    main(["export", str(model.parent), "--hub-folder", str(out), "--prompts", str(prompts), "--license", "mit"])
+    return model, out
+
+
+def pixels(checkpoint: str | Path) -> np.ndarray:
+    (image,) = Pipeline.from_checkpoint(checkpoint)(["red"], OPTIONS)
+    return np.asarray(image)
+
+
+def card_of(folder: Path) -> tuple[dict, str]:
+    _, front, text = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(front), text
+
+
+def copy(folder: Path, to: Path) -> Path:
+    return Path(shutil.copytree(folder, to))
+
+
+def test_a_stranger_samples_the_same_pixels(shared, tmp_path, monkeypatch, caplog):
+    model, out = shared
+    wanted = pixels(model)
+    folder = copy(out, tmp_path / "theirs")
+    monkeypatch.chdir(tmp_path)
+    for checkpoint in (folder, folder / "model.safetensors"):
+        assert np.array_equal(pixels(checkpoint), wanted)
+    assert not caplog.records
+    assert {path.name for path in folder.iterdir()} == {
+        *("README.md", "config.json", "samples.png"),
+        *("model.safetensors", "autoencoder.safetensors", "conditioner.safetensors"),
+    }
+
+
+def test_the_card_has_what_is_known_and_nothing_else(shared):
+    _, out = shared
+    front, text = card_of(out)
+    assert front["license"] == "mit" and front["pipeline_tag"] == "text-to-image" and "ldm_lab" in front["tags"]
+    for row in ("| optimizer steps | 123 |", "| images seen, repeats counted | 984 |", "| begun with | nothing |",
+                "| data | a folder of images (how many: not recorded) |", "| arithmetic | not recorded |",
+                "| hardware | 1 x CPU (x, 1 threads) |"):  # fmt: skip
+        assert row in text
+    assert "1. a red \\| star" in text and "\\<b\\>blue" in text and "No evaluation was given." in text
+    assert re.search(r"\| autoencoder \| `autoencoder.safetensors` \| kl_f8 \| not recorded \| not recorded \|", text)
+    assert Image.open(out / "samples.png").size[0] > 0
+    for name, checksum in HubFolder.read(out).files.items():
+        assert checksum == sha256(out / name) and checksum in text
+
+
+def test_nothing_tells_of_the_machine(shared):
+    model, out = shared
+    for path in out.iterdir():
+        data = path.read_bytes()
+        if path.suffix == ".safetensors":
+            data = json.dumps(safe_open(path, "pt").metadata()).encode()
+        for secret in (str(model.parents[1]), str(Path.home()), str(ROOT), "elsewhere"):
+            assert secret.encode() not in data, (path.name, secret)
+
+
+def test_what_is_there_stays(shared, tmp_path, capsys):
+    model, out = shared
+    out = copy(out, tmp_path / "out")
+    words = ["export", str(model), "--hub-folder", str(out)]
+    with pytest.raises(UserError, match="is there already; --overwrite replaces it"):
+        main(words)
+    main([*words, "--overwrite"])
+    assert "the card shows no samples: no prompts are known" in capsys.readouterr().err
+    assert not (out / "samples.png").exists()
+    (out / ".git").mkdir()
+    with pytest.raises(UserError, match=r"with other things in it \(\.git\)"):
+        main([*words, "--overwrite"])
+    with pytest.raises(UserError, match="an id of the Hub's list"):
+        main(["export", str(model), "--hub-folder", str(tmp_path / "new"), "--license", "My own!"])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="this is a file"):
+        main(["export", str(model), "--hub-folder", str(tmp_path / "file")])
+
+
+def test_a_failure_leaves_no_folder(tmp_path, monkeypatch):
+    model = make_model(tmp_path)
+    monkeypatch.setattr("ldm_lab.sharing.card.Card.text", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(UserError, match="cannot be written"):
+        main(["export", str(model), "--hub-folder", str(tmp_path / "out")])
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
+def test_an_upsampler_is_shared_with_its_base(tmp_path):
+    base = tiny_glide.write(tmp_path / "base.safetensors")
+    upsampler = tiny_glide.write(tmp_path / "up.safetensors", upsampler=True)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a dog\n")
+    out = tmp_path / "out"
+    main(["export", str(base), "--upsampler", str(upsampler), "--hub-folder", str(out), "--prompts", str(prompts)])
+    assert HubFolder.read(out).upsamplers == ("upsampler_1.safetensors",)
+    small, large = Image.open(out / "samples.png"), tiny_glide.SIDE * tiny_glide.FACTOR
+    assert small.width >= large and "--upsampler upsampler_1.safetensors" in card_of(out)[1]
+    assert np.array_equal(
+        np.asarray(Pipeline.from_checkpoint(out)(["a dog"], OPTIONS)[0]),
+        np.asarray(Pipeline.from_checkpoint(base)(["a dog"], OPTIONS)[0]),
+    )
+
+
+def test_it_is_stored_in_half(tmp_path):
+    model = make_model(tmp_path)
+    main(["export", str(model), "--hub-folder", str(tmp_path / "out"), "--half"])
+    assert (tmp_path / "out/model.safetensors").stat().st_size < 0.6 * model.stat().st_size
+    assert pixels(tmp_path / "out").shape == (16, 16, 3)
+
+
+# ------------------------------------------------------------------------------------------- parts beside a model file
+
+
+def test_a_part_beside_a_model_is_known_by_its_content(tmp_path, caplog):
+    """Whatever it is called, and though a wrong one has the right name, or lies where the config says."""
+    model = make_model(tmp_path)
+    wanted, place = pixels(model), tmp_path / "elsewhere"
+    for role in ("autoencoder", "conditioner"):
+        (place / f"{role}.safetensors").rename(model.parent / f"mine_{role}.safetensors")
+    assert np.array_equal(pixels(model), wanted)
+    torch.manual_seed(9)
+    section = {"name": "cloob", **{key: its for key, its in CLOOB.items() if key != "name"}}
+    for wrong in (model.parent / "conditioner.safetensors", place / "conditioner.safetensors"):
+        save_part(wrong, build("conditioner", section), section)
+        assert np.array_equal(pixels(model), wanted)
+    assert not caplog.records
+    (model.parent / "mine_conditioner.safetensors").unlink()
+    pixels(model)
+    assert "not the conditioner file that the model was trained with" in caplog.text
+
+
+def test_a_released_part_beside_a_model_is_not_downloaded(tmp_path):
+    (tmp_path / "ae.zip").write_bytes(b"the released one")
+    model = tmp_path / "model.safetensors"
+    right = sha256(tmp_path / "ae.zip")
+    section = {"name": "kl_f8", "weights": "kl-f8"}
+    assert beside(model, "autoencoder", section, right) == tmp_path / "ae.zip"
+    assert beside(model, "autoencoder", section, "0" * 64) is None
+
+
+# --------------------------------------------------------------------------------------------------- hostile folders
+
+
+def edit(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "../model.safetensors", "a/../../b", "", ".", "a/b/c", "..\\x", ".hidden", "a\n"],
+    ids=["absolute", "up", "up_inside", "empty", "dot", "deep", "backslash", "hidden", "newline"],
+)  # fmt: skip
+@pytest.mark.parametrize("key", ["model", "upsamplers", "files"])
+def test_names_stay_in_the_folder(shared, tmp_path, key, name):
+    folder = copy(shared[1], tmp_path / "theirs")
+    edit(folder, **{key: {"model": name, "upsamplers": [name], "files": {name: "0" * 64}}[key]})
+    with pytest.raises(UserError, match=r"refused: .* is no name of a file in this folder|damaged"):
+        Pipeline.from_checkpoint(folder)
+
+
+@pytest.mark.parametrize("weights", ["/etc/passwd", "../a.safetensors", "~/a.safetensors", "sub/a.safetensors"])
+def test_weights_stay_in_the_folder(shared, tmp_path, weights):
+    folder = copy(shared[1], tmp_path / "theirs")
+    rewrite(folder, lambda config: config["autoencoder"].update(weights=weights))
+    with pytest.raises(UserError, match=r"autoencoder\.weights: .* leads out of the folder"):
+        Pipeline.from_checkpoint(folder)
+
+
+def rewrite(folder: Path, change) -> None:
+    """Change the config in model.safetensors."""
+    path = folder / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        state, told = {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata())  # noqa: SIM118
+    config = json.loads(told.pop("config"))
+    change(config)
+    save_model(path, state, config, {key: its for key, its in told.items() if key not in ("format", "role")})
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "autoencoder.safetensors"])
+def test_links_do_not_lead_out(shared, tmp_path, name):
+    folder = copy(shared[1], tmp_path / "theirs")
+    (folder / name).rename(tmp_path / name)
+    (folder / name).symlink_to(tmp_path / name)
+    with pytest.raises(UserError, match="refused: a link to"):
+        Pipeline.from_checkpoint(folder)
+
+
+def test_a_config_names_registered_parts_alone(shared, tmp_path):
+    folder = copy(shared[1], tmp_path / "theirs")
+    rewrite(folder, lambda config: config["objective"].update(name="os.system"))
+    with pytest.raises(UserError, match="no such objective"):
+        Pipeline.from_checkpoint(folder)
+
+
+def test_a_folder_that_is_not_whole_or_not_readable(shared, tmp_path):
+    folder = copy(shared[1], tmp_path / "theirs")
+    (folder / "conditioner.safetensors").unlink()
+    with pytest.raises(UserError, match="the folder is not whole"):
+        Pipeline.from_checkpoint(folder)
+    edit(folder, version=2)
+    with pytest.raises(UserError, match="of version 2, and this program reads version 1"):
+        Pipeline.from_checkpoint(folder)
+    (folder / "config.json").write_text("[" * (LARGEST + 1))
+    with pytest.raises(UserError, match="refused: it is larger than"):
+        Pipeline.from_checkpoint(folder)
+    (folder / "config.json").write_text("[" * 10_000)
+    with pytest.raises(UserError, match="a folder without"):
+        Pipeline.from_checkpoint(folder)
+
+
+# ------------------------------------------------------------------------------------------------------------ the Hub
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The part of the Hub's API that huggingface_hub asks for a folder of a repository."""
+
+    folder: Path
+    commit = "1" * 40
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = self.path.split("?")[0]
+        names = sorted(str(p.relative_to(self.folder)) for p in self.folder.rglob("*") if p.is_file())
+        if path.startswith("/api/models/owner/name/tree/"):
+            files = [(name, self.folder / name) for name in names]
+            content = json.dumps(
+                [
+                    {"type": "file", "path": name, "size": file.stat().st_size, "oid": sha256(file)[:40]}
+                    for name, file in files
+                ]
+            ).encode()
+        elif path.startswith("/api/models/owner/name"):
+            content = json.dumps(
+                {"id": "owner/name", "sha": self.commit, "siblings": [{"rfilename": name} for name in names]}
+            ).encode()
+        elif (name := path.rpartition(f"/owner/name/resolve/{self.commit}/")[2] or path) in names or (
+            name := path.rpartition("/owner/name/resolve/main/")[2]
+        ) in names:
+            content = (self.folder / name).read_bytes()
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        self.send_response(200)
+        self.send_header("ETag", f'"{sha256_of(content)}"')
+        self.send_header("X-Repo-Commit", self.commit)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+        return None
+
+
+def sha256_of(content: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(content).hexdigest()
+
+
+@contextmanager
+def hub_of(folder: Path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("One", (Hub,), {"folder": folder}))
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+HUB_SCRIPT = """
+import sys
+import numpy as np
+from ldm_lab.sampling import Pipeline, SamplingOptions
+options = SamplingOptions(sampler={"name": "unipc", "steps": 3}, size=16)
+for address in sys.argv[2:]:
+    (image,) = Pipeline.from_checkpoint(address)(["red"], options)
+    np.save(sys.argv[1], np.asarray(image))
+    print(np.asarray(image).astype(int).sum())
+"""
+
+
+@pytest.mark.slow
+def test_a_shared_model_on_the_hub(shared, tmp_path):
+    """All of it comes through the Hub's own library, and is there afterwards without a network."""
+    folder = copy(shared[1], tmp_path / "theirs")
+    (folder / "diffusers").mkdir()
+    (folder / "diffusers" / "other.safetensors").write_bytes(b"not asked for")
+    env = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1"}
+    with hub_of(folder) as url:
+        env["HF_ENDPOINT"] = url
+        script = ("-c", HUB_SCRIPT, tmp_path / "image.npy")
+        first = run_program(*script, "hf://owner/name/model.safetensors", "hf://owner/name", cwd=tmp_path, **env)
+        assert first.returncode == 0, first.stderr
+    assert np.array_equal(np.load(tmp_path / "image.npy"), pixels(shared[0]))
+    assert not list((tmp_path / "hf").rglob("other.safetensors"))
+    again = run_program(*script, "hf://owner/name", cwd=tmp_path, **{**env, "HF_HUB_OFFLINE": "1"})
+    assert again.returncode == 0 and again.stdout == first.stdout.splitlines()[1] + "\n", again.stderr
+
+
+# --------------------------------------------------------------------------------------------------------- acceptance
+
+OFFLINE = """
+import runpy, socket, sys
+def refuse(*_, **__):
+    raise OSError("no network here")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+sys.argv[:] = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ccld", "glide", "if"])
+def test_a_second_clone_without_network_or_cache(tmp_path, kind):
+    """Byte for byte the pixels that the first one makes, from the folder alone."""
+    first, second = tmp_path / "first", tmp_path / "second" / "clone"
+    first.mkdir()
+    model, upsampler = models(kind, first)
+    more = ["--upsampler", str(upsampler)] if upsampler else []
+    main(["export", str(model), *more, "--hub-folder", str(first / "out")])
+    second.mkdir(parents=True)
+    for name in ("sample.py", "train.py"):
+        shutil.copyfile(ROOT / name, second / name)
+    shutil.copytree(ROOT / "ldm_lab", second / "ldm_lab", ignore=shutil.ignore_patterns("__pycache__"))
+    theirs = copy(first / "out", tmp_path / "second" / "given")
+    words = ["a red star", "--sampler", "ddim", "--steps", "3", "-n", "2", "--out"]
+    ours = run_program(ROOT / "sample.py", "--checkpoint", model, *more, *words, first / "samples", cwd=first)
+    assert ours.returncode == 0, ours.stderr
+    shutil.rmtree(first / "elsewhere", ignore_errors=True)
+    more = ["--upsampler", theirs / "upsampler_1.safetensors"] if upsampler else []
+    home = {"HOME": str(tmp_path / "home"), "HF_HOME": str(tmp_path / "hf"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    home |= {"PYTHONPATH": str(second), "LDM_LAB_CACHE": ""}
+    words = ["-c", OFFLINE, second / "sample.py", "--checkpoint", theirs, *more, *words, second / "samples"]
+    again = run_program(*words, cwd=tmp_path / "second", **home)
+    assert again.returncode == 0, again.stderr
+    for name in ("00000.png", "00001.png"):
+        one, other = (np.asarray(Image.open(folder / "samples" / name)) for folder in (first, second))
+        assert np.array_equal(one, other)
+        assert one.std() > 0
+
+
+def models(kind: str, folder: Path) -> tuple[Path, Path | None]:
+    """Write a tiny model of a kind, and what enlarges its pictures if there is something of its kind."""
+    if kind == "ccld":
+        return make_model(folder), None
+    if kind == "glide":
+        upsampler = tiny_glide.write(folder / "up.safetensors", upsampler=True)
+        return tiny_glide.write(folder / "base.safetensors"), upsampler
+    return tiny_if_model(folder / "if.safetensors"), None
+
+
+def tiny_if_model(path: Path, model: str = "minilm") -> Path:
+    """Write a tiny stage I of IF, prompted through a language model that comes with a package."""
+    torch.manual_seed(5)
+    conditioner = {"name": "t5", "model": model, "text_size": 12}
+    denoiser = {
+        "name": "if_unet", "base_channels": 32, "multipliers": [1, 2], "blocks_per_level": [1], "attention": [2],
+        "head_width": 16, "text_width": 64, "pool_heads": 4,
+    }  # fmt: skip
+    net = build("denoiser", denoiser, 3, build("conditioner", conditioner).spec)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05)
+    config = {
+        "autoencoder": {"name": "identity"}, "conditioner": {**conditioner, "dropout": 0.1}, "denoiser": denoiser,
+        "objective": {"name": "eps_hybrid", "timesteps": 100},
+    }  # fmt: skip
+    save_model(path, net.state_dict(), config, {"image_size": "16"})
+    return path
+
+
+def test_a_run_tells_what_it_was_trained_on(tmp_path, program, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = program("train", "--config", make_run(tmp_path, trainer={"max_steps": 2}))
+    assert code == 0, err
+    with safe_open(tmp_path / "runs/tiny/ema.safetensors", "pt") as file:
+        told = file.metadata()
+    assert (told["data"], told["batch"], told["data_count"]) == ("webdataset", "4", "4 shards")
+    assert told["hardware"].startswith("1 x CPU (") and re.fullmatch(r"\d{4}-\d\d-\d\d", told["date"])
+    assert told["precision"] == "32-true"
