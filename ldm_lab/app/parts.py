@@ -15,7 +15,7 @@ from ldm_lab.app.work import without_folders
 from ldm_lab.errors import UserError
 from ldm_lab.io.images import to_rgb
 
-CANVAS = 768  # pixels
+CANVAS = 640  # pixels
 MOST_CANVASES = 32  # that browsers have sent and not used yet
 
 
@@ -39,12 +39,12 @@ def escaped(text: str) -> str:
 
 
 def preview(limits: Limits, path: str | None) -> Image.Image | None:
-    """Return an uploaded image to be painted on: upright, RGB, of at most `CANVAS` pixels a side."""
+    """Return an uploaded image to be painted on: upright, RGB, its longer side of `CANVAS` pixels."""
     if path is None:
         return None
     with telling():
         image = to_rgb(limits.open_upload(Path(path)))
-        scale = min(1.0, CANVAS / max(image.size))
+        scale = CANVAS / max(image.size)
         return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
 
 

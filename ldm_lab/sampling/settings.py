@@ -124,6 +124,7 @@ def keep(
     base: Request,
     settings: Entry,
     only_last: bool = False,
+    text: str | None = None,
 ) -> None:
     """Write a picture, at all its sizes, with its settings inside.
 
@@ -134,12 +135,25 @@ def keep(
         base: the base model's request.
         settings: `described`.
         only_last: write the largest alone.
+        text: a caption to be written beside it; None writes none.
     """
     told = row[0].image.info | {"batch": list(row[0].batch)}
     entry = Entry({"prompts": [prompt_entry(prompt, base) for prompt in mix], **told, **settings})
     shown = " + ".join(map(caption, mix))
     as_others_read = parameters(mix, base, settings, row[0].seed)
-    folder.add([sample.image for sample in row], shown, entry, as_others_read, only_last)
+    folder.add([sample.image for sample in row], shown, entry, as_others_read, only_last, text)
+
+
+def training_caption(mix: Sequence[Prompt], guidance: float) -> str:
+    """Return the texts that a picture is guided toward, as one caption in one line; "" if there is none.
+
+    Args:
+        mix: its prompts; images have no text, and those of a weight that is not above 0 tell what is not to be seen.
+        guidance: weight of prompts without one.
+    """
+    toward = [prompt for prompt in mix if (guidance if prompt.weight is None else prompt.weight) > 0]
+    texts = [" ".join(prompt.text.replace("\ufeff", "").split()) for prompt in toward if prompt.image is None]
+    return ", ".join(filter(None, texts))
 
 
 def parameters(mix: Sequence[Prompt], request: Request, settings: Entry, seed: int) -> Parameters:
