@@ -76,11 +76,11 @@ def unfold(page, name):
 
 def draw(page, button="draw"):
     """Press a button, wait for its pictures; returns the settings inside of each."""
-    before = page.locator("#status").inner_text()
+    before = page.locator("#status p").inner_text()
     page.locator(f"#{button}").click()
     page.wait_for_function(
-        "before => /picture/.test(document.querySelector('#status').innerText) "
-        "&& document.querySelector('#status').innerText !== before",
+        "before => { const said = document.querySelector('#status p').innerText;"
+        " return /seed/.test(said) && said !== before }",
         arg=before,
     )
     return pictures(page)
@@ -89,7 +89,7 @@ def draw(page, button="draw"):
 def pictures(page):
     """Return the pictures of the page, with their settings, once they are those that the line above them tells of."""
     page.wait_for_selector("#gallery img")
-    seed = int(re.search(r"seed (\d+)", page.locator("#status").inner_text())[1])
+    seed = int(re.search(r"seed (\d+)", page.locator("#status p").inner_text())[1])
     for _ in range(50):
         addresses = page.locator("#gallery img").evaluate_all("images => images.map(image => image.src)")
         made = []
@@ -107,8 +107,8 @@ def told(page):
     """Return the messages that the page shows, and close them."""
     page.wait_for_selector(".toast-body")
     found = page.locator(".toast-body").all_inner_texts()
-    while page.locator(".toast-close").count():
-        page.locator(".toast-close").first.click()
+    page.evaluate("document.querySelectorAll('.toast-close').forEach(button => button.click())")
+    page.wait_for_selector(".toast-body", state="detached")
     return " ".join(found)
 
 
