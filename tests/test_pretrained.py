@@ -615,7 +615,7 @@ def test_a_wrong_entry_of_a_catalogue_is_named(change, message):
 def test_the_catalogue_is_installed_with_the_package():
     with open(ROOT / "pyproject.toml", "rb") as file:
         data = tomllib.load(file)["tool"]["setuptools"]["package-data"]
-    assert "**/*.yaml" in data["ldm_lab"] and len(catalogue()) == 57
+    assert "**/*.yaml" in data["ldm_lab"] and len(catalogue()) == 58
 
 
 def checked(capsys, *names: str) -> tuple[int, list[str]]:

@@ -88,7 +88,7 @@ ROLES = {
     "selection": Role("ldm_lab.curation.metadata", listed=False),
     "engine": Role("ldm_lab.curation.metadata", listed=False),
     "loss": Role("ldm_lab.training"),
-    "perceptual": Role("ldm_lab.training.perceptual"),
+    "perceptual": Role("ldm_lab.evaluation.perceptual"),
     "discriminator": Role("ldm_lab.training.discriminator"),
     "reconstructions": Role("ldm_lab.training.reconstructions"),
     "enlargements": Role("ldm_lab.training.enlargements"),

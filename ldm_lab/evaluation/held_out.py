@@ -22,12 +22,14 @@ class HeldOutBatch:
         conditions: of the rows.
         first: number of the first sample among all held-out ones; row i is sample first + i.
         count: rows that count; those behind them only keep several processes in step.
+        numbers: of the rows, where they do not count on from `first`, int64 [B].
     """
 
     x0: Tensor
     conditions: Conditions
     first: int
     count: int
+    numbers: Tensor | None = None
 
     def to(self, device: torch.device) -> "HeldOutBatch":
         """Return the batch on a device."""
@@ -55,11 +57,12 @@ def loss_sums(
     for batch in batches:
         if sums is None:
             sums = torch.zeros(2, QUARTERS, dtype=torch.float64).to(batch.x0.device)
-        numbers = torch.arange(batch.first, batch.first + len(batch.x0), dtype=torch.float64)  # [B]
+        numbers = torch.arange(batch.first, batch.first + len(batch.x0))  # [B]
+        numbers = (numbers if batch.numbers is None else batch.numbers).double()  # [B]
         for level in range(levels):
             u = (level + (numbers * GOLDEN) % 1) / levels  # [B]
             t = objective.times(u.float()).to(batch.x0)  # [B]
-            noise = torch.stack([_noise(batch.x0[0], seed, int(number), level) for number in numbers]).to(batch.x0)
+            noise = torch.stack([noise_of(batch.x0[0], seed, int(number), level) for number in numbers]).to(batch.x0)
             losses = objective.loss_terms(denoiser, batch.x0, batch.conditions, t, noise)["loss"].double()  # [B]
             counts = (torch.arange(len(t)) < batch.count).to(losses)  # [B]
             quarter = (t * QUARTERS).long().clamp(max=QUARTERS - 1)  # [B]
@@ -68,7 +71,7 @@ def loss_sums(
     return torch.zeros(2, QUARTERS, dtype=torch.float64) if sums is None else sums
 
 
-def _noise(like: Tensor, seed: int, number: int, level: int) -> Tensor:
+def noise_of(like: Tensor, seed: int, number: int, level: int) -> Tensor:
     """Return the noise of a sample at one of its times, float32 of the shape of `like`, on the CPU."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + number) * 1_009 + level)
     return torch.randn(like.shape, generator=generator)

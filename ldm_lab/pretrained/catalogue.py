@@ -9,7 +9,7 @@ import yaml
 
 from ldm_lab.io.json_files import Json, JsonObject
 
-ROLES = ("autoencoder", "conditioner", "model", "head", "rating", "guide")
+ROLES = ("autoencoder", "conditioner", "model", "head", "rating", "guide", "metric")
 SAFE_PART = r"[A-Za-z0-9_][\w.+-]*"  # of a name or path: no "..", nothing hidden
 
 

@@ -25,6 +25,7 @@ from ldm_lab.sampling.model import Model
 from ldm_lab.sampling.options import SamplingOptions, parse_size
 from ldm_lab.sampling.prompts import check_target_embeddings, prompt_weights
 from ldm_lab.sampling.tiles import Tiles, unit_of
+from ldm_lab.sampling_defaults import SamplingDefaults
 
 log = logging.getLogger(__name__)
 
@@ -97,10 +98,7 @@ def checked_request(
     """
     schedule = model.objective.schedule
     asked = options
-    defaults = model.denoiser.sampling_defaults
-    if not _knows_no_condition(model, options):  # an upsampler's small picture says most of it
-        defaults = replace(defaults, upsampler_guidance=1.0)
-    options = options.resolved(model.upscale_factor is not None, schedule.timesteps, defaults)
+    options = options.resolved(model.upscale_factor is not None, schedule.timesteps, _defaults(model, options))
     options = _without_thresholds(model, asked, options)
     seeds = _seeds(range(options.seed, options.seed + len(mixes)) if seeds is None else seeds, len(mixes))
     given = _low_res(model, low_res, len(mixes))  # [N, 3, h, w] or None
@@ -225,7 +223,13 @@ def _denoiser_tiles(model: Model, options: SamplingOptions) -> Tiles | None:
     return Tiles(side // downscale, overlap // downscale)
 
 
-def _knows_no_condition(model: Model, options: SamplingOptions) -> bool:
+def _defaults(model: Model, options: SamplingOptions) -> SamplingDefaults:
+    """Return what the model is sampled with; an upsampler that cannot be guided is not: its small picture says most."""
+    defaults = model.denoiser.sampling_defaults
+    return defaults if _can_be_guided(model, options) else replace(defaults, upsampler_guidance=1.0)
+
+
+def _can_be_guided(model: Model, options: SamplingOptions) -> bool:
     """Return whether there is something to guide away from."""
     return bool(model.dropout) or model.guide_model is not None or options.negative is not None
 
@@ -237,7 +241,7 @@ def _check_guidance(model: Model, mixes: list[list[Prompt]], options: SamplingOp
             "a guide model a prompt of a negative weight, such as 'blurry:-0.5', is steered away from"
         )
     weights = prompt_weights(mixes, guidance)  # [N, k]
-    if not _knows_no_condition(model, options) and len(mixes) and null_condition_weight(weights).any():
+    if not _can_be_guided(model, options) and len(mixes) and null_condition_weight(weights).any():
         raise UserError(
             "guidance needs a model that was trained with dropped conditions (conditioner.dropout above 0); "
             "with this one the weights of a picture have to add up to 1, as a single prompt's with --guidance 1 do"

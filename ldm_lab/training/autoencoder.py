@@ -19,12 +19,12 @@ from torchvision.models import vgg16
 from ldm_lab.autoencoders.kl_f8 import kl
 from ldm_lab.config import NonNegativeFloat, PartConfig, RunConfig, register
 from ldm_lab.errors import UserError
+from ldm_lab.evaluation.perceptual import pretrained_features
 from ldm_lab.interfaces import Batch
 from ldm_lab.training.discriminator import adaptive_weight
 from ldm_lab.training.gradients import Parameters
 from ldm_lab.training.logs import print_rank_zero
 from ldm_lab.training.part_task import PartTask
-from ldm_lab.training.perceptual import pretrained_features
 from ldm_lab.training.scale import BATCHES, measure_scale
 
 

@@ -1,0 +1,285 @@
+"""Several models, or folders of pictures, measured in the same way: one table."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm_lab.conditioners.embedding import EmbeddingConditioner
+from ldm_lab.config import PartConfig
+from ldm_lab.data.jobs import PassOptions
+from ldm_lab.data.passes import run_pass
+from ldm_lab.data.work_items import WorkItem, file_batches
+from ldm_lab.embed import Encoder
+from ldm_lab.errors import UserError
+from ldm_lab.evaluation.feature_files import PictureRows
+from ldm_lab.evaluation.features import EmbeddingFeatures, Features, InceptionFeatures
+from ldm_lab.evaluation.jobs import FeatureJob, FilesJob, PicturesItem, PicturesJob, rows_of_items
+from ldm_lab.evaluation.metrics import (
+    CLIP_SCORE,
+    METRICS,
+    RealSet,
+    Value,
+    few_images,
+    of_kind,
+    over_seeds,
+    picture_value,
+    spaces_of,
+)
+from ldm_lab.evaluation.model_parts import PartsJob, lpips_network, part_values
+from ldm_lab.evaluation.real_images import FILE, RealImages, real_rows
+from ldm_lab.evaluation.settings import Models, Setting, checksum_of, model_names, picture_seeds, settings_of
+from ldm_lab.evaluation.tables import Row, Table
+from ldm_lab.prompts import Prompt
+from ldm_lab.sampling import ModelOptions, SamplingOptions
+from ldm_lab.sampling.names import public_name
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be measured.
+
+    Attributes:
+        metrics: their names.
+        out: folder of the results, and of what is kept on the way.
+        checkpoints: of models.
+        choices: how each is asked; `batch_size` is that of the passes.
+        images: folders of pictures that are there.
+        data: section of the real images; None for none.
+        features: a file with their features in place of the one in `out`.
+        limit: real images that are taken; None takes all.
+        prompts: None takes captions of the real images.
+        pictures: that are made of each seed.
+        seeds: of pictures.
+        clip: section of the conditioner whose embeddings are compared; None takes the first model's.
+        inception: file of Inception's weights; None takes the released one.
+        bootstrap: how often pictures are drawn again for a margin, where there is one seed.
+    """
+
+    metrics: list[str]
+    out: Path
+    checkpoints: list[str] = field(default_factory=list)
+    choices: list[SamplingOptions] = field(default_factory=lambda: [SamplingOptions()])
+    images: list[str] = field(default_factory=list)
+    data: PartConfig | None = None
+    features: Path | None = None
+    limit: int | None = None
+    prompts: list[Prompt] | None = None
+    pictures: int = 1000
+    seeds: tuple[int, ...] = (0,)
+    clip: PartConfig | None = None
+    inception: str | None = None
+    bootstrap: int = 20
+
+
+class Comparison:
+    """Measures what is asked, in passes that several processes share and that go on where they were interrupted."""
+
+    def __init__(self, asked: Asked, loading: ModelOptions, options: PassOptions) -> None:
+        """Find the real images and load what looks at pictures.
+
+        Args:
+            asked: what is measured.
+            loading: how models are loaded.
+            options: of the passes.
+
+        Raises:
+            UserError: what is missing, or cannot be measured.
+        """
+        self.asked, self.options, self.models = asked, options, Models(loading)
+        self.made_of = [*of_kind(asked.metrics, "pictures", "captions")]  # metrics of pictures
+        self.of_data = of_kind(asked.metrics, "data")
+        self.real = None if asked.data is None else RealImages.open(asked.data, asked.limit)
+        self.networks = self.load_networks()
+        self.remarks: list[str] = []
+        self.is_first = True  # of several processes
+        self.tells = True  # what the data are; once is enough
+
+    def load_networks(self) -> list[Features]:
+        """Return the networks whose features are compared."""
+        found: list[Features] = []
+        for space in spaces_of(self.asked.metrics):
+            found.append(InceptionFeatures(self.asked.inception) if space == "inception" else self.embedding())
+        return found
+
+    def embedding(self) -> EmbeddingFeatures:
+        """Return the network whose embeddings are compared. Raises UserError for a model that has none."""
+        if self.asked.clip is not None:
+            encoder = Encoder(self.asked.clip)
+            return EmbeddingFeatures(encoder.conditioner, encoder.embedder)
+        names = [name for name in self.asked.metrics if METRICS[name].space == "embedding"]
+        if not self.asked.checkpoints:
+            raise UserError(f"--metric {names[0]}: --clip has to say whose embeddings are compared, as no model does")
+        checkpoint = self.asked.checkpoints[0]
+        model = self.models.pipeline(checkpoint, torch.device("cpu")).model
+        embedder = model.embedder()
+        if not isinstance(model.conditioner, EmbeddingConditioner) or embedder is None:
+            raise UserError(
+                f"--metric {names[0]}: {checkpoint} has no embeddings of images (its conditioner is "
+                f"{model.conditioner.part_name}): --clip says whose are to be compared"
+            )
+        return EmbeddingFeatures(model.conditioner, embedder)
+
+    def run(self) -> Table | None:
+        """Measure all; return the table, in other processes than the first None. Raises UserError."""
+        asked = self.asked
+        real = self.real_set()
+        parts = {checkpoint: self.parts(checkpoint) for checkpoint in asked.checkpoints if self.of_data}
+        made = self.made_pictures(real) if self.made_of and asked.checkpoints else []
+        folders = {folder: self.folder_pictures(folder) for folder in asked.images if self.made_of}
+        if not self.is_first:
+            return None
+        values = {
+            checkpoint: part_values(self.of_data, real, its, asked.bootstrap) for checkpoint, its in parts.items()
+        }
+        rows = [self.made_row(setting, real, its, values.get(setting.checkpoint, {})) for setting, its in made]
+        if not made:
+            rows = [
+                Row(name, values=values[its]) for name, its in zip(model_names(asked.checkpoints), values, strict=True)
+            ]
+        rows += [self.folder_row(folder, real, its) for folder, its in folders.items()]
+        return Table(rows, self.facts(real), list(dict.fromkeys(self.remarks)))
+
+    def run_pass(self, job: FeatureJob, items: Sequence[WorkItem]) -> None:
+        """Do what is not done yet of a pass; note whether this is the first process."""
+        self.is_first = run_pass(job, items, self.options) is not None
+
+    # ------------------------------------------------------------------------------------------------- the real images
+
+    def real_set(self) -> RealSet | None:
+        """Return the features of the real images; None where nothing is compared with them."""
+        asked, needed = self.asked, [name for name in self.asked.metrics if METRICS[name].kind != "captions"]
+        of_pictures = [name for name in needed if METRICS[name].space is not None]
+        own_captions = bool(self.made_of and asked.checkpoints) and asked.prompts is None
+        if not of_pictures and not own_captions:
+            return None
+        if self.real is None and asked.features is None:
+            why = f"--metric {of_pictures[0]}" if of_pictures else "without --prompts"
+            raise UserError(f"{why}: --data has to say what the real images are")
+        path, self.tells = asked.features or asked.out / FILE, False
+        return RealSet(real_rows(self.real, self.networks, path, asked.features is None, self.options))
+
+    def prompts(self, real: RealSet | None) -> list[Prompt]:
+        """Return the prompts of pictures: those given, or captions of the real images, evenly spread."""
+        asked = self.asked
+        if asked.prompts is not None:
+            return asked.prompts
+        captions = [text for text in (real.rows.texts if real else []) if text]
+        if not captions:
+            raise UserError("--prompts: has to be given, as the real images have no captions")
+        count = min(asked.pictures, len(captions))
+        return [Prompt(captions[number * len(captions) // count]) for number in range(count)]
+
+    # --------------------------------------------------------------------------------------------------- made pictures
+
+    def made_pictures(self, real: RealSet | None) -> list[tuple[Setting, list[PictureRows]]]:
+        """Return what is seen on the pictures of each model and choice, seed by seed."""
+        asked, prompts = self.asked, self.prompts(real)
+        settings = settings_of(self.models, asked.checkpoints, asked.choices, prompts)
+        items = [[self.items(i, its, seed, prompts) for seed in asked.seeds] for i, its in enumerate(settings)]
+        job = PicturesJob(self.networks, self.models, settings, prompts)
+        self.run_pass(job, [item for of_seeds in items for of_seed in of_seeds for item in of_seed])
+        return [(its, list(map(rows_of_items, of_seeds))) for its, of_seeds in zip(settings, items, strict=True)]
+
+    def made_row(
+        self, setting: Setting, real: RealSet | None, made: Sequence[PictureRows], parts: dict[str, Value]
+    ) -> Row:
+        """Return the row of a model and a choice: values of its pictures, and those of its parts."""
+        values = {name: self.value(name, real, made) for name in self.made_of}
+        self.remark(real, made[0])
+        asked = setting.guidance, setting.sampler, setting.steps
+        return Row(setting.model, *asked, self.asked.seeds, self.asked.pictures, {**values, **parts})
+
+    def items(self, number: int, setting: Setting, seed: int, prompts: Sequence[Prompt]) -> list[PicturesItem]:
+        """Return the work items of one seed's pictures, a batch each."""
+        seeds, size, key = picture_seeds(seed, self.asked.pictures), self.options.batch_size, setting.key(prompts)
+        networks = "-".join(network.key for network in self.networks)
+        folder = self.asked.out / "parts" / f"pictures-{key}-{networks}" / f"seed={seed}"
+        return [
+            PicturesItem(
+                folder / f"{first:07d}",
+                number,
+                key,
+                tuple(seeds[first : first + size]),
+                tuple(place % len(prompts) for place in range(first, min(first + size, len(seeds)))),
+            )
+            for first in range(0, len(seeds), size)
+        ]
+
+    def value(self, name: str, real: RealSet | None, made: Sequence[PictureRows]) -> Value:
+        """Return the value of a metric over seeds; of one seed with a margin by bootstrap."""
+        if len(made) == 1:
+            return picture_value(name, real, made[0], self.asked.bootstrap)
+        return over_seeds([picture_value(name, real, rows, 0).value for rows in made])
+
+    # ----------------------------------------------------------------------------------------- pictures that are there
+
+    def folder_pictures(self, folder: str) -> PictureRows:
+        """Return what is seen on the pictures in a folder. Raises UserError for none."""
+        name, networks = public_name(folder), "-".join(network.key for network in self.networks)
+        place = hashlib.sha256(str(Path(folder).absolute()).encode(errors="surrogateescape")).hexdigest()[:12]
+        items = file_batches(folder, self.asked.out / "parts" / f"folder-{name}-{place}-{networks}")
+        self.run_pass(FilesJob(self.networks), items)
+        made = rows_of_items(items)
+        if not len(made):
+            raise UserError(f"--images {folder}: no usable image")
+        return made
+
+    def folder_row(self, folder: str, real: RealSet | None, made: PictureRows) -> Row:
+        """Return the row of a folder of pictures. Raises UserError where none has the caption that a score needs."""
+        values = {}
+        for name in self.made_of:
+            rows = made
+            if METRICS[name].kind == "captions":
+                rows = made.taken(_with_captions(made.tensors[CLIP_SCORE]))
+                if not len(rows):
+                    raise UserError(f"--images {folder}: {name} needs captions, in a .txt beside each picture")
+                if len(rows) < len(made):
+                    self.remarks.append(
+                        f"{folder}: {name} of {len(rows)} of {len(made)} pictures: others have no caption"
+                    )
+            values[name] = picture_value(name, real, rows, self.asked.bootstrap)
+        self.remark(real, made)
+        return Row(public_name(folder), pictures=len(made), values=values)
+
+    # ------------------------------------------------------------------------------------------------- a model's parts
+
+    def parts(self, checkpoint: str) -> PictureRows:
+        """Return what is measured of a model's parts on the real images."""
+        if self.real is None:
+            raise UserError(f"--metric {self.of_data[0]}: --data has to say what images it is measured on")
+        model, checksum = self.models.pipeline(checkpoint, torch.device("cpu")).model, checksum_of(checkpoint)
+        networks = [its for its in self.networks if its.space in spaces_of(self.of_data)]
+        lpips = lpips_network() if "lpips" in self.of_data else None
+        job = PartsJob(model, checksum, self.of_data, networks, self.real.source, lpips, self.tells)
+        self.tells = False
+        key = "-".join([checksum[:12], *sorted(self.of_data), *(network.key for network in networks)])
+        items = self.real.items(self.asked.out / "parts" / f"model-{key}")
+        self.run_pass(job, items)
+        return rows_of_items(items)
+
+    # ------------------------------------------------------------------------------------------------------- the table
+
+    def remark(self, real: RealSet | None, made: PictureRows) -> None:
+        """Note what has to be said of few images."""
+        counts = {"pictures": len(made)} | ({"real images": len(real.rows)} if real is not None else {})
+        self.remarks += few_images(self.made_of, counts, {network.space: network.width for network in self.networks})
+
+    def facts(self, real: RealSet | None) -> dict[str, str]:
+        """Return what the numbers are of."""
+        facts = {"real images": f"{len(real.rows):,}"} if real is not None else {}
+        facts |= {network.space: network.describe() for network in self.networks}
+        if self.made_of:
+            kind = "95 % interval of Student's t over seeds" if len(self.asked.seeds) > 1 else (
+                f"1.96 standard deviations of {self.asked.bootstrap} bootstrap draws of the pictures"
+            )  # fmt: skip
+            facts["margins"] = kind
+        return facts
+
+
+def _with_captions(scores: Tensor) -> Tensor:
+    """Return the numbers of the pictures that have a score, [n], of scores [N] that are NaN without a caption."""
+    return torch.arange(len(scores))[~scores.isnan()]

@@ -1,0 +1,131 @@
+"""Files of features: parts of a set, as a pass writes them, and whole sets of real images that know what they are of.
+
+safetensors: what there is of each picture as tensors [N, ...], "features.inception", "features.embedding",
+"values.psnr", ...; captions as `text` and `text_ends` (`data.strings`); under `features` in the metadata, as JSON, what
+they were made of.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from ldm_lab.checkpoints.files import FORMAT, read_safetensors
+from ldm_lab.data.counts import Counts
+from ldm_lab.data.jobs import Finished
+from ldm_lab.data.strings import Strings
+from ldm_lab.errors import UserError
+from ldm_lab.io.atomic import atomic_write
+from ldm_lab.io.json_files import Fields, parse_json
+
+ROLE = "features"
+TEXT, TEXT_ENDS = "text", "text_ends"
+FEATURES, VALUES, SUMS = "features.", "values.", "sums."  # prefixes of tensors
+
+
+@dataclass
+class PictureRows:
+    """What is known of N pictures.
+
+    Attributes:
+        tensors: name -> [N, ...]; of those that begin with "sums.", [n, ...] to be added up.
+        texts: their captions or prompts; "" where there is none.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    texts: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @classmethod
+    def joined(cls, parts: "Sequence[PictureRows]") -> "PictureRows":
+        """Return the rows of parts, in their order; all of them have the same tensors, or no rows."""
+        filled = [part for part in parts if part.tensors]
+        names = filled[0].tensors if filled else {}
+        tensors = {name: torch.cat([part.tensors[name] for part in filled]) for name in names}
+        return cls(tensors, [text for part in parts for text in part.texts])
+
+    def features(self, space: str) -> Tensor:
+        """Return the features of a space, [N, D]."""
+        return self.tensors[FEATURES + space]
+
+    def taken(self, rows: Tensor) -> "PictureRows":
+        """Return the rows of these numbers, int64 [n]; sums are left out."""
+        tensors = {name: value[rows] for name, value in self.tensors.items() if not name.startswith(SUMS)}
+        return PictureRows(tensors, [self.texts[row] for row in rows.tolist()])
+
+
+def write_rows(path: Path, rows: PictureRows, facts: dict[str, str]) -> None:
+    """Write rows, with what they were made of, whole or not at all. Raises UserError if that cannot be."""
+    packed = Strings.pack(rows.texts)
+    tensors = {name: value.contiguous() for name, value in rows.tensors.items()}
+    tensors |= {TEXT: torch.from_numpy(packed.blob.copy()), TEXT_ENDS: torch.from_numpy(packed.ends)}  # [bytes], [N]
+    with atomic_write(path) as file:
+        file.write(save(tensors, {"format": FORMAT, "role": ROLE, ROLE: json.dumps(facts)}))
+
+
+def read_rows(path: Path) -> tuple[PictureRows, dict[str, str]]:
+    """Return the rows in a file, and what they were made of. Raises UserError for a damaged or foreign one."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file (features)")
+    tensors, metadata = read_safetensors(path)
+    if metadata.get("format") != FORMAT or metadata.get("role") != ROLE:
+        raise UserError(f"{path}: no features of ldm_lab's, as `evaluate` writes them")
+    try:
+        strings = Strings(tensors.pop(TEXT).numpy(), tensors.pop(TEXT_ENDS).numpy())
+        texts = [strings[i] for i in range(len(strings))]
+    except (KeyError, ValueError, TypeError, IndexError):
+        raise UserError(f"{path}: features without their captions, damaged") from None
+    wrong = [
+        n for n, value in tensors.items() if not n.startswith(SUMS) and (not value.ndim or len(value) != len(texts))
+    ]
+    if wrong:
+        raise UserError(f"{path}: {wrong[0]} and captions are of different numbers of pictures, damaged")
+    return PictureRows(tensors, texts), dict(Fields({ROLE: {**parse_json(metadata[ROLE].encode())}}).words(ROLE))
+
+
+# ------------------------------------------------------------------------------------------------- parts of a pass
+
+
+def write_part(path: Path, rows: PictureRows, done: Finished) -> None:
+    """Write the rows of a finished work item."""
+    facts = {"fingerprint": json.dumps(done.fingerprint), "content": json.dumps(done.content)}
+    write_rows(path, rows, {**facts, "counts": json.dumps(asdict(done.counts))})
+
+
+def read_part(path: Path) -> Finished | None:
+    """Return what a part says of itself; None if it is not there, damaged or another program's."""
+    try:
+        _, facts = read_rows(path)
+    except UserError:
+        return None
+    fingerprint = Fields({"its": {**parse_json(facts.get("fingerprint", "").encode())}}).words("its")
+    counts = Fields({**parse_json(facts.get("counts", "").encode())})
+    try:
+        content = json.loads(facts.get("content", ""))
+    except ValueError:
+        return None
+    if not isinstance(content, str | int | None):
+        return None
+    read = Counts(
+        counts.count("read") or 0,
+        counts.numbers("skipped"),
+        counts.texts("examples"),
+        counts.numbers("filtered"),
+        captions=counts.numbers("captions"),
+    )
+    return Finished(dict(fingerprint), content, read)
+
+
+# ------------------------------------------------------------------------------------------------ sets of real images
+
+
+def differences(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
+    """Return which facts of a file are others than those that are wanted, a few words each."""
+    names = [name for name in here if there.get(name) != here[name]]
+    return [f"{name} ({there.get(name, 'nothing')[:60]} there, {here[name][:60]} here)" for name in names]

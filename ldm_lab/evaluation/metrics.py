@@ -1,0 +1,216 @@
+"""The metrics by name: what each compares, on which features, and which way is better; values with their margins."""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ldm_lab.errors import UserError, unknown
+from ldm_lab.evaluation.distances import (
+    KID_SIZE,
+    NEIGHBORS,
+    Moments,
+    check_rows,
+    cmmd,
+    covered,
+    frechet,
+    kid,
+    neighbor_radii,
+    recall,
+)
+from ldm_lab.evaluation.feature_files import VALUES, PictureRows
+from ldm_lab.evaluation.features import Space
+
+Kind = Literal["pictures", "captions", "data"]
+MarginOf = Literal["seeds", "bootstrap", ""]
+CLIP_SCORE = VALUES + "clip_score"
+QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # of Student's t, 97.5 %, 1 to 9 degrees
+NORMAL = 1.96  # that of the normal distribution
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric.
+
+    Attributes:
+        kind: of made pictures against real ones, of pictures and their captions, or of a model on the real data alone.
+        higher_is_better: which way is better.
+        meaning: a line for the user.
+        space: features that it compares; None for none.
+        least: pictures that it needs on each side.
+    """
+
+    kind: Kind
+    higher_is_better: bool
+    meaning: str
+    space: Space | None = None
+    least: int = 2
+
+
+METRICS = {
+    "fid": Metric("pictures", False, "Fréchet distance of Inception features", "inception"),
+    "kid": Metric("pictures", False, "unbiased kernel distance of Inception features", "inception"),
+    "fd": Metric("pictures", False, "Fréchet distance of embeddings", "embedding"),
+    "cmmd": Metric("pictures", False, "kernel distance of embeddings, times 1000", "embedding"),
+    "precision": Metric("pictures", True, "share of pictures among the real ones", "embedding", NEIGHBORS + 1),
+    "recall": Metric("pictures", True, "share of real images among the pictures", "embedding", NEIGHBORS + 1),
+    "clip_score": Metric("captions", True, "100 x cosine of a picture's and its prompt's embedding", "embedding", 1),
+    "loss": Metric("data", False, "the objective's loss on the data, by noise level", None, 1),
+    "psnr": Metric("data", True, "the autoencoder's reconstructions, decibels", None, 1),
+    "lpips": Metric("data", False, "the autoencoder's reconstructions, perceptual distance", None, 1),
+    "rfid": Metric("data", False, "FID of the autoencoder's reconstructions", "inception"),
+    "rfd": Metric("data", False, "fd of the autoencoder's reconstructions", "embedding"),
+    "retrieval": Metric("data", True, "the conditioner finds captions of images, and images of captions", None),
+}
+DEFAULT = ("fd", "cmmd", "precision", "recall", "clip_score")  # what works offline
+
+
+def check_names(names: Sequence[str], where: str) -> list[str]:
+    """Return the names of metrics, each once. Raises UserError for an unknown one."""
+    for name in names:
+        if name not in METRICS:
+            raise UserError(f"{where}: {unknown('metric', name, METRICS)}")
+    return list(dict.fromkeys(names))
+
+
+def spaces_of(names: Iterable[str]) -> list[Space]:
+    """Return the kinds of features that metrics need, each once."""
+    return list(dict.fromkeys(space for name in names if (space := METRICS[name].space) is not None))
+
+
+def of_kind(names: Iterable[str], *kinds: Kind) -> list[str]:
+    """Return those names that are of some kinds."""
+    return [name for name in names if METRICS[name].kind in kinds]
+
+
+# ------------------------------------------------------------------------------------------------------------- values
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number with its margin.
+
+    Attributes:
+        value: of all pictures; of several seeds their mean.
+        margin: half of the 95 % confidence interval; None where there is none.
+        margin_of: what it is made of.
+    """
+
+    value: float
+    margin: float | None = None
+    margin_of: MarginOf = ""
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g}" + ("" if self.margin is None else f" ± {self.margin:.2g}")
+
+
+def over_seeds(values: Sequence[float]) -> Value:
+    """Return the mean of several seeds' values, with Student's interval; of one it has none."""
+    if len(values) < 2:
+        return Value(values[0])
+    degrees = len(values) - 1
+    quantile = QUANTILES[degrees - 1] if degrees <= len(QUANTILES) else NORMAL
+    margin = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return Value(statistics.fmean(values), margin, "seeds")
+
+
+def by_bootstrap(value: float, again: Callable[[Tensor], float], count: int, times: int) -> Value:
+    """Return a value with a margin by bootstrap (Efron 1979): pictures drawn again, with replacement, `times` times.
+
+    The real images stay as they are. Drawing a picture twice moves some distances as a whole, so that the interval lies
+    around the value itself, and only its width, 1.96 standard deviations, is the bootstrap's.
+
+    Args:
+        value: of all pictures.
+        again: from the numbers of drawn pictures, int64 [count], to their value.
+        count: pictures.
+        times: 0 gives no margin.
+    """
+    if times < 2:
+        return Value(value)
+    generator = torch.Generator().manual_seed(0)
+    drawn = [again(torch.randint(count, (count,), generator=generator)) for _ in range(times)]
+    return Value(value, NORMAL * statistics.stdev(drawn), "bootstrap")
+
+
+@dataclass
+class RealSet:
+    """Features of real images, and what is computed of them once for all that is compared with them.
+
+    Attributes:
+        rows: of the images.
+    """
+
+    rows: PictureRows
+    _moments: dict[str, Moments] = field(default_factory=dict)
+    _radii: dict[str, Tensor] = field(default_factory=dict)
+
+    def moments(self, space: str) -> Moments:
+        """Return the moments of the features of a space."""
+        if space not in self._moments:
+            self._moments[space] = Moments.of(self.rows.features(space))
+        return self._moments[space]
+
+    def radii(self, space: str) -> Tensor:
+        """Return how far each one's nearest neighbors are, squared, [N]."""
+        if space not in self._radii:
+            self._radii[space] = neighbor_radii(self.rows.features(space), NEIGHBORS)
+        return self._radii[space]
+
+
+def distance(name: str, real: RealSet, made: Tensor, space: Space) -> float:
+    """Return the value of a metric that compares sets, for features [n, D] of one of them.
+
+    Raises:
+        UserError: too few pictures, features that are not finite.
+    """
+    theirs = real.rows.features(space)
+    for what, rows in (("real images", theirs), ("pictures", made)):
+        check_rows(f"{name}: {what}", rows, METRICS[name].least)
+    if name in ("fid", "fd", "rfid", "rfd"):
+        return frechet(real.moments(space), Moments.of(made))
+    if name == "kid":
+        return kid(theirs, made)
+    if name == "cmmd":
+        return cmmd(theirs, made)
+    if name == "precision":
+        return covered(made, theirs, real.radii(space))
+    return recall(theirs, made)
+
+
+def picture_value(name: str, real: RealSet | None, made: PictureRows, times: int) -> Value:
+    """Return the value of a metric for made pictures, with a margin by bootstrap. Errors are those of `distance`."""
+    metric = METRICS[name]
+    if metric.kind == "captions":
+        scores = made.tensors[CLIP_SCORE].double()  # [n]
+        check_rows(f"{name}: pictures", scores[:, None])
+        return by_bootstrap(float(scores.mean()), lambda rows: float(scores[rows].mean()), len(scores), times)
+    assert metric.space is not None and real is not None, f"{name} compares features with those of real images"
+    space, features = metric.space, made.features(metric.space)
+    value = distance(name, real, features, space)
+    return by_bootstrap(value, lambda rows: distance(name, real, features[rows], space), len(features), times)
+
+
+def few_images(names: Iterable[str], counts: Mapping[str, int], widths: Mapping[Space, int]) -> list[str]:
+    """Return what has to be said of numbers of images that are small for what is measured, a line each.
+
+    Args:
+        names: of metrics.
+        counts: images by whose they are, "real images" and "pictures".
+        widths: D by kind of features.
+    """
+    lines = []
+    for name in names:
+        space, (who, count) = METRICS[name].space, min(counts.items(), key=lambda item: item[1])
+        if name in ("fid", "fd", "rfid", "rfd") and space is not None and count <= widths[space]:
+            lines.append(
+                f"{name}: {count:,} {who} for {widths[space]:,} features: covariances are singular and the distance "
+                "comes out too large; compare it between equal numbers of images alone"
+            )
+        if name == "kid" and count < KID_SIZE:
+            lines.append(f"kid: {count:,} {who}, fewer than a subset's {KID_SIZE:,}: all of them are one subset")
+    return lines

@@ -1,0 +1,109 @@
+"""Features of real images, kept in a file that knows what they are of."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ldm_lab.config import PartConfig
+from ldm_lab.data.file_facts import digest, facts_of
+from ldm_lab.data.jobs import PassOptions, PassReport
+from ldm_lab.data.passes import run_pass
+from ldm_lab.data.source import Source
+from ldm_lab.data.work_items import SourceItem, source_items
+from ldm_lab.errors import UserError
+from ldm_lab.evaluation.feature_files import PictureRows, differences, read_rows, write_rows
+from ldm_lab.evaluation.features import Features
+from ldm_lab.evaluation.jobs import SourceJob, rows_of_items
+from ldm_lab.progress import print_line
+
+FILE = "real.safetensors"  # in the folder of an evaluation
+NO_MATTER = ("workers", "timeout", "batch_size", "max_skipped", "path", "shards", "folder", "local", "shuffle_buffer")
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """Real images, opened.
+
+    Attributes:
+        config: their section.
+        source: opened.
+        limit: as many are taken, evenly spread; None takes all.
+    """
+
+    config: PartConfig
+    source: Source
+    limit: int | None
+
+    @classmethod
+    def open(cls, config: PartConfig, limit: int | None) -> "RealImages":
+        """Find the images. Raises UserError for none."""
+        source: Source = config.build()
+        source.prepare()
+        try:
+            source.open()
+        except UserError as error:
+            raise UserError(f"--data: {str(error).removeprefix('data.')}") from None
+        return cls(config, source, limit)
+
+    def facts(self, networks: Sequence[Features]) -> dict[str, str]:
+        """Return what features of these images are made of: files, how they are read, the networks."""
+        options = {key: its for key, its in sorted(self.config.to_dict().items()) if key not in NO_MATTER}
+        files = digest(facts_of(self.source.files()))
+        return {
+            "data": f"{self.source.contents()} {files}",
+            "options": json.dumps(options, default=str),
+            "images": "all" if self.limit is None else str(self.limit),
+            **{its.space: json.dumps(its.identity, sort_keys=True) for its in networks},
+        }
+
+    def items(self, folder: Path) -> list[SourceItem]:
+        """Return the work items, with results in a folder."""
+        return source_items(self.source, folder, self.limit)
+
+
+def real_rows(
+    real: RealImages | None, networks: Sequence[Features], path: Path, is_own: bool, options: PassOptions
+) -> PictureRows:
+    """Return the features of real images, read from a file, or made and kept there; in every process.
+
+    Args:
+        real: the images; None where the file has to do.
+        networks: whose features are needed.
+        path: of the file.
+        is_own: whether it is the evaluation's own, which is made anew where it is of something else; one that the user
+            names is refused.
+        options: of the pass.
+
+    Raises:
+        UserError: no images and no file, a file of other images or networks, no usable image.
+    """
+    if path.exists():
+        rows, there = read_rows(path)
+        wanted = {n.space: json.dumps(n.identity, sort_keys=True) for n in networks}
+        other = differences(there, wanted if real is None else real.facts(networks))
+        if not other:
+            return rows
+        if real is None or not is_own:
+            raise UserError(f"{path}: features of something else: {'; '.join(other)}")
+    elif real is None:
+        raise UserError(f"{path}: no such file, and no --data to make it of")
+    facts = real.facts(networks)
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+    folder = path.parent / "parts" / f"real-{key}"
+
+    def join(items: Sequence[SourceItem], report: PassReport) -> None:
+        if not report.counts.used:
+            raise UserError(f"--data: no usable image: {report.counts}")
+        if path.exists():
+            print_line(f"{path}: of something else, made anew")
+        write_rows(path, rows_of_items(items), facts)
+
+    report = run_pass(SourceJob(networks, real.source, join), real.items(folder), options)
+    if report is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        if report.unreached:
+            print_line(f"--data: {len(report.unreached)} shards could not be read, such as {report.unreached[0]}")
+    return read_rows(path)[0]

@@ -1,0 +1,112 @@
+"""What pictures are made with in an evaluation: models, and the choices of sampling that are compared."""
+
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ldm_lab.errors import UserError
+from ldm_lab.io.atomic import sha256
+from ldm_lab.prompts import Prompt
+from ldm_lab.sampling import ModelOptions, Pipeline, SamplingOptions
+from ldm_lab.sampling.loading import locate_model
+from ldm_lab.sampling.names import model_name
+
+SEED_STEP = 1_000_003  # between the noise of two seeds' first pictures: seeds never share a picture's noise
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model, and how it is asked.
+
+    Attributes:
+        model: its name in the table.
+        checkpoint: as it was given.
+        checksum: sha256 of its file.
+        options: all choices but the seed.
+        guidance, sampler, steps: as they come out with all defaults.
+    """
+
+    model: str
+    checkpoint: str
+    checksum: str
+    options: SamplingOptions
+    guidance: float
+    sampler: str
+    steps: int
+
+    def key(self, prompts: Sequence[Prompt]) -> str:
+        """Return what stands for the setting with these prompts."""
+        given = json.dumps(self.options.given(), sort_keys=True, default=str)
+        texts = json.dumps([[prompt.text, prompt.weight] for prompt in prompts])
+        return hashlib.sha256(f"{self.checksum} {given} {texts}".encode()).hexdigest()[:16]
+
+
+class Models:
+    """Trained models, of which the one used last is in memory."""
+
+    def __init__(self, options: ModelOptions) -> None:
+        """Set how they are loaded; where they run is said later."""
+        self.options = options
+        self._loaded: tuple[str, str, Pipeline] | None = None
+
+    def pipeline(self, checkpoint: str, device: torch.device) -> Pipeline:
+        """Return a model on a device. Errors are those of `Pipeline.from_checkpoint`."""
+        if self._loaded is None or self._loaded[:2] != (checkpoint, str(device)):
+            self._loaded = None  # the memory is free before the next one comes
+            loading = replace(self.options, device=str(device))
+            self._loaded = checkpoint, str(device), Pipeline.from_checkpoint(checkpoint, loading)
+        return self._loaded[2]
+
+
+def model_names(checkpoints: Sequence[str]) -> list[str]:
+    """Return a name for each model: as short as they stay apart. Raises UserError for one that is given twice."""
+    paths = [Path(checkpoint) for checkpoint in checkpoints]
+    ways = (
+        [model_name(path).removesuffix(".safetensors").removesuffix(".ckpt") for path in checkpoints],
+        [f"{path.absolute().parent.name}/{path.stem}" for path in paths],
+        [str(path) for path in paths],
+    )
+    for names in ways:
+        if len({*names}) == len(names):
+            return names
+    twice = next(name for name in ways[-1] if ways[-1].count(name) > 1)
+    raise UserError(f"--checkpoint {twice}: is given twice")
+
+
+def settings_of(
+    models: Models, checkpoints: Sequence[str], choices: Sequence[SamplingOptions], prompts: Sequence[Prompt]
+) -> list[Setting]:
+    """Return every model with every choice, models first.
+
+    Raises:
+        UserError: a missing or foreign file; something that a model cannot do.
+    """
+    found = []
+    names = model_names(checkpoints)
+    for (name, checkpoint), options in itertools.product(zip(names, checkpoints, strict=True), choices):
+        pipeline = models.pipeline(checkpoint, torch.device("cpu"))
+        try:
+            request = pipeline.check([[prompt] for prompt in prompts[:1]], options)
+        except UserError as error:
+            raise UserError(f"{checkpoint}: {error}") from None
+        sampler = str(request.options.sampler["name"])
+        checksum, steps = checksum_of(checkpoint), request.sampler.steps
+        found.append(Setting(name, checkpoint, checksum, options, request.guidance, sampler, steps))
+    return found
+
+
+@functools.cache
+def checksum_of(checkpoint: str) -> str:
+    """Return the sha256 of a model's file."""
+    return sha256(locate_model(checkpoint))
+
+
+def picture_seeds(seed: int, count: int) -> list[int]:
+    """Return the seeds of the pictures of one seed: of seed 0 they are 0, 1, 2, ..., as sample.py counts."""
+    return [seed * SEED_STEP + number for number in range(count)]

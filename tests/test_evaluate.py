@@ -1,0 +1,291 @@
+"""`python -m ldm_lab evaluate`: models and folders of pictures in one table, on the tests' tiny model."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny import DENOISER, embedding, make_parts, run_program
+
+from ldm_lab.checkpoints.native import save_model
+from ldm_lab.config import build
+from ldm_lab.data.shapes import write_shards
+from ldm_lab.errors import UserError
+from ldm_lab.evaluation.distances import Moments, cmmd, frechet
+from ldm_lab.evaluation.feature_files import FEATURES, PictureRows, read_part, read_rows, write_rows
+from ldm_lab.evaluation.metrics import CLIP_SCORE
+from ldm_lab.evaluation.model_parts import IMAGE_EMBED, TEXT_EMBED, retrieval
+from ldm_lab.evaluation.settings import SEED_STEP, model_names, picture_seeds
+from ldm_lab.sampling import Pipeline, SamplingOptions
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """Two models of one kind, with random weights, and 24 real images with captions."""
+    folder = tmp_path_factory.mktemp("models")
+    config = {"task": "diffusion", **make_parts(folder), "denoiser": DENOISER, "objective": {"name": "v_cosine"}}
+    config["conditioner"]["dropout"] = 0.2
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        state = build("denoiser", DENOISER, 4, embedding(16)).state_dict()
+        save_model(folder / f"{name}.safetensors", state, config, {"image_size": "32"})
+    write_shards(folder / "shards", count=24, shards=3, size=32, seed=1)
+    return folder
+
+
+@pytest.fixture
+def evaluate(models, program, tmp_path):
+    """Run the command on model a, unless another one is named: `evaluate("--steps", 2)` -> (exit code, out, err)."""
+
+    def call(
+        *args: str | Path, data: bool = True, out: Path = tmp_path / "out", batch: int = 4
+    ) -> tuple[int, str, str]:
+        named = any(str(word) in ("--checkpoint", "--images") for word in args)
+        model = [] if named else ["--checkpoint", models / "a.safetensors"]
+        real = ["--data", f"shards={models}/shards/*.tar", "image_size=32"] if data else []
+        few = ["--accelerator", "cpu", "--workers", 0, "--batch-size", batch, "--bootstrap", 2, "--out", out]
+        return program("ldm_lab.__main__", "evaluate", *model, *real, *few, *args)
+
+    return call
+
+
+def table(folder: Path) -> dict:
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+SHORT = ("--pictures", 6, "--steps", 2)
+
+
+def test_models_and_choices_in_one_table(evaluate, models, tmp_path):
+    checkpoints = ["--checkpoint", models / "a.safetensors", "--checkpoint", models / "b.safetensors"]
+    code, out, err = evaluate(*checkpoints, "--guidance", 1, "--guidance", 3, "--pictures", 4, "--steps", 2)
+    assert code == 0, err
+    rows = table(tmp_path / "out")["rows"]
+    assert [(row["model"], row["guidance"], row["sampler"], row["steps"]) for row in rows] == [
+        ("a", 1, "unipc", 2), ("a", 3, "unipc", 2), ("b", 1, "unipc", 2), ("b", 3, "unipc", 2),
+    ]  # fmt: skip
+    assert list(rows[0]["values"]) == ["fd", "cmmd", "precision", "recall", "clip_score"]
+    assert rows[0]["values"]["cmmd"]["margin_of"] == "bootstrap" and rows[0]["values"]["cmmd"]["margin"] > 0
+    assert rows[0]["values"]["fd"] != rows[1]["values"]["fd"] != rows[2]["values"]["fd"]
+    with open(tmp_path / "out" / "evaluation.csv") as file:
+        read = list(csv.DictReader(file))
+    assert [float(row["cmmd"]) for row in read] == [row["values"]["cmmd"]["value"] for row in rows]
+    markdown = (tmp_path / "out" / "evaluation.md").read_text()
+    assert markdown.count("| a |") == 2 and markdown.count("**") >= 10 and markdown in out
+    assert "covariances are singular" in markdown
+    assert Image.open(tmp_path / "out" / "evaluation.png").size[0] > 400
+
+
+def test_values_are_those_of_the_pictures_that_sampling_makes(evaluate, models, tmp_path):
+    """By hand: the pictures of `Pipeline`, the conditioner's embeddings, the distances."""
+    (tmp_path / "p.txt").write_text("a red star\na blue circle: round\n")
+    code, _, err = evaluate(*SHORT, "--prompts", tmp_path / "p.txt", "--guidance", 2, "--sampler", "ddim")
+    assert code == 0, err
+    values = table(tmp_path / "out")["rows"][0]["values"]
+    pipeline = Pipeline.from_checkpoint(models / "a.safetensors")
+    options = SamplingOptions(guidance=2.0, sampler={"name": "ddim", "steps": 2}, batch_size=4)
+    prompts = ["a red star", "a blue circle: round"] * 3
+    pictures = pipeline(prompts, options)
+    conditioner = pipeline.model.conditioner
+    made = conditioner.from_prompts([], pictures)["embed"]  # [6, 16]
+    real = read_rows(tmp_path / "out" / "real.safetensors")[0]
+    assert len(real) == 24 and all(real.texts)
+    rows = real.features("embedding")
+    assert values["fd"]["value"] == pytest.approx(frechet(Moments.of(rows), Moments.of(made)), abs=1e-4)
+    assert values["cmmd"]["value"] == pytest.approx(cmmd(rows, made), abs=1e-4)
+    told = conditioner.encode_text(prompts)
+    assert values["clip_score"]["value"] == pytest.approx(float(100 * (made * told).sum(1).mean()), abs=1e-3)
+
+
+def test_several_seeds_give_margins_and_share_no_noise(evaluate, tmp_path):
+    code, _, err = evaluate(*SHORT, "--seeds", 0, 1, 2, "--metric", "cmmd")
+    assert code == 0, err
+    [row] = table(tmp_path / "out")["rows"]
+    assert row["seeds"] == [0, 1, 2] and row["values"]["cmmd"]["margin_of"] == "seeds"
+    assert "6 x 3 seeds" in (tmp_path / "out" / "evaluation.md").read_text()
+    assert picture_seeds(0, 3) == [0, 1, 2] and picture_seeds(2, 2) == [2 * SEED_STEP, 2 * SEED_STEP + 1]
+
+
+def test_an_interrupted_command_goes_on_and_gives_the_same(evaluate, tmp_path, monkeypatch):
+    code, _, err = evaluate(*SHORT)
+    assert code == 0, err
+    whole = (tmp_path / "out" / "evaluation.json").read_bytes()
+    parts = sorted((tmp_path / "out" / "parts").rglob("*.safetensors"))
+    assert len(parts) == 2  # 4 pictures and 2
+    parts[1].unlink()
+    made = []
+    monkeypatch.setattr(
+        Pipeline, "samples", lambda self, *a, _was=Pipeline.samples, **k: made.append(1) or _was(self, *a, **k)
+    )
+    assert evaluate(*SHORT)[0] == 0
+    assert len(made) == 1 and (tmp_path / "out" / "evaluation.json").read_bytes() == whole
+    parts[0].write_bytes(b"damaged")
+    assert evaluate(*SHORT)[0] == 0 and len(made) == 2
+    assert (tmp_path / "out" / "evaluation.json").read_bytes() == whole
+
+
+def test_features_of_real_images_are_kept_and_know_what_they_are_of(evaluate, models, tmp_path):
+    assert evaluate(*SHORT, "--metric", "cmmd")[0] == 0
+    kept = tmp_path / "out" / "real.safetensors"
+    before, written = kept.read_bytes(), kept.stat().st_mtime_ns
+    assert evaluate(*SHORT, "--metric", "cmmd")[0] == 0 and kept.stat().st_mtime_ns == written  # not made anew
+
+    code, out, _ = evaluate(*SHORT, "--metric", "cmmd", "--limit", 12)
+    assert code == 0 and "real.safetensors: of something else, made anew" in out
+    assert len(read_rows(kept)[0]) == 12 and kept.read_bytes() != before
+
+    mine = tmp_path / "mine.safetensors"
+    mine.write_bytes(before)
+    code, _, err = evaluate(*SHORT, "--metric", "cmmd", "--features", mine, data=False, out=tmp_path / "two")
+    assert code == 0, err
+    code, _, err = evaluate(*SHORT, "--metric", "cmmd", "--features", mine, "--limit", 12)
+    assert code == 2 and "mine.safetensors: features of something else: images (10000 there, 12 here)" in err
+    mine.write_bytes(before[:-50])
+    code, _, err = evaluate(*SHORT, "--metric", "cmmd", "--features", mine)
+    assert code == 2 and "mine.safetensors: not a readable safetensors file" in err
+
+
+def test_a_models_parts_on_real_images(evaluate, tmp_path):
+    code, _, err = evaluate("--metric", "loss", "--metric", "psnr", "--metric", "rfd", "--metric", "retrieval")
+    assert code == 0, err
+    [row] = table(tmp_path / "out")["rows"]
+    values = {name: its["value"] for name, its in row["values"].items()}
+    assert row["guidance"] is None and row["pictures"] == 0
+    quarters = [values[f"loss_t{t}"] for t in ("0.00", "0.25", "0.50", "0.75")]
+    assert min(quarters) < values["loss"] < max(quarters)
+    assert 0 < values["psnr"] < 40 and values["rfd"] > 0 and row["values"]["psnr"]["margin"] > 0
+    assert 0 <= values["image_to_text_r1"] <= values["image_to_text_r5"] <= 1
+
+
+def test_the_loss_does_not_depend_on_the_batches(evaluate, tmp_path):
+    found = []
+    for size in (24, 5):
+        assert evaluate("--metric", "loss", batch=size, out=tmp_path / str(size))[0] == 0
+        found.append(table(tmp_path / str(size))["rows"][0]["values"]["loss"]["value"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_pictures_in_a_folder_with_captions_beside(evaluate, models, tmp_path):
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    for number in range(6):
+        Image.new("RGB", (40, 30), (number * 40, 0, 0)).save(folder / f"{number}.png")
+        if number:
+            (folder / f"{number}.txt").write_text("a red circle")
+    clip = ("--clip", "name=cloob", f"weights={models / 'conditioner.safetensors'}")
+    code, _, err = evaluate("--images", folder, *clip)
+    assert code == 0, err
+    content = table(tmp_path / "out")
+    assert content["rows"][0]["model"] == "samples" and content["rows"][0]["pictures"] == 6
+    assert any("clip_score of 5 of 6 pictures" in line for line in content["remarks"])
+
+    for caption in folder.glob("*.txt"):
+        caption.unlink()
+    code, _, err = evaluate("--images", folder, *clip, out=tmp_path / "other")
+    assert code == 2 and f"--images {folder}: clip_score needs captions, in a .txt beside each picture" in err
+    code, _, err = evaluate("--images", folder)
+    assert code == 2 and "--metric fd: --clip has to say whose embeddings are compared" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--metric", "fidd"], "--metric: no such metric: 'fidd'. Did you mean 'fid'?"),
+        (["--seeds", "1", "1"], "--seeds: each has to be another one"),
+        (["--guidance", "1", "--guidance", "1"], "--guidance: each has to be another one"),
+        (["--sampler", "unipcc"], "sampler"),
+        (["--inception", "x.pth"], "--inception: belongs to --metric fid"),
+        (["--inception", "x.pth", "--metric", "fid"], "x.pth: no such file"),
+        (["--checkpoint", "none.safetensors"], "none.safetensors: no such file"),
+        (["--pictures", "0"], "--pictures: at least 1 is needed"),
+        (["--prompts", "none.txt"], "none.txt: no such prompts file"),
+    ],
+    ids=["metric", "seeds", "guidance", "sampler", "inception", "no-inception", "checkpoint", "zero", "prompts"],
+)
+def test_requests_that_make_no_sense_are_one_line(evaluate, args, message):
+    code, _, err = evaluate(*args)
+    assert code == 2 and message in err and "Traceback" not in err
+
+
+def test_what_is_missing_is_said(evaluate, models, tmp_path):
+    code, _, err = evaluate(*SHORT, data=False)
+    assert code == 2 and "--metric fd: --data has to say what the real images are" in err
+    code, _, err = evaluate("--pictures", 3, "--steps", 2, "--metric", "recall")
+    assert code == 2 and "recall: pictures: at least 4 images are needed, not 3" in err
+    code, _, err = evaluate("--metric", "psnr", data=False)
+    assert code == 2 and "--metric psnr: --data has to say what images it is measured on" in err
+    (tmp_path / "bare").mkdir()
+    for number in range(5):
+        Image.new("RGB", (32, 32)).save(tmp_path / "bare" / f"{number}.png")
+    code, _, err = evaluate(*SHORT, "--data", tmp_path / "bare", data=False)
+    assert code == 2 and "--prompts: has to be given, as the real images have no captions" in err
+    code, _, err = evaluate(*SHORT, "--data", tmp_path / "none", data=False)
+    assert code == 2 and "--data" in err and "none" in err
+    code, _, err = evaluate(*SHORT, "--data", "name=folder", f"path={tmp_path / 'bare'}", "sizee=3", data=False)
+    assert code == 2 and "--data: sizee: no such key" in err
+
+
+def test_the_same_name_twice():
+    assert model_names(["runs/x/a.safetensors", "b.ckpt"]) == ["a", "b"]
+    assert model_names(["runs/x/ema.safetensors", "runs/y/ema.safetensors"]) == ["x/ema", "y/ema"]
+    assert len({*model_names(["a/x/ema.safetensors", "b/x/ema.safetensors"])}) == 2
+    with pytest.raises(UserError, match="is given twice"):
+        model_names(["runs/x", "runs/x"])
+
+
+def test_retrieval_counts_images_of_one_caption_alike():
+    images = torch.eye(6)[[0, 0, 1, 2]]  # two of the first caption
+    texts = torch.eye(6)[[0, 0, 1, 3]]  # the last caption is like no image
+    found = retrieval(PictureRows({IMAGE_EMBED: images, TEXT_EMBED: texts}, ["a", "a", "b", "c"]))
+    values = {name: its.value for name, its in found.items()}
+    assert values["image_to_text_r1"] >= 0.75 and values["image_to_text_r5"] == values["text_to_image_r5"] == 1
+    with pytest.raises(UserError, match="at least 2 different captions"):
+        retrieval(PictureRows({IMAGE_EMBED: images, TEXT_EMBED: texts}, ["a", "a", "", "a"]))
+
+
+def test_files_of_others_are_refused(tmp_path):
+    rows = PictureRows({FEATURES + "embedding": torch.zeros(2, 3), CLIP_SCORE: torch.zeros(2)}, ["", "é"])
+    write_rows(tmp_path / "a.safetensors", rows, {"data": "x"})
+    again, facts = read_rows(tmp_path / "a.safetensors")
+    assert again.texts == ["", "é"] and facts == {"data": "x"} and len(again.taken(torch.tensor([1]))) == 1
+    assert read_part(tmp_path / "a.safetensors") is None  # a set, no part of a pass
+    write_rows(tmp_path / "b.safetensors", PictureRows({CLIP_SCORE: torch.zeros(3)}, ["a"]), {})
+    with pytest.raises(UserError, match="different numbers of pictures"):
+        read_rows(tmp_path / "b.safetensors")
+
+
+@pytest.mark.slow
+def test_two_processes_measure_the_same_as_one(models, tmp_path):
+    metrics = [
+        word
+        for name in ("fd", "cmmd", "precision", "recall", "clip_score", "loss", "psnr", "rfd", "retrieval")
+        for word in ("--metric", name)
+    ]
+    common = [
+        "-m",
+        "ldm_lab",
+        "evaluate",
+        "--checkpoint",
+        models / "a.safetensors",
+        "--checkpoint",
+        models / "b.safetensors",
+    ]
+    common += [
+        "--data",
+        f"{models}/shards/*.tar",
+        *SHORT,
+        "--batch-size",
+        "2",
+        "--accelerator",
+        "cpu",
+        "--workers",
+        "0",
+        *metrics,
+    ]
+    for out, more in (("one", []), ("two", ["--devices", "2"])):
+        done = run_program(*common, "--out", tmp_path / out, *more, cwd=tmp_path, timeout=600)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("evaluation.json, evaluation.csv") == 1
+    assert table(tmp_path / "one") == table(tmp_path / "two")
