@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--prompts", type=Path, metavar="FILE",
         help="text, a prompt a line, for the card's samples (default: the run's own; at most 16)")  # fmt: skip
+    add("--evaluation", type=Path, metavar="JSON", help="results of `evaluate` about this model, for the card")
     add("--half", action="store_true", help="store the networks in float16, at half the size")
     add("--autoencoder", metavar="FILE", help="its weights, if not where the checkpoint says")
     add("--conditioner", metavar="FILE", help="its weights, if not where the checkpoint says")
@@ -63,8 +64,12 @@ def run(args: argparse.Namespace) -> None:
 def export_to_hub(args: argparse.Namespace, out: Path, loading: "ModelOptions") -> None:
     """Write the folder to sample from by this program."""
     from ldm_lab.prompts import read_prompts  # these import torch, which takes seconds
+    from ldm_lab.sampling.names import model_name
+    from ldm_lab.sharing.evaluation import Evaluation, read_evaluation
     from ldm_lab.sharing.hub import Export, export
 
+    path = None if args.evaluation is None else args.evaluation.expanduser()
+    measured = Evaluation() if path is None else read_evaluation(path, model_name(args.checkpoint))
     shared = export(
         Export(
             checkpoint=args.checkpoint,
@@ -73,6 +78,8 @@ def export_to_hub(args: argparse.Namespace, out: Path, loading: "ModelOptions") 
             name=args.name,
             license=args.license,
             prompts=None if args.prompts is None else read_prompts(args.prompts),
+            evaluation=measured.rows,
+            notes=measured.notes,
             half=args.half,
             overwrite=args.overwrite,
             loading=loading,
