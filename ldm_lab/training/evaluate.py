@@ -36,7 +36,7 @@ from ldm_lab.evaluation.metrics import (
 )
 from ldm_lab.io.images import to_images
 from ldm_lab.prompts import Prompt, parse_prompt, read_prompts
-from ldm_lab.sampling import Pipeline
+from ldm_lab.sampling import Pipeline, SamplingOptions
 from ldm_lab.sampling.options import DEMO
 from ldm_lab.training.best import Measurement
 from ldm_lab.training.checkpointing import offer
@@ -94,7 +94,7 @@ class Evaluate(Callback):
         self.source.workers = min(self.source.workers, 1)  # the order depends on their number
         self.every, self.metrics, self.images, self.pictures = every, list(metrics), images, pictures
         self.prompts = None if prompts is None else [parse_prompt(line) for line in read_prompts(prompts)]
-        self.options = comparable({**DEMO, **(sampling or {})}, "evaluate")
+        self.options = comparable(SamplingOptions.from_values({**DEMO, **(sampling or {})}), "evaluate")
         self.clip, self.inception = clip, inception
         self.described = json.dumps([data, images, pictures, prompts, sampling, clip], sort_keys=True, default=str)
         self.networks: list[Features] = []
