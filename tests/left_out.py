@@ -31,5 +31,6 @@ class LeftOut:
     def pytest_unconfigure(self, config: pytest.Config) -> None:
         if hasattr(config, "workerinput") or not self.counts.keys() & COMMANDS:
             return
-        named = [f"{self.counts[kind]} {kind} tests ({COMMANDS[kind]})" for kind in COMMANDS if self.counts[kind]]
+        counts = {kind: self.counts[kind] for kind in COMMANDS if self.counts[kind]}
+        named = [f"{n} {kind} test{'s' if n != 1 else ''} ({COMMANDS[kind]})" for kind, n in counts.items()]
         print(f"left out: {', '.join(named)}")
