@@ -14,6 +14,8 @@ class LeftOut:
         self.counts: Counter[str] = Counter()
 
     def pytest_deselected(self, items: list[pytest.Item]) -> None:
+        if items[0].config.option.keyword:  # what -k takes out is no secret
+            return
         for item in items:
             self.counts.update([next((kind for kind in reversed(COMMANDS) if item.get_closest_marker(kind)), "other")])
 

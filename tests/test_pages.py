@@ -85,7 +85,8 @@ def test_the_last_line_says_what_was_left_out(pytester):
     for processes in ([], ["-n1"]):
         ended = pytester.runpytest_inprocess(*chosen, *processes)
         assert ended.ret == 0 and ended.outlines[-1] == line
-    assert "left out" not in "\n".join(pytester.runpytest_inprocess().outlines)
+    for words in ((), ("-k", "test_a")):
+        assert "left out" not in "\n".join(pytester.runpytest_inprocess(*words).outlines)
 
 
 def test_without_a_browser_its_tests_fail_and_say_why(monkeypatch, capsys):
