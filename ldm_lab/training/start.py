@@ -25,6 +25,7 @@ from ldm_lab.training.demo import Demo
 from ldm_lab.training.gap import FILE, gap_options
 from ldm_lab.training.lora import WITHOUT_PEFT
 from ldm_lab.training.sharding import FSDP2
+from ldm_lab.training.tensorboard import WITHOUT_TENSORBOARD, has_tensorboard
 
 Finding = Callable[[], list[Download] | None]
 
@@ -73,6 +74,7 @@ def _findings(config: RunConfig, folder: Path, sources: list[Source]) -> list[Fi
     """Return what has to be looked for, each by itself, so that all of it is found; opened data go into `sources`."""
     trained = config.task_class().PART
     findings: list[Finding] = [partial(_check_network, config), partial(_check_strategy, config)]
+    findings.append(partial(_check_logging, config))
     if "lora" in config:
         findings.append(partial(_check_lora, config))
     for role in ("autoencoder", "conditioner"):
@@ -103,6 +105,12 @@ def _check_network(config: RunConfig) -> None:
     if "objective" in config and "denoiser" in config:
         objective: Objective = config["objective"].build()
         objective.check_denoiser(config["denoiser"].load())
+
+
+def _check_logging(config: RunConfig) -> None:
+    """Raise UserError for a logger whose package is not installed."""
+    if config.part("logging").option("tensorboard") and not has_tensorboard():
+        raise UserError(WITHOUT_TENSORBOARD)
 
 
 def _check_lora(config: RunConfig) -> None:
