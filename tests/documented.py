@@ -23,7 +23,7 @@ RUN_BY = {
 }
 # Pages whose commands are run one after the other by tests/test_docs.py, on few images and for few steps.
 WALKED = ("docs/quickstart.md", "docs/own_images.md")
-# Blocks that show something else than commands: how they begin.
+# Blocks of no language that show something else than commands: how they begin. What programs print stands in ```text.
 PICTURES = ("YAML + key=value", "a red star on a blue background")
 # Commands of other programs: why they are not run.
 FOREIGN = {
