@@ -131,8 +131,8 @@ def controls(workshop: Workshop) -> tuple[Form, Buttons, gr.File]:
         info="One a line; they are mixed in every picture. A weight stands after a colon: watercolor:1.5, blurry:-0.5",
     )  # fmt: skip
     with gr.Row():
-        draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=100)
-        again = gr.Button("Another seed", elem_id="again", min_width=100)
+        draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=70)
+        again = gr.Button("Another seed", elem_id="again", min_width=130)
         stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=60)
     with gr.Column(elem_id="rest"):
         form, dropped = _rest(workshop, model, prompts)

@@ -25,7 +25,10 @@ QUEUE = "pictures"  # whatever makes some waits in this one
 FONTS = ["system-ui", "sans-serif"]
 CSS = """
 .gradio-container { max-width: 1400px !important; }
-#status progress { width: 100%; height: 0.9em; accent-color: #ea580c; }
+#status progress { width: 100%; height: 0.9em; border: 0; background: #ddd; }
+#status progress::-webkit-progress-bar { background: #ddd; }
+#status progress::-webkit-progress-value { background: #ea580c; }
+#status progress::-moz-progress-bar { background: #ea580c; }
 #status { scroll-margin-top: 1em; }
 #status p { margin: 0 0 0.3em 0; overflow-wrap: anywhere; }
 #draw, #again, #stop { font-size: 1rem; white-space: nowrap; padding-left: 0.5em; padding-right: 0.5em; }
@@ -35,6 +38,7 @@ footer { display: none !important; }
   #left { display: contents; }
   #right { order: 1; }
   #rest { order: 2; }
+  #gallery { height: 24rem !important; }
 }
 """
 
