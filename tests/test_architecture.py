@@ -34,7 +34,7 @@ LAYERS = [  # a module may import from its own line only what is in its own pack
     {"sampling"},
     {"evaluation"},
     {"training"},
-    {"curation", "app", "sharing"},
+    {"curation", "app", "own_images", "sharing"},
     {"commands"},
     {"__main__"},
 ]

@@ -1,6 +1,7 @@
 """Small JSON files: read with distrust, written atomically."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from ldm_lab.io.atomic import atomic_write
@@ -51,6 +52,18 @@ class Fields:
             return None
         return {name: Fields(its) for name, its in value.items()}
 
+    def number(self, key: str) -> float | None:
+        """Return a number; NaN and infinity, which JSON has not, are written as texts."""
+        value = self._content.get(key)
+        if value in ("nan", "inf", "-inf"):
+            return float(str(value))
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+    def sequence(self, key: str) -> list[str]:
+        """Return a list of texts; what is none is left out."""
+        value = self._content.get(key)
+        return [its for its in value if isinstance(its, str)] if isinstance(value, list) else []
+
     def listed(self, key: str) -> "list[Fields] | None":
         """Return a list of objects."""
         value = self._content.get(key)
@@ -65,6 +78,14 @@ class Fields:
         """Return an object of whole numbers from 0 on; what is none is left out."""
         inner = self.inside(key) or Fields({})
         return {name: number for name in inner._content if (number := inner.count(name)) is not None}
+
+    def flat(self) -> Iterator[tuple[str, str]]:
+        """Yield (key path, value) of all that is no object, texts as they are, all else as JSON."""
+        for name, value in self._content.items():
+            if isinstance(value, dict):
+                yield from ((f"{name}.{inner}", its) for inner, its in Fields(value).flat())
+            else:
+                yield str(name), value if isinstance(value, str) else json.dumps(value, default=str)
 
     def words(self, key: str) -> list[tuple[str, str]]:
         """Return an object of texts, (name, text) each; what is none is left out."""

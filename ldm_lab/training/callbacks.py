@@ -17,6 +17,7 @@ from ldm_lab.training.lock import RunLock
 from ldm_lab.training.resume import Resume
 from ldm_lab.training.speed import Speed, StepProgress
 from ldm_lab.training.task import Task, gather
+from ldm_lab.training.watching import Watching
 
 
 class Bookkeeping(Callback):
@@ -56,6 +57,7 @@ class RunCallbacks:
         of_task: draw and measure with the network as it is after the batch.
         checkpoint: saves all that the ones before have counted and drawn.
         interrupt: stops after the batch; Lightning then asks `checkpoint` to save.
+        watching: renews the run's page with all of it.
         progress: shows what the batch has come to.
     """
 
@@ -66,6 +68,7 @@ class RunCallbacks:
     of_task: list[Callback]
     checkpoint: Checkpointing
     interrupt: Interrupt
+    watching: Watching
     progress: StepProgress
 
     def in_order(self) -> list[Callback]:
@@ -78,5 +81,6 @@ class RunCallbacks:
             *self.of_task,
             self.checkpoint,
             self.interrupt,
+            self.watching,
             self.progress,
         ]

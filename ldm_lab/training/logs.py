@@ -1,4 +1,4 @@
-"""Where a run reports: a local CSV always, wandb if wanted, a progress bar."""
+"""Where a run reports: a local CSV always, wandb and TensorBoard if wanted, a progress bar."""
 
 import csv
 import io
@@ -11,17 +11,18 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from ldm_lab.config import PositiveInt, register
+from ldm_lab.config import PositiveFloat, PositiveInt, RunConfig, register, to_yaml
 from ldm_lab.errors import UserError, first_line
 from ldm_lab.io.atomic import atomic_write
 from ldm_lab.progress import print_line
+from ldm_lab.training.tensorboard import TensorBoard
 
 TAIL = 2**14  # bytes of the end of a CSV that are looked at first
 
 
 @register("logging")
 class Logging:
-    """Logging to `metrics.csv` in the run's folder and, unless wandb is "none", to Weights & Biases."""
+    """Logging to `metrics.csv` in the run's folder always, and to Weights & Biases and TensorBoard if asked to."""
 
     def __init__(
         self,
@@ -30,6 +31,8 @@ class Logging:
         wandb: Literal["none", "offline", "online"] = "none",
         project: str = "ldm_lab",
         entity: str | None = None,
+        tensorboard: bool = False,
+        page: PositiveFloat | None = 60.0,
     ) -> None:
         """Set where to log.
 
@@ -38,8 +41,11 @@ class Logging:
             wandb: "offline" writes wandb's files without network or account; `wandb sync` uploads them later.
             project: wandb project.
             entity: wandb team or user; null is the account's default.
+            tensorboard: write TensorBoard's files, too, below `tensorboard/` in the run's folder.
+            page: seconds at least between renewals of the page `index.html` in the run's folder; null writes none.
         """
         self.every, self.wandb, self.project, self.entity = every, wandb, project, entity
+        self.tensorboard, self.page = tensorboard, page
 
     @staticmethod
     def unused(*, wandb: str) -> dict[str, str]:
@@ -52,6 +58,8 @@ class Logging:
         if self.wandb != "none":
             folder.mkdir(parents=True, exist_ok=True)
             loggers.append(self._wandb_logger(folder, run, wandb_id))
+        if self.tensorboard:
+            loggers.append(TensorBoard(folder, resumed_step))
         return loggers
 
     def _wandb_logger(self, folder: Path, run: str, wandb_id: str | None) -> WandbLogger:
@@ -243,7 +251,25 @@ def log_values(trainer: Trainer, values: dict[str, float]) -> None:
 
 
 def log_images(trainer: Trainer, name: str, images: list[Image.Image], captions: list[str]) -> None:
-    """Send images to wandb, if the run has it; files are the caller's business."""
+    """Send images to wandb, and a grid to TensorBoard, if the run has them; files are the caller's business."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_image(name, images, step=trainer.global_step, caption=captions)
+        elif isinstance(logger, TensorBoard) and len(images) == 1:  # it has no captions, and grids have all pictures
+            logger.log_picture(name, images[0], max(trainer.global_step - 1, 0))  # with the numbers of this step
+
+
+@rank_zero_only
+def log_config(trainer: Trainer, config: RunConfig, step: int) -> None:
+    """Send a run's config to wandb and TensorBoard, if the run has them.
+
+    Args:
+        trainer: of the run.
+        config: as it is merged.
+        step: that the run begins at.
+    """
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_hyperparams(config.to_dict())
+        elif isinstance(logger, TensorBoard):
+            logger.log_yaml("config", to_yaml(config.to_dict()), step)

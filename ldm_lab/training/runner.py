@@ -18,6 +18,7 @@ from ldm_lab.data.datamodule import DataModule
 from ldm_lab.data.waiting import ReadingError
 from ldm_lab.errors import UserError, told_in_one_line
 from ldm_lab.estimate import in_short, in_units
+from ldm_lab.pages.run_folder import PAGE
 from ldm_lab.processes import fail_together, keep_freed_memory, leave_process_group, quiet_lightning
 from ldm_lab.training.caching import training_data
 from ldm_lab.training.callbacks import Bookkeeping, RunCallbacks
@@ -30,13 +31,14 @@ from ldm_lab.training.going_on import gone_on, in_changed_precision
 from ldm_lab.training.guard import Guard
 from ldm_lab.training.interrupt import STOPPED, Interrupt
 from ldm_lab.training.lock import RunLock
-from ldm_lab.training.logs import Logging, print_rank_zero
+from ldm_lab.training.logs import Logging, log_config, print_rank_zero
 from ldm_lab.training.resume import Resume
 from ldm_lab.training.sharding import FSDP2
 from ldm_lab.training.speed import Speed, StepProgress
 from ldm_lab.training.start import check_start
 from ldm_lab.training.task import Task
 from ldm_lab.training.trainer import TrainerOptions
+from ldm_lab.training.watching import Watching
 
 RUNS = Path("runs")
 
@@ -125,6 +127,7 @@ def _run(config: RunConfig, folder: Path, lock: RunLock, began: float | None) ->
         task.callbacks(folder),
         config.part("checkpoint").build(folder, guard),
         Interrupt(options.max_seconds, began),
+        Watching(folder, logging.page, resume.path, changes),
         StepProgress(speed),
     )
     before = read_pickled(resume.path, mmap=True) if resume.path else {}
@@ -137,12 +140,14 @@ def _run(config: RunConfig, folder: Path, lock: RunLock, began: float | None) ->
         print_rank_zero(task.compile_network(options.compile))
     check_space(folder, task, callbacks.checkpoint, trainer.max_steps)
     announce(config, folder, resume.path, changes, task)
+    log_config(trainer, config, before.get("global_step", 0))
     with compiler_told_in_one_line(options.compile):
         stopped = fit(trainer, task, data, callbacks)
     is_done = 0 <= trainer.max_steps <= trainer.global_step
     if guard.leaves_for is not None and not stopped and not is_done:
         return Done(0, gone_on(config, guard.leaves_for), callbacks.interrupt.began, trainer.strategy.launcher)
     summary = [data.summary(callbacks.bookkeeping.data_states), *guard.summary(), *task.summary()]
+    callbacks.watching.finish(trainer, stopped, summary)
     report(trainer, folder, summary, stopped, before.get("global_step", 0), callbacks.checkpoint.saved_at)
     # Only the first rank tells: Lightning kills it, perhaps while it saves, when another one leaves with a code.
     return Done(STOPPED if stopped and trainer.is_global_zero else 0, None, None)
@@ -246,4 +251,5 @@ def report(
             else f"step {step}: nothing was left to do, trainer.max_steps={max_steps} {reached}"
         )
     if step != resumed_step:
-        print(f"step {step}: {folder / LAST}, logs in {folder / 'metrics.csv'}")
+        page = f", to look at in {folder / PAGE}" if (folder / PAGE).exists() else ""
+        print(f"step {step}: {folder / LAST}, logs in {folder / 'metrics.csv'}{page}")

@@ -1,0 +1,124 @@
+"""The written config: its name, the comment on top of it, the memory that it takes."""
+
+import re
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ldm_lab.config import load
+from ldm_lab.errors import UserError
+from ldm_lab.estimate import StepCost, in_short
+from ldm_lab.io.atomic import atomic_write
+from ldm_lab.own_images.choosing import Machine, Names, Recipe
+from ldm_lab.own_images.commented import Setting
+from ldm_lab.own_images.looking import FolderFacts
+from ldm_lab.training.cost import config_cost
+
+OWN = 10**9  # bytes that CUDA and the demo pictures want beside what is counted
+LEAST_BATCH = 4
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A recipe whose batch goes into the memory at hand.
+
+    Attributes:
+        recipe: with this batch.
+        cost: of its step.
+        said: what was changed for it, in words; "" for nothing.
+    """
+
+    recipe: Recipe
+    cost: StepCost
+    said: str = ""
+
+
+def names_of(folder: Path, out: Path | None) -> Names:
+    """Return the names of the run and its config. Raises UserError for a name that is none."""
+    if out is None:
+        stem = re.sub(r"[^\w-]+", "_", folder.expanduser().resolve().name).strip("_") or "my_images"
+        out = Path(f"{stem}.yaml")
+    if out.suffix not in (".yaml", ".yml") or not re.fullmatch(r"[\w-]+", out.stem):
+        raise UserError(f"--out: {out}: a name of letters, digits, _ and - that ends in .yaml is needed")
+    return Names(out.stem, out.expanduser())
+
+
+def refuse_overwriting(path: Path) -> None:
+    """Raise UserError if a file is there."""
+    if path.exists():
+        raise UserError(f"{path}: is there already; --overwrite replaces it, --out NAME.yaml writes another one")
+
+
+def fitted(recipe: Recipe, machine: Machine) -> Fitted:
+    """Return the recipe with the largest batch, up to its own, that goes into a GPU's memory.
+
+    Raises:
+        UserError: not even a small one does.
+    """
+    cost = counted(recipe.body)
+    if not machine.is_gpu or machine.memory is None:
+        return Fitted(recipe, cost)
+    room = machine.memory - OWN
+    fits = cost.batch_that_fits(room)
+    if cost.peak <= room or fits >= recipe.batch_size:
+        return Fitted(recipe, cost)
+    size = 2 ** (fits.bit_length() - 1) if fits else 0
+    if size < LEAST_BATCH:
+        needed = (cost.lasting + LEAST_BATCH * cost.activations / cost.batch_size + OWN) / 2**30
+        raise UserError(
+            f"--memory: {machine.in_words()}: the smallest recipe, {recipe.origin}, takes {needed:.3g} GiB with "
+            f"batches of {LEAST_BATCH}; --memory cpu writes a recipe of the quickstart's size"
+        )
+    together = recipe.batch_size // size
+    settings = [
+        Setting("data.batch_size", str(size), "what this memory holds"),
+        Setting(
+            "trainer.accumulate_grad_batches", str(together), f"{size} x {together} images for each optimizer step"
+        ),
+    ]
+    smaller = replace(recipe, body=recipe.with_settings(settings))
+    return Fitted(smaller, counted(smaller.body), f"batches of {size}, {together} for each optimizer step")
+
+
+def counted(body: str) -> StepCost:
+    """Return what a step of a config's text costs; no weights are read."""
+    with tempfile.TemporaryDirectory(prefix="ldm_lab-start-") as scratch:
+        path = Path(scratch) / "config.yaml"
+        path.write_text(body, encoding="utf-8")
+        return config_cost(load(path))
+
+
+def config_text(fit: Fitted, facts: FolderFacts, names: Names, machine: Machine) -> str:
+    """Return the whole text of a config."""
+    recipe, cost = fit.recipe, fit.cost
+    memory = f"{cost.peak / 1e9:.3g} GB counted, of which {cost.activations / 1e9:.3g} GB are"
+    network = [Setting("denoiser.name", _denoiser(recipe.body), f"{cost.parameters:,} parameters")]
+    head = [
+        f"# {facts.images:,} images of {facts.path}, at {recipe.side} px; after configs/{recipe.origin}.yaml, for",
+        f"# {machine.in_words()}. Memory: {memory}",
+        f"# intermediate results of {cost.batch_size} images.",
+        f"#   python -m ldm_lab train --config {names.config}",
+        "# With --check behind it the same command tries all out and writes nothing; any key can be given on the",
+        "# command line, such as trainer.max_steps=20; `python train.py --parts` explains all of them.",
+    ]
+    return "\n".join([*head, recipe.with_settings(network)])
+
+
+def _denoiser(body: str) -> str:
+    match = re.search(r"^denoiser:\n(?:.+\n)*?  name: (\w+)", body, re.M)
+    assert match is not None
+    return match[1]
+
+
+def write(path: Path, text: str) -> None:
+    """Write a config, and read it once: what is written here has to be one."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+    load(path)
+
+
+def summary(cost: StepCost, recipe: Recipe, facts: FolderFacts) -> str:
+    """Return what will be trained, in one line."""
+    times = recipe.steps * recipe.batch_size / facts.usable
+    length = f"{recipe.steps:,} steps of {recipe.batch_size} images, each comes about {times:,.0f} times"
+    return f"{in_short(cost.parameters)} parameters at {recipe.side} px; {length}"

@@ -1,0 +1,368 @@
+"""`python -m ldm_lab start`: what lies in a folder is found, and the YAML that comes of it trains."""
+
+import builtins
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from tiny import run_program
+
+from ldm_lab.commands import start
+from ldm_lab.config import load
+from ldm_lab.downloads import Download
+from ldm_lab.errors import UserError
+from ldm_lab.own_images import autoencoder, weights
+from ldm_lab.own_images.choosing import Machine, batch_for, machine_of, max_skipped
+from ldm_lab.own_images.commented import Setting, laid_over, settings_of, text, without_head
+from ldm_lab.own_images.looking import look
+from ldm_lab.own_images.weights import ReleasedWeights
+from ldm_lab.training.cost import config_cost
+
+
+def picture(number: int, side: int = 80, kind: str = "PNG") -> bytes:
+    """Return an encoded picture of its own: a slope of colors and a square."""
+    across, down = np.meshgrid(np.linspace(0, 1, side + number % 7), np.linspace(0, 1, side))  # [H, W] each
+    levels = np.stack([across, down, 0.5 + 0.5 * np.sin(number + 6 * across * down)], -1)  # [H, W, 3]
+    levels[side // 4 : side // 2, : side // 3] = (number % 11) / 10
+    file = io.BytesIO()
+    Image.fromarray((255 * levels).astype(np.uint8)).save(file, kind)
+    return file.getvalue()
+
+
+def fill(folder: Path, count: int, captions: bool = False, side: int = 80) -> Path:
+    """Write so many pictures, with captions if they are asked for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        below = folder / f"{number // 1000:02}" if count > 1000 else folder
+        below.mkdir(exist_ok=True)
+        (below / f"{number:05}.png").write_bytes(picture(number, side))
+        if captions:
+            (below / f"{number:05}.txt").write_text(f"picture number {number}, a slope with a square")
+    return folder
+
+
+def spoil(folder: Path) -> None:
+    """Put files beside the pictures that are no use."""
+    (folder / "broken.jpg").write_bytes(picture(0, kind="JPEG")[:500])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "dot.png").write_bytes(picture(0, side=9))
+    (folder / "notes.docx").write_bytes(b"PK")
+    (folder / ".hidden.jpg").write_bytes(picture(1))
+    (folder / "again.png").write_bytes((folder / "00001.png").read_bytes())
+
+
+@pytest.fixture
+def begin(program, monkeypatch, tmp_path):
+    """Run `start` in a folder of its own, on a CPU, and without released weights unless it is told otherwise."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: str | Path) -> tuple[int, str, str]:
+        return program("ldm_lab.__main__", "start", *words)
+
+    return call
+
+
+def released(monkeypatch: pytest.MonkeyPatch, *missing: Download, why_not: str = "") -> None:
+    monkeypatch.setattr(weights, "released_weights", lambda forbidden: ReleasedWeights(missing, why_not))
+
+
+# ------------------------------------------------------------------------------------------------ YAMLs with comments
+
+
+RECIPE = """# on top
+task: diffusion                       # what
+
+data:
+  name: shapes                        # drawn
+  image_size: 64                      # pixels
+
+cache:                                # once
+  folder: data/x
+
+conditioner:
+  gap:                                # apart
+    noise: null                       # measured
+  dropout: 0.2
+
+checkpoint: {every: 500, keep: 0}     # saved
+"""
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        (Setting("data.name", "folder"), {"data.name": "folder"}),
+        (Setting("data.path", text("/a b/c: #d'é")), {"data.path": "/a b/c: #d'é"}),
+        (Setting("data.name", None), {"data.name": None}),
+        (Setting("checkpoint.every", "7"), {"checkpoint.every": 7, "checkpoint.keep": 0}),
+        (Setting("checkpoint.keep", None), {"checkpoint.keep": None, "checkpoint.every": 500}),
+        (Setting("conditioner.gap", None), {"conditioner.gap": None, "conditioner.dropout": 0.2}),
+        (Setting("conditioner.gap.noise", "0.3"), {"conditioner.gap.noise": 0.3}),
+        (Setting("data.captions.endings", ".caption"), {"data.captions.endings": ".caption", "data.image_size": 64}),
+        (Setting("optim.lr", "1e-3", "why"), {"optim.lr": "1e-3", "checkpoint.keep": 0}),
+        (Setting("init_from", "a.safetensors"), {"init_from": "a.safetensors", "task": "diffusion"}),
+        (Setting("cache", None), {"cache": None, "data.image_size": 64}),
+    ],
+    ids=lambda value: value.path if isinstance(value, Setting) else "",
+)
+def test_a_setting_changes_its_key_alone(setting, expected):
+    before, after = yaml.safe_load(RECIPE), yaml.safe_load(laid_over(without_head(RECIPE), [setting]))
+
+    def at(tree: dict, path: str):
+        for key in path.split("."):
+            tree = tree.get(key) if isinstance(tree, dict) else None
+        return tree
+
+    assert {path: at(after, path) for path in expected} == expected
+    untouched = {"task", "data", "cache", "conditioner", "checkpoint"} - {setting.path.split(".")[0]}
+    assert all(after[key] == before[key] for key in untouched)
+
+
+def test_comments_stay_and_paths_are_no_interpolations(tmp_path):
+    written = laid_over(without_head(RECIPE), [Setting("data.name", "folder"), Setting("data.image_size", "32", "new")])
+    assert "name: folder                        # drawn" in written and "# new" in written and "# on top" not in written
+    assert [its.path for its in settings_of(RECIPE)][:2] == ["task", "data.name"]
+    for odd in ("${oc.env:HOME}", 'tab"\t${x}', "yes", "1_0", "- a", "~", "日本"):
+        (tmp_path / "x.yaml").write_text(f"a: {text(odd)}\n")
+        from omegaconf import OmegaConf
+
+        assert OmegaConf.to_container(OmegaConf.load(tmp_path / "x.yaml"), resolve=True) == {"a": odd}
+
+
+# ------------------------------------------------------------------------------------------------- what lies there
+
+
+def test_what_lies_in_a_folder_is_found(tmp_path):
+    spoil(fill(tmp_path / "photos", 12, captions=True))
+    os.symlink(tmp_path / "gone.jpg", tmp_path / "photos" / "dangling.jpg")
+    facts = look(tmp_path / "photos")
+    told = "\n".join(facts.in_words())
+    assert (facts.images, len(facts.names)) == (17, 13)
+    assert {problem: len(names) for problem, names in facts.unusable.items()} == {
+        "truncated image": 1, "undecodable image": 1, "too small": 1, "unreadable file (No such file or directory)": 1,
+    }  # fmt: skip
+    for words in ("captions of 12", "short sides of 80 to 80", "1 .docx", "1 hidden", "duplicates: 1 files"):
+        assert words in told, told
+    assert max_skipped(facts) == pytest.approx(0.45) and max_skipped(look(fill(tmp_path / "good", 3))) is None
+
+
+def beside(folder: Path, ending: str) -> None:
+    for path in folder.glob("*.png"):
+        path.with_name(path.stem + ending.replace("*", "png")).write_text("a slope")
+
+
+@pytest.mark.parametrize("place", ["txt", "caption", "double", "json", "json_key", "jsonl", "csv", "parquet"])
+def test_captions_are_found_where_people_keep_them(tmp_path, place):
+    folder = fill(tmp_path / "photos", 4)
+    rows = [{"file_name": path.name, "text": "a slope"} for path in sorted(folder.glob("*.png"))]
+    if place in ("txt", "caption", "double"):
+        beside(folder, {"txt": ".txt", "caption": ".caption", "double": ".*.txt"}[place])
+    elif place.startswith("json") and place != "jsonl":
+        for path in folder.glob("*.png"):
+            path.with_suffix(".json").write_text(json.dumps({"caption" if place == "json" else "prompt": "a slope"}))
+    elif place == "jsonl":
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    elif place == "csv":
+        (folder / "captions.csv").write_text(
+            "\n".join(["file_name,text", *(f"{r['file_name']},a slope" for r in rows)])
+        )
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(rows), folder / "metadata.parquet")
+    facts = look(folder)
+    settings = {
+        "caption": {"endings": ".caption"}, "double": {"endings": ".*.txt"}, "json_key": {"json_key": "prompt"},
+        "jsonl": {"metadata": "metadata.jsonl"}, "csv": {"metadata": "captions.csv"},
+        "parquet": {"metadata": "metadata.parquet"},
+    }  # fmt: skip
+    assert facts.captions.images == 4 and facts.captions.settings == settings.get(place, {})
+
+
+def test_empty_captions_are_none(tmp_path):
+    folder = fill(tmp_path / "photos", 4, captions=True)
+    for path in list(folder.glob("*.txt"))[:3]:
+        path.write_text(" \n")
+    assert look(folder).captions.images == 1
+
+
+def alone(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_bytes(b"x" * 2000)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "no such folder. Did you mean"),
+        (lambda path: path.mkdir(), "the folder is empty"),
+        (lambda path: path.write_text("a.jpg"), "not a folder of images, but a file"),
+        (lambda path: (path.mkdir(), (path / "a.docx").write_bytes(b"x")), "no image below"),
+        (lambda path: (path.mkdir(), (path / "a.png").write_bytes(b"x")), "none of its 1 images can be used"),
+        (
+            lambda path: (path.mkdir(), (path / "a.tar").write_bytes(b"x" * 2000)),
+            "no image of the first shard can be used",
+        ),
+    ],
+    ids=["absent", "empty", "file", "documents", "broken", "broken shard"],
+)
+def test_what_is_no_folder_of_images_is_told_in_one_line(begin, tmp_path, make, message):
+    (tmp_path / "photo").mkdir()
+    make(tmp_path / "photos")
+    code, _out, err = begin("photos", "--memory", "cpu", "--offline")
+    assert code == 2 and message in err and err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
+    assert not list(tmp_path.glob("*.yaml"))
+
+
+# ------------------------------------------------------------------------------------------------------ what is chosen
+
+
+def test_memory_in_words():
+    assert machine_of("8gb").memory == machine_of(" 8 GiB ").memory == machine_of("8").memory == 8 * 2**30
+    assert machine_of("CPU").is_gpu is False
+    for wrong in ("much", "0gb", "-8", "8tb", "nan"):
+        with pytest.raises(UserError, match="such as 8gb, or cpu"):
+            machine_of(wrong)
+    assert [batch_for(count) for count in (1, 5, 63, 64, 20_000)] == [1, 4, 32, 64, 64]
+
+
+def test_a_gpu_gets_its_recipe_and_a_small_one_smaller_batches(begin, tmp_path, monkeypatch):
+    fill(tmp_path / "photos", 70, captions=True, side=260)
+    released(monkeypatch, Download("a", "vae", tmp_path, 335_000_000))
+    code, out, err = begin("photos", "--memory", "8gb", "--captions", "ignore")
+    assert code == 0, err
+    config = load("photos.yaml")
+    assert "vae (about 335 MB)" in out and "python -m ldm_lab train --config photos.yaml" in out
+    assert (config["data"]["image_size"], config["data"]["batch_size"], config.run) == (256, 64, "photos")
+    assert config["conditioner"].get("train_on") is None and config_cost(config).peak + 1e9 < 8 * 2**30
+    assert "65,126,092 parameters" in Path("photos.yaml").read_text()
+    code, out, err = begin("photos", "--memory", "4gb", "--out", "less.yaml")
+    config = load("less.yaml")
+    together = config["trainer"]["accumulate_grad_batches"]
+    assert code == 0 and together > 1 and together * config["data"]["batch_size"] == 64
+    assert config_cost(config).peak + 1e9 < 4 * 2**30 and config["conditioner"]["train_on"] == "text"
+    code, out, err = begin("photos", "--memory", "1gb", "--out", "least.yaml")
+    assert code == 2 and "--memory cpu writes a recipe of the quickstart's size" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", ["12gb", "24gb", "80gb", "cpu"])
+def test_larger_memory_gets_larger_recipes(begin, tmp_path, monkeypatch, memory):
+    fill(tmp_path / "photos", 70, side=260)
+    released(monkeypatch)
+    assert begin("photos", "--memory", memory)[0] == 0
+    cost = config_cost(load("photos.yaml"))
+    assert cost.parameters == {"12gb": 145_980_940, "24gb": 402_888_524, "80gb": 402_888_524}.get(
+        memory, cost.parameters
+    )
+    assert memory != "cpu" or (cost.parameters < 5e6 and load("photos.yaml")["conditioner"].name == "clip")
+
+
+def test_a_card_without_bf16_gets_fp16(begin, tmp_path, monkeypatch):
+    fill(tmp_path / "photos", 4)
+    released(monkeypatch)
+    card = Machine("Tesla T4", 15 * 2**30, True, has_bf16=False)
+    monkeypatch.setattr("ldm_lab.own_images.choosing.machine_at_hand", lambda: card)
+    monkeypatch.setattr("ldm_lab.own_images.choosing.BY_MEMORY", (8,))
+    code, out, _err = begin("photos")
+    assert code == 0 and "Tesla T4, 16.1 GB" in out and load("photos.yaml")["trainer"]["precision"] == "16-mixed"
+
+
+def test_nothing_is_overwritten_unasked(begin, tmp_path):
+    fill(tmp_path / "photos", 2)
+    (tmp_path / "photos.yaml").write_text("mine")
+    code, _out, err = begin("photos", "--memory", "cpu", "--offline", "--write-only")
+    assert code == 2 and "--overwrite replaces it" in err and (tmp_path / "photos.yaml").read_text() == "mine"
+    assert begin("photos", "--memory", "cpu", "--offline", "--write-only", "--overwrite")[0] == 0
+    (tmp_path / "photos.yaml").unlink()
+    (tmp_path / "photos_autoencoder.yaml").write_text("mine")
+    code, _out, err = begin("photos", "--memory", "cpu", "--offline", "--write-only")
+    assert code == 2 and "photos_autoencoder.yaml: is there already" in err
+    assert begin("photos", "--out", "a b.yaml")[0] == 2 and begin("photos", "--out", "a.txt")[0] == 2
+
+
+def test_a_terminal_is_asked(begin, tmp_path, monkeypatch):
+    fill(tmp_path / "photos", 2, captions=True)
+    released(monkeypatch, why_not="no network")
+    answers = iter(["cpu", "y"])
+    monkeypatch.setattr(start, "asks", lambda: True)
+    monkeypatch.setattr(builtins, "input", lambda question: next(answers))
+    code, out, _err = begin("photos")
+    assert code == 0 and "a small GLIDE" in out and load("photos.yaml")["denoiser"].name == "glide_unet"
+
+
+def test_released_weights_out_of_reach_are_named_with_sizes(monkeypatch):
+    monkeypatch.setenv("LDM_LAB_OFFLINE", "1")
+    found = weights.released_weights(False)
+    assert not found.are_to_be_had and "switched off" in found.why_not
+    assert "sd-vae-ft-mse (about 335 MB)" in found.in_words() and "(about 599 MB)" in found.in_words()
+
+
+# --------------------------------------------------------------------------------------------------------- it trains
+
+
+def train(tmp_path: Path, *words: str) -> str:
+    """Train 20 steps; what was printed."""
+    done = run_program(
+        "-m", "ldm_lab", "train", *words, "trainer.max_steps=20", "trainer.threads=1", "data.workers=0",
+        "checkpoint.every=20", cwd=tmp_path, timeout=1800,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("count", "captions"),
+    [
+        pytest.param(5, False, id="5"),
+        pytest.param(5, True, id="5 captioned", marks=pytest.mark.slow),
+        pytest.param(200, False, id="200", marks=pytest.mark.slow),
+        pytest.param(200, True, id="200 captioned", marks=pytest.mark.slow),
+        pytest.param(20_000, False, id="20000", marks=pytest.mark.slow),
+        pytest.param(20_000, True, id="20000 captioned", marks=pytest.mark.slow),
+    ],
+)
+def test_a_written_config_trains(begin, tmp_path, count, captions):
+    fill(tmp_path / "photos", count, captions, side=80 if count < 1000 else 20)
+    spoil(tmp_path / "photos") if count < 1000 else (tmp_path / "photos" / "empty.png").write_bytes(b"")
+    road = ["--captions", "use"] if captions else ["--steps", "20"]
+    code, out, err = begin("photos", "--memory", "cpu", "--offline", *road)
+    assert code == 0, err
+    if captions:
+        assert "a small GLIDE of 32 px" in out
+        train(tmp_path, "--config", "photos.yaml", "demo=null")
+        return
+    assert "knows drawn shapes and" in out and "--images" in out and "dB PSNR on" in out and "latent std" in out
+    train(tmp_path, "--config", "photos.yaml")
+    assert (tmp_path / "runs" / "photos" / "ema.safetensors").exists()
+    code, out, err = begin("photos", "--memory", "cpu", "--offline", "--steps", "20", "--overwrite")
+    assert code == 0 and "nothing was left to do" in out, "the autoencoder is there"
+
+
+@pytest.mark.slow
+def test_shards_train(begin, tmp_path):
+    from ldm_lab.data.shapes import write_shards
+
+    write_shards(tmp_path / "shards", count=64, shards=2, size=80, seed=0)
+    code, out, err = begin("shards", "--memory", "cpu", "--offline", "--steps", "4")
+    assert code == 0 and "64 images in shards, captions of 64 of them" in out and "dB PSNR on 32 images" in out, err
+    train(tmp_path, "--config", "shards.yaml")
+
+
+def test_images_that_are_measured_on_are_not_trained_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    facts = look(fill(tmp_path / "photos", 40))
+    held = autoencoder.held_out_names(facts)
+    assert len(held) == len(set(held)) == 8
+    autoencoder.write_list(facts, tmp_path / "images.txt")
+    listed = (tmp_path / "images.txt").read_text().splitlines()
+    assert len(listed) == 32 and not {str(tmp_path / "photos" / name) for name in held} & set(listed)
+    one = look(fill(tmp_path / "one", 1))
+    assert autoencoder.held_out_names(one) == []
+    assert len(autoencoder.held_out_names(look(fill(tmp_path / "two", 2)))) == 1
