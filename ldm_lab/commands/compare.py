@@ -83,9 +83,13 @@ def run(args: argparse.Namespace) -> None:
 
     loading = ModelOptions(**given(args, part_info("model_options", None).options))
     rows = prompt_rows(args, columns[0].options.seed)
-    for column in columns:
+    needs = {(id(c.model), c.options.clip_guidance is None, c.options.aesthetic): c for c in columns}
+    for column in needs.values():
         announce_models(column.model.checkpoint, column.model.upsamplers, loading, column.options)
     folder = Path(args.out).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder}: this is a file, not a folder")
+    folder.mkdir(parents=True, exist_ok=True)  # where that cannot be, it is said before anything is made
     grid = Grid(folder, columns, rows, args.title, args.blind_seed)
     if args.no_scores:
         grid.scores = ("", {})
