@@ -398,7 +398,9 @@ FAULTS: dict[str, Callable[[Path], list[Result]]] = {
 
 def main() -> int:
     """Cause the faults; returns 1 if anything was lost."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--folder", type=Path, required=True, help="made anew")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")

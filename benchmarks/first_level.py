@@ -92,7 +92,9 @@ def gray(side: int, sigma_max: float, config: dict[str, str | int]) -> float:
 
 def main() -> None:
     """Parse the command line, measure, print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--checkpoint", metavar="FILE", help="a trained model; without one only known scores are measured")
     add("--guidance", type=float, default=3.0, metavar="W", help="default: %(default)s")

@@ -442,7 +442,9 @@ def table(results: dict[str, dict[int, dict[str, float]]]) -> str:
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--out", default="runs/gap", metavar="DIR", help="of all that is made; default: %(default)s")
     add("--results", metavar="DIR", help="of the results; default: results below --out")

@@ -150,7 +150,9 @@ def trained_clip(path: Path, steps: int) -> Path:
 
 def main() -> None:
     """Parse the command line, train, judge, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--out", default="runs/gap/clip.safetensors", metavar="FILE", help="default: %(default)s")
     add("--steps", type=int, default=STEPS, metavar="N", help="optimizer steps; default: %(default)s")

@@ -77,7 +77,9 @@ def measure(checkpoint: Path) -> list[float]:
 
 def main() -> None:
     """Parse the command line, write the shifted set, fine-tune, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--checkpoint", default="runs/glide_quickstart/ema.safetensors", metavar="FILE", help="default: %(default)s")
     add("--steps", type=int, default=300, metavar="N", help="optimizer steps; default: %(default)s, a tenth")

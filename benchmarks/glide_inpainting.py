@@ -63,7 +63,9 @@ def mask_of(picture: Image.Image, kind: str) -> Image.Image:
 
 def main() -> None:
     """Parse the command line, paint, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     default = "runs/glide_quickstart_inpaint/ema.safetensors"
     add("--checkpoint", default=default, metavar="FILE", help="default: %(default)s")

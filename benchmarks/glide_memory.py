@@ -64,7 +64,9 @@ def with_blocks_alone(net: GlideUNet, batch: dict[str, Tensor]) -> tuple[int, in
 
 def main() -> None:
     """Parse the command line, compute, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("config", nargs="?", default="configs/glide_finetune_base.yaml", help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images; default: %(default)s")
     args = parser.parse_args()

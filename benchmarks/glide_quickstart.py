@@ -35,7 +35,9 @@ TRAINED = 4  # wordings: those of its captions
 
 def main() -> None:
     """Parse the command line, sample, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--checkpoint", default="runs/glide_quickstart/ema.safetensors", metavar="FILE", help="default: %(default)s")
     add("--upsampler", metavar="FILE", help="also enlarge the pictures")

@@ -402,7 +402,9 @@ PARTS = {
 
 def main() -> None:
     """Parse the command line, measure a part."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("part", choices=[*PARTS])
     parser.add_argument("--out", default="runs/gpu", metavar="DIR", help="of all that is written; default: %(default)s")
     parser.add_argument("--tiny", action="store_true", help="small networks and few steps")

@@ -46,7 +46,9 @@ SHOWN = (0, 9, 18, 27, 36, 45)  # prompts of the grid: another color and another
 
 def main() -> None:
     """Parse the command line; measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--base", default="runs/imagen_quickstart_base", metavar="MODEL", help="default: %(default)s")
     add("--sr", default="runs/imagen_quickstart_sr", metavar="MODEL", help="default: %(default)s")

@@ -110,7 +110,9 @@ def sample(pipeline: Pipeline, captions: list[str], variance: str, steps: int, g
 
 def main() -> None:
     """Parse the command line, measure, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--checkpoint", default="runs/glide_quickstart/ema.safetensors", metavar="FILE", help="default: %(default)s")
     add("--steps", type=int, default=25, metavar="N", help="default: %(default)s")

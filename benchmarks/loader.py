@@ -178,7 +178,9 @@ def largest_difference(shards: list[str], size: int) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--images", type=int, default=800, help="in the shards of each size")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--batches", type=int, default=24, help="that are measured")

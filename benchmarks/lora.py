@@ -202,7 +202,9 @@ def compare_embeddings(base: Path) -> None:
 
 def main() -> None:
     """Parse the command line, measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--only", choices=("glide", "ccld"), help="one of the two")
     add("--glide", default="runs/glide_quickstart/ema.safetensors", metavar="FILE", help="default: %(default)s")

@@ -57,7 +57,9 @@ def share_right(checkpoint: Path) -> float:
 
 def main() -> None:
     """Parse the command line, train, measure, print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--out", default="runs/objectives", metavar="DIR", help="of the runs; default: %(default)s")
     add("--steps", type=int, default=2400, metavar="N", help="optimizer steps; default: %(default)s")

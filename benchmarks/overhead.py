@@ -124,7 +124,9 @@ class PairedDiffusion(DiffusionTask):
 
 def main() -> None:
     """Parse the command line, and train."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--device", default="cpu", metavar="NAME", help="default: %(default)s")
     add("--base-channels", type=int, default=32, metavar="N", help="default: %(default)s")

@@ -193,7 +193,9 @@ def mean_lines(measured: Sequence[dict[str, Row]]) -> Iterator[str]:
 
 def main() -> None:
     """Parse the command line, measure, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--checkpoint", nargs="+", default=["runs/quickstart/ema.safetensors"], metavar="FILE",
         help="one, or several to take the mean of; default: runs/quickstart/ema.safetensors")  # fmt: skip

@@ -93,7 +93,9 @@ def distance(latents: Tensor, solution: Tensor) -> float:
 
 def main() -> None:
     """Parse the command line, measure, print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--checkpoint", metavar="FILE", help="a trained model; without one only the mixtures are measured")
     add("--prompts", default="configs/quickstart_prompts.txt", metavar="FILE", help="default: %(default)s")

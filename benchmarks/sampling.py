@@ -94,7 +94,9 @@ def levels_apart(ours: list[Image.Image], theirs: list[Image.Image]) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--checkpoint", metavar="FILE", help="a trained model; default: the quickstart's, untrained")
     add("--device", default="cpu", metavar="NAME", help="default: %(default)s")

@@ -134,7 +134,9 @@ def rate(count: int, look_up: Callable[[], int], expected: int) -> float:
 
 def main() -> None:
     """Parse the command line, build, look up, print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--entries", type=int, default=5_000_000, metavar="N", help="default: %(default)s")
     add("--look-ups", type=int, default=1_000_000, metavar="N", help="in batches; default: %(default)s")

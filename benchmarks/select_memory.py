@@ -116,7 +116,9 @@ def best_of(times: int, program: str, task: str, *rest: str) -> list[dict]:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--rows", type=int, default=5_000_000)
     parser.add_argument("--folder", type=Path, default=ROOT / "data" / "select_benchmark")
     parser.add_argument("--limit", default="400MB", help="DuckDB's memory_limit")

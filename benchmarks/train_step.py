@@ -148,7 +148,9 @@ def measure(args: argparse.Namespace) -> tuple[list[list[float]], list[list[floa
 
 def main() -> None:
     """Parse the command line, measure, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--device", default="cpu", metavar="NAME", help="default: %(default)s")
     add("--base-channels", type=int, default=32, metavar="N", help="192 is the released size; default: %(default)s")

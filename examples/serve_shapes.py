@@ -98,7 +98,9 @@ def write_lists(folder: Path, address: str, count: int) -> list[Path]:
 
 def main() -> None:
     """Parse the command line, write the lists, serve."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--out", default="data", metavar="DIR", help="where the lists go (%(default)s)")
     add("--count", type=int, default=4000, metavar="N", help="pictures (%(default)s)")

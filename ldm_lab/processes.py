@@ -47,6 +47,8 @@ def quiet_lightning() -> None:
         r".*does not have many workers which may be a bottleneck",  # data.workers is the user's choice
         r".*You have overridden `on_before_batch_transfer` in `LightningModule`",  # the task checks its batches there
         r".*but AMP with fp16 is not supported on CPU",  # said in our own words
+        # `train.py --check` saves nothing, so that it needs not know what was the best so far.
+        r".*callbacks used to create the checkpoint need to be provided.*\['Checkpointing'\]",
         r".*The `srun` command is available on your system but is not used",
     ):
         warnings.filterwarnings("ignore", harmless)

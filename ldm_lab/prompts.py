@@ -51,8 +51,10 @@ def parse_prompt(written: str) -> Prompt:
     """Return the prompt that `text`, `text:weight` or `text\\:with a colon` stands for.
 
     Raises:
-        UserError: the weight is nan or infinite.
+        UserError: the weight is nan or infinite, or the command line's bytes are no text.
     """
+    if any("\ud800" <= letter <= "\udfff" for letter in written):
+        raise UserError(f"{written!r}: a prompt is text in UTF-8; these bytes are none")
     text, colon, tail = written.rpartition(":")
     if not colon:
         return Prompt(written)

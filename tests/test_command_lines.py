@@ -81,6 +81,48 @@ def test_flags_that_say_the_opposite_are_refused():
     assert parser.parse_args(["--json", "--json", "--head", "a", "--head", "b"]).head == ["a", "b"]
 
 
+ALL = sorted(path.stem.replace("_", "-") for path in (ROOT / "ldm_lab/commands").glob("[!_]*.py"))
+
+
+class ParsesError(Exception):
+    """Carries the parser that a program would parse its words with."""
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_no_command_takes_abbreviations(command, monkeypatch):
+    """A flag that comes later would change what an abbreviation means."""
+
+    def caught(parser, words=None, namespace=None):
+        raise ParsesError(parser)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", caught)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_intermixed_args", caught)
+    with pytest.raises(ParsesError) as error:
+        commands.main([command])
+    parsers = [error.value.args[0]]
+    for parser in parsers:
+        assert parser.allow_abbrev is False, parser.prog
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+    assert command in ("train", "sample") or len(parsers) > len(ALL)
+
+
+def test_no_parser_takes_abbreviations():
+    """Every parser of the programs, benchmarks and examples says that it takes none."""
+    files = [path for folder in ("ldm_lab", "benchmarks", "examples") for path in sorted((ROOT / folder).rglob("*.py"))]
+    made = 0
+    for path in [*files, ROOT / "train.py", ROOT / "sample.py"]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            words = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            is_parser = words.rpartition(".")[2] in ("ArgumentParser", "Parser", "add_parser")
+            is_parser |= words == "super().__init__" and any(word.arg == "formatter_class" for word in node.keywords)
+            if is_parser:
+                made += 1
+                assert any(ast.unparse(word) == "allow_abbrev=False" for word in node.keywords), f"{path}:{node.lineno}"
+    assert made > 25
+
+
 @pytest.mark.parametrize("command", ["score", "train-head", "statistics", "select"])
 def test_parts_of_one_s_own_have_a_flag(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

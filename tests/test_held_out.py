@@ -65,7 +65,7 @@ def test_losses_are_logged_and_the_best_weights_kept(tmp_path, capsys):
     assert losses(tmp_path / "runs/batches/metrics.csv")[0] == pytest.approx(found[0], rel=0.05)  # other latents
     assert "held-out loss" in capsys.readouterr().out
     with safe_open(tmp_path / "runs/tiny/best.safetensors", "pt") as file:
-        assert float(file.metadata()["held_out_loss"]) == pytest.approx(min(found.values()))
+        assert float(file.metadata()["held_out/loss"]) == pytest.approx(min(found.values()))
 
 
 def test_a_run_ends_when_the_loss_does_not_fall(tmp_path, capsys):

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -428,3 +429,68 @@ def test_one_line_for_each_mistake_of_these(call, tmp_path, dog, args, message):
     assert code == 2 and message in err and "Traceback" not in err
     assert len([line for line in err.splitlines() if line.strip()]) == 1
     assert not (tmp_path / "samples").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ captions
+
+
+def beside(folder="samples") -> dict[str, str]:
+    return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).glob("*.txt"))}
+
+
+@pytest.mark.parametrize(
+    ("words", "captions"),
+    [
+        (("a red fox", "-n", 2), {"00000.txt": "a red fox", "00001.txt": "a red fox"}),
+        (("a fox:2", "blurry:-0.5", "meet at 12\\:30", "-n", 1), {"00000.txt": "a fox, meet at 12:30"}),
+        (("a fox\n  in   snow \ufeff", "-n", 1), {"00000.txt": "a fox in snow"}),
+        (("ein Füchslein 狐", "--images", "fox.png", "-n", 1), {"00000.txt": "ein Füchslein 狐"}),
+        (("--images", "fox.png", "-n", 1), {}),
+        (("a fox:0", "", "-n", 1), {}),
+        (("--prompts", "lines.txt", "watercolor"), {"00000.txt": "one, watercolor", "00001.txt": "two, watercolor"}),
+    ],
+    ids=["one", "weights", "lines", "image beside", "image alone", "nothing", "file"],
+)
+def test_captions_lie_beside_the_pictures(call, words, captions):
+    Image.new("RGB", (20, 30), "red").save("fox.png")
+    Path("lines.txt").write_text("one\ntwo:2\n")
+    code, out, err = call(*FAST, *words, "--captions")
+    assert code == 0, err
+    assert beside() == captions and not Path("samples/grid.png").exists()
+    pictures = len(list(Path("samples").glob("*.png")))
+    assert f"{pictures} pictures from 00000.png on and {len(captions)} captions in samples" in out
+    assert ("have no text that they are guided toward" in out) == (pictures > len(captions))
+
+
+def test_a_folder_of_captioned_pictures_is_read_as_it_is(call, program, tmp_path):
+    from test_captions import texts
+
+    assert call(*FAST, "a red fox", "-n", 1)[0] == 0 and Path("samples/grid.png").exists()
+    code, out, _ = call(*FAST, "a cat:2", "-n", 2, "--captions")
+    assert code == 0 and "note: samples/grid.png was there before" in out
+    assert beside() == {"00001.txt": "a cat", "00002.txt": "a cat"}
+    for name in ("samples/grid.png", "samples/00000.png", "samples/00001.png"):
+        os.unlink(name)
+    Path("samples/00001.txt").rename("samples/00007.txt")
+    assert call(*FAST, "a dog", "-n", 1, "--captions")[0] == 0
+    assert beside() == {"00002.txt": "a cat", "00007.txt": "a cat", "00008.txt": "a dog"}, "nothing is overwritten"
+    assert texts({"name": "folder", "path": "samples"}) == {"00002.png": "a cat", "00008.png": "a dog"}
+    clip = ("--clip", "name=cloob", f"weights={ROOT}/assets/quickstart/cloob.safetensors")
+    code, out, err = program(
+        "ldm_lab.__main__", "score", "--images", "samples", "--out", "scores", "--workers", 0, *clip
+    )
+    assert code == 0 and "2 images scored" in out, err
+    import pyarrow.parquet as pq
+
+    (file,) = Path("scores").glob("*.parquet")
+    assert pq.read_table(file).column("similarity").null_count == 0
+
+
+def test_bytes_that_are_no_text_are_no_prompt(call):
+    code, _, err = call(*FAST, "a fox \udce9", "-n", 1)
+    assert code == 2 and "'a fox \\udce9': a prompt is text in UTF-8" in err and not Path("samples").exists()
+
+
+def test_captions_do_not_go_with_interpolation(call):
+    code, _, err = call(*FAST, "a", "b", "--interpolate", 3, "--captions")
+    assert code == 2 and "--interpolate does not go with --captions" in err

@@ -271,7 +271,7 @@ def test_a_shared_upsampler_with_a_frozen_part_draws_and_measures_what_ddp_s_doe
     assert losses(tmp_path, "shared") == {step: pytest.approx(loss, rel=1e-5) for step, loss in expected.items()}
     drawn = [Image.open(tmp_path / f"runs/{run}/enlargements/step=00000001.png") for run in ("ddp", "shared")]
     assert max(abs(a - b) for a, b in zip(*(picture.tobytes() for picture in drawn))) <= 2
-    measured = [float(read_safetensors(tmp_path / f"runs/{run}/best.safetensors")[1]["held_out_loss"])
+    measured = [float(read_safetensors(tmp_path / f"runs/{run}/best.safetensors")[1]["held_out/loss"])
                 for run in ("ddp", "shared")]  # fmt: skip
     assert measured[0] == pytest.approx(measured[1], rel=1e-5)
 

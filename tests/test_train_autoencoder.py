@@ -23,8 +23,8 @@ from ldm_lab.checkpoints.parts import load_part
 from ldm_lab.config import build, load, part_class, to_yaml
 from ldm_lab.data.shapes import write_shards
 from ldm_lab.errors import UserError
+from ldm_lab.evaluation import perceptual
 from ldm_lab.training import autoencoder as training_autoencoder
-from ldm_lab.training import perceptual
 from ldm_lab.training.autoencoder import ReconstructionLoss, psnr
 from ldm_lab.training.discriminator import Discriminator, adaptive_weight
 from ldm_lab.training.scale import measure_scale

@@ -24,7 +24,7 @@ from ldm_lab.errors import UserError
 # rest concerns the run alone.
 RUN_SECTIONS = (
     *("data", "resume", "init_from", "logging", "trainer", "checkpoint", "guard", "imports"),
-    *("demo", "enlargements", "inpaintings", "ema_snapshots", "held_out"),
+    *("demo", "enlargements", "inpaintings", "ema_snapshots", "held_out", "evaluate"),
 )
 AVERAGED, RAW = "model_ema.", "model."  # prefixes of the trained network's tensors in a run's checkpoint
 LATENT_STATISTICS = ("latent_mean", "latent_std")  # an autoencoder's buffers, [] or [C]

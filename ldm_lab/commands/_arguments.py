@@ -92,8 +92,8 @@ def safetensors_file(text: str) -> str:
     return text
 
 
-class _Imports(argparse._AppendAction):
-    """Makes the parts of the named modules known as soon as the flag is read."""
+class Taking(argparse._AppendAction):
+    """A flag that may be given again, and does something as soon as it is read."""
 
     def __call__(
         self,
@@ -102,9 +102,20 @@ class _Imports(argparse._AppendAction):
         values: str | Sequence[str] | None,
         option_string: str | None = None,
     ) -> None:
+        self.take(namespace, [values] if isinstance(values, str) else values or [])
+
+    def take(self, namespace: argparse.Namespace, values: Sequence[str]) -> None:
+        """Take what stands behind the flag."""
+        raise NotImplementedError
+
+
+class _Imports(Taking):
+    """Makes the parts of the named modules known."""
+
+    def take(self, namespace: argparse.Namespace, values: Sequence[str]) -> None:
         from ldm_lab.config.registry import add_imports  # not before: the list of commands needs no config
 
-        add_imports([values] if isinstance(values, str) else values or [])
+        add_imports(values)
 
 
 def add_imports_argument(parser: argparse.ArgumentParser) -> None:

@@ -58,13 +58,16 @@ class FlagParser(Parser):
         return self.parse_intermixed_args(list(words))
 
 
-def add_flags(group: argparse._ArgumentGroup, options: Mapping[str, Option], prefix: str = "") -> None:
+def add_flags(
+    group: argparse._ArgumentGroup, options: Mapping[str, Option], prefix: str = "", repeated: bool = False
+) -> None:
     """Add a flag for each option; one that is not given stays out of the parsed namespace.
 
     Args:
         group: of the parser.
         options: by name.
         prefix: of the flags and of the names in the namespace, such as "upsampler_": those without it explain them.
+        repeated: flags that take values may be given again, and the namespace has the list of what was given.
     """
     for name, option in options.items():
         dest = prefix + name
@@ -93,6 +96,7 @@ def add_flags(group: argparse._ArgumentGroup, options: Mapping[str, Option], pre
         group.add_argument(
             flag,
             dest=dest,
+            action="append" if repeated else "store",
             nargs=len(items) or None,
             type=partial(read_value, items[0] if items else option.annotation),
             metavar=_metavar(list(_kinds(items[0])) if items else kinds),

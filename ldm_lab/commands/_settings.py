@@ -96,6 +96,18 @@ def caption(prompt: "Prompt") -> str:
     return shown if prompt.weight is None else f"{shown}:{prompt.weight:g}"
 
 
+def training_caption(mix: "Sequence[Prompt]", guidance: float) -> str:
+    """Return the texts that a picture is guided toward, as one caption in one line; "" if there is none.
+
+    Args:
+        mix: its prompts; images have no text, and those of a weight that is not above 0 tell what is not to be seen.
+        guidance: weight of prompts without one.
+    """
+    toward = [prompt for prompt in mix if (guidance if prompt.weight is None else prompt.weight) > 0]
+    texts = [" ".join(prompt.text.replace("\ufeff", "").split()) for prompt in toward if prompt.image is None]
+    return ", ".join(filter(None, texts))
+
+
 def parameters(mix: "Sequence[Prompt]", request: "Request", settings: Entry, seed: int) -> Parameters:
     """Return what other programs read of a picture."""
     weights = [request.guidance if prompt.weight is None else prompt.weight for prompt in mix]

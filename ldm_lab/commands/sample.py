@@ -22,6 +22,10 @@ Picture i has the seed SEED + i and depends on that, its own prompts and the set
 is written as 00000.png, 00001.png, ... with its settings as metadata; samples.json lists them all, grid.png shows them.
 In a folder that has pictures already, numbers and list go on, and the grid is named after its first picture: nothing is
 overwritten. With an --upsampler each picture is kept at both sizes, as 00000_base.png and 00000.png.
+
+With --captions each picture has its prompt in a .txt beside it, as `score`, `evaluate` and data of folders read them:
+the texts that it is guided toward, without their weights, joined by commas; what is steered away from and image prompts
+are left out. There is no grid then: it would be read as a picture.
 """
 
 import argparse
@@ -42,7 +46,7 @@ from ldm_lab.commands._sampling_flags import (
     sampler_options,
     upsampler_options,
 )
-from ldm_lab.commands._settings import caption, described, parameters, prompt_entry
+from ldm_lab.commands._settings import caption, described, parameters, prompt_entry, training_caption
 from ldm_lab.config.registry import add_imports, infos, part_info
 from ldm_lab.errors import UserError, told_in_one_line
 from ldm_lab.sampling.aliases import our_flag
@@ -114,6 +118,7 @@ def parser(upsamplers: Sequence[int] = ()) -> FlagParser:
     add("-n", **whole, help="pictures of the mix, or of each line of --prompts (default: 4, or 1; with --from 1)")
     add("--interpolate", **whole, help="N pictures on the way from each PROMPT to the next; strip.png, film.gif")
     add("--out", default="samples", metavar="DIR", help="where the pictures go (default: samples)")
+    add("--captions", action="store_true", help="write prompts as captions, a .txt beside each picture; and no grid")
     add_imports_argument(p)
     sampling = part_info("sampling", None).options
     add_flags(p.add_argument_group("how pictures are made"), sampling)
@@ -142,6 +147,7 @@ def check_together(args: argparse.Namespace, options: SamplingOptions) -> None:
         return
     unfit = [name for name in NOT_INTERPOLATED if name in options.given()]
     unfit += ["upsampler"] if args.upsampler else []
+    unfit += ["captions"] if args.captions else []
     if args.n or unfit:
         flag = "-n" if args.n else "--" + unfit[0].replace("_", "-")
         raise UserError(f"--interpolate does not go with {flag}")
@@ -219,7 +225,7 @@ def draw_pictures(
     settings = described(args, options, base, pipelines[0].model.device.type)
     if repeat is not None:
         repeat.tell_differences(settings)
-    bar, order = Steps(f"{len(mixes)} pictures"), enumerate(mixes)
+    bar, order, captioned = Steps(f"{len(mixes)} pictures"), enumerate(mixes), 0
     for batch in stages.samples(mixes, seeds=base.seeds, progress=bar):
         for row, (i, mix) in zip(batch, order):
             if repeat is not None and not repeat.keeps(i):
@@ -228,14 +234,29 @@ def draw_pictures(
             entry = Entry({"prompts": [prompt_entry(prompt, base) for prompt in mix], **told, **settings})
             shown = " + ".join(map(caption, mix))
             as_others_read = parameters(mix, base, settings, row[0].seed)
-            folder.add([s.image for s in row], shown, entry, as_others_read, args.only_last)
+            text = training_caption(mix, base.guidance) if args.captions else None
+            folder.add([s.image for s in row], shown, entry, as_others_read, args.only_last, text)
+            captioned += bool(text)
         folder.write_list()
+    if args.captions:
+        tell_captions(folder, captioned, _seed(options, base))
+        return 0
     each = args.n or 1
     grid = folder.add_grid(each if args.prompts and each > 1 else None)  # a row for each line of the file
     print(
         f"{len(folder.images)} pictures from {folder.name(0)} on and {grid.name} in {folder.path}{_seed(options, base)}"
     )
     return 0
+
+
+def tell_captions(folder: "SampleFolder", captioned: int, seed: str) -> None:
+    """Say which pictures are in the folder, and what in it would be read amiss."""
+    without = len(folder.images) - captioned
+    for name in folder.grids:
+        print(f"note: {folder.path / name} was there before; who reads the folder's images takes it for a picture")
+    if without:
+        print(f"note: {without} pictures have no text that they are guided toward, and no caption")
+    print(f"{len(folder.images)} pictures from {folder.name(0)} on and {captioned} captions in {folder.path}{seed}")
 
 
 def draw_film(

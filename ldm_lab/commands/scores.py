@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=text.splitlines()[0],
             description=text,
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         declare[name](action)
 

@@ -19,7 +19,12 @@ from ldm_lab.errors import UserError
 
 def main(words: Sequence[str] | None = None) -> int:
     """Parse the command line and run. Returns the exit code."""
-    parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="train.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", metavar="YAML", help="the run's description, e.g. configs/quickstart.yaml")
     parser.add_argument("--parts", action="store_true", help="list all parts and their options, then leave")
     parser.add_argument(

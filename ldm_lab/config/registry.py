@@ -75,6 +75,7 @@ ROLES = {
     "ema_snapshots": Role("ldm_lab.training.ema_snapshots"),
     "lora": Role("ldm_lab.training.lora"),
     "held_out": Role("ldm_lab.training.held_out"),
+    "evaluate": Role("ldm_lab.training.evaluate"),
     "checkpoint": Role("ldm_lab.training.checkpointing"),
     "demo": Role("ldm_lab.training.demo"),
     "sampling": Role("ldm_lab.sampling.options"),

@@ -29,7 +29,9 @@ class SampleFolder:
         if path.exists() and not path.is_dir():
             raise UserError(f"--out {path}: this is a file, not a folder")
         self.entries = self._read_list()
-        taken = [match for file in path.glob("*.png") if (match := re.fullmatch(r"(?:grid_)?(\d+)\.png", file.name))]
+        taken = [
+            match for file in path.glob("*.*") if (match := re.fullmatch(r"(?:grid_)?(\d+)\.(?:png|txt)", file.name))
+        ]
         self.first = max((int(match[1]) + 1 for match in taken), default=0)
         self.images: list[Image.Image] = []  # of this run
         self.captions: list[str] = []
@@ -56,6 +58,7 @@ class SampleFolder:
         settings: Entry,
         parameters: Parameters | None = None,
         only_last: bool = False,
+        text: str | None = None,
     ) -> None:
         """Write the next picture with its settings as metadata, and remember them for the list.
 
@@ -66,6 +69,7 @@ class SampleFolder:
             settings: what it was made with.
             parameters: the same as other programs read it; None writes nothing of the kind.
             only_last: write the last one alone; the list still tells the sizes of the others.
+            text: a caption as of training data, for a .txt beside each file; None or an empty one writes none.
         """
         name = self.name(len(self.images))
         *smaller, image = images
@@ -80,13 +84,10 @@ class SampleFolder:
         if len(steps) > 1:
             entry["stages"] = [*steps[1:]]
         for file, picture in list(zip([*files, name], images, strict=True))[len(smaller) if only_last else 0 :]:
-            # First of all, as some programs read the first text alone.
-            known = {"parameters": str(parameters.sized(*picture.size))} if parameters else {}
-            save_png(
-                self.path / file,
-                picture,
-                {**known, "Description": caption, "Software": SOFTWARE, SETTINGS: json.dumps(entry)},
-            )
+            write_picture(self.path / file, picture, caption, entry, parameters)
+            if text:
+                with atomic_write((self.path / file).with_suffix(".txt")) as beside:
+                    beside.write(text.encode())
         self.entries.append(entry)
         self.images.append(image)
         self.captions.append(caption)
@@ -95,6 +96,12 @@ class SampleFolder:
         """Write samples.json."""
         with atomic_write(self.list_path) as file:
             file.write(json.dumps(self.entries, indent=2, ensure_ascii=False).encode())
+
+    @property
+    def grids(self) -> list[str]:
+        """Names of grids, strips and films in the folder, which whoever reads all its images takes for pictures."""
+        files = [file.name for ending in ("png", "gif") for file in self.path.glob(f"*.{ending}")]
+        return sorted(name for name in files if re.fullmatch(r"(?:grid|strip|film)(?:_\d+)?\.(?:png|gif)", name))
 
     def add_grid(self, columns: int | None = None) -> Path:
         """Write a grid of this run's pictures and return its path."""
@@ -116,6 +123,25 @@ class SampleFolder:
         """Write a page of this run's pictures, with their files' names."""
         names = [self.name(i) for i in range(min(len(self.images), GRID_LIMIT))]
         save_png(path, page, {"Software": SOFTWARE, SETTINGS: json.dumps({"files": names})})
+
+
+def write_picture(
+    path: Path, picture: Image.Image, caption: str, entry: Entry, parameters: Parameters | None = None
+) -> None:
+    """Write a picture with its settings as metadata.
+
+    Args:
+        path: the PNG.
+        picture: its pixels.
+        caption: its prompts.
+        entry: what it was made with.
+        parameters: the same as other programs read it, which is first of all, as some read the first text alone.
+
+    Raises:
+        UserError: the folder cannot be written to, or is full.
+    """
+    known = {"parameters": str(parameters.sized(*picture.size))} if parameters else {}
+    save_png(path, picture, {**known, "Description": caption, "Software": SOFTWARE, SETTINGS: json.dumps(entry)})
 
 
 def save_gif(path: str | Path, images: Sequence[Image.Image], seconds: float = 3.0) -> None:

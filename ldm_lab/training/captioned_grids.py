@@ -13,7 +13,7 @@ from ldm_lab.config import PartSection, Plain, PositiveInt
 from ldm_lab.errors import UserError
 from ldm_lab.io.images import save_png
 from ldm_lab.sampling import Pipeline
-from ldm_lab.sampling.options import DEMO
+from ldm_lab.sampling.options import DEMO, SamplingOptions
 from ldm_lab.training.demo import comparable, trained_model
 from ldm_lab.training.diffusion import DiffusionTask
 from ldm_lab.training.logs import log_images
@@ -59,7 +59,7 @@ class CaptionedGrids(Reconstructions):
             sampling: how pictures are made (`ldm_lab.sampling.options`).
         """
         super().__init__(folder, every=every, images=images)
-        self.options = comparable({**self.DEFAULTS, **(sampling or {})}, self.part_name)
+        self.options = comparable(SamplingOptions.from_values({**self.DEFAULTS, **(sampling or {})}), self.part_name)
         self.texts: list[str] = []
 
     def setup(self, trainer: Trainer, task: DiffusionTask, stage: str) -> None:

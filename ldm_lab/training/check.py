@@ -9,11 +9,13 @@ import torch
 from pytorch_lightning import Trainer
 
 from ldm_lab.checkpoints.files import read_pickled
-from ldm_lab.config import Plain, RunConfig
+from ldm_lab.checkpoints.importer import Section
+from ldm_lab.config import RunConfig
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.data.source import Source
 from ldm_lab.errors import told_in_one_line
 from ldm_lab.estimate import in_units
+from ldm_lab.evaluation.metrics import METRICS
 from ldm_lab.processes import fail_together, quiet_lightning
 from ldm_lab.prompts import read_prompts
 from ldm_lab.training.caching import cache_options, is_complete, training_data
@@ -91,7 +93,7 @@ def trial(config: RunConfig, scratch: Path, before: int) -> RunConfig:
         before: optimizer steps that the run has made.
     """
     strategy = config.part("trainer").option("strategy")
-    options: dict[str, Plain] = {"max_steps": before + 1, "max_time": None, "devices": 1, "num_nodes": 1}
+    options = Section({"max_steps": before + 1, "max_time": None, "devices": 1, "num_nodes": 1})
     options |= {"accumulate_grad_batches": 1, "strategy": FSDP2 if strategy == FSDP2 else "auto"}
     tried = with_options(config, "trainer", options)
     for section in PICTURES:
@@ -99,6 +101,9 @@ def trial(config: RunConfig, scratch: Path, before: int) -> RunConfig:
             tried = with_options(tried, section, {"every": 1, **({} if section == "demo" else {"images": 1})})
     if "held_out" in config:
         tried = with_options(tried, "held_out", {"every": 1, "samples": 1, "levels": 1, "patience": None})
+    if "evaluate" in config:
+        few = max(METRICS[name].least for name in config["evaluate"].option("metrics"))
+        tried = with_options(tried, "evaluate", {"every": 1, "images": few, "pictures": few})
     if "demo" in config:
         prompts = scratch / "prompts.txt"
         prompts.write_text(read_prompts(config["demo"]["prompts"])[0] + "\n", encoding="utf-8")
@@ -120,7 +125,7 @@ def drawn_elsewhere(config: RunConfig, source: Source, scratch: Path) -> RunConf
     if data.option("folder") is None or Path(data["folder"]).expanduser().exists():
         return config
     readers = max(source.workers, 1)
-    few: dict[str, Plain] = {"folder": str(scratch / "data"), "shards": readers, "count": readers * source.batch_size}
+    few = Section({"folder": str(scratch / "data"), "shards": readers, "count": readers * source.batch_size})
     print(f"check: the run would draw its data first, into {data['folder']}/; this step draws a few of them")
     return with_options(config, "data", {key: value for key, value in few.items() if data.option(key) is not None})
 

@@ -15,9 +15,11 @@ from ldm_lab.data.waiting import ReadingError
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import atomic_write, existing_file
 from ldm_lab.sharded import whole_state
+from ldm_lab.training.best import Best, BestState, Measured, Measurement
 from ldm_lab.training.guard import Guard
 from ldm_lab.training.logs import log_before_saving, print_rank_zero
 from ldm_lab.training.run_state import Checkpoint
+from ldm_lab.training.task import Task
 
 LAST = "last.ckpt"
 DEFAULT_EVERY = 1000  # optimizer steps
@@ -61,6 +63,7 @@ class Checkpointing(Callback):
         keep: NonNegativeInt = 3,
         keep_every: PositiveInt | None = None,
         half_export: bool = False,
+        best: str | None = None,
     ) -> None:
         """Set when to save.
 
@@ -72,11 +75,14 @@ class Checkpointing(Callback):
             keep: numbered checkpoints that are kept, the newest ones; 0 keeps `last.ckpt` alone.
             keep_every: optimizer steps between numbered checkpoints; by default they come as often as `last.ckpt`.
             half_export: export in float16, at half the size; 11 bits are enough to use a network, not to train it on.
+            best: keep the best weights by this metric as `best.safetensors`: loss, which `held_out` measures, or one of
+                `evaluate.metrics`; null takes the first that the run measures, none keeps none.
         """
         self.folder, self.guard, self.keep, self.keep_every = folder, guard, keep, keep_every
         self.every, self.seconds = every or (DEFAULT_EVERY if seconds is None else None), seconds
         self.export_dtype = torch.float16 if half_export else torch.float32
         guard.save_before_leaving = self.save_before_leaving
+        self.best = Best(folder, best)
         self.trainer: Trainer | None = None
         self.saved_at = -1
         self.saved_here = False  # by this job
@@ -94,6 +100,16 @@ class Checkpointing(Callback):
     def unused(*, keep: int) -> dict[str, str]:
         """Return which options have no effect, and why."""
         return {} if keep else {"keep_every": "checkpoint.keep=0 keeps last.ckpt alone"}
+
+    def setup(self, trainer: Trainer, task: Task, stage: str) -> None:
+        """Find out by what the best weights are kept. Raises UserError for a metric that is not measured."""
+        self.best.choose(task.run_config)
+
+    def state_dict(self) -> dict[str, BestState | None]:
+        return {"best": self.best.state}
+
+    def load_state_dict(self, state: dict[str, BestState | None]) -> None:
+        self.best.state = state["best"]
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         self.trainer = trainer
@@ -176,6 +192,13 @@ class Checkpointing(Callback):
         """Return whether the checkpoint of a step also gets a file of its own."""
         every = self.keep_every or self.every
         return (self.seconds is not None and self.keep_every is None) or step % every == 0
+
+
+def offer(trainer: Trainer, task: Measured, measured: Measurement) -> None:
+    """Hand a measurement to a run's checkpoints, which keep the best weights; on all ranks alike."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, Checkpointing):
+            callback.best.offer(trainer, task, measured)
 
 
 def link_or_copy(last: Path, numbered: Path) -> None:

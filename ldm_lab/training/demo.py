@@ -45,7 +45,7 @@ class Demo(Callback):
                 default the data's.
         """
         self.folder, self.every, self.columns = folder, every, columns
-        self.options = comparable({**DEMO, **(sampling or {})}, "demo")
+        self.options = comparable(SamplingOptions.from_values({**DEMO, **(sampling or {})}), "demo")
         self.prompts = read_prompts(prompts)
         self.done_at = -1
 
@@ -95,13 +95,12 @@ class Demo(Callback):
         return Pipeline(trained_model(task, (side, side)))
 
 
-def comparable(values: dict[str, Plain], where: str) -> SamplingOptions:
+def comparable(options: SamplingOptions, where: str) -> SamplingOptions:
     """Return the options of grids that are drawn again and again in a run, on any number of devices.
 
     Raises:
         UserError: options by which two grids of a run could not be compared, or would depend on the devices.
     """
-    options = SamplingOptions.from_values(values)
     if options.seed < 0:
         raise UserError(f"{where}.sampling.seed: the grids of a run share their noise; a seed from 0 on is needed")
     if options.rerank > 1:

@@ -57,13 +57,16 @@ from ldm_lab.training.timesteps import TIMESTEP_SAMPLERS, UniformTimesteps
 DROPOUT = 0.2  # share of conditions that are dropped unless the config says otherwise (cloob-latent-diffusion's)
 
 
+OWN_CALLBACKS = ("demo", "enlargements", "inpaintings", "ema_snapshots", "held_out", "evaluate")
+
+
 @register("task", "diffusion")
 class DiffusionTask(Task):
     """Train a denoiser on latents of images, conditioned on what a conditioner and condition sources say of them."""
 
     ROLES = (
         *("autoencoder", "conditioner", "condition_sources", "denoiser", "objective"),
-        *("cache", "demo", "enlargements", "inpaintings", "ema_snapshots", "held_out", "lora"),
+        *("cache", "demo", "enlargements", "inpaintings", "ema_snapshots", "held_out", "evaluate", "lora"),
     )
     REQUIRED = ("data", "autoencoder", "conditioner", "denoiser", "objective")
     NETWORK = ("denoiser", "objective")
@@ -244,10 +247,10 @@ class DiffusionTask(Task):
         return state, f"weights of {path} (step {extra.get('step', 'unknown')})"
 
     def callbacks(self, folder: Path) -> list[Callback]:
-        named = ("demo", "enlargements", "inpaintings", "ema_snapshots", "held_out")
-        sections = {role: self.run_config.get(role) for role in named}
-        if sections["demo"] is not None and is_upsampler(self.model.spec):
-            raise UserError("demo: an upsampler makes no picture of a prompt alone; `enlargements` draws what it makes")
+        sections = {role: self.run_config.get(role) for role in OWN_CALLBACKS}
+        for role in ("demo", "evaluate") if is_upsampler(self.model.spec) else ():
+            if sections[role] is not None:
+                raise UserError(f"{role}: an upsampler makes no picture of a prompt alone; `enlargements` draws")
         if sections["enlargements"] is not None and not is_upsampler(self.model.spec):
             raise UserError("enlargements: are an upsampler's; `demo` draws what a base model makes")
         if sections["inpaintings"] is not None and "inpaint" not in self.sources:

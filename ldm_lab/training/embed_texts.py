@@ -167,9 +167,9 @@ def embed_texts(config: RunConfig, options: PassOptions) -> tuple[TextStore, Pas
 
 
 def captioned(config: RunConfig) -> list[PartConfig]:
-    """Return the sections of the data whose captions a run reads: those that it trains on, and the held-out ones."""
-    held_out = config["held_out"].option("data") if "held_out" in config else None
-    return [config["data"], *([PartConfig.from_dict("data", held_out)] if held_out else [])]
+    """Return the sections of the data whose captions a run reads: those that it trains on, and those it measures by."""
+    measured = [config[role].option("data") for role in ("held_out", "evaluate") if role in config]
+    return [config["data"], *(PartConfig.from_dict("data", section) for section in measured if section)]
 
 
 def run_pass_over(

@@ -1,4 +1,4 @@
-"""The loss on held-out images during training, early stopping by it, and the best weights kept."""
+"""The loss on held-out images during training, and early stopping by it."""
 
 import hashlib
 import json
@@ -14,16 +14,16 @@ from pytorch_lightning.utilities.types import STEP_OUTPUT
 from ldm_lab.batch import Batch
 from ldm_lab.config import PartSection, Plain, PositiveInt, build, register
 from ldm_lab.data.datamodule import DataModule
-from ldm_lab.data.samples import as_utf8
 from ldm_lab.data.source import Source
 from ldm_lab.errors import UserError, told_in_one_line
 from ldm_lab.evaluation.held_out import HeldOutBatch, loss_sums
-from ldm_lab.sharded import whole_state
+from ldm_lab.training.best import LOSS, Measurement
+from ldm_lab.training.checkpointing import offer
 from ldm_lab.training.diffusion import DiffusionTask
 from ldm_lab.training.logs import log_values, print_rank_zero
+from ldm_lab.training.measured_data import opened
 from ldm_lab.training.task import batch_seed, gather
 
-BEST = "best.safetensors"
 # Options of the data that losses do not depend on; where they lie is told by what is there.
 UNIMPORTANT = ("workers", "timeout", "max_skipped", "path", "shards", "folder", "local", "shuffle_buffer")
 
@@ -56,7 +56,6 @@ class HeldOut(Callback):
         samples: PositiveInt = 512,
         levels: PositiveInt = 4,
         patience: PositiveInt | None = None,
-        keep_best: bool = True,
     ) -> None:
         """Set what is measured.
 
@@ -68,13 +67,11 @@ class HeldOut(Callback):
             levels: times at which each sample is looked at, spread over all noise levels.
             patience: stop the run after this many measurements in a row without a new lowest loss; null never does.
                 Started again, a run that was stopped trains nothing unless this is larger.
-            keep_best: write the model with the lowest loss as `best.safetensors`.
         """
-        self.path = folder / BEST
         self.source: Source = build("data", data)
         self.source.workers = min(self.source.workers, 1)  # the order depends on their number
         self.every, self.samples, self.levels = every, samples, levels
-        self.patience, self.keep_best = patience, keep_best
+        self.patience = patience
         self.best, self.best_step, self.since = math.inf, 0, 0
         self.encoded: list[HeldOutBatch] = []
         self.measured_at = -1
@@ -84,19 +81,10 @@ class HeldOut(Callback):
 
     def setup(self, trainer: Trainer, task: DiffusionTask, stage: str) -> None:
         """Find the data before training. Raises UserError where there are none, or of another size."""
-        if trainer.is_global_zero:
-            self.source.prepare()
-        trainer.strategy.barrier()
-        try:
-            self.source.open()
-        except UserError as error:
-            raise UserError(f"held_out.{error}") from None
+        contents = opened(trainer, self.source, "held_out")
         task.check_encoded_by(self.source, "held_out.data")
-        contents = trainer.strategy.broadcast(self.source.contents() if trainer.is_global_zero else "")
         told = f"{self.described} {task.seed} {contents}"
         self.measured_on = hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
-        for line in self.source.found():
-            print_rank_zero(f"held_out.data: {as_utf8(line)}")
 
     @told_in_one_line(lambda: "encoding the held-out images", "a smaller held_out.data.batch_size needs less")
     def on_train_start(self, trainer: Trainer, task: DiffusionTask) -> None:
@@ -180,7 +168,7 @@ class HeldOut(Callback):
 
     @told_in_one_line(lambda: "measuring the held-out loss", "a smaller held_out.data.batch_size needs less")
     def measure(self, trainer: Trainer, task: DiffusionTask) -> None:
-        """Measure, log, keep the best weights, stop if it has not fallen for long."""
+        """Measure, log, hand it to who keeps the best weights, stop if it has not fallen for long."""
         step = self.measured_at = trainer.global_step
         network = task.best_model
         was_training = network.training
@@ -194,13 +182,12 @@ class HeldOut(Callback):
         means = (sums[0] / sums[1]).tolist()
         loss = float(sums[0].sum() / sums[1].sum())
         by_time = {f"held_out/loss_t{i / len(means):.2f}": value for i, value in enumerate(means) if value == value}
-        log_values(trainer, {"held_out/loss": loss, **by_time})
+        log_values(trainer, {LOSS: loss, **by_time})
         lowest = "" if math.isinf(self.best) else f" (lowest so far: {self.best:.5f} at step {self.best_step})"
         print_rank_zero(f"held-out loss {loss:.5f} at step {step}{lowest}")
+        offer(trainer, task, Measurement(LOSS, loss, higher_is_better=False, measured_on=self.measured_on))
         if loss < self.best:
             self.best, self.best_step, self.since = loss, step, 0
-            if self.keep_best and step:
-                self.write_best(trainer, task)
         else:
             self.since += 1
         if self.patience is not None and self.since >= self.patience:
@@ -209,12 +196,6 @@ class HeldOut(Callback):
                 f"the lowest, {self.best:.5f}, was at step {self.best_step}"
             )
             trainer.should_stop = True
-
-    def write_best(self, trainer: Trainer, task: DiffusionTask) -> None:
-        """Write the weights as they are now."""
-        weights = whole_state(task.best_model)
-        if trainer.is_global_zero:
-            task.write_model(self.path, weights, torch.float32, {"held_out_loss": str(self.best)})
 
     def state_dict(self) -> HeldOutState:
         return HeldOutState(best=self.best, best_step=self.best_step, since=self.since, measured_on=self.measured_on)

@@ -16,12 +16,16 @@ from ldm_lab.data.source import Source
 from ldm_lab.data.varied_texts import CAPTIONS, texts_of
 from ldm_lab.downloads import Download, raise_refusals, refusals
 from ldm_lab.errors import UserError
+from ldm_lab.evaluation.inception import RELEASED
+from ldm_lab.evaluation.metrics import spaces_of
 from ldm_lab.evaluation.perceptual import features_download
 from ldm_lab.interfaces import Objective
 from ldm_lab.pretrained.resolve import announce, offline, to_download
 from ldm_lab.sampling.needs import option_downloads
+from ldm_lab.training.best import Best
 from ldm_lab.training.captioned_grids import CaptionedGrids
 from ldm_lab.training.demo import Demo
+from ldm_lab.training.evaluate import Evaluate
 from ldm_lab.training.gap import FILE, gap_options
 from ldm_lab.training.lora import WITHOUT_PEFT
 from ldm_lab.training.sharding import FSDP2
@@ -89,9 +93,12 @@ def _findings(config: RunConfig, folder: Path, sources: list[Source]) -> list[Fi
     if config.init_from:
         findings.append(partial(_of_file, config.init_from, "init_from"))
     findings.append(partial(_open_data, config, sources))
-    for role in ("demo", "enlargements", "inpaintings"):
+    for role in ("demo", "enlargements", "inpaintings", "evaluate"):
         if role in config:
             findings.append(partial(_pictures, config, role, folder))
+    if "evaluate" in config:
+        findings.append(partial(_networks, config["evaluate"]))
+    findings.append(partial(_check_best, config, folder))
     return findings
 
 
@@ -165,7 +172,22 @@ def _check_gap(conditioner: PartConfig, folder: Path) -> None:
 def _pictures(config: RunConfig, role: str, folder: Path) -> list[Download]:
     """Read what is drawn during the run. Raises UserError for a missing file, or options that make no sense."""
     try:
-        drawn: Demo | CaptionedGrids = config[role].build(folder)
+        drawn: Demo | CaptionedGrids | Evaluate = config[role].build(folder)
     except UserError as error:
         raise UserError(str(error) if str(error).startswith(role) else f"{role}: {error}") from None
     return option_downloads(drawn.options, f"{role}.sampling")
+
+
+def _networks(evaluate: PartConfig) -> list[Download]:
+    """Return what has to be downloaded for what looks at pictures. Raises UserError for what is not there."""
+    found: list[Download] = []
+    if "inception" in spaces_of(evaluate.option("metrics")):
+        found += _of_file(evaluate.option("inception") or RELEASED, "evaluate.inception")
+    if section := evaluate.option("clip"):
+        found += part_downloads("conditioner", PartConfig.from_dict("conditioner", section), "evaluate.clip")
+    return found
+
+
+def _check_best(config: RunConfig, folder: Path) -> None:
+    """Raise UserError for a metric by which the best weights are to be kept that the run does not measure."""
+    Best(folder, config.part("checkpoint").option("best")).choose(config)

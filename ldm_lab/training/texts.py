@@ -19,7 +19,7 @@ from ldm_lab.sampling.prompts import parse_mix
 from ldm_lab.training.logs import print_rank_zero
 from ldm_lab.training.run_state import Checkpoint
 
-DRAWN = ("demo", "enlargements", "inpaintings")  # sections that sample
+DRAWN = ("demo", "enlargements", "inpaintings", "evaluate")  # sections that sample
 
 
 def load_conditioner(config: RunConfig, read_weights: bool = True, later: bool | None = None) -> Conditioner:
@@ -88,8 +88,8 @@ def watch(source: Source, conditioner: Conditioner) -> None:
 def prompts_of(config: RunConfig) -> list[str]:
     """Return the texts that a run needs beside its captions: no text, the prompts that it draws, negative ones."""
     texts = [""]
-    if "demo" in config:
-        texts += [its.text for line in read_prompts(config["demo"]["prompts"]) for its in parse_mix(line)]
+    files = [config[role].option("prompts") for role in ("demo", "evaluate") if role in config]
+    texts += [its.text for file in files if file for line in read_prompts(file) for its in parse_mix(line)]
     for role in DRAWN:
         sampling = (config[role].option("sampling") or {}) if role in config else {}
         texts += [sampling["negative"]] if isinstance(sampling.get("negative"), str) else []

@@ -69,5 +69,5 @@ const lightbox = (() => {
     start = null;
     if (Math.abs(x) > 40 && Math.abs(x) > 2 * Math.abs(y)) step(x < 0 ? 1 : -1);
   });
-  return { box, show };
+  return { box, show, link: () => shown };
 })();

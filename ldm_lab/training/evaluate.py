@@ -1,0 +1,255 @@
+"""Metrics of pictures during training: the section `evaluate`."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from annotated_types import Len
+from PIL import Image
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.utilities.types import STEP_OUTPUT
+
+from ldm_lab.batch import Batch
+from ldm_lab.checkpoints.embedders import embedder_of
+from ldm_lab.conditioners.embedding import EmbeddingConditioner
+from ldm_lab.config import PartConfig, PartSection, Plain, PositiveInt, build, register
+from ldm_lab.data.datamodule import DataModule
+from ldm_lab.data.source import Source
+from ldm_lab.embed import Encoder
+from ldm_lab.errors import NotFiniteError, UserError, told_in_one_line
+from ldm_lab.evaluation.feature_files import FEATURES, PictureRows
+from ldm_lab.evaluation.features import EmbeddingFeatures, Features, InceptionFeatures, rows_of
+from ldm_lab.evaluation.jobs import clip_scores
+from ldm_lab.evaluation.metrics import (
+    CLIP_SCORE,
+    METRICS,
+    RealSet,
+    check_names,
+    few_images,
+    of_kind,
+    picture_value,
+    spaces_of,
+)
+from ldm_lab.io.images import to_images
+from ldm_lab.prompts import Prompt, parse_prompt, read_prompts
+from ldm_lab.sampling import Pipeline, SamplingOptions
+from ldm_lab.sampling.options import DEMO
+from ldm_lab.training.best import Measurement
+from ldm_lab.training.checkpointing import offer
+from ldm_lab.training.demo import comparable, trained_model
+from ldm_lab.training.diffusion import DiffusionTask
+from ldm_lab.training.logs import log_values, print_rank_zero
+from ldm_lab.training.measured_data import opened
+from ldm_lab.training.task import gather
+
+ADVICE = "a smaller evaluate.sampling.batch_size needs less"
+
+
+@dataclass(frozen=True)
+class Made:
+    """What is seen on the pictures of one batch: its number among all; None of pictures that are not finite."""
+
+    number: int
+    rows: PictureRows | None
+
+
+@register("evaluate")
+class Evaluate(Callback):
+    """Make pictures with the averaged weights every N steps, on all devices, and compare them with real images."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        data: Annotated[dict[str, Plain], PartSection("data")],
+        every: PositiveInt = 5000,
+        metrics: Annotated[list[str], Len(1)] = ("fd", "cmmd", "precision", "recall", "clip_score"),
+        images: PositiveInt = 1000,
+        pictures: PositiveInt = 256,
+        prompts: str | None = None,
+        sampling: Annotated[dict[str, Plain] | None, PartSection("sampling")] = None,
+        clip: Annotated[dict[str, Plain] | None, PartSection("conditioner")] = None,
+        inception: str | None = None,
+    ) -> None:
+        """Set what is measured.
+
+        Args:
+            folder: the run's folder; nothing is written there but by the logs and `checkpoint.best`.
+            data: real images that are not among those trained on, described as in the section `data`.
+            every: optimizer steps between measurements.
+            metrics: names, as `python -m ldm_lab evaluate` has them, of those that look at pictures.
+            images: the first so many of the data, in an order that the run's seed gives.
+            pictures: that are made at each measurement.
+            prompts: a file with one prompt per line; null takes the captions of the real images.
+            sampling: how pictures are made (`ldm_lab.sampling.options`), by default with 50 steps of plms. Picture i
+                has the seed of `seed` + i; the batch size is that of each device.
+            clip: a section `conditioner` whose embeddings are compared; null takes the run's own.
+            inception: a file with Inception's weights; null takes the released one where a metric needs it.
+        """
+        self.source: Source = build("data", data)
+        self.source.workers = min(self.source.workers, 1)  # the order depends on their number
+        self.every, self.metrics, self.images, self.pictures = every, list(metrics), images, pictures
+        self.prompts = None if prompts is None else [parse_prompt(line) for line in read_prompts(prompts)]
+        self.options = comparable(SamplingOptions.from_values({**DEMO, **(sampling or {})}), "evaluate")
+        self.clip, self.inception = clip, inception
+        self.described = json.dumps([data, images, pictures, prompts, sampling, clip], sort_keys=True, default=str)
+        self.networks: list[Features] = []
+        self.real: RealSet | None = None
+        self.measured_at = -1
+        self.measured_on = ""
+
+    @staticmethod
+    def check(*, metrics: Sequence[str]) -> list[str]:
+        """Return what is wrong with the names of metrics."""
+        try:
+            known = check_names(metrics, "metrics")
+        except UserError as error:
+            return [str(error)]
+        if wrong := of_kind(known, "data"):
+            return [f"metrics: {wrong[0]}: looks at no picture; `python -m ldm_lab evaluate` and `held_out` measure it"]
+        return []
+
+    # ---------------------------------------------------------------------------------------------- before it begins
+
+    def setup(self, trainer: Trainer, task: DiffusionTask, stage: str) -> None:
+        """Find the data before training. Raises UserError where there are none, or nothing to compare them by."""
+        contents = opened(trainer, self.source, "evaluate")
+        self.networks = [self.network(space, task) for space in spaces_of(self.metrics)]
+        told = f"{self.described} {task.seed} {contents} {[network.key for network in self.networks]}"
+        self.measured_on = hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+
+    def network(self, space: str, task: DiffusionTask) -> Features:
+        """Return a network whose features are compared. Raises UserError where there is none."""
+        if space == "inception":
+            return InceptionFeatures(self.inception)
+        if self.clip is not None:
+            encoder = Encoder(PartConfig.from_dict("conditioner", self.clip))
+            return EmbeddingFeatures(encoder.conditioner, encoder.embedder)
+        name = next(name for name in self.metrics if METRICS[name].space == space)
+        if not isinstance(task.conditioner, EmbeddingConditioner):
+            raise UserError(
+                f"evaluate.metrics: {name}: the conditioner {task.conditioner.part_name} embeds no images; "
+                "evaluate.clip says whose embeddings are compared"
+            )
+        return EmbeddingFeatures(task.conditioner, embedder_of(task.run_config["conditioner"]))
+
+    @told_in_one_line(lambda: "looking at the images of evaluate.data", "a smaller evaluate.data.batch_size needs less")
+    def on_train_start(self, trainer: Trainer, task: DiffusionTask) -> None:
+        """Look at the real images, each rank at its share. Raises UserError for none, or none with a caption."""
+        self.measured_at = trainer.global_step  # that of a run that goes on was measured before it was saved
+        for network in self.networks:
+            network.to(task.device)
+        parts = sorted((made for rank in gather(self.real_parts(trainer, task)) for made in rank), key=_number)
+        rows = PictureRows.joined([made.rows for made in parts if made.rows is not None])
+        if not len(rows):
+            raise UserError("evaluate.data: no usable image")
+        if len(rows) < self.images:
+            print_rank_zero(f"evaluate: {len(rows)} images are there, fewer than evaluate.images={self.images}")
+        self.real = RealSet(rows)
+        if self.prompts is None:
+            self.prompts = [Prompt(text) for text in rows.texts if text]
+        if not self.prompts:
+            raise UserError("evaluate.prompts: has to be given, as evaluate.data has no captions")
+        try:
+            self.pipeline(trainer, task).check([[self.prompts[0]]], self.options)
+        except UserError as error:
+            raise UserError(f"evaluate: {error}") from None
+        counts = {"pictures": self.pictures, "real images": len(rows)}
+        for line in few_images(self.metrics, counts, {network.space: network.width for network in self.networks}):
+            print_rank_zero(f"evaluate: {line}")
+
+    def real_parts(self, trainer: Trainer, task: DiffusionTask) -> list[Made]:
+        """Return what this rank sees of the real images: every n-th batch of n ranks'."""
+        data = DataModule(self.source, seed=task.seed, rank=0, world_size=1, epochs=1)
+        mine: list[Made] = []
+        taken = 0
+        for number, batch in enumerate(data.train_dataloader()):
+            count = min(len(batch), self.images - taken)
+            if number % trainer.world_size == trainer.global_rank:
+                pictures = to_images(batch.require_image("evaluate"), rounded=True)[:count]
+                mine.append(Made(number, self.seen(task, pictures, batch.text[:count], with_texts=False)))
+            taken += count
+            if taken >= self.images:
+                break
+        return mine
+
+    def seen(
+        self, task: DiffusionTask, pictures: Sequence[Image.Image], texts: Sequence[str], with_texts: bool
+    ) -> PictureRows:
+        """Return the features of pictures, and if wanted how alike they and their texts are."""
+        rows = PictureRows(texts=list(texts))
+        for network in self.networks:
+            rows.tensors[FEATURES + network.space] = rows_of(network, pictures, task.device)  # [n, D]
+            if with_texts and isinstance(network, EmbeddingFeatures):
+                scores = clip_scores(network, rows.features(network.space), rows.texts)  # [n]
+                rows.tensors[CLIP_SCORE] = scores
+        return rows
+
+    # ------------------------------------------------------------------------------------------------- while it trains
+
+    def on_train_batch_end(
+        self, trainer: Trainer, task: DiffusionTask, outputs: STEP_OUTPUT, batch: Batch, index: int
+    ) -> None:
+        step = trainer.global_step
+        if step != self.measured_at and step % self.every == 0:
+            self.measured_at = step
+            self.measure(trainer, task)
+
+    @told_in_one_line(lambda: "evaluating", ADVICE)
+    def measure(self, trainer: Trainer, task: DiffusionTask) -> None:
+        """Make pictures, measure, log, hand the values to who keeps the best weights."""
+        parts = sorted((made for rank in gather(self.made_parts(trainer, task)) for made in rank), key=_number)
+        step = trainer.global_step
+        if any(made.rows is None for made in parts):
+            print_rank_zero(f"evaluate: pictures at step {step} are not finite; nothing is measured")
+            return
+        values: dict[str, float] = {}
+        if trainer.is_global_zero:
+            rows = PictureRows.joined([made.rows for made in parts if made.rows is not None])
+            values = {name: picture_value(name, self.real, rows, 0).value for name in self.metrics}
+        values = trainer.strategy.broadcast(values)
+        log_values(trainer, {f"evaluate/{name}": value for name, value in values.items()})
+        print_rank_zero(f"evaluate: {', '.join(f'{name} {its:.4g}' for name, its in values.items())} at step {step}")
+        for name, value in values.items():
+            better = METRICS[name].higher_is_better
+            offer(trainer, task, Measurement(f"evaluate/{name}", value, better, self.measured_on))
+
+    def made_parts(self, trainer: Trainer, task: DiffusionTask) -> list[Made]:
+        """Return what this rank sees on its share of the pictures, batch by batch.
+
+        Batches are the same ones on any number of ranks. All ranks run the network equally often, as they may share it:
+        one that has fewer batches makes its last one, or the first, again.
+        """
+        size = self.options.batch_size
+        firsts = range(0, self.pictures, size)
+        rounds = -(-len(firsts) // trainer.world_size)
+        places = [trainer.global_rank + turn * trainer.world_size for turn in range(rounds)]
+        made = [self.make(trainer, task, place % len(firsts)) for place in places]
+        return [one for one, place in zip(made, places, strict=True) if place < len(firsts)]
+
+    def make(self, trainer: Trainer, task: DiffusionTask, number: int) -> Made:
+        """Return what is seen on the pictures of a batch."""
+        assert self.prompts is not None, "prompts are there when training begins"
+        size = self.options.batch_size
+        numbers = range(number * size, min((number + 1) * size, self.pictures))
+        prompts = [self.prompts[i % len(self.prompts)] for i in numbers]
+        seeds = [self.options.seed + i for i in numbers]
+        with torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else []):
+            try:
+                pictures = self.pipeline(trainer, task)([[its] for its in prompts], self.options, seeds=seeds)
+            except NotFiniteError:
+                return Made(number, None)
+        return Made(number, self.seen(task, pictures, [its.text for its in prompts], with_texts=True))
+
+    def pipeline(self, trainer: Trainer, task: DiffusionTask) -> Pipeline:
+        """Return a pipeline over the task's own parts, with the averaged weights if there are any."""
+        side = trainer.datamodule.source.image_size
+        return Pipeline(trained_model(task, (side, side)))
+
+
+def _number(made: Made) -> int:
+    return made.number

@@ -1,0 +1,143 @@
+"""`evaluate` in a run: metrics of pictures in the log, on any number of processes; the best weights by a metric."""
+
+import contextlib
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny import make_run, run_program
+
+from ldm_lab.__main__ import main
+from ldm_lab.data.shapes import write_shards
+from ldm_lab.errors import NotFiniteError, UserError
+from ldm_lab.sampling import Pipeline
+
+SAMPLING = {"sampler": {"name": "ddim", "steps": 2}, "batch_size": 2}
+
+
+def evaluate(folder: Path, **options) -> dict:
+    write_shards(folder / "real", count=9, shards=1, size=64, seed=5)
+    data = {"name": "webdataset", "shards": str(folder / "real" / "*.tar"), "image_size": 64, "batch_size": 4}
+    section = {"data": {**data, "workers": 0}, "every": 2, "images": 9, "pictures": 5, "sampling": SAMPLING}
+    return {**section, **options}
+
+
+def logged(path: Path) -> dict[int, dict[str, float]]:
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {
+        int(row["step"]): {name: float(value) for name, value in row.items() if name.startswith("evaluate/")}
+        for row in rows
+        if row.get("evaluate/cmmd")
+    }
+
+
+def best(folder: Path) -> dict[str, str]:
+    with safe_open(folder / "best.safetensors", "pt") as file:
+        return file.metadata()
+
+
+def test_metrics_are_logged_and_the_best_weights_by_one_kept(tmp_path, capsys):
+    """A run that is stopped and goes on measures, and keeps, what one does that was not."""
+    config = make_run(tmp_path, images=16, evaluate=evaluate(tmp_path), checkpoint={"best": "cmmd"})
+    with contextlib.chdir(tmp_path):
+        assert not main(["train", "--config", str(config)])
+        said = capsys.readouterr().out
+        assert not main(["train", "--config", str(config), "run=halves", "trainer.max_steps=3"])
+        assert not main(["train", "--config", str(config), "run=halves", "resume.checkpoint=last"])
+    found = logged(tmp_path / "runs/tiny/metrics.csv")
+    assert [*found] == [1, 3, 5]  # after 2, 4 and 6 steps
+    names = ["evaluate/fd", "evaluate/cmmd", "evaluate/precision", "evaluate/recall", "evaluate/clip_score"]
+    assert all([*values] == names for values in found.values())
+    assert logged(tmp_path / "runs/halves/metrics.csv") == found
+    assert "evaluate: fd " in said and "covariances are singular" in said
+    lowest = min(found, key=lambda step: found[step]["evaluate/cmmd"])
+    for run in ("tiny", "halves"):
+        kept = best(tmp_path / "runs" / run)
+        assert float(kept["evaluate/cmmd"]) == found[lowest]["evaluate/cmmd"] and int(kept["step"]) == lowest + 1
+
+
+def test_the_first_metric_of_a_run_is_the_default_and_none_keeps_none(tmp_path):
+    config = make_run(
+        tmp_path, images=16, evaluate=evaluate(tmp_path, metrics=["clip_score"]), trainer={"max_steps": 2}
+    )
+    with contextlib.chdir(tmp_path):
+        assert not main(["train", "--config", str(config)])
+        assert not main(["train", "--config", str(config), "run=none", "checkpoint.best=none"])
+    assert "evaluate/clip_score" in best(tmp_path / "runs/tiny")
+    assert not (tmp_path / "runs/none/best.safetensors").exists()
+
+
+def test_prompts_of_a_file_another_judge_and_pictures_that_are_not_finite(tmp_path, capsys, monkeypatch):
+    clip = {"name": "cloob", "weights": str(tmp_path / "conditioner.safetensors")}
+    section = evaluate(tmp_path, prompts=str(tmp_path / "prompts.txt"), clip=clip, metrics=["cmmd"], pictures=2)
+    config = make_run(tmp_path, images=16, evaluate=section, trainer={"max_steps": 2})
+    with contextlib.chdir(tmp_path):
+        assert not main(["train", "--config", str(config)])
+        assert [*logged(tmp_path / "runs/tiny/metrics.csv")] == [1]
+        capsys.readouterr()
+
+        def broken(*_, **__):
+            raise NotFiniteError("not finite")
+
+        monkeypatch.setattr(Pipeline, "__call__", broken)
+        assert not main(["train", "--config", str(config), "run=broken"])
+    assert "evaluate: pictures at step 2 are not finite; nothing is measured" in capsys.readouterr().out
+    assert not (tmp_path / "runs/broken/best.safetensors").exists()
+
+
+def test_a_check_evaluates_once(tmp_path, capsys):
+    config = make_run(tmp_path, images=16, evaluate=evaluate(tmp_path, every=1000, images=1000, pictures=500))
+    with contextlib.chdir(tmp_path):
+        assert not main(["train", "--config", str(config), "--check"])
+        assert not (tmp_path / "runs").exists()
+    assert "evaluate: fd " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"checkpoint": {"best": "fdd"}}, "checkpoint.best: no such metric of this run: 'fdd'. Did you mean 'fd'"),
+        ({"checkpoint": {"best": "loss"}}, "checkpoint.best: no such metric of this run: 'loss'"),
+        ({"evaluate": {"metrics": ["fidd"]}}, "evaluate.metrics: no such metric: 'fidd'"),
+        ({"evaluate": {"metrics": ["psnr"]}}, "evaluate.metrics: psnr: looks at no picture"),
+        ({"evaluate": {"metrics": ["fid"], "inception": "none.pth"}}, "none.pth: no such file"),
+        ({"evaluate": {"prompts": "none.txt"}}, "none.txt: no such prompts file"),
+        (
+            {"evaluate": {"data": {"name": "folder", "path": "none", "image_size": 64, "batch_size": 2}}},
+            "evaluate.data",
+        ),
+        ({"evaluate": {"sampling": {"seed": -1}}}, "evaluate.sampling.seed"),
+    ],
+    ids=["best", "unmeasured", "metric", "data-metric", "inception", "prompts", "data", "seed"],
+)
+def test_what_cannot_be_measured_is_told_before_the_run(tmp_path, sections, message):
+    own = evaluate(tmp_path)
+    made = {name: {**(own if name == "evaluate" else {}), **its} for name, its in sections.items()}
+    config = make_run(tmp_path, images=16, **{"evaluate": own, **made})
+    with contextlib.chdir(tmp_path), pytest.raises(UserError, match=message):
+        main(["train", "--config", str(config)])
+    assert not (tmp_path / "runs/tiny/last.ckpt").exists()
+
+
+def test_best_without_anything_that_is_measured(tmp_path):
+    config = make_run(tmp_path, images=16, checkpoint={"best": "cmmd"})
+    with contextlib.chdir(tmp_path), pytest.raises(UserError, match="`held_out` measures the loss"):
+        main(["train", "--config", str(config)])
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(tmp_path):
+    """With a learning rate of 0 the two runs have the same weights, whatever their batches are."""
+    section = evaluate(tmp_path, every=1)
+    config = make_run(tmp_path, images=16, evaluate=section, optim={"lr": 0.0}, trainer={"max_steps": 1})
+    for run, devices in (("one", 1), ("two", 2)):
+        done = run_program(
+            "-m", "ldm_lab", "train", "--config", config, f"run={run}", f"trainer.devices={devices}", cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+    one, two = (logged(tmp_path / "runs" / run / "metrics.csv") for run in ("one", "two"))
+    assert one == two and len(one) == 1
+    assert torch.tensor([*one[0].values()]).isfinite().all()
