@@ -188,11 +188,6 @@ class Conditioner(Part, nn.Module):
     def spec(self) -> ConditionSpec:
         raise NotImplementedError
 
-    @property
-    def postponed_bytes(self) -> int | None:
-        """What the weights take that are loaded only when they are needed; None where nobody knows."""
-        return 0
-
     def from_batch(self, batch: Batch) -> Conditions:
         """Return the conditions of a training batch, [B, ...] each."""
         raise NotImplementedError

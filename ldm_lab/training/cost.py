@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm_lab.batch import Batch
+from ldm_lab.conditioners.t5 import T5
 from ldm_lab.conditions import TokenIds, TokenStates, blank_conditions
 from ldm_lab.config import RunConfig
 from ldm_lab.errors import first_line
 from ldm_lab.estimate import StepCost, autocast_of_gpus, module_bytes, optimizer_bytes, step_cost
-from ldm_lab.interfaces import Conditioner
 from ldm_lab.training.task import Task
 
 T = TypeVar("T")
@@ -105,7 +105,7 @@ def task_cost(task: Task, image_size: int) -> StepCost:
 def postponed_bytes(task: Task) -> int | None:
     """Return what the weights take that a conditioner loads when they are needed; None where nobody knows."""
     conditioner = task.frozen.get("conditioner")
-    return conditioner.postponed_bytes if isinstance(conditioner, Conditioner) else 0
+    return conditioner.postponed_bytes if isinstance(conditioner, T5) else 0
 
 
 def average_bytes(task: Task) -> int:
