@@ -21,6 +21,7 @@ from ldm_lab.__main__ import main
 from ldm_lab.checkpoints.native import save_model, save_part
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
+from ldm_lab.evaluation.tables import Row
 from ldm_lab.io.atomic import sha256
 from ldm_lab.pretrained.hub_folder import LARGEST, HubFolder
 from ldm_lab.sampling import Pipeline, SamplingOptions
@@ -446,3 +447,91 @@ def test_a_run_tells_what_it_was_trained_on(tmp_path, program, monkeypatch):
     assert (told["data"], told["batch"], told["data_count"]) == ("webdataset", "4", "4 shards")
     assert told["hardware"].startswith("1 x CPU (") and re.fullmatch(r"\d{4}-\d\d-\d\d", told["date"])
     assert told["precision"] == "32-true"
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluation(folder: Path, *models: str) -> Path:
+    """Write what `python -m ldm_lab evaluate` writes."""
+    from ldm_lab.evaluation.metrics import Value
+    from ldm_lab.evaluation.tables import Table
+
+    rows = [Row(its, 3.0, "unipc", 20, (0,), 96, {"fd": Value(0.25, 0.013, "draws")}) for its in models]
+    folder.mkdir()
+    (folder / "evaluation.json").write_text(
+        Table(rows, {"real images": "96", "embeddings": f"of {folder}/x.safetensors"}, ["few images"]).to_json()
+    )
+    return folder / "evaluation.json"
+
+
+def test_an_evaluation_stands_in_the_card(tmp_path):
+    model = make_model(tmp_path)
+    path = evaluation(tmp_path / "measured", "run", "other")
+    words = ["export", str(model), "--hub-folder", str(tmp_path / "out"), "--evaluation"]
+    main([*words, str(path.parent)])
+    _, text = card_of(tmp_path / "out")
+    assert "| fd (guidance 3, unipc 20, 96 pictures) | 0.25 ± 0.013 |" in text and text.count("| fd ") == 1
+    assert "- embeddings: of x.safetensors" in text and "- few images" in text and "No evaluation" not in text
+    for models, message in (
+        (("a", "b"), "is about a, b, and not about run"),
+        ((), "not an evaluation: evaluation.json of"),
+    ):
+        wrong = evaluation(tmp_path / f"of_{len(models)}", *models)
+        with pytest.raises(UserError, match=message):
+            main([*words, str(wrong), "--overwrite"])
+    (tmp_path / "large.json").write_text(json.dumps({"rows": [{"model": "run", "values": 3}]}))
+    with pytest.raises(UserError, match="not an evaluation"):
+        main([*words, str(tmp_path / "large.json"), "--overwrite"])
+
+
+# ------------------------------------------------------------------------------------------------- language models, BPE
+
+
+def test_a_language_model_travels_along(tmp_path):
+    """A folder of transformers' is copied, without where it lay."""
+    import language_models
+
+    source = language_models.write_language_model(tmp_path / "secret_place" / "t5")
+    model = tiny_if_model(tmp_path / "if.safetensors", str(source))
+    main(["export", str(model), "--hub-folder", str(tmp_path / "out")])
+    (tmp_path / "secret_place").rename(tmp_path / "gone")
+    with pytest.raises(UserError):
+        Pipeline.from_checkpoint(model)(["red"], OPTIONS)
+    moved = (tmp_path / "out").rename(tmp_path / "theirs")
+    image = np.asarray(Pipeline.from_checkpoint(moved)(["red"], OPTIONS)[0])
+    (tmp_path / "gone").rename(tmp_path / "secret_place")
+    assert np.array_equal(image, np.asarray(Pipeline.from_checkpoint(model)(["red"], OPTIONS)[0]))
+    for path in moved.rglob("*"):
+        assert path.is_dir() or b"secret_place" not in path.read_bytes(), path
+
+
+def test_gpt2_s_merges_travel_along(tmp_path, monkeypatch):
+    """They are taken from beside the model where the cache has none, if they are the right ones."""
+    from dataclasses import replace
+
+    from ldm_lab.conditioners import glide_text
+    from ldm_lab.pretrained import resolve
+    from ldm_lab.pretrained.catalogue import catalogue
+
+    merges = tmp_path / "cache" / "gpt2" / "vocab.bpe" / "vocab.bpe"
+    merges.parent.mkdir(parents=True)
+    merges.write_text("#version: 0.2\nt h\nth e\n")
+    monkeypatch.setenv("LDM_LAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LDM_LAB_OFFLINE", "1")
+    monkeypatch.setattr(resolve, "_beside", [])
+    entry = replace(catalogue()["gpt2/vocab.bpe"], sha256=sha256(merges))
+    monkeypatch.setitem(catalogue(), "gpt2/vocab.bpe", entry)
+    monkeypatch.setattr(tiny_glide, "TEXT", {"name": "glide_text", "vocab_size": 259, "text_size": 6})
+    model = tiny_glide.write(tmp_path / "base.safetensors")
+    main(["export", str(model), "--hub-folder", str(tmp_path / "out")])
+    assert "vocab.bpe" in HubFolder.read(tmp_path / "out").files
+    shutil.rmtree(tmp_path / "cache")
+    glide_text.gpt2_encoding.cache_clear()
+    with pytest.raises(UserError, match="not in the cache"):
+        glide_text.gpt2_encoding(259)
+    Pipeline.from_checkpoint(tmp_path / "out")(["the"], OPTIONS)
+    (tmp_path / "out" / "vocab.bpe").write_text("t h")
+    glide_text.gpt2_encoding.cache_clear()
+    with pytest.raises(UserError, match="not in the cache"):
+        Pipeline.from_checkpoint(tmp_path / "out")(["the"], OPTIONS)

@@ -3,17 +3,25 @@
     python -m ldm_lab export runs/quickstart --hub-folder shared/shapes --prompts configs/quickstart_prompts.txt
     python -m ldm_lab export runs/quickstart --hub-folder shared/shapes --license mit --overwrite
     python -m ldm_lab export runs/glide_quickstart --upsampler runs/glide_quickstart_upsampler --hub-folder shared/glide
+    python -m ldm_lab export runs/quickstart --diffusers shared/shapes_diffusers
     python sample.py --checkpoint shared/shapes "a red star"
 
 The folder holds all that sampling needs: the network, its autoencoder and conditioner, config.json, and README.md, a
 model card as the Hugging Face Hub reads it. Whatever is not known, the card says is not recorded; names of folders and
 users of this machine are nowhere in it. Upload it as it is; `--checkpoint hf://OWNER/NAME` samples from there.
+
+--diffusers writes a folder that needs torch, diffusers and its own files alone, and gives the same pictures.
 """
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ldm_lab.commands._arguments import add_imports_argument
+from ldm_lab.errors import UserError
+
+if TYPE_CHECKING:  # these import torch, which takes seconds
+    from ldm_lab.sampling.options import ModelOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_imports_argument(parser)
     add = parser.add_argument
     add("checkpoint", metavar="F", help="a run's folder, ema.safetensors, or .ckpt; a released name")
-    add("--hub-folder", type=Path, required=True, metavar="DIR", help="the folder that is written")
+    add("--hub-folder", type=Path, metavar="DIR", help="the folder to sample from by this program")
+    add("--diffusers", type=Path, metavar="DIR", help="a folder for diffusers: ccld_unet, glide_unet, if_unet")
     add("--upsampler", action="append", default=[], metavar="FILE",
         help="a model that enlarges its pictures, which is shared with it; may be given again")  # fmt: skip
     add("--name", metavar="NAME", help="of the model, in its card (default: that of the folder)")
@@ -32,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--prompts", type=Path, metavar="FILE",
         help="text, a prompt a line, for the card's samples (default: the run's own; at most 16)")  # fmt: skip
+    add("--evaluation", type=Path, metavar="JSON", help="results of `evaluate` about this model, for the card")
     add("--half", action="store_true", help="store the networks in float16, at half the size")
     add("--autoencoder", metavar="FILE", help="its weights, if not where the checkpoint says")
     add("--conditioner", metavar="FILE", help="its weights, if not where the checkpoint says")
@@ -39,24 +49,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the folder, and say what is in it."""
-    from ldm_lab.prompts import read_prompts  # these import torch, which takes seconds
+    """Write the folders, and say what is in them."""
     from ldm_lab.sampling.options import ModelOptions
+
+    if args.hub_folder is None and args.diffusers is None:
+        raise UserError("--hub-folder DIR, --diffusers DIR, or both: where does it go?")
+    loading = ModelOptions(autoencoder=args.autoencoder, conditioner=args.conditioner)
+    if args.diffusers is not None:
+        export_to_diffusers(args, args.diffusers.expanduser(), loading)
+    if args.hub_folder is not None:
+        export_to_hub(args, args.hub_folder.expanduser(), loading)
+
+
+def export_to_hub(args: argparse.Namespace, out: Path, loading: "ModelOptions") -> None:
+    """Write the folder to sample from by this program."""
+    from ldm_lab.prompts import read_prompts  # these import torch, which takes seconds
+    from ldm_lab.sampling.names import model_name
+    from ldm_lab.sharing.evaluation import Evaluation, read_evaluation
     from ldm_lab.sharing.hub import Export, export
 
+    path = None if args.evaluation is None else args.evaluation.expanduser()
+    measured = Evaluation() if path is None else read_evaluation(path, model_name(args.checkpoint))
     shared = export(
         Export(
             checkpoint=args.checkpoint,
-            out=args.hub_folder.expanduser(),
+            out=out,
             upsamplers=args.upsampler,
             name=args.name,
             license=args.license,
             prompts=None if args.prompts is None else read_prompts(args.prompts),
+            evaluation=measured.rows,
+            notes=measured.notes,
             half=args.half,
             overwrite=args.overwrite,
-            loading=ModelOptions(autoencoder=args.autoencoder, conditioner=args.conditioner),
+            loading=loading,
         )
     )
     size = sum((shared.path / name).stat().st_size for name in shared.files)
     print(f"{shared.path}: {', '.join(shared.files)} ({size / 1e6:,.1f} MB), config.json, README.md")
     print(f'python sample.py --checkpoint {shared.path} "..." samples from it')
+
+
+def export_to_diffusers(args: argparse.Namespace, out: Path, loading: "ModelOptions") -> None:
+    """Write the folder for diffusers."""
+    from ldm_lab.sampling.options import ModelOptions
+    from ldm_lab.sharing.diffusers_folder import Exported, check_out, write
+
+    check_out(out, args.overwrite)
+    base = Exported.load(args.checkpoint, loading)
+    upsamplers = [Exported.load(file, ModelOptions(), i) for i, file in enumerate(args.upsampler, start=1)]
+    write(out, base, upsamplers, args.license)
+    print(f'{out}: DiffusionPipeline.from_pretrained("{out}", trust_remote_code=True) loads it')

@@ -54,7 +54,7 @@ class HubFolder:
         if (version := fields.count("version")) != VERSION:
             raise UserError(f"{config}: of version {version}, and this program reads version {VERSION}")
         files = dict(fields.words("files"))
-        model, upsamplers = fields.text("model") or "", tuple(fields.all_texts("upsamplers") or ())
+        model, upsamplers = fields.text("model") or "", tuple(fields.sequence("upsamplers"))
         for name in (model, *upsamplers, *files):
             if not FILE.fullmatch(name):
                 raise UserError(f"{config}: refused: {name[:100]!r} is no name of a file in this folder")

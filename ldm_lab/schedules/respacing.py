@@ -14,7 +14,7 @@ from ldm_lab.errors import UserError
 Steps = int | str
 
 FAST27 = "10,10,3,2,2"
-DDIM = re.compile(r"ddim(\d{1,9})")
+EVEN_STEPS = re.compile(r"ddim(\d{1,9})")
 SECTIONS = re.compile(r"\d{1,9}(,\d{1,9})*")
 
 
@@ -24,7 +24,7 @@ def num_steps(steps: Steps) -> int:
         kept = steps
     elif steps == "fast27":
         kept = 27
-    elif match := DDIM.fullmatch(steps):
+    elif match := EVEN_STEPS.fullmatch(steps):
         kept = int(match[1])
     elif SECTIONS.fullmatch(steps):
         kept = sum(map(int, steps.split(",")))
@@ -50,7 +50,7 @@ def kept_timesteps(timesteps: int, steps: Steps) -> list[int]:
         return [timesteps - 1]
     if steps == "fast27":
         return sorted({*kept_timesteps(timesteps, FAST27), timesteps - 3} - {timesteps - 1})
-    if isinstance(steps, str) and (match := DDIM.fullmatch(steps)):
+    if isinstance(steps, str) and (match := EVEN_STEPS.fullmatch(steps)):
         return _strided(timesteps, int(match[1]))
     counts = [steps] if isinstance(steps, int) else [int(part) for part in steps.split(",")]
     size, more = divmod(timesteps, len(counts))
