@@ -1,6 +1,7 @@
 # make demo   set up, train the quickstart, sample a grid of prompts
 # make test   set up with all that the tests need, run them (about ten minutes at most); make test-all runs the slow ones, too
 # make test-browser   pages in a real browser: sets up a Chromium of its own (apt-get as root, npm otherwise) if there is none
+# make docs-check   every command in README and docs: run on few images, or taken apart and checked
 # make check  lint, format, types, tests
 # make lock   write both lock files anew after a change of pyproject.toml; make upgrade takes newer versions, too
 PYTHON ?= python3
@@ -11,7 +12,7 @@ READY := .venv/.ready
 READY_DEV := .venv/.ready-dev
 COMPILE := pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes --no-header
 
-.PHONY: demo test test-all test-browser check lint types setup setup-dev lock upgrade clean
+.PHONY: demo test test-all test-browser docs-check check lint types setup setup-dev lock upgrade clean
 
 demo: $(READY)
 	$(PY) train.py --config configs/quickstart.yaml resume.checkpoint=last
@@ -28,6 +29,9 @@ test-all: $(READY_DEV)
 test-browser: $(READY_DEV)
 	$(PY) tests/browser/chromium.py
 	$(PY) -m pytest -m browser tests/browser
+
+docs-check: $(READY_DEV)
+	$(PY) -m pytest tests/test_docs.py tests/test_extending.py tests/test_recipes.py tests/test_python_docs.py tests/test_slurm.py
 
 check: lint types test
 

@@ -14,6 +14,8 @@ class LeftOut:
         self.counts: Counter[str] = Counter()
 
     def pytest_deselected(self, items: list[pytest.Item]) -> None:
+        if items[0].config.option.keyword:  # what -k takes out is no secret
+            return
         for item in items:
             self.counts.update([next((kind for kind in reversed(COMMANDS) if item.get_closest_marker(kind)), "other")])
 
@@ -31,5 +33,6 @@ class LeftOut:
     def pytest_unconfigure(self, config: pytest.Config) -> None:
         if hasattr(config, "workerinput") or not self.counts.keys() & COMMANDS:
             return
-        named = [f"{self.counts[kind]} {kind} tests ({COMMANDS[kind]})" for kind in COMMANDS if self.counts[kind]]
+        counts = {kind: self.counts[kind] for kind in COMMANDS if self.counts[kind]}
+        named = [f"{n} {kind} test{'s' if n != 1 else ''} ({COMMANDS[kind]})" for kind, n in counts.items()]
         print(f"left out: {', '.join(named)}")

@@ -70,6 +70,22 @@ def test_it_is_told_before_anything_else(program, words, message):
     assert (code, out) == (2, "") and message in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--dry-run", "--check makes one step and one picture"),
+        ("--lr=1e-4", "optim.lr=1e-4"),
+        ("--Learning-Rate", "optim.lr=..."),
+        ("--resume_from_checkpoint", "resume.checkpoint=..."),
+        ("--colour", "written key=value"),
+    ],
+)
+def test_flags_of_other_trainers_are_answered_with_what_they_are_called_here(program, flag, meant):
+    code, out, err = program("train", "--config", ROOT / "configs/quickstart.yaml", flag)
+    assert (code, out) == (2, "") and f"{flag.partition('=')[0]}: no such flag" in err and meant in err
+    assert err.count("\n") == 1
+
+
 def test_flags_that_say_the_opposite_are_refused():
     parser = Parser()
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction)

@@ -123,6 +123,22 @@ def test_families_mix_and_upsamplers_belong_to_the_model_before_them(compare):
     assert "&lt;small&gt;" in Path("out/index.html").read_text()
 
 
+def test_a_clip_that_is_named_scores(compare):
+    from tiny import ROOT
+
+    clip = ("--clip", "name=cloob", f"weights={ROOT}/assets/quickstart/cloob.safetensors")
+    assert compare(*asked("--checkpoint", "a"))[0] == 0
+    before = json.loads(Path("out/comparison.json").read_text())
+    code, out, err = compare(*asked("--checkpoint", "a", *clip, "--title", "<t>"))
+    assert code == 0 and "2 pictures (0 new)" in out, err
+    it = json.loads(Path("out/comparison.json").read_text())
+    assert it["scorer"] != before["scorer"] and it["title"] == "<t>" and it["id"] == before["id"]
+    scores = [[row["cells"][0]["score"] for row in one["rows"]] for one in (before, it)]
+    assert all(abs(a - b) > 1e-4 for a, b in zip(*scores))
+    assert compare(*asked("--checkpoint", "a", "--no-scores"))[0] == 0
+    assert json.loads(Path("out/comparison.json").read_text())["scorer"] == ""
+
+
 def test_large_pictures_have_thumbnails(compare, monkeypatch):
     from ldm_lab.commands import compare as module
 
@@ -148,10 +164,12 @@ def test_large_pictures_have_thumbnails(compare, monkeypatch):
         (asked("--checkpoint", "upsampler", "--label", "up"), "up: this model is an upsampler"),
         (asked("--checkpoint", "a", "--upsampler-steps", 2), "--upsampler-steps belongs to an --upsampler"),
         (asked("--checkpoint", "a", "--guidance", "x"), "--guidance"),
+        (asked("--checkpoint", "a", out="prompts.txt"), "--out prompts.txt: this is a file, not a folder"),
         (("--votes", "none.json"), "none.json: no such file of votes"),
     ],
     ids=["nothing", "upsampler first", "two labels", "random seed", "two seeds", "same model twice", "no file",
-         "no sampler", "other sampler's option", "upsampler alone", "no upsampler", "no number", "no votes"],
+         "no sampler", "other sampler's option", "upsampler alone", "no upsampler", "no number", "no folder",
+         "no votes"],
 )  # fmt: skip
 def test_mistakes_are_told_in_one_line(compare, words, message):
     code, _, err = compare(*words)
@@ -179,6 +197,13 @@ def test_votes_of_several_people_are_added_up(program, tmp_path):
     assert lines[0] == "A or B: 10 votes of 2 files, 1 of them without a preference"
     assert " ".join(lines[1].split()) == "B 8 88.9% (95 %: 56.5% to 98.0%)"
     assert " ".join(lines[2].split()) == "A 1 11.1% (95 %: 2.0% to 43.5%)"
+
+
+def test_names_in_a_file_of_votes_are_no_orders_for_the_terminal(tmp_path):
+    names = ["A\x1b[31m\n", "猫 <b>"]
+    lines = add_up([votes(tmp_path / "1.json", [1], columns=names, title="\x07 t")]).lines()
+    assert lines[0].startswith("\\x07 t: 1 votes of 1 file") and lines[1].startswith("  猫 <b>")
+    assert lines[2].startswith("  A\\x1b[31m\\n ")
 
 
 @pytest.mark.parametrize(("wins", "count"), [(0, 0), (0, 5), (5, 5), (8, 9), (50, 100)])

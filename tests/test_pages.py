@@ -80,12 +80,13 @@ def test_the_last_line_says_what_was_left_out(pytester):
     )
     marked = "import pytest\ndef test_a(): pass\n@pytest.mark.slow\ndef test_b(): pass\n"
     pytester.makepyfile(marked + "@pytest.mark.browser\n@pytest.mark.parametrize('n', [1, 2])\ndef test_c(n): pass")
-    line = "left out: 1 slow tests (make test-all), 2 browser tests (make test-browser)"
+    line = "left out: 1 slow test (make test-all), 2 browser tests (make test-browser)"
     chosen = ("-m", "not slow and not browser")
     for processes in ([], ["-n1"]):
         ended = pytester.runpytest_inprocess(*chosen, *processes)
         assert ended.ret == 0 and ended.outlines[-1] == line
-    assert "left out" not in "\n".join(pytester.runpytest_inprocess().outlines)
+    for words in ((), ("-k", "test_a")):
+        assert "left out" not in "\n".join(pytester.runpytest_inprocess(*words).outlines)
 
 
 def test_without_a_browser_its_tests_fail_and_say_why(monkeypatch, capsys):

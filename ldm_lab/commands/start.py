@@ -153,6 +153,8 @@ def next_steps(recipe: "Recipe", facts: "FolderFacts", names: "Names", trains_au
         ("try it out", f"{program} train --config {config} --check"),
         ("train", f"{program} train --config {config}"),
         ("go on", f"{program} train --config {config} resume.checkpoint=last"),
+        ("watch", f"{folder}/index.html, in a browser, and all runs: {program} runs"),
         ("sample", f"{program} sample --checkpoint {folder} {prompt} -n 4 --out samples/{names.run}"),
+        ("share", f"{program} export {folder} --hub-folder shared/{names.run}"),
     ]
     return ["", *(f"{what:<12}{command}" for what, command in steps)]

@@ -9,6 +9,7 @@ Any key of the YAML can be overridden as key.path=value. `--parts` lists all par
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 
@@ -16,9 +17,27 @@ from ldm_lab.commands._arguments import Parser, add_imports_argument
 from ldm_lab.config import describe_parts, load
 from ldm_lab.errors import UserError
 
+FLAGS = ("--config", "--parts", "--check", "--imports", "--help")
+NAMES = {  # what is meant here -> what it is called elsewhere
+    "--check": ("dry_run", "dryrun", "fast_dev_run", "test"),
+    "optim.lr": ("lr", "learning_rate"),
+    "trainer.max_steps": ("max_steps", "max_train_steps", "steps", "num_steps", "epochs", "max_epochs", "num_epochs"),
+    "data.batch_size": ("batch_size", "train_batch_size", "bs"),
+    "data.path": ("data", "data_dir", "train_data_dir", "dataset", "instance_data_dir"),
+    "data.image_size": ("resolution", "size", "image_size"),
+    "resume.checkpoint": ("resume", "resume_from", "resume_from_checkpoint", "resume_ckpt"),
+    "init_from": ("init", "pretrained", "pretrained_model_name_or_path", "checkpoint", "ckpt"),
+    "trainer.precision": ("precision", "mixed_precision", "fp16", "bf16"),
+    "trainer.devices": ("gpus", "devices", "num_gpus"),
+    "run": ("name", "run", "output_dir", "out", "outdir"),
+    "seed": ("seed",),
+}
+
 
 def main(words: Sequence[str] | None = None) -> int:
     """Parse the command line and run. Returns the exit code."""
+    words = list(sys.argv[1:] if words is None else words)
+    refuse_unknown_flags(words)
     parser = Parser(
         prog="train.py",
         description=__doc__,
@@ -35,7 +54,7 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     add_imports_argument(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the YAML's")
-    args = parser.parse_intermixed_args(sys.argv[1:] if words is None else words)
+    args = parser.parse_intermixed_args(words)
     if args.parts:
         print(describe_parts())
         return 0
@@ -51,3 +70,19 @@ def main(words: Sequence[str] | None = None) -> int:
     from ldm_lab.training.runner import run  # after the config is known to be right: importing torch takes seconds
 
     return run(config)
+
+
+def refuse_unknown_flags(words: Sequence[str]) -> None:
+    """Raise UserError for flags of other programs, with what is meant by them here."""
+    for word in words:
+        match = re.fullmatch(r"(--[a-zA-Z][\w-]*)(?:=(.*))?", word, re.S)
+        if match is None or match[1] in FLAGS:
+            continue
+        flag, value = match[1], match[2]
+        key = next((key for key in NAMES if flag[2:].replace("-", "_").lower() in NAMES[key]), None)
+        if key == "--check":
+            raise UserError(f"{flag}: no such flag; --check makes one step and one picture, and writes nothing")
+        example = f"{key or 'optim.lr'}={value or '...'}"
+        raise UserError(
+            f"{flag}: no such flag; keys of the config are written key=value: {example} (--parts lists all)"
+        )

@@ -41,13 +41,19 @@ class Tally:
     def lines(self) -> list[str]:
         """Return the result as lines of a table."""
         votes = f"{self.decided + self.ties} votes of {self.voters} {'files' if self.voters != 1 else 'file'}"
-        lines = [f"{self.title}: {votes}, {self.ties} of them without a preference"]
-        width = max(map(len, self.columns))
-        for name, wins in sorted(zip(self.columns, self.wins, strict=True), key=lambda pair: -pair[1]):
+        lines = [f"{printable(self.title)}: {votes}, {self.ties} of them without a preference"]
+        names = list(map(printable, self.columns))
+        width = max(map(len, names))
+        for name, wins in sorted(zip(names, self.wins, strict=True), key=lambda pair: -pair[1]):
             low, high = interval(wins, self.decided)
             share = wins / self.decided if self.decided else 0.0
             lines.append(f"  {name:{width}}  {wins:5}  {share:6.1%}  (95 %: {low:.1%} to {high:.1%})")
         return [*lines, f"  by chance each would have {1 / len(self.columns):.1%}"]
+
+
+def printable(text: str) -> str:
+    """Return a text without what a terminal would obey: control characters are written as escapes."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def interval(wins: int, votes: int) -> tuple[float, float]:
@@ -83,7 +89,7 @@ def add_up(paths: Sequence[str]) -> Tally:
         if tally is None:
             tally = Tally(comparison, title, columns, [0] * len(columns))
         if (comparison, columns) != (tally.comparison, tally.columns):
-            raise UserError(f"{path}: votes on another comparison ({title!r}) than {paths[0]} ({tally.title!r})")
+            raise UserError(f"{path}: votes on another comparison ({title!a}) than {paths[0]} ({tally.title!a})")
         _count(tally, votes, path)
     if tally is None:
         raise UserError("--votes: no file is given")

@@ -92,6 +92,12 @@ class Fields:
         inner = self.inside(key) or Fields({})
         return [(name, text) for name in inner._content if (text := inner.text(name)) is not None]
 
+    def all_texts(self, key: str) -> list[str] | None:
+        """Return a list of texts; None if it holds anything else."""
+        value = self._content.get(key)
+        texts = [text for text in value if isinstance(text, str)] if isinstance(value, list) else None
+        return texts if isinstance(value, list) and texts is not None and len(texts) == len(value) else None
+
     def texts(self, key: str) -> dict[str, list[str]]:
         """Return an object of lists of texts; what is none is left out."""
         inner = self.inside(key) or Fields({})

@@ -67,6 +67,12 @@ def test_any_number_of_columns(visit, tmp_path, count):
     assert all(box["width"] >= 60 for box in boxes)
     seen.page.evaluate("scrollTo(0, 0)")
     seen.shot(f"{count}")
+    if count > 1:
+        seen.page.locator("#blind").click()
+        assert seen.page.locator('[data-row="0"] .vote').count() == count and seen.overflow() == 0
+        seen.shot(f"{count}-blind")
+        seen.page.locator('[data-row="0"] .vote').last.click()
+        assert "1 of 3" in seen.page.locator("#progress").text_content()
 
 
 def test_the_filter(visit, tmp_path):
@@ -160,3 +166,21 @@ def test_votes_stay_among_the_rows_that_are_shown(visit, tmp_path):
     assert "2 of 8" in page.locator("#progress").text_content()
     page.get_by_label("filter prompts").fill("1")
     assert "2 of 8" in page.locator("#progress").text_content()
+
+
+def test_a_page_that_the_command_has_made(visit, program, tmp_path):
+    from test_sample_program import make_checkpoint
+
+    (tmp_path / "model").mkdir()
+    checkpoint = make_checkpoint(tmp_path / "model", dropout=0.2)
+    (tmp_path / "prompts.txt").write_text("a red fox\n<b>a cat</b>\n")
+    words = ("--checkpoint", checkpoint, "--prompts", tmp_path / "prompts.txt", "--guidance", 1, "--guidance", 3)
+    more = ("--sampler", "ddim", "--steps", 2, "--device", "cpu", "--out", tmp_path / "page")
+    code, _, err = program("ldm_lab.__main__", "compare", *words, *more)
+    assert code == 0, err
+    seen = visit(tmp_path / "page" / "index.html")
+    assert seen.page.locator(".row img").count() == 4 and seen.broken_images() == [] and seen.overflow() == 0
+    assert seen.page.locator(".row .score").count() == 4 and seen.page.locator("b").count() == 0
+    seen.page.locator("details.panel summary").click()
+    assert "ddim" in seen.page.locator("details.panel").text_content()
+    seen.shot()

@@ -91,6 +91,10 @@ def test_images_enlarge_by_pointer_keys_and_touch(visit, pictures):
     assert page.get_by_label("previous image").is_disabled()
     page.get_by_label("next image").click()
     assert image.get_attribute("src").endswith("01.png")
+    if seen.size == "phone":
+        for start, end, shown in ((300, 60, "10"), (60, 300, "01"), (200, 220, "01")):
+            swipe(page, start, end)
+            assert image.get_attribute("src").endswith(f"{shown}.png"), (start, end)
     page.keyboard.press("Escape")
     assert not box.is_visible()
     links.nth(3).focus()
@@ -99,6 +103,15 @@ def test_images_enlarge_by_pointer_keys_and_touch(visit, pictures):
     page.get_by_label("close").click()
     assert not box.is_visible()
     assert page.evaluate("document.activeElement.dataset.caption").startswith("11")
+
+
+def swipe(page, start: int, end: int) -> None:
+    """Draw a finger from one place to another, sideways."""
+    session = page.context.new_cdp_session(page)
+    for kind, points in (("touchStart", [start]), ("touchMove", [end]), ("touchEnd", [])):
+        touches = [{"x": x, "y": 300} for x in points]
+        session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": touches})
+    session.detach()
 
 
 def test_the_harness_finds_what_goes_wrong(visit, tmp_path):

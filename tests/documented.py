@@ -1,0 +1,107 @@
+"""The commands in README and docs: all of them, one by one, and how each is checked."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+FENCED = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<body>.*?)^(?P=indent)```", re.M | re.S)
+SHELL = ("", "bash", "sh", "shell", "console")
+PROGRAM = re.compile(r"(?:^|\s)(?:-m ldm_lab |ldm-lab |(?=(?:\S*/)?(?:train|sample)\.py))(?P<words>.*)$")
+END = re.compile(r"\s(?:\||>|<|&&|&)(?:\s|$)|;|\s&$")
+
+# Pages whose commands are run as they stand, one after the other, by a test of their own.
+RUN_BY = {
+    ("docs/extending.md", "bash"): "tests/test_extending.py",
+    ("docs/recipes.md", "bash"): "tests/test_recipes.py",
+    ("docs/python.md", "python"): "tests/test_python_docs.py",
+    ("docs/extending.md", "python"): "tests/test_extending.py",
+    ("docs/slurm.md", "bash"): "tests/test_slurm.py",
+}
+# Pages whose commands are run one after the other by tests/test_docs.py, on few images and for few steps.
+WALKED = ("docs/quickstart.md", "docs/own_images.md")
+# Blocks of no language that show something else than commands: how they begin. What programs print stands in ```text.
+PICTURES = ("YAML + key=value", "a red star on a blue background")
+# Commands of other programs: why they are not run.
+FOREIGN = {
+    r"make [a-z-]+$": "a target of the Makefile, which the test looks up",
+    r"source \.venv/bin/activate$": "changes the shell that it is typed into",
+    r"pre-commit install$": "of a checkout with a .git that is one's own",
+    r"git clone ": "needs a network",
+    r"pipx install ": "needs a network",
+    r"python -m venv ": "needs a network for what it installs",
+    r"pip install ": "needs a network",
+    r"huggingface-cli ": "needs an account",
+    r"python examples/\w+\.py$": "a server, which tests/test_recipes.py runs",
+    r"bash benchmarks/gpu\.sh$": "continuous integration runs it, with --tiny",
+    r"curl ": "asks a server that a test of the app starts",
+    r"img2dataset ": "needs a network",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command in a page.
+
+    Attributes:
+        page: of the repository.
+        line: number of its first line.
+        language: of its block.
+        text: in one line, without the explanation behind it.
+    """
+
+    page: str
+    line: int
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}: {self.text}"
+
+    @property
+    def program_words(self) -> list[str] | None:
+        """The words behind `python -m ldm_lab`, or those of train.py and sample.py; None for another program."""
+        match = PROGRAM.search(self.text)
+        if match is None:
+            return None
+        words = [word for word in shlex.split(END.split(match["words"])[0], comments=True) if word != "$@"]
+        return [re.sub(r"^\S*?(train|sample)\.py$", r"\1", words[0]), *words[1:]]
+
+    @property
+    def is_run_elsewhere(self) -> bool:
+        """Whether a test of its own runs the page's blocks of this language."""
+        return (self.page, self.language) in RUN_BY
+
+    @property
+    def foreign(self) -> str | None:
+        """Why it is not run, of another program's; None if nobody has said."""
+        return next((why for start, why in FOREIGN.items() if re.match(start, self.text)), None)
+
+
+def blocks() -> Iterator[tuple[str, int, str, str]]:
+    """Yield (page, number of the first line, language, text) of all fenced blocks."""
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for match in FENCED.finditer(text):
+            yield page, text.count("\n", 0, match.start("body")) + 1, match["language"], match["body"]
+
+
+def commands() -> Iterator[Command]:
+    """Yield the commands of all blocks that are a shell's."""
+    for page, first, language, body in blocks():
+        if language not in SHELL or body.lstrip().startswith(PICTURES):
+            continue
+        held, began = "", first
+        for number, line in enumerate(body.splitlines(), first):
+            began = began if held else number
+            held += line.strip()
+            if held.endswith("\\"):
+                held = held[:-1]
+                continue
+            text = re.sub(r"\s+#\s.*$", "", held).strip()
+            if text and not text.startswith("#"):
+                yield Command(page, began, language, text)
+            held = ""

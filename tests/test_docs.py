@@ -1,0 +1,207 @@
+"""README and docs: every command in them is run, or taken apart and checked; a new one that is neither fails here."""
+
+import functools
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from documented import FOREIGN, PAGES, ROOT, RUN_BY, WALKED, Command, blocks, commands
+from test_own_images import picture
+from tiny import run_program
+
+from ldm_lab import __main__ as programs
+from ldm_lab.commands import sample
+from ldm_lab.commands._arguments import Parser
+from ldm_lab.commands._sampling_flags import numbered
+from ldm_lab.config import load
+from ldm_lab.errors import UserError
+
+ALL = list(commands())
+TINY = [
+    "trainer.max_steps=2", "trainer.threads=1", "data.workers=0", "data.batch_size=2", "checkpoint.every=2",
+    "optim.warmup_steps=1", "logging.every=1",
+]  # fmt: skip
+LASTING = ("app",)  # commands that run until they are ended
+
+
+def ids(values: Sequence[Command]) -> list[str]:
+    return [f"{value.page} {value.line}" for value in values]
+
+
+def test_every_command_has_a_way_to_be_checked():
+    """A command of this program is taken apart; another one is run by a test, or has a reason why it is not."""
+    lost = [str(its) for its in ALL if its.program_words is None and not its.is_run_elsewhere and its.foreign is None]
+    assert not lost, "\n".join(
+        [f"neither run nor in tests/documented.py (what a program prints stands in ```text): {len(lost)}", *lost]
+    )
+    assert len(ALL) > 150
+
+
+def test_what_is_said_to_be_checked_elsewhere_is():
+    for (page, language), test in RUN_BY.items():
+        assert any(its[0] == page and its[2] == language for its in blocks()), f"{page} has no {language} block"
+        assert Path(page).name in (ROOT / test).read_text(encoding="utf-8"), f"{test} does not read {page}"
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    for its in ALL:
+        if match := re.match(r"make ([a-z-]+)$", its.text):
+            assert match[1] in targets, str(its)
+    for start, why in FOREIGN.items():
+        assert why and (any(re.match(start, its.text) for its in ALL) or start.startswith(("pip ", "git ", "curl "))), (
+            start
+        )
+
+
+@pytest.mark.parametrize("kind", ["bash", "sh"])
+def test_blocks_of_a_shell_are_in_its_language(kind):
+    for page, line, language, body in blocks():
+        if language == kind:
+            done = subprocess.run(["bash", "-n"], input=body, capture_output=True, text=True)
+            assert done.returncode == 0, f"{page}:{line}: {done.stderr}"
+
+
+sampling_parser = functools.cache(sample.parser)  # which has a hundred flags
+
+
+def parser_of(command: str) -> Parser:
+    """Return the parser of a command."""
+    parser = Parser(prog=command)
+    programs._module(command).add_arguments(parser)
+    return parser
+
+
+def check_train(words: Sequence[str]) -> None:
+    """Compose the config that a training command names. Raises UserError, SystemExit."""
+    parser = Parser(prog="train")
+    parser.add_argument("--config")
+    parser.add_argument("--parts", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--imports", action="append")
+    parser.add_argument("overrides", nargs="*")
+    args = parser.parse_intermixed_args(list(words))
+    if args.config:
+        compose(args.config, args.overrides)
+
+
+def compose(config: str, overrides: Sequence[str]) -> None:
+    """Compose a config of the repository; what a shell would fill in is a number."""
+    path = ROOT / config
+    if path.is_file():
+        load(path, [re.sub(r"\$\{?\w+\}?", "job" if word.startswith("run=") else "2", word) for word in overrides])
+
+
+def check(command: Command) -> None:
+    """Take a command apart, and compose its config. Raises UserError for what is wrong with it."""
+    name, *words = command.program_words or [""]
+    if "--help" in words:
+        return
+    if name == "train":
+        check_train(words)
+        return
+    if name == "sample":
+        parser = sampling_parser(tuple(numbered(words)))
+        parser._given.clear()
+        parser.parse_words(words)
+        return
+    args = parser_of(name).parse_args(words)
+    config = next((value for key, value in args._get_kwargs() if key == "config"), None)
+    if config and name != "select":  # whose YAML is none of a run
+        compose(config, getattr(args, "overrides", []))
+
+
+def test_every_command_of_this_program_parses_and_its_config_composes():
+    wrong = []
+    checked = [
+        its for its in ALL if its.program_words and not (its.is_run_elsewhere and its.page == "docs/extending.md")
+    ]
+    for its in checked:
+        try:
+            check(its)
+        except (UserError, ModuleNotFoundError) as error:
+            wrong.append(f"{its}\n    {error}")
+    assert len(checked) > 100 and not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "python train.py --config configs/quickstart.yaml trainer.max_step=3",
+        "python train.py --confg configs/quickstart.yaml",
+        "torchrun --nproc-per-node=2 train.py --config configs/quickstart.yaml optim.lr=fast",
+        "python sample.py --checkpoint a --guidence 3 red",
+        "python -m ldm_lab plan --config configs/quickstart.yaml data.counts=3",
+        "python -m ldm_lab strat photos",
+    ],
+)
+def test_a_wrong_command_is_found(text):
+    with pytest.raises((UserError, ModuleNotFoundError)):
+        check(Command("docs/x.md", 1, "", text))
+
+
+def test_a_command_that_nobody_knows_is_found():
+    its = Command("docs/x.md", 1, "", "rclone copy a b")
+    assert its.program_words is None and its.foreign is None and not its.is_run_elsewhere
+
+
+def test_the_guides_are_listed():
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    linked = set(re.findall(r"\]\(([\w.]+\.md)", index))
+    assert linked == {Path(page).name for page in PAGES if page.startswith("docs/")} - {"README.md"}
+
+
+def test_links_between_pages_lead_somewhere():
+    def anchors(path: Path) -> set[str]:
+        heads = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)
+        return {re.sub(r"[^\w\- ]", "", re.sub(r"`", "", head).lower()).strip().replace(" ", "-") for head in heads}
+
+    wrong = []
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)\)", text):
+            name, _, anchor = target.partition("#")
+            path = (ROOT / page).parent / name if name else ROOT / page
+            if not path.exists():
+                wrong.append(f"{page}: {target}")
+            elif anchor and path.suffix == ".md" and anchor not in anchors(path):
+                wrong.append(f"{page}: {target}: no such section")
+    assert not wrong, "\n".join(wrong)
+
+
+# --------------------------------------------------------------------------------------------------------- walks
+
+
+def scratch(folder: Path) -> Path:
+    """Make a folder that looks like a checkout, with photographs in it."""
+    for name in ("configs", "assets", "train.py", "sample.py"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "photos").mkdir()
+    for number in range(6):
+        (folder / "photos" / f"{number:05}.jpg").write_bytes(picture(number, kind="JPEG"))
+    return folder
+
+
+def in_small(words: list[str]) -> list[str]:
+    """Return the words of a command with what makes it short."""
+    if words[0] == "train" and "--config" in words:
+        drawn = ["data.count=8", "demo=null"] if any("quickstart" in word for word in words) else []
+        return [word for word in words if not word.startswith("trainer.max_steps")] + [*TINY, *drawn]
+    if words[0] == "start":
+        return [*words, "--steps", "2", "--memory", "cpu", "--offline"]
+    if words[0] == "sample":
+        return [*words, "--steps", "2"]
+    return [*words, "--steps", "2"] if words[0] in ("compare", "export") else words
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", WALKED)
+def test_the_commands_of_a_page_run_one_after_the_other(page, tmp_path):
+    folder, count = scratch(tmp_path), 0
+    for command in (its for its in ALL if its.page == page and its.program_words):
+        words = command.program_words
+        if words[0] in LASTING:
+            continue
+        done = run_program("-m", "ldm_lab", *in_small(words), cwd=folder, timeout=1200)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
+        count += 1
+    assert count >= 5 and (folder / "runs").is_dir()

@@ -1,0 +1,58 @@
+"""examples/*.ipynb: stripped in the repository, and run from top to bottom at a tiny size."""
+
+import os
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from test_docs import scratch
+from tiny import ROOT, program_environment
+
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_stripped_and_says_what_is_to_be_installed(path):
+    notebook = read(path)
+    nbformat.validate(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in cells)
+    assert [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    for cell in cells:
+        if "skip" not in cell.metadata.get("tags", []):
+            assert not re.search(r"^[!%]", cell.source, re.M)
+            compile(cell.source, path.name, "exec")
+
+
+def execute(path: Path, parameters: str, folder: Path) -> str:
+    """Run a notebook in a folder with other parameters; what it printed. Raises CellExecutionError."""
+    from nbclient import NotebookClient
+
+    notebook = read(path)
+    notebook.cells = [cell for cell in notebook.cells if "skip" not in cell.metadata.get("tags", [])]
+    for cell in notebook.cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.source = parameters
+    NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(folder)}}).execute()
+    outputs = [its for cell in notebook.cells if cell.cell_type == "code" for its in cell.outputs]
+    assert any("image/png" in its.get("data", {}) for its in outputs)
+    return "".join(its.get("text", "") for its in outputs)
+
+
+@pytest.mark.slow
+def test_the_notebooks_run_one_after_the_other(tmp_path, monkeypatch):
+    assert [path.stem for path in NOTEBOOKS] == ["sample_and_compare", "train"]
+    folder = scratch(tmp_path)
+    for key, value in program_environment({"LDM_LAB_OFFLINE": "1"}).items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    small = 'steps, images = 4, 16\nfolder, words = "photos", "--memory cpu --steps 2"'
+    execute(ROOT / "examples" / "train.ipynb", small, folder)
+    assert (folder / "runs" / "mine" / "ema.safetensors").exists() and (folder / "shared" / "notebook").is_dir()
+    few = 'checkpoint, steps = "runs/notebook", 2\nprompts = ["a red star", "a blue circle", "a cross"]'
+    execute(ROOT / "examples" / "sample_and_compare.ipynb", few, folder)
