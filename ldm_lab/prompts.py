@@ -69,6 +69,17 @@ def parse_prompt(written: str) -> Prompt:
     return Prompt(text, weight)
 
 
+def write_prompt(prompt: Prompt) -> str:
+    """Return how a text with its weight is written, in one line: what `parse_prompt` reads."""
+    text = " ".join(prompt.text.splitlines())
+    if prompt.weight is not None:
+        return f"{text}:{prompt.weight:g}"
+    if parse_prompt(text) == Prompt(text):
+        return text
+    before, colon, after = text.rpartition(":")
+    return f"{before}\\{colon}{after}"
+
+
 def read_prompts(path: str | Path) -> list[str]:
     """Return the prompts of a text file as they are written, one per line; only blank lines are dropped.
 

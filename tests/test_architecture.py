@@ -84,6 +84,8 @@ def test_imports_go_one_way(path):
         ("ibis", {"curation"}),
         ("duckdb", {"curation"}),
         ("pyspark", {"curation"}),
+        ("gradio", {"app"}),
+        ("starlette", {"app"}),
     ],
 )
 def test_a_library_is_used_where_it_belongs(library, rooms):

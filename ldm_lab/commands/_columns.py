@@ -14,12 +14,12 @@ from ldm_lab.commands._flags import add_flags
 from ldm_lab.commands._sampling_flags import (
     add_upsampler_flags,
     base_options,
-    sampler_options,
     upsampler_options,
 )
 from ldm_lab.config.reading import Option
 from ldm_lab.config.registry import infos, part_info
 from ldm_lab.errors import UserError
+from ldm_lab.sampling import flat
 from ldm_lab.sampling.names import model_name
 from ldm_lab.sampling.options import UPSAMPLER, SamplingOptions
 
@@ -129,7 +129,9 @@ def add_column_arguments(parser: argparse.ArgumentParser) -> None:
         repeated=True,
     )  # fmt: skip
     add_flags(
-        parser.add_argument_group("options of samplers", ", ".join(infos("sampler"))), sampler_options(), repeated=True
+        parser.add_argument_group("options of samplers", ", ".join(infos("sampler"))),
+        flat.sampler_names(),
+        repeated=True,
     )
     add_upsampler_flags(parser.add_argument_group("of all upsamplers"), [])
     add_flags(parser.add_argument_group("the models"), part_info("model_options", None).options)
@@ -174,7 +176,7 @@ def _swept(args: argparse.Namespace) -> list[list[Choice]]:
     """Return the options that are given, each with its distinct values, in the order of the command line's help."""
     words = dict(args._get_kwargs())
     swept = []
-    for name in (name for name in [*_options()[0], *sampler_options()] if isinstance(words.get(name), list)):
+    for name in (name for name in [*_options()[0], *flat.sampler_names()] if isinstance(words.get(name), list)):
         values = words[name]
         places = [i for i, value in enumerate(values) if value not in values[:i]]
         shown = "" if name == "sampler" else name.replace("_", " ") + " "
@@ -216,7 +218,7 @@ def _words_for(args: argparse.Namespace, model: ComparedModel, chosen: Sequence[
 def tell_left_out(args: argparse.Namespace) -> None:
     """Say which options of samplers do not hold for all samplers that are compared."""
     samplers, names = infos("sampler"), _samplers(args)
-    for option in (choices[0].name for choices in _swept(args) if choices[0].name in sampler_options()):
+    for option in (choices[0].name for choices in _swept(args) if choices[0].name in flat.sampler_names()):
         having = [name for name in names if option in samplers[name].options]
         if having and len(having) < len(names):
             print(f"note: --{option.replace('_', '-')} is of {', '.join(having)} alone", file=sys.stderr)

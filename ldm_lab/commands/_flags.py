@@ -3,16 +3,16 @@
 import argparse
 import difflib
 import re
-import types
 from argparse import SUPPRESS
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn, Union, get_args, get_origin
+from typing import Literal, NoReturn, get_args, get_origin
 
 from ldm_lab.commands._arguments import Parser
 from ldm_lab.config.bounds import TypeForm, problem
 from ldm_lab.config.reading import Option
+from ldm_lab.config.written import from_text, kinds
 from ldm_lab.errors import UserError
 from ldm_lab.sampling.options import OptionValue, OptionValues
 
@@ -78,17 +78,17 @@ def add_flags(
         if prefix:
             meaning = f"as --{name.replace('_', '-')}"
         meaning = meaning.replace("%", "%%")
-        kinds = list(_kinds(option.annotation))
-        if bool in kinds:
-            on_off = argparse.BooleanOptionalAction if type(None) in kinds else "store_true"
+        forms = list(kinds(option.annotation))
+        if bool in forms:
+            on_off = argparse.BooleanOptionalAction if type(None) in forms else "store_true"
             group.add_argument(flag, dest=dest, action=on_off, default=SUPPRESS, help=meaning)
             continue
-        values = [kind for kind in kinds if kind is not type(None)]
+        values = [form for form in forms if form is not type(None)]
         if len(values) == 1 and get_origin(values[0]) is list:
             (item,) = get_args(values[0])
             kind = partial(read_value, item)
             group.add_argument(
-                flag, dest=dest, action="append", type=kind, metavar=_metavar(list(_kinds(item))), default=SUPPRESS,
+                flag, dest=dest, action="append", type=kind, metavar=_metavar(list(kinds(item))), default=SUPPRESS,
                 help=meaning,
             )  # fmt: skip
             continue
@@ -99,7 +99,7 @@ def add_flags(
             action="append" if repeated else "store",
             nargs=len(items) or None,
             type=partial(read_value, items[0] if items else option.annotation),
-            metavar=_metavar(list(_kinds(items[0])) if items else kinds),
+            metavar=_metavar(list(kinds(items[0])) if items else forms),
             default=SUPPRESS,
             help=meaning,
         )
@@ -107,47 +107,31 @@ def add_flags(
 
 def read_value(annotation: TypeForm, written: str) -> FlagValue:
     """Return the value that is written, of a type and within its bounds. Raises ArgumentTypeError."""
-    kinds = list(_kinds(annotation))
-    value: FlagValue = written
-    if int in kinds and written.lstrip("-").isascii() and written.lstrip("-").isdigit() and len(written) < 20:
-        value = int(written)
-    elif float in kinds:
-        try:
-            value = float(written)
-        except ValueError:
-            value = written
+    value = from_text(annotation, written)
     found = problem(value, annotation)
     if found:
         raise argparse.ArgumentTypeError(found.replace(" or null", ""))
     return value
 
 
-def given(args: argparse.Namespace, options: Mapping[str, Option], prefix: str = "") -> OptionValues:
+def words_of(args: argparse.Namespace) -> OptionValues:
+    """Return what stands on the command line, by the names of the namespace."""
+    return OptionValues(args._get_kwargs())
+
+
+def given(args: argparse.Namespace, options: Mapping[str, Option]) -> OptionValues:
     """Return the options that stand on the command line, by name."""
-    words = dict(args._get_kwargs())
-    chosen = {name: words[prefix + name] for name in options if words.get(prefix + name) is not None}
-    return OptionValues({name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()})
+    return words_of(args).named(options)
 
 
-def _kinds(annotation: TypeForm) -> Iterator[TypeForm]:
-    """Yield the types of a union without their bounds."""
-    if get_origin(annotation) is Annotated:
-        yield from _kinds(get_args(annotation)[0])
-    elif get_origin(annotation) in (Union, types.UnionType):
-        for member in get_args(annotation):
-            yield from _kinds(member)
-    else:
-        yield annotation
-
-
-def _metavar(kinds: Sequence[TypeForm]) -> str:
+def _metavar(forms: Sequence[TypeForm]) -> str:
     """Return a word for a value in the help."""
-    choices = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
+    choices = next((get_args(form) for form in forms if get_origin(form) is Literal), ())
     if choices:
         return "|".join(map(str, choices)) if len(choices) < 6 else "NAME"
-    if Path in kinds:
+    if Path in forms:
         return "FILE"
-    return "N" if int in kinds and float not in kinds else "X" if float in kinds else "TEXT"
+    return "N" if int in forms and float not in forms else "X" if float in forms else "TEXT"
 
 
 def _plain(value: OptionValue) -> str:

@@ -183,13 +183,12 @@ class Scorer:
 def make_columns(columns: Sequence[Column], grid: Grid, loading: ModelOptions) -> Scorer | None:
     """Make the missing pictures of a model's columns; return the model if its conditioner can score pictures."""
     from ldm_lab.checkpoints.embedders import describe
-    from ldm_lab.commands.sample import upsampler_loading
     from ldm_lab.sampling import Pipeline, Stage, Stages
 
     model = columns[0].model
     pipelines = [Pipeline.from_checkpoint(model.checkpoint, loading)]
     for file in model.upsamplers:
-        pipelines.append(Pipeline.from_checkpoint(file, upsampler_loading(loading), pipelines))
+        pipelines.append(Pipeline.from_checkpoint(file, loading.of_upsampler(), pipelines))
     for column in columns:
         stages = Stages(
             [Stage(pipelines[0], column.options), *map(Stage, pipelines[1:], column.upsampling)],
@@ -207,15 +206,15 @@ def make_columns(columns: Sequence[Column], grid: Grid, loading: ModelOptions) -
 
 def make_column(column: Column, grid: Grid, stages: "Stages", pipeline: "Pipeline") -> None:
     """Make the missing pictures of one column, and note what they were made with."""
-    from ldm_lab.commands._settings import caption, described, parameters, prompt_entry
-    from ldm_lab.commands.sample import Steps
+    from ldm_lab.commands.sample import Steps, asked
     from ldm_lab.evaluation.compare_page import Heading
     from ldm_lab.sampling.output import write_picture
     from ldm_lab.sampling.recorded import Entry
+    from ldm_lab.sampling.settings import caption, described, parameters, prompt_entry
 
     mixes, seeds = [[row.prompt] for row in grid.rows], [row.seed for row in grid.rows]
     plan = stages.check(mixes, seeds=seeds)
-    settings = described(column.words, column.options, plan.base, pipeline.model.device.type)
+    settings = described(asked(column.words), column.options, plan.base, pipeline.model.device.type)
     sizes = [list(request.latent_size) for request in (plan.base, *plan.upsampling)]
     entries = [Entry({"prompts": [prompt_entry(mix[0], plan.base)], "seed": seed}) for mix, seed in zip(mixes, seeds)]
     names = [_name(Entry({**entry, **settings, "sizes": sizes})) for entry in entries]

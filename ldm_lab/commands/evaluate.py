@@ -28,11 +28,12 @@ from ldm_lab.commands._arguments import (
     whole_number,
 )
 from ldm_lab.commands._flags import add_flags, given, read_value
-from ldm_lab.commands._sampling_flags import base_options, sampler_options
+from ldm_lab.commands._sampling_flags import base_options
 from ldm_lab.config import PartConfig, check_section
 from ldm_lab.config.overrides import values
 from ldm_lab.config.registry import infos, part_info
 from ldm_lab.errors import UserError, told_in_one_line
+from ldm_lab.sampling import flat
 from ldm_lab.sampling.options import ModelOptions, SamplingOptions
 
 if TYPE_CHECKING:  # these import torch, which takes seconds
@@ -76,13 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pass_arguments(parser, whose=None, batch=BATCH, what="images and pictures")
     sampling = part_info("sampling", None).options
     group = parser.add_argument_group("how pictures are made")
-    every = {"guidance": sampling["guidance"], "sampler": sampling["sampler"], "steps": sampler_options()["steps"]}
+    every = {"guidance": sampling["guidance"], "sampler": sampling["sampler"], "steps": flat.sampler_names()["steps"]}
     for name, option in every.items():
         kind = str if name == "sampler" else partial(read_value, option.annotation)
         meaning = option.meaning.rstrip(".").replace("%", "%%")
         group.add_argument(f"--{name}", action="append", default=[], type=kind, help=f"{meaning}; repeatable")
     add_flags(group, {name: option for name, option in sampling.items() if name not in LEFT_OUT})
-    options = {name: option for name, option in sampler_options().items() if name not in SWEPT}
+    options = {name: option for name, option in flat.sampler_names().items() if name not in SWEPT}
     add_flags(parser.add_argument_group("options of samplers", ", ".join(infos("sampler"))), options)
     of_model = part_info("model_options", None).options
     add_flags(parser.add_argument_group("the models"), {n: its for n, its in of_model.items() if n != "device"})

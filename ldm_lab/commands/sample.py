@@ -36,19 +36,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm_lab.commands._arguments import add_imports_argument, whole_number
-from ldm_lab.commands._flags import FlagParser, add_flags, given
+from ldm_lab.commands._flags import FlagParser, add_flags, given, words_of
 from ldm_lab.commands._repeat import Repeat, fill_in, seeds
 from ldm_lab.commands._sampling_flags import (
     add_upsampler_flags,
     base_options,
     fill_in_stages,
     numbered,
-    sampler_options,
     upsampler_options,
 )
-from ldm_lab.commands._settings import caption, described, parameters, prompt_entry, training_caption
 from ldm_lab.config.registry import add_imports, infos, part_info
 from ldm_lab.errors import UserError, told_in_one_line
+from ldm_lab.sampling import flat
 from ldm_lab.sampling.aliases import our_flag
 from ldm_lab.sampling.options import (
     NOT_INTERPOLATED,
@@ -60,6 +59,7 @@ if TYPE_CHECKING:  # these import torch, which takes seconds
     from ldm_lab.prompts import Prompt
     from ldm_lab.sampling.output import SampleFolder
     from ldm_lab.sampling.request import Request
+    from ldm_lab.sampling.settings import Given
 
 EACH = "--upsampler.2.steps 40 is of the second upsampler alone, and so with all flags that begin with --upsampler-."
 STEPS = """Of a model with timesteps, --steps also takes which of them are visited: fast27, ddim50, 10,10,3,2,2, ...
@@ -122,7 +122,9 @@ def parser(upsamplers: Sequence[int] = ()) -> FlagParser:
     add_imports_argument(p)
     sampling = part_info("sampling", None).options
     add_flags(p.add_argument_group("how pictures are made"), sampling)
-    add_flags(p.add_argument_group("options of samplers", f"{', '.join(infos('sampler'))}. {STEPS}"), sampler_options())
+    add_flags(
+        p.add_argument_group("options of samplers", f"{', '.join(infos('sampler'))}. {STEPS}"), flat.sampler_names()
+    )
     group = p.add_argument_group(
         "models in a row", f"A base model's pictures, enlarged by one or more upsamplers. {EACH}"
     )
@@ -214,15 +216,15 @@ def draw_pictures(
 ) -> int:
     """Make a picture of each mix, of several stages all sizes, and a grid."""
     from ldm_lab.sampling import Pipeline, Stage, Stages
-    from ldm_lab.sampling.output import Entry
+    from ldm_lab.sampling.settings import described, keep, training_caption
 
     files = [args.checkpoint, *args.upsampler]
     pipelines = [Pipeline.from_checkpoint(files[0], loading)]
     for file in args.upsampler:
-        pipelines.append(Pipeline.from_checkpoint(file, upsampler_loading(loading), pipelines))
+        pipelines.append(Pipeline.from_checkpoint(file, loading.of_upsampler(), pipelines))
     stages = Stages([Stage(pipelines[0], options), *map(Stage, pipelines[1:], upsampling)])
     base = stages.check(mixes, seeds=seeds(repeat, options.seed)).base
-    settings = described(args, options, base, pipelines[0].model.device.type)
+    settings = described(asked(args), options, base, pipelines[0].model.device.type)
     if repeat is not None:
         repeat.tell_differences(settings)
     bar, order, captioned = Steps(f"{len(mixes)} pictures"), enumerate(mixes), 0
@@ -230,12 +232,8 @@ def draw_pictures(
         for row, (i, mix) in zip(batch, order):
             if repeat is not None and not repeat.keeps(i):
                 continue
-            told = row[0].image.info | {"batch": list(row[0].batch)}
-            entry = Entry({"prompts": [prompt_entry(prompt, base) for prompt in mix], **told, **settings})
-            shown = " + ".join(map(caption, mix))
-            as_others_read = parameters(mix, base, settings, row[0].seed)
             text = training_caption(mix, base.guidance) if args.captions else None
-            folder.add([s.image for s in row], shown, entry, as_others_read, args.only_last, text)
+            keep(folder, row, mix, base, settings, args.only_last, text)
             captioned += bool(text)
         folder.write_list()
     if args.captions:
@@ -268,11 +266,12 @@ def draw_film(
 ) -> int:
     """Make pictures on the way from each prompt to the next, side by side and as a film."""
     from ldm_lab.sampling import Pipeline, interpolation
-    from ldm_lab.sampling.output import Entry
+    from ldm_lab.sampling.recorded import Entry
+    from ldm_lab.sampling.settings import caption, described, prompt_entry
 
     pipeline = Pipeline.from_checkpoint(args.checkpoint, loading)
     request = interpolation.check(pipeline, mixes, args.interpolate, options)
-    settings = described(args, options, request, pipeline.model.device.type)
+    settings = described(asked(args), options, request, pipeline.model.device.type)
     prompts = [prompt_entry(mix[0], request) for mix in mixes]
     ends = f"{caption(mixes[0][0])} ... {caption(mixes[-1][0])}"
     bar = Steps(f"{args.interpolate} pictures")
@@ -292,10 +291,13 @@ def draw_film(
     return 0
 
 
-def upsampler_loading(loading: ModelOptions) -> ModelOptions:
-    """Return how an upsampler is loaded: where and how precisely it runs; its parts are its own."""
-    own = ModelOptions(device=loading.device, precision=loading.precision)
-    return replace(own, compile=loading.compile, offload=loading.offload)
+def asked(args: argparse.Namespace) -> "Given":
+    """Return what the command line asks for, as it is told in the pictures."""
+    from ldm_lab.sampling.settings import Given
+
+    words = words_of(args)
+    loras, towers = words.get("lora") or (), words.get("noised_clip") or ()
+    return Given(args.checkpoint, args.upsampler, list(map(str, loras)), words, list(map(str, towers)))
 
 
 def _seed(options: SamplingOptions, request: "Request") -> str:

@@ -3,6 +3,7 @@
 `registry`    role and name -> part; how a part is registered, and where parts outside the package come from
 `reading`     what a part's text says of its options, without importing it
 `bounds`      types and bounds of options, and words for them
+`written`     values as people write them
 `contracts`   what a part has to have beside its options
 `uses`        how a run uses a frozen part: its weights, the latents' normalization, dropout
 `checks`      a section against its part

@@ -1,5 +1,6 @@
 """What files are called where others read it: names and checksums, never where they lie on this machine."""
 
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -50,6 +51,17 @@ class FileRecord:
         of_run = ("ema.safetensors", "lora.safetensors", "last.ckpt")
         found = [file for path in paths for file in (path, *(path / its for its in of_run))]
         return [file for file in found if file.is_file()]
+
+
+def checksum(path: Path) -> str:
+    """Return a file's SHA-256; of one that has not changed since it was last asked for, without reading it again."""
+    now = path.stat()
+    return _checksum(path, now.st_mtime_ns, now.st_size)
+
+
+@functools.lru_cache(maxsize=256)
+def _checksum(path: Path, changed: int, size: int) -> str:
+    return sha256(path)
 
 
 def public_name(path: str | Path) -> str:

@@ -5,7 +5,7 @@ cascade and the Python API all take them from here.
 """
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -53,6 +53,11 @@ def stage_prefix(number: int) -> str:
 
 class OptionValues(dict[str, OptionValue]):
     """Options by name: those that a YAML, a command line or a caller gives, or all of them."""
+
+    def named(self, names: Iterable[str], prefix: str = "") -> "OptionValues":
+        """Return those of some names that are given here under a prefix, without it; a list as a tuple."""
+        found = {name: self[prefix + name] for name in names if self.get(prefix + name) is not None}
+        return OptionValues({name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
 
 
 # Where training draws pictures of its own: what differs from the defaults, unless the YAML says otherwise.
@@ -286,6 +291,11 @@ class ModelOptions:
         given = {field.name: values[field.name] for field in fields(self) if values[field.name] != field.default}
         if given and (problems := check_section("model_options", given, "model_options")):
             raise UserError("; ".join(problem.removeprefix("model_options.") for problem in problems))
+
+    def of_upsampler(self) -> "ModelOptions":
+        """Return how an upsampler is loaded beside it: where and how precisely it runs; its parts are its own."""
+        own = ModelOptions(device=self.device, precision=self.precision)
+        return replace(own, compile=self.compile, offload=self.offload)
 
     @staticmethod
     def check(*, noised_clip: Sequence[str | Path] | None, noised_clip_head_width: int | None) -> list[str]:

@@ -3,7 +3,7 @@
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 
@@ -49,6 +49,7 @@ class Request:
         low_res: what an upsampler is to enlarge, [N, 3, h, w] in [-1, 1]; None for a base model.
         init_image: what to begin with; None is noise.
         aesthetic: what the texts are guided toward; None leaves them as they are.
+        remarks: what a user should know of it, a line each.
     """
 
     mixes: list[list[Prompt]]
@@ -63,6 +64,7 @@ class Request:
     low_res: Tensor | None
     init_image: InitImage | None
     aesthetic: Aesthetic | None
+    remarks: tuple[str, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -118,8 +120,8 @@ def checked_request(
     if options.clip_guidance is not None:
         check_target_embeddings(model, mixes, guidance, height, width)
     tiles = _denoiser_tiles(model, options)
-    for line in remarks(Asked(model, mixes, asked, options, guidance, sampler, init_image, height, width, tiles)):
-        _tell_once(line)
+    told = tuple(remarks(Asked(model, mixes, asked, options, guidance, sampler, init_image, height, width, tiles)))
+    _tell(told)
     return Request(
         mixes=mixes,
         seeds=seeds,
@@ -133,6 +135,7 @@ def checked_request(
         low_res=given,
         init_image=init_image,
         aesthetic=_aesthetic(model, options),
+        remarks=told,
     )
 
 
@@ -192,9 +195,14 @@ def _size(
     return None
 
 
+def _tell(lines: Iterable[str]) -> None:
+    """Log each line the first time that it is said: the grids of a run are asked for again and again."""
+    for line in lines:
+        _tell_once(line)
+
+
 @functools.cache
 def _tell_once(line: str) -> None:
-    """Log a line the first time that it is said: the grids of a run are asked for again and again."""
     log.warning("%s", line)
 
 

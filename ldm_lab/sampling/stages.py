@@ -53,6 +53,11 @@ class Plan:
     upsampling: list[Request]
 
     @property
+    def remarks(self) -> list[str]:
+        """What a user should know of it, a line each."""
+        return [line for request in (self.base, *self.upsampling) for line in request.remarks]
+
+    @property
     def total_steps(self) -> int:
         """How many steps all batches of all stages go through."""
         candidates = len(self.base.mixes) * self.base.options.rerank

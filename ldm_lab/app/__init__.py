@@ -1,0 +1,14 @@
+"""A web page and an HTTP interface to sample from. What imports Gradio is imported by `server` alone.
+
+`choices`    the options of sampling as controls of a form and as parameters of requests
+`limits`     what one request may ask for
+`shelf`      the models, upsamplers and LoRAs that are offered
+`work`       one job at a time: from a request to pictures
+`recall`     the settings in a picture, as the controls take them
+`parts`      components for files from strangers
+`form`       the controls of the page
+`page`       the page
+`endpoints`  the HTTP interface
+`guard`      what no request may do
+`server`     from the first request to the signal that ends it
+"""

@@ -1,0 +1,93 @@
+"""What one request may ask for: whoever reaches the page must not be able to fill memory, disk or the day."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from ldm_lab.errors import UserError
+from ldm_lab.io.color import BadImage
+from ldm_lab.io.decoding import decode_image
+from ldm_lab.sampling.options import SamplingOptions, parse_size
+from ldm_lab.sampling.recorded import LONGEST_PROMPT
+
+MEBI, MEGA = 2**20, 1_000_000
+MOST_PROMPTS = 32  # of a picture
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that one request may ask for.
+
+    Attributes:
+        pictures: made for one request, those that `rerank` drops included.
+        side: of a picture, pixels; of the last of several stages.
+        steps: of a sampler.
+        megapixels: of an image that is uploaded, once it is decoded.
+        upload: of a file, MiB.
+        waiting: requests in the queue.
+    """
+
+    pictures: int = 64
+    side: int = 2048
+    steps: int = 1000
+    megapixels: int = 40
+    upload: int = 32
+    waiting: int = 32
+
+    def check_count(self, count: int, rerank: int) -> None:
+        """Raise UserError for too many pictures."""
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise UserError(f"count: a whole number from 1 on is needed, not {count!r}")
+        if count * rerank > self.pictures:
+            made = f"{count} pictures" if rerank == 1 else f"{count} pictures, each the best of {rerank},"
+            raise UserError(f"count: {made} are too many for one request; {self.pictures} at most are made here")
+
+    def check_options(self, options: SamplingOptions) -> None:
+        """Raise UserError for too many steps, or too large a picture, before anything is made of them."""
+        if isinstance(options.sampler, dict) and isinstance(asked := options.sampler.get("steps"), int | str):
+            from ldm_lab.schedules import num_steps  # not before: it imports torch, which takes seconds
+
+            steps = num_steps(asked)
+            if steps > self.steps:
+                raise UserError(f"steps: {steps} are too many; {self.steps} at most here")
+        if (size := parse_size(options.size)) is not None:
+            self.check_size(*size)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise UserError for too large a picture."""
+        if max(height, width) > self.side:
+            raise UserError(f"size: {width}x{height} pixels are too many; a side has {self.side} at most here")
+
+    def check_texts(self, texts: Sequence[str]) -> None:
+        """Raise UserError for too many prompts, or one that is too long."""
+        if len(texts) > MOST_PROMPTS:
+            raise UserError(f"prompts: {MOST_PROMPTS} at most are mixed in a picture here, not {len(texts)}")
+        if (longest := max(map(len, texts), default=0)) > LONGEST_PROMPT:
+            raise UserError(f"prompts: {LONGEST_PROMPT} characters at most are read here, not {longest}")
+
+    def open_upload(self, path: Path, name: str = "") -> Image.Image:
+        """Return the image in an uploaded file.
+
+        Args:
+            path: of the file.
+            name: what the user knows it by.
+
+        Raises:
+            UserError: too large a file, too many pixels (told from the header, before they are decoded), no image.
+        """
+        name = name or path.name
+        if path.stat().st_size > self.upload * MEBI:
+            raise UserError(f"{name}: {path.stat().st_size / MEBI:.0f} MiB; files of {self.upload} at most are taken")
+        return self.decode(path.read_bytes(), name)
+
+    def decode(self, data: bytes, name: str) -> Image.Image:
+        """Return an uploaded image. Raises UserError: too many pixels, no image."""
+        try:
+            return decode_image(data, max_pixels=self.megapixels * MEGA)
+        except BadImage as error:
+            if "too many pixels" in str(error):
+                most = f"images of {self.megapixels} megapixels at most are taken here; make it smaller"
+                raise UserError(f"{name}: too many pixels; {most}") from None
+            raise UserError(f"{name}: not an image that can be read ({error})") from None

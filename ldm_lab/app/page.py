@@ -1,0 +1,206 @@
+"""The page: controls on one side, pictures on the other, and what happens when something is pressed."""
+
+import html
+import secrets
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import gradio as gr
+from PIL import Image
+
+from ldm_lab.app.choices import Choice, Chosen, FormValue
+from ldm_lab.app.choices import Kind as Ask
+from ldm_lab.app.form import LORAS, Buttons, Form, controls
+from ldm_lab.app.parts import escaped, preview, telling
+from ldm_lab.app.recall import recall
+from ldm_lab.app.shelf import Kind
+from ldm_lab.app.work import Pictures, Progress, Request, Workshop
+from ldm_lab.errors import UserError
+from ldm_lab.sampling.options import OptionValues
+
+QUEUE = "pictures"  # whatever makes some waits in this one
+FONTS = ["system-ui", "sans-serif"]
+CSS = """
+.gradio-container { max-width: 1400px !important; }
+#status progress { width: 100%; height: 0.9em; accent-color: #ea580c; }
+#status { scroll-margin-top: 1em; }
+#status p { margin: 0 0 0.3em 0; overflow-wrap: anywhere; }
+footer { display: none !important; }
+"""
+
+Painting = tuple[str, list[str] | None, str | None, Request | None]  # status, gallery, archive, what was made last
+
+
+def build(workshop: Workshop, add_endpoints: Callable[[Workshop], None]) -> gr.Blocks:
+    """Return the page of a workshop, with the endpoints of its HTTP interface."""
+    with gr.Blocks(title="ldm_lab", analytics_enabled=False, delete_cache=(600, 6 * 3600)) as page:
+        gr.Markdown("# ldm_lab")
+        with gr.Row():
+            with gr.Column(min_width=320):
+                form, buttons, dropped = controls(workshop)
+            with gr.Column(min_width=320):
+                status = gr.HTML(elem_id="status", value=_shown_status(Progress("ready")))
+                gallery = gr.Gallery(
+                    label="Pictures", elem_id="gallery", columns=2, object_fit="contain", height=560,
+                    interactive=False, format="png", buttons=["download", "fullscreen"],
+                )  # fmt: skip
+                archive = gr.DownloadButton("Download all", elem_id="archive", interactive=False)
+        last = gr.State(None)
+        _connect(workshop, page, form, buttons, dropped, (status, gallery, archive, last))
+        add_endpoints(workshop)
+    return page
+
+
+# --------------------------------------------------------------------------------------------------------- what happens
+
+
+def _connect(
+    workshop: Workshop,
+    page: gr.Blocks,
+    form: Form,
+    buttons: Buttons,
+    dropped: gr.File,
+    outputs: tuple[gr.HTML, gr.Gallery, gr.DownloadButton, gr.State],
+) -> None:
+    """Say what happens when something is pressed, chosen or dropped."""
+    status, _, _, last = outputs
+    fields = {field.choice.name: field.control for field in form.fields}
+
+    def draw(*values: FormValue | Image.Image) -> Iterator[Painting]:
+        with telling():
+            request = form.request(values)
+        yield from paint(workshop, request)
+
+    def again(request: Request | None, seed: str) -> Iterator[Painting]:
+        with telling():
+            if request is None:
+                raise UserError("nothing was drawn yet: Draw makes the first pictures")
+        values = OptionValues({**request.values, "seed": int(seed)})
+        yield from paint(workshop, replace(request, values=values))
+
+    making = {
+        "outputs": list(outputs),
+        "api_visibility": "private",
+        "show_progress_on": [status],
+        "scroll_to_output": True,
+    }
+    making |= {"concurrency_id": QUEUE, "concurrency_limit": 1, "trigger_mode": "once"}
+    drawn = buttons.draw.click(draw, form.controls, **making)
+    sent = form.prompts.submit(draw, form.controls, **making)
+    new_seed = buttons.again.click(_new_seed, None, [fields["seed"]], api_visibility="private", queue=False)
+    repeated = new_seed.then(again, [last, fields["seed"]], **making)
+    buttons.stop.click(
+        lambda: _shown_status(Progress("stopped")), None, [status], cancels=[drawn, sent, repeated],
+        api_visibility="private", queue=False,
+    )  # fmt: skip
+    _connect_uploads(workshop, form)
+    _connect_shelf(workshop, page, form, buttons.look)
+    _connect_recall(workshop, form, dropped)
+
+
+def _connect_uploads(workshop: Workshop, form: Form) -> None:
+    """Have a file that is not taken disappear again, with a word why, and an image to begin with be painted on."""
+    quiet = {"api_visibility": "private", "show_progress": "hidden"}
+    for image in form.images:
+        image.upload(_nothing, [image], None, **quiet).failure(_nothing, None, [image], **quiet)
+    begun = form.begin.upload(lambda path: preview(workshop.limits, path), [form.begin], [form.editor], **quiet)
+    begun.failure(lambda: (None, None), None, [form.begin, form.editor], **quiet)
+    form.begin.clear(_nothing, None, [form.editor], **quiet)
+
+
+def _nothing(*_: FormValue) -> None:
+    """Return what empties a component."""
+
+
+def _connect_shelf(workshop: Workshop, page: gr.Blocks, form: Form, look: gr.Button) -> None:
+    """Have new files offered when the page is opened, or asked for."""
+    shelf = workshop.shelf
+    files = [field.control for field in form.fields if field.choice.kind is Ask.FILE]
+    targets = [form.model, form.upsamplers, *form.loras, *files]
+
+    def offered(chosen: str | None) -> list[gr.Dropdown]:
+        models = shelf.names(Kind.MODEL)
+        model = chosen if chosen in models else next(iter(models), None)
+        loras = [("none", ""), *((name, name) for name in shelf.names(Kind.LORA))]
+        others = [("default", ""), *((name, name) for name in shelf.names(Kind.OTHER))]
+        found = [gr.Dropdown(models, value=model), gr.Dropdown(shelf.names(Kind.UPSAMPLER))]
+        return [*found, *(gr.Dropdown(loras) for _ in form.loras), *(gr.Dropdown(others) for _ in files)]
+
+    quiet = {"api_visibility": "private", "show_progress": "hidden"}
+    page.load(offered, [form.model], targets, **quiet)
+    look.click(offered, [form.model], targets, **quiet)
+
+
+def _connect_recall(workshop: Workshop, form: Form, dropped: gr.File) -> None:
+    """Have the settings of a dropped picture in the controls."""
+    choices = {field.choice.name: field.choice for field in form.fields}
+
+    def recalled(path: str | None) -> list[gr.Dropdown | gr.Textbox | FormValue]:
+        with telling():
+            if path is None:
+                raise UserError("no picture was dropped")
+            found = recall(Path(path), workshop.shelf, list(choices))
+            named = [written.rpartition(":") for written in found.loras][:LORAS]
+        for line in found.remarks:
+            gr.Warning(escaped(line))
+        gr.Info("Its settings are in the controls")
+        shown = [_shown(choice, found.values.get(name)) for name, choice in choices.items()]
+        empty = LORAS - len(named)
+        return [
+            found.model or gr.Dropdown(),
+            gr.Dropdown() if found.upsamplers is None else found.upsamplers,
+            "\n".join(found.prompts),
+            *(name for name, _, _ in named), *[""] * empty,
+            *(float(weight) for _, _, weight in named), *[1] * empty,
+            *shown,
+        ]  # fmt: skip
+
+    targets = [form.model, form.upsamplers, form.prompts, *form.loras, *form.strengths]
+    targets += [field.control for field in form.fields]
+    dropped.upload(recalled, [dropped], targets, api_visibility="private")
+
+
+def paint(workshop: Workshop, request: Request) -> Iterator[Painting]:
+    """Yield what the right side shows while pictures are made, and in the end the pictures."""
+    with tempfile.TemporaryDirectory(dir=tempfile.gettempdir()) as folder, telling():
+        for said in workshop.work(request, Path(folder)):
+            if isinstance(said, Progress):
+                yield _shown_status(said), gr.skip(), gr.skip(), gr.skip()
+                continue
+            for line in said.remarks:
+                gr.Warning(escaped(line))
+            yield _shown_status(said), list(map(str, said.files)), _archive(Path(folder)), request
+
+
+def _archive(folder: Path) -> gr.DownloadButton:
+    """Return the button that gives all files of a folder away."""
+    path = folder / "pictures.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for file in sorted(folder.iterdir()):
+            if file != path:
+                archive.write(file, file.name)
+    return gr.DownloadButton(value=str(path), interactive=True)
+
+
+def _shown_status(said: Progress | Pictures) -> str:
+    """Return the line above the pictures."""
+    if isinstance(said, Pictures):
+        seeds = said.seeds[0] if len(said.seeds) == 1 else f"{said.seeds[0]} to {said.seeds[-1]}"
+        word = "picture" if len(said.files) == 1 else "pictures"
+        return f"<p>{len(said.files)} {word}, seed {seeds}</p>"
+    bar = f'<progress value="{said.done}" max="{said.total}"></progress>' if said.total else ""
+    return f"<p>{html.escape(said.doing)}</p>{bar}"
+
+
+def _shown(choice: Choice, value: Chosen | None) -> FormValue:
+    """Return what the control of an option shows for a value; None is its default."""
+    if value is not None:
+        return choice.shown(value)
+    return bool(choice.preset) if choice.kind is Ask.CHECK else "" if choice.preset is None else str(choice.preset)
+
+
+def _new_seed() -> str:
+    return str(secrets.randbelow(2**32))

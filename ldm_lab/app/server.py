@@ -1,0 +1,150 @@
+"""The program around the page: from the first request to the signal that ends it."""
+
+import hmac
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from ldm_lab.app.limits import MEBI, Limits
+from ldm_lab.app.shelf import Shelf
+from ldm_lab.errors import UserError
+from ldm_lab.sampling.options import ModelOptions
+
+HERE = ("127.0.0.1", "localhost", "::1", "[::1]")
+# No word of a use goes to anybody; what is uploaded and made lies in a folder of its own.
+QUIET = {
+    "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_SHARE": "False",
+    "GRADIO_RUN_HISTORY": "False", "GRADIO_ALLOWED_PATHS": "", "GRADIO_MCP_SERVER": "False", "GRADIO_SSR_MODE": "False",
+}  # fmt: skip
+FOLDERS = ("GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE")
+LOGIN = "The password is the one that this program was started with; any user name will do."
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the program runs.
+
+    Attributes:
+        host, port: where it listens.
+        password: that is asked for; None asks for none.
+        loading: how models are loaded.
+        limits: of one request.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 7860
+    password: str | None = None
+    loading: ModelOptions = field(default_factory=ModelOptions)
+    limits: Limits = field(default_factory=Limits)
+
+
+@contextmanager
+def serving(shelf: Shelf, settings: Settings) -> Iterator[str]:
+    """Serve the page for a while; gives its address.
+
+    Raises:
+        UserError: the port is taken, or there is no such host.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="ldm_lab_app_"))
+    before = {name: os.environ.get(name) for name in (*QUIET, *FOLDERS)}
+    os.environ.update(QUIET)
+    os.environ.update({name: str(folder / name.lower()) for name in FOLDERS})
+    try:
+        with _page(shelf, settings, folder) as address:
+            yield address
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+@contextmanager
+def _page(shelf: Shelf, settings: Settings, folder: Path) -> Iterator[str]:
+    """Serve the page out of a folder for what comes and goes."""
+    from starlette.middleware import Middleware
+
+    from ldm_lab.app.guard import Guard
+    from ldm_lab.app.work import Workshop
+
+    gr = gradio()
+    from ldm_lab.app import endpoints
+    from ldm_lab.app import page as pages
+
+    workshop = Workshop(shelf, settings.loading, settings.limits)
+    page = pages.build(workshop, endpoints.add)
+    page.queue(api_open=False, max_size=settings.limits.waiting, default_concurrency_limit=4)
+    theme = gr.themes.Default(font=pages.FONTS, font_mono=["ui-monospace", "monospace"])
+    theme = theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
+    guard = Middleware(Guard, upload=settings.limits.upload * MEBI, endpoints=endpoints.names())
+    try:
+        page.launch(
+            server_name=settings.host, server_port=settings.port or _free_port(),
+            auth=_door(settings.password), auth_message=LOGIN, prevent_thread_lock=True,
+            quiet=True, share=False, inbrowser=False, show_error=False, ssr_mode=False,
+            enable_monitoring=False, max_file_size=settings.limits.upload * MEBI, allowed_paths=[], footer_links=[],
+            theme=theme, css=pages.CSS, app_kwargs={"middleware": [guard]}, run_history=False, mcp_server=False,
+            pwa=False, state_session_capacity=200,
+        )  # fmt: skip
+    except OSError as error:
+        raise UserError(
+            f"--port {settings.port}: not free, or --host {settings.host} is none of this machine's; --port 0 takes "
+            f"any free one ({str(error).splitlines()[0][:120]})"
+        ) from None
+    try:
+        yield page.local_url
+    finally:
+        workshop.close()
+        page.close(verbose=False)
+
+
+def gradio():  # type: ignore[no-untyped-def]
+    """Return the library. Raises UserError in one line if it is not installed."""
+    try:
+        import gradio
+    except ImportError as error:
+        raise UserError(f"the app needs the package {error.name}: pip install 'ldm_lab[app]'") from None
+    return gradio
+
+
+def run(shelf: Shelf, settings: Settings) -> None:
+    """Serve the page until SIGINT or SIGTERM."""
+    stop = threading.Event()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with serving(shelf, settings) as address:
+            print(f"{address} (Ctrl-C ends it)", flush=True)
+            while not stop.wait(0.5):
+                continue
+            print("ending: the job that is under way stops at its next step", flush=True)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _free_port() -> int:
+    with socket.socket() as trial:
+        trial.bind((HERE[0], 0))
+        port: int = trial.getsockname()[1]
+    return port
+
+
+def _door(password: str | None) -> Callable[[str, str], bool] | None:
+    """Return what asks for a password; None lets everybody in."""
+    if password is None:
+        return None
+    wanted = password.encode()
+    return lambda _, given: hmac.compare_digest(given.encode(), wanted)

@@ -1,0 +1,502 @@
+"""The app over HTTP: its options are those that are declared, its users are strangers, each gets their own pictures."""
+
+import io
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+
+import pytest
+import requests
+import tiny_app
+import warm
+from PIL import Image
+from tiny import ROOT, WARM, program_environment, run_program
+from tiny_app import Refused, ask, begin, events, upload
+
+from ldm_lab.app import work
+from ldm_lab.app.choices import base_choices, of_sampler, upsampler_choices
+from ldm_lab.app.recall import recall
+from ldm_lab.app.shelf import Kind, Shelf
+from ldm_lab.config.registry import part_info
+from ldm_lab.errors import UserError
+from ldm_lab.prompts import Prompt, parse_prompt, write_prompt
+from ldm_lab.sampling import flat
+from ldm_lab.sampling.names import FileRecord
+
+FAST = {"sampler": "plms2", "steps": 2}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return tiny_app.make_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def address(models):
+    with tiny_app.served(models) as address:
+        yield address
+
+
+@pytest.fixture
+def dog(tmp_path):
+    """An image as somebody has it."""
+    Image.effect_noise((24, 16), 90).convert("RGB").save(tmp_path / "dog.png")
+    return tmp_path / "dog.png"
+
+
+def picture(address, answer, number=0):
+    data = requests.get(answer["pictures"][number]["url"], timeout=60)
+    assert data.status_code == 200 and answer["pictures"][number]["url"].startswith(address)
+    return Image.open(io.BytesIO(data.content))
+
+
+# ------------------------------------------------------------------------------------------------------ what is offered
+
+
+def test_every_option_is_a_parameter(address):
+    told = requests.get(f"{address}/gradio_api/info", timeout=60).json()["named_endpoints"]
+    assert sorted(told) == ["/models", "/options", "/sample", "/settings"]
+    parameters = {entry["parameter_name"] for entry in told["/sample"]["parameters"]}
+    assert {*flat.base_names(), *(f"upsampler_{name}" for name in flat.upsampler_names())} <= parameters
+    options = {entry["name"]: entry for entry in ask(address, "options")}
+    assert set(options) < parameters and options["guidance_rescale"]["type"] == "number (from 0 to 1)"
+    assert options["guidance"]["meaning"] == part_info("sampling", None).options["guidance"].meaning
+
+
+def test_an_option_that_is_declared_is_in_the_help_the_page_and_the_interface(tmp_path):
+    """One line in `SamplingOptions`, and its meaning, in a copy of the program."""
+    shutil.copytree(ROOT / "ldm_lab", tmp_path / "ldm_lab", ignore=shutil.ignore_patterns("__pycache__"))
+    file = tmp_path / "ldm_lab" / "sampling" / "options.py"
+    text = file.read_text()
+    field = "    guidance: float | None = None\n"
+    text = text.replace(field, f"    sharpness: Share = 0.25\n{field}", 1)
+    file.write_text(text.replace("    Attributes:\n", "    Attributes:\n        sharpness: of all edges, 0 to 1\n", 1))
+    (tmp_path / "models").mkdir()
+    tiny_app.make_models(tmp_path / "models")
+    (tmp_path / "look.py").write_text(LOOK)
+    done = run_program(tmp_path / "look.py", cwd=tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT / 'tests'}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "help: --sharpness X of all edges, 0 to 1 (default: 0.25)",
+        "page: Sharpness, of all edges, 0 to 1 (default: 0.25)",
+        "interface: of all edges, 0 to 1 (default: 0.25)",
+        "refused: sharpness: a number from 0 to 1 is needed, not 2",
+        "drawn: 0.5",
+    ]
+
+
+LOOK = """
+import json, re, sys
+from pathlib import Path
+
+import requests
+import tiny_app
+from PIL import Image
+
+from ldm_lab.commands import sample
+
+print("help:", " ".join(re.search(r"--sharpness X +[^-]*", sample.parser().format_help())[0].split()))
+with tiny_app.served(Path("models")) as address:
+    page = requests.get(f"{address}/config").json()
+    (field,) = [c["props"] for c in page["components"] if c["props"].get("elem_id") == "option-sharpness"]
+    print(f"page: {field['label']}, {field['info']}")
+    options = {entry["name"]: entry for entry in tiny_app.ask(address, "options")}
+    print("interface:", options["sharpness"]["meaning"])
+    try:
+        tiny_app.ask(address, prompts=["a"], sharpness=2)
+    except tiny_app.Refused as error:
+        print("refused:", error)
+    made = tiny_app.ask(address, prompts=["a"], sharpness=0.5, steps=1)
+    with Image.open(made["pictures"][0]["path"]) as image:
+        print("drawn:", json.loads(image.text["ldm_lab"])["sharpness"])
+"""
+
+
+def test_choices_are_read_as_they_are_written():
+    choices = {choice.name: choice for choice in (*base_choices(), *upsampler_choices())}
+    read = {
+        "guidance": ("2.5", 2.5), "seed": ("7", 7), "steps": ("fast27", "fast27"), "size": ("24x16", "24x16"),
+        "guidance_interval": ("0.2, 0.8", (0.2, 0.8)), "clip_denoised": ("off", False), "negative": ("12", "12"),
+        "order": ("2", 2), "sampler": ("", None), "strength": (None, None), "upsampler_steps": ("20", 20),
+    }  # fmt: skip
+    for name, (written, value) in read.items():
+        found = choices[name].read(written)
+        assert found == value and type(found) is type(value), name
+        if value is not None:
+            assert choices[name].read(choices[name].shown(found)) == value, name
+    with pytest.raises(UserError, match=r"guidance_interval: numbers are needed, such as 0.2 0.8, not 'x'"):
+        choices["guidance_interval"].read("x 1")
+    assert of_sampler("ddim") < of_sampler(None) and not of_sampler("none of ours")
+
+
+def test_new_files_are_seen_and_others_are_not_opened(models, tmp_path, caplog):
+    folder = tmp_path / "shelf"
+    shutil.copytree(models / "tiny", folder / "runs" / "first")
+    (folder / "notes.safetensors").write_bytes(b"no weights")
+    (folder / ".hidden").mkdir()
+    shutil.copy(models / "other.safetensors", folder / ".hidden" / "other.safetensors")
+    shelf = Shelf([models / "other.safetensors"], folder)
+    assert shelf.names(Kind.MODEL) == ["other.safetensors", "runs/first"]
+    assert caplog.text.count("notes.safetensors: not offered") == 1
+    tiny_app.make_stages(folder)
+    assert shelf.names(Kind.MODEL) == ["other.safetensors", "base.safetensors", "runs/first"]
+    assert shelf.names(Kind.UPSAMPLER) == ["larger.safetensors"]
+    (folder / "base.safetensors").unlink()
+    assert shelf.names(Kind.MODEL) == ["other.safetensors", "runs/first"]
+    for name in ("../other.safetensors", "/etc/passwd", str(models / "other.safetensors"), "runs/../runs/first", ""):
+        with pytest.raises(UserError, match="no such model"):
+            shelf.path(Kind.MODEL, name)
+    record = FileRecord.of(models / "tiny" / "ema.safetensors")
+    assert shelf.find(Kind.MODEL, record) == "runs/first"
+    assert shelf.find(Kind.MODEL, FileRecord(record.name, "0" * 64)) is None
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_a_picture_is_the_one_that_sample_py_makes(address, models, program, tmp_path, monkeypatch):
+    given = {"prompts": ["a red star:2", "blurry:-0.5"], "seed": 7, "guidance_rescale": 0.3, "count": 2, **FAST}
+    answer = ask(address, model="tiny", **given)
+    assert answer["seeds"] == [7, 8] and answer["remarks"] == []
+    monkeypatch.chdir(tmp_path)
+    program(
+        "sample", "--checkpoint", models / "tiny", "a red star:2", "blurry:-0.5", "-n", "2", "--seed", "7",
+        "--guidance-rescale", "0.3", "--sampler", "plms2", "--steps", "2", "--device", "cpu",
+    )  # fmt: skip
+    for number in (0, 1):
+        ours = picture(address, answer, number)
+        with Image.open(tmp_path / "samples" / f"0000{number}.png") as theirs:
+            assert ours.tobytes() == theirs.tobytes() and ours.text == theirs.text
+    again = ask(address, "settings", picture=upload(address, tmp_path / "samples" / "00001.png"))
+    assert again["prompts"] == given["prompts"] and again["model"] == "tiny" and again["seed"] == 8
+    assert again["steps"] == 2 and again["sampler"] == "plms2" and again["guidance_rescale"] == 0.3
+
+
+def test_images_and_what_is_in_color(address, dog, tmp_path):
+    mask = Image.new("L", (24, 16), 0)
+    mask.paste(255, (4, 4, 12, 12))
+    mask.save(tmp_path / "mask.png")
+    answer = ask(
+        address, prompts=["a hat"], image_prompts=[upload(address, dog)], image_weights=[0.5],
+        init_image=upload(address, dog), mask=upload(address, tmp_path / "mask.png"), strength=0.5,
+        size=16, **FAST,
+    )  # fmt: skip
+    made = picture(address, answer)
+    with Image.open(dog) as image:
+        assert made.size == (16, 16) and made.getpixel((14, 14)) == image.getpixel((18, 14)), "what is black stays"
+        assert made.tobytes() != image.crop((4, 0, 20, 16)).tobytes()
+    assert '"image": "dog.png"' in made.text["ldm_lab"] and "/tmp" not in made.text["ldm_lab"]
+
+
+def test_models_in_a_row(tmp_path):
+    tiny_app.make_stages(tmp_path)
+    with tiny_app.served(tmp_path) as address:
+        assert ask(address, "models")["upsamplers"] == ["larger.safetensors"]
+        answer = ask(address, prompts=["a cat"], upsamplers=["larger.safetensors"], steps=2, upsampler_steps=2)
+        assert picture(address, answer).size == (32, 32)
+        own = ask(address, prompts=["a cat"], upsamplers=["larger.safetensors"], steps=2, each_upsampler=[{"steps": 3}])
+        assert '"upsampler.1.steps": 3' in picture(address, own).text["ldm_lab"]
+        with pytest.raises(Refused, match=r"each_upsampler: no such option: 'stepz'\. Did you mean 'steps'"):
+            ask(address, prompts=["a"], upsamplers=["larger.safetensors"], each_upsampler=[{"stepz": 3}])
+        with pytest.raises(Refused, match=r"size: 160x160 pixels are too many; a side has 128 at most here"):
+            ask(address, prompts=["a"], upsamplers=["larger.safetensors"], size=80, steps=1, upsampler_steps=1)
+        with pytest.raises(Refused, match="upsampler_steps belongs to an upsampler"):
+            ask(address, prompts=["a"], upsampler_steps=3)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"steps": "12x"}, "steps"),
+        ({"guidance_rescale": 2}, "guidance_rescale: a number from 0 to 1 is needed, not 2"),
+        ({"guidance": "much"}, "guidance: number or null is needed, not 'much'"),
+        ({"stepz": 3}, "400: no such parameter: 'stepz'. Did you mean 'steps'?"),
+        ({"sampler": "dim"}, "no such sampler: 'dim'"),
+        ({"sampler": {"name": "ddim"}}, "sampler"),
+        ({"eta": 0.5}, "eta"),
+        ({"strength": 0.5}, "strength: belongs to init_image, which is not given"),
+        ({"prompts": []}, "no prompt"),
+        ({"prompts": "a"}, "prompts: a list of texts is needed, not a"),
+        ({"prompts": [{"text": 1}]}, "prompts: a list of texts is needed"),
+        ({"prompts": ["a:inf"]}, "a weight must be finite"),
+        ({"image_weights": [1]}, "image_weights: 1 for 0 image_prompts"),
+        ({"count": "2"}, "count: a whole number from 1 on is needed, not '2'"),
+        ({"count": True}, "count: a whole number from 1 on is needed, not True"),
+        ({"model": "../tiny/ema.safetensors"}, "no such model: '../tiny/ema.safetensors'"),
+        ({"loras": ["/etc/passwd:0.5"]}, "no such LoRA: 'passwd'"),
+        ({"aesthetic": 9, "aesthetic_embeddings": "/etc/passwd"}, "no such file: 'passwd'"),
+        ({"init_image": "/etc/passwd"}, "init_image: an uploaded file is needed"),
+        ({"init_image": {"path": "/etc/passwd"}}, "init_image: an uploaded file is needed"),
+        ({"image_prompts": [{"path": "../../etc/passwd"}]}, "image_prompts: an uploaded file is needed"),
+        ({"clip_guidance": 3}, "is not on this machine, and requests download nothing|CLIP"),
+        # too much
+        ({"count": 5}, "count: 5 pictures are too many for one request; 4 at most are made here"),
+        ({"count": 2, "rerank": 3}, "too many for one request"),
+        ({"steps": 10**9}, "steps: 1000000000 are too many; 400 at most here"),
+        ({"size": 10**6}, "size: 1000000x1000000 pixels are too many; a side has 128 at most here"),
+        ({"size": "16x4000"}, "size: 16x4000 pixels are too many"),
+        ({"prompts": ["a"] * 40}, "prompts: 32 at most are mixed in a picture here, not 40"),
+        ({"prompts": ["a" * 9000]}, "prompts: 5000 characters at most are read here, not 9000"),
+        ({"negative": "a" * 9000}, "prompts: 5000 characters at most are read here, not 9000"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_what_is_wrong_is_told_in_a_line(address, capfd, given, said):
+    asked = {"prompts": ["a"], **FAST, **given}
+    with pytest.raises(Refused) as error:
+        ask(address, **asked)
+    assert re.search(said if "|" in said else re.escape(said), str(error.value)), error.value
+    assert capfd.readouterr().err == ""
+
+
+def test_a_remark_is_given_to_each_user(address):
+    for _ in range(2):
+        answer = ask(address, prompts=["a:2"], guidance=5.0, **FAST)
+        assert answer["remarks"] == ["guidance: 5 is without effect, since every prompt has a weight of its own"]
+
+
+# ------------------------------------------------------------------------------------------------------------ strangers
+
+
+def test_uploads_have_limits(address, tmp_path, capfd):
+    Image.new("L", (10_000, 10_000)).save(tmp_path / "bomb.png")
+    (tmp_path / "words.png").write_text("no image at all")
+    (tmp_path / "large.png").write_bytes(os.urandom(1_200_000))
+    bomb, words = (upload(address, tmp_path / name) for name in ("bomb.png", "words.png"))
+    for key in ("init_image", "image_prompts"):
+        for file, said in ((bomb, "bomb.png: too many pixels"), (words, "words.png: not an image that can be read")):
+            with pytest.raises(Refused, match=said):
+                ask(address, prompts=["a"], **{key: [file] if key == "image_prompts" else file}, **FAST)
+    with pytest.raises(Refused, match="413"):
+        upload(address, tmp_path / "large.png")
+    with pytest.raises(Refused, match="413"):
+        ask(address, prompts=["a" * 5_000_000])
+    with pytest.raises(Refused, match="no settings in this file"):
+        ask(address, "settings", picture=words)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_files_of_the_server_are_not_read(address, models, tmp_path, capfd):
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    secret = models / "tiny" / "ema.safetensors"
+    here = os.path.relpath(secret)
+    for path in (secret, tmp_path / "secret.png", "/etc/passwd", here, f"../{here}", ROOT / "README.md", "README.md"):
+        assert requests.get(f"{address}/gradio_api/file={path}", timeout=60).status_code in (403, 404), path
+    made = ask(address, prompts=["a"], **FAST)["pictures"][0]["url"]
+    assert requests.get(f"{made}/../../../../../../../etc/passwd", timeout=60).status_code in (403, 404)
+    with pytest.raises(Refused, match=r"None|400|403"):
+        ask(address, "settings", picture={"path": str(secret), "meta": {"_type": "gradio.FileData"}})
+
+
+def test_the_server_fetches_no_address(address, monkeypatch):
+    asked = []
+    connect = socket.socket.connect
+
+    def watched(self, place):
+        if isinstance(place, tuple) and place[0] not in ("127.0.0.1", "::1", "localhost"):
+            asked.append(place)
+            raise OSError("no network")
+        return connect(self, place)
+
+    monkeypatch.setattr(socket.socket, "connect", watched)
+    for path in ("file=http://example.com/a.png", "file=https://example.com", "proxy=http://example.com/"):
+        assert requests.get(f"{address}/gradio_api/{path}", timeout=60).status_code == 403
+    for path in ("http://example.com/a.png", "//example.com/a.png", "FILE:///etc/passwd"):
+        file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        with pytest.raises(Refused, match="400: addresses are not fetched here; upload the file"):
+            ask(address, prompts=["a"], init_image=file, **FAST)
+    ask(address, prompts=["a"], **FAST)
+    page = requests.get(address, timeout=60)
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    assert not re.findall(r'(?:src|href)="(?:https?:)?//(?!127)[^"]*"', page.text.replace("https://gradio.app", ""))
+    assert not asked
+
+
+BODIES = {"deep": b"[" * 100_000, "broken": b"{", "odd": b'{"data": 3}', "bytes": b"\xff"}
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_odd_bodies_are_refused(address, body):
+    for path in ("call/sample", "call/v2/sample", "queue/join", "run/sample"):
+        answer = requests.post(
+            f"{address}/gradio_api/{path}", data=body, headers={"content-type": "application/json"}, timeout=60
+        )
+        assert 400 <= answer.status_code < 500, path
+
+
+def test_the_queue_cannot_be_passed(address):
+    data = {"data": [["a"]]}
+    for path in ("run/sample", "api/sample"):
+        assert requests.post(f"{address}/gradio_api/{path}", json=data, timeout=60).status_code == 404
+
+
+def test_a_password_is_asked_for(models):
+    with tiny_app.served(models, password="geheim é") as address:
+        assert requests.get(f"{address}/gradio_api/info", timeout=60).status_code == 401
+        for path in ("call/sample", "call/v2/sample", "upload", "queue/join"):
+            body = {} if "v2" in path else {"data": []}
+            assert requests.post(f"{address}/gradio_api/{path}", json=body, timeout=60).status_code == 401, path
+        session = requests.Session()
+        for wrong in ("", "geheim", "geheim é "):
+            answer = session.post(f"{address}/login", data={"username": "me", "password": wrong}, timeout=60)
+            assert answer.status_code in (400, 422) and not session.cookies
+        answer = session.post(f"{address}/login", data={"username": "me", "password": "geheim é"}, timeout=60)
+        assert answer.status_code == 200
+        assert session.get(f"{address}/gradio_api/info", timeout=60).status_code == 200
+
+
+# ----------------------------------------------------------------------------------------------------- several at once
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Slow steps, counted: (time, thread) of each; nobody enters the models twice at once."""
+    seen, door, inner = [], threading.Lock(), work.Job._step
+
+    def step(self, done, total):
+        assert door.acquire(blocking=False), "two threads in one pipeline"
+        time.sleep(0.02)
+        seen.append((time.monotonic(), threading.get_ident()))
+        door.release()
+        inner(self, done, total)
+
+    monkeypatch.setattr(work.Job, "_step", step)
+    return seen
+
+
+def test_two_users_at_once_both_get_their_own_in_their_order(address, steps):
+    seeds, ended, answers = [3, 5, 9], [], {}
+
+    def user(seed, event):
+        for kind, data in events(address, event):
+            if kind == "complete":
+                ended.append(seed)
+                answers[seed] = data[0]
+
+    threads = []
+    for seed in seeds:
+        event = begin(address, prompts=[f"number {seed}"], seed=seed, steps=8, sampler="ddim")
+        threads.append(threading.Thread(target=user, args=(seed, event)))
+        threads[-1].start()
+    for thread in threads:
+        thread.join(60)
+    assert ended == seeds, "first come, first served"
+    for seed in seeds:
+        assert answers[seed]["seeds"] == [seed]
+        assert f'"text": "number {seed}"' in picture(address, answers[seed]).text["ldm_lab"]
+    assert len(steps) == 24
+
+
+def test_who_leaves_ends_the_job_at_its_next_step(address, steps):
+    for kind, data in events(address, begin(address, prompts=["a"], steps=400, sampler="ddim")):
+        assert kind in ("generating", "heartbeat")
+        if data and data[0]["step"] >= 3:
+            break  # which closes the connection
+    left = time.monotonic()
+    answer = ask(address, prompts=["next"], steps=2, sampler="ddim")
+    assert answer["seeds"] == [0] and len(steps) < 150
+    assert max(when for when, _ in steps[:-2]) - left < 2
+
+
+def test_a_request_that_waits_is_told_and_too_many_are_refused(address, steps):
+    waiting = [begin(address, prompts=["a"], steps=30, sampler="ddim") for _ in range(2)]
+    with pytest.raises(Refused, match=r"503.*Queue is full"):
+        for _ in range(12):
+            waiting.append(begin(address, prompts=["a"], steps=30, sampler="ddim"))
+    for event in waiting:
+        next(events(address, event))  # and leave
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+
+
+def test_the_settings_of_another_program_and_of_missing_files(models, tmp_path):
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    fields = "Steps: 20, Sampler: Euler, CFG scale: 3, Seed: 7, Size: 16x16, Hires: 2"
+    info.add_text("parameters", f"a star\nNegative prompt: blurry\n{fields}")
+    Image.new("RGB", (16, 16)).save(tmp_path / "theirs.png", pnginfo=info)
+    known = [choice.name for choice in (*base_choices(), *upsampler_choices())]
+    found = recall(tmp_path / "theirs.png", Shelf(folder=models), known)
+    assert found.values["steps"] == 20 and found.values["sampler"] == "euler" and found.values["negative"] == "blurry"
+    assert found.model is None and found.remarks == ["not taken: Hires"]
+    with pytest.raises(UserError, match=r"^none\.png: no settings"):
+        Image.new("RGB", (16, 16)).save(tmp_path / "none.png")
+        recall(tmp_path / "none.png", Shelf(folder=models), known)
+
+
+@pytest.mark.parametrize("prompt", [
+    Prompt("a star"), Prompt("a star", 1.5), Prompt("meet at 12:30"), Prompt("a photo: of a cat", -0.5), Prompt("a: b"),
+    Prompt("12:30", 2.0), Prompt(""),
+], ids=str)  # fmt: skip
+def test_a_prompt_is_written_as_it_is_read(prompt):
+    assert parse_prompt(write_prompt(prompt)) == prompt
+
+
+# -------------------------------------------------------------------------------------------------------- the program
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "error: --checkpoint FILE or --models DIR is needed (--help explains)"),
+        (("--models", "nowhere"), "error: --models nowhere: no such folder"),
+        (("--checkpoint", "nowhere"), "error: nowhere: "),
+        (("--models", ".", "--port", "70000"), "error: --port: up to 65535, not 70000"),
+        (("--models", ".", "--password", "abc"), "error: --password: 4 characters at least are needed, not 3"),
+        (("--models", ".", "--password", "abcd", "--password-file", "x"), "error: --password and --password-file"),
+        (("--models", ".", "--password-file", "x"), "error: --password-file x: cannot be read: No such file"),
+        (("--models", ".", "--max-side", "0"), "error: --max-side: at least 1 is needed, not 0"),
+    ],
+    ids=lambda value: "-".join(value)[:30] if isinstance(value, tuple) else "",
+)
+def test_wrong_words_are_one_line(program, monkeypatch, tmp_path, words, said):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = program("ldm_lab.__main__", "app", *words)
+    assert code == 2 and said in err and err.count("\n") == 1
+
+
+def test_without_gradio_it_is_one_line(program, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    code, _, err = program("ldm_lab.__main__", "app", "--models", tmp_path)
+    assert code == 2 and err == "error: the app needs the package gradio: pip install 'ldm_lab[app]'\n"
+
+
+def test_a_port_that_is_taken_is_one_line(program, models):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, _, err = program("ldm_lab.__main__", "app", "--models", models, "--port", port)
+    assert code == 2 and err.startswith(f"error: --port {port}: not free") and err.count("\n") == 1
+
+
+@pytest.mark.skipif(not WARM, reason="programs are copies of a process")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["int", "term"])
+def test_a_signal_ends_it_cleanly(models, tmp_path, number):
+    words = ["-m", "ldm_lab", "app", "--models", str(models), "--port", "0", "--device", "cpu"]
+    with warm.Program(words, tmp_path, program_environment({"TMPDIR": str(tmp_path)})) as process:
+        while not (said := process.printed()[0].split()):
+            assert process.poll() is None, process.printed()
+            time.sleep(0.1)
+        address = said[0].rstrip("/")
+        event = begin(address, prompts=["a"], steps=400, sampler="ddim")
+        for kind, data in events(address, event):
+            if kind == "generating" and data[0]["step"] >= 1:
+                break
+        process.send_signal(number)
+        code = process.wait(60)
+        out, err = process.printed()
+    assert code == 0 and err == "", err
+    assert "ending: the job that is under way stops at its next step" in out
+    assert not list(tmp_path.glob("ldm_lab_app_*")), "nothing is left"
+
+
+def test_gradio_leaves_no_file_beside_ours():
+    assert not list((ROOT / "ldm_lab").rglob("*.pyi"))

@@ -1,0 +1,90 @@
+"""The app on tiny random models, and what talks to it as a program does."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import requests
+import tiny_glide
+import torch
+from tiny import DENOISER, embedding, make_parts
+
+from ldm_lab.app.limits import Limits
+from ldm_lab.app.server import Settings, serving
+from ldm_lab.app.shelf import Shelf
+from ldm_lab.checkpoints.native import save_model
+from ldm_lab.config import build
+from ldm_lab.sampling import ModelOptions
+
+LIMITS = Limits(pictures=4, side=128, steps=400, megapixels=1, upload=1, waiting=8)
+SECONDS = 60
+
+
+def make_models(folder: Path) -> Path:
+    """Write a folder with two models of 16-pixel pictures; in the folder of a run, and by itself."""
+    config = {"task": "diffusion", **make_parts(folder), "denoiser": DENOISER, "objective": {"name": "v_cosine"}}
+    config["conditioner"]["dropout"] = 0.2
+    (folder / "tiny").mkdir()
+    for number, name in enumerate(("tiny/ema.safetensors", "other.safetensors")):
+        torch.manual_seed(number)
+        state = build("denoiser", DENOISER, 4, embedding(16)).state_dict()
+        save_model(folder / name, state, config, {"image_size": "16"})
+    (folder / "tiny" / "config.yaml").write_text("task: diffusion\n")
+    return folder
+
+
+def make_stages(folder: Path) -> None:
+    """Write a base model of 16-pixel pixels, and one that enlarges its pictures to 32."""
+    tiny_glide.write(folder / "base.safetensors")
+    tiny_glide.write(folder / "larger.safetensors", upsampler=True)
+
+
+@contextmanager
+def served(folder: Path, password: str | None = None, limits: Limits = LIMITS) -> Iterator[str]:
+    """Serve the models of a folder on a free port; gives the address without a slash at its end."""
+    settings = Settings(port=0, password=password, loading=ModelOptions(device="cpu"), limits=limits)
+    with serving(Shelf(folder=folder), settings) as address:
+        yield address.rstrip("/")
+
+
+class Refused(Exception):
+    """What the server says of a request that it does not carry out."""
+
+
+def begin(address: str, endpoint: str = "sample", **given: object) -> str:
+    """Ask for something; returns what it is called from then on."""
+    answer = requests.post(f"{address}/gradio_api/call/v2/{endpoint}", json=given, timeout=SECONDS)
+    if answer.status_code != 200:
+        raise Refused(f"{answer.status_code}: {answer.text}")
+    return answer.json()["event_id"]
+
+
+def events(address: str, event: str, endpoint: str = "sample") -> Iterator[tuple[str, list]]:
+    """Yield (kind, data) of what the server tells, as it comes."""
+    with requests.get(f"{address}/gradio_api/call/{endpoint}/{event}", stream=True, timeout=SECONDS) as answer:
+        kind = ""
+        for line in answer.iter_lines(decode_unicode=True, chunk_size=1):
+            if line.startswith("event: "):
+                kind = line.removeprefix("event: ")
+            elif line.startswith("data: "):
+                yield kind, json.loads(line.removeprefix("data: "))
+
+
+def ask(address: str, endpoint: str = "sample", **given: object) -> object:
+    """Return what an endpoint answers. Raises Refused with its message."""
+    for kind, data in events(address, begin(address, endpoint, **given), endpoint):
+        if kind == "complete":
+            return data[0]
+        if kind == "error":
+            raise Refused(data["error"] if isinstance(data, dict) else str(data))
+    raise AssertionError("no answer")
+
+
+def upload(address: str, path: Path) -> dict[str, object]:
+    """Return what stands for an uploaded file. Raises Refused."""
+    with open(path, "rb") as file:
+        answer = requests.post(f"{address}/gradio_api/upload", files={"files": (path.name, file)}, timeout=SECONDS)
+    if answer.status_code != 200:
+        raise Refused(f"{answer.status_code}: {answer.text}")
+    return {"path": answer.json()[0], "meta": {"_type": "gradio.FileData"}}
