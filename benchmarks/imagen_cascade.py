@@ -54,6 +54,7 @@ def main() -> None:
     add("--sr", default="runs/imagen_quickstart_sr", metavar="MODEL", help="default: %(default)s")
     add("--steps", type=int, default=15, metavar="N", help="of the base; default: %(default)s")
     add("--sr-steps", type=int, default=5, metavar="N", help="default: %(default)s")
+    add("--sr-temperature", type=float, default=0.8, metavar="T", help="default: %(default)s")
     add("--seed", type=int, default=0, metavar="N", help="of the first picture; default: %(default)s")
     add("--first", type=int, default=0, metavar="N", help="of all kinds of pictures; default: %(default)s")
     add("--guidance", type=float, nargs="+", default=GUIDANCE, metavar="W", help="default: %(default)s")
@@ -84,7 +85,10 @@ def accuracy(args: argparse.Namespace) -> None:
             guidance=guidance, thresholding=thresholding, sampler=sampler, seed=args.seed, batch_size=COUNT
         )
         enlarging = SamplingOptions(
-            sampler={**sampler, "steps": args.sr_steps}, thresholding="static", batch_size=COUNT
+            sampler={**sampler, "steps": args.sr_steps},
+            thresholding="static",
+            temperature=args.sr_temperature,
+            batch_size=COUNT,
         )  # dynamic thresholding moves colors, and a stage without guidance has no need of it
         pairs = Stages([Stage(base, options), Stage(sr, enlarging)])(texts)
         shown = [[small for small, _ in pairs], [large for _, large in pairs]]

@@ -40,6 +40,7 @@ class StepCost:
         weights, gradients, optimizer, average, frozen: bytes of the network's weights, their gradients, the optimizer's
             state, the moving averages, the frozen parts.
         peak: the most bytes of all of these and of intermediate results that are held at one time.
+        text_encoder: bytes of the weights of a language model that is loaded when a text has to be encoded.
     """
 
     batch_size: int
@@ -53,11 +54,12 @@ class StepCost:
     average: int
     frozen: int
     peak: int
+    text_encoder: int = 0
 
     @property
     def lasting(self) -> int:
         """What is held at all times, whatever the size of a batch; bytes."""
-        return self.weights + self.gradients + self.optimizer + self.average + self.frozen
+        return self.weights + self.gradients + self.optimizer + self.average + self.frozen + self.text_encoder
 
     @property
     def activations(self) -> int:
@@ -73,6 +75,7 @@ class StepCost:
             "the optimizer": self.optimizer,
             "averages of the weights": self.average,
             "frozen parts": self.frozen,
+            "the text encoder": self.text_encoder,
             f"intermediate results of {self.batch_size} images": self.activations,
         }
         return {name: size for name, size in named.items() if size >= 1000}
@@ -83,7 +86,12 @@ class StepCost:
             ("weights", self.weights), ("gradients", self.gradients), ("optimizer", self.optimizer),
             ("average", self.average),
         )}  # fmt: skip
-        return replace(self, **own, peak=sum(own.values()) + self.frozen + self.activations)
+        beside = self.frozen + self.text_encoder + self.activations
+        return replace(self, **own, peak=sum(own.values()) + beside)
+
+    def beside(self, text_encoder: int) -> "StepCost":
+        """Return the same with a language model of so many bytes beside it all."""
+        return replace(self, text_encoder=text_encoder, peak=self.peak + text_encoder)
 
     def in_words(self) -> str:
         """Return "about 24.8 GB: weights 4.7 GB, ..."."""

@@ -72,7 +72,7 @@ def measured_peak(config: RunConfig) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         task = config.task_class()(config, read_weights=False)
         batch = example_batch(task, config["data"].option("image_size"))
-        optimizer = torch.optim.AdamW(task.model.parameters(), fused=True)
+        optimizer = torch.optim.AdamW(nn.ModuleList(task.trained_modules()).parameters(), fused=True)
         for number in range(2):
             with record_function(f"step {number}"):
                 loss = task.rehearse(batch)

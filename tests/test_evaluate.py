@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from ldm_lab.checkpoints.native import save_model
 from ldm_lab.config import build
 from ldm_lab.data.shapes import write_shards
 from ldm_lab.errors import UserError
+from ldm_lab.evaluation import tables
 from ldm_lab.evaluation.distances import Moments, cmmd, frechet
 from ldm_lab.evaluation.feature_files import FEATURES, PictureRows, read_part, read_rows, write_rows
 from ldm_lab.evaluation.metrics import CLIP_SCORE
@@ -36,8 +38,10 @@ def models(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def evaluate(models, program, tmp_path):
+def evaluate(models, program, tmp_path, monkeypatch):
     """Run the command on model a, unless another one is named: `evaluate("--steps", 2)` -> (exit code, out, err)."""
+
+    monkeypatch.setattr(tables, "plot", lambda table, path: path.touch())  # half a second each
 
     def call(
         *args: str | Path, data: bool = True, out: Path = tmp_path / "out", batch: int = 4
@@ -55,10 +59,12 @@ def table(folder: Path) -> dict:
     return json.loads((folder / "evaluation.json").read_text())
 
 
+PLOT = tables.plot
 SHORT = ("--pictures", 6, "--steps", 2)
 
 
-def test_models_and_choices_in_one_table(evaluate, models, tmp_path):
+def test_models_and_choices_in_one_table(evaluate, models, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "plot", PLOT)
     checkpoints = ["--checkpoint", models / "a.safetensors", "--checkpoint", models / "b.safetensors"]
     code, out, err = evaluate(*checkpoints, "--guidance", 1, "--guidance", 3, "--pictures", 4, "--steps", 2)
     assert code == 0, err
@@ -97,6 +103,29 @@ def test_values_are_those_of_the_pictures_that_sampling_makes(evaluate, models, 
     assert values["cmmd"]["value"] == pytest.approx(cmmd(rows, made), abs=1e-4)
     told = conditioner.encode_text(prompts)
     assert values["clip_score"]["value"] == pytest.approx(float(100 * (made * told).sum(1).mean()), abs=1e-3)
+
+
+def test_other_pictures_and_other_data_in_the_same_place_are_measured_anew(evaluate, models, tmp_path):
+    """Also where the folder of the evaluation has what was measured before under the same names."""
+    write_shards(tmp_path / "own", count=12, shards=1, size=32, seed=2)
+    data = ("--data", f"shards={tmp_path}/own/*.tar", "image_size=32")
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    found = []
+    for turn in range(2):
+        for number in range(5):
+            Image.new("RGB", (32, 32), (number * 40, turn * 250, 0)).save(folder / f"{number}.png")
+        (folder / "samples.json").write_text(json.dumps([{"file": f"{number}.png"} for number in range(5)]))
+        Image.new("RGB", (90, 90)).save(folder / "grid.png")
+        asked = ("--images", folder, "--checkpoint", models / "a.safetensors", "--metric", "loss", "--metric", "cmmd")
+        code, _, err = evaluate(*asked, *SHORT, *data, data=False)
+        assert code == 0, err
+        content = table(tmp_path / "out")
+        found.append([row["values"] for row in content["rows"]])
+        shutil.rmtree(tmp_path / "own")
+        write_shards(tmp_path / "own", count=12, shards=1, size=32, seed=3)
+    assert found[0][0]["loss"] != found[1][0]["loss"] and found[0][1]["cmmd"] != found[1][1]["cmmd"]
+    assert content["rows"][1]["pictures"] == 5 and any("samples.json lists" in line for line in content["remarks"])
 
 
 def test_several_seeds_give_margins_and_share_no_noise(evaluate, tmp_path):

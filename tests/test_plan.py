@@ -6,19 +6,23 @@ from pathlib import Path
 import pytest
 import torch
 from test_configs import RECIPES, load_filled
+from test_estimate import measured_peak
 from tiny import make_run
 
 from ldm_lab.__main__ import main
 from ldm_lab.checkpoints.parts import read_part
 from ldm_lab.config import load
 from ldm_lab.errors import UserError
-from ldm_lab.estimate import CARDS
+from ldm_lab.estimate import CARDS, in_units
 from ldm_lab.training.caching import make_cache, options_of_run
-from ldm_lab.training.cost import config_cost
+from ldm_lab.training.cost import config_cost, postponed_bytes
 from ldm_lab.training.going_on import with_options
-from ldm_lab.training.planning import LAUNCHING, OWN, plan
+from ldm_lab.training.plan_table import TABLE, Asked, asked_rows, table_lines, with_table
+from ldm_lab.training.planning import LAUNCHING, OWN, in_words, note_of_encoder, plan
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+DOCS = CONFIGS.parent / "docs" / "recipes.md"
+MOST_RUN = 6 * 10**9  # bytes of a step that is made, to compare what it takes
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +124,29 @@ def test_frozen_parts_count_as_the_files_of_their_weights_say(tmp_path):
     assert plan(bare).cost.frozen == plan(config).cost.frozen
 
 
+def test_a_text_encoder_counts_where_it_may_have_to_be_loaded(tmp_path, monkeypatch):
+    path, store = CONFIGS / "imagen_quickstart_base.yaml", f"conditioner.store={tmp_path}/states"
+
+    def counted(*words: str) -> tuple[int | None, str]:
+        config = load(path, words)
+        with torch.device("meta"):
+            task = config.task_class()(config, read_weights=False)
+        return postponed_bytes(task), note_of_encoder(config, task)
+
+    minilm = 4 * 22_565_376
+    size, note = counted(store, "conditioner.missing=encode")
+    assert size == minilm and "the text encoder, 90.3 MB, is loaded as soon as a text has to be encoded" in note
+    assert counted(store, "conditioner.missing=skip") == (0, "")
+    assert counted("conditioner.store=null") == (minilm, "")
+    found = plan(load(path, ["denoiser.base_channels=16", "denoiser.gradient_checkpointing=true"]))
+    assert found.cost.text_encoder == minilm and "the text encoder 90.3 MB" in found.cost.in_words()
+    assert found.note in in_words(found, [], 0.3)
+    assert minilm < found.cost.lasting < found.cost.peak
+    monkeypatch.setattr("ldm_lab.conditioners.t5.encoder_parameters", lambda model: None)
+    size, note = counted()
+    assert size is None and "its size not known: its weights are not counted" in note
+
+
 def test_the_command_prints_a_page_or_json_and_runs_nothing(tmp_path, capsys, monkeypatch):
     path = str(make_run(tmp_path, images=8))
     before = sorted(tmp_path.rglob("*"))
@@ -147,6 +174,74 @@ def test_the_command_prints_a_page_or_json_and_runs_nothing(tmp_path, capsys, mo
 def test_what_cannot_be_planned(tmp_path, words, message):
     with pytest.raises(UserError, match=message):
         main(["plan", "--config", str(make_run(tmp_path, images=8)), *words])
+
+
+def test_the_table_by_the_size_of_the_gpu_is_written_into_a_file(tmp_path, capsys):
+    path, file = make_run(tmp_path, images=8), tmp_path / "page.md"
+    asked = f"<!-- plan table\n8 GB | RTX 3060 | {path} trainer.max_steps=9 data.path=x\n-->\n"
+    file.write_text(f"# Before\n{asked.replace(' data.path=x', '')}old\n<!-- end of plan table -->\nafter\n")
+    assert main(["plan", "--table", str(file), "--mfu", "0.2"]) is None
+    found = plan(load(path, ["trainer.max_steps=9"]))
+    heads, _, row = file.read_text().split("-->\n")[1].splitlines()[:3]
+    assert "| images/s at 20% |" in heads and file.read_text().startswith("# Before\n<!-- plan table\n8 GB")
+    assert row.startswith("| 8 GB, RTX 3060 | `tiny.yaml` `trainer.max_steps=9` | ") and ", from scratch |" in row
+    assert f"| {found.fits([8])[0].batch:,} | 200 |" in row and "old" not in file.read_text()
+    assert file.read_text().endswith("<!-- end of plan table -->\nafter\n")
+    assert asked_rows(asked + "<!-- end of plan table -->", "x")[0].recipe == "`tiny.yaml` `trainer.max_steps=9`"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nothing", "has no <!-- plan table"),
+        ("<!-- plan table\n8 GB, x\n-->\n<!-- end of plan table -->", "a line such as '8 GB"),
+        ("<!-- plan table\n1 GB | T4 | gone.yaml\n-->\n<!-- end of plan table -->", "gone.yaml"),
+    ],
+    ids=["no table", "no row", "no config"],
+)
+def test_a_file_whose_table_cannot_be_counted_stays_as_it_is(tmp_path, text, message):
+    (tmp_path / "page.md").write_text(text)
+    with pytest.raises(UserError, match=message):
+        main(["plan", "--table", str(tmp_path / "page.md")])
+    assert (tmp_path / "page.md").read_text() == text
+
+
+def test_a_recipe_that_does_not_fit_its_card_is_refused(tmp_path):
+    row = Asked(1, "RTX 3060", make_run(tmp_path, images=8), ("data.batch_size=512",))
+    with pytest.raises(UserError, match=r"does not fit 1 GB; data.batch_size=\d+ would"):
+        list(table_lines([row], 0.3))
+
+
+def test_plan_wants_a_config_or_a_table(tmp_path):
+    for words in ([], ["--table", "x", "--json"], ["--table", "x", "a=b"]):
+        with pytest.raises(UserError, match=r"^--(config|table): "):
+            main(["plan", *words])
+
+
+def test_the_table_of_the_docs_has_the_rows_that_it_asks_for():
+    text = DOCS.read_text()
+    rows = [line.split(" | ")[:2] for line in TABLE.search(text)["table"].splitlines()[2:]]
+    asked = asked_rows(text, "docs/recipes.md")
+    assert rows == [[f"| {its.gigabytes} GB, {its.card}", its.recipe] for its in asked] and len(rows) > 5
+
+
+@pytest.mark.slow
+def test_the_table_of_the_docs_is_what_the_command_writes(monkeypatch):
+    monkeypatch.chdir(DOCS.parents[1])
+    assert with_table(DOCS.read_text(), "docs/recipes.md", 0.35) == DOCS.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_the_memory_of_a_recipe_is_within_a_tenth_of_what_torch_s_profiler_counts(path):
+    """With batches of two, in single precision, where all of it is there on a CPU; the largest ones are left out."""
+    fewer = ["data.batch_size=2", "trainer.precision=32-true"]
+    cost = config_cost(config := load_filled(path, *fewer))
+    if cost.peak > MOST_RUN:
+        pytest.skip(f"a step takes {in_units(cost.peak)}, and {in_units(MOST_RUN)} are taken here")
+    if config.part("optim").option("state") != "32bit":
+        pytest.skip("its optimizer runs on GPUs alone")
+    assert cost.peak - cost.text_encoder == pytest.approx(measured_peak(config), rel=0.1)
 
 
 @pytest.mark.slow

@@ -15,8 +15,9 @@ from tiny import make_run
 from ldm_lab.__main__ import main
 from ldm_lab.config import read
 from ldm_lab.errors import UserError
+from ldm_lab.evaluation.metrics import METRICS
 from ldm_lab.pages import render
-from ldm_lab.pages.charts import groups
+from ldm_lab.pages.charts import groups, is_higher_better
 from ldm_lab.pages.run_folder import Event, find_pictures, read_config, read_events
 from ldm_lab.pages.run_log import RunLog
 from ldm_lab.pages.run_page import RunReader
@@ -334,6 +335,12 @@ def test_runs_writes_a_page_of_several_with_links_and_differences(tmp_path, caps
         assert f"{best.value:.5g} at {best.step:,}" in text
 
 
+def test_pages_know_which_way_is_better_as_evaluate_does():
+    ways = {name: metric.higher_is_better for name, metric in METRICS.items()} | {"image_to_text_at_1": True}
+    assert {name: is_higher_better(f"evaluate/{name}") for name in ways} == ways
+    assert not is_higher_better("held_out/loss")
+
+
 def test_many_runs_make_a_page_that_is_not_large(tmp_path):
     first = write_run(tmp_path / "runs" / "r0", rows=3000, pictures=0)
     for number in range(1, 20):
@@ -393,5 +400,5 @@ def test_runs_of_one_name_are_told_apart(here):
     for name in ("x/run", "y/run"):
         write_run(here / name, rows=3, pictures=0)
     main(["runs", "x", "y", "x/run", "--out", "both.html"])
-    assert re.findall(r'data-label="([^"]+)"', (here / "both.html").read_text()) == ["x/run", "y/run"]
+    assert re.findall(r'data-hides="([^"]+)"', (here / "both.html").read_text()) == ["x/run", "y/run"]
     assert math.isfinite(page_data(here / "both.html")["steps"])

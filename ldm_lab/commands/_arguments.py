@@ -136,10 +136,10 @@ def add_clip_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_config_arguments(parser: argparse.ArgumentParser, meaning: str) -> None:
+def add_config_arguments(parser: argparse.ArgumentParser, meaning: str, required: bool = True) -> None:
     """Declare the arguments that say which config, and what is changed in it: `config`, `overrides`, `--imports`."""
     add_imports_argument(parser)
-    parser.add_argument("--config", required=True, metavar="YAML", help=meaning)
+    parser.add_argument("--config", required=required, metavar="YAML", help=meaning)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the YAML's")
 
 

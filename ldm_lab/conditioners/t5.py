@@ -22,6 +22,7 @@ from ldm_lab.conditioners.t5_models import (
     to_fetch,
     width_of,
 )
+from ldm_lab.conditioners.t5_sizes import encoder_parameters
 from ldm_lab.conditions import MASK, Stored
 from ldm_lab.config import PositiveInt, register
 from ldm_lab.downloads import Download
@@ -155,6 +156,14 @@ class T5(Conditioner):
         words = {"name": self.part_name, "model": self.model_name, "padding": self.padding, "dtype": dtype}
         numbers = {"text_size": self.text_size, "lowercase": self.lowercase, "chunk": CHUNK}
         return {key: json.dumps(its) for key, its in {**words, **numbers, "stored": self.stored_name}.items()}
+
+    @property
+    def postponed_bytes(self) -> int | None:
+        """What the encoder will take when a text has to be encoded; 0 where it is loaded, or never will be."""
+        if self.encoder is not None or not self.has_model:
+            return 0
+        count = encoder_parameters(self.model_name)
+        return None if count is None else count * self.dtype.itemsize
 
     @property
     def stored_name(self) -> Stored:

@@ -33,6 +33,7 @@ from ldm_lab.evaluation.model_parts import PartsJob, lpips_network, part_values
 from ldm_lab.evaluation.real_images import FILE, RealImages, real_rows
 from ldm_lab.evaluation.settings import Models, Setting, checksum_of, model_names, picture_seeds, settings_of
 from ldm_lab.evaluation.tables import Row, Table
+from ldm_lab.io.json_files import Fields, parse_json
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling import ModelOptions, SamplingOptions
 from ldm_lab.sampling.names import public_name
@@ -190,6 +191,11 @@ class Comparison:
         """Return the row of a model and a choice: values of its pictures, and those of its parts."""
         values = {name: self.value(name, real, made) for name in self.made_of}
         self.remark(real, made[0])
+        judge = next((its.embedder for its in self.networks if isinstance(its, EmbeddingFeatures)), None)
+        if judge is not None and setting.embedder not in (None, judge):
+            self.remarks.append(
+                f"{setting.model}: its own conditioner is another one than that whose embeddings are compared"
+            )
         asked = setting.guidance, setting.sampler, setting.steps
         return Row(setting.model, *asked, self.asked.seeds, self.asked.pictures, {**values, **parts})
 
@@ -220,10 +226,16 @@ class Comparison:
     def folder_pictures(self, folder: str) -> PictureRows:
         """Return what is seen on the pictures in a folder. Raises UserError for none."""
         name, networks = public_name(folder), "-".join(network.key for network in self.networks)
-        place = hashlib.sha256(str(Path(folder).absolute()).encode(errors="surrogateescape")).hexdigest()[:12]
+        files = [(path, path.stat()) for path in Path(folder).rglob("*") if path.is_file()]
+        # Other pictures under the same names are looked at anew.
+        facts = str(sorted((str(path.absolute()), its.st_size, its.st_mtime_ns) for path, its in files))
+        place = hashlib.sha256(facts.encode(errors="surrogateescape")).hexdigest()[:12]
         items = file_batches(folder, self.asked.out / "parts" / f"folder-{name}-{place}-{networks}")
-        self.run_pass(FilesJob(self.networks), items)
+        listed = listed_pictures(Path(folder))
+        self.run_pass(FilesJob(self.networks, listed=listed), items)
         made = rows_of_items(items)
+        if listed is not None:
+            self.remarks.append(f"{name}: the pictures that its samples.json lists, without grids")
         if not len(made):
             raise UserError(f"--images {folder}: no usable image")
         return made
@@ -256,7 +268,7 @@ class Comparison:
         lpips = lpips_network() if "lpips" in self.of_data else None
         job = PartsJob(model, checksum, self.of_data, networks, self.real.source, lpips, self.tells)
         self.tells = False
-        key = "-".join([checksum[:12], *sorted(self.of_data), *(network.key for network in networks)])
+        key = "-".join([checksum[:12], *sorted(self.of_data), self.real.key(networks)])
         items = self.real.items(self.asked.out / "parts" / f"model-{key}")
         self.run_pass(job, items)
         return rows_of_items(items)
@@ -278,6 +290,17 @@ class Comparison:
             )  # fmt: skip
             facts["margins"] = kind
         return facts
+
+
+def listed_pictures(folder: Path) -> frozenset[str] | None:
+    """Return the names of the pictures that sample.py has listed in a folder of its own; None of another folder."""
+    try:
+        entries = parse_json(b'{"all": ' + (folder / "samples.json").read_bytes() + b"}").get("all")
+    except OSError:
+        return None
+    files = Fields({"all": entries}).listed("all") or []
+    names = frozenset(name for its in files if (name := its.text("file")))
+    return names or None
 
 
 def _with_captions(scores: Tensor) -> Tensor:

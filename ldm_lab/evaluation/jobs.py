@@ -89,12 +89,14 @@ def clip_scores(network: EmbeddingFeatures, embeds: Tensor, texts: Sequence[str]
 class ImagesJob(FeatureJob[Raw, PreparedPicture, PictureBatch]):
     """Features of images that are there: of a data source as training reads it, or of files as they are."""
 
-    def __init__(self, networks: Sequence[Features], source: Source | None = None) -> None:
-        """Take the networks, and the opened source that items are of; None for files."""
+    def __init__(
+        self, networks: Sequence[Features], source: Source | None = None, listed: frozenset[str] | None = None
+    ) -> None:
+        """Take the networks, and the opened source that items are of; None for files, of which those listed count."""
         super().__init__(networks)
         prepares = tuple(network.prepare for network in networks)
         self.source = source
-        self.preparation = FromFiles(prepares) if source is None else FromSource(source, prepares)
+        self.preparation = FromFiles(prepares, listed) if source is None else FromSource(source, prepares)
 
     def describe(self, items: Sequence[WorkItem[Raw]]) -> list[str]:
         return super().describe(items) if self.source is None else self.source.found()

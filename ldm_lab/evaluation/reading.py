@@ -8,13 +8,14 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_lab.data.order import Order
-from ldm_lab.data.samples import RawSample, SkippedSample, as_utf8, caption_of
+from ldm_lab.data.samples import FilteredOut, RawSample, SkippedSample, as_utf8, caption_of
 from ldm_lab.data.source import Item, Source
 from ldm_lab.embed import Prepare
 from ldm_lab.io.color import BadImage
 from ldm_lab.io.decoding import decode_image
 from ldm_lab.io.images import to_rgb
 
+NOT_LISTED = "not in samples.json"  # a grid, a base model's small picture
 SEED = 0  # of what a source draws: a caption of several, a random crop
 
 
@@ -85,9 +86,12 @@ class FromFiles:
     unique_keys: ClassVar[bool] = True
 
     prepares: tuple[Prepare, ...]
+    listed: frozenset[str] | None = None  # names of the pictures that count; None takes all
 
     def prepare(self, sample: RawSample) -> PreparedPicture:
         """Return a file's image and caption. Raises SkippedSample."""
+        if self.listed is not None and sample.key not in self.listed:
+            raise FilteredOut(NOT_LISTED, sample.key)
         if sample.image is None:
             raise SkippedSample("no image", sample.key)
         try:

@@ -59,6 +59,10 @@ class RealImages:
             **{its.space: json.dumps(its.identity, sort_keys=True) for its in networks},
         }
 
+    def key(self, networks: Sequence[Features]) -> str:
+        """Return a few characters that stand for the facts, as part of a folder's name."""
+        return hashlib.sha256(json.dumps(self.facts(networks)).encode()).hexdigest()[:12]
+
     def items(self, folder: Path) -> list[SourceItem]:
         """Return the work items, with results in a folder."""
         return source_items(self.source, folder, self.limit)
@@ -91,8 +95,7 @@ def real_rows(
     elif real is None:
         raise UserError(f"{path}: no such file, and no --data to make it of")
     facts = real.facts(networks)
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
-    folder = path.parent / "parts" / f"real-{key}"
+    folder = path.parent / "parts" / f"real-{real.key(networks)}"
 
     def join(items: Sequence[SourceItem], report: PassReport) -> None:
         if not report.counts.used:

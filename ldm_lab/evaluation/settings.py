@@ -5,11 +5,12 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
+from ldm_lab.conditioners.embedding import EmbeddingConditioner
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import sha256
 from ldm_lab.prompts import Prompt
@@ -30,6 +31,7 @@ class Setting:
         checksum: sha256 of its file.
         options: all choices but the seed.
         guidance, sampler, steps: as they come out with all defaults.
+        embedder: whose embeddings its conditioner gives (`ldm_lab.checkpoints.embedders`); None if it gives none.
     """
 
     model: str
@@ -39,6 +41,7 @@ class Setting:
     guidance: float
     sampler: str
     steps: int
+    embedder: dict[str, str] | None = field(default=None, compare=False)
 
     def key(self, prompts: Sequence[Prompt]) -> str:
         """Return what stands for the setting with these prompts."""
@@ -97,7 +100,9 @@ def settings_of(
             raise UserError(f"{checkpoint}: {error}") from None
         sampler = str(request.options.sampler["name"])
         checksum, steps = checksum_of(checkpoint), request.sampler.steps
-        found.append(Setting(name, checkpoint, checksum, options, request.guidance, sampler, steps))
+        embeds = isinstance(pipeline.model.conditioner, EmbeddingConditioner)
+        embedder = pipeline.model.embedder() if embeds else None
+        found.append(Setting(name, checkpoint, checksum, options, request.guidance, sampler, steps, embedder))
     return found
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm_lab.batch import Batch
+from ldm_lab.conditioners.t5 import T5
 from ldm_lab.conditions import TokenIds, TokenStates, blank_conditions
 from ldm_lab.config import RunConfig
 from ldm_lab.errors import first_line
@@ -56,6 +57,7 @@ class RunCost:
             "the optimizer": optimizer_bytes(trained, task.optim.state != "32bit"),
             "averages of the weights": average_bytes(task),
             "frozen parts": module_bytes(*task.frozen.values()),
+            "the text encoder": postponed_bytes(task) or 0,
         }
         return {name: size for name, size in held.items() if size}
 
@@ -96,7 +98,14 @@ def task_cost(task: Task, image_size: int) -> StepCost:
                 return twin.rehearse(batch)
 
         with autocast_of_gpus():
-            return step_cost(trained, loss, state, len(batch), twin.frozen.values(), average_bytes(twin))
+            cost = step_cost(trained, loss, state, len(batch), twin.frozen.values(), average_bytes(twin))
+    return cost.beside(postponed_bytes(task) or 0)
+
+
+def postponed_bytes(task: Task) -> int | None:
+    """Return what the weights take that a conditioner loads when they are needed; None where nobody knows."""
+    conditioner = task.frozen.get("conditioner")
+    return conditioner.postponed_bytes if isinstance(conditioner, T5) else 0
 
 
 def average_bytes(task: Task) -> int:

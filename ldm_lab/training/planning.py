@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ldm_lab.checkpoints.parts import read_part
+from ldm_lab.checkpoints.stored_texts import store_folder
 from ldm_lab.config import RunConfig
 from ldm_lab.data.cache import ENCODERS
 from ldm_lab.data.shard_source import ShardSource
@@ -18,7 +19,7 @@ from ldm_lab.errors import UserError
 from ldm_lab.estimate import StepCost, images_per_second, in_short, in_units, peak_flops
 from ldm_lab.training.caching import cache_options
 from ldm_lab.training.checkpointing import Checkpointing
-from ldm_lab.training.cost import task_cost
+from ldm_lab.training.cost import postponed_bytes, task_cost
 from ldm_lab.training.disk import checkpoint_bytes, export_bytes
 from ldm_lab.training.encoders import Encoders
 from ldm_lab.training.encoding import expected_row_bytes
@@ -96,6 +97,7 @@ class Plan:
         kept: checkpoints that lie on the disk at most.
         cached_image: bytes of an image in the run's cache, with all its crops; None without a cache.
         data: what the data hold.
+        note: what is to be said of the text encoder's memory; "" for nothing.
     """
 
     run: str
@@ -111,6 +113,7 @@ class Plan:
     kept: int
     cached_image: int | None
     data: DataFound
+    note: str = ""
 
     @property
     def images(self) -> int | None:
@@ -181,6 +184,7 @@ def plan(config: RunConfig) -> Plan:
         kept=checkpointing.most_kept(own.option("max_steps")),
         cached_image=_cached_image(config, task),
         data=data_found(config),
+        note=note_of_encoder(config, task),
     )
 
 
@@ -206,6 +210,22 @@ def _with_checkpointing(config: RunConfig) -> StepCost | None:
     if "denoiser" not in config or config["denoiser"].option("gradient_checkpointing") is not False:
         return None
     return _counted(with_options(config, "denoiser", {"gradient_checkpointing": True}))[1]
+
+
+def note_of_encoder(config: RunConfig, task: Task) -> str:
+    """Return what is to be said of a language model that is loaded when a text has to be encoded."""
+    size = postponed_bytes(task)
+    if size is None:
+        model = config["conditioner"].option("model")
+        return f"conditioner.model: {model} is not here and its size not known: its weights are not counted"
+    if not size or (
+        "cache" not in config and config["data"].name != "cache" and store_folder(config["conditioner"]) is None
+    ):
+        return ""
+    return (
+        f"the text encoder, {in_units(size)}, is loaded as soon as a text has to be encoded that is not stored yet, "
+        "prompts included; with conditioner.store and conditioner.missing=skip it never is"
+    )
 
 
 def _devices(said: str) -> int:
@@ -254,6 +274,7 @@ def in_words(plan: Plan, speeds: Sequence[Speed], mfu: float) -> str:
         f"{plan.run}: {in_short(cost.parameters)} parameters, {in_short(cost.trained)} of them trained",
         f"data: {plan.data.said}{_epochs(plan)}",
         f"a step of {cost.batch_size} images: {in_short(cost.flops)} floating-point operations, {cost.in_words()}",
+        *([plan.note] if plan.note else []),
         "",
         *_batches(plan),
         "",
@@ -289,7 +310,9 @@ def _batches(plan: Plan) -> list[str]:
 def _table_of_speeds(plan: Plan, speeds: Sequence[Speed], mfu: float) -> list[str]:
     devices = f", {plan.devices} device{'s' if plan.devices > 1 else ''}"
     length = "without end" if plan.max_steps < 0 else f"{plan.max_steps:,} steps of {plan.images_per_step} images"
-    rows = [f"| {s.card} | {_rate(s.images)} | {'' if s.days is None else _duration(s.days)} |" for s in speeds]
+    rows = [
+        f"| {s.card} | {rate_in_words(s.images)} | {'' if s.days is None else days_in_words(s.days)} |" for s in speeds
+    ]
     if any(speed.is_small for speed in speeds):
         rows += ["", f"(The network is small: launching a step's kernels takes {1000 * LAUNCHING:.0f} ms, about.)"]
     return [
@@ -305,11 +328,13 @@ def _count(batch: int | None) -> str:
     return f"{batch:,}" if batch else "none"
 
 
-def _rate(images: float) -> str:
+def rate_in_words(images: float) -> str:
+    """Return images a second in words."""
     return f"{images:,.0f}" if images >= 100 else f"{images:.3g}"
 
 
-def _duration(days: float) -> str:
+def days_in_words(days: float) -> str:
+    """Return a time in words: days, hours or minutes."""
     if days >= 2:
         return f"{days:,.0f} days" if days >= 100 else f"{days:.3g} days"
     return f"{days * 24:.3g} hours" if days * 24 >= 1 else f"{days * 1440:.2g} min"

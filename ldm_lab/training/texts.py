@@ -50,9 +50,11 @@ def load_conditioner(config: RunConfig, read_weights: bool = True, later: bool |
             print_rank_zero("conditioner.precision: without effect: conditioner.dtype is how t5 computes")
     elif folder is not None:
         raise UserError(f"conditioner.store: has the states of texts, which {section.name} does not make; t5 does")
-    if isinstance(part, T5) and folder is not None and read_weights:
-        part.store = TextStore(folder, described_by(part, weights_sha256("conditioner", section)), columns_of(part))
+    if isinstance(part, T5) and folder is not None:
         part.has_model = encodes_missing(section)
+        if read_weights:
+            checksum = weights_sha256("conditioner", section)
+            part.store = TextStore(folder, described_by(part, checksum), columns_of(part))
     return part
 
 
