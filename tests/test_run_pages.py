@@ -400,5 +400,5 @@ def test_runs_of_one_name_are_told_apart(here):
     for name in ("x/run", "y/run"):
         write_run(here / name, rows=3, pictures=0)
     main(["runs", "x", "y", "x/run", "--out", "both.html"])
-    assert re.findall(r'data-label="([^"]+)"', (here / "both.html").read_text()) == ["x/run", "y/run"]
+    assert re.findall(r'data-hides="([^"]+)"', (here / "both.html").read_text()) == ["x/run", "y/run"]
     assert math.isfinite(page_data(here / "both.html")["steps"])

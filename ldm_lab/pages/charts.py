@@ -78,11 +78,13 @@ class Line:
         label: in its legend.
         curve: key of `Charts.curves`.
         color: number of its color.
+        hidden_with: what it is hidden with: all lines of one run, or it alone.
     """
 
     label: str
     curve: str
     color: int
+    hidden_with: str
 
 
 @dataclass(frozen=True)

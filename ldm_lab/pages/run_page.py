@@ -202,7 +202,7 @@ def sections(columns: Mapping[str, Thinned]) -> list[Section]:
     for group in groups(list(columns)):
         charts = []
         for plot in group.plots:
-            lines = [Line(label, name, number) for number, (label, name) in enumerate(plot.columns)]
+            lines = [Line(label, name, number, name) for number, (label, name) in enumerate(plot.columns)]
             own = [(label, columns[name]) for label, name in plot.columns]
             note = note_words(own[0][1]) if len(own) == 1 else ""
             charts.append(Chart(plot.title, lines, note, odd_words(own)))

@@ -164,7 +164,9 @@ def sections(columns: Mapping[str, Mapping[str, Thinned]], names: Sequence[str])
 
 
 def _chart(columns: Mapping[str, Mapping[str, Thinned]], title: str, name: str) -> Chart:
-    lines = [Line(run, f"{number} {name}", number) for number, (run, own) in enumerate(columns.items()) if name in own]
+    lines = [
+        Line(run, f"{number} {name}", number, run) for number, (run, own) in enumerate(columns.items()) if name in own
+    ]
     return Chart(title, lines, "", odd_words((run, own[name]) for run, own in columns.items() if name in own))
 
 

@@ -129,8 +129,14 @@ def watch(visit: Visit) -> None:
         else:
             route.continue_()
 
+    def failed(request) -> None:
+        if (
+            request.failure != "net::ERR_ABORTED"
+        ):  # which the page itself gave up, such as an image on the way to the next
+            visit.problems.append(f"failed: {request.url}: {request.failure}")
+
     page, problems = visit.page, visit.problems
     page.route("**/*", other_machine)
     page.on("console", lambda said: problems.append(f"console: {said.text}") if said.type == "error" else None)
     page.on("pageerror", lambda error: problems.append(f"exception: {error}"))
-    page.on("requestfailed", lambda request: problems.append(f"failed: {request.url}: {request.failure}"))
+    page.on("requestfailed", failed)

@@ -77,7 +77,7 @@ const charts = (() => {
     return low > 0 && step - steps[low - 1] < steps[low] - step ? low - 1 : low;
   }
 
-  const shown = (chart) => chart.lines.filter((line) => !state.hidden.has(line.label));
+  const shown = (chart) => chart.lines.filter((line) => !state.hidden.has(line.hidden_with));
   const range = () => {
     const from = state.from ?? first, to = state.to ?? told.steps;
     return to > from ? [from, to] : [from - 1, to + 1];
@@ -329,17 +329,17 @@ const charts = (() => {
     for (const line of chart.lines) {
       const swatch = element("span", { class: "swatch" });
       swatch.style.background = color(line.color);
-      const button = element("button", { type: "button", "data-label": line.label, "aria-pressed": "true" }, swatch, line.label);
-      button.addEventListener("click", () => toggle(line.label));
+      const button = element("button", { type: "button", "data-hides": line.hidden_with, "aria-pressed": "true" }, swatch, line.label);
+      button.addEventListener("click", () => toggle(line.hidden_with));
       made.append(button);
     }
     return made;
   }
 
-  function toggle(label) {
-    if (!state.hidden.delete(label)) state.hidden.add(label);
-    for (const button of document.querySelectorAll("button[data-label]")) {
-      if (button.dataset.label === label) button.setAttribute("aria-pressed", String(!state.hidden.has(label)));
+  function toggle(what) {
+    if (!state.hidden.delete(what)) state.hidden.add(what);
+    for (const button of document.querySelectorAll("button[data-hides]")) {
+      if (button.dataset.hides === what) button.setAttribute("aria-pressed", String(!state.hidden.has(what)));
     }
     redraw();
   }

@@ -2,7 +2,7 @@ charts.show(document.getElementById("curves"), false);
 
 for (const button of document.querySelectorAll("button.run")) {
   button.querySelector(".swatch").style.background = charts.color(+button.dataset.color);
-  button.addEventListener("click", () => charts.toggle(button.dataset.label));
+  button.addEventListener("click", () => charts.toggle(button.dataset.hides));
 }
 
 /** The table is sorted by the column whose head is clicked; a second click turns it around, what is missing comes last. */

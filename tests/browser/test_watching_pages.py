@@ -120,6 +120,9 @@ def test_a_legend_hides_lines(visit, runs):
     chart(page, title).get_by_role("button", name="t from 0.25").click()
     page.wait_for_timeout(100)
     assert "#e4572e" not in colors(page, title) and "#2ca02c" in colors(page, title)
+    chart(page, "Seconds of an optimizer step").get_by_role("button", name="loss").click()
+    page.wait_for_timeout(100)
+    assert "#2f7ed8" in colors(page, "Loss"), "another line of that name stays"
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
