@@ -16,6 +16,7 @@ from PIL import Image
 
 from ldm_lab.errors import UserError
 from ldm_lab.io.images import open_image
+from ldm_lab.pretrained.resolve import REPOSITORY
 
 BYTE_ORDER_MARKS = {  # the longer ones first: UTF-32's begins with UTF-16's
     codecs.BOM_UTF32_LE: "utf-32",
@@ -84,11 +85,14 @@ def read_prompts(path: str | Path) -> list[str]:
     """Return the prompts of a text file as they are written, one per line; only blank lines are dropped.
 
     The file is UTF-8, or what its byte order mark says. A line that looks like a comment is a prompt, which is said.
+    A relative path is looked for here and then in the repository's folder, as those of weights are.
 
     Raises:
         UserError: no such file, not such text, no prompt in it.
     """
     path = Path(path).expanduser()
+    if not path.exists() and (REPOSITORY / path).is_file():
+        path = REPOSITORY / path
     try:
         data = path.read_bytes()
     except FileNotFoundError:

@@ -169,3 +169,11 @@ def test_image_prompt_from_the_web(server, monkeypatch):
     monkeypatch.setattr(images, "URL_LIMIT", 10)
     with pytest.raises(UserError, match="cannot be fetched: more than"):
         open_image(f"{server}/i.png")
+
+
+def test_prompts_of_the_repository_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(read_prompts("configs/quickstart_prompts.txt")) > 4
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "quickstart_prompts.txt").write_text("mine")
+    assert read_prompts("configs/quickstart_prompts.txt") == ["mine"]

@@ -155,6 +155,7 @@ def next_steps(recipe: "Recipe", facts: "FolderFacts", names: "Names", trains_au
         ("go on", f"{program} train --config {config} resume.checkpoint=last"),
         ("watch", f"{folder}/index.html, in a browser, and all runs: {program} runs"),
         ("sample", f"{program} sample --checkpoint {folder} {prompt} -n 4 --out samples/{names.run}"),
+        ("play", f"{program} app --checkpoint {folder}"),
         ("share", f"{program} export {folder} --hub-folder shared/{names.run}"),
     ]
     return ["", *(f"{what:<12}{command}" for what, command in steps)]

@@ -259,7 +259,7 @@ def released(facts: FolderFacts, machine: Machine, names: Names, use_captions: b
         Setting("denoiser.multipliers", _multipliers(body, settings), _levels(side // 8, _multipliers(body, settings))),
         Setting("cache.folder", text(f"data/{names.run}_cache"), "encoded once, at the first start"),
         *crop_settings(facts), *length_settings(steps),
-        Setting("demo.prompts", text(prompts_file()), "a file with a prompt a line"),
+        Setting("demo.prompts", "configs/demo_prompts.txt", "a file with a prompt a line"),
     ]  # fmt: skip
     if use_captions:
         whole = facts.captions.images >= 0.95 * facts.images
@@ -306,15 +306,9 @@ def captions_alone(facts: FolderFacts, machine: Machine, names: Names) -> Recipe
         Setting("conditioner.vocab_size", "4_000", "the most frequent pieces"),
         Setting("conditioner.text_size", "48", "tokens per caption"),
         *length_settings(steps),
-        Setting("demo.prompts", text(prompts_file()), "a file with a prompt a line"),
+        Setting("demo.prompts", "configs/demo_prompts.txt", "a file with a prompt a line"),
     ]  # fmt: skip
     return Recipe(Road.CAPTIONS, "glide_quickstart", laid_over(body, settings), 32, batch_size, steps)
-
-
-def prompts_file() -> str:
-    """Return the path of the prompts that demo grids are drawn of."""
-    here = Path("configs") / "demo_prompts.txt"
-    return str(here if here.is_file() else CONFIGS / here.name)
 
 
 def small_steps(facts: FolderFacts) -> int:
