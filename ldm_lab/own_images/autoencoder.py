@@ -25,7 +25,7 @@ from ldm_lab.own_images.commented import Setting, laid_over, text, without_head
 from ldm_lab.own_images.looking import FolderFacts
 from ldm_lab.training.autoencoder import psnr
 
-STEPS = 8_000  # on a CPU a quarter of an hour, about
+STEPS = 8_000  # on two cores of a CPU with nothing else to do a quarter of an hour, computed from the speed of one
 BATCH = 2
 BEGINNING = "assets/quickstart/autoencoder.safetensors"  # to begin with its weights takes half as many steps
 
