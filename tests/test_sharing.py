@@ -15,7 +15,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors import safe_open
-from tiny import CLOOB, DENOISER, ROOT, make_parts, make_run, run_program
+from tiny import CLOOB, DENOISER, ROOT, make_parts, make_run, run_fresh, run_program
 
 from ldm_lab.__main__ import main
 from ldm_lab.checkpoints.native import save_model, save_part
@@ -361,8 +361,11 @@ def test_a_shared_model_on_the_hub(shared, tmp_path):
         assert first.returncode == 0, first.stderr
     assert np.array_equal(np.load(tmp_path / "image.npy"), pixels(shared[0]))
     assert not list((tmp_path / "hf").rglob("other.safetensors"))
-    again = run_program(*script, "hf://owner/name", cwd=tmp_path, **{**env, "HF_HUB_OFFLINE": "1"})
-    assert again.returncode == 0 and again.stdout == first.stdout.splitlines()[1] + "\n", again.stderr
+    words = ["hf://owner/name", "red", "--sampler", "unipc", "--steps", "3", "--size", "16", "-n", "1"]
+    env["HF_HUB_OFFLINE"] = "1"
+    again = run_fresh(ROOT / "sample.py", "--checkpoint", *words, cwd=tmp_path, **env)
+    assert again.returncode == 0, again.stderr
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "samples" / "00000.png")), np.load(tmp_path / "image.npy"))
 
 
 # --------------------------------------------------------------------------------------------------------- acceptance
@@ -417,10 +420,10 @@ def models(kind: str, folder: Path) -> tuple[Path, Path | None]:
     return tiny_if_model(folder / "if.safetensors"), None
 
 
-def tiny_if_model(path: Path, model: str = "minilm") -> Path:
+def tiny_if_model(path: Path, model: str = "minilm", **more: str) -> Path:
     """Write a tiny stage I of IF, prompted through a language model that comes with a package."""
     torch.manual_seed(5)
-    conditioner = {"name": "t5", "model": model, "text_size": 12}
+    conditioner = {"name": "t5", "model": model, "text_size": 12, **more}
     denoiser = {
         "name": "if_unet", "base_channels": 32, "multipliers": [1, 2], "blocks_per_level": [1], "attention": [2],
         "head_width": 16, "text_width": 64, "pool_heads": 4,
@@ -535,3 +538,73 @@ def test_gpt2_s_merges_travel_along(tmp_path, monkeypatch):
     glide_text.gpt2_encoding.cache_clear()
     with pytest.raises(UserError, match="not in the cache"):
         Pipeline.from_checkpoint(tmp_path / "out")(["the"], OPTIONS)
+
+
+def test_the_means_of_a_clip_travel_along(tmp_path):
+    """They are beside the weights; the file that they were read from is not named any more."""
+    from ldm_lab.checkpoints.files import GAP_PREFIX, read_safetensors
+
+    model = make_model(tmp_path)
+    state, told = read_safetensors(model)
+    config = json.loads(told.pop("config"))
+    config["conditioner"]["gap"] = {"means": str(tmp_path / "gap.safetensors"), "noise": 0.1}
+    rows = torch.nn.functional.normalize(torch.randn(2, 16), dim=-1) * 0.5
+    state |= {f"{GAP_PREFIX}{name}": row for name, row in zip(("image_mean", "text_mean"), rows)}
+    state[f"{GAP_PREFIX}noise"] = torch.tensor(0.1)
+    save_model(model, state, config, {key: its for key, its in told.items() if key not in ("format", "role")})
+    main(["export", str(model), "--hub-folder", str(tmp_path / "out"), "--half"])
+    wanted = pixels(model).astype(int)
+    assert np.abs(pixels(tmp_path / "out").astype(int) - wanted).max() <= 3  # of weights in float16
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert "means" not in json.loads(file.metadata()["config"])["conditioner"]["gap"]
+        kept = [name for name in file.keys() if name.startswith(GAP_PREFIX)]  # noqa: SIM118
+        assert len(kept) == 3 and all(file.get_tensor(name).dtype == torch.float32 for name in kept)
+
+
+def test_a_clip_travels_along(tmp_path):
+    """Whatever its weights come as, it is a file of ours afterwards."""
+    section = {"name": "clip", "architecture": {
+        "embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }}  # fmt: skip
+    torch.manual_seed(2)
+    place = tmp_path / "clip.safetensors"
+    save_part(place, build("conditioner", section), section)
+    weights = {"name": "clip", "weights": str(place), "dropout": 0.1}
+    model = make_model(tmp_path, conditioner=weights)
+    rewrite_facts(model, conditioner=sha256(place))
+    main(["export", str(model), "--hub-folder", str(tmp_path / "out")])
+    wanted = pixels(model)
+    place.unlink()
+    assert np.array_equal(pixels(tmp_path / "out"), wanted)
+
+
+def rewrite_facts(model: Path, **facts: str) -> None:
+    from ldm_lab.checkpoints.files import read_safetensors, write_safetensors
+
+    state, told = read_safetensors(model)
+    write_safetensors(model, state, {**told, **facts})
+
+
+def test_upsamplers_in_a_folder_are_told(tmp_path, capsys):
+    from ldm_lab.sampling.needs import announce_models
+    from ldm_lab.sampling.options import ModelOptions
+
+    base = tiny_glide.write(tmp_path / "base.safetensors")
+    upsampler = tiny_glide.write(tmp_path / "up.safetensors", upsampler=True)
+    main(["export", str(base), "--upsampler", str(upsampler), "--hub-folder", str(tmp_path / "out")])
+    capsys.readouterr()
+    announce_models(str(tmp_path / "out"), [], ModelOptions(), OPTIONS)
+    told = capsys.readouterr().err
+    assert f"--upsampler {tmp_path / 'out' / 'upsampler_1.safetensors'} enlarges" in told
+    announce_models(str(tmp_path / "out"), [tmp_path / "out" / "upsampler_1.safetensors"], ModelOptions(), OPTIONS)
+    assert not capsys.readouterr().err
+
+
+def test_what_a_killed_export_left_goes(tmp_path):
+    model = make_model(tmp_path)
+    left = tmp_path / ".out.abc123.part"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    main(["export", str(model), "--hub-folder", str(tmp_path / "out")])
+    assert not left.exists() and (tmp_path / "out" / "model.safetensors").is_file()

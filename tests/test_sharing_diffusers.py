@@ -142,6 +142,22 @@ def test_if_by_its_own_thresholds_and_a_language_model(tmp_path, loaded):
     assert type(pipeline.text_encoder).__module__.startswith("transformers.")
 
 
+@pytest.mark.parametrize("padding", ["masked", "read"])
+def test_a_t5_of_one_s_own(tmp_path, loaded, padding):
+    from language_models import write_language_model
+
+    model = tiny_if_model(
+        tmp_path / "if.safetensors", str(write_language_model(tmp_path / "secret_place")),
+        padding=padding, dtype="fp32", lowercase=True,
+    )  # fmt: skip
+    folder = exported(tmp_path, model)
+    pipeline = loaded(folder)
+    theirs = pipeline(PROMPTS, output_type="pt", sampler="ddim", num_inference_steps=3, seed=7).images
+    assert (theirs - ours(model, "ddim", 3)).abs().max() < CLOSE
+    for path in folder.rglob("*"):
+        assert path.is_dir() or b"secret_place" not in path.read_bytes(), path
+
+
 def test_a_super_resolution_stage_of_if(tmp_path, loaded):
     torch.manual_seed(6)
     conditioner = {"name": "t5", "model": "minilm", "text_size": 8}

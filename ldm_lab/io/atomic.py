@@ -100,6 +100,12 @@ def new_folder(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary)
 
 
+def remove_leftovers(path: Path) -> None:
+    """Delete what killed processes left half written of a folder at `path`; nobody may be writing it."""
+    for rest in sorted(path.parent.glob(f".{path.name}.*{PARTIAL}")):
+        shutil.rmtree(rest) if rest.is_dir() and not rest.is_symlink() else rest.unlink()
+
+
 def move_into_place(source: Path, path: Path) -> None:
     """Rename a finished file of the same folder, already fsynced, to what it is to be called; one there is replaced."""
     os.replace(source, path)

@@ -1,5 +1,6 @@
 """What sampling needs beside a model: files that the options name, weights that have to be downloaded."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from ldm_lab.downloads import Download, raise_refusals, refusals
 from ldm_lab.errors import UserError
 from ldm_lab.io.json_files import Fields
 from ldm_lab.pretrained.catalogue import catalogue
+from ldm_lab.pretrained.hub_folder import HubFolder
 from ldm_lab.pretrained.resolve import HUB, announce, offline, to_download
 from ldm_lab.sampling.beside import beside
 from ldm_lab.sampling.loading import locate_model
@@ -72,6 +74,16 @@ def announce_models(
     found += option_downloads(options, "", loading.noised_clip is not None)
     raise_refusals(problems + refusals(found, offline()) if problems else ())
     announce(found)
+    _tell_upsamplers(checkpoint, upsamplers)
+
+
+def _tell_upsamplers(checkpoint: str | Path, upsamplers: Sequence[str | Path]) -> None:
+    """Say what lies in a shared model's folder and is not asked for."""
+    folder = Path(checkpoint).expanduser()
+    shared = HubFolder.read(folder) if folder.is_dir() and not upsamplers else None
+    if shared is not None and shared.upsamplers:
+        flags = " ".join(f"--upsampler {folder / name}" for name in shared.upsamplers)
+        print(f"{checkpoint}: holds more than its base model: {flags} enlarges the pictures", file=sys.stderr)
 
 
 def _file_downloads(file: str | Path, key: str, loading: ModelOptions) -> list[Download]:

@@ -30,7 +30,7 @@ from ldm_lab.config import signature_options
 from ldm_lab.config.registry import part_info
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Conditioner, Part
-from ldm_lab.io.atomic import digest, replaced_folder
+from ldm_lab.io.atomic import digest, remove_leftovers, replaced_folder
 from ldm_lab.io.json_files import read_json, write_json
 from ldm_lab.pretrained.resolve import fetch
 from ldm_lab.sampling.loading import load_frozen, load_model, locate_model
@@ -100,6 +100,7 @@ def write(out: Path, base: Exported, upsamplers: Sequence[Exported] = (), licens
         upsamplers: what enlarges its pictures, each a folder of its own in it.
         license: of the weights, as an id of the Hub's.
     """
+    remove_leftovers(out)
     with replaced_folder(out) as folder:
         _write_into(folder, base)
         for number, one in enumerate(upsamplers, start=1):

@@ -17,7 +17,7 @@ from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.native import save_model
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Part
-from ldm_lab.io.atomic import atomic_write, replaced_folder, sha256
+from ldm_lab.io.atomic import atomic_write, remove_leftovers, replaced_folder, sha256
 from ldm_lab.io.images import grid, save_png
 from ldm_lab.pretrained.catalogue import catalogue
 from ldm_lab.pretrained.hub_folder import CARD, FILE, MODEL, NAME, UPSAMPLER, HubFolder
@@ -79,6 +79,7 @@ def export(asked: Export) -> HubFolder:
     base = locate_model(asked.checkpoint)
     _, _, extra = read_model(base)
     facts = facts_of(base, extra)
+    remove_leftovers(asked.out)
     with replaced_folder(asked.out) as folder:
         networks = [_share(folder, MODEL, asked.checkpoint, "", asked)]
         for number, file in enumerate(asked.upsamplers, start=1):
