@@ -484,7 +484,9 @@ def test_a_port_that_is_taken_is_one_line(program, models):
 
 
 @pytest.mark.skipif(not WARM, reason="programs are copies of a process")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["int", "term"])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM], ids=["int", "term"]
+)
 def test_a_signal_ends_it_cleanly(models, tmp_path, number):
     words = ["-m", "ldm_lab", "app", "--models", str(models), "--port", "0", "--device", "cpu"]
     with warm.Program(words, tmp_path, program_environment({"TMPDIR": str(tmp_path)})) as process:

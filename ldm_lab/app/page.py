@@ -103,10 +103,8 @@ def _connect(
     sent = form.prompts.submit(draw, form.controls, **making)
     new_seed = buttons.again.click(_new_seed, None, [fields["seed"]], api_visibility="private", queue=False)
     repeated = new_seed.then(again, [last, fields["seed"]], **making)
-    buttons.stop.click(
-        lambda: _shown_status(Progress("stopped")), None, [status], cancels=[drawn, sent, repeated],
-        api_visibility="private", queue=False,
-    )  # fmt: skip
+    ended = buttons.stop.click(None, None, None, cancels=[drawn, sent, repeated], api_visibility="private", queue=False)
+    ended.then(lambda: _shown_status(Progress("stopped")), None, [status], api_visibility="private")
     _connect_uploads(workshop, form)
     _connect_shelf(workshop, page, form, buttons.look)
     _connect_recall(workshop, form, dropped)

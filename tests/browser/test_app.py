@@ -194,7 +194,7 @@ def test_a_dropped_picture_gives_its_settings(opened, tmp_path, address):
     unfold(page, "recall")
     page.locator("#dropped input[type=file]").set_input_files(tmp_path / "cat.png")
     assert "Its settings are in the controls" in told(page)
-    assert page.locator("#prompts textarea").input_value() == "a cat: black:2\nfog"
+    page.wait_for_function("document.querySelector('#prompts textarea').value === 'a cat: black:2\\nfog'")
     assert page.locator("#model input").input_value() == "tiny"
     ((image, settings),) = draw(page)
     with Image.open(tmp_path / "cat.png") as before:
