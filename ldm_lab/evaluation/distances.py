@@ -1,6 +1,7 @@
 """Distances between two sets of features: Fréchet, kernel MMD (KID, CMMD), precision and recall. All in float64."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -52,6 +53,12 @@ class Moments:
             raise UserError(f"a Fréchet distance needs at least 2 images on each side, not {self.count}")
         return self.scatter / (self.count - 1)
 
+    @cached_property
+    def root(self) -> Tensor:
+        """The root of the covariance, [D, D]: computed once for all that is compared with it."""
+        values, vectors = torch.linalg.eigh(self.covariance())  # [D], [D, D]
+        return (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # [D, D]
+
 
 def check_rows(what: str, rows: Tensor, least: int = 1) -> None:
     """Raise UserError for features [n, D] that are too few, or not all finite.
@@ -75,9 +82,7 @@ def frechet(a: Moments, b: Moments) -> float:
     ranks: with fewer images than features the covariances are singular, and a root of A B itself comes out complex.
     """
     ours, theirs = a.covariance(), b.covariance()
-    values, vectors = torch.linalg.eigh(ours)  # [D], [D, D]
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # [D, D]
-    product = root @ theirs @ root  # [D, D]
+    product = a.root @ theirs @ a.root  # [D, D]
     shared = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
     distance = (a.mean - b.mean).square().sum() + ours.trace() + theirs.trace() - 2 * shared
     return max(float(distance), 0.0)  # of two equal sets it is 0 but for rounding
