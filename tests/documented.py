@@ -24,7 +24,10 @@ RUN_BY = {
 # Pages whose commands are run one after the other by tests/test_docs.py, on few images and for few steps.
 WALKED = ("docs/quickstart.md", "docs/own_images.md")
 # Pages whose blocks of Python are read and not run: why.
-PARSED = {"docs/app.md": "asks a server; the tests of the app start one"}
+PARSED = {
+    "docs/app.md": "asks a server; the tests of the app start one",
+    "docs/sharing.md": "asks for a shared folder, which tests/test_sharing_diffusers.py makes",
+}
 # Blocks of no language that show something else than commands: how they begin. What programs print stands in ```text.
 PICTURES = ("YAML + key=value", "a red star on a blue background")
 # Commands of other programs: why they are not run.
