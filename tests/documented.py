@@ -34,7 +34,7 @@ FOREIGN = {
     r"pipx install ": "needs a network",
     r"python -m venv ": "needs a network for what it installs",
     r"pip install ": "needs a network",
-    r"huggingface-cli ": "needs an account",
+    r"(huggingface-cli|hf upload) ": "needs an account",
     r"python examples/\w+\.py$": "a server, which tests/test_recipes.py runs",
     r"bash benchmarks/gpu\.sh$": "continuous integration runs it, with --tiny",
     r"curl ": "asks a server that a test of the app starts",

@@ -1,14 +1,18 @@
 """The app over HTTP: its options are those that are declared, its users are strangers, each gets their own pictures."""
 
 import io
+import json
 import os
 import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import requests
@@ -20,6 +24,7 @@ from tiny_app import Refused, ask, begin, events, upload
 
 from ldm_lab.app import work
 from ldm_lab.app.choices import base_choices, of_sampler, upsampler_choices
+from ldm_lab.app.limits import Limits
 from ldm_lab.app.recall import recall
 from ldm_lab.app.shelf import Kind, Shelf
 from ldm_lab.config.registry import part_info
@@ -92,6 +97,7 @@ def test_an_option_that_is_declared_is_in_the_help_the_page_and_the_interface(tm
 
 LOOK = """
 import json, re, sys
+from dataclasses import asdict
 from pathlib import Path
 
 import requests
@@ -500,3 +506,46 @@ def test_a_signal_ends_it_cleanly(models, tmp_path, number):
 
 def test_gradio_leaves_no_file_beside_ours():
     assert not list((ROOT / "ldm_lab").rglob("*.pyi"))
+
+
+# --------------------------------------------------------------------------------------------------------------- docs
+
+
+PAGE = (ROOT / "docs" / "app.md").read_text()
+LINES = re.findall(r"^curl .+$", PAGE, re.MULTILINE)
+
+
+def run_line(line, address, folder):
+    """Run a line of the docs in a shell, at this address."""
+    line = line.replace("http://127.0.0.1:7860", address)
+    done = subprocess.run(["bash", "-c", line], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
+def test_the_curl_lines_of_the_docs_work(address, models, dog, tmp_path):
+    sampling, uploading, login, info = LINES
+    told = run_line(sampling, address, tmp_path)
+    kind, data = told.strip().splitlines()[-2:]
+    assert kind == "event: complete" and '"seeds": [7]' in data and "step 20 of 20" in told
+    with Image.open(io.BytesIO(requests.get(re.search(r'"url": "([^"]+)"', data)[1], timeout=60).content)) as image:
+        assert '"steps": 20' in image.text["ldm_lab"]
+    (path,) = json.loads(run_line(uploading, address, tmp_path))
+    assert Path(path).read_bytes() == dog.read_bytes()
+    (tmp_path / "secret.txt").write_text("geheim +&\n")
+    with tiny_app.served(models, password="geheim +&") as locked:
+        assert json.loads(run_line(login, locked, tmp_path)) == {"success": True}
+        assert "/sample" in json.loads(run_line(info, locked, tmp_path))["named_endpoints"]
+
+
+def test_the_python_of_the_docs_works(address, dog, monkeypatch, capsys):
+    monkeypatch.chdir(dog.parent)
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    exec(code.replace("http://127.0.0.1:7860/", address).replace("strength=0.6", "strength=0.6, steps=4"), {})
+    assert ".png" in capsys.readouterr().out
+
+
+def test_the_limits_of_the_docs_are_the_defaults():
+    told = dict(re.findall(r"`--max-(\w+)` \| (\d+)", PAGE))
+    assert {name: int(value) for name, value in told.items()} == asdict(Limits())

@@ -93,6 +93,7 @@ def test_keys_that_are_named_exist():
 def test_flags_and_commands_exist(program):
     flags = {word.partition("=")[0] for word in words() if re.match(r"--[a-z]", word)}
     text = program("sample", "--help")[1] + program("train", "--help")[1]
+    text += program("ldm_lab.__main__", "app", "--help")[1]
     assert {"--guidance", "--mask"} <= flags
     assert not [flag for flag in flags - {*FOREIGN, "--flag"} if not re.search(rf"{flag}\b", text)]
     for command in set(re.findall(r"python -m ldm_lab (\w[\w-]*)", PAGE)):

@@ -122,8 +122,7 @@ class Buttons:
 
 def controls(workshop: Workshop) -> tuple[Form, Buttons, gr.File]:
     """Make the controls."""
-    shelf, limits = workshop.shelf, workshop.limits
-    models = shelf.names(Kind.MODEL)
+    models = workshop.shelf.names(Kind.MODEL)
     with gr.Row(equal_height=True):
         model = gr.Dropdown(models, value=next(iter(models), None), label="Model", elem_id="model", scale=5)
         look = gr.Button("Look again", elem_id="look", size="sm", scale=1, min_width=90)
@@ -131,11 +130,18 @@ def controls(workshop: Workshop) -> tuple[Form, Buttons, gr.File]:
         label="Prompts", elem_id="prompts", lines=3, placeholder="a red star on a blue background",
         info="One a line; they are mixed in every picture. A weight stands after a colon: watercolor:1.5, blurry:-0.5",
     )  # fmt: skip
-    fields: dict[str, Field] = {}
     with gr.Row():
-        draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=100)
-        again = gr.Button("Another seed", elem_id="again", min_width=100)
+        draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=70)
+        again = gr.Button("Another seed", elem_id="again", min_width=130)
         stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=60)
+    with gr.Column(elem_id="rest"):
+        form, dropped = _rest(workshop, model, prompts)
+    return form, Buttons(draw, again, stop, look), dropped
+
+
+def _rest(workshop: Workshop, model: gr.Dropdown, prompts: gr.Textbox) -> tuple[Form, gr.File]:
+    """Make what stands below the buttons, on a narrow page below the pictures; return all controls."""
+    shelf, limits, fields = workshop.shelf, workshop.limits, dict[str, Field]()
     with gr.Row():
         count = gr.Number(1, label="Count", elem_id="count", precision=None, min_width=90)
     base = {choice.name: choice for choice in base_choices() if choice.kind is not Ask.IMAGE}
@@ -148,8 +154,9 @@ def controls(workshop: Workshop) -> tuple[Form, Buttons, gr.File]:
     with gr.Accordion("Image prompts", open=False, elem_id="image-prompts"):
         images, weights = _image_prompts(workshop)
     with gr.Accordion("Begin with an image; paint a mask", open=False, elem_id="begin-with"):
+        gr.Markdown("Where you paint, something new is drawn; all else stays. Without paint the whole image changes.")
         begin = uploaded_image(limits, "Image to begin with", "begin")
-        editor = mask_editor(limits, "Paint where something new is to be drawn; all else stays", "editor")
+        editor = mask_editor(limits, "Mask", "editor")
         _add([base[name] for name in WITH_IMAGE if name in base], fields, workshop)
     with gr.Accordion("LoRA", open=False, elem_id="loras"):
         loras, strengths = _loras(workshop)
@@ -165,10 +172,9 @@ def controls(workshop: Workshop) -> tuple[Form, Buttons, gr.File]:
         dropped = gr.File(
             label="Drop a picture here to have its settings above", elem_id="dropped", type="filepath", height=110
         )
-    form = Form(
-        model, upsamplers, prompts, count, loras, strengths, images, weights, begin, editor, list(fields.values())
-    )
-    return form, Buttons(draw, again, stop, look), dropped
+    given = list(fields.values())
+    form = Form(model, upsamplers, prompts, count, loras, strengths, images, weights, begin, editor, given)
+    return form, dropped
 
 
 def _add(choices: Sequence[Choice], fields: dict[str, Field], workshop: Workshop) -> None:

@@ -88,6 +88,6 @@ class Limits:
             return decode_image(data, max_pixels=self.megapixels * MEGA)
         except BadImage as error:
             if "too many pixels" in str(error):
-                most = f"images of {self.megapixels} megapixels at most are taken here; make it smaller"
-                raise UserError(f"{name}: too many pixels; {most}") from None
+                most = f"too many pixels; images of {self.megapixels} megapixels at most are taken here"
+                raise UserError(f"{name}: {most}; make it smaller") from None
             raise UserError(f"{name}: not an image that can be read ({error})") from None

@@ -25,10 +25,21 @@ QUEUE = "pictures"  # whatever makes some waits in this one
 FONTS = ["system-ui", "sans-serif"]
 CSS = """
 .gradio-container { max-width: 1400px !important; }
-#status progress { width: 100%; height: 0.9em; accent-color: #ea580c; }
+#status progress { width: 100%; height: 0.9em; border: 0; background: #ddd; }
+#status progress::-webkit-progress-bar { background: #ddd; }
+#status progress::-webkit-progress-value { background: #ea580c; }
+#status progress::-moz-progress-bar { background: #ea580c; }
 #status { scroll-margin-top: 1em; }
 #status p { margin: 0 0 0.3em 0; overflow-wrap: anywhere; }
+#draw, #again, #stop { font-size: 1rem; white-space: nowrap; padding-left: 0.5em; padding-right: 0.5em; }
 footer { display: none !important; }
+@media (max-width: 700px) {  /* pictures right below what draws them */
+  #sides { flex-direction: column; }
+  #left { display: contents; }
+  #right { order: 1; }
+  #rest { order: 2; }
+  #gallery { height: 24rem !important; }
+}
 """
 
 Painting = tuple[str, list[str] | None, str | None, Request | None]  # status, gallery, archive, what was made last
@@ -38,10 +49,10 @@ def build(workshop: Workshop, add_endpoints: Callable[[Workshop], None]) -> gr.B
     """Return the page of a workshop, with the endpoints of its HTTP interface."""
     with gr.Blocks(title="ldm_lab", analytics_enabled=False, delete_cache=(600, 6 * 3600)) as page:
         gr.Markdown("# ldm_lab")
-        with gr.Row():
-            with gr.Column(min_width=320):
+        with gr.Row(elem_id="sides"):
+            with gr.Column(min_width=320, elem_id="left"):
                 form, buttons, dropped = controls(workshop)
-            with gr.Column(min_width=320):
+            with gr.Column(min_width=320, elem_id="right"):
                 status = gr.HTML(elem_id="status", value=_shown_status(Progress("ready")))
                 gallery = gr.Gallery(
                     label="Pictures", elem_id="gallery", columns=2, object_fit="contain", height=560,

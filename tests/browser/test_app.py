@@ -123,6 +123,7 @@ def test_a_prompt_becomes_pictures_and_others_with_another_seed(opened, steps):
     page.locator("#draw").click()
     page.wait_for_selector("#status progress")
     assert re.fullmatch(r"step \d+ of 12", page.locator("#status p").inner_text())
+    assert page.locator("#status").bounding_box()["y"] < page.viewport_size["height"], "progress is in view"
     visit.shot("progress")
     page.wait_for_selector("#gallery img")
     made = pictures(page)
@@ -218,7 +219,8 @@ def test_what_is_no_image_or_too_large_is_refused_with_a_message(opened, tmp_pat
             assert f"{name}: {said}" in told(page)
             page.wait_for_selector(f"#{component} img", state="detached")
     page.locator("#image-1 input[type=file]").set_input_files(tmp_path / "bomb.png")
-    page.wait_for_selector(".toast-body")
+    page.get_by_text("bomb.png: too many pixels").wait_for()
+    page.wait_for_timeout(600)
     visit.shot("refused")
     fill(page, "option-steps", "99999")
     page.locator("#draw").click()
