@@ -23,6 +23,11 @@ RUN_BY = {
 }
 # Pages whose commands are run one after the other by tests/test_docs.py, on few images and for few steps.
 WALKED = ("docs/quickstart.md", "docs/own_images.md")
+# Pages whose blocks of Python are read and not run: why.
+PARSED = {
+    "docs/app.md": "asks a server; the tests of the app start one",
+    "docs/sharing.md": "asks for a shared folder, which tests/test_sharing_diffusers.py makes",
+}
 # Blocks of no language that show something else than commands: how they begin. What programs print stands in ```text.
 PICTURES = ("YAML + key=value", "a red star on a blue background")
 # Commands of other programs: why they are not run.
@@ -34,7 +39,7 @@ FOREIGN = {
     r"pipx install ": "needs a network",
     r"python -m venv ": "needs a network for what it installs",
     r"pip install ": "needs a network",
-    r"huggingface-cli ": "needs an account",
+    r"(huggingface-cli|hf upload) ": "needs an account",
     r"python examples/\w+\.py$": "a server, which tests/test_recipes.py runs",
     r"bash benchmarks/gpu\.sh$": "continuous integration runs it, with --tiny",
     r"curl ": "asks a server that a test of the app starts",

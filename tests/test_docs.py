@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from documented import FOREIGN, PAGES, ROOT, RUN_BY, WALKED, Command, blocks, commands
+from documented import FOREIGN, PAGES, PARSED, ROOT, RUN_BY, WALKED, Command, blocks, commands
 from test_own_images import picture
 from tiny import run_program
 
@@ -51,6 +51,15 @@ def test_what_is_said_to_be_checked_elsewhere_is():
         assert why and (any(re.match(start, its.text) for its in ALL) or start.startswith(("pip ", "git ", "curl "))), (
             start
         )
+
+
+def test_blocks_of_python_are_run_or_said_to_be_read_alone():
+    for page, line, language, body in blocks():
+        if language == "python":
+            assert (page, language) in RUN_BY or page in PARSED, (
+                f"{page}:{line}: run by no test, see tests/documented.py"
+            )
+            compile(body, f"{page}:{line}", "exec")
 
 
 @pytest.mark.parametrize("kind", ["bash", "sh"])
@@ -190,7 +199,7 @@ def in_small(words: list[str]) -> list[str]:
         return [*words, "--steps", "2", "--memory", "cpu", "--offline"]
     if words[0] == "sample":
         return [*words, "--steps", "2"]
-    return [*words, "--steps", "2"] if words[0] in ("compare", "export") else words
+    return [*words, "--steps", "2"] if words[0] == "compare" else words
 
 
 @pytest.mark.slow

@@ -71,6 +71,7 @@ def measured_peak(config: RunConfig) -> int:
     torch.manual_seed(0)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         task = config.task_class()(config, read_weights=False)
+        task.insert_lora()
         batch = example_batch(task, config["data"].option("image_size"))
         optimizer = torch.optim.AdamW(nn.ModuleList(task.trained_modules()).parameters(), fused=True)
         for number in range(2):

@@ -5,6 +5,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -219,13 +220,17 @@ def duplicates(root: Path, names: Iterable[str]) -> list[str]:
     """Return how many files are the same as another one, in words. Only files of the same size are read."""
     by_size: defaultdict[int, list[str]] = defaultdict(list)
     for name in names:
-        by_size[os.stat(root / name).st_size].append(name)
+        with suppress(OSError):  # gone since it was looked at
+            by_size[os.stat(root / name).st_size].append(name)
     alike = [(size, name) for size, its in by_size.items() if len(its) > 1 for name in its]
     compared = list(islice(alike, next((i for i, total in _totals(alike) if total > HASHED), len(alike))))
     first: dict[tuple[int, bytes], str] = {}
     same: list[tuple[str, str]] = []
     for size, name in compared:
-        key = (size, hashlib.blake2b((root / name).read_bytes(), digest_size=16).digest())
+        try:
+            key = (size, hashlib.blake2b((root / name).read_bytes(), digest_size=16).digest())
+        except OSError:
+            continue
         if key in first:
             same.append((name, first[key]))
         first.setdefault(key, name)
