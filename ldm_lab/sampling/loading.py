@@ -13,7 +13,15 @@ from ldm_lab.checkpoints.importer import Section
 from ldm_lab.checkpoints.initialization import no_initial_weights
 from ldm_lab.checkpoints.lora import FILE as LORA_FILE
 from ldm_lab.checkpoints.models import read_model
-from ldm_lab.checkpoints.parts import as_part_config, build_for, has_weights, load_part, load_strictly, weights_sha256
+from ldm_lab.checkpoints.parts import (
+    as_part_config,
+    build_for,
+    has_weights,
+    load_part,
+    load_strictly,
+    weights_path,
+    weights_sha256,
+)
 from ldm_lab.condition_sources import build_sources, given_conditions
 from ldm_lab.conditioners.gap import NOISE
 from ldm_lab.conditions import ConditionSpec
@@ -23,7 +31,7 @@ from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Conditioner, Denoiser, Objective, check_conditions
 from ldm_lab.pretrained.hub_folder import HubFolder
 from ldm_lab.pretrained.resolve import check_untrusted, look_in, resolve_weights
-from ldm_lab.sampling.beside import beside, text_encoder_beside
+from ldm_lab.sampling.beside import beside, checksum_of, text_encoder_beside
 from ldm_lab.sampling.loras import add_loras, read_loras
 from ldm_lab.sampling.model import Model
 from ldm_lab.sampling.options import ModelOptions
@@ -53,7 +61,9 @@ def load_model(path: str | Path, options: ModelOptions, others: Sequence[Model] 
     for role in ("autoencoder", "conditioner", "denoiser", "objective"):
         if not isinstance(config.get(role), dict):
             raise UserError(f"{path}: not a diffusion model; its config has no section {role!r}")
-    autoencoder, _ = load_frozen("autoencoder", config["autoencoder"], options.autoencoder, path, extra)
+    autoencoder, autoencoder_config = load_frozen(
+        "autoencoder", config["autoencoder"], options.autoencoder, path, extra
+    )
     conditioner, conditioner_config = load_frozen(
         "conditioner", config["conditioner"], options.conditioner, path, extra, others
     )
@@ -92,8 +102,20 @@ def load_model(path: str | Path, options: ModelOptions, others: Sequence[Model] 
         dtype=DTYPES[options.precision],
         offload=options.offload,
         conditioner_config=conditioner_config,
+        autoencoder_config=autoencoder_config,
         gap=gap,
     )
+
+
+def frozen_sha256(model: Model) -> dict[str, str]:
+    """Return the checksums of the weights of a model's frozen parts by role, as far as they have some."""
+    found: dict[str, str] = {}
+    for role, config in (("autoencoder", model.autoencoder_config), ("conditioner", model.conditioner_config)):
+        if config is not None:
+            path = weights_path(role, config)
+            if checksum := weights_sha256(role, config) if path is None else checksum_of(path):
+                found[role] = checksum
+    return found
 
 
 def locate_model(path: str | Path) -> Path:
