@@ -58,12 +58,8 @@ def load_model(path: str | Path, options: ModelOptions, others: Sequence[Model] 
     device = pick_device(options.device)
     path = locate_model(path)
     config, state, extra = read_model(path)
-    for role in ("autoencoder", "conditioner", "denoiser", "objective"):
-        if not isinstance(config.get(role), dict):
-            raise UserError(f"{path}: not a diffusion model; its config has no section {role!r}")
-    autoencoder, autoencoder_config = load_frozen(
-        "autoencoder", config["autoencoder"], options.autoencoder, path, extra
-    )
+    _check_is_diffusion(config, path)
+    autoencoder, its_config = load_frozen("autoencoder", config["autoencoder"], options.autoencoder, path, extra)
     conditioner, conditioner_config = load_frozen(
         "conditioner", config["conditioner"], options.conditioner, path, extra, others
     )
@@ -79,8 +75,8 @@ def load_model(path: str | Path, options: ModelOptions, others: Sequence[Model] 
     guide_model = None
     if options.guide_model is not None:
         guide_model = _load_guide_model(options.guide_model, path, config, autoencoder.channels, given, gap_state)
-    towers, head_width = options.noised_clip, options.noised_clip_head_width
-    clip = None if towers is None else noised_clip.load(*towers, head_width)
+    towers = options.noised_clip
+    clip = None if towers is None else noised_clip.load(*towers, options.noised_clip_head_width)
     if options.compile:
         denoiser.compile()
     waiting = _waiting_device(options.offload, device)
@@ -102,9 +98,15 @@ def load_model(path: str | Path, options: ModelOptions, others: Sequence[Model] 
         dtype=DTYPES[options.precision],
         offload=options.offload,
         conditioner_config=conditioner_config,
-        autoencoder_config=autoencoder_config,
+        autoencoder_config=its_config,
         gap=gap,
     )
+
+
+def _check_is_diffusion(config: Section, path: Path) -> None:
+    for role in ("autoencoder", "conditioner", "denoiser", "objective"):
+        if not isinstance(config.get(role), dict):
+            raise UserError(f"{path}: not a diffusion model; its config has no section {role!r}")
 
 
 def frozen_sha256(model: Model) -> dict[str, str]:
