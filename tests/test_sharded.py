@@ -158,7 +158,15 @@ def check_files(folder: Path, checkpoint: dict[str, torch.Tensor]) -> None:
     run = folder / "runs/shared"
     there = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     assert there == {
-        *("config.yaml", "metrics.csv", "last.ckpt", "step=00000003.ckpt", "ema.safetensors"),
+        *(
+            "config.yaml",
+            "metrics.csv",
+            "events.jsonl",
+            "index.html",
+            "last.ckpt",
+            "step=00000003.ckpt",
+            "ema.safetensors",
+        ),
         *("demo/step=00000001.png", "ema_snapshots/00000003-0.1.safetensors"),
     }
     exported, _ = read_safetensors(run / "ema.safetensors")
