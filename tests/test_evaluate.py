@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_inpainting_training import TEXT, UNET
 from tiny import DENOISER, embedding, make_parts, run_program
 
 from ldm_lab.checkpoints.native import save_model
-from ldm_lab.config import build
+from ldm_lab.condition_sources import build_sources, given_conditions
+from ldm_lab.config import PartConfig, build
 from ldm_lab.data.shapes import write_shards
 from ldm_lab.errors import UserError
 from ldm_lab.evaluation import tables
@@ -318,3 +322,45 @@ def test_two_processes_measure_the_same_as_one(models, tmp_path):
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("evaluation.json, evaluation.csv") == 1
     assert table(tmp_path / "one") == table(tmp_path / "two")
+
+
+def test_other_weights_beside_the_model_are_measured_anew(evaluate, models, tmp_path):
+    """Another guide model, another autoencoder's file, the same one with other weights: other pictures, other rows."""
+    parts = make_parts(tmp_path)
+    other = Path(parts["autoencoder"]["weights"])
+    with safe_open(other, "pt") as file:
+        metadata = file.metadata()
+    asked = (*SHORT, "--guidance", 3, "--metric", "cmmd", "--metric", "psnr", "--metric", "loss")
+    found = []
+    for turn, more in enumerate(
+        [(), ("--guide-model", models / "b.safetensors"), ("--autoencoder", other), ("--autoencoder", other)]
+    ):
+        if turn >= 2:
+            state = load_file(other)
+            save_file({name: value * (1 + 0.5 * turn) for name, value in state.items()}, other, metadata)
+        code, _, err = evaluate(*asked, *more)
+        assert code == 0, err
+        content = table(tmp_path / "out")
+        found.append([content["rows"][0]["values"]["cmmd"]["value"], content["rows"][0]["values"]["psnr"]["value"]])
+        assert "sha256 of the models with all their parts: a " in content["facts"]["weights"]
+    assert len({row[0] for row in found}) == 4 and len({row[1] for row in found}) == 3
+
+
+def test_the_loss_of_a_model_that_draws_conditions_does_not_depend_on_the_batches(evaluate, tmp_path):
+    """Of an inpainting model: what is erased of an image is the same in every batch."""
+    parts = {**make_parts(tmp_path), "conditioner": TEXT, "condition_sources": {"inpaint": {"channels": 4}}}
+    objective = {"name": "eps_hybrid", "betas": "linear_latent", "timesteps": 100}
+    config = {"task": "diffusion", **parts, "denoiser": UNET, "objective": objective}
+    conditioner = PartConfig.from_dict("conditioner", TEXT).build()
+    torch.manual_seed(0)
+    denoiser = build("denoiser", UNET, 4, given_conditions(conditioner, build_sources(config["condition_sources"])))
+    for weight in denoiser.parameters():  # what is initialized with 0 would not look at the conditions
+        torch.nn.init.normal_(weight, std=0.1)
+    save_model(tmp_path / "i.safetensors", denoiser.state_dict(), config, {"image_size": "32"})
+    found = []
+    for size in (8, 3):
+        asked = ("--checkpoint", tmp_path / "i.safetensors", "--metric", "loss")
+        code, _, err = evaluate(*asked, batch=size, out=tmp_path / str(size))
+        assert code == 0, err
+        found.append(table(tmp_path / str(size))["rows"][0]["values"]["loss"]["value"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)

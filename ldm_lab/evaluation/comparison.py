@@ -31,7 +31,7 @@ from ldm_lab.evaluation.metrics import (
 )
 from ldm_lab.evaluation.model_parts import PartsJob, lpips_network, part_values
 from ldm_lab.evaluation.real_images import FILE, RealImages, real_rows
-from ldm_lab.evaluation.settings import Models, Setting, checksum_of, model_names, picture_seeds, settings_of
+from ldm_lab.evaluation.settings import Models, Setting, model_names, picture_seeds, settings_of
 from ldm_lab.evaluation.tables import Row, Table
 from ldm_lab.io.json_files import Fields, parse_json
 from ldm_lab.prompts import Prompt
@@ -263,12 +263,12 @@ class Comparison:
         """Return what is measured of a model's parts on the real images."""
         if self.real is None:
             raise UserError(f"--metric {self.of_data[0]}: --data has to say what images it is measured on")
-        model, checksum = self.models.pipeline(checkpoint, torch.device("cpu")).model, checksum_of(checkpoint)
+        model, identity = self.models.pipeline(checkpoint, torch.device("cpu")).model, self.models.identity(checkpoint)
         networks = [its for its in self.networks if its.space in spaces_of(self.of_data)]
         lpips = lpips_network() if "lpips" in self.of_data else None
-        job = PartsJob(model, checksum, self.of_data, networks, self.real.source, lpips, self.tells)
+        job = PartsJob(model, identity, self.of_data, networks, self.real.source, lpips, self.tells)
         self.tells = False
-        key = "-".join([checksum[:12], *sorted(self.of_data), self.real.key(networks)])
+        key = "-".join([identity[:12], *sorted(self.of_data), self.real.key(networks)])
         items = self.real.items(self.asked.out / "parts" / f"model-{key}")
         self.run_pass(job, items)
         return rows_of_items(items)
@@ -284,6 +284,11 @@ class Comparison:
         """Return what the numbers are of."""
         facts = {"real images": f"{len(real.rows):,}"} if real is not None else {}
         facts |= {network.space: network.describe() for network in self.networks}
+        names = model_names(self.asked.checkpoints)
+        identities = [self.models.identity(checkpoint)[:12] for checkpoint in self.asked.checkpoints]
+        if names:
+            told = [f"{name} {identity}" for name, identity in zip(names, identities, strict=True)]
+            facts["weights"] = f"sha256 of the models with all their parts: {', '.join(told)}"
         if self.made_of:
             kind = "95 % interval of Student's t over seeds" if len(self.asked.seeds) > 1 else (
                 f"1.96 standard deviations of {self.asked.bootstrap} bootstrap draws of the pictures"

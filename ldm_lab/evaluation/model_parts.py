@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ldm_lab.batch import Batch
 from ldm_lab.conditioners.embedding import EmbeddingConditioner
+from ldm_lab.conditions import Conditions
 from ldm_lab.data.jobs import Fingerprint
 from ldm_lab.data.source import Item, Source
 from ldm_lab.data.work_items import WorkItem
@@ -33,14 +34,14 @@ class PartsJob(ImagesJob[Item]):
     """Measures a model's parts on the images of a data source."""
 
     def __init__(
-        self, model: Model, checksum: str, names: Sequence[str], networks: Sequence[Features], source: Source,
+        self, model: Model, identity: str, names: Sequence[str], networks: Sequence[Features], source: Source,
         lpips: LPIPS | None, tells: bool,
     ) -> None:  # fmt: skip
         """Take what is measured.
 
         Args:
             model: whose parts; they go to the device of the pass.
-            checksum: of its file.
+            identity: of the model and its parts' weights (`Models.identity`).
             names: of metrics of the kind "data".
             networks: those that look at reconstructions.
             source: opened.
@@ -53,7 +54,7 @@ class PartsJob(ImagesJob[Item]):
         super().__init__(networks, source)
         self.preparation = FromSource(source, ())  # no network looks at the images as they are
         self.model, self.names, self.lpips = model, list(of_kind(names, "data")), lpips
-        self.checksum, self.tells = checksum, tells
+        self.identity, self.tells = identity, tells
         parts = [model.autoencoder, model.conditioner, model.denoiser, *model.condition_sources.values()]
         self.parts = nn.ModuleList(parts)
         if "retrieval" in self.names and not isinstance(model.conditioner, EmbeddingConditioner):
@@ -65,7 +66,7 @@ class PartsJob(ImagesJob[Item]):
         return super().describe(items) if self.tells else []
 
     def fingerprint(self, precision: str) -> Fingerprint:
-        made_with = {"model": self.checksum, "metrics": " ".join(sorted(self.names))}
+        made_with = {"model": self.identity, "metrics": " ".join(sorted(self.names))}
         return {**super().fingerprint(precision), **made_with}
 
     @torch.no_grad()
@@ -113,11 +114,23 @@ class PartsJob(ImagesJob[Item]):
         rows = [noise_of(shape[0], 0, int(number), LEVELS) for number in numbers]  # not that of a level
         x0 = model.autoencoder.encode(image, torch.stack(rows).to(image))  # [B, C, h, w]
         conditions = model.shifted(model.conditioner.from_batch(batch), are_images=True)  # name -> [B, ...]
-        generator = torch.Generator(image.device).manual_seed(int(numbers[0]))
-        for source in model.condition_sources.values():
-            conditions = conditions | source.from_batch(batch, x0, model.autoencoder, generator)
+        if model.condition_sources:
+            conditions = conditions | self.drawn(batch, x0, numbers)
         held_out = HeldOutBatch(x0, conditions, 0, len(x0), numbers)
         return loss_sums(model.denoiser, model.objective, [held_out], LEVELS, 0)
+
+    def drawn(self, batch: Batch, x0: Tensor, numbers: Tensor) -> Conditions:
+        """Return what condition sources give of images, each by itself, as its random numbers are to be its own."""
+        found: dict[str, list[Tensor]] = {}
+        for row, number in enumerate(numbers.tolist()):
+            generator = torch.Generator(x0.device).manual_seed(number)
+            image = None if batch.image is None else batch.image[row : row + 1]  # [1, 3, H, W]
+            one = Batch(batch.key[row : row + 1], batch.text[row : row + 1], image=image)
+            for source in self.model.condition_sources.values():
+                given = source.from_batch(one, x0[row : row + 1], self.model.autoencoder, generator)
+                for name, value in given.items():  # [1, ...]
+                    found.setdefault(name, []).append(value)
+        return {name: torch.cat(values) for name, values in found.items()}  # [B, ...]
 
 
 def part_values(names: Sequence[str], real: RealSet | None, made: PictureRows, times: int) -> dict[str, Value]:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
+from ldm_lab.checkpoints.parts import weights_sha256
 from ldm_lab.conditioners.embedding import EmbeddingConditioner
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import sha256
 from ldm_lab.prompts import Prompt
-from ldm_lab.sampling import ModelOptions, Pipeline, SamplingOptions
+from ldm_lab.sampling import Model, ModelOptions, Pipeline, SamplingOptions
 from ldm_lab.sampling.loading import locate_model
 from ldm_lab.sampling.names import model_name
 
@@ -28,7 +29,7 @@ class Setting:
     Attributes:
         model: its name in the table.
         checkpoint: as it was given.
-        checksum: sha256 of its file.
+        identity: sha256 of its file and of all weights that it is used with (`Models.identity`).
         options: all choices but the seed.
         guidance, sampler, steps: as they come out with all defaults.
         embedder: whose embeddings its conditioner gives (`ldm_lab.checkpoints.embedders`); None if it gives none.
@@ -36,7 +37,7 @@ class Setting:
 
     model: str
     checkpoint: str
-    checksum: str
+    identity: str
     options: SamplingOptions
     guidance: float
     sampler: str
@@ -47,7 +48,7 @@ class Setting:
         """Return what stands for the setting with these prompts."""
         given = json.dumps(self.options.given(), sort_keys=True, default=str)
         texts = json.dumps([[prompt.text, prompt.weight] for prompt in prompts])
-        return hashlib.sha256(f"{self.checksum} {given} {texts}".encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{self.identity} {given} {texts}".encode()).hexdigest()[:16]
 
 
 class Models:
@@ -57,14 +58,50 @@ class Models:
         """Set how they are loaded; where they run is said later."""
         self.options = options
         self._loaded: tuple[str, str, Pipeline] | None = None
+        self._identities: dict[str, str] = {}
 
     def pipeline(self, checkpoint: str, device: torch.device) -> Pipeline:
         """Return a model on a device. Errors are those of `Pipeline.from_checkpoint`."""
         if self._loaded is None or self._loaded[:2] != (checkpoint, str(device)):
             self._loaded = None  # the memory is free before the next one comes
             loading = replace(self.options, device=str(device))
-            self._loaded = checkpoint, str(device), Pipeline.from_checkpoint(checkpoint, loading)
+            pipeline = Pipeline.from_checkpoint(checkpoint, loading)
+            self._loaded = checkpoint, str(device), pipeline
+            if checkpoint not in self._identities:  # before anything is loaded later, or moved
+                self._identities[checkpoint] = f"{checksum_of(checkpoint)} {identity_of(pipeline.model, self.options)}"
         return self._loaded[2]
+
+    def identity(self, checkpoint: str) -> str:
+        """Return what stands for a model as it is loaded: its file, and the weights of all parts, in hexadecimal."""
+        if checkpoint not in self._identities:
+            self.pipeline(checkpoint, torch.device("cpu"))
+        return hashlib.sha256(self._identities[checkpoint].encode()).hexdigest()
+
+
+def identity_of(model: Model, options: ModelOptions) -> str:
+    """Return the sha256 of all weights in memory: frozen parts, a guide model, LoRAs in the denoiser's weights.
+
+    So it is another one wherever a file was exchanged, or another option of loading names other weights. A text encoder
+    that is not in memory, as its texts are stored, counts by what pins its weights.
+    """
+    parts = {
+        "autoencoder": model.autoencoder, "conditioner": model.conditioner, "denoiser": model.denoiser,
+        "guide_model": model.guide_model, "noised_clip": model.noised_clip, "gap": model.gap,
+        **{f"condition_sources.{name}": its for name, its in model.condition_sources.items()},
+    }  # fmt: skip
+    total = hashlib.sha256(f"head width {options.noised_clip_head_width}".encode())
+    for role, part in parts.items():
+        if part is None:
+            continue
+        tensors = [*part.named_parameters(), *part.named_buffers()]
+        for name, tensor in tensors:
+            total.update(f"{role}.{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            if not tensor.is_meta:
+                total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        config = model.conditioner_config if role == "conditioner" else None
+        if config is not None and (not tensors or any(tensor.is_meta for _, tensor in tensors)):
+            total.update(f"{role} {weights_sha256(role, config)}".encode())
+    return total.hexdigest()
 
 
 def model_names(checkpoints: Sequence[str]) -> list[str]:
@@ -99,10 +136,10 @@ def settings_of(
         except UserError as error:
             raise UserError(f"{checkpoint}: {error}") from None
         sampler = str(request.options.sampler["name"])
-        checksum, steps = checksum_of(checkpoint), request.sampler.steps
+        identity, steps = models.identity(checkpoint), request.sampler.steps
         embeds = isinstance(pipeline.model.conditioner, EmbeddingConditioner)
         embedder = pipeline.model.embedder() if embeds else None
-        found.append(Setting(name, checkpoint, checksum, options, request.guidance, sampler, steps, embedder))
+        found.append(Setting(name, checkpoint, identity, options, request.guidance, sampler, steps, embedder))
     return found
 
 
