@@ -29,6 +29,7 @@ from ldm_lab.sampling import Pipeline, SamplingOptions
 from ldm_lab.sampling.beside import beside
 from ldm_lab.sampling.loading import load_model
 from ldm_lab.sampling.options import ModelOptions
+from ldm_lab.sharing.evaluation import read_evaluation
 
 OPTIONS = SamplingOptions(sampler={"name": "unipc", "steps": 3}, size=16)
 
@@ -572,6 +573,24 @@ def test_an_evaluation_stands_in_the_card(tmp_path):
     (tmp_path / "large.json").write_text(json.dumps({"rows": [{"model": "run", "values": 3}]}))
     with pytest.raises(UserError, match="not an evaluation"):
         main([*words, str(tmp_path / "large.json"), "--overwrite"])
+
+
+def test_an_evaluation_of_another_model_or_with_paths_stays_out(tmp_path, capsys):
+    path = evaluation(tmp_path / "one", "other")
+    with pytest.raises(UserError, match="is about other, and not about run"):
+        read_evaluation(path, "run")
+    path.write_text(path.read_text().replace("few images", "/home/alice/my pictures: few"))
+    assert not any("alice" in note for note in read_evaluation(path, "other").notes)
+    assert "1 remarks stay out of the card" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (["--half", "--name", "x"], "--half, --name: of --hub-folder"),
+    (["--license", "My own!"], "an id of the Hub's list"),
+], ids=["of_the_hub", "license"])  # fmt: skip
+def test_diffusers_says_what_it_does_not_take(tmp_path, more, message):
+    with pytest.raises(UserError, match=message):
+        main(["export", "nothing", "--diffusers", str(tmp_path / "out"), *more])
 
 
 # ------------------------------------------------------------------------------------------------- language models, BPE

@@ -51,9 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write the folders, and say what is in them."""
     from ldm_lab.sampling.options import ModelOptions
+    from ldm_lab.sharing.card import LICENSE_ID
 
     if args.hub_folder is None and args.diffusers is None:
         raise UserError("--hub-folder DIR, --diffusers DIR, or both: where does it go?")
+    for_hub = {"--half": args.half, "--name": args.name, "--prompts": args.prompts, "--evaluation": args.evaluation}
+    if args.hub_folder is None and (given := [flag for flag, value in for_hub.items() if value]):
+        raise UserError(f"{', '.join(given)}: of --hub-folder DIR; --diffusers has nothing of the kind")
+    if args.license is not None and not LICENSE_ID.fullmatch(args.license):
+        raise UserError(f"--license: an id of the Hub's list is needed, such as mit, not {args.license!r}")
     loading = ModelOptions(autoencoder=args.autoencoder, conditioner=args.conditioner)
     if args.diffusers is not None:
         export_to_diffusers(args, args.diffusers.expanduser(), loading)

@@ -1,5 +1,7 @@
 """The results of `python -m ldm_lab evaluate` for a model card: its JSON, read again."""
 
+import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +33,7 @@ def read_evaluation(path: Path, model: str) -> Evaluation:
 
     Args:
         path: of the file, or of the folder with it.
-        model: its name there; a file with one model alone is taken to be about it.
+        model: its name there.
 
     Raises:
         UserError: no such file, another program's, or one about other models.
@@ -44,9 +46,9 @@ def read_evaluation(path: Path, model: str) -> Evaluation:
     if not rows or any(row.text("model") is None or row.named("values") is None for row in rows):
         raise UserError(f"{path}: not an evaluation: evaluation.json of `python -m ldm_lab evaluate` is needed")
     models = list(dict.fromkeys(str(row.text("model")) for row in rows))
-    if model not in models and len(models) > 1:
+    if model not in models:
         raise UserError(f"{path}: is about {', '.join(models)}, and not about {model}")
-    told = [row for row in rows if row.text("model") == model or len(models) == 1]
+    told = [row for row in rows if row.text("model") == model]
     shown = [
         (f"{name}{_asked(row)}", str(Value(value.number("value") or 0.0, value.number("margin"))))
         for row in told
@@ -55,7 +57,11 @@ def read_evaluation(path: Path, model: str) -> Evaluation:
     meanings = [f"{name}: {METRICS[name].meaning}" for name in dict.fromkeys(name.split()[0] for name, _ in shown)
                 if name in METRICS]  # fmt: skip
     facts = [f"{name}: {' '.join(_public(word) for word in text.split())}" for name, text in content.words("facts")]
-    return Evaluation(tuple(shown), (*facts, *meanings, *content.sequence("remarks")))
+    remarks = content.sequence("remarks")
+    kept = [line for line in remarks if not re.search(r"[/\\~]", line)]
+    if len(kept) < len(remarks):
+        print(f"{path}: {len(remarks) - len(kept)} remarks stay out of the card, as they name files", file=sys.stderr)
+    return Evaluation(tuple(shown), (*facts, *meanings, *kept))
 
 
 def _asked(row: Fields) -> str:
