@@ -19,9 +19,9 @@ REMEDY = "--out NAME.yaml takes another name; or delete it"
 
 
 def checksum(facts: FolderFacts) -> str:
-    """Return the SHA-256 of the list of images: paths, sizes, times of the last change; of shards, that of theirs."""
+    """Return the checksum (BLAKE2b) of the list of images: paths, sizes, times of the last change; of shards, that of theirs."""
     paths = [facts.path / name for name in facts.names] or [Path(address) for address in expand(list(facts.shards))]
-    listed = hashlib.sha256()
+    listed = hashlib.blake2b(digest_size=32)
     for name, its in facts_of((str(path), path) for path in paths).items():
         listed.update(os.fsencode(f"{name}\0{its.size}\0{its.time}\n"))
     return listed.hexdigest()
@@ -75,9 +75,9 @@ def _has_begun(folder: Path, beside: tuple[str, ...] = ()) -> bool:
 def _trained_on(config: Path) -> list[str]:
     """Return the folder or shards that the config of a run names, absolute and sorted; none where it has none."""
     try:
-        data = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]
+        data = {**yaml.safe_load(config.read_text(encoding="utf-8"))["data"]}
         named = data.get("shards") or data.get("path") or []
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
         return []
     named = [named] if isinstance(named, str) else named
     return sorted(os.path.abspath(os.path.expanduser(str(each))) for each in named)

@@ -137,7 +137,7 @@ class Names:
     @property
     def autoencoder_checksum(self) -> Path:
         """The checksum of the list of images that the run was begun on."""
-        return self.autoencoder_list.with_name("images.sha256")
+        return self.autoencoder_list.with_name("images.blake2b")
 
     @property
     def autoencoder_file(self) -> str:
