@@ -19,7 +19,7 @@ REMEDY = "--out NAME.yaml takes another name; or delete it"
 
 
 def checksum(facts: FolderFacts) -> str:
-    """Return the checksum (BLAKE2b) of the list of images: paths, sizes, times of the last change; of shards, that of theirs."""
+    """Return the checksum (BLAKE2b) of the list of images, or of shards: paths, sizes, times of the last change."""
     paths = [facts.path / name for name in facts.names] or [Path(address) for address in expand(list(facts.shards))]
     listed = hashlib.blake2b(digest_size=32)
     for name, its in facts_of((str(path), path) for path in paths).items():
