@@ -136,7 +136,37 @@ def test_a_clip_that_is_named_scores(compare):
     scores = [[row["cells"][0]["score"] for row in one["rows"]] for one in (before, it)]
     assert all(abs(a - b) > 1e-4 for a, b in zip(*scores))
     assert compare(*asked("--checkpoint", "a", "--no-scores"))[0] == 0
-    assert json.loads(Path("out/comparison.json").read_text())["scorer"] == ""
+    without = json.loads(Path("out/comparison.json").read_text())
+    assert without["scorer"] == "" and without["rows"][0]["cells"][0]["score"] is None
+    assert [one["scorer"] for one in without["known"]] == [before["scorer"], it["scorer"]]
+    code, _, err = compare(*asked("--checkpoint", "a"))
+    assert code == 0 and "scores" not in err  # they were kept
+    assert json.loads(Path("out/comparison.json").read_text())["rows"] == before["rows"]
+
+
+def test_another_autoencoder_under_the_same_name_makes_new_pictures(compare, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    (folder := tmp_path / "swapped").mkdir()
+    checkpoint = make_checkpoint(folder, dropout=0.2)
+    words = asked("--checkpoint", checkpoint, "--no-scores")
+    assert "2 pictures (2 new)" in compare(*words)[1]
+    before = json.loads(Path("out/comparison.json").read_text())
+    assert "2 pictures (0 new)" in compare(*words)[1]
+    parts = sorted(path for path in folder.glob("*.safetensors") if path != checkpoint)
+    for path in parts:
+        save_file({key: value * 1.01 for key, value in load_file(path).items()}, path, _metadata(path))
+        assert "2 pictures (2 new)" in compare(*words)[1], path
+    assert len(parts) == 2
+    after = json.loads(Path("out/comparison.json").read_text())
+    assert after["id"] != before["id"]  # votes on the old pictures are not mixed with those on the new ones
+
+
+def _metadata(path):
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.metadata()
 
 
 def test_large_pictures_have_thumbnails(compare, monkeypatch):
@@ -166,15 +196,24 @@ def test_large_pictures_have_thumbnails(compare, monkeypatch):
         (asked("--checkpoint", "a", "--guidance", "x"), "--guidance"),
         (asked("--checkpoint", "a", out="prompts.txt"), "--out prompts.txt: this is a file, not a folder"),
         (("--votes", "none.json"), "none.json: no such file of votes"),
+        (asked("--checkpoint", "a", out="prompts.txt/x"), "--out prompts.txt/x: no folder that can be written to"),
+        (asked("--checkpoint", "a", out="/proc/x"), "--out /proc/x: no folder that can be written to"),
+        (asked("--checkpoint", "a", "--clip", "foo"), "--clip: "),
+        (asked("--checkpoint", "a", "--clip", "weights=none.pt", "model=ViT-B-32"), "none.pt"),
+        (asked("--checkpoint", "a", "--clip", "foo", "--no-scores"), "--no-scores leaves scores out"),
+        (asked("--checkpoint", "a", "--blind-seed", -5), "--blind-seed: at least 0 is needed, not -5"),
+        (asked("--checkpoint", "a", "--blind-seed", 2**32), "--blind-seed: at most 4294967295 is needed"),
+        (("--votes", "v.json", "--checkpoint", "a", "-n", 2), "--checkpoint, -n cannot stand beside it"),
     ],
     ids=["nothing", "upsampler first", "two labels", "random seed", "two seeds", "same model twice", "no file",
          "no sampler", "other sampler's option", "upsampler alone", "no upsampler", "no number", "no folder",
-         "no votes"],
+         "no votes", "below a file", "not a real folder", "no clip", "no file of clip", "clip without scores",
+         "negative order", "order too large", "votes and a model"],
 )  # fmt: skip
 def test_mistakes_are_told_in_one_line(compare, words, message):
     code, _, err = compare(*words)
     assert code == 2 and message in err and err.strip().count("\n") == 0, err
-    assert not Path("out/index.html").exists()
+    assert not Path("out/index.html").exists() and not Path("out/images").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------- votes
@@ -182,6 +221,7 @@ def test_mistakes_are_told_in_one_line(compare, words, message):
 
 def votes(path: Path, choices: list[int | None], **changes) -> str:
     content = {"format": "ldm_lab votes", "comparison": "abc", "title": "A or B", "columns": ["A", "B"], "seed": 0}
+    content |= {"rows": 6, "voter": path.name, "saved": "2026-05-01T10:00:00.000Z"}
     content["votes"] = [{"row": i, "choice": choice, "order": [0, 1]} for i, choice in enumerate(choices)]
     path.write_text(json.dumps({**content, **changes}))
     return str(path)
@@ -194,7 +234,7 @@ def test_votes_of_several_people_are_added_up(program, tmp_path):
     code, out, err = program("ldm_lab.__main__", "compare", "--votes", *files, copy)
     assert code == 0 and f"{copy}: is the same as {files[0]}, and counted once" in err
     lines = out.splitlines()
-    assert lines[0] == "A or B: 10 votes of 2 files, 1 of them without a preference"
+    assert lines[0] == "A or B: 10 votes of 2 voters, 1 of them without a preference"
     assert " ".join(lines[1].split()) == "B 8 88.9% (95 %: 56.5% to 98.0%)"
     assert " ".join(lines[2].split()) == "A 1 11.1% (95 %: 2.0% to 43.5%)"
 
@@ -202,7 +242,7 @@ def test_votes_of_several_people_are_added_up(program, tmp_path):
 def test_names_in_a_file_of_votes_are_no_orders_for_the_terminal(tmp_path):
     names = ["A\x1b[31m\n", "猫 <b>"]
     lines = add_up([votes(tmp_path / "1.json", [1], columns=names, title="\x07 t")]).lines()
-    assert lines[0].startswith("\\x07 t: 1 votes of 1 file") and lines[1].startswith("  猫 <b>")
+    assert lines[0].startswith("\\x07 t: 1 votes of 1 voter") and lines[1].startswith("  猫 <b>")
     assert lines[2].startswith("  A\\x1b[31m\\n ")
 
 
@@ -226,15 +266,66 @@ def test_the_interval_is_wilson_s(wins, count):
         ({"votes": [{"row": 0, "choice": 2}]}, "a vote that is none"),
         ({"votes": [{"row": 0, "choice": -1}]}, "a vote that is none"),
         ({"votes": [{"row": "0", "choice": 1}]}, "a vote that is none"),
+        ({"votes": [{"row": 0}]}, "a vote that is none"),
+        ({"votes": [{"row": 0, "choice": "1"}]}, "a vote that is none"),
+        ({"votes": [{"row": 6, "choice": 1}]}, "row 6 of a comparison whose 6 rows are counted from 0"),
+        ({"votes": [3]}, "a vote that is none"),
+        ({"votes": None}, "no list of votes"),
+        ({"votes": {"row": 0}}, "no list of votes"),
+        ({"rows": 0}, "no file of votes"),
+        ({"voter": ""}, "voter .an id. and saved"),
+        ({"saved": "yesterday"}, "voter .an id. and saved"),
+        ({"saved": "2026-05-01T10:00:00"}, "a time with its zone"),
+        ({"columns": ["A", "A"]}, "two columns are called 'A'"),
+        ({"rows": 7}, "votes on another comparison"),
         ({"comparison": "other"}, "votes on another comparison"),
         ({"columns": ["B", "A"]}, "votes on another comparison"),
     ],
-    ids=["format", "columns", "no column", "choice", "negative", "row", "comparison", "order"],
+    ids=[
+        "format",
+        "columns",
+        "no column",
+        "choice",
+        "negative",
+        "row",
+        "no choice",
+        "choice is a text",
+        "row too large",
+        "no object",
+        "no votes",
+        "votes are no list",
+        "no rows",
+        "no voter",
+        "no time",
+        "no zone",
+        "same columns",
+        "rows",
+        "comparison",
+        "order",
+    ],
 )
 def test_strange_votes_are_refused(tmp_path, changes, message):
     good = votes(tmp_path / "good.json", [0])
     with pytest.raises(UserError, match=message):
         add_up([good, votes(tmp_path / "bad.json", [1], **changes)])
+
+
+def test_the_newest_file_of_a_voter_counts(tmp_path, capsys):
+    def saved(name, minute, choices, voter):
+        return votes(tmp_path / name, choices, voter=voter, saved=f"2026-05-01T10:{minute:02}:00.000Z")
+
+    old, new = saved("1.json", 1, [0], "x"), saved("2.json", 3, [1, 1, None], "x")
+    between, other = saved("3.json", 2, [0, 0], "x"), saved("4.json", 0, [0, 0], "y")
+    tally = add_up([old, new, between, other, saved("5.json", 0, [], "z")])
+    assert (tally.wins, tally.ties, tally.voters) == ([2, 2], 1, 2)
+    notes = capsys.readouterr().err.splitlines()
+    assert notes[0] == f"note: {old}, {between}: the voter of {new} has saved them earlier; not counted"
+    assert notes[1].endswith("5.json: has no votes, and is not counted") and len(notes) == 2
+
+
+def test_a_folder_is_no_file_of_votes(tmp_path):
+    with pytest.raises(UserError, match="a folder, not a file of votes"):
+        add_up([str(tmp_path)])
 
 
 # ------------------------------------------------------------------------------------------------------------- wandb

@@ -42,8 +42,8 @@ class Parser(argparse.ArgumentParser):
         return super()._get_values(action, arg_strings)
 
 
-def whole_number(least: int) -> Callable[[str], int]:
-    """Return the type of an argument that is a whole number from `least` on."""
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return the type of an argument that is a whole number from `least` on, up to `most`."""
 
     def parse(text: str) -> int:
         try:
@@ -52,6 +52,8 @@ def whole_number(least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"a whole number is needed, not {text!r}") from None
         if value < least:
             raise argparse.ArgumentTypeError(f"at least {least} is needed, not {text}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"at most {most} is needed, not {text}")
         return value
 
     return parse

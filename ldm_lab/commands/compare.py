@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 from ldm_lab.commands._arguments import add_imports_argument, whole_number
@@ -59,7 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="score the pictures by this CLIP: model, pretrained, weights (default: by the first model's conditioner)",
     )  # fmt: skip
     add("--no-scores", action="store_true", help="do not score the pictures")
-    add("--blind-seed", type=int, default=0, metavar="N", help="of the order of columns in blind mode (default: 0)")
+    add(
+        "--blind-seed",
+        type=whole_number(0, 2**32 - 1),
+        default=0,
+        metavar="N",
+        help="of the order of columns in blind mode (default: 0)",
+    )
     add("--wandb", choices=("none", "offline", "online"), default="none", help="send a table, too (%(default)s)")
     add("--project", default="ldm_lab", metavar="NAME", help="of wandb (%(default)s)")
     add("--entity", metavar="NAME", help="team or user at wandb (default: the account's)")
@@ -70,6 +77,8 @@ def run(args: argparse.Namespace) -> None:
     """Make the pictures that are missing, and the page; or add up votes."""
     if args.votes:
         return add_up_votes(args)
+    if args.clip and args.no_scores:
+        raise UserError("--clip: says what scores pictures, and --no-scores leaves scores out; give one of them")
     missing = [flag for flag in ("checkpoint", "prompts", "out") if not dict(args._get_kwargs())[flag]]
     if missing:
         raise UserError(f"the following arguments are required: {', '.join(f'--{flag}' for flag in missing)}")
@@ -84,15 +93,14 @@ def run(args: argparse.Namespace) -> None:
     loading = ModelOptions(**given(args, part_info("model_options", None).options))
     rows = prompt_rows(args, columns[0].options.seed)
     needs = {(id(c.model), c.options.clip_guidance is None, c.options.aesthetic): c for c in columns}
+    if args.clip:
+        check_clip(args.clip)
     for column in needs.values():
         announce_models(column.model.checkpoint, column.model.upsamplers, loading, column.options)
-    folder = Path(args.out).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder}: this is a file, not a folder")
-    folder.mkdir(parents=True, exist_ok=True)  # where that cannot be, it is said before anything is made
+    folder = writable_folder(args.out)
     grid = Grid(folder, columns, rows, args.title, args.blind_seed)
     if args.no_scores:
-        grid.scores = ("", {})
+        grid.shown = ""
     scorer = None
     for _, group in groupby(columns, key=lambda column: id(column.model)):
         with told_in_one_line(lambda: "loading the model and making pictures", "less than --batch-size, --offload"):
@@ -110,10 +118,40 @@ def run(args: argparse.Namespace) -> None:
 
 
 def add_up_votes(args: argparse.Namespace) -> None:
-    """Print what files of votes say together."""
+    """Print what files of votes say together. Raises UserError for flags that have no place beside --votes."""
     from ldm_lab.evaluation.votes import add_up
 
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    words = dict(args._get_kwargs())
+    alone = dict(parser.parse_args(["--votes", *args.votes])._get_kwargs())
+    others = [name for name in alone if words.get(name, alone[name]) != alone[name]]
+    if others:
+        flags = ", ".join(f"--{name.replace('_', '-')}" if len(name) > 1 else f"-{name}" for name in others)
+        raise UserError(f"--votes: adds up files, and no pictures are made: {flags} cannot stand beside it")
     print("\n".join(add_up(args.votes).lines()))
+
+
+def writable_folder(out: str) -> Path:
+    """Return the folder --out, made if it is not there, before any picture is. Raises UserError where it cannot be."""
+    folder = Path(out).expanduser()
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--out {folder}: this is a file, not a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {folder}: no folder that can be written to: {error.strerror or error}") from None
+    return folder
+
+
+def check_clip(words: list[str]) -> None:
+    """Raise UserError if --clip is none, or names a file that is not there; nothing is loaded."""
+    from ldm_lab.checkpoints.parts import part_downloads
+    from ldm_lab.embed import clip_config
+
+    part_downloads("conditioner", clip_config(words, None), "--clip")
 
 
 @dataclass(frozen=True)
@@ -147,7 +185,7 @@ class Grid:
         self.cells: list[list[Cell | None]] = [[None] * len(columns) for _ in rows]
         self.headings: list[Heading] = []
         self.made = 0
-        self.scores = earlier_scores(folder)
+        self.shown, self.known = earlier_scores(folder)
 
     @property
     def done(self) -> int:
@@ -156,13 +194,14 @@ class Grid:
 
     def comparison(self) -> "Comparison":
         """Return what is there."""
-        from ldm_lab.evaluation.compare_page import Comparison, Heading, Row
+        from ldm_lab.evaluation.compare_page import Comparison, Heading, Row, Score, Scored
 
-        scorer, scores = self.scores
+        scores = self.known.get(self.shown, {})
         cells = [[cell and replace(cell, score=scores.get(cell.image)) for cell in row] for row in self.cells]
         rows = [Row(row.written, row.seed, its) for row, its in zip(self.rows, cells, strict=True)]
         rest = [Heading(column.label, {}) for column in self.columns[self.done :]]
-        return Comparison(self.title, [*self.headings, *rest], rows, scorer, self.blind_seed)
+        known = [Scored(scorer, [Score(*pair) for pair in its.items()]) for scorer, its in self.known.items()]
+        return Comparison(self.title, [*self.headings, *rest], rows, self.shown, self.blind_seed, known)
 
     def tell_unused(self) -> None:
         """Say how many pictures in the folder are of other settings."""
@@ -189,12 +228,13 @@ def make_columns(columns: Sequence[Column], grid: Grid, loading: ModelOptions) -
     pipelines = [Pipeline.from_checkpoint(model.checkpoint, loading)]
     for file in model.upsamplers:
         pipelines.append(Pipeline.from_checkpoint(file, loading.of_upsampler(), pipelines))
+    frozen = frozen_sums(pipelines, loading.guide_model)
     for column in columns:
         stages = Stages(
             [Stage(pipelines[0], column.options), *map(Stage, pipelines[1:], column.upsampling)],
         )
         try:
-            make_column(column, grid, stages, pipelines[0])
+            make_column(column, grid, stages, frozen)
         except UserError as error:
             raise UserError(f"{column.label}: {error}") from None
     loaded = pipelines[0].model
@@ -204,8 +244,22 @@ def make_columns(columns: Sequence[Column], grid: Grid, loading: ModelOptions) -
     return Scorer(model.checkpoint, describe(embedder) if embedder else f"the conditioner of {model.name(True)}")
 
 
-def make_column(column: Column, grid: Grid, stages: "Stages", pipeline: "Pipeline") -> None:
-    """Make the missing pictures of one column, and note what they were made with."""
+def frozen_sums(pipelines: "Sequence[Pipeline]", guide_model: str | Path | None) -> "Entry":
+    """Return the checksums of what models take from other files, under names such as `autoencoder_sha256`."""
+    from ldm_lab.sampling.loading import frozen_sha256, locate_model
+    from ldm_lab.sampling.names import checksum
+    from ldm_lab.sampling.recorded import Entry
+
+    by_model = [frozen_sha256(pipeline.model) for pipeline in pipelines]
+    roles = dict.fromkeys(role for sums in by_model for role in sums)
+    found = Entry({f"{role}_sha256": [sums.get(role) for sums in by_model] for role in roles})
+    return (
+        found if guide_model is None else Entry({**found, "guide_model_sha256": [checksum(locate_model(guide_model))]})
+    )
+
+
+def make_column(column: Column, grid: Grid, stages: "Stages", frozen: "Entry") -> None:
+    """Make the missing pictures of one column, and note what they were made with; `frozen` are other files' sums."""
     from ldm_lab.commands.sample import Steps, asked
     from ldm_lab.evaluation.compare_page import Heading
     from ldm_lab.sampling.output import write_picture
@@ -214,10 +268,10 @@ def make_column(column: Column, grid: Grid, stages: "Stages", pipeline: "Pipelin
 
     mixes, seeds = [[row.prompt] for row in grid.rows], [row.seed for row in grid.rows]
     plan = stages.check(mixes, seeds=seeds)
-    settings = described(asked(column.words), column.options, plan.base, pipeline.model.device.type)
+    settings = described(asked(column.words), column.options, plan.base, stages.base.pipeline.model.device.type)
     sizes = [list(request.latent_size) for request in (plan.base, *plan.upsampling)]
     entries = [Entry({"prompts": [prompt_entry(mix[0], plan.base)], "seed": seed}) for mix, seed in zip(mixes, seeds)]
-    names = [_name(Entry({**entry, **settings, "sizes": sizes})) for entry in entries]
+    names = [_name(Entry({**entry, **settings, "sizes": sizes, "frozen": frozen})) for entry in entries]
     number = grid.done
     for i, name in enumerate(names):
         grid.cells[i][number] = cell_of(grid.folder, name)
@@ -233,7 +287,7 @@ def make_column(column: Column, grid: Grid, stages: "Stages", pipeline: "Pipelin
             write_picture(grid.folder / IMAGES / f"{names[i]}.png", image, caption(mixes[i][0]), entry, as_others_read)
             grid.cells[i][number] = cell_of(grid.folder, names[i])
             grid.made += 1
-    grid.headings.append(Heading(column.label, _in_words(settings)))
+    grid.headings.append(Heading(column.label, _in_words(Entry({**settings, **frozen}))))
 
 
 def _name(entry: "Entry") -> str:
@@ -247,12 +301,17 @@ def _in_words(settings: "Entry") -> dict[str, str]:
     told = {key: value for key, value in settings.items() if key not in HIDDEN and not key.endswith("_sha256")}
     lists = {key: value if isinstance(value, list) else [value] for key, value in told.items()}
     words = {key: [f"{v:g}" if isinstance(v, float) else str(v) for v in values] for key, values in lists.items()}
-    return {**{key: ", ".join(its) for key, its in words.items()}, "file": _short_sum(settings)}
+    return {**{key: ", ".join(its) for key, its in words.items()}, **_short_sums(settings)}
 
 
-def _short_sum(settings: "Entry") -> str:
-    """Return the beginning of the checkpoint's checksum."""
-    return f"sha256 {str(settings.get('checkpoint_sha256', ''))[:12]}"
+def _short_sums(settings: "Entry") -> dict[str, str]:
+    """Return the beginnings of files' checksums; that of the checkpoint is called "file"."""
+    sums = {key.removesuffix("_sha256"): its for key, its in settings.items() if key.endswith("_sha256")}
+    words = {
+        key: ", ".join(str(one or "none")[:12] for one in (its if isinstance(its, list) else [its]))
+        for key, its in sums.items()
+    }
+    return {"file" if key == "checkpoint" else f"{key}_file": f"sha256 {text}" for key, text in words.items()}
 
 
 def cell_of(folder: Path, name: str) -> "Cell | None":
@@ -296,16 +355,15 @@ def score(args: argparse.Namespace, grid: Grid, scorer: Scorer | None, loading: 
         name = f"cosine of picture and prompt by {scorer.conditioner}"
     else:
         print("note: no scores: no model's conditioner compares images and texts; --clip names one that does")
-        grid.scores = ("", {})
+        grid.shown = ""
         return
-    kind, scores = grid.scores
-    known = scores if kind == name else {}
+    known = grid.known.setdefault(name, {})
     todo = [(row.prompt, i, j) for i, row in enumerate(grid.rows) for j in range(len(grid.columns))]
     missing = [(prompt, cell) for prompt, i, j in todo if (cell := grid.cells[i][j]) and cell.image not in known]
     if missing:
         similarity = similarity or by_conditioner(scorer.checkpoint if scorer else "", loading)
         known |= _scores(grid.folder, missing, similarity)
-    grid.scores = (name, known)
+    grid.shown = name
 
 
 def _scores(folder: Path, missing: "list[tuple[Prompt, Cell]]", similarity: "Similarity") -> dict[str, float]:

@@ -62,6 +62,22 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Score:
+    """How like its prompt the picture in a file is."""
+
+    image: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a scorer, in words, has found."""
+
+    scorer: str
+    scores: Sequence[Score]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """All of it.
 
@@ -71,6 +87,7 @@ class Comparison:
         rows: prompts and seeds.
         scorer: what the scores are, in words; "" without any.
         blind_seed: that columns are shuffled by at first, row by row, where their names are hidden.
+        known: all scores that were ever found, those that are not shown as well.
     """
 
     title: str
@@ -78,6 +95,7 @@ class Comparison:
     rows: Sequence[Row]
     scorer: str = ""
     blind_seed: int = 0
+    known: Sequence[Scored] = ()
 
     @property
     def id(self) -> str:
@@ -152,12 +170,13 @@ def write_comparison(folder: Path, it: Comparison) -> None:
     write_page(folder / "index.html", page)
 
 
-def earlier_scores(folder: Path) -> tuple[str, dict[str, float]]:
-    """Return in words what the scores of an earlier `comparison.json` are, and the scores by image."""
+def earlier_scores(folder: Path) -> tuple[str, dict[str, dict[str, float]]]:
+    """Return in words which scores an earlier `comparison.json` shows, and all that it has: by scorer, by image."""
     earlier = Fields(read_json(folder / FILE))
-    cells = [cell for row in earlier.listed("rows") or [] for cell in row.listed("cells") or []]
-    pairs = [(cell.text("image"), cell.number("score")) for cell in cells]
-    scores = {
-        image: score for image, score in pairs if image is not None and score is not None and math.isfinite(score)
-    }
-    return earlier.text("scorer") or "", scores
+    found: dict[str, dict[str, float]] = {}
+    for one in earlier.listed("known") or []:
+        pairs = [(score.text("image"), score.number("score")) for score in one.listed("scores") or []]
+        its = {image: score for image, score in pairs if image and score is not None and math.isfinite(score)}
+        if scorer := one.text("scorer"):
+            found[scorer] = its
+    return earlier.text("scorer") or "", found

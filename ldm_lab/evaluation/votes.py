@@ -1,10 +1,10 @@
 """Votes of a comparison whose columns' names were hidden: files that its page saves, added up."""
 
-import hashlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 from ldm_lab.errors import UserError
@@ -23,7 +23,7 @@ class Tally:
         columns: the models' names.
         wins: how often each of them was chosen.
         ties: how often none was.
-        voters: how many files there are.
+        voters: how many people's votes these are.
     """
 
     comparison: str
@@ -40,7 +40,7 @@ class Tally:
 
     def lines(self) -> list[str]:
         """Return the result as lines of a table."""
-        votes = f"{self.decided + self.ties} votes of {self.voters} {'files' if self.voters != 1 else 'file'}"
+        votes = f"{self.decided + self.ties} votes of {self.voters} {'voters' if self.voters != 1 else 'voter'}"
         lines = [f"{printable(self.title)}: {votes}, {self.ties} of them without a preference"]
         names = list(map(printable, self.columns))
         width = max(map(len, names))
@@ -66,57 +66,137 @@ def interval(wins: int, votes: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+@dataclass(frozen=True)
+class Ballot:
+    """A file of votes.
+
+    Attributes:
+        path: as it was given.
+        comparison: the id of what is voted on.
+        title, columns, rows: of it; how many rows it has.
+        voter: an id that the page has drawn in a browser, one for each comparison.
+        saved: when the file was written.
+        choices: of each row that was voted on, a column's number, or None for no preference.
+    """
+
+    path: str
+    comparison: str
+    title: str
+    columns: Sequence[str]
+    rows: int
+    voter: str
+    saved: datetime
+    choices: Mapping[int, int | None]
+
+
 def add_up(paths: Sequence[str]) -> Tally:
-    """Return what files of votes say together; a file that is given twice counts once, which is said.
+    """Return what files of votes say together: of each voter the newest file counts; what does not count is said.
 
     Raises:
         UserError: a file that is none of votes, or of another comparison than the first.
     """
-    tally: Tally | None = None
-    seen: dict[str, str] = {}
-    for path in paths:
-        content = _read(path)
-        digest = hashlib.sha256(content).hexdigest()
-        if digest in seen:
-            print(f"note: {path}: is the same as {seen[digest]}, and counted once", file=sys.stderr)
-            continue
-        seen[digest] = path
-        votes = Fields(parse_json(content))
-        columns = votes.all_texts("columns")
-        comparison, title = votes.text("comparison"), votes.text("title")
-        if votes.text("format") != FORMAT or not columns or comparison is None or title is None:
-            raise UserError(f"{path}: no file of votes, as a comparison's page saves them")
-        if tally is None:
-            tally = Tally(comparison, title, columns, [0] * len(columns))
-        if (comparison, columns) != (tally.comparison, tally.columns):
-            raise UserError(f"{path}: votes on another comparison ({title!a}) than {paths[0]} ({tally.title!a})")
-        _count(tally, votes, path)
-    if tally is None:
+    ballots = [_parsed(content, path) for path, content in _different(paths)]
+    if not ballots:
         raise UserError("--votes: no file is given")
+    first = ballots[0]
+    for other in ballots[1:]:
+        if (other.comparison, other.columns, other.rows) != (first.comparison, first.columns, first.rows):
+            raise UserError(
+                f"{other.path}: votes on another comparison ({other.title!a}) than {first.path} ({first.title!a})"
+            )
+    tally = Tally(first.comparison, first.title, first.columns, [0] * len(first.columns))
+    for ballot in _newest(ballots):
+        if not ballot.choices:
+            _note(f"{ballot.path}: has no votes, and is not counted")
+            continue
+        tally.voters += 1
+        for choice in ballot.choices.values():
+            if choice is None:
+                tally.ties += 1
+            else:
+                tally.wins[choice] += 1
     return tally
 
 
+def _note(text: str) -> None:
+    print(f"note: {printable(text)}", file=sys.stderr)
+
+
+def _different(paths: Sequence[str]) -> list[tuple[str, bytes]]:
+    """Return (path, content) of the files, each content once."""
+    seen: dict[bytes, str] = {}
+    for path in paths:
+        content = _read(path)
+        if content in seen:
+            _note(f"{path}: is the same as {seen[content]}, and counted once")
+        seen.setdefault(content, path)
+    return [(path, content) for content, path in seen.items()]
+
+
+def _newest(ballots: Sequence[Ballot]) -> list[Ballot]:
+    """Return each voter's newest file, of two of the same time the one that was given last."""
+    by_voter: dict[str, list[Ballot]] = {}
+    for ballot in ballots:
+        by_voter.setdefault(ballot.voter, []).append(ballot)
+    newest = []
+    for its in by_voter.values():
+        *older, last = sorted(its, key=lambda ballot: ballot.saved)
+        if older:
+            names = ", ".join(ballot.path for ballot in older)
+            them = "it" if len(older) == 1 else "them"
+            _note(f"{names}: the voter of {last.path} has saved {them} earlier; not counted")
+        newest.append(last)
+    return newest
+
+
 def _read(path: str) -> bytes:
-    file = Path(path).expanduser()
     try:
-        if file.stat().st_size > LARGEST_FILE:
-            raise UserError(f"{path}: no file of votes: it is larger than {LARGEST_FILE // 2**20} MiB")
-        return file.read_bytes()
+        with Path(path).expanduser().open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file of votes") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder, not a file of votes; {path}/votes-*.json names those in it") from None
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path}: no readable file of votes: {reason}") from None
+    if len(content) > LARGEST_FILE:
+        raise UserError(f"{path}: no file of votes: it is larger than {LARGEST_FILE // 2**20} MiB")
+    return content
 
 
-def _count(tally: Tally, votes: Fields, path: str) -> None:
-    """Add a file's votes, of each row the last one."""
-    choices: dict[int, int | None] = {}
-    for vote in votes.listed("votes") or []:
-        row, choice = vote.count("row"), vote.count("choice")
-        if row is None or (choice is None) == vote.has("choice") or (choice or 0) >= len(tally.columns):
-            raise UserError(f"{path}: a vote that is none: row and choice (or null) are needed, a column's number")
-        choices[row] = choice
-    tally.voters += 1
-    for choice in choices.values():
-        if choice is None:
-            tally.ties += 1
-        else:
-            tally.wins[choice] += 1
+def _parsed(content: bytes, path: str) -> Ballot:
+    """Return a file's votes. Raises UserError where it is none of those that pages save."""
+    votes = Fields(parse_json(content))
+    columns, rows = votes.all_texts("columns"), votes.count("rows")
+    comparison, title, voter = votes.text("comparison"), votes.text("title"), votes.text("voter")
+    if votes.text("format") != FORMAT or not columns or not rows or comparison is None or title is None:
+        raise UserError(f"{path}: no file of votes, as a comparison's page saves them")
+    if twice := [name for name in columns if columns.count(name) > 1]:
+        raise UserError(f"{path}: no file of votes: two columns are called {twice[0]!a}")
+    saved = _time(votes.text("saved"))
+    if not voter or saved is None:
+        raise UserError(f"{path}: no file of votes: voter (an id) and saved (a time with its zone) are needed")
+    if (listed := votes.listed("votes")) is None:
+        raise UserError(f"{path}: no file of votes: it has no list of votes")
+    choices = dict(_vote(vote, rows, len(columns), path) for vote in listed)
+    return Ballot(path, comparison, title, columns, rows, voter, saved, choices)
+
+
+def _time(text: str | None) -> datetime | None:
+    """Return a time that knows its zone; None for anything else."""
+    try:
+        time = datetime.fromisoformat(text or "")
+    except ValueError:
+        return None
+    return None if time.tzinfo is None else time
+
+
+def _vote(vote: Fields, rows: int, columns: int, path: str) -> tuple[int, int | None]:
+    """Return (row, choice) of a vote."""
+    row, choice = vote.count("row"), vote.count("choice")
+    if row is None or (choice is None and not vote.is_null("choice")) or (choice or 0) >= columns:
+        raise UserError(f"{path}: a vote that is none: row and choice (or null) are needed, a column's number")
+    if row >= rows:
+        raise UserError(f"{path}: a vote that is none: row {row} of a comparison whose {rows} rows are counted from 0")
+    return row, choice

@@ -52,6 +52,10 @@ class Fields:
             return None
         return {name: Fields(its) for name, its in value.items()}
 
+    def is_null(self, key: str) -> bool:
+        """Return whether null stands there, not nothing at all."""
+        return key in self._content and self._content[key] is None
+
     def number(self, key: str) -> float | None:
         """Return a number; NaN and infinity, which JSON has not, are written as texts."""
         value = self._content.get(key)

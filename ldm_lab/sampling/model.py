@@ -36,6 +36,7 @@ class Model:
         dtype: of the denoiser's arithmetic (autocast); the samplers' own is float32.
         offload: each part is on the device only while it works.
         conditioner_config: where the conditioner is from; None if that is not known.
+        autoencoder_config: likewise.
         gap: what the denoiser's embeddings are shifted by; None for nothing. The conditioner's own are not: rating
             embeddings, and whatever else is added to a prompt's, live among those.
     """
@@ -53,6 +54,7 @@ class Model:
     dtype: torch.dtype = torch.float32
     offload: bool = False
     conditioner_config: Section | None = None
+    autoencoder_config: Section | None = None
     gap: Gap | None = None
 
     @property

@@ -146,6 +146,15 @@ def test_blind_votes_are_kept_saved_and_added_up(visit, tmp_path):
     assert votes["seed"] == 7 and votes["columns"] == list(LABELS) and votes["votes"][0]["order"] == orders[0]
     tally = add_up([str(tmp_path / "votes.json")])
     assert (tally.wins, tally.ties) == ([1, 4, 0], 1)
+    page.reload()
+    page.locator("#blind").click()
+    page.locator('[data-row="3"] .vote').nth(orders[3].index(2)).click()
+    page.locator("#blind").click()
+    with page.expect_download() as download:
+        page.locator("#save").click()
+    download.value.save_as(tmp_path / "later.json")
+    tally = add_up([str(tmp_path / "later.json"), str(tmp_path / "votes.json")])
+    assert (tally.wins, tally.ties, tally.voters) == ([1, 4, 1], 0, 1)
     page.on("dialog", lambda dialog: dialog.accept())
     page.locator("#clear").click()
     assert "0 of 6" in page.locator("#progress").text_content()

@@ -10,12 +10,19 @@
   const heads = [...grid.querySelectorAll(".head .label")];
   const place = `ldm_lab-votes-${it.id}`;
   let blind = false, current = 0;
-  let state = { seed: it.seed, votes: {} };  // row -> { choice: column or null, order }
+  // The voter stays the same in this browser, so that of several files the newest counts; votes: row -> { choice: column or null, order }
+  let state = { voter: newVoter(), seed: it.seed, votes: {} };
+
+  function newVoter() {
+    return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+  }
 
   function restore() {
     try {
-      const before = JSON.parse(kept.get(place));
-      if (Number.isInteger(before.seed) && typeof before.votes === "object") state = { seed: before.seed, votes: before.votes };
+      const { voter, seed, votes } = JSON.parse(kept.get(place));
+      if (/^[0-9a-f]{32}$/.test(voter)) state.voter = voter;
+      const fits = ([row, vote]) => rows[row] && vote && (vote.choice === null || it.columns[vote.choice] !== undefined);
+      if (Number.isInteger(seed) && Object.entries(votes).every(fits)) state = { ...state, seed, votes };
     } catch { /* nothing is kept, or not by this page */ }
   }
   const keep = () => kept.set(place, JSON.stringify(state));
@@ -125,7 +132,8 @@
     }));
     const now = new Date().toISOString();
     const content = {
-      format: "ldm_lab votes", comparison: it.id, title: it.title, columns: it.columns, seed: state.seed, saved: now, votes,
+      format: "ldm_lab votes", comparison: it.id, title: it.title, columns: it.columns, rows: rows.length,
+      voter: state.voter, saved: now, seed: state.seed, votes,
     };
     download(`votes-${it.id}-${now.replace(/\D/g, "").slice(0, 14)}.json`, JSON.stringify(content, null, 1));
   }
@@ -142,7 +150,7 @@
   document.getElementById("reveal").addEventListener("click", reveal);
   document.getElementById("clear").addEventListener("click", () => {
     if (Object.keys(state.votes).length && !confirm("Clear all votes on this page?")) return;
-    state = { seed: state.seed, votes: {} };
+    state.votes = {};
     keep();
     draw();
   });
@@ -174,5 +182,6 @@
   });
 
   restore();
+  keep();
   draw();
 })();
