@@ -42,7 +42,12 @@ lint: $(READY_DEV)
 types: $(READY_DEV)
 	$(PY) -m mypy
 
+# make setup EXTRAS=app (or several: EXTRAS='app text'): what an extra of pyproject.toml needs, too, as requirements-dev.lock has it
 setup: $(READY)
+ifdef EXTRAS
+	$(UV) $(COMPILE) $(EXTRAS:%=--extra %) --override requirements-override.txt -c requirements-dev.lock -o .venv/extras.txt >/dev/null
+	$(UV) pip install --quiet --compile-bytecode --no-deps --python $(PY) --require-hashes -r .venv/extras.txt
+endif
 
 setup-dev: $(READY_DEV)
 

@@ -29,6 +29,11 @@ def unknown(what: str, given: object, known: Iterable[str], of: str = "") -> str
     return f"no such {what}: {given!r}{of and f' of {of}'}.{hint} Known: {', '.join(known) or 'none'}."
 
 
+def install(extra: str) -> str:
+    """Return how an extra of pyproject.toml is installed: into the environment that `make` sets up, or by pip."""
+    return f"make setup EXTRAS={extra}, or pip install -e '.[{extra}]'"
+
+
 def first_line(error: Exception, limit: int = 200) -> str:
     """Return the first line of a library's exception, at most `limit` characters; its class's name if it says nothing.
 

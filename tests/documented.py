@@ -32,7 +32,7 @@ PARSED = {
 PICTURES = ("YAML + key=value", "a red star on a blue background")
 # Commands of other programs: why they are not run.
 FOREIGN = {
-    r"make [a-z-]+$": "a target of the Makefile, which the test looks up",
+    r"make [a-z-]+( EXTRAS=\w+)?$": "a target of the Makefile, which the test looks up",
     r"source \.venv/bin/activate$": "changes the shell that it is typed into",
     r"pre-commit install$": "of a checkout with a .git that is one's own",
     r"git clone ": "needs a network",

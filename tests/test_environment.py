@@ -78,6 +78,17 @@ def test_this_python_is_an_allowed_one():
     assert int(least) <= sys.version_info.minor < int(most)
 
 
+def test_messages_of_missing_extras_say_what_make_can_do():
+    from ldm_lab.errors import install
+
+    assert install("app") == "make setup EXTRAS=app, or pip install -e '.[app]'"
+    assert re.search(r"^ifdef EXTRAS\n.*\$\(EXTRAS:%=--extra %\)", (ROOT / "Makefile").read_text(), re.M)
+    for path in (ROOT / "ldm_lab").rglob("*.py"):
+        assert "pip install 'ldm_lab[" not in path.read_text(), f"{path}: nothing is published under this name"
+        for extra in re.findall(r"\binstall\(['\"](\w+)['\"]\)", path.read_text()):
+            assert extra in EXTRAS, f"{path}: no extra {extra}"
+
+
 def test_data_files_of_the_package_are_installed():
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["ldm_lab"]
     installed = {path for pattern in patterns for path in (ROOT / "ldm_lab").glob(pattern)}
@@ -100,4 +111,4 @@ def test_the_command_is_installed():
 def test_make_compiles_what_it_installs():
     """Where Python may not write bytecode, as in many containers, every start would compile torch anew: 3 seconds."""
     installs = re.findall(r"^\t\$\(UV\) pip install .*", (ROOT / "Makefile").read_text(), re.M)
-    assert len(installs) == 2 and all("--compile-bytecode" in line for line in installs)
+    assert len(installs) == 3 and all("--compile-bytecode" in line for line in installs)

@@ -157,4 +157,4 @@ def test_without_the_package_one_line_names_the_extra(here, program, monkeypatch
     monkeypatch.setattr(start, "has_tensorboard", lambda: False)
     code, _, err = program("train", "--config", yaml, "logging.tensorboard=true", *words)
     assert code == 2 and "logging.tensorboard: needs tensorboard, which is not installed" in err
-    assert "ldm_lab[tensorboard]" in err and not (here / "runs").exists()
+    assert "make setup EXTRAS=tensorboard, or pip install -e" in err and not (here / "runs").exists()

@@ -16,8 +16,9 @@ from ldm_lab.commands import start
 from ldm_lab.config import load
 from ldm_lab.downloads import Download
 from ldm_lab.errors import UserError
-from ldm_lab.own_images import autoencoder, weights
-from ldm_lab.own_images.choosing import Machine, batch_for, machine_of, max_skipped
+from ldm_lab.estimate import StepCost
+from ldm_lab.own_images import autoencoder, weights, writing
+from ldm_lab.own_images.choosing import Machine, Recipe, Road, batch_for, machine_of, max_skipped
 from ldm_lab.own_images.commented import Setting, laid_over, settings_of, text, without_head
 from ldm_lab.own_images.looking import look
 from ldm_lab.own_images.weights import ReleasedWeights
@@ -367,3 +368,161 @@ def test_images_that_are_measured_on_are_not_trained_on(tmp_path, monkeypatch):
     one = look(fill(tmp_path / "one", 1))
     assert autoencoder.held_out_names(one) == []
     assert len(autoencoder.held_out_names(look(fill(tmp_path / "two", 2)))) == 1
+
+
+# ------------------------------------------------------------------------------------------- other images, odd names
+
+
+OFFLINE = ("--memory", "cpu", "--offline")
+
+
+COST = StepCost(64, 10, 10, 0, 0, 100 * 10**6, 0, 0, 0, 0, 420 * 10**6)  # 5 MB an image
+
+
+@pytest.fixture
+def uncounted(monkeypatch):
+    """Have no step counted, which takes seconds."""
+    monkeypatch.setattr(writing, "counted", lambda body: COST)
+
+
+def trained_for_nothing(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Have the autoencoder's training leave a run's folder, and no more; the configs that were trained."""
+    trained: list[Path] = []
+
+    def train(config: Path) -> int:
+        run = Path("runs") / str(load(config).run)
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.yaml").write_bytes(config.read_bytes())
+        trained.append(config)
+        return 0
+
+    monkeypatch.setattr(autoencoder, "train", train)
+    monkeypatch.setattr(autoencoder, "measured_psnr", lambda weights, facts: (30.0, 1))
+    return trained
+
+
+def test_an_autoencoder_of_other_images_is_not_taken(begin, uncounted, tmp_path, monkeypatch):
+    trained = trained_for_nothing(monkeypatch)
+    for folder in ("one", "two", "below/one"):
+        fill(tmp_path / folder, 5)
+    assert begin("one", *OFFLINE, "--out", "t.yaml")[0] == 0
+    assert begin("one", *OFFLINE, "--out", "t.yaml", "--overwrite")[0] == 0 and len(trained) == 2, "goes on"
+    before = Path("runs/t_autoencoder/images.txt").read_bytes(), Path("t_autoencoder.yaml").read_bytes()
+    for other in ("two", "below/one"):
+        code, _out, err = begin(other, *OFFLINE, "--out", "t.yaml", "--overwrite")
+        assert code == 2 and err.splitlines()[-1].startswith("error: runs/t_autoencoder: trained on other images"), err
+    (tmp_path / "one" / "00001.png").write_bytes(picture(9, side=90))
+    code, _out, err = begin("one", *OFFLINE, "--out", "t.yaml", "--overwrite")
+    assert code == 2 and "--out NAME.yaml takes another name" in err and len(trained) == 2
+    assert before == (Path("runs/t_autoencoder/images.txt").read_bytes(), Path("t_autoencoder.yaml").read_bytes())
+    assert begin("two", *OFFLINE)[0] == 0 and len(trained) == 3
+
+
+def test_an_autoencoder_of_other_shards_is_not_taken(begin, uncounted, tmp_path, monkeypatch):
+    from ldm_lab.data.shapes import write_shards
+
+    trained = trained_for_nothing(monkeypatch)
+    for seed, folder in enumerate(("a", "b")):
+        write_shards(tmp_path / folder, count=4, shards=1, size=80, seed=seed)
+    code, out, _err = begin("a", *OFFLINE, "--out", "t.yaml")
+    assert code == 0 and "images that it was trained on; no others are there" in out
+    assert "kept to measure on" not in Path("t_autoencoder.yaml").read_text()
+    code, _out, err = begin("b", *OFFLINE, "--out", "t.yaml", "--overwrite")
+    assert code == 2 and "trained on other images" in err and len(trained) == 1
+
+
+def test_a_run_and_a_cache_of_others_are_not_taken(begin, uncounted, tmp_path, monkeypatch):
+    from ldm_lab.data.file_facts import LIST, facts_of, write_facts
+
+    fill(tmp_path / "photos", 2)
+    own = tmp_path / "runs" / "photos" / "config.yaml"
+    own.parent.mkdir(parents=True)
+    for other in ("data: {name: folder, path: /data/my_images}", "data: {name: shapes}", "- [", "7"):
+        own.write_text(other)
+        code, _out, err = begin("photos", *OFFLINE, "--write-only")
+        assert code == 2 and "error: runs/photos: is a run on " in err and not Path("photos.yaml").exists(), err
+    own.write_text("data: {name: folder, path: photos}")
+    cache = tmp_path / "data" / "photos_cache"
+    cache.mkdir(parents=True)
+    write_facts(cache, facts_of([("other.png", tmp_path / "photos" / "00000.png")]))
+    assert (cache / LIST).exists()
+    code, _out, err = begin("photos", *OFFLINE, "--write-only")
+    assert code == 2 and "data/photos_cache: this cache was made of other files: 2 new" in err
+    write_facts(cache, facts_of((path.name, path) for path in (tmp_path / "photos").iterdir()))
+    assert begin("photos", *OFFLINE, "--write-only")[0] == 0
+
+
+def test_one_image_is_measured_as_one_that_was_trained_on(begin, uncounted, tmp_path, monkeypatch):
+    trained_for_nothing(monkeypatch)
+    fill(tmp_path / "one", 1)
+    fill(tmp_path / "two", 2)
+    assert "dB PSNR on 1 images that it was trained on; no others are there" in begin("one", *OFFLINE)[1]
+    assert "dB PSNR on 1 images that it was not trained on" in begin("two", *OFFLINE)[1]
+
+
+def test_a_name_that_is_not_utf8_is_one_line(begin, uncounted, tmp_path):
+    folder = fill(tmp_path / os.fsdecode(b"caf\xe9"), 2)
+    code, _out, err = begin(folder, *OFFLINE, "--write-only")
+    assert (
+        code == 2
+        and err.startswith("error: ")
+        and "has a name that is not UTF-8; rename it" in err
+        and err.count("\n") == 1
+    )
+    fine = fill(tmp_path / "photos", 2)
+    (fine / "00000.png").rename(fine / os.fsdecode(b"caf\xe9.png"))
+    code, out, err = begin(fine, *OFFLINE, "--write-only")
+    assert code == 0, err
+    out.encode()
+    assert b"caf\xe9.png" in b"".join(os.fsencode(name) for name in os.listdir(os.fsencode(fine)))
+
+
+@pytest.mark.parametrize("mark", ["\n", "\r", "\x85", "\u2028", "\t", "\x07"], ids=ascii)
+def test_a_line_end_in_a_name_becomes_no_yaml(begin, uncounted, tmp_path, monkeypatch, mark):
+    folder = fill(tmp_path / f"a{mark}run: evil", 2)
+    with monkeypatch.context() as patch:
+        released(patch)
+        code, _out, err = begin(folder, "--memory", "cpu", "--out", "x.yaml")
+    assert code == 0, err
+    config = load("x.yaml")
+    assert (config.run, config["data"]["path"]) == ("x", str(folder))
+    assert yaml.safe_load(f"a: {text(mark)}\nb: 1") == {"a": mark, "b": 1}
+    if mark in "\n\r\t":
+        code, _out, err = begin(folder, *OFFLINE, "--out", "y.yaml")
+        assert code == 2 and "its name has a line end or a tab" in err and not list(tmp_path.glob("y*.yaml"))
+    else:
+        facts = look(folder)
+        written = autoencoder.autoencoder_text(facts, writing.names_of(folder, Path("y.yaml")), 7)
+        assert yaml.safe_load(written)["run"] == "y_autoencoder"
+
+
+def test_no_broken_config_stays(tmp_path):
+    with pytest.raises(UserError):
+        writing.write(tmp_path / "x.yaml", "run: [")
+    with pytest.raises(UserError, match="not UTF-8"):
+        writing.write(tmp_path / "x.yaml", "run: caf\udce9")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_end_of_the_input_is_the_default(begin, uncounted, tmp_path, monkeypatch):
+    def ended(question: str) -> str:
+        raise EOFError
+
+    fill(tmp_path / "photos", 2, captions=True)
+    released(monkeypatch, why_not="no network")
+    monkeypatch.setattr(start, "asks", lambda: True)
+    monkeypatch.setattr(builtins, "input", ended)
+    code, out, err = begin("photos", "--write-only")
+    assert code == 0 and "a small autoencoder of your images" in out, err
+
+
+def test_a_cpu_of_little_memory_gets_smaller_batches_or_is_told(uncounted):
+    recipe = Recipe(Road.SMALL, "quickstart", "data:\n  batch_size: 64\n", 128, 64, 100)
+
+    def fit(memory: int | None) -> writing.Fitted:
+        return writing.fitted(recipe, Machine("this machine's CPU", memory, False))
+
+    assert not fit(None).said and not fit(10**9).said
+    less = fit(600 * 10**6)
+    assert less.said == "batches of 16, 4 for each optimizer step" and "batch_size: 16" in less.recipe.body
+    assert "does not fit the memory that is free now" in fit(300 * 10**6).said

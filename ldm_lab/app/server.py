@@ -15,7 +15,7 @@ from types import FrameType
 
 from ldm_lab.app.limits import MEBI, Limits
 from ldm_lab.app.shelf import Shelf
-from ldm_lab.errors import UserError
+from ldm_lab.errors import UserError, install
 from ldm_lab.sampling.options import ModelOptions
 
 HERE = ("127.0.0.1", "localhost", "::1", "[::1]")
@@ -112,7 +112,7 @@ def gradio():  # type: ignore[no-untyped-def]
     try:
         import gradio
     except ImportError as error:
-        raise UserError(f"the app needs the package {error.name}: pip install 'ldm_lab[app]'") from None
+        raise UserError(f"the app needs the package {error.name}: {install('app')}") from None
     return gradio
 
 

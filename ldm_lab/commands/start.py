@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ldm_lab.own_images.looking import FolderFacts
     from ldm_lab.own_images.weights import ReleasedWeights
 
-ENOUGH = 23.0  # dB, of the small autoencoder on images that it has not seen
+ENOUGH = 23.0  # dB, of the small autoencoder, best on images that it has not seen
 CAPTIONS = ("use", "ignore")
 
 
@@ -43,15 +43,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Look, choose, write, and train the small autoencoder if there has to be one. Returns the exit code."""
+    from ldm_lab.data.samples import as_utf8
+    from ldm_lab.own_images.belonging import check_cache, check_run
     from ldm_lab.own_images.looking import look  # not before: torch takes seconds, and --help needs none
     from ldm_lab.own_images.weights import released_weights
-    from ldm_lab.own_images.writing import config_text, fitted, names_of, refuse_overwriting, summary, write
+    from ldm_lab.own_images.writing import (
+        config_text,
+        fitted,
+        loaded,
+        names_of,
+        refuse_other_encodings,
+        refuse_overwriting,
+        summary,
+        write,
+    )
 
+    refuse_other_encodings(args.folder)
     names = names_of(args.folder, args.out)
     if not args.overwrite:
         refuse_overwriting(names.config)
     facts = look(args.folder)
-    print("\n".join(facts.in_words()))
+    print(as_utf8("\n".join(facts.in_words())))
+    check_run(facts, names)
     machine = machine_for(args.memory)
     print(f"to be trained on: {machine.in_words()}")
     weights = released_weights(args.offline)
@@ -59,17 +72,27 @@ def run(args: argparse.Namespace) -> int:
     fit = fitted(recipe, machine)
     if fit.said:
         print(f"{machine.in_words()}: {fit.said}")
+    check_cache(loaded(recipe.body))
     if recipe.road.has_own_autoencoder and (code := make_autoencoder(facts, names, args)):
         return code
     write(names.config, config_text(fit, facts, names, machine))
     print(f"{names.config}: written, after configs/{recipe.origin}.yaml: {summary(fit.cost, recipe, facts)}")
-    print("\n".join(next_steps(recipe, facts, names, trains_autoencoder=args.write_only)))
+    print(as_utf8("\n".join(next_steps(recipe, facts, names, trains_autoencoder=args.write_only))))
     return 0
 
 
 def asks() -> bool:
     """Return whether somebody is there who can be asked."""
     return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def answer_to(question: str) -> str:
+    """Return what is typed behind a question; "" for the default, also where the input ends (Ctrl-D)."""
+    try:
+        return input(question).strip()
+    except EOFError:
+        print()
+        return ""
 
 
 def machine_for(memory: str | None) -> "Machine":
@@ -81,7 +104,7 @@ def machine_for(memory: str | None) -> "Machine":
     here = machine_at_hand()
     if not asks():
         return here
-    answer = input(f"Train on {here.in_words()}? Enter, or another GPU's memory, such as 12gb: ").strip()
+    answer = answer_to(f"Train on {here.in_words()}? Enter, or another GPU's memory, such as 12gb: ")
     return machine_of(answer) if answer and answer.lower() not in ("y", "yes") else here
 
 
@@ -103,8 +126,8 @@ def recipe_for(
     print(f"no released weights: {weights.why_not}. Left out: {weights.in_words()}")
     if count and captions is None and asks():
         question = "have captions. Train a small GLIDE on them, prompted with text? [y/N] "
-        answer = input(f"{count:,} of {facts.images:,} images {question}")
-        captions = "use" if answer.strip().lower() in ("y", "yes") else "ignore"
+        answer = answer_to(f"{count:,} of {facts.images:,} images {question}")
+        captions = "use" if answer.lower() in ("y", "yes") else "ignore"
     if captions == "use":
         print("captions: a small GLIDE of 32 px, from captions alone; prompts are texts like them")
         return captions_alone(facts, machine, names)
@@ -117,15 +140,25 @@ def recipe_for(
 
 def make_autoencoder(facts: "FolderFacts", names: "Names", args: argparse.Namespace) -> int:
     """Write the small autoencoder's config, train it unless that is for later, measure it. Returns the exit code."""
-    from ldm_lab.own_images.autoencoder import STEPS, autoencoder_text, measured_psnr, train, write_list
+    from ldm_lab.own_images.autoencoder import (
+        STEPS,
+        autoencoder_text,
+        measured_psnr,
+        measures_unseen,
+        train,
+        write_list,
+    )
+    from ldm_lab.own_images.belonging import check_autoencoder_run, write_checksum
     from ldm_lab.own_images.writing import refuse_overwriting, write
 
     path, steps = names.autoencoder_config, args.steps or STEPS
     text = autoencoder_text(facts, names, steps)
     if not args.overwrite and not (path.is_file() and path.read_text(encoding="utf-8") == text):
         refuse_overwriting(path)
+    check_autoencoder_run(facts, names)
     if not facts.shards:
         write_list(facts, names.autoencoder_list)
+    write_checksum(facts, names)
     write(path, text)
     print(f"{path}: written")
     if args.write_only:
@@ -135,7 +168,8 @@ def make_autoencoder(facts: "FolderFacts", names: "Names", args: argparse.Namesp
         return code
     reached, count = measured_psnr(Path(names.autoencoder_file), facts)
     verdict = "" if reached >= ENOUGH else f"; {ENOUGH:g} dB are good, --steps {2 * steps} --overwrite trains longer"
-    print(f"{names.autoencoder_file}: {reached:.1f} dB PSNR on {count:,} images that it was not trained on{verdict}")
+    which = "that it was not trained on" if measures_unseen(facts) else "that it was trained on; no others are there"
+    print(f"{names.autoencoder_file}: {reached:.1f} dB PSNR on {count:,} images {which}{verdict}")
     return 0
 
 

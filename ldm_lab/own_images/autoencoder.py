@@ -15,13 +15,14 @@ from ldm_lab.data.beside import read_regular
 from ldm_lab.data.samples import RawSample
 from ldm_lab.data.shard_urls import expand
 from ldm_lab.data.tar import read_shard
+from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Autoencoder
 from ldm_lab.io.atomic import atomic_write
 from ldm_lab.io.color import BadImage
 from ldm_lab.io.decoding import decode_image
 from ldm_lab.io.images import center_crop_to
 from ldm_lab.own_images.choosing import HELD, SMALL_CHANNELS, SMALL_SIDE, Names, max_skipped, read_recipe, workers
-from ldm_lab.own_images.commented import Setting, laid_over, text, without_head
+from ldm_lab.own_images.commented import Setting, in_comment, laid_over, text, without_head
 from ldm_lab.own_images.looking import FolderFacts
 from ldm_lab.training.autoencoder import psnr
 
@@ -42,18 +43,25 @@ def shards_apart(facts: FolderFacts) -> tuple[list[str], list[str]]:
     return (shards[:-1] or shards), shards[-1:]
 
 
+def measures_unseen(facts: FolderFacts) -> bool:
+    """Return whether some images are kept to measure on; one image alone, or one shard, is trained and measured on."""
+    return len(expand(list(facts.shards))) > 1 if facts.shards else bool(held_out_names(facts))
+
+
 def autoencoder_text(facts: FolderFacts, names: Names, steps: int) -> str:
     """Return the text of the autoencoder's YAML."""
     if facts.shards:
         trained = shards_apart(facts)[0]
+        kept = "the last one is kept to measure on" if measures_unseen(facts) else "the only one"
         data = [
             Setting("data.name", "webdataset", "tar files as img2dataset writes them"),
-            Setting("data.shards", f"[{', '.join(map(text, trained))}]", "the last one is kept to measure on"),
+            Setting("data.shards", f"[{', '.join(map(text, trained))}]", kept),
         ]
     else:
+        kept = "all but some that are kept to measure on" if measures_unseen(facts) else "the only one"
         data = [
             Setting("data.name", "image_list", "a text file with a path a line"),
-            Setting("data.path", text(str(names.autoencoder_list)), "all but some that are kept to measure on"),
+            Setting("data.path", text(str(names.autoencoder_list)), kept),
         ]
     share = max_skipped(facts)
     settings = [
@@ -74,19 +82,24 @@ def autoencoder_text(facts: FolderFacts, names: Names, steps: int) -> str:
         Setting("optim.warmup_steps", str(max(min(50, steps // 10), 1)), "optimizer steps"),
     ]  # fmt: skip
     head = [
-        f"# A small autoencoder of {facts.images:,} images of {facts.path}: 3x{SMALL_SIDE}x{SMALL_SIDE} <-> "
-        f"{SMALL_CHANNELS}x{SMALL_SIDE // 8}x{SMALL_SIDE // 8}; after configs/quickstart_autoencoder.yaml.",
-        f"#   python -m ldm_lab train --config {names.autoencoder_config}",
+        f"# A small autoencoder of {facts.images:,} images of {in_comment(facts.path)}: "
+        f"3x{SMALL_SIDE}x{SMALL_SIDE} <-> {SMALL_CHANNELS}x{SMALL_SIDE // 8}x{SMALL_SIDE // 8};",
+        "# after configs/quickstart_autoencoder.yaml.",
+        f"#   python -m ldm_lab train --config {in_comment(names.autoencoder_config)}",
     ]
     return "\n".join([*head, laid_over(without_head(read_recipe("quickstart_autoencoder")), settings)])
 
 
 def write_list(facts: FolderFacts, listed: Path) -> None:
-    """Write the list of images that the autoencoder is trained on."""
+    """Write the list of images that the autoencoder is trained on. Raises UserError where it can hold none."""
     held = set(held_out_names(facts))
     kept = [str(facts.path / name) for name in facts.names if name not in held]
     # A name that a list cannot hold (with a line end, a tab or a blank at its end in it) is left out of it.
     lines = [os.fsencode(name) for name in kept if not any(mark in name for mark in "\n\r\t") and name == name.strip()]
+    if not lines:
+        raise UserError(f"{facts.path}: its name has a line end or a tab, or the images' have; a list cannot hold them")
+    if left_out := len(kept) - len(lines):
+        print(f"{left_out:,} images have a line end, a tab or a blank at an end in their names: not trained on")
     with atomic_write(listed) as file:
         file.write(b"\n".join(lines) + b"\n")
 
@@ -104,7 +117,7 @@ def measured_psnr(weights: Path, facts: FolderFacts, side: int = SMALL_SIDE) -> 
 
     Args:
         weights: of the autoencoder.
-        facts: of the images, of which those are taken that it is not trained on.
+        facts: of the images, of which those are taken that it is not trained on, if there are any (`measures_unseen`).
         side: of the squares in their middle, pixels.
     """
     section = PartConfig.from_dict("autoencoder", {"name": "kl_f8", "weights": str(weights)})
@@ -123,7 +136,7 @@ def measured_psnr(weights: Path, facts: FolderFacts, side: int = SMALL_SIDE) -> 
 
 
 def _held_out(facts: FolderFacts) -> Iterator[bytes]:
-    """Yield the encoded images that the autoencoder is not trained on."""
+    """Yield the encoded images that the autoencoder is measured on."""
     if facts.shards:
         for address in shards_apart(facts)[1]:
             yield from (item.image for item in read_shard(address) if isinstance(item, RawSample) and item.image)

@@ -135,6 +135,11 @@ class Names:
         return Path("runs") / self.autoencoder_run / "images.txt"
 
     @property
+    def autoencoder_checksum(self) -> Path:
+        """The checksum of the list of images that the run was begun on."""
+        return self.autoencoder_list.with_name("images.blake2b")
+
+    @property
     def autoencoder_file(self) -> str:
         """The weights that it ends with."""
         return f"runs/{self.autoencoder_run}/autoencoder.safetensors"

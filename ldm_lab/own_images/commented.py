@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import yaml
 
@@ -29,7 +30,14 @@ def text(value: str) -> str:
     """Return a text as YAML has it in one line, in quotes where it needs them, and safe from interpolation."""
     plain = yaml.safe_dump(value, width=10**9, allow_unicode=True, default_flow_style=True).strip().removesuffix("...")
     plain = plain.strip()
+    if not value.isprintable():  # a line end, say: in double quotes it is escaped
+        plain = yaml.safe_dump(value, width=10**9, allow_unicode=True, default_style='"').strip()
     return plain.replace("${", "\\\\${" if plain.startswith('"') else "\\${")
+
+
+def in_comment(path: Path) -> str:
+    """Return a path as a comment can hold it: one with a line end or another control character as Python writes it."""
+    return written if (written := str(path)).isprintable() else ascii(written)
 
 
 def laid_over(recipe: str, settings: Iterable[Setting]) -> str:

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from ldm_lab.checkpoints.lora import BaseModel
 from ldm_lab.config import PositiveFloat, ShareBelowOne, register
-from ldm_lab.errors import UserError, unknown
+from ldm_lab.errors import UserError, install, unknown
 from ldm_lab.interfaces import Denoiser
 
 ADAPTER = "default"  # peft's name of the one set of additions
@@ -23,7 +23,7 @@ INNER = re.compile(rf"\.lora_[AB]\.{ADAPTER}\.")  # in the names of their weight
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 SHOWN = 3  # names in a line
-WITHOUT_PEFT = "lora: needs peft, which is not installed: pip install 'ldm_lab[lora]'"
+WITHOUT_PEFT = f"lora: needs peft, which is not installed: {install('lora')}"
 
 
 @register("lora")

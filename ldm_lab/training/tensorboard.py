@@ -10,12 +10,11 @@ from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+from ldm_lab.errors import install
 from ldm_lab.progress import print_line
 
 FOLDER = "tensorboard"  # below the run's
-WITHOUT_TENSORBOARD = (
-    "logging.tensorboard: needs tensorboard, which is not installed: pip install 'ldm_lab[tensorboard]'"
-)
+WITHOUT_TENSORBOARD = f"logging.tensorboard: needs tensorboard, which is not installed: {install('tensorboard')}"
 QUEUE = 1000  # events that may wait for the thread that writes them
 
 
