@@ -361,7 +361,7 @@ def test_the_server_fetches_no_address(address, monkeypatch):
         assert requests.get(f"{address}/gradio_api/{path}", timeout=60).status_code == 403
     for path in ("http://example.com/a.png", "//example.com/a.png", "FILE:///etc/passwd"):
         file = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        with pytest.raises(Refused, match="400: addresses are not fetched here; upload the file"):
+        with pytest.raises(Refused, match="400: init_image: addresses are not fetched here; upload the file"):
             ask(address, prompts=["a"], init_image=file, **FAST)
     ask(address, prompts=["a"], **FAST)
     page = requests.get(address, timeout=60)

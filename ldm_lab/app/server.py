@@ -162,7 +162,7 @@ def _door(password: str | None) -> Callable[[str, str], Awaitable[bool]] | None:
     """
     if password is None:
         return None
-    from fastapi import HTTPException
+    from starlette.exceptions import HTTPException
 
     wanted, turn = password.encode(), asyncio.Lock()
     wrong = waiting = 0
