@@ -66,6 +66,7 @@ def test_what_is_said_of_files(folder, program):
             "kind": "part",
             "parameters": autoencoder,
             "step": "12",
+            "latent_std": "1",
             "config": {"autoencoder": KL_F8},
         },
         "cloob.safetensors": {"kind": "part", "parameters": size(build("conditioner", CLOOB))},

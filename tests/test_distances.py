@@ -1,11 +1,13 @@
 """Distances between sets of features, against other programs' ways of computing them and on recorded sets."""
 
 import json
+import statistics
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file
@@ -17,7 +19,7 @@ from ldm_lab.evaluation import distances
 from ldm_lab.evaluation.distances import Moments, cmmd, frechet, kid, polynomial_mmd, precision, recall
 from ldm_lab.evaluation.feature_files import FEATURES, PictureRows
 from ldm_lab.evaluation.features import EmbeddingFeatures, rows_of
-from ldm_lab.evaluation.metrics import RealSet, by_bootstrap, distance, few_images, over_seeds
+from ldm_lab.evaluation.metrics import RealSet, by_bootstrap, distance, few_images, over_seeds, student_quantile
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = ROOT / "tests" / "data" / "evaluation"
@@ -142,9 +144,16 @@ def test_what_cannot_be_compared_is_said(rows, message):
         frechet(Moments.of(torch.zeros(1, 4)), Moments.of(torch.zeros(5, 4)))
 
 
+def test_the_quantile_of_student_is_that_of_scipy():
+    for degrees in (*range(1, 41), 1000):
+        assert student_quantile(degrees) == pytest.approx(scipy.stats.t.ppf(0.975, degrees), rel=1e-9)
+    margin = over_seeds([float(n) for n in range(11)]).margin  # 10 degrees of freedom
+    assert margin == pytest.approx(2.228139 * statistics.stdev(range(11)) / 11**0.5, rel=1e-6)
+
+
 def test_margins_say_what_they_are_of():
     seeds = over_seeds([1.0, 2.0, 3.0])
-    assert (seeds.value, seeds.margin_of) == (2.0, "seeds") and seeds.margin == pytest.approx(4.303 / 3**0.5)
+    assert (seeds.value, seeds.margin_of) == (2.0, "seeds") and seeds.margin == pytest.approx(4.302653 / 3**0.5)
     assert over_seeds([1.5]).margin is None
     values = torch.randn(400, generator=torch.Generator().manual_seed(1)).double()
     drawn = by_bootstrap(float(values.mean()), lambda rows: float(values[rows].mean()), 400, 200)

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from ldm_lab.__main__ import main
 from ldm_lab.data.shapes import write_shards
 from ldm_lab.errors import NotFiniteError, UserError
 from ldm_lab.sampling import Pipeline
+from ldm_lab.training.best import Best, BestState
+from ldm_lab.training.evaluate import Evaluate
 
 SAMPLING = {"sampler": {"name": "ddim", "steps": 2}, "batch_size": 2}
 
@@ -51,12 +54,14 @@ def test_metrics_are_logged_and_the_best_weights_by_one_kept(tmp_path, capsys):
     assert [*found] == [1, 3, 5]  # after 2, 4 and 6 steps
     names = ["evaluate/fd", "evaluate/cmmd", "evaluate/precision", "evaluate/recall", "evaluate/clip_score"]
     assert all([*values] == names for values in found.values())
-    assert logged(tmp_path / "runs/halves/metrics.csv") == found
+    halves = logged(tmp_path / "runs/halves/metrics.csv")
+    assert [*halves] == [1, 2, 3, 5]  # the last step of its first half, too
+    assert {step: halves[step] for step in found} == found
     assert "evaluate: fd " in said and "covariances are singular" in said
-    lowest = min(found, key=lambda step: found[step]["evaluate/cmmd"])
-    for run in ("tiny", "halves"):
+    for run, own in (("tiny", found), ("halves", halves)):
+        lowest = min(own, key=lambda step: own[step]["evaluate/cmmd"])
         kept = best(tmp_path / "runs" / run)
-        assert float(kept["evaluate/cmmd"]) == found[lowest]["evaluate/cmmd"] and int(kept["step"]) == lowest + 1
+        assert float(kept["evaluate/cmmd"]) == own[lowest]["evaluate/cmmd"] and int(kept["step"]) == lowest + 1
 
 
 def test_the_first_metric_of_a_run_is_the_default_and_none_keeps_none(tmp_path):
@@ -88,6 +93,56 @@ def test_prompts_of_a_file_another_judge_and_pictures_that_are_not_finite(tmp_pa
     assert not (tmp_path / "runs/broken/best.safetensors").exists()
 
 
+def test_the_last_step_is_measured_and_metrics_without_finite_features_are_left_out(tmp_path, capsys, monkeypatch):
+    section = evaluate(tmp_path, every=100, metrics=["cmmd", "clip_score"], pictures=2)
+    config = make_run(tmp_path, images=16, evaluate=section, trainer={"max_steps": 2})
+    seen = Evaluate.seen
+
+    def broken(self, task, pictures, texts, with_texts):
+        rows = seen(self, task, pictures, texts, with_texts)
+        if with_texts:
+            rows.features("embedding")[0] = torch.nan
+        return rows
+
+    with contextlib.chdir(tmp_path), monkeypatch.context() as patch:
+        patch.setattr(Evaluate, "seen", broken)
+        assert not main(["train", "--config", str(config)])
+    assert "features of 1 of 2 images are not finite at step 2; cmmd is left out" in capsys.readouterr().out
+    with open(tmp_path / "runs/tiny/metrics.csv", newline="") as file:
+        (last,) = [row for row in csv.DictReader(file) if row.get("evaluate/clip_score")]
+    assert last["step"] == "1" and not last.get("evaluate/cmmd")
+
+
+def test_what_the_best_so_far_depends_on(tmp_path):
+    own, prompts = evaluate(tmp_path), tmp_path / "some.txt"
+    prompts.write_text("a red circle\n")
+
+    def described(**options) -> str:
+        return Evaluate(tmp_path, **{**own, "prompts": str(prompts), **options}).described
+
+    first = described()
+    for key, value in {"workers": 1, "batch_size": 3, "shards": str(tmp_path / "./real/*.tar")}.items():
+        assert described(data={**own["data"], key: value}) == first
+    assert described(sampling={**SAMPLING, "batch_size": 1}) == first
+    assert described(sampling={**SAMPLING, "seed": 1}) != first and described(pictures=6) != first
+    prompts.write_text("a blue square\n")
+    assert described() != first
+
+
+def test_the_best_so_far_counts_where_its_weights_are(tmp_path, capsys):
+    kept, trainer = Best(tmp_path, None), SimpleNamespace(strategy=SimpleNamespace(broadcast=lambda value: value))
+    kept.metric = "evaluate/cmmd"
+    state = BestState(metric="evaluate/cmmd", value=1.5, step=4, measured_on="x")
+    kept.state = state
+    kept.begin(trainer)
+    assert kept.state is None
+    assert "evaluate/cmmd 1.5 at step 4 does not count any more: its weights, " in capsys.readouterr().out
+    (tmp_path / "best.safetensors").write_bytes(b"")
+    kept.state = state
+    kept.begin(trainer)
+    assert kept.state == state and not capsys.readouterr().out
+
+
 def test_a_check_evaluates_once(tmp_path, capsys):
     config = make_run(tmp_path, images=16, evaluate=evaluate(tmp_path, every=1000, images=1000, pictures=500))
     with contextlib.chdir(tmp_path):
@@ -103,6 +158,8 @@ def test_a_check_evaluates_once(tmp_path, capsys):
         ({"checkpoint": {"best": "loss"}}, "checkpoint.best: no such metric of this run: 'loss'"),
         ({"evaluate": {"metrics": ["fidd"]}}, "evaluate.metrics: no such metric: 'fidd'"),
         ({"evaluate": {"metrics": ["psnr"]}}, "evaluate.metrics: psnr: looks at no picture"),
+        ({"evaluate": {"pictures": 3}}, "evaluate.pictures: 3; precision needs at least 4"),
+        ({"evaluate": {"metrics": ["fd"], "images": 1}}, "evaluate.images: 1; fd needs at least 2"),
         ({"evaluate": {"metrics": ["fid"], "inception": "none.pth"}}, "none.pth: no such file"),
         ({"evaluate": {"prompts": "none.txt"}}, "none.txt: no such prompts file"),
         (
@@ -111,7 +168,7 @@ def test_a_check_evaluates_once(tmp_path, capsys):
         ),
         ({"evaluate": {"sampling": {"seed": -1}}}, "evaluate.sampling.seed"),
     ],
-    ids=["best", "unmeasured", "metric", "data-metric", "inception", "prompts", "data", "seed"],
+    ids=["best", "unmeasured", "metric", "data-metric", "pictures", "images", "inception", "prompts", "data", "seed"],
 )
 def test_what_cannot_be_measured_is_told_before_the_run(tmp_path, sections, message):
     own = evaluate(tmp_path)

@@ -232,22 +232,31 @@ def test_memory_in_words():
     assert [batch_for(count) for count in (1, 5, 63, 64, 20_000)] == [1, 4, 32, 64, 64]
 
 
-def test_a_gpu_gets_its_recipe_and_a_small_one_smaller_batches(begin, tmp_path, monkeypatch):
+def test_a_gpu_gets_its_recipe(begin, tmp_path, monkeypatch):
+    """The 8 GB recipe, on a card with somewhat less and without bf16."""
     fill(tmp_path / "photos", 70, captions=True, side=260)
     released(monkeypatch, Download("a", "vae", tmp_path, 335_000_000))
-    code, out, err = begin("photos", "--memory", "8gb", "--captions", "ignore")
+    card = Machine("Tesla P4", int(7.6 * 2**30), True, has_bf16=False)
+    monkeypatch.setattr("ldm_lab.own_images.choosing.machine_at_hand", lambda: card)
+    code, out, err = begin("photos", "--captions", "ignore")
     assert code == 0, err
-    config = load("photos.yaml")
-    assert "vae (about 335 MB)" in out and "python -m ldm_lab train --config photos.yaml" in out
+    config, written = load("photos.yaml"), Path("photos.yaml").read_text()
+    assert "vae (about 335 MB)" in out and "python -m ldm_lab train --config photos.yaml" in out and "Tesla P4" in out
     assert (config["data"]["image_size"], config["data"]["batch_size"], config.run) == (256, 64, "photos")
-    assert config["conditioner"].get("train_on") is None and config_cost(config).peak + 1e9 < 8 * 2**30
-    assert "65,126,092 parameters" in Path("photos.yaml").read_text()
-    code, out, err = begin("photos", "--memory", "4gb", "--out", "less.yaml")
-    config = load("less.yaml")
+    assert config["conditioner"].get("train_on") is None and config["trainer"]["precision"] == "16-mixed"
+    assert "65,126,092 parameters" in written and "Memory: 5.98 GB counted" in written
+
+
+@pytest.mark.slow
+def test_a_small_gpu_gets_smaller_batches(begin, tmp_path, monkeypatch):
+    fill(tmp_path / "photos", 70, captions=True, side=260)
+    released(monkeypatch)
+    code, _, err = begin("photos", "--memory", "4gb")
+    config = load("photos.yaml")
     together = config["trainer"]["accumulate_grad_batches"]
-    assert code == 0 and together > 1 and together * config["data"]["batch_size"] == 64
+    assert code == 0 and together > 1 and together * config["data"]["batch_size"] == 64, err
     assert config_cost(config).peak + 1e9 < 4 * 2**30 and config["conditioner"]["train_on"] == "text"
-    code, out, err = begin("photos", "--memory", "1gb", "--out", "least.yaml")
+    code, _, err = begin("photos", "--memory", "1gb", "--out", "least.yaml")
     assert code == 2 and "--memory cpu writes a recipe of the quickstart's size" in err
 
 
@@ -262,16 +271,6 @@ def test_larger_memory_gets_larger_recipes(begin, tmp_path, monkeypatch, memory)
         memory, cost.parameters
     )
     assert memory != "cpu" or (cost.parameters < 5e6 and load("photos.yaml")["conditioner"].name == "clip")
-
-
-def test_a_card_without_bf16_gets_fp16(begin, tmp_path, monkeypatch):
-    fill(tmp_path / "photos", 4)
-    released(monkeypatch)
-    card = Machine("Tesla T4", 15 * 2**30, True, has_bf16=False)
-    monkeypatch.setattr("ldm_lab.own_images.choosing.machine_at_hand", lambda: card)
-    monkeypatch.setattr("ldm_lab.own_images.choosing.BY_MEMORY", (8,))
-    code, out, _err = begin("photos")
-    assert code == 0 and "Tesla T4, 16.1 GB" in out and load("photos.yaml")["trainer"]["precision"] == "16-mixed"
 
 
 def test_nothing_is_overwritten_unasked(begin, tmp_path):
@@ -331,7 +330,8 @@ def train(tmp_path: Path, *words: str) -> str:
 def test_a_written_config_trains(begin, tmp_path, count, captions):
     fill(tmp_path / "photos", count, captions, side=80 if count < 1000 else 20)
     spoil(tmp_path / "photos") if count < 1000 else (tmp_path / "photos" / "empty.png").write_bytes(b"")
-    road = ["--captions", "use"] if captions else ["--steps", "20"]
+    steps = "20" if count > 5 else "3"
+    road = ["--captions", "use"] if captions else ["--steps", steps]
     code, out, err = begin("photos", "--memory", "cpu", "--offline", *road)
     assert code == 0, err
     if captions:
@@ -341,8 +341,9 @@ def test_a_written_config_trains(begin, tmp_path, count, captions):
     assert "knows drawn shapes and" in out and "--images" in out and "dB PSNR on" in out and "latent std" in out
     train(tmp_path, "--config", "photos.yaml")
     assert (tmp_path / "runs" / "photos" / "ema.safetensors").exists()
-    code, out, err = begin("photos", "--memory", "cpu", "--offline", "--steps", "20", "--overwrite")
-    assert code == 0 and "nothing was left to do" in out, "the autoencoder is there"
+    if count > 5:
+        code, out, err = begin("photos", "--memory", "cpu", "--offline", "--steps", steps, "--overwrite")
+        assert code == 0 and "nothing was left to do" in out, "the autoencoder is there"
 
 
 @pytest.mark.slow

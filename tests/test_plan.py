@@ -195,15 +195,21 @@ def test_the_table_by_the_size_of_the_gpu_is_written_into_a_file(tmp_path, capsy
     [
         ("nothing", "has no <!-- plan table"),
         ("<!-- plan table\n8 GB, x\n-->\n<!-- end of plan table -->", "a line such as '8 GB"),
+        (
+            "<!-- plan table\n1 GB | T4 | a.yaml data.path='x\n-->\n<!-- end of plan table -->",
+            "no closing quotation in the",
+        ),
+        (b"gr\xff\xfe", "is no UTF-8 text"),
         ("<!-- plan table\n1 GB | T4 | gone.yaml\n-->\n<!-- end of plan table -->", "gone.yaml"),
     ],
-    ids=["no table", "no row", "no config"],
+    ids=["no table", "no row", "quote", "bytes", "no config"],
 )
 def test_a_file_whose_table_cannot_be_counted_stays_as_it_is(tmp_path, text, message):
-    (tmp_path / "page.md").write_text(text)
+    content = text if isinstance(text, bytes) else text.encode()
+    (tmp_path / "page.md").write_bytes(content)
     with pytest.raises(UserError, match=message):
         main(["plan", "--table", str(tmp_path / "page.md")])
-    assert (tmp_path / "page.md").read_text() == text
+    assert (tmp_path / "page.md").read_bytes() == content
 
 
 def test_a_recipe_that_does_not_fit_its_card_is_refused(tmp_path):

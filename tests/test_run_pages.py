@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import time
@@ -394,6 +395,45 @@ def test_a_run_in_a_folder_that_cannot_be_written_is_still_shown(here, capsys, m
     main(["runs"])
     said = capsys.readouterr().out
     assert said.count("its own page is not renewed") == 2 and (here / "runs" / "index.html").exists()
+
+
+def test_names_that_are_no_text_have_addresses(here):
+    run = here / "runs" / os.fsdecode(b"n\xff")
+    write_run(run, rows=3, pictures=0)
+    grids = run / os.fsdecode(b"gr\xff")
+    grids.mkdir()
+    (grids / "step=00000001.png").write_bytes(b"")
+    main(["runs"])
+    assert "n%FF/index.html" in (here / "runs" / "index.html").read_text()
+    assert "gr%FF/step%3D00000001.png" in (run / "index.html").read_text()
+
+
+def test_files_that_cannot_be_read_are_noted_and_the_other_runs_shown(here, capsys, monkeypatch):
+    for name in ("a", "b", "c"):
+        write_run(here / "runs" / name, rows=3, pictures=0)
+    for name, file in (("a", "events.jsonl"), ("b", "config.yaml")):
+        (here / "runs" / name / file).unlink(missing_ok=True)
+        (here / "runs" / name / file).mkdir()
+    (here / "runs" / "a" / "guard.jsonl").unlink(missing_ok=True)
+    os.mkfifo(here / "runs" / "a" / "guard.jsonl")  # nobody writes to it
+    read = RunLog.read
+
+    def locked(self, most=None):
+        if self.path.parent.name == "c":
+            raise PermissionError(13, "Permission denied", str(self.path))
+        return read(self, most)
+
+    monkeypatch.setattr(RunLog, "read", locked)
+    main(["runs"])
+    said = capsys.readouterr().out
+    for line in (
+        "note: a: events.jsonl cannot be read: it is not a file\n",
+        "note: a: guard.jsonl cannot be read: it is not a file\n",
+        "note: b: config.yaml cannot be read: it is not a file\n",
+        "note: c: cannot be read and is left out: Permission denied",
+        "pages of 2 runs",
+    ):
+        assert line in said
 
 
 def test_runs_of_one_name_are_told_apart(here):

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from tiny import CLOOB, DENOISER, ROOT, make_parts, make_run, run_fresh, run_program
 
 from ldm_lab.__main__ import main
+from ldm_lab.checkpoints.named import check_named
 from ldm_lab.checkpoints.native import save_model, save_part
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
@@ -26,6 +27,8 @@ from ldm_lab.io.atomic import sha256
 from ldm_lab.pretrained.hub_folder import LARGEST, HubFolder
 from ldm_lab.sampling import Pipeline, SamplingOptions
 from ldm_lab.sampling.beside import beside
+from ldm_lab.sampling.loading import load_model
+from ldm_lab.sampling.options import ModelOptions
 
 OPTIONS = SamplingOptions(sampler={"name": "unipc", "steps": 3}, size=16)
 
@@ -234,6 +237,13 @@ def rewrite(folder: Path, change) -> None:
     config = json.loads(told.pop("config"))
     change(config)
     save_model(path, state, config, {key: its for key, its in told.items() if key not in ("format", "role")})
+    write_checksums(folder)
+
+
+def write_checksums(folder: Path) -> None:
+    """Have config.json say what is there."""
+    if (folder / "config.json").is_file():
+        edit(folder, files={name: sha256(folder / name) for name in HubFolder.read(folder).files})
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "autoencoder.safetensors"])
@@ -243,6 +253,82 @@ def test_links_do_not_lead_out(shared, tmp_path, name):
     (folder / name).symlink_to(tmp_path / name)
     with pytest.raises(UserError, match="refused: a link to"):
         Pipeline.from_checkpoint(folder)
+
+
+@pytest.mark.parametrize("section", [
+    {"name": "t5", "model": "evil-owner/evil"}, {"name": "clip", "model": "hf-hub:evil-owner/evil"},
+], ids=["t5", "clip"])  # fmt: skip
+@pytest.mark.parametrize("moved", [None, "conditioner.safetensors"], ids=["", "moved"])
+def test_no_repository_of_a_stranger_is_downloaded(shared, tmp_path, monkeypatch, section, moved):
+    """Whether the model's file names it, in a folder that is shared or not, or a part's own file."""
+
+    def refuse(*_, **__):
+        raise AssertionError("asked the Hub")
+
+    monkeypatch.setattr("ldm_lab.conditioners.t5_models.fetched", refuse)
+    monkeypatch.setattr("ldm_lab.conditioners.t5.fetched", refuse)
+    monkeypatch.setattr("ldm_lab.conditioners.open_clip_config.download_from_hub", refuse)
+    folder = copy(shared[1], tmp_path / "theirs")
+    rewrite(folder, lambda config: config.update(conditioner=section))
+    given = ModelOptions(conditioner=None if moved is None else folder / moved)
+    for place in (folder, folder / "model.safetensors"):
+        with pytest.raises(UserError, match=r"conditioner\.model: refused.* downloaded; `hf download evil-owner/evil`"):
+            load_model(place, given)
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"conditioner\.model: refused"):
+        load_model(folder / "model.safetensors", given)
+
+
+def test_known_and_cached_language_models_are_let_in(tmp_path, monkeypatch):
+    for known in ({"name": "t5", "model": "google/t5-v1_1-xl"}, {"name": "t5"}, {"name": "t5", "model": "minilm"},
+                  {"name": "clip", "model": "ViT-B-16", "pretrained": "openai"}):  # fmt: skip
+        check_named("conditioner", known, "conditioner")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda _, name: str(tmp_path / name))
+    check_named("conditioner", {"name": "t5", "model": "mine/own"}, "conditioner")
+    check_named("conditioner", {"name": "clip", "model": "hf-hub:mine/own"}, "conditioner")
+    for wrong in ("//host/share/a", r"\\host\share"):
+        with pytest.raises(UserError, match="refused"):
+            check_named("autoencoder", {"name": "kl_f8", "weights": wrong}, "autoencoder")
+
+
+def test_a_part_s_own_file_has_nothing_downloaded(tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    from ldm_lab.checkpoints.parts import load_part
+
+    told = {"format": "ldm_lab", "role": "conditioner"}
+    config = json.dumps({"name": "clip", "model": "hf-hub:evil-owner/evil"})
+    save_file({"x": torch.zeros(1)}, tmp_path / "part.safetensors", {**told, "config": config})
+    with pytest.raises(UserError, match=r"conditioner\.model: refused"):
+        load_part("conditioner", {"name": "clip", "weights": str(tmp_path / "part.safetensors")})
+
+
+def test_what_was_fetched_reads_no_file_of_this_machine(shared, tmp_path):
+    """Also where the stranger left config.json out; what lies beside the model takes the place."""
+    folder = copy(shared[1], tmp_path / "models--a--b" / "snapshots" / "1")
+    (folder / "config.json").unlink()
+    own = shared[0].parents[1] / "elsewhere" / "autoencoder.safetensors"
+    rewrite(folder, lambda config: config["autoencoder"].update(weights=str(own)))
+    assert pixels(folder / "model.safetensors").shape == (16, 16, 3)
+    (folder / "autoencoder.safetensors").unlink()
+    with pytest.raises(UserError, match=r"autoencoder\.weights: .* leads out of the folder, which was fetched"):
+        load_model(folder / "model.safetensors", ModelOptions())
+    (folder / "autoencoder.safetensors").symlink_to(own)
+    with pytest.raises(UserError, match="refused: a link to"):
+        load_model(folder / "model.safetensors", ModelOptions())
+    mine = copy(folder, tmp_path / "mine")
+    load_model(mine / "model.safetensors", ModelOptions())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "autoencoder.safetensors"])
+def test_files_are_those_of_the_checksums(shared, tmp_path, name):
+    folder = copy(shared[1], tmp_path / "theirs")
+    data = bytearray((folder / name).read_bytes())
+    data[-1] ^= 1
+    (folder / name).write_bytes(data)
+    for place in (folder, folder / "model.safetensors"):
+        with pytest.raises(UserError, match=rf"{name}: damaged or replaced: its sha256 is"):
+            load_model(place, ModelOptions())
 
 
 def test_a_config_names_registered_parts_alone(shared, tmp_path):
@@ -535,6 +621,7 @@ def test_gpt2_s_merges_travel_along(tmp_path, monkeypatch):
         glide_text.gpt2_encoding(259)
     Pipeline.from_checkpoint(tmp_path / "out")(["the"], OPTIONS)
     (tmp_path / "out" / "vocab.bpe").write_text("t h")
+    write_checksums(tmp_path / "out")
     glide_text.gpt2_encoding.cache_clear()
     with pytest.raises(UserError, match="not in the cache"):
         Pipeline.from_checkpoint(tmp_path / "out")(["the"], OPTIONS)

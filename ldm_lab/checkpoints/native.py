@@ -27,7 +27,8 @@ RUN_SECTIONS = (
     *("demo", "enlargements", "inpaintings", "ema_snapshots", "held_out", "evaluate"),
 )
 AVERAGED, RAW = "model_ema.", "model."  # prefixes of the trained network's tensors in a run's checkpoint
-LATENT_STATISTICS = ("latent_mean", "latent_std")  # an autoencoder's buffers, [] or [C]
+LATENT_STD = "latent_std"
+LATENT_STATISTICS = ("latent_mean", LATENT_STD)  # an autoencoder's buffers, [] or [C]
 NOT_FACTS = ("format", "role", "config")
 
 
@@ -103,9 +104,12 @@ class _Native(Importer):
     precedence = 2
 
     def facts(self, file: OpenedFile) -> Section:
-        """Return the step and the checksums of the frozen parts."""
+        """Return the step, the checksums of the frozen parts, what an autoencoder's latents are divided by."""
         frozen = {role: file.metadata[role] for role in ("autoencoder", "conditioner") if role in file.metadata}
-        return Section(step=file.metadata.get("step"), frozen=frozen if self.holds_model else {})
+        facts = Section(step=file.metadata.get("step"), frozen=frozen if self.holds_model else {})
+        if LATENT_STD in file.tensors:
+            facts[LATENT_STD] = ", ".join(f"{value:.5g}" for value in file.read()[LATENT_STD].flatten().tolist())
+        return facts
 
 
 @register_importer

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ldm_lab.checkpoints.importer import DetectedFile, LoadedPart, Section, detect_format, find_weights, importers_of
 from ldm_lab.checkpoints.initialization import no_initial_weights
+from ldm_lab.checkpoints.named import check_named
 from ldm_lab.checkpoints.sharded import weights_checksum
 from ldm_lab.checkpoints.stored_texts import encodes_missing, identity_in_store, store_folder
 from ldm_lab.conditions import ConditionSpec
@@ -77,6 +78,8 @@ def load_module(role: str, overrides: Section, found: DetectedFile, draws: bool 
         if key in config and config[key] != value:
             raise UserError(f"{role}.{key}: {value!r} is asked for, but {found.path} holds {config[key]!r}")
     section = Section({**config, **overrides})
+    if chosen := {key: config[key] for key in ("model", "pretrained") if key in config and key not in overrides}:
+        check_named(role, Section({"name": overrides["name"], **chosen}), f"{found.path}: {role}")
     with no_initial_weights(follow=not draws):
         module = build_for(state, found.path, role, section)
     state = module.convert_state_dict(state)

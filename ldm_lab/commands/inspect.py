@@ -114,7 +114,7 @@ def as_text(name: str | Path, report: Section) -> str:
         f"  sha256      {report['sha256']}",
         f"  parameters  {report['parameters']:,}; the file has {report['tensors']} tensors ({dtypes})",
     ]
-    lines += [f"  {key:<11} {_quoted(report[key])}" for key in ("step", "epoch") if key in report]
+    lines += [f"  {key:<11} {_quoted(report[key])}" for key in ("step", "epoch", "latent_std") if key in report]
     for title in ("holds", "frozen", "metadata"):
         entries = report.get(title, {}).items()
         lines += [f"  {title}"] * bool(entries)

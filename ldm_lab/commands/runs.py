@@ -48,8 +48,10 @@ def run(args: argparse.Namespace) -> None:
         own = one.reader.folder / PAGE
         if not alone and out.resolve() == own.resolve():
             raise UserError(f"--out: {out} is the page of the run {one.name} itself; another file is needed")
+    found = [one for one in found if is_read(one)]
+    if not found:
+        raise UserError("no run could be read")
     for one in found:
-        one.reader.read()
         written = write_own(one)
         for note in one.reader.notes():
             print(f"note: {one.name}: {note}")
@@ -61,11 +63,20 @@ def run(args: argparse.Namespace) -> None:
         print(f"written: {out}, with links to the pages of {len(found)} runs, which are renewed")
 
 
+def is_read(one: "NamedRun") -> bool:
+    """Read a run; say where it cannot be read, and is left out."""
+    try:
+        return one.reader.read()
+    except OSError as error:
+        print(f"note: {one.name}: cannot be read and is left out: {error.strerror}: {error.filename}")
+        return False
+
+
 def write_own(one: "NamedRun") -> Path | None:
     """Write a run's own page; say where it cannot be written, as it may be somebody else's."""
     try:
         return one.reader.write_page()
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"note: {one.name}: its own page is not renewed: {error}")
         return None
 
@@ -80,12 +91,21 @@ def find_runs(folder: Path) -> list[Path]:
         return [folder]
     found, level = list[Path](), [folder]
     for _ in range(DEEPEST):
-        below = [path for one in level for path in sorted(one.iterdir()) if path.is_dir() and not path.is_symlink()]
+        below = [path for one in level for path in folders_in(one)]
         found += [path for path in below if is_run(path)]
         level = [path for path in below if not is_run(path) and not path.name.startswith(".")]
     if not found:
         raise UserError(f"{folder}: holds no run: a run's folder has a {METRICS}")
     return found
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """Return the folders in a folder, no links; say where it cannot be read."""
+    try:
+        return [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.is_symlink()]
+    except OSError as error:
+        print(f"note: {folder}: cannot be read: {error.strerror}; no run is looked for there")
+        return []
 
 
 def named(paths: Sequence[Path]) -> "list[NamedRun]":

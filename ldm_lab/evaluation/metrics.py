@@ -28,8 +28,7 @@ from ldm_lab.evaluation.features import Space
 Kind = Literal["pictures", "captions", "data"]
 MarginOf = Literal["seeds", "bootstrap", ""]
 CLIP_SCORE = VALUES + "clip_score"
-QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # of Student's t, 97.5 %, 1 to 9 degrees
-NORMAL = 1.96  # that of the normal distribution
+NORMAL = 1.96  # the 97.5 % quantile of the normal distribution
 
 
 @dataclass(frozen=True)
@@ -108,13 +107,32 @@ class Value:
         return f"{self.value:.4g}" + ("" if self.margin is None else f" ± {self.margin:.2g}")
 
 
+def student_quantile(degrees: int) -> float:
+    """Return the 97.5 % quantile of Student's t with so many degrees of freedom, one or more.
+
+    The share between -t and t is a finite sum in the angle atan(t / sqrt(degrees)) (Abramowitz & Stegun 1964, 26.7.3
+    and 26.7.4), which is halved until it lies at 95 %.
+    """
+    low, high = 0.0, math.pi / 2
+    while low < (angle := (low + high) / 2) < high:
+        cosine, is_odd = math.cos(angle), degrees % 2
+        term = cosine if is_odd else 1.0
+        total = 0.0
+        for power in range(1 + is_odd, degrees, 2):
+            total += term
+            term *= power / (power + 1) * cosine**2
+        total *= math.sin(angle)
+        if is_odd:
+            total = 2 / math.pi * (angle + total)
+        low, high = (angle, high) if total < 0.95 else (low, angle)
+    return math.sqrt(degrees) * math.tan(angle)
+
+
 def over_seeds(values: Sequence[float]) -> Value:
     """Return the mean of several seeds' values, with Student's interval; of one it has none."""
     if len(values) < 2:
         return Value(values[0])
-    degrees = len(values) - 1
-    quantile = QUANTILES[degrees - 1] if degrees <= len(QUANTILES) else NORMAL
-    margin = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    margin = student_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return Value(statistics.fmean(values), margin, "seeds")
 
 

@@ -1,13 +1,15 @@
 """What lies in a run's folder: its log, its events, its pictures, its config. All of it is read with distrust."""
 
+import errno
 import json
 import os
 import re
+import stat
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import BinaryIO
 
 import yaml
 
@@ -59,11 +61,13 @@ class Events:
         shown: at most `SHOWN` of the run's own and of the guard's.
         counts: kind -> how many, those that are not shown included.
         torn: lines that could not be read.
+        unread: files that could not be read, and why.
     """
 
     shown: list[Event] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     torn: int = 0
+    unread: list[str] = field(default_factory=list)
 
 
 def now() -> str:
@@ -77,12 +81,17 @@ def is_run(folder: Path) -> bool:
 
 
 def read_events(folder: Path) -> Events:
-    """Return what has happened in a run, as its files tell. Raises OSError for a file that cannot be read."""
+    """Return what has happened in a run, as its files tell; a file that cannot be read is told."""
     found = Events()
     torn = 0
     for name, event_of in ((EVENTS, _own), (GUARD, _of_guard)):
         events: list[Event] = []
-        for line in _last_lines(folder / name):
+        try:
+            lines = _last_lines(folder / name)
+        except OSError as error:
+            found.unread.append(f"{name} cannot be read: {error.strerror}")
+            continue
+        for line in lines:
             event = event_of(Fields(parse_json(line)))
             if event is None:
                 torn += 1
@@ -91,20 +100,27 @@ def read_events(folder: Path) -> Events:
         found.counts.update(event.kind for event in events)
         found.shown.extend(events[-SHOWN:])
     found.shown.sort(key=lambda event: -1 if event.step is None else event.step)
-    return Events(found.shown, found.counts, torn)
+    return Events(found.shown, found.counts, torn, found.unread)
 
 
-def _last_lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a file, of a long one those at its end."""
+def _opened(path: Path) -> BinaryIO:
+    """Return a file to be read. Raises OSError: it cannot be, or it is none, such as a pipe that nobody writes to."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is not a file", str(path))
+    return open(path, "rb")
+
+
+def _last_lines(path: Path) -> list[bytes]:
+    """Return the lines of a file, of a long one those at its end. Raises OSError for one that cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with _opened(path) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(size - READ, 0))
             if size > READ:
                 file.readline()
-            yield from (line for line in file.read(READ).splitlines() if line.strip())
+            return [line for line in file.read(READ).splitlines() if line.strip()]
     except FileNotFoundError:
-        return
+        return []
 
 
 def _own(line: Fields) -> Event | None:
@@ -170,11 +186,13 @@ class ConfigText:
     Attributes:
         text: as it was written; "" without one.
         flat: key path -> value, as a YAML has it; empty if it cannot be read.
+        unread: why it could not be read, a line; none if it could.
         max_steps: of the run; None without end, or where it is not known.
     """
 
     text: str = ""
     flat: dict[str, str] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
 
     @property
     def max_steps(self) -> int | None:
@@ -183,12 +201,14 @@ class ConfigText:
 
 
 def read_config(folder: Path) -> ConfigText:
-    """Return a run's config; nothing of it is built or imported. Raises OSError for a file that cannot be read."""
+    """Return a run's config; nothing of it is built or imported, and a file that cannot be read is told."""
     try:
-        with open(folder / CONFIG, "rb") as file:
+        with _opened(folder / CONFIG) as file:
             text = file.read(READ).decode("utf-8", "replace")
     except FileNotFoundError:
         return ConfigText()
+    except OSError as error:
+        return ConfigText(unread=(f"{CONFIG} cannot be read: {error.strerror}",))
     try:
         loaded = yaml.load(text, _Loader)
     except (yaml.YAMLError, RecursionError, ValueError):

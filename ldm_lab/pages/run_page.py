@@ -1,5 +1,6 @@
 """The page of a run: curves, pictures over time, events, config; made of what lies in the run's folder alone."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,7 +138,7 @@ class RunReader:
         """Return the page as of what was read."""
         columns = self.log.columns
         series = [
-            Series(its.name, its.steps, [quote(f"{its.name}/{file}") for file in its.files])
+            Series(its.name, its.steps, [quote(os.fsencode(f"{its.name}/{file}")) for file in its.files])
             for its in find_pictures(self.folder)
         ]
         shown = dict(list(columns.items())[:MOST_COLUMNS])
@@ -184,8 +185,9 @@ class RunReader:
             said.append(f"{METRICS}: {_many(self.log.torn, 'torn row')}, of a run that broke off, left out")
         if self.events.torn:
             said.append(f"{_many(self.events.torn, 'event')} could not be read, and left out")
+        said += [*self.events.unread, *self.config.unread]
         if not self.config.text:
-            said.append(f"there is no {CONFIG}")
+            said += [] if self.config.unread else [f"there is no {CONFIG}"]
         elif not self.config.flat:
             said.append(f"{CONFIG} is no readable YAML, it is shown as it is")
         return said

@@ -118,7 +118,7 @@ def _address(run: Path, folder: Path) -> str:
     """Return the address of a run's page on a page in some folder."""
     page = run.resolve() / PAGE
     try:
-        return quote(os.path.relpath(page, folder.resolve()).replace(os.sep, "/"))
+        return quote(os.fsencode(os.path.relpath(page, folder.resolve()).replace(os.sep, "/")))
     except ValueError:  # of another drive
         return page.as_uri()
 

@@ -3,12 +3,14 @@
 Such a folder comes from strangers. Names in it are those of files in it; nothing that they say leads out of it.
 """
 
+import functools
 import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ldm_lab.errors import UserError
+from ldm_lab.io.atomic import sha256
 from ldm_lab.io.json_files import Fields, parse_json, write_json
 from ldm_lab.pretrained.catalogue import SAFE_PART
 
@@ -70,14 +72,52 @@ class HubFolder:
                 raise UserError(f"{file}: {NAME} beside it names it, and it is not there: the folder is not whole")
             self.check_inside(file)
 
+    def check_content(self, network: str) -> None:
+        """Raise UserError if a file that a network is loaded from is another one than config.json says.
+
+        Args:
+            network: name of its file; the other networks' are not looked at. A file is read once, until it changes.
+        """
+        self.check()
+        others = {self.model, *self.upsamplers} - {network}
+        for name, wanted in self.files.items():
+            file = self.path / name
+            if name not in others and (found := checksum(file)) != wanted.lower():
+                raise UserError(f"{file}: damaged or replaced: its sha256 is {found}, in {NAME} it is {wanted[:64]}")
+
     def check_inside(self, file: Path) -> None:
         """Raise UserError for a link that leads out of the folder; those of the Hub's cache lead to its own files."""
-        real, home = file.resolve(), self.path.resolve()
-        blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-        if not (real.is_relative_to(home) or real.is_relative_to(blobs)):
-            raise UserError(f"{file}: refused: a link to {os.readlink(file)[:200] if file.is_symlink() else real}")
+        check_inside(self.path, file)
 
     def write(self) -> None:
         """Write config.json."""
         named = {"model": self.model, "upsamplers": list(self.upsamplers), "files": dict(self.files)}
         write_json(self.path / NAME, {"format": FORMAT, "version": VERSION, **named})
+
+
+def checksum(path: Path) -> str:
+    """Return a file's SHA-256; of one that has not changed since it was last asked for, without reading it again."""
+    now = path.stat()
+    return _checksum(path.absolute(), now.st_mtime_ns, now.st_size)
+
+
+@functools.lru_cache(maxsize=256)
+def _checksum(path: Path, changed: int, size: int) -> str:
+    return sha256(path)
+
+
+def fetched_folder(folder: Path) -> Path | None:
+    """Return the top of what was fetched from the Hub, if a folder is in it: in its cache, or by `hf download`."""
+    for parent in (here := folder.absolute(), *here.parents):
+        in_cache = parent.parent.name == "snapshots" and parent.parent.parent.name.startswith("models--")
+        if in_cache or ((parent / ".cache" / "huggingface").is_dir() and parent != Path.home()):
+            return parent
+    return None
+
+
+def check_inside(folder: Path, file: Path) -> None:
+    """Raise UserError for a link that leads out of a folder; those of the Hub's cache lead to its own files."""
+    real, home = file.resolve(), folder.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if not (real.is_relative_to(home) or real.is_relative_to(blobs)):
+        raise UserError(f"{file}: refused: a link to {os.readlink(file)[:200] if file.is_symlink() else real}")

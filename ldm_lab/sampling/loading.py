@@ -13,6 +13,7 @@ from ldm_lab.checkpoints.importer import Section
 from ldm_lab.checkpoints.initialization import no_initial_weights
 from ldm_lab.checkpoints.lora import FILE as LORA_FILE
 from ldm_lab.checkpoints.models import read_model
+from ldm_lab.checkpoints.named import check_named
 from ldm_lab.checkpoints.parts import as_part_config, build_for, has_weights, load_part, load_strictly, weights_sha256
 from ldm_lab.condition_sources import build_sources, given_conditions
 from ldm_lab.conditioners.gap import NOISE
@@ -22,7 +23,7 @@ from ldm_lab.devices import pick_device
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Conditioner, Denoiser, Objective, check_conditions
 from ldm_lab.pretrained.hub_folder import HubFolder
-from ldm_lab.pretrained.resolve import check_untrusted, look_in, resolve_weights
+from ldm_lab.pretrained.resolve import look_in, resolve_weights
 from ldm_lab.sampling.beside import beside, text_encoder_beside
 from ldm_lab.sampling.loras import add_loras, read_loras
 from ldm_lab.sampling.model import Model
@@ -107,9 +108,11 @@ def locate_model(path: str | Path) -> Path:
     if not is_local:
         folder = resolve_weights(path, "checkpoint")
     if folder.is_dir() and (shared := HubFolder.read(folder)) is not None:
-        shared.check()
+        shared.check_content(shared.model)
         return folder / shared.model
     if not is_local:
+        if (shared := HubFolder.read(folder.parent)) is not None and folder.name in shared.files:
+            shared.check_content(folder.name)
         return folder
     if not (folder / MODEL_FILE).is_file() and (folder / LORA_FILE).is_file():
         raise UserError(f"{path}: a run of LoRA, which is added to its base model: --checkpoint BASE --lora {path}")
@@ -165,20 +168,21 @@ def load_frozen(
     Args:
         role: "autoencoder" or "conditioner".
         config: its section in the checkpoint.
-        moved: its weights file, if not where the section says.
+        moved: its weights file, if not where the section says; of a language model its folder.
         model: the checkpoint; a weights file that is not where the section says may lie beside it.
         extra: of the checkpoint, with the checksum of the weights under the role.
         others: models whose conditioner it may be.
     """
     look_in(model.parent)
-    moved = moved or beside(model, role, config, extra.get(role))
-    if moved is not None:
+    if moved is not None and config.get("name") == "t5" and Path(moved).expanduser().is_dir():
+        config = Section({**config, "model": str(moved)})
+    elif (moved := moved or beside(model, role, config, extra.get(role))) is not None:
         config = Section({**config, "weights": str(moved)})
     elif role == "conditioner" and (folder := text_encoder_beside(model, config)) is not None:
         config = Section({**config, "model": str(folder)})
     try:
-        if moved is None:
-            check_untrusted(config.get("weights"), f"{role}.weights")
+        named = {key: its for key, its in config.items() if moved is None or key != "weights"}
+        check_named(role, Section(named), role)
         part = _loaded_conditioner(config, others) or load_part(role, config, draws=False)
         if any(True for _ in part.parameters()) and not has_weights(role, config):
             raise UserError("the file does not say where its weights are")

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from ldm_lab.checkpoints.formats.noised_clip import RELEASED
 from ldm_lab.checkpoints.importer import Section, detect_format
+from ldm_lab.checkpoints.named import check_named
 from ldm_lab.checkpoints.parts import part_downloads
 from ldm_lab.downloads import Download, raise_refusals, refusals
 from ldm_lab.errors import UserError
 from ldm_lab.io.json_files import Fields
 from ldm_lab.pretrained.catalogue import catalogue
 from ldm_lab.pretrained.hub_folder import HubFolder
-from ldm_lab.pretrained.resolve import HUB, announce, offline, to_download
+from ldm_lab.pretrained.resolve import announce, offline, to_download
 from ldm_lab.sampling.beside import beside
 from ldm_lab.sampling.loading import locate_model
 from ldm_lab.sampling.loras import split_weight
@@ -108,8 +109,8 @@ def _frozen_downloads(path: Path, options: ModelOptions) -> list[Download]:
         if moved or not section or beside(path, role, section, frozen.text(role)):
             continue
         try:
-            if not str(section.get("weights")).startswith(HUB):  # which a checkpoint may not have downloaded
-                found += part_downloads(role, section, f"{role} of {path.name}")
+            check_named(role, section, role)
+            found += part_downloads(role, section, f"{role} of {path.name}")
         except UserError:
             continue  # loading it says so, and how to mend it
     return found

@@ -81,6 +81,17 @@ class Best:
                 raise UserError(f"checkpoint.best: {known}{where}")
             self.metric = columns[self.asked]
 
+    def begin(self, trainer: Trainer) -> None:
+        """Forget the best so far of a run that goes on where its weights are not there, and say so."""
+        before = self.state
+        if before is None or not before["step"] or not self.metric or trainer.strategy.broadcast(self.path.exists()):
+            return
+        print_rank_zero(
+            f"checkpoint.best: {before['metric']} {before['value']:.5g} at step {before['step']} does not count any "
+            f"more: its weights, {self.path}, are not there"
+        )
+        self.state = None
+
     def offer(self, trainer: Trainer, task: Measured, measured: Measurement) -> None:
         """Write the weights as they are now if the measurement is the best so far; before the first step none are."""
         if measured.metric != self.metric or not math.isfinite(measured.value):

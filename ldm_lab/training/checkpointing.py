@@ -113,6 +113,7 @@ class Checkpointing(Callback):
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         self.trainer = trainer
+        self.best.begin(trainer)
         self.saved_at = trainer.global_step  # nothing new yet
         self.saved_when = time.monotonic()
 

@@ -21,6 +21,7 @@ from ldm_lab.data.datamodule import DataModule
 from ldm_lab.data.source import Source
 from ldm_lab.embed import Encoder
 from ldm_lab.errors import NotFiniteError, UserError, told_in_one_line
+from ldm_lab.evaluation.distances import check_rows
 from ldm_lab.evaluation.feature_files import FEATURES, PictureRows
 from ldm_lab.evaluation.features import EmbeddingFeatures, Features, InceptionFeatures, rows_of
 from ldm_lab.evaluation.jobs import clip_scores
@@ -47,6 +48,8 @@ from ldm_lab.training.measured_data import opened
 from ldm_lab.training.task import gather
 
 ADVICE = "a smaller evaluate.sampling.batch_size needs less"
+# Options that neither the images nor their order depend on; where data lie is told by what is there.
+UNIMPORTANT = ("workers", "timeout", "max_skipped", "path", "shards", "folder", "local", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Evaluate(Callback):
         Args:
             folder: the run's folder; nothing is written there but by the logs and `checkpoint.best`.
             data: real images that are not among those trained on, described as in the section `data`.
-            every: optimizer steps between measurements.
+            every: optimizer steps between measurements; there is one at `trainer.max_steps`, too.
             metrics: names, as `python -m ldm_lab evaluate` has them, of those that look at pictures.
             images: the first so many of the data, in an order that the run's seed gives.
             pictures: that are made at each measurement.
@@ -93,25 +96,35 @@ class Evaluate(Callback):
         self.source: Source = build("data", data)
         self.source.workers = min(self.source.workers, 1)  # the order depends on their number
         self.every, self.metrics, self.images, self.pictures = every, list(metrics), images, pictures
-        self.prompts = None if prompts is None else [parse_prompt(line) for line in read_prompts(prompts)]
+        lines = None if prompts is None else read_prompts(prompts)
+        self.prompts = None if lines is None else [parse_prompt(line) for line in lines]
         self.options = comparable(SamplingOptions.from_values({**DEMO, **(sampling or {})}), "evaluate")
         self.clip, self.inception = clip, inception
-        self.described = json.dumps([data, images, pictures, prompts, sampling, clip], sort_keys=True, default=str)
+        shown, drawn = ({key: its for key, its in (section or {}).items() if key not in UNIMPORTANT}
+                        for section in (data, sampling))  # fmt: skip
+        judge = {key: its for key, its in (clip or {}).items() if key != "weights"}  # known by their content
+        self.described = json.dumps([shown, images, pictures, lines, drawn, judge], sort_keys=True, default=str)
         self.networks: list[Features] = []
         self.real: RealSet | None = None
         self.measured_at = -1
         self.measured_on = ""
 
     @staticmethod
-    def check(*, metrics: Sequence[str]) -> list[str]:
-        """Return what is wrong with the names of metrics."""
+    def check(*, metrics: Sequence[str], pictures: int, images: int) -> list[str]:
+        """Return what is wrong with the names of metrics, and which of them need more pictures or images."""
         try:
             known = check_names(metrics, "metrics")
         except UserError as error:
             return [str(error)]
         if wrong := of_kind(known, "data"):
             return [f"metrics: {wrong[0]}: looks at no picture; `python -m ldm_lab evaluate` and `held_out` measure it"]
-        return []
+        counts = (("pictures", pictures, known), ("images", images, of_kind(known, "pictures")))
+        return [
+            f"{key}: {count}; {name} needs at least {METRICS[name].least}"
+            for key, count, names in counts
+            for name in names
+            if count < METRICS[name].least
+        ]
 
     # ---------------------------------------------------------------------------------------------- before it begins
 
@@ -149,6 +162,10 @@ class Evaluate(Callback):
             raise UserError("evaluate.data: no usable image")
         if len(rows) < self.images:
             print_rank_zero(f"evaluate: {len(rows)} images are there, fewer than evaluate.images={self.images}")
+        for name in of_kind(self.metrics, "pictures"):
+            space = METRICS[name].space
+            assert space is not None, f"{name} compares features"
+            check_rows(f"evaluate.data: {name}: real images", rows.features(space), METRICS[name].least)
         self.real = RealSet(rows)
         if self.prompts is None:
             self.prompts = [Prompt(text) for text in rows.texts if text]
@@ -195,7 +212,7 @@ class Evaluate(Callback):
         self, trainer: Trainer, task: DiffusionTask, outputs: STEP_OUTPUT, batch: Batch, index: int
     ) -> None:
         step = trainer.global_step
-        if step != self.measured_at and step % self.every == 0:
+        if step != self.measured_at and (step % self.every == 0 or step == trainer.max_steps):
             self.measured_at = step
             self.measure(trainer, task)
 
@@ -210,13 +227,25 @@ class Evaluate(Callback):
         values: dict[str, float] = {}
         if trainer.is_global_zero:
             rows = PictureRows.joined([made.rows for made in parts if made.rows is not None])
-            values = {name: picture_value(name, self.real, rows, 0).value for name in self.metrics}
+            values = self.values(rows, step)
         values = trainer.strategy.broadcast(values)
+        if not values:
+            return
         log_values(trainer, {f"evaluate/{name}": value for name, value in values.items()})
         print_rank_zero(f"evaluate: {', '.join(f'{name} {its:.4g}' for name, its in values.items())} at step {step}")
         for name, value in values.items():
             better = METRICS[name].higher_is_better
             offer(trainer, task, Measurement(f"evaluate/{name}", value, better, self.measured_on))
+
+    def values(self, rows: PictureRows, step: int) -> dict[str, float]:
+        """Return the values of the metrics; say which have none, as features are not finite, and go on."""
+        values: dict[str, float] = {}
+        for name in self.metrics:
+            try:
+                values[name] = picture_value(name, self.real, rows, 0).value
+            except UserError as error:
+                print_rank_zero(f"evaluate: {error} at step {step}; {name} is left out")
+        return values
 
     def made_parts(self, trainer: Trainer, task: DiffusionTask) -> list[Made]:
         """Return what this rank sees on its share of the pictures, batch by batch.

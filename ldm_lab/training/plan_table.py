@@ -57,7 +57,10 @@ def asked_rows(text: str, where: str) -> list[Asked]:
         parts = ROW.fullmatch(line.strip())
         if parts is None:
             raise UserError(f"{where}: a line such as '8 GB | RTX 3070 | CONFIG key=value' is needed, not {line!r}")
-        config, *overrides = shlex.split(parts[3])
+        try:
+            config, *overrides = shlex.split(parts[3])
+        except ValueError as error:  # a quote without an end
+            raise UserError(f"{where}: {str(error).lower()} in the line {line!r}") from None
         rows.append(Asked(int(parts[1]), parts[2].strip(), Path(config), tuple(overrides)))
     return rows
 
@@ -105,6 +108,10 @@ def with_table(text: str, where: str, mfu: float) -> str:
 def write_table(path: str, mfu: float) -> None:
     """Count the table in a file anew. Raises UserError for a file without one, or a row that cannot be counted."""
     file = existing_file(path, "--table")
-    text = with_table(file.read_text(encoding="utf-8"), path, mfu)
+    try:
+        before = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is no UTF-8 text (byte {error.start}); --table takes a Markdown file") from None
+    text = with_table(before, path, mfu)
     with atomic_write(file) as target:
         target.write(text.encode())
