@@ -24,6 +24,7 @@ from tiny_app import Refused, ask, begin, events, upload
 
 from ldm_lab.app import work
 from ldm_lab.app.choices import base_choices, of_sampler, upsampler_choices
+from ldm_lab.app.hosts import Hosts
 from ldm_lab.app.limits import Limits
 from ldm_lab.app.recall import recall
 from ldm_lab.app.shelf import Kind, Shelf
@@ -237,6 +238,7 @@ def test_models_in_a_row(tmp_path):
         ({"loras": ["/etc/passwd:0.5"]}, "no such LoRA: 'passwd'"),
         ({"aesthetic": 9, "aesthetic_embeddings": "/etc/passwd"}, "no such file: 'passwd'"),
         ({"init_image": "/etc/passwd"}, "init_image: an uploaded file is needed"),
+        ({"init_image": {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}}, "init_image: an uploaded file"),
         ({"init_image": {"path": "/etc/passwd"}}, "init_image: an uploaded file is needed"),
         ({"image_prompts": [{"path": "../../etc/passwd"}]}, "image_prompts: an uploaded file is needed"),
         ({"clip_guidance": 3}, "is not on this machine, and requests download nothing|CLIP"),
@@ -299,6 +301,51 @@ def test_files_of_the_server_are_not_read(address, models, tmp_path, capfd):
         ask(address, "settings", picture={"path": str(secret), "meta": {"_type": "gradio.FileData"}})
 
 
+def test_a_path_of_the_servers_is_refused_in_a_line(address, capfd):
+    meta = {"_type": "gradio.FileData"}
+    with pytest.raises(Refused, match="400: picture: an uploaded file is needed; paths and addresses"):
+        ask(address, "settings", picture={"path": "/etc/passwd", "meta": meta})
+    with pytest.raises(Refused, match="400: picture: an uploaded file is needed; this is no path"):
+        ask(address, "settings", picture={"path": "/a\0b", "meta": meta})
+    with pytest.raises(Refused, match="picture: an uploaded file is needed"):
+        ask(address, "settings", picture="/etc/passwd")
+    assert capfd.readouterr().err == ""
+
+
+def test_an_upload_that_was_cleared_away_is_told(address, dog):
+    file = upload(address, dog)
+    Path(file["path"]).unlink()
+    with pytest.raises(Refused, match=r"400: init_image: dog.png: is not there any more; upload it again"):
+        ask(address, prompts=["a"], init_image=file, **FAST)
+    with pytest.raises(UserError, match=r"dog\.png: is not there any more; upload it again"):
+        Limits().open_upload(Path(file["path"]))
+
+
+def test_only_the_names_of_the_page_are_answered(address):
+    """A page of elsewhere whose name leads to this machine is not let in (DNS rebinding)."""
+    port = address.rpartition(":")[2]
+    evil = {"Host": "evil.example", "Origin": "http://evil.example"}
+    for headers in (evil, {"Host": f"evil.example:{port}"}, {"Origin": "http://evil.example"}, {"Origin": "null"}):
+        answer = requests.post(f"{address}/gradio_api/call/v2/models", json={}, headers=headers, timeout=60)
+        assert answer.status_code == 403 and "--allow-host NAME" in answer.text, headers
+        assert "access-control-allow-origin" not in answer.headers
+    preflight = {**evil, "Access-Control-Request-Method": "POST"}
+    assert requests.options(f"{address}/gradio_api/call/v2/models", headers=preflight, timeout=60).status_code == 403
+    for host in (f"localhost:{port}", "127.0.0.1", f"[::1]:{port}"):
+        headers = {"Host": host, "Origin": f"http://{host}"}
+        assert requests.get(f"{address}/gradio_api/info", headers=headers, timeout=60).status_code == 200
+
+
+@pytest.mark.parametrize(("hosts", "host", "is_answered"), [
+    (Hosts(), "192.168.0.7:7860", False), (Hosts("0.0.0.0"), "192.168.0.7:7860", True), (Hosts("::"), "[::2]", True),
+    (Hosts("0.0.0.0"), "evil.example", False), (Hosts("gpu.lan"), "GPU.lan.:80", True), (Hosts(), "", False),
+    (Hosts(others=["art.example"]), "art.example", True), (Hosts(), "localhost.evil.example", False),
+    (Hosts(), "evil.example@127.0.0.1.evil.example", False), (Hosts(), "[::1", False),
+], ids=str)  # fmt: skip
+def test_names_of_the_page(hosts, host, is_answered):
+    assert (hosts.refusal(host, None) == "") is is_answered
+
+
 def test_the_server_fetches_no_address(address, monkeypatch):
     asked = []
     connect = socket.socket.connect
@@ -314,7 +361,7 @@ def test_the_server_fetches_no_address(address, monkeypatch):
         assert requests.get(f"{address}/gradio_api/{path}", timeout=60).status_code == 403
     for path in ("http://example.com/a.png", "//example.com/a.png", "FILE:///etc/passwd"):
         file = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        with pytest.raises(Refused, match="400: addresses are not fetched here; upload the file"):
+        with pytest.raises(Refused, match="400: init_image: addresses are not fetched here; upload the file"):
             ask(address, prompts=["a"], init_image=file, **FAST)
     ask(address, prompts=["a"], **FAST)
     page = requests.get(address, timeout=60)
@@ -341,19 +388,25 @@ def test_the_queue_cannot_be_passed(address):
         assert requests.post(f"{address}/gradio_api/{path}", json=data, timeout=60).status_code == 404
 
 
-def test_a_password_is_asked_for(models):
+def test_a_password_is_asked_for(models, caplog):
     with tiny_app.served(models, password="geheim é") as address:
         assert requests.get(f"{address}/gradio_api/info", timeout=60).status_code == 401
         for path in ("call/sample", "call/v2/sample", "upload", "queue/join"):
             body = {} if "v2" in path else {"data": []}
             assert requests.post(f"{address}/gradio_api/{path}", json=body, timeout=60).status_code == 401, path
+        for path in ("cancel", "reset", "reset/"):
+            body = {"session_hash": "x", "fn_index": 0, "event_id": "x"}
+            assert requests.post(f"{address}/gradio_api/{path}", json=body, timeout=60).status_code == 401, path
         session = requests.Session()
+        begun = time.monotonic()
         for wrong in ("", "geheim", "geheim é "):
             answer = session.post(f"{address}/login", data={"username": "me", "password": wrong}, timeout=60)
             assert answer.status_code in (400, 422) and not session.cookies
+        assert time.monotonic() - begun > 0.3 and "a wrong password, the 2. in a row" in caplog.text
         answer = session.post(f"{address}/login", data={"username": "me", "password": "geheim é"}, timeout=60)
         assert answer.status_code == 200
         assert session.get(f"{address}/gradio_api/info", timeout=60).status_code == 200
+        assert session.post(f"{address}/gradio_api/reset", json=body, timeout=60).status_code == 200
 
 
 # ----------------------------------------------------------------------------------------------------- several at once
@@ -458,6 +511,8 @@ def test_a_prompt_is_written_as_it_is_read(prompt):
         (("--models", ".", "--password", "abc"), "error: --password: 4 characters at least are needed, not 3"),
         (("--models", ".", "--password", "abcd", "--password-file", "x"), "error: --password and --password-file"),
         (("--models", ".", "--password-file", "x"), "error: --password-file x: cannot be read: No such file"),
+        (("--models", ".", "--host", "no.such.host.example"), "error: --host no.such.host.example: no machine of this"),
+        (("--models", ".", "--host", "192.0.2.1"), "error: --host 192.0.2.1: no address of this machine"),
         (("--models", ".", "--max-side", "0"), "error: --max-side: at least 1 is needed, not 0"),
     ],
     ids=lambda value: "-".join(value)[:30] if isinstance(value, tuple) else "",

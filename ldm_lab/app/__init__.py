@@ -9,6 +9,7 @@
 `form`       the controls of the page
 `page`       the page
 `endpoints`  the HTTP interface
+`hosts`      the names that the page answers to
 `guard`      what no request may do
 `server`     from the first request to the signal that ends it
 """

@@ -122,7 +122,9 @@ def add(workshop: Workshop) -> None:
     def settings(picture: Arguments) -> Reply:
         """Tell the settings in a picture, as `sample` takes them."""
         with telling():
-            found = recall(Arguments(picture).upload("picture"), workshop.shelf, list(choices))
+            found = recall(
+                Arguments(picture if isinstance(picture, dict) else {}).upload("picture"), workshop.shelf, list(choices)
+            )
         asked = {"prompts": found.prompts, "model": found.model, "upsamplers": found.upsamplers, "loras": found.loras}
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in found.values.items()}
         return Reply({**asked, **values, "remarks": found.remarks})

@@ -1,14 +1,21 @@
-"""What no request may do: have the server fetch an address, send more than is taken, or find a page that frames it."""
+"""What no request may do.
+
+Come by another name than the page's, pass the login, have the server fetch an address or open a file of its own, send
+more than is taken, or find a page that frames it.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
+from http.cookies import CookieError, SimpleCookie
+from pathlib import Path
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ldm_lab.app.hosts import Hosts
 from ldm_lab.errors import unknown
-from ldm_lab.io.json_files import JsonObject
+from ldm_lab.io.json_files import Json
 
 JSON_LIMIT = 4 * 2**20  # bytes of a request that uploads nothing
 MULTIPART = 2**16  # bytes around an uploaded file
@@ -21,37 +28,47 @@ NO_FETCHING = (
 )  # of paths: what they ask the server for
 # The page needs nothing of other machines; should it ask for something, the browser does not send it.
 POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'self'; base-uri 'self'"
-BY_NAME = "/gradio_api/call/v2/"  # before the name of an endpoint
+API = "/gradio_api/"
+# What the login page needs; all else below API, and all that is sent, is for those who are in.
+OPEN = ("startup-events", "theme.css", "login_check", "user", "token", "app_id")
+BY_NAME = f"{API}call/v2/"  # before the name of an endpoint
 HEADERS = {
     "content-security-policy": POLICY, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer",
 }  # fmt: skip
 
 
-class _Named(JsonObject):
-    """An object of a request, by name."""
-
-
 class Guard:
     """Stands before the page."""
 
-    def __init__(self, app: ASGIApp, upload: int, endpoints: Mapping[str, Sequence[str]]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        upload: int,
+        endpoints: Mapping[str, Sequence[str]],
+        folder: Path,
+        hosts: Hosts,
+        is_locked: bool = False,
+    ) -> None:
         """Stand before an application.
 
         Args:
             app: the application.
             upload: the most bytes of an uploaded file.
             endpoints: that are called by the names of their parameters.
+            folder: of uploaded files.
+            hosts: the names that the page answers to.
+            is_locked: whether there is a password.
         """
         self.app, self.upload, self.endpoints = app, upload, endpoints
+        self.folder, self.hosts, self.is_locked = folder, hosts, is_locked
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or refuse it."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        path = scope["path"].lower()
-        if any(part in path for part in NO_FETCHING):
-            await PlainTextResponse("addresses are not fetched here", 403)(scope, receive, send)
+        if refused := self._refusal(scope):
+            await refused(scope, receive, send)
             return
         kind = Headers(scope=scope).get("content-type", "")
         uploads = kind.startswith("multipart/")
@@ -71,24 +88,28 @@ class Guard:
             receive = _counted(receive, limit)
         await self.app(scope, receive, _with_headers(send))
 
+    def _refusal(self, scope: Scope) -> PlainTextResponse | None:
+        """Return what is said to a request that is refused whatever it sends; None lets it through."""
+        headers, path = Headers(scope=scope), scope["path"]
+        if reason := self.hosts.refusal(headers.get("host", ""), headers.get("origin")):
+            return PlainTextResponse(reason, 403)
+        if any(part in path.lower() for part in NO_FETCHING):
+            return PlainTextResponse("addresses are not fetched here", 403)
+        if self.is_locked and not _is_open(path, scope["method"]) and not _is_logged_in(scope):
+            return PlainTextResponse("the password is needed: log in first", 401)
+        return None
+
     def _wrong(self, body: bytes, path: str) -> str:
         """Return why a JSON body is not taken; "" if nothing is wrong with it."""
-        addresses: list[str] = []
-
-        def look(entry: _Named) -> _Named:
-            if isinstance(path := entry.get("path"), str) and ("://" in path or path.strip().startswith("//")):
-                addresses.append(path)
-            return entry
-
         _, called, endpoint = path.rstrip("/").rpartition(BY_NAME)
         try:
-            content = json.loads(body or b"null", object_hook=look)
+            content = json.loads(body or b"null")
         except ValueError:  # no JSON: a form, or something that the application refuses
             return "JSON is needed" if called else ""
         except RecursionError:
             return "nested too deeply"
-        if addresses:
-            return "addresses are not fetched here; upload the file"
+        if reason := self._wrong_file(content):
+            return reason
         if not called:
             return ""
         if endpoint not in self.endpoints:
@@ -97,6 +118,51 @@ class Guard:
             return "an object with the names of parameters is needed"
         known = self.endpoints[endpoint]
         return next((unknown("parameter", name[:100], known) for name in content if name not in known), "")
+
+    def _wrong_file(self, content: Json) -> str:
+        """Return what is wrong with the first file named in a request that is not an uploaded one; "" without one."""
+        left: list[tuple[str, Json]] = [("", content)]
+        while left:
+            name, value = left.pop()
+            if isinstance(value, list):
+                left += [(name, entry) for entry in value]
+            if not isinstance(value, dict):
+                continue
+            path = value.get("path")
+            if isinstance(path, str) and (reason := self._wrong_path(path)):
+                return f"{name[:100]}: {reason}" if name else reason
+            left += [(name or key, entry) for key, entry in value.items()]
+        return ""
+
+    def _wrong_path(self, path: str) -> str:
+        if "://" in path or path.strip().startswith("//"):
+            return "addresses are not fetched here; upload the file"
+        try:
+            file = Path(path).resolve()
+            if not file.is_relative_to(self.folder.resolve()):
+                return "an uploaded file is needed; paths and addresses are not opened here"
+            return "" if file.is_file() else f"{file.name[:100]}: is not there any more; upload it again"
+        except (OSError, ValueError, RuntimeError):  # too long, a zero byte, a loop of links
+            return "an uploaded file is needed; this is no path of one"
+
+
+def _is_open(path: str, method: str) -> bool:
+    """Return whether something is for those, too, who are not logged in: the login page and what it needs."""
+    if path.startswith(API):
+        return method in ("GET", "HEAD") and path.removeprefix(API).rstrip("/") in OPEN
+    return method in ("GET", "HEAD") or path.rstrip("/") == "/login"
+
+
+def _is_logged_in(scope: Scope) -> bool:
+    """Return whether a request has the cookie that a login has given."""
+    app = scope["app"]
+    cookies = SimpleCookie()
+    try:
+        cookies.load(Headers(scope=scope).get("cookie", ""))
+    except CookieError:
+        return False
+    names = (f"access-token-{app.cookie_id}", f"access-token-unsecure-{app.cookie_id}")
+    return any(name in cookies and cookies[name].value in app.tokens for name in names)
 
 
 async def _body(receive: Receive, limit: int) -> bytes | None:

@@ -75,12 +75,18 @@ class Limits:
             name: what the user knows it by.
 
         Raises:
-            UserError: too large a file, too many pixels (told from the header, before they are decoded), no image.
+            UserError: too large a file, too many pixels (told from the header, before they are decoded), no image, a
+                file that was cleared away meanwhile.
         """
         name = name or path.name
-        if path.stat().st_size > self.upload * MEBI:
-            raise UserError(f"{name}: {path.stat().st_size / MEBI:.0f} MiB; files of {self.upload} at most are taken")
-        return self.decode(path.read_bytes(), name)
+        try:
+            size = path.stat().st_size
+            if size > self.upload * MEBI:
+                raise UserError(f"{name}: {size / MEBI:.0f} MiB; files of {self.upload} at most are taken")
+            data = path.read_bytes()
+        except OSError:  # uploads are cleared away after a while
+            raise UserError(f"{name}: is not there any more; upload it again") from None
+        return self.decode(data, name)
 
     def decode(self, data: bytes, name: str) -> Image.Image:
         """Return an uploaded image. Raises UserError: too many pixels, no image."""

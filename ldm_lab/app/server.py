@@ -1,18 +1,21 @@
 """The program around the page: from the first request to the signal that ends it."""
 
+import asyncio
 import hmac
+import logging
 import os
 import shutil
 import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from ldm_lab.app.hosts import Hosts, check_listening
 from ldm_lab.app.limits import MEBI, Limits
 from ldm_lab.app.shelf import Shelf
 from ldm_lab.errors import UserError, install
@@ -25,6 +28,9 @@ QUIET = {
     "GRADIO_RUN_HISTORY": "False", "GRADIO_ALLOWED_PATHS": "", "GRADIO_MCP_SERVER": "False", "GRADIO_SSR_MODE": "False",
 }  # fmt: skip
 FOLDERS = ("GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE")
+FIRST_DELAY, LONGEST_DELAY = 0.1, 5.0  # seconds before a wrong password is answered; doubled by each
+MOST_LOGINS = 16  # that wait for their turn
+logger = logging.getLogger(__name__)
 LOGIN = "The password is the one that this program was started with; any user name will do."
 
 
@@ -37,6 +43,7 @@ class Settings:
         password: that is asked for; None asks for none.
         loading: how models are loaded.
         limits: of one request.
+        other_hosts: names by which the page is reached besides, such as those of a server in front of it.
     """
 
     host: str = "127.0.0.1"
@@ -44,6 +51,7 @@ class Settings:
     password: str | None = None
     loading: ModelOptions = field(default_factory=ModelOptions)
     limits: Limits = field(default_factory=Limits)
+    other_hosts: Sequence[str] = ()
 
 
 @contextmanager
@@ -76,6 +84,7 @@ def _page(shelf: Shelf, settings: Settings, folder: Path) -> Iterator[str]:
     from ldm_lab.app.guard import Guard
     from ldm_lab.app.work import Workshop
 
+    check_listening(settings.host)
     gr = gradio()
     from ldm_lab.app import endpoints
     from ldm_lab.app import page as pages
@@ -85,7 +94,10 @@ def _page(shelf: Shelf, settings: Settings, folder: Path) -> Iterator[str]:
     page.queue(api_open=False, max_size=settings.limits.waiting, default_concurrency_limit=4)
     theme = gr.themes.Default(font=pages.FONTS, font_mono=["ui-monospace", "monospace"])
     theme = theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
-    guard = Middleware(Guard, upload=settings.limits.upload * MEBI, endpoints=endpoints.names())
+    guard = Middleware(
+        Guard, upload=settings.limits.upload * MEBI, endpoints=endpoints.names(), folder=folder / FOLDERS[0].lower(),
+        hosts=Hosts(settings.host, settings.other_hosts), is_locked=settings.password is not None,
+    )  # fmt: skip
     try:
         page.launch(
             server_name=settings.host, server_port=settings.port or _free_port(),
@@ -97,9 +109,10 @@ def _page(shelf: Shelf, settings: Settings, folder: Path) -> Iterator[str]:
         )  # fmt: skip
     except OSError as error:
         raise UserError(
-            f"--port {settings.port}: not free, or --host {settings.host} is none of this machine's; --port 0 takes "
-            f"any free one ({str(error).splitlines()[0][:120]})"
+            f"--port {settings.port}: not free; --port 0 takes any free one ({str(error).splitlines()[0][:120]})"
         ) from None
+    page.app.user_middleware.sort(key=lambda each: each.cls is not Guard)  # Gradio's own, such as CORS, come after it
+    page.app.middleware_stack = page.app.build_middleware_stack()
     try:
         yield page.local_url
     finally:
@@ -142,9 +155,34 @@ def _free_port() -> int:
     return port
 
 
-def _door(password: str | None) -> Callable[[str, str], bool] | None:
-    """Return what asks for a password; None lets everybody in."""
+def _door(password: str | None) -> Callable[[str, str], Awaitable[bool]] | None:
+    """Return what asks for a password; None lets everybody in.
+
+    One login at a time is looked at, and each wrong one in a row takes longer than the last, whoever sends it.
+    """
     if password is None:
         return None
-    wanted = password.encode()
-    return lambda _, given: hmac.compare_digest(given.encode(), wanted)
+    from starlette.exceptions import HTTPException
+
+    wanted, turn = password.encode(), asyncio.Lock()
+    wrong = waiting = 0
+
+    async def door(_: str, given: str) -> bool:
+        nonlocal wrong, waiting
+        if waiting >= MOST_LOGINS:
+            raise HTTPException(429, "too many logins at once; try again later")
+        waiting += 1
+        try:
+            async with turn:
+                if hmac.compare_digest(given.encode(errors="replace"), wanted):
+                    wrong = 0
+                    return True
+                wrong += 1
+                delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** min(wrong - 1, 30))
+                logger.warning("a login with a wrong password, the %d. in a row; answered in %g s", wrong, delay)
+                await asyncio.sleep(delay)
+                return False
+        finally:
+            waiting -= 1
+
+    return door

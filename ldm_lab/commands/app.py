@@ -35,6 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lora", metavar="FILE", action="append", default=[], help="a LoRA that is offered, too")
     add("--models", metavar="DIR", help="a folder whose models, upsamplers and LoRAs are offered, also new ones")
     add("--host", default="127.0.0.1", metavar="NAME", help="where to listen (%(default)s: here alone; 0.0.0.0: all)")
+    add(
+        "--allow-host", metavar="NAME", action="append", default=[],
+        help="a name by which it is reached besides, such as that of a server in front of it; may be given again",
+    )  # fmt: skip
     add("--port", type=whole_number(0), default=7860, metavar="N", help="(%(default)s; 0 takes a free one)")
     add("--password", metavar="TEXT", help="that the page asks for; it can be read in the list of processes")
     add("--password-file", metavar="FILE", help="a file with the password in its first line")
@@ -82,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
     limits = Limits(**{limit.name: words[f"max_{limit.name}"] for limit in fields(Limits)})
     if args.host not in HERE and password is None:
         print(f"note: --host {args.host} without --password-file: everybody who reaches it can draw", flush=True)
-    serve(_shelf(args), Settings(args.host, args.port, password, loading, limits))
+    serve(_shelf(args), Settings(args.host, args.port, password, loading, limits, args.allow_host))
 
 
 def _shelf(args: argparse.Namespace) -> "Shelf":
