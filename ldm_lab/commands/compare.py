@@ -121,7 +121,7 @@ def add_up_votes(args: argparse.Namespace) -> None:
     """Print what files of votes say together. Raises UserError for flags that have no place beside --votes."""
     from ldm_lab.evaluation.votes import add_up
 
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     add_arguments(parser)
     words = dict(args._get_kwargs())
     alone = dict(parser.parse_args(["--votes", *args.votes])._get_kwargs())
