@@ -364,3 +364,36 @@ def test_the_loss_of_a_model_that_draws_conditions_does_not_depend_on_the_batche
         assert code == 0, err
         found.append(table(tmp_path / str(size))["rows"][0]["values"]["loss"]["value"])
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_images_that_cannot_be_used_are_said_also_where_features_are_kept(evaluate, models, tmp_path):
+    for folder in ("real", "made"):
+        (tmp_path / folder).mkdir()
+        for number in range(6):
+            Image.new("RGB", (32, 32), (number * 40, 0, 0)).save(tmp_path / folder / f"{number}.png")
+        (tmp_path / folder / "broken.png").write_bytes(b"no picture")
+    asked = ("--images", tmp_path / "made", "--checkpoint", models / "a.safetensors", *SHORT, "--metric", "cmmd")
+    for metrics in ((), ("--metric", "loss")):
+        data = ("--data", f"path={tmp_path}/real", "image_size=32", "max_skipped=0.5")
+        code, _, err = evaluate(*asked, *metrics, *data, "--prompts", prompts(tmp_path), data=False)
+        assert code == 0, err
+        told = (tmp_path / "out" / "evaluation.md").read_text()
+        assert "real images: 7 samples read, 1 skipped" in told and "made: 7 samples read, 1 skipped" in told
+
+
+def test_folders_of_pictures_are_looked_at_before_anything_is_measured(evaluate, models, tmp_path):
+    (tmp_path / "made").mkdir()
+    made = ("--images", tmp_path / "made", "--checkpoint", models / "a.safetensors")
+    for words, told in (
+        ((*made, "--images", tmp_path / "nope"), "nope: no such folder"),
+        ((*made, "--images", tmp_path / "other" / ".." / "made"), "made: named twice"),
+        ((*made, "--metric", "loss"), "--images: pictures are not looked at by --metric loss"),
+    ):
+        code, _, err = evaluate(*words)
+        assert code == 2 and told in err and "Traceback" not in err, err
+        assert not (tmp_path / "out" / "parts").exists()
+
+
+def prompts(folder: Path) -> Path:
+    (folder / "prompts.txt").write_text("a red circle\n")
+    return folder / "prompts.txt"

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -127,6 +127,7 @@ class Comparison:
     def run(self) -> Table | None:
         """Measure all; return the table, in other processes than the first None. Raises UserError."""
         asked = self.asked
+        self.check_folders()
         real = self.real_set()
         parts = {checkpoint: self.parts(checkpoint) for checkpoint in asked.checkpoints if self.of_data}
         made = self.made_pictures(real) if self.made_of and asked.checkpoints else []
@@ -144,9 +145,23 @@ class Comparison:
         rows += [self.folder_row(folder, real, its) for folder, its in folders.items()]
         return Table(rows, self.facts(real), list(dict.fromkeys(self.remarks)))
 
-    def run_pass(self, job: FeatureJob, items: Sequence[WorkItem]) -> None:
-        """Do what is not done yet of a pass; note whether this is the first process."""
-        self.is_first = run_pass(job, items, self.options) is not None
+    def check_folders(self) -> None:
+        """Raise UserError for folders of pictures that are not there, are named twice, or would not be looked at."""
+        folders = [Path(folder).expanduser().resolve() for folder in self.asked.images]
+        for folder, asked in zip(folders, self.asked.images):
+            if not folder.is_dir():
+                raise UserError(f"--images {asked}: no such folder")
+            if folders.count(folder) > 1:
+                raise UserError(f"--images {asked}: named twice")
+        if folders and not self.made_of:
+            raise UserError(f"--images: pictures are not looked at by --metric {' --metric '.join(self.asked.metrics)}")
+
+    def run_pass(self, job: FeatureJob, items: Sequence[WorkItem], what: str, max_skipped: float = 1.0) -> None:
+        """Do what is not done yet of a pass; note what was skipped of what, and whether this is the first process."""
+        report = run_pass(job, items, replace(self.options, max_skipped=max_skipped))
+        self.is_first = report is not None
+        if report is not None and report.counts.skipped:
+            self.remarks.append(f"{what}: {report.counts}")
 
     # ------------------------------------------------------------------------------------------------- the real images
 
@@ -161,7 +176,10 @@ class Comparison:
             why = f"--metric {of_pictures[0]}" if of_pictures else "without --prompts"
             raise UserError(f"{why}: --data has to say what the real images are")
         path, self.tells = asked.features or asked.out / FILE, False
-        return RealSet(real_rows(self.real, self.networks, path, asked.features is None, self.options))
+        rows, unusable = real_rows(self.real, self.networks, path, asked.features is None, self.options)
+        if unusable is not None:
+            self.remarks.append(f"real images: {unusable}")
+        return RealSet(rows)
 
     def prompts(self, real: RealSet | None) -> list[Prompt]:
         """Return the prompts of pictures: those given, or captions of the real images, evenly spread."""
@@ -182,7 +200,7 @@ class Comparison:
         settings = settings_of(self.models, asked.checkpoints, asked.choices, prompts)
         items = [[self.items(i, its, seed, prompts) for seed in asked.seeds] for i, its in enumerate(settings)]
         job = PicturesJob(self.networks, self.models, settings, prompts)
-        self.run_pass(job, [item for of_seeds in items for of_seed in of_seeds for item in of_seed])
+        self.run_pass(job, [item for of_seeds in items for of_seed in of_seeds for item in of_seed], "pictures")
         return [(its, list(map(rows_of_items, of_seeds))) for its, of_seeds in zip(settings, items, strict=True)]
 
     def made_row(
@@ -232,7 +250,7 @@ class Comparison:
         place = hashlib.sha256(facts.encode(errors="surrogateescape")).hexdigest()[:12]
         items = file_batches(folder, self.asked.out / "parts" / f"folder-{name}-{place}-{networks}")
         listed = listed_pictures(Path(folder))
-        self.run_pass(FilesJob(self.networks, listed=listed), items)
+        self.run_pass(FilesJob(self.networks, listed=listed), items, name)
         made = rows_of_items(items)
         if listed is not None:
             self.remarks.append(f"{name}: the pictures that its samples.json lists, without grids")
@@ -270,7 +288,7 @@ class Comparison:
         self.tells = False
         key = "-".join([identity[:12], *sorted(self.of_data), self.real.key(networks)])
         items = self.real.items(self.asked.out / "parts" / f"model-{key}")
-        self.run_pass(job, items)
+        self.run_pass(job, items, "real images", self.real.source.max_skipped)
         return rows_of_items(items)
 
     # ------------------------------------------------------------------------------------------------------- the table

@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ldm_lab.config import PartConfig
@@ -20,6 +20,7 @@ from ldm_lab.evaluation.jobs import SourceJob, rows_of_items
 from ldm_lab.progress import print_line
 
 FILE = "real.safetensors"  # in the folder of an evaluation
+UNUSABLE = "unusable"  # name of the fact that says what was skipped
 NO_MATTER = ("workers", "timeout", "batch_size", "max_skipped", "path", "shards", "folder", "local", "shuffle_buffer")
 
 
@@ -70,8 +71,9 @@ class RealImages:
 
 def real_rows(
     real: RealImages | None, networks: Sequence[Features], path: Path, is_own: bool, options: PassOptions
-) -> PictureRows:
-    """Return the features of real images, read from a file, or made and kept there; in every process.
+) -> tuple[PictureRows, str | None]:
+    """Return the features of real images, read from a file, or made and kept there, and what was skipped of them, in
+    words, or None; in every process.
 
     Args:
         real: the images; None where the file has to do.
@@ -89,7 +91,7 @@ def real_rows(
         wanted = {n.space: json.dumps(n.identity, sort_keys=True) for n in networks}
         other = differences(there, wanted if real is None else real.facts(networks))
         if not other:
-            return rows
+            return rows, there.get(UNUSABLE)
         if real is None or not is_own:
             raise UserError(f"{path}: features of something else: {'; '.join(other)}")
     elif real is None:
@@ -102,11 +104,14 @@ def real_rows(
             raise UserError(f"--data: no usable image: {report.counts}")
         if path.exists():
             print_line(f"{path}: of something else, made anew")
-        write_rows(path, rows_of_items(items), facts)
+        unusable = {UNUSABLE: str(report.counts)} if report.counts.skipped else {}
+        write_rows(path, rows_of_items(items), facts | unusable)
 
+    options = replace(options, max_skipped=real.source.max_skipped)
     report = run_pass(SourceJob(networks, real.source, join), real.items(folder), options)
     if report is not None:
         shutil.rmtree(folder, ignore_errors=True)
         if report.unreached:
             print_line(f"--data: {len(report.unreached)} shards could not be read, such as {report.unreached[0]}")
-    return read_rows(path)[0]
+    rows, there = read_rows(path)
+    return rows, there.get(UNUSABLE)
