@@ -1,6 +1,8 @@
 """What a training step costs: estimates against what torch's profiler counts, and the words that are made of them."""
 
+import gc
 import itertools
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -66,10 +68,21 @@ GLIDE = {
 TRANSFORMER = {"name": "transformer_of_test_estimate", "width": 64, "depth": 3}
 
 
+@contextmanager
+def without_collection():
+    """Keep the garbage collector from running meanwhile."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def measured_peak(config: RunConfig) -> int:
     """Return the most bytes that torch's profiler counts during two training steps on a CPU."""
     torch.manual_seed(0)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    gc.collect()  # what other tests have left must not go away meanwhile: it would be taken off the peak
+    with without_collection(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         task = config.task_class()(config, read_weights=False)
         task.insert_lora()
         batch = example_batch(task, config["data"].option("image_size"))
