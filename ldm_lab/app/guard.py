@@ -40,8 +40,8 @@ API = "/gradio_api/"
 OPEN = ("startup-events", "theme.css", "login_check", "user", "token", "app_id")
 # What the page and programs use; the library has more, which nobody needs here. Those that end in / or = go on.
 USED = (
-    *OPEN, "info", "openapi.json", "call/", "run/", "queue/join", "queue/data", "queue/status", "upload", "upload_progress",
-    "file=", "cancel", "reset", "heartbeat/", "component_server",
+    *OPEN, "info", "openapi.json", "call/", "run/", "queue/join", "queue/data", "queue/status", "cancel", "reset",
+    "heartbeat/", "upload", "upload_progress", "file=", "component_server",
 )  # fmt: skip
 UPLOAD, CANVAS = f"{API}upload", f"{API}component_server"
 BY_NAME = f"{API}call/v2/"  # before the name of an endpoint
@@ -126,16 +126,8 @@ class Guard:
         if body is None:
             await _too_long(JSON_LIMIT)(scope, receive, send)
             return
-        try:
-            content = json.loads(body or b"null")
-        except ValueError:  # no JSON: a form, or something that the application refuses
-            content = None
-            reason = "JSON is needed" if _called(scope["path"]) else ""
-        except RecursionError:
-            content, reason = None, "nested too deeply"
-        else:
-            reason = self._wrong(content, scope["path"])
-        full = "" if reason else await self.line.refusal(scope["path"], content)
+        reason = self._wrong(body, scope["path"])
+        full = "" if reason else await self.line.refusal(scope["path"], _function(body))
         if reason or full:
             await PlainTextResponse(reason or full, 400 if reason else 503)(scope, receive, send)
             return
@@ -166,9 +158,15 @@ class Guard:
             return PlainTextResponse("the password is needed: log in first", 401)
         return None
 
-    def _wrong(self, content: Json, path: str) -> str:
+    def _wrong(self, body: bytes, path: str) -> str:
         """Return why a JSON body is not taken; "" if nothing is wrong with it."""
         endpoint = _called(path)
+        try:
+            content = json.loads(body or b"null")
+        except ValueError:  # no JSON: a form, or something that the application refuses
+            return "JSON is needed" if endpoint else ""
+        except RecursionError:
+            return "nested too deeply"
         if reason := self._wrong_file(content):
             return reason
         if not endpoint:
@@ -211,6 +209,14 @@ def _called(path: str) -> str:
     """Return the endpoint that is called by the names of its parameters; "" if none is."""
     _, _, endpoint = path.rstrip("/").rpartition(BY_NAME)
     return endpoint if BY_NAME in path else ""
+
+
+def _function(body: bytes) -> int | None:
+    """Return the number of the function that a body names, as the application reads it: "3" and 3.0 are 3."""
+    try:
+        return int(float(json.loads(body or b"null")["fn_index"]))
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError):
+        return None
 
 
 def _followed(scope: Scope) -> str | None:

@@ -1,14 +1,12 @@
 """The queue of those who wait for pictures: how long it may be, who still waits in it, and whose turn a job is."""
 
 import time
-from contextlib import suppress
 
 import gradio as gr
 from gradio.context import LocalContext
 from gradio.queueing import Event
 
 from ldm_lab.app.followers import Followers, Following
-from ldm_lab.io.json_files import Json
 
 QUEUE = "pictures"  # whatever makes some waits in this one
 OTHERS = 64  # places for what is done at once, such as looking at an upload
@@ -28,16 +26,16 @@ class Line:
         """
         self.page, self.most, self.followers = page, most, followers
 
-    async def refusal(self, path: str, content: Json) -> str:
+    async def refusal(self, path: str, number: int | None) -> str:
         """Return why a request is not taken into the queue; "" if it is, or if it wants no pictures.
 
         Those that nobody follows any more leave the queue first.
 
         Args:
             path: where the request is sent.
-            content: of its JSON body.
+            number: of the function that it names.
         """
-        if not self._wants_pictures(path, content):
+        if not self._wants_pictures(path, number):
             return ""
         for event in self._waiting():
             if self._following(event).is_over:
@@ -61,11 +59,10 @@ class Line:
         queue = self.page._queue.event_queue_per_concurrency_id.get(QUEUE)
         return [] if queue is None else list(queue.queue)
 
-    def _wants_pictures(self, path: str, content: Json) -> bool:
+    def _wants_pictures(self, path: str, number: int | None) -> bool:
         path, function = path.rstrip("/"), None
         if path.startswith(CALLS):
             function = next((its for its in self.page.fns.values() if its.api_name == path.rpartition("/")[2]), None)
-        elif path == JOIN and isinstance(content, dict):
-            with suppress(TypeError, ValueError, OverflowError):  # "3" is taken for 3 there
-                function = self.page.fns.get(int(str(content.get("fn_index")).partition(".")[0]))
+        elif path == JOIN and number is not None:
+            function = self.page.fns.get(number)
         return function is not None and function.concurrency_id == QUEUE

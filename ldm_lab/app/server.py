@@ -23,8 +23,8 @@ from ldm_lab.app.store import Store, temporary_folder
 from ldm_lab.errors import UserError, install
 from ldm_lab.sampling.options import ModelOptions
 
-if TYPE_CHECKING:  # it is imported with Gradio
-    import uvicorn
+if TYPE_CHECKING:  # it takes seconds
+    from gradio.http_server import Server
 
 HERE = ("127.0.0.1", "localhost", "::1", "[::1]")
 # No word of a use goes to anybody; what is uploaded and made lies in a folder of its own.
@@ -133,7 +133,7 @@ def _page(shelf: Shelf, settings: Settings, folder: Path) -> Iterator[str]:
         page.close(verbose=False)
 
 
-def _notice_vanished(server: "uvicorn.Server") -> None:
+def _notice_vanished(server: "Server") -> None:
     """Have a connection end whose other side takes no bytes any more: a laptop that was closed, a cable that is out."""
     if sys.platform != "linux":  # elsewhere the system's own patience decides
         return

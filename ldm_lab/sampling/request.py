@@ -112,8 +112,7 @@ def checked_request(
             model that was trained without dropped conditions, a weight that is not finite, an aesthetic of another
             network's embeddings, ...
     """
-    schedule = model.objective.schedule
-    asked = options
+    schedule, asked = model.objective.schedule, options
     options = options.resolved(model.upscale_factor is not None, schedule.timesteps, _defaults(model, options))
     options = _without_thresholds(model, asked, options)
     seeds = _seeds(range(options.seed, options.seed + len(mixes)) if seeds is None else seeds, len(mixes))
