@@ -513,3 +513,20 @@ def test_an_evaluations_own_plot_is_no_picture(evaluate, models, tmp_path):
         content = table(out)
         found.append((content["rows"][0]["pictures"], content["facts"]["real images"], content["rows"][0]["values"]))
     assert all(its == found[0] for its in found[:2]) and found[0][:2] == (6, "6") and "made anew" not in told
+
+
+def test_damaged_features_of_the_evaluation_itself_are_made_anew(evaluate, tmp_path):
+    """Those of real images, and those of pictures; with the same result."""
+    asked = (*SHORT, "--metric", "cmmd", "--metric", "loss")
+    assert evaluate(*asked)[0] == 0
+    whole = (tmp_path / "out" / "evaluation.json").read_bytes()
+    for pattern in ("real.safetensors", "parts/pictures-*/*/*.safetensors", "parts/model-*/*.safetensors"):
+        path = next((tmp_path / "out").glob(pattern))
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        state = load_file(path)
+        name = next(name for name in state if name.startswith(("features.", "sums.")))
+        save_file({**state, name: state[name][:, :1].contiguous()}, path, metadata)
+        code, out, err = evaluate(*asked)
+        assert code == 0 and f"{path}: {name} " in out and "damaged" in out and "made anew" in out, (out, err)
+        assert (tmp_path / "out" / "evaluation.json").read_bytes() == whole
