@@ -13,7 +13,7 @@ from ldm_lab.data.files import Folder
 from ldm_lab.data.jobs import PassOptions, PassReport
 from ldm_lab.data.passes import run_pass
 from ldm_lab.data.source import Source
-from ldm_lab.data.work_items import SourceItem, source_items
+from ldm_lab.data.work_items import SourceItem, SourceItems
 from ldm_lab.errors import UserError
 from ldm_lab.evaluation.feature_files import FEATURES, PictureRows, check_tensors, differences, read_rows, write_rows
 from ldm_lab.evaluation.features import Features
@@ -67,9 +67,9 @@ class RealImages:
         """Return a few characters that stand for the facts, as part of a folder's name."""
         return hashlib.sha256(json.dumps(self.facts(networks)).encode()).hexdigest()[:12]
 
-    def items(self, folder: Path) -> list[SourceItem]:
+    def items(self, folder: Path) -> SourceItems:
         """Return the work items, with results in a folder."""
-        return source_items(self.source, folder, self.limit)
+        return SourceItems(self.source, folder, self.limit)
 
 
 def real_rows(
