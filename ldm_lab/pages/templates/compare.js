@@ -103,7 +103,7 @@
   function cast(number, choice) {
     state.votes[number] = { choice, order: orderOf(number) };
     keep();
-    if (lightbox.box.open) lightbox.box.close();
+    lightbox.leave();
     const open = shown().filter((i) => state.votes[i] === undefined);
     const next = open.find((i) => i > number) ?? open[0];
     draw();

@@ -55,9 +55,18 @@ const lightbox = (() => {
   });
   back.addEventListener("click", () => step(-1));
   on.addEventListener("click", () => step(1));
-  close.addEventListener("click", () => box.close());
-  box.addEventListener("click", (event) => { if (event.target === box) box.close(); });
-  box.addEventListener("close", () => { shown?.focus(); image.removeAttribute("src"); });
+
+  // Leaving is done at once, not at the box's event "close": that comes later, when another image may be shown already.
+  function leave() {
+    if (!box.open) return;
+    box.close();
+    image.removeAttribute("src");
+    shown?.focus();
+  }
+
+  close.addEventListener("click", leave);
+  box.addEventListener("click", (event) => { if (event.target === box) leave(); });
+  box.addEventListener("cancel", (event) => { event.preventDefault(); leave(); });
 
   let start = null;
   box.addEventListener("touchstart", (event) => {
@@ -69,5 +78,5 @@ const lightbox = (() => {
     start = null;
     if (Math.abs(x) > 40 && Math.abs(x) > 2 * Math.abs(y)) step(x < 0 ? 1 : -1);
   });
-  return { box, show, link: () => shown };
+  return { box, show, leave, link: () => shown };
 })();
