@@ -17,7 +17,7 @@ from ldm_lab.checkpoints.native import save_model
 from ldm_lab.config import build
 from ldm_lab.sampling import ModelOptions
 
-LIMITS = Limits(pictures=4, side=128, steps=400, megapixels=1, upload=1, waiting=8)
+LIMITS = Limits(pictures=4, side=128, steps=400, work=2, megapixels=1, upload=1, stored=16, waiting=8)
 SECONDS = 60
 
 

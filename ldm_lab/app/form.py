@@ -143,7 +143,8 @@ def _rest(workshop: Workshop, model: gr.Dropdown, prompts: gr.Textbox) -> tuple[
     """Make what stands below the buttons, on a narrow page below the pictures; return all controls."""
     shelf, limits, fields = workshop.shelf, workshop.limits, dict[str, Field]()
     with gr.Row():
-        count = gr.Number(1, label="Count", elem_id="count", precision=None, min_width=90)
+        most = f"{limits.pictures} at most; pictures x steps x megapixels x prompts: {limits.work} at most"
+        count = gr.Number(1, label="Count", info=most, elem_id="count", precision=None, min_width=90)
     base = {choice.name: choice for choice in base_choices() if choice.kind is not Ask.IMAGE}
     first = [base[name] for name in FIRST if name in base]
     with gr.Row():

@@ -2,7 +2,6 @@
 
 import html
 import secrets
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,7 +12,9 @@ from PIL import Image
 
 from ldm_lab.app.choices import Choice, Chosen, FormValue
 from ldm_lab.app.choices import Kind as Ask
+from ldm_lab.app.followers import Followers
 from ldm_lab.app.form import LORAS, Buttons, Form, controls
+from ldm_lab.app.line import QUEUE, Line
 from ldm_lab.app.parts import escaped, preview, telling
 from ldm_lab.app.recall import recall
 from ldm_lab.app.shelf import Kind
@@ -21,7 +22,6 @@ from ldm_lab.app.work import Pictures, Progress, Request, Workshop
 from ldm_lab.errors import UserError
 from ldm_lab.sampling.options import OptionValues
 
-QUEUE = "pictures"  # whatever makes some waits in this one
 FONTS = ["system-ui", "sans-serif"]
 CSS = """
 .gradio-container { max-width: 1400px !important; }
@@ -45,8 +45,10 @@ footer { display: none !important; }
 Painting = tuple[str, list[str] | None, str | None, Request | None]  # status, gallery, archive, what was made last
 
 
-def build(workshop: Workshop, add_endpoints: Callable[[Workshop], None]) -> gr.Blocks:
-    """Return the page of a workshop, with the endpoints of its HTTP interface."""
+def build(
+    workshop: Workshop, followers: Followers, add_endpoints: Callable[[Workshop, Line], None]
+) -> tuple[gr.Blocks, Line]:
+    """Return the page of a workshop, with the endpoints of its HTTP interface, and the queue of its requests."""
     with gr.Blocks(title="ldm_lab", analytics_enabled=False, delete_cache=(600, 6 * 3600)) as page:
         gr.Markdown("# ldm_lab")
         with gr.Row(elem_id="sides"):
@@ -60,9 +62,10 @@ def build(workshop: Workshop, add_endpoints: Callable[[Workshop], None]) -> gr.B
                 )  # fmt: skip
                 archive = gr.DownloadButton("Download all", elem_id="archive", interactive=False)
         last = gr.State(None)
-        _connect(workshop, page, form, buttons, dropped, (status, gallery, archive, last))
-        add_endpoints(workshop)
-    return page
+        line = Line(page, workshop.limits.waiting, followers)
+        _connect(workshop, line, form, buttons, dropped, (status, gallery, archive, last))
+        add_endpoints(workshop, line)
+    return page, line
 
 
 # --------------------------------------------------------------------------------------------------------- what happens
@@ -70,7 +73,7 @@ def build(workshop: Workshop, add_endpoints: Callable[[Workshop], None]) -> gr.B
 
 def _connect(
     workshop: Workshop,
-    page: gr.Blocks,
+    line: Line,
     form: Form,
     buttons: Buttons,
     dropped: gr.File,
@@ -83,14 +86,14 @@ def _connect(
     def draw(*values: FormValue | Image.Image) -> Iterator[Painting]:
         with telling():
             request = form.request(values)
-        yield from paint(workshop, request)
+        yield from paint(workshop, line, request)
 
     def again(request: Request | None, seed: str) -> Iterator[Painting]:
         with telling():
             if request is None:
                 raise UserError("nothing was drawn yet: Draw makes the first pictures")
         values = OptionValues({**request.values, "seed": int(seed)})
-        yield from paint(workshop, replace(request, values=values))
+        yield from paint(workshop, line, replace(request, values=values))
 
     making = {
         "outputs": list(outputs),
@@ -106,7 +109,7 @@ def _connect(
     ended = buttons.stop.click(None, None, None, cancels=[drawn, sent, repeated], api_visibility="private", queue=False)
     ended.then(lambda: _shown_status(Progress("stopped")), None, [status], api_visibility="private")
     _connect_uploads(workshop, form)
-    _connect_shelf(workshop, page, form, buttons.look)
+    _connect_shelf(workshop, line.page, form, buttons.look)
     _connect_recall(workshop, form, dropped)
 
 
@@ -172,16 +175,16 @@ def _connect_recall(workshop: Workshop, form: Form, dropped: gr.File) -> None:
     dropped.upload(recalled, [dropped], targets, api_visibility="private")
 
 
-def paint(workshop: Workshop, request: Request) -> Iterator[Painting]:
+def paint(workshop: Workshop, line: Line, request: Request) -> Iterator[Painting]:
     """Yield what the right side shows while pictures are made, and in the end the pictures."""
-    with tempfile.TemporaryDirectory(dir=tempfile.gettempdir()) as folder, telling():
-        for said in workshop.work(request, Path(folder)):
+    with telling():
+        for said in workshop.work(request, line.of_this_job()):
             if isinstance(said, Progress):
                 yield _shown_status(said), gr.skip(), gr.skip(), gr.skip()
                 continue
             for line in said.remarks:
                 gr.Warning(escaped(line))
-            yield _shown_status(said), list(map(str, said.files)), _archive(Path(folder)), request
+            yield _shown_status(said), list(map(str, said.files)), _archive(said.folder), request
 
 
 def _archive(folder: Path) -> gr.DownloadButton:

@@ -52,7 +52,9 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 
     words = {
         "pictures": "pictures", "side": "pixels of a side of a picture", "steps": "steps of a sampler",
+        "work": "pictures x steps x megapixels of a picture x prompts, all stages together",
         "megapixels": "megapixels of an uploaded image", "upload": "MiB of an uploaded file",
+        "stored": "MiB of uploads and pictures of all users; the oldest are deleted",
         "waiting": "requests in the queue",
     }  # fmt: skip
     group = parser.add_argument_group("the most that one request may ask for")
