@@ -40,10 +40,15 @@ def check_asked(asked: Asked) -> None:
     check_distinct("--checkpoint", [locate_model(its) for its in asked.checkpoints], "is given twice")
     check_folders(asked)
     writable_folder(asked.out, "--out")
-    if asked.prompts is not None and "clip_score" in asked.metrics:
-        empty = next((str(prompt) for prompt in asked.prompts if not prompt.text.strip()), None)
-        if empty is not None:
-            raise UserError(f"--prompts: {empty!r} has no words that clip_score could compare a picture with")
+    check_words("--prompts", asked.metrics, asked.prompts or [])
+
+
+def check_words(where: str, names: Iterable[str], prompts: Iterable[Prompt]) -> None:
+    """Raise UserError for a prompt without a text, where a metric compares pictures with their prompts."""
+    name = next(iter(of_kind(names, "captions")), None)
+    empty = next((str(prompt) for prompt in prompts if not prompt.text.strip()), None)
+    if name is not None and empty is not None:
+        raise UserError(f"{where}: {empty!r} has no words that {name} could compare a picture with")
 
 
 def check_count(what: str, names: Iterable[str], count: int) -> None:
