@@ -206,11 +206,16 @@ def shard_items(patterns: list[str], out: Path | None) -> list[Shard]:
     return found
 
 
-def file_batches(path: str, out: Path | None) -> list[FileBatch]:
-    """Return the images below a folder in batches. Raises UserError if there is none, or if `out` is not given."""
+def file_batches(path: str, out: Path | None, left_out: Path | None = None) -> list[FileBatch]:
+    """Return the images below a folder in batches, without one file that is none of them.
+
+    Raises:
+        UserError: no image, or `out` is not given.
+    """
     if out is None:
         raise UserError("--images: --out has to say where the scores go")
     folder = Folder(path=path, image_size=1, batch_size=1)
+    folder.left_out = left_out
     folder.open()
     names = folder.names
     return [

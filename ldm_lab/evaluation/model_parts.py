@@ -47,9 +47,6 @@ class PartsJob(ImagesJob[Item]):
             source: opened.
             lpips: the perceptual distance, if that is asked for.
             tells: whether to say at the start what the data are.
-
-        Raises:
-            UserError: the model has no such part.
         """
         super().__init__(networks, source)
         self.preparation = FromSource(source, ())  # no network looks at the images as they are
@@ -57,10 +54,6 @@ class PartsJob(ImagesJob[Item]):
         self.identity, self.tells = identity, tells
         parts = [model.autoencoder, model.conditioner, model.denoiser, *model.condition_sources.values()]
         self.parts = nn.ModuleList(parts)
-        if "retrieval" in self.names and not isinstance(model.conditioner, EmbeddingConditioner):
-            raise UserError(f"retrieval: the conditioner {model.conditioner.part_name} embeds no images")
-        if model.pixel_bound is not None and (asked := [name for name in self.names if name in RECONSTRUCTED]):
-            raise UserError(f"{asked[0]}: this model makes pixels, and has no autoencoder that could lose anything")
 
     def describe(self, items: Sequence[WorkItem[Item]]) -> list[str]:
         return super().describe(items) if self.tells else []
@@ -133,14 +126,21 @@ class PartsJob(ImagesJob[Item]):
         return {name: torch.cat(values) for name, values in found.items()}  # [B, ...]
 
 
+def check_parts(model: Model, names: Sequence[str], checkpoint: str) -> None:
+    """Raise UserError if a model lacks the part that a metric is about."""
+    if "retrieval" in names and not isinstance(model.conditioner, EmbeddingConditioner):
+        raise UserError(f"{checkpoint}: retrieval: the conditioner {model.conditioner.part_name} embeds no images")
+    if model.pixel_bound is not None and (asked := [name for name in names if name in RECONSTRUCTED]):
+        raise UserError(
+            f"{checkpoint}: {asked[0]}: this model makes pixels, and has no autoencoder that could lose anything"
+        )
+
+
 def part_values(names: Sequence[str], real: RealSet | None, made: PictureRows, times: int) -> dict[str, Value]:
     """Return the values of metrics of the kind "data" by column, with margins by bootstrap of the images.
 
-    Raises:
-        UserError: no usable image, or too few.
+    What was measured has been looked at (`checks.check_measured`).
     """
-    if not len(made):
-        raise UserError("--data: no usable image")
     found: dict[str, Value] = {}
     for name in of_kind(names, "data"):
         if name == "loss":
@@ -168,11 +168,9 @@ def retrieval(made: PictureRows) -> dict[str, Value]:
     Images that share a caption are all right for it, and it is one text among the others. Images without a caption are
     left out.
     """
-    kept = torch.tensor([row for row, text in enumerate(made.texts) if text], dtype=torch.long)
-    texts = [made.texts[row] for row in kept.tolist()]
+    rows = caption_rows(made.texts)
+    kept, texts = torch.tensor(rows, dtype=torch.long), [made.texts[row] for row in rows]
     firsts = {text: row for row, text in reversed(list(enumerate(texts)))}  # text -> its first place
-    if len(firsts) < 2:
-        raise UserError(f"retrieval: needs images with at least 2 different captions, not {len(firsts)}")
     names = list(firsts)
     of_image = torch.tensor([names.index(text) for text in texts])  # [N], number of its text
     images = made.tensors[IMAGE_EMBED][kept].double()  # [N, D]
@@ -186,6 +184,14 @@ def retrieval(made: PictureRows) -> dict[str, Value]:
         right = (nearest == torch.arange(len(names))).any(0)  # [T]
         found[f"text_to_image_r{rank}"] = Value(float(right.double().mean()))
     return found
+
+
+def caption_rows(texts: Sequence[str]) -> list[int]:
+    """Return the numbers of the images with a caption. Raises UserError for fewer than two different captions."""
+    rows = [row for row, text in enumerate(texts) if text]
+    if (count := len({texts[row] for row in rows})) < 2:
+        raise UserError(f"retrieval: needs images with at least 2 different captions, not {count}")
+    return rows
 
 
 def lpips_network() -> LPIPS:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ldm_lab.config import PartConfig
 from ldm_lab.data.file_facts import digest, facts_of
+from ldm_lab.data.files import Folder
 from ldm_lab.data.jobs import PassOptions, PassReport
 from ldm_lab.data.passes import run_pass
 from ldm_lab.data.source import Source
@@ -39,9 +40,11 @@ class RealImages:
     limit: int | None
 
     @classmethod
-    def open(cls, config: PartConfig, limit: int | None) -> "RealImages":
-        """Find the images. Raises UserError for none."""
+    def open(cls, config: PartConfig, limit: int | None, left_out: Path | None = None) -> "RealImages":
+        """Find the images, without one file that is none of them. Raises UserError for none."""
         source: Source = config.build()
+        if isinstance(source, Folder):
+            source.left_out = left_out
         source.prepare()
         try:
             source.open()
