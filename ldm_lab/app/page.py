@@ -32,7 +32,7 @@ CSS = """
 #status progress::-moz-progress-bar { background: #ea580c; }
 #status { scroll-margin-top: 1em; }
 #status p { margin: 0 0 0.3em 0; overflow-wrap: anywhere; }
-#status li { font-size: 0.9em; overflow-wrap: anywhere; color: var(--body-text-color-subdued); }
+#status li { font-size: 0.9em; overflow-wrap: anywhere; }
 #draw, #again, #stop { font-size: 1rem; white-space: nowrap; padding-left: 0.5em; padding-right: 0.5em; }
 footer { display: none !important; }
 @media (max-width: 700px) {  /* pictures right below what draws them */
