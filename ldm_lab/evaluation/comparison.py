@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ldm_lab.checkpoints.importer import Section
 from ldm_lab.conditioners.embedding import EmbeddingConditioner
 from ldm_lab.data.jobs import PassOptions
 from ldm_lab.data.passes import run_pass
@@ -174,7 +175,7 @@ class Comparison:
     ) -> Row:
         """Return the row of a model and a choice: values of its pictures, and those of its parts."""
         asked = setting.guidance, setting.sampler, setting.steps
-        row = Row(setting.model, *asked, self.asked.seeds, self.asked.pictures, settings=setting.told)
+        row = Row(setting.model, *asked, self.asked.seeds, self.asked.pictures, settings=Section(setting.told))
         values = {name: self.value(name, real, made, row.label()) for name in self.made_of}
         self.remark(self.made_of, counts_of(real, made[0]))
         judge = next((its.embedder for its in self.networks if isinstance(its, EmbeddingFeatures)), None)

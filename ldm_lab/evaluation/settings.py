@@ -18,7 +18,7 @@ from ldm_lab.prompts import Prompt
 from ldm_lab.sampling import Model, ModelOptions, Pipeline, SamplingOptions
 from ldm_lab.sampling.loading import locate_model
 from ldm_lab.sampling.names import model_name
-from ldm_lab.sampling.options import MODEL_FILES, OptionValues
+from ldm_lab.sampling.options import OptionValues
 from ldm_lab.sampling.recorded import Entry
 from ldm_lab.sampling.request import Request
 from ldm_lab.sampling.settings import Given, described
@@ -152,7 +152,8 @@ def settings_of(
 
 def told_settings(checkpoint: str, loading: ModelOptions, options: SamplingOptions, request: Request) -> Entry:
     """Return all that pictures are made with, but seed and device: files by name and checksum, and their size."""
-    files = {name: str(its) for name in MODEL_FILES if (its := getattr(loading, name, None)) is not None}
+    named = {"guide_model": loading.guide_model, "autoencoder": loading.autoencoder, "conditioner": loading.conditioner}
+    files = {name: str(its) for name, its in named.items() if its is not None}
     values = OptionValues({"precision": loading.precision, **files})
     given = Given(checkpoint, loras=[str(its) for its in loading.lora], values=values,
                   noised_clip=[str(its) for its in loading.noised_clip or ()])  # fmt: skip

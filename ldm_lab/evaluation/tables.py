@@ -6,10 +6,10 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ldm_lab.checkpoints.importer import Section
 from ldm_lab.evaluation.metrics import MarginOf, Value
 from ldm_lab.evaluation.origin import Origin
 from ldm_lab.io.atomic import atomic_write
-from ldm_lab.io.json_files import JsonObject
 from ldm_lab.metrics import METRICS, is_higher_better
 
 STEM = "evaluation"  # of the files' names
@@ -39,7 +39,7 @@ class Row:
     seeds: tuple[int, ...] = ()
     pictures: int = 0
     values: dict[str, Value] = field(default_factory=dict)
-    settings: JsonObject = field(default_factory=JsonObject)
+    settings: Section = field(default_factory=Section)
 
     def label(self) -> str:
         """Return what tells it from the others, in a few words."""
@@ -178,10 +178,10 @@ class Table:
         return paths
 
 
-def _plain(value: Value) -> JsonObject:
+def _plain(value: Value) -> Section:
     """Return a value for JSON."""
-    told = JsonObject(asdict(value))
-    return told if value.is_finite else JsonObject({**told, "value": str(value.value)})
+    told = Section(asdict(value))
+    return told if value.is_finite else Section({**told, "value": str(value.value)})
 
 
 def _cells(value: Value | None) -> list[str]:
