@@ -15,6 +15,7 @@ from ldm_lab.app.server import Settings, serving
 from ldm_lab.app.shelf import Shelf
 from ldm_lab.checkpoints.native import save_model
 from ldm_lab.config import build
+from ldm_lab.pretrained.own_runs import note_own
 from ldm_lab.sampling import ModelOptions
 
 LIMITS = Limits(pictures=4, side=128, steps=400, megapixels=1, upload=1, waiting=8)
@@ -26,6 +27,7 @@ def make_models(folder: Path) -> Path:
     config = {"task": "diffusion", **make_parts(folder), "denoiser": DENOISER, "objective": {"name": "v_cosine"}}
     config["conditioner"]["dropout"] = 0.2
     (folder / "tiny").mkdir()
+    note_own(folder / "tiny")  # whose parts lie elsewhere
     for number, name in enumerate(("tiny/ema.safetensors", "other.safetensors")):
         torch.manual_seed(number)
         state = build("denoiser", DENOISER, 4, embedding(16)).state_dict()
