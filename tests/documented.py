@@ -13,7 +13,7 @@ SHELL = ("", "bash", "sh", "shell", "console")
 PROGRAM = re.compile(r"(?:^|\s)(?:-m ldm_lab |ldm-lab |(?=(?:\S*/)?(?:train|sample)\.py))(?P<words>.*)$")
 END = re.compile(r"\s(?:\||>|<|&&|&)(?:\s|$)|;|\s&$")
 
-# Pages whose commands are run as they stand, one after the other, by a test of their own.
+# Pages whose blocks of a language are run by a test of their own; all other commands are run as tests/walks.py says.
 RUN_BY = {
     ("docs/extending.md", "bash"): "tests/test_extending.py",
     ("docs/recipes.md", "bash"): "tests/test_recipes.py",
@@ -21,8 +21,6 @@ RUN_BY = {
     ("docs/extending.md", "python"): "tests/test_extending.py",
     ("docs/slurm.md", "bash"): "tests/test_slurm.py",
 }
-# Pages whose commands are run one after the other by tests/test_docs.py, on few images and for few steps.
-WALKED = ("docs/quickstart.md", "docs/own_images.md")
 # Pages whose blocks of Python are read and not run: why.
 PARSED = {
     "docs/app.md": "asks a server; the tests of the app start one",
@@ -30,21 +28,6 @@ PARSED = {
 }
 # Blocks of no language that show something else than commands: how they begin. What programs print stands in ```text.
 PICTURES = ("YAML + key=value", "a red star on a blue background")
-# Commands of other programs: why they are not run.
-FOREIGN = {
-    r"make [a-z-]+( EXTRAS=\w+)?$": "a target of the Makefile, which the test looks up",
-    r"source \.venv/bin/activate$": "changes the shell that it is typed into",
-    r"pre-commit install$": "of a checkout with a .git that is one's own",
-    r"git clone ": "needs a network",
-    r"pipx install ": "needs a network",
-    r"python -m venv ": "needs a network for what it installs",
-    r"pip install ": "needs a network",
-    r"(huggingface-cli|hf upload) ": "needs an account",
-    r"python examples/\w+\.py$": "a server, which tests/test_recipes.py runs",
-    r"bash benchmarks/gpu\.sh$": "continuous integration runs it, with --tiny",
-    r"curl ": "asks a server that a test of the app starts",
-    r"img2dataset ": "needs a network",
-}
 
 
 @dataclass(frozen=True)
@@ -76,14 +59,9 @@ class Command:
         return [re.sub(r"^\S*?(train|sample)\.py$", r"\1", words[0]), *words[1:]]
 
     @property
-    def is_run_elsewhere(self) -> bool:
-        """Whether a test of its own runs the page's blocks of this language."""
-        return (self.page, self.language) in RUN_BY
-
-    @property
-    def foreign(self) -> str | None:
-        """Why it is not run, of another program's; None if nobody has said."""
-        return next((why for start, why in FOREIGN.items() if re.match(start, self.text)), None)
+    def run_by(self) -> str | None:
+        """The test that runs the page's blocks of this language, if one does."""
+        return RUN_BY.get((self.page, self.language))
 
 
 def blocks() -> Iterator[tuple[str, int, str, str]]:

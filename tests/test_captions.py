@@ -440,7 +440,10 @@ def test_what_was_found_in_a_folder(tmp_path, capsys):
 def test_images_that_need_a_package_are_named_at_the_start(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("ldm_lab.data.folders.find_spec", lambda name: None)
     module(folder(tmp_path, a_png=PNG, b_heic=b"x", c_jxl=b"x"))
-    assert "1 .heic, 1 .jxl need pip install -e '.[images]', and are skipped without it" in capsys.readouterr().out
+    assert (
+        "1 .heic, 1 .jxl need make setup EXTRAS=images, or pip install -e '.[images]', and are skipped without it"
+        in capsys.readouterr().out
+    )
 
 
 def test_class_folders_one_level_too_high(tmp_path, capsys):

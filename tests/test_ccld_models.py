@@ -24,7 +24,11 @@ SCALE = 1.7
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with a run of three steps, with parts of the originals' proportions."""
-    folder = tmp_path_factory.mktemp("ccld")
+    return train_original(tmp_path_factory.mktemp("ccld"))
+
+
+def train_original(folder: Path) -> Path:
+    """Train such a run in a folder, and return that."""
     sections = {"denoiser": {**UNET, "head_width": 64}, "autoencoder": {"latent_std": SCALE}}
     yaml = make_run(folder, trainer={"max_steps": 3}, checkpoint={"every": 3}, **sections)
     torch.manual_seed(1)
@@ -39,11 +43,17 @@ def trained(tmp_path_factory):
 def layouts(trained, tmp_path, monkeypatch):
     """The run's model as the original would have written it: `{layout: path}`, in the working directory."""
     monkeypatch.chdir(tmp_path)
+    write_layouts(trained, Path())
+    return {"slim": Path("slim.pth"), "training": Path("training.ckpt")}
+
+
+def write_layouts(trained: Path, folder: Path) -> None:
+    """Write the run's model and its autoencoder as the originals would have: slim.pth, training.ckpt, kl-f8.ckpt."""
     run = read_pickled(trained / "runs/tiny/last.ckpt")["state_dict"]
     averaged = {n.removeprefix("model_ema."): t for n, t in run.items() if n.startswith("model_ema.")}
     raw = {n.removeprefix("model."): t for n, t in run.items() if n.startswith("model.")}
     scale = torch.tensor(SCALE)
-    torch.save({**averaged, "autoencoder_scale": scale}, "slim.pth")
+    torch.save({**averaged, "autoencoder_scale": scale}, folder / "slim.pth")
     autoencoder, _ = read_safetensors(trained / "autoencoder.safetensors")
     cloob, _ = read_safetensors(trained / "conditioner.safetensors")
     del autoencoder["latent_mean"], autoencoder["latent_std"]
@@ -54,9 +64,8 @@ def layouts(trained, tmp_path, monkeypatch):
     for prefix, weights in (("model.", raw), ("model_ema.", averaged)):
         tensors |= {prefix + name: value for name, value in weights.items()} | {f"{prefix}autoencoder_scale": scale}
     bookkeeping = {"epoch": 0, "global_step": 2, "hyper_parameters": argparse.Namespace(base_channels=64)}
-    torch.save({"state_dict": tensors, "optimizer_states": [{"state": {}}], **bookkeeping}, "training.ckpt")
-    torch.save({**autoencoder, "loss.logvar": torch.zeros(())}, "kl-f8.ckpt")
-    return {"slim": Path("slim.pth"), "training": Path("training.ckpt")}
+    torch.save({"state_dict": tensors, "optimizer_states": [{"state": {}}], **bookkeeping}, folder / "training.ckpt")
+    torch.save({**autoencoder, "loss.logvar": torch.zeros(())}, folder / "kl-f8.ckpt")
 
 
 def pictures(program, *args: str | Path, out: str) -> list[bytes]:

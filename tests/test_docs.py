@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from documented import FOREIGN, PAGES, PARSED, ROOT, RUN_BY, WALKED, Command, blocks, commands
-from test_own_images import picture
-from tiny import run_program
+from documented import PAGES, PARSED, ROOT, RUN_BY, Command, blocks, commands
+from walks import NOT_RUN, way_of
 
 from ldm_lab import __main__ as programs
 from ldm_lab.commands import sample
@@ -19,22 +18,14 @@ from ldm_lab.config import load
 from ldm_lab.errors import UserError
 
 ALL = list(commands())
-TINY = [
-    "trainer.max_steps=2", "trainer.threads=1", "data.workers=0", "data.batch_size=2", "checkpoint.every=2",
-    "optim.warmup_steps=1", "logging.every=1",
-]  # fmt: skip
-LASTING = ("app",)  # commands that run until they are ended
-
-
-def ids(values: Sequence[Command]) -> list[str]:
-    return [f"{value.page} {value.line}" for value in values]
 
 
 def test_every_command_has_a_way_to_be_checked():
-    """A command of this program is taken apart; another one is run by a test, or has a reason why it is not."""
-    lost = [str(its) for its in ALL if its.program_words is None and not its.is_run_elsewhere and its.foreign is None]
+    """A command is run, by a test of its own or by tests/test_walks.py, or has a reason why it is not."""
+    known = re.compile(r"(python|torchrun|curl) ")
+    lost = [str(its) for its in ALL if (way := way_of(its)).text and not known.match(way.text)]
     assert not lost, "\n".join(
-        [f"neither run nor in tests/documented.py (what a program prints stands in ```text): {len(lost)}", *lost]
+        [f"of no known program, nor in tests/walks.py (what a program prints stands in ```text): {len(lost)}", *lost]
     )
     assert len(ALL) > 150
 
@@ -47,10 +38,8 @@ def test_what_is_said_to_be_checked_elsewhere_is():
     for its in ALL:
         if match := re.match(r"make ([a-z-]+)( EXTRAS=\w+)?$", its.text):
             assert match[1] in targets, str(its)
-    for start, why in FOREIGN.items():
-        assert why and (any(re.match(start, its.text) for its in ALL) or start.startswith(("pip ", "git ", "curl "))), (
-            start
-        )
+    for start, why in NOT_RUN.items():
+        assert why and (any(re.match(start, its.text) for its in ALL) or start.startswith(("pip ", "git "))), start
 
 
 def test_blocks_of_python_are_run_or_said_to_be_read_alone():
@@ -121,9 +110,7 @@ def check(command: Command) -> None:
 
 def test_every_command_of_this_program_parses_and_its_config_composes():
     wrong = []
-    checked = [
-        its for its in ALL if its.program_words and not (its.is_run_elsewhere and its.page == "docs/extending.md")
-    ]
+    checked = [its for its in ALL if its.program_words and its.page != "docs/extending.md"]
     for its in checked:
         try:
             check(its)
@@ -150,7 +137,7 @@ def test_a_wrong_command_is_found(text):
 
 def test_a_command_that_nobody_knows_is_found():
     its = Command("docs/x.md", 1, "", "rclone copy a b")
-    assert its.program_words is None and its.foreign is None and not its.is_run_elsewhere
+    assert its.program_words is None and way_of(its).text == its.text
 
 
 def test_the_guides_are_listed():
@@ -175,42 +162,3 @@ def test_links_between_pages_lead_somewhere():
             elif anchor and path.suffix == ".md" and anchor not in anchors(path):
                 wrong.append(f"{page}: {target}: no such section")
     assert not wrong, "\n".join(wrong)
-
-
-# --------------------------------------------------------------------------------------------------------- walks
-
-
-def scratch(folder: Path) -> Path:
-    """Make a folder that looks like a checkout, with photographs in it."""
-    for name in ("configs", "assets", "train.py", "sample.py"):
-        (folder / name).symlink_to(ROOT / name)
-    (folder / "photos").mkdir()
-    for number in range(6):
-        (folder / "photos" / f"{number:05}.jpg").write_bytes(picture(number, kind="JPEG"))
-    return folder
-
-
-def in_small(words: list[str]) -> list[str]:
-    """Return the words of a command with what makes it short."""
-    if words[0] == "train" and "--config" in words:
-        drawn = ["data.count=8", "demo=null"] if any("quickstart" in word for word in words) else []
-        return [word for word in words if not word.startswith("trainer.max_steps")] + [*TINY, *drawn]
-    if words[0] == "start":
-        return [*words, "--steps", "2", "--memory", "cpu", "--offline"]
-    if words[0] == "sample":
-        return [*words, "--steps", "2"]
-    return [*words, "--steps", "2"] if words[0] == "compare" else words
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", WALKED)
-def test_the_commands_of_a_page_run_one_after_the_other(page, tmp_path):
-    folder, count = scratch(tmp_path), 0
-    for command in (its for its in ALL if its.page == page and its.program_words):
-        words = command.program_words
-        if words[0] in LASTING:
-            continue
-        done = run_program("-m", "ldm_lab", *in_small(words), cwd=folder, timeout=1200)
-        assert done.returncode == 0, f"{command}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
-        count += 1
-    assert count >= 5 and (folder / "runs").is_dir()

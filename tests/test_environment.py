@@ -85,8 +85,31 @@ def test_messages_of_missing_extras_say_what_make_can_do():
     assert re.search(r"^ifdef EXTRAS\n.*\$\(EXTRAS:%=--extra %\)", (ROOT / "Makefile").read_text(), re.M)
     for path in (ROOT / "ldm_lab").rglob("*.py"):
         assert "pip install 'ldm_lab[" not in path.read_text(), f"{path}: nothing is published under this name"
+        said = re.findall(r"pip install[^\n]*", path.read_text())
+        assert path.name == "errors.py" or not [line for line in said if "-e of one" not in line], f"{path}: {said}"
         for extra in re.findall(r"\binstall\(['\"](\w+)['\"]\)", path.read_text()):
             assert extra in EXTRAS, f"{path}: no extra {extra}"
+
+
+def test_a_module_of_an_extra_that_is_not_installed_is_one_line(capsys):
+    from ldm_lab.errors import EXTRAS as OF_EXTRAS
+    from ldm_lab.errors import install, run_program
+
+    def lacking(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    with pytest.raises(SystemExit, match="2"):
+        run_program(lambda: lacking("transformers.models"))
+    assert capsys.readouterr().err == f"error: transformers is not installed: {install('text')}\n"
+    with pytest.raises(ModuleNotFoundError):
+        run_program(lambda: lacking("ldm_lab.nothing"))
+    core = {house.normal(re.match(r"[\w-]+", it)[0]) for it in PROJECT["dependencies"]}
+    for path in (ROOT / "ldm_lab").rglob("*.py"):
+        for _, top in house.imported(ast.parse(path.read_text())):
+            package = house.normal(house.DISTRIBUTIONS.get(top, top))
+            if top != "ldm_lab" and top not in sys.stdlib_module_names and package not in core:
+                assert top in OF_EXTRAS, f"{path} imports {top}"
+                assert any(package in house.normal(it) for it in PROJECT["optional-dependencies"][OF_EXTRAS[top]])
 
 
 def test_data_files_of_the_package_are_installed():

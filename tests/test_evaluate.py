@@ -56,6 +56,7 @@ def evaluate(models, program, tmp_path, monkeypatch):
         few = ["--accelerator", "cpu", "--workers", 0, "--batch-size", batch, "--bootstrap", 2, "--out", out]
         return program("ldm_lab.__main__", "evaluate", *model, *real, *few, *args)
 
+    call.plain = lambda *args: program("ldm_lab.__main__", "evaluate", *args)
     return call
 
 
@@ -291,6 +292,8 @@ def test_files_of_others_are_refused(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_measure_the_same_as_one(models, tmp_path):
+    """Also where shards of other sizes have to make up for one that has too few images."""
+    write_shards(tmp_path / "few", count=2, shards=1, size=32, seed=5)
     metrics = [
         word
         for name in ("fd", "cmmd", "precision", "recall", "clip_score", "loss", "psnr", "rfd", "retrieval")
@@ -307,7 +310,10 @@ def test_two_processes_measure_the_same_as_one(models, tmp_path):
     ]
     common += [
         "--data",
-        f"{models}/shards/*.tar",
+        f"shards=['{tmp_path}/few/*.tar','{models}/shards/*.tar']",
+        "image_size=32",
+        "--limit",
+        "20",
         *SHORT,
         "--batch-size",
         "2",
@@ -322,6 +328,7 @@ def test_two_processes_measure_the_same_as_one(models, tmp_path):
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("evaluation.json, evaluation.csv") == 1
     assert table(tmp_path / "one") == table(tmp_path / "two")
+    assert table(tmp_path / "one")["facts"]["real images"] == "20"
 
 
 def test_other_weights_beside_the_model_are_measured_anew(evaluate, models, tmp_path):
@@ -397,3 +404,147 @@ def test_folders_of_pictures_are_looked_at_before_anything_is_measured(evaluate,
 def prompts(folder: Path) -> Path:
     (folder / "prompts.txt").write_text("a red circle\n")
     return folder / "prompts.txt"
+
+
+@pytest.fixture
+def unsampled(monkeypatch):
+    """Have the test fail if a picture is made."""
+    monkeypatch.setattr(Pipeline, "samples", lambda *args, **more: pytest.fail("a picture was made"))
+
+
+def pictures_in(folder: Path, count: int, caption: str = "") -> Path:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        Image.new("RGB", (32, 32), (number * 20, 0, 250 - number * 9)).save(folder / f"{number}.png")
+        if caption:
+            (folder / f"{number}.txt").write_text(caption)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "count", "caption", "message"),
+    [
+        (["--metric", "recall", "--pictures", 3], 9, "a", "recall: pictures: at least 4 images are needed, not 3"),
+        (["--metric", "fd", "--pictures", 1], 9, "a", "fd: pictures: at least 2 images are needed, not 1"),
+        (["--metric", "precision", "--limit", 3], 9, "a", "precision: real images: at least 4 images are needed"),
+        (["--metric", "precision"], 3, "a", "precision: real images: at least 4 images are needed, not 3"),
+        (["--metric", "cmmd"], 1, "a", "cmmd: real images: at least 2 images are needed, not 1"),
+        (["--metric", "cmmd", "--metric", "rfd"], 1, "a", "real images: at least 2 images are needed, not 1"),
+        (["--metric", "clip_score"], 9, "", "--prompts: has to be given, as the real images have no captions"),
+        (["--metric", "clip_score"], 9, "  ", "--prompts: has to be given, as the real images have no captions"),
+        (["--metric", "cmmd", "--metric", "retrieval"], 9, "a", "at least 2 different captions, not 1"),
+        (["--metric", "cmmd", "--sampler", "ddim", "--steps", "fast27"], 9, "a", "fast27"),
+    ],
+    ids=["pictures", "one", "limit", "few-real", "one-real", "one-rfd", "no-caption", "blank", "same-caption", "steps"],
+)  # fmt: skip
+def test_what_can_be_known_is_said_before_pictures_are_made(
+    evaluate, unsampled, tmp_path, words, count, caption, message
+):
+    real = pictures_in(tmp_path / "real", count, caption)
+    code, _, err = evaluate(*words, "--data", f"path={real}", "image_size=32", data=False)
+    assert code == 2 and message in err.splitlines()[-1] and "Traceback" not in err, err
+
+
+def test_folders_and_models_are_looked_at_before_pictures_are_made(evaluate, unsampled, models, tmp_path):
+    few, bare = pictures_in(tmp_path / "few", 2, "a star"), pictures_in(tmp_path / "bare", 6)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"no picture")
+    (tmp_path / "not_a_model.safetensors").write_bytes(b"nothing")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "p.txt").write_text("a star\n:2\n")
+    shutil.copy(models / "a.safetensors", tmp_path / "a.safetensors")
+    (tmp_path / "link.safetensors").symlink_to(models / "a.safetensors")
+    asked = ("--checkpoint", models / "a.safetensors", *SHORT)
+    for words, told in (
+        ((*asked, "--images", few, "--metric", "recall"), "few: recall: at least 4 images are needed, not 2"),
+        ((*asked, "--images", bare, "--metric", "clip_score"), "bare: clip_score needs captions"),
+        ((*asked, "--images", tmp_path / "broken", "--metric", "fd"), "broken: no usable image"),
+        ((*asked, "--checkpoint", tmp_path / "not_a_model.safetensors"), "not_a_model.safetensors"),
+        ((*asked, "--checkpoint", tmp_path / "link.safetensors"), "link.safetensors: is given twice"),
+        ((*asked, "--prompts", tmp_path / "p.txt"), "--prompts: ':2' has no words that clip_score could compare"),
+        ((*asked, "--out", tmp_path / "file"), "file: this is a file, not a folder"),
+        ((*asked, "--bootstrap", 1), "--bootstrap"),
+        ((*asked, "--seeds", 2**32), "--seeds: at most 4294967295 is needed"),
+    ):  # fmt: skip
+        out = () if "--out" in words else ("--out", tmp_path / "out")
+        real = ("--data", f"shards={models}/shards/*.tar", "image_size=32", "--accelerator", "cpu", "--workers", 0)
+        code, _, err = evaluate.plain(*words, *real, *out)
+        assert code == 2 and told in err.splitlines()[-1] and "Traceback" not in err, err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--metric", "loss", "--seeds", 0, 1], "--seeds: without effect, as no pictures are made for --metric loss"),
+        (["--metric", "loss", "--metric", "psnr", "--guidance", 1, "--guidance", 3, "--steps", 2, "--pictures", 6],
+         "--pictures, --guidance, --steps: without effect, as no pictures are made for --metric loss --metric psnr"),
+        (["--metric", "psnr", "--sampler", "ddim", "--eta", 0.5], "--sampler, --eta: without effect"),
+        (["--metric", "loss", "--guidance", 0], "--guidance: without effect"),
+        (["--metric", "loss", "--no-clip-denoised"], "--clip-denoised: without effect"),
+        (["--metric", "loss", "--guide-model", "b"], "--guide-model: without effect"),
+        (["--metric", "loss", "--prompts", "none.txt"], "--prompts: without effect"),
+        (["--metric", "loss", "--features", "f"], "--features: without effect, as nothing is compared with real"),
+        (["--metric", "loss", "--clip", "name=cloob"], "--clip: without effect, as no embeddings are compared by"),
+        (["--metric", "psnr", "--lora", "x"], "--lora: without effect, as the denoiser is not looked at by"),
+        (["--metric", "retrieval", "--autoencoder", "x"], "--autoencoder: without effect, as the autoencoder is not"),
+        (["--metric", "clip_score", "--prompts", "p.txt"], "--data: real images are not looked at by"),
+        (["--images", "made", "--metric", "fd", "--seeds", 1, "--offload"],
+         "--seeds, --offload: without effect, as no model is measured: --checkpoint names none"),
+    ],
+    ids=["seeds", "swept", "sampler", "zero", "no", "guide", "prompts", "features", "clip", "lora", "codec", "data",
+         "images"],
+)  # fmt: skip
+def test_flags_without_effect_are_said(evaluate, tmp_path, words, message):
+    code, _, err = evaluate(*words)
+    assert code == 2 and message in err and not (tmp_path / "out").exists(), err
+
+
+def test_draws_for_margins_that_are_not_made_are_said(evaluate, tmp_path):
+    code, _, err = evaluate("--metric", "loss")
+    assert code == 0 and "note: --bootstrap: without effect, as --metric loss has no margin" in err
+    code, _, err = evaluate("--limit", 8, "--metric", "psnr", "--features", "f", data=False)
+    assert code == 2 and "--metric psnr: is" not in err and "--features: without effect" in err
+
+
+def test_an_evaluations_own_plot_is_no_picture(evaluate, models, tmp_path):
+    """Neither one of the folder that is measured, nor a real image; also on the second time, when it is there."""
+    folder = pictures_in(tmp_path / "all", 6, "a star")
+    data = ("--data", f"path={folder}", "image_size=32", "--metric", "cmmd", "--images", folder)
+    clip = ("--clip", "name=cloob", f"weights={models / 'conditioner.safetensors'}")
+    found = []
+    for out in (folder, folder, folder / "inside", folder / "inside"):
+        code, told, err = evaluate(*data, *clip, data=False, out=out)
+        assert code == 0, err
+        shutil.copy(folder / "0.png", out / "evaluation.png")  # the plot is not drawn in these tests
+        content = table(out)
+        found.append((content["rows"][0]["pictures"], content["facts"]["real images"], content["rows"][0]["values"]))
+    assert all(its == found[0] for its in found[:2]) and found[0][:2] == (6, "6") and "made anew" not in told
+
+
+def test_damaged_features_of_the_evaluation_itself_are_made_anew(evaluate, tmp_path):
+    """Those of real images, and those of pictures; with the same result."""
+    asked = (*SHORT, "--metric", "cmmd", "--metric", "loss")
+    assert evaluate(*asked)[0] == 0
+    whole = (tmp_path / "out" / "evaluation.json").read_bytes()
+    for pattern in ("real.safetensors", "parts/pictures-*/*/*.safetensors", "parts/model-*/*.safetensors"):
+        path = next((tmp_path / "out").glob(pattern))
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        state = load_file(path)
+        name = next(name for name in state if name.startswith(("features.", "sums.")))
+        save_file({**state, name: state[name][:, :1].contiguous()}, path, metadata)
+        code, out, err = evaluate(*asked)
+        assert code == 0 and f"{path}: {name} " in out and "damaged" in out and "made anew" in out, (out, err)
+        assert (tmp_path / "out" / "evaluation.json").read_bytes() == whole
+
+
+def test_a_limit_is_reached_over_shards_of_other_sizes(evaluate, models, tmp_path):
+    """Two images and 24, of which ten are asked for: also the parts of a model are measured on ten."""
+    for name, count in (("few", 2), ("many", 20)):
+        write_shards(tmp_path / name, count=count, shards=1, size=32, seed=count)
+    data = ("--data", f"shards=['{tmp_path}/few/*.tar','{tmp_path}/many/*.tar']", "image_size=32", "--limit", 10)
+    code, _, err = evaluate(*data, "--metric", "rfd", "--metric", "loss", data=False)
+    assert code == 0, err
+    assert table(tmp_path / "out")["facts"]["real images"] == "10"
+    parts = [read_rows(path)[0] for path in (tmp_path / "out").glob("parts/model-*/*.safetensors")]
+    assert sorted(map(len, parts)) == [2, 3, 5]

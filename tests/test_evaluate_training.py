@@ -2,19 +2,22 @@
 
 import contextlib
 import csv
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny import make_run, run_program
 
 from ldm_lab.__main__ import main
+from ldm_lab.checkpoints.files import read_pickled
 from ldm_lab.data.shapes import write_shards
 from ldm_lab.errors import NotFiniteError, UserError
 from ldm_lab.sampling import Pipeline
-from ldm_lab.training.best import Best, BestState
+from ldm_lab.training.best import Best, BestState, read_best
 from ldm_lab.training.evaluate import Evaluate
 
 SAMPLING = {"sampler": {"name": "ddim", "steps": 2}, "batch_size": 2}
@@ -129,18 +132,112 @@ def test_what_the_best_so_far_depends_on(tmp_path):
     assert described() != first
 
 
-def test_the_best_so_far_counts_where_its_weights_are(tmp_path, capsys):
-    kept, trainer = Best(tmp_path, None), SimpleNamespace(strategy=SimpleNamespace(broadcast=lambda value: value))
+def kept_best(folder: Path, **own) -> tuple[Best, dict]:
+    """Return the best so far of a run that goes on, and what it remembers."""
+    kept = Best(folder, None)
     kept.metric = "evaluate/cmmd"
     state = BestState(metric="evaluate/cmmd", value=1.5, step=4, measured_on="x")
-    kept.state = state
-    kept.begin(trainer)
-    assert kept.state is None
-    assert "evaluate/cmmd 1.5 at step 4 does not count any more: its weights, " in capsys.readouterr().out
-    (tmp_path / "best.safetensors").write_bytes(b"")
-    kept.state = state
-    kept.begin(trainer)
-    assert kept.state == state and not capsys.readouterr().out
+    kept.take_over({"best": state, "training": "this"})
+    return kept, {**state, "training": "this", **own}
+
+
+def begun(kept: Best) -> BestState | None:
+    strategy = SimpleNamespace(broadcast=lambda value: value)
+    kept.begin(SimpleNamespace(strategy=strategy, is_global_zero=True))
+    return kept.state
+
+
+def write_best(folder: Path, fact: str | None) -> None:
+    metadata = {"format": "ldm_lab"} if fact is None else {"format": "ldm_lab", "best": fact}
+    save_file({"w": torch.zeros(1)}, folder / "best.safetensors", metadata)
+
+
+def test_the_best_so_far_is_what_its_file_says(tmp_path, capsys):
+    kept, told = kept_best(tmp_path)
+    before = kept.state
+    write_best(tmp_path, json.dumps(told))
+    assert begun(kept) == before and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("fact", "message"),
+    [
+        (None, "does not say what it is the best of"),
+        ("{", "does not say what it is the best of"),
+        ({"value": "nan"}, "does not say what it is the best of"),
+        ({"step": -1}, "does not say what it is the best of"),
+        ({"measured_on": ["x"]}, "does not say what it is the best of"),
+        ({"training": "another"}, "is of another training, and will be replaced"),
+    ],
+    ids=["nothing", "no-json", "nan", "step", "list", "training"],
+)
+def test_a_file_that_is_no_best_of_this_training_does_not_count(tmp_path, capsys, fact, message):
+    kept, told = kept_best(tmp_path)
+    write_best(tmp_path, json.dumps({**told, **fact}) if isinstance(fact, dict) else fact)
+    assert begun(kept) is None
+    said = capsys.readouterr().out
+    assert "evaluate/cmmd 1.5 at step 4 does not count any more: " in said and message in said
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff" * 40], ids=["missing", "empty", "damaged"])
+def test_weights_that_are_not_there_or_damaged_do_not_count(tmp_path, capsys, content):
+    kept, _ = kept_best(tmp_path)
+    if content is not None:
+        (tmp_path / "best.safetensors").write_bytes(content)
+    assert begun(kept) is None
+    why = ", are not there" if content is None else " cannot be read, and will be replaced"
+    assert f"at step 4 does not count any more: {'its weights, ' * (content is None)}" in (
+        said := capsys.readouterr().out
+    )
+    assert f"best.safetensors{why}" in said
+
+
+def test_a_cut_off_file_does_not_count(tmp_path, capsys):
+    kept, told = kept_best(tmp_path)
+    write_best(tmp_path, json.dumps(told))
+    path = tmp_path / "best.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert begun(kept) is None and "cannot be read" in capsys.readouterr().out
+
+
+def test_weights_that_are_newer_or_older_than_the_checkpoint_count_as_what_they_are(tmp_path, capsys):
+    """A run that was killed had measured on; a file may have been put back by hand."""
+    for step, value in ((6, 1.25), (2, 3.5)):
+        kept, told = kept_best(tmp_path)
+        write_best(tmp_path, json.dumps({**told, "step": step, "value": value}))
+        assert begun(kept) == BestState(metric="evaluate/cmmd", value=value, step=step, measured_on="x")
+        assert f"is of step {step}: evaluate/cmmd {value} at step {step} is the best so far" in capsys.readouterr().out
+
+
+def test_a_fresh_run_says_that_it_replaces_the_weights_of_another(tmp_path, capsys):
+    write_best(tmp_path, json.dumps(kept_best(tmp_path)[1]))
+    fresh = Best(tmp_path, None)
+    fresh.metric = "evaluate/cmmd"
+    fresh.state = BestState(metric="evaluate/cmmd", value=1.5, step=0, measured_on="x")  # before the first step
+    assert begun(fresh) is not None and len(fresh.training) == 16
+    said = capsys.readouterr().out
+    assert "is of another training, and will be replaced" in said and "does not count" not in said
+
+
+def test_a_run_that_ends_between_two_measurements_measures_its_last_step(tmp_path, capsys):
+    """By the patience of `held_out`, before the first measurement of `evaluate`; the best weights know of it."""
+    data = evaluate(tmp_path)["data"]
+    held_out = {"data": data, "every": 1, "samples": 4, "levels": 1, "patience": 1}
+    section = evaluate(tmp_path, every=100, metrics=["clip_score"], pictures=2)
+    config = make_run(
+        tmp_path, images=16, evaluate=section, held_out=held_out, optim={"lr": 0.0}, checkpoint={"best": "clip_score"}
+    )
+    with contextlib.chdir(tmp_path):
+        assert not main(["train", "--config", str(config)])
+        assert "evaluate: step 1 is measured, too, as the run ends there; it is saved" in capsys.readouterr().out
+        with open("runs/tiny/metrics.csv", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["evaluate/clip_score"]]
+        assert [row["step"] for row in rows] == ["0"]
+        state = read_pickled(Path("runs/tiny/last.ckpt"))["callbacks"]["Checkpointing"]["best"]
+        assert state["step"] == 1 and read_best(Path("runs/tiny/best.safetensors"))[0] == state
+        assert not main(["train", "--config", str(config), "resume.checkpoint=last"])
+    said = capsys.readouterr().out
+    assert "nothing was left to do" in said and "is measured" not in said and "checkpoint.best" not in said
 
 
 def test_a_check_evaluates_once(tmp_path, capsys):

@@ -2,10 +2,14 @@
 
 import contextlib
 import csv
+import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
+from pytorch_lightning import Callback
 from safetensors import safe_open
 from tiny import DENOISER, embedding, make_run, run_program
 
@@ -15,6 +19,11 @@ from ldm_lab.config import build
 from ldm_lab.data.shapes import write_shards
 from ldm_lab.errors import UserError
 from ldm_lab.evaluation.held_out import HeldOutBatch, loss_sums
+from ldm_lab.training.callbacks import RunCallbacks
+from ldm_lab.training.guard import Guard
+from ldm_lab.training.held_out import HeldOut
+from ldm_lab.training.interrupt import Interrupt
+from ldm_lab.training.measuring import Measuring
 
 
 def held_out(folder, **options):
@@ -61,7 +70,10 @@ def test_losses_are_logged_and_the_best_weights_kept(tmp_path, capsys):
         assert not main(["train", "--config", str(config), "run=batches", "held_out.data.batch_size=13"])
     found = losses(tmp_path / "runs/tiny/metrics.csv")
     assert [*found] == [0, 1, 3, 5] and found[5] < found[0]  # before the first step, and after 2, 4 and 6
-    assert losses(tmp_path / "runs/halves/metrics.csv") == found
+    halves = losses(tmp_path / "runs/halves/metrics.csv")
+    assert [*halves] == [0, 1, 2, 3, 5] and {
+        step: halves[step] for step in found
+    } == found  # the last one of its first half, too
     assert losses(tmp_path / "runs/batches/metrics.csv")[0] == pytest.approx(found[0], rel=0.05)  # other latents
     assert "held-out loss" in capsys.readouterr().out
     with safe_open(tmp_path / "runs/tiny/best.safetensors", "pt") as file:
@@ -91,6 +103,84 @@ def test_a_run_ends_when_the_loss_does_not_fall(tmp_path, capsys):
         assert "has ended" not in capsys.readouterr().out and read_pickled(last)["global_step"] == 5
 
 
+class Stop(Callback):
+    """Sends this process a signal in the midst of a step, or lets its time be up."""
+
+    def __init__(self, step, number=None):
+        self.step, self.number = step, number
+
+    def on_train_batch_start(self, trainer, task, batch, index):
+        if trainer.global_step == self.step - 1:
+            interrupt = next(its for its in trainer.callbacks if isinstance(its, Interrupt))
+            if self.number is None:
+                interrupt.max_time = 0.0
+            else:
+                interrupt.handle(self.number, None)
+
+
+def stopped_run(config, folder, monkeypatch, stop, *words):
+    """Train until a callback stops it; return the exit code."""
+    in_order = RunCallbacks.in_order
+    with contextlib.chdir(folder), monkeypatch.context() as patch:
+        patch.setattr(RunCallbacks, "in_order", lambda self: [stop, *in_order(self)])
+        return main(["train", "--config", str(config), *words])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, None], ids=["signal", "time"])
+def test_a_run_that_is_told_to_stop_measures_where_it_ends(tmp_path, capsys, monkeypatch, number):
+    config = make_run(tmp_path, images=16, held_out=held_out(tmp_path, every=100, patience=1))
+    assert stopped_run(config, tmp_path, monkeypatch, Stop(4, number)) == 75
+    said = capsys.readouterr().out
+    assert "held_out: step 4 is measured, too, as the run ends there; it is saved" in said
+    found = losses(tmp_path / "runs/tiny/metrics.csv")
+    assert [*found] == [0, 3]
+    kept = read_pickled(tmp_path / "runs/tiny/last.ckpt")
+    assert kept["global_step"] == 4 and kept["callbacks"]["Checkpointing"]["best"]["step"] == 4
+    assert kept["callbacks"]["HeldOut"]["best_step"] == 4 and kept["callbacks"]["HeldOut"]["since"] == 0
+    with contextlib.chdir(tmp_path):
+        assert not main(["train", "--config", str(config), "resume.checkpoint=last", "optim.lr=0.0"])
+    said = capsys.readouterr().out  # not lower at its end, and yet no measurement that the patience counts
+    assert "checkpoint.best: " not in said and "held_out.patience" not in said and "held-out loss" in said
+
+
+def test_a_signal_leaves_no_time_for_a_long_measurement(tmp_path, capsys, monkeypatch):
+    config = make_run(tmp_path, images=16, held_out=held_out(tmp_path, every=100))
+    monkeypatch.setattr("ldm_lab.training.measuring.PATIENCE", 0.0)
+    assert stopped_run(config, tmp_path, monkeypatch, Stop(4, signal.SIGTERM)) == 75
+    said = capsys.readouterr().out
+    assert "held_out: step 4, where the run was told to stop, is not measured: it takes about 0 s, and a" in said
+    assert [*losses(tmp_path / "runs/tiny/metrics.csv")] == [0]
+    assert read_pickled(tmp_path / "runs/tiny/last.ckpt")["global_step"] == 4
+
+
+def test_what_is_measured_does_not_wait_for_a_checkpoint_where_the_run_goes_on_in_another_precision(tmp_path):
+    measured, trainer = [], SimpleNamespace(global_step=3, callbacks=[guard := Guard(tmp_path, 1)])
+    measuring = Measuring()
+    measuring.measure = lambda *_: measured.append(1)
+    guard.leaves_for = "32-true"
+    measuring.on_train_end(trainer, None)
+    assert not measured
+
+
+def test_the_order_of_held_out_images_depends_on_the_buffer_that_they_are_drawn_from(tmp_path):
+    """So the first samples, and each one's noise, are others; but not where nothing is drawn, as in a folder."""
+    trainer = SimpleNamespace(
+        is_global_zero=True, strategy=SimpleNamespace(barrier=lambda: None, broadcast=lambda value: value)
+    )
+
+    def measured_on(data):
+        section = HeldOut(tmp_path, data=data)
+        section.setup(trainer, SimpleNamespace(seed=1, check_encoded_by=lambda *_: None), "fit")
+        return section.measured_on
+
+    shards = held_out(tmp_path)["data"]
+    first = measured_on(shards)
+    assert measured_on({**shards, "shuffle_buffer": 2}) != first
+    assert measured_on({**shards, "captions": {"endings": [".cap"]}}) != first
+    for key, value in {"workers": 1, "timeout": 9.0, "shards": str(tmp_path / "./held_out/*.tar")}.items():
+        assert measured_on({**shards, key: value}) == first
+
+
 def test_losses_on_other_images_do_not_count(tmp_path, capsys):
     """Replaced under the same names, or others of the same: the lowest loss and the patience begin anew."""
     section = held_out(tmp_path, every=1, patience=2)
@@ -104,8 +194,28 @@ def test_losses_on_other_images_do_not_count(tmp_path, capsys):
         capsys.readouterr()
         assert not main(["train", "--config", str(config), "resume.checkpoint=last"])
         said = capsys.readouterr().out
-    assert "held_out: other images or times than before: the lowest loss so far" in said
+    assert "held_out: other images, captions or times than before: the lowest loss so far" in said
     assert "the run ends at step 5, the lowest" in said
+
+
+def test_captions_that_have_changed_are_other_conditions(tmp_path, capsys):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(3):
+        Image.new("RGB", (64, 64), (80 * number, 0, 0)).save(pictures / f"{number}.png")
+        (pictures / f"{number}.txt").write_text("a red circle")
+    data = {"name": "folder", "path": str(pictures), "image_size": 64, "batch_size": 4, "workers": 0}
+    config = make_run(tmp_path, images=16, held_out={"data": data, "every": 1, "samples": 3, "levels": 2})
+    with contextlib.chdir(tmp_path):
+        assert not main(["train", "--config", str(config), "trainer.max_steps=1"])
+        again = ["train", "--config", str(config), "resume.checkpoint=last"]
+        assert not main([*again, "trainer.max_steps=2"])
+        assert "does not count" not in capsys.readouterr().out
+        (pictures / "1.txt").write_text("a blue square")
+        assert not main([*again, "trainer.max_steps=3"])
+    said = capsys.readouterr().out
+    assert "held_out: other images, captions or times than before" in said
+    assert "does not count any more: another metric, other images or captions" in said
 
 
 def test_what_a_checkpoint_s_step_came_to_is_not_measured_and_drawn_again(tmp_path, capsys):
@@ -119,7 +229,7 @@ def test_what_a_checkpoint_s_step_came_to_is_not_measured_and_drawn_again(tmp_pa
         drawn = (tmp_path / "runs/tiny/demo/step=00000002.png").stat().st_mtime_ns
         assert "at step 2" in capsys.readouterr().out
         assert not main(["train", "--config", str(config), "resume.checkpoint=last", "trainer.max_steps=3"])
-    assert "held-out loss" not in capsys.readouterr().out
+    assert capsys.readouterr().out.count("held-out loss ") == 1  # of step 3, where it ends
     assert (tmp_path / "runs/tiny/demo/step=00000002.png").stat().st_mtime_ns == drawn
 
 

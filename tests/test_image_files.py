@@ -699,10 +699,12 @@ JXL = b"\xff\x0a" + bytes(100)
 @pytest.mark.parametrize(("data", "package", "name"), [(HEIC, "pillow_heif", "HEIC"), (JXL, "pillow_jxl", "JPEG XL")])
 def test_formats_that_take_another_package_are_refused_by_name(data, package, name, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(BadImage, match=rf"{name} image, which takes pip install -e '.\[images\]'"):
+    with pytest.raises(
+        BadImage, match=rf"{name} image, which takes make setup EXTRAS=images, or pip install -e '.\[images\]'"
+    ):
         decode_image(data)
     (tmp_path / "a").write_bytes(data)
-    with pytest.raises(Exception, match=rf"a: not a readable image: {name} image, which takes pip install"):
+    with pytest.raises(Exception, match=rf"a: not a readable image: {name} image, which takes make setup"):
         open_image(str(tmp_path / "a"))
 
 
@@ -807,7 +809,10 @@ def test_a_folder_of_all_endings_and_one_of_images_that_take_another_package(tmp
     (tmp_path / "photo.HEIC").write_bytes(HEIC)
     data = module({"name": "folder", "path": str(tmp_path), "max_skipped": 0.5}, epochs=1)
     assert len(keys(take(data))) == len(endings)
-    assert "HEIC image, which takes pip install -e '.[images]' 1 (e.g. photo.HEIC)" in data.summary()
+    assert (
+        "HEIC image, which takes make setup EXTRAS=images, or pip install -e '.[images]' 1 (e.g. photo.HEIC)"
+        in data.summary()
+    )
 
 
 def test_training_and_scores_see_what_prompts_see():

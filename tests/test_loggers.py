@@ -15,6 +15,7 @@ from tiny import ROOT, make_run, run_program
 
 from ldm_lab.checkpoints.files import read_pickled
 from ldm_lab.training import start
+from ldm_lab.training.logs import CSVLog, read_rows
 from ldm_lab.training.tensorboard import TensorBoard
 
 DEMO = {"prompts": "prompts.txt", "every": 6, "sampling": {"sampler": {"name": "ddim", "steps": 2}}}
@@ -127,6 +128,20 @@ def test_what_a_resumed_run_goes_over_again_counts_once(here, program):
     scalars, _ = tensorboard_table(run)
     assert list(scalars["train/loss"]) == list(range(6))
     assert_same(csv_table(run), scalars, 1e-6)
+
+
+def test_what_is_measured_when_a_step_s_row_is_written_gets_a_row_of_its_own(tmp_path):
+    log = CSVLog(tmp_path / "metrics.csv")
+    log.log_metrics({"loss": 1.0, "epoch": 0}, 4)
+    log.save()
+    log.log_metrics({"loss": 2.0, "epoch": 0}, 4)  # as Lightning does once more, behind a checkpoint
+    log.log_metrics({"evaluate/fd": 3.0, "epoch": 0}, 4)
+    log.save()
+    log.log_metrics({"loss": 4.0, "evaluate/fd": 5.0}, 4)
+    log.log_metrics({"loss": 6.0}, 5)
+    log.finalize("success")
+    rows = [{"step": "4", "loss": "1.0", "evaluate/fd": ""}, {"step": "4", "loss": "", "evaluate/fd": "3.0"}]
+    assert read_rows(tmp_path / "metrics.csv", None) == [*rows, {"step": "5", "loss": "6.0", "evaluate/fd": ""}]
 
 
 def test_numbers_that_are_not_finite_are_kept(tmp_path):

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from tiny import run_program
+from tiny import ROOT, run_program
 
+from ldm_lab.checkpoints.parts import load_part
 from ldm_lab.commands import start
-from ldm_lab.config import load
+from ldm_lab.config import build, load
 from ldm_lab.downloads import Download
 from ldm_lab.errors import UserError
-from ldm_lab.estimate import StepCost
+from ldm_lab.estimate import StepCost, module_bytes
 from ldm_lab.own_images import autoencoder, weights, writing
-from ldm_lab.own_images.choosing import Machine, Recipe, Road, batch_for, machine_of, max_skipped
+from ldm_lab.own_images.choosing import Machine, Names, Recipe, Road, batch_for, machine_of, max_skipped, small
 from ldm_lab.own_images.commented import Setting, laid_over, settings_of, text, without_head
 from ldm_lab.own_images.looking import look
 from ldm_lab.own_images.weights import ReleasedWeights
@@ -231,6 +232,17 @@ def test_memory_in_words():
         with pytest.raises(UserError, match="such as 8gb, or cpu"):
             machine_of(wrong)
     assert [batch_for(count) for count in (1, 5, 63, 64, 20_000)] == [1, 4, 32, 64, 64]
+
+
+def test_small_recipes_count_their_own_small_parts(tmp_path, monkeypatch):
+    """Not the sizes of Stable Diffusion's autoencoder and of a CLOOB ViT-B/16: 0.9 GB of 1.3."""
+    monkeypatch.chdir(tmp_path)
+    facts = look(fill(tmp_path / "photos", 40))
+    cost = writing.counted(small(facts, Names("photos", tmp_path / "photos.yaml")))
+    whole = load(ROOT / "configs" / "quickstart_autoencoder.yaml")["autoencoder"].architecture()
+    cloob = load_part("conditioner", load(ROOT / "configs" / "quickstart.yaml")["conditioner"])
+    own = build("autoencoder", {**whole, "z_channels": 16, "embed_dim": 16})
+    assert cost.frozen == module_bytes(cloob, own) < 2e7
 
 
 def test_a_gpu_gets_its_recipe(begin, tmp_path, monkeypatch):

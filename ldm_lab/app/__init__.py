@@ -3,6 +3,9 @@
 `choices`    the options of sampling as controls of a form and as parameters of requests
 `limits`     what one request may ask for
 `shelf`      the models, upsamplers and LoRAs that are offered
+`followers`  who follows which job
+`line`       the queue of those who wait
+`store`      how much is uploaded and kept, and where
 `work`       one job at a time: from a request to pictures
 `recall`     the settings in a picture, as the controls take them
 `parts`      components for files from strangers

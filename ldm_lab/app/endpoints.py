@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 
 from ldm_lab.app.choices import Choice, Chosen, FormValue, Kind, base_choices, upsampler_choices
-from ldm_lab.app.page import QUEUE
+from ldm_lab.app.line import QUEUE, Line
 from ldm_lab.app.parts import telling
 from ldm_lab.app.recall import recall
 from ldm_lab.app.shelf import Kind as File
@@ -93,15 +92,15 @@ def names() -> dict[str, list[str]]:
     return {"sample": list(sample_types()), "settings": ["picture"], "options": [], "models": []}
 
 
-def add(workshop: Workshop) -> None:
+def add(workshop: Workshop, line: Line) -> None:
     """Add the endpoints to the page that is being built: `sample`, `options`, `models`, `settings`."""
     choices = {choice.name: choice for choice in (*base_choices(), *upsampler_choices())}
 
     def sample(*values: Json) -> Iterator[Reply]:
         """Make pictures. Yields how far it is, and in the end the files, their seeds, and what should be known."""
         given = Arguments(zip(types, values))
-        with tempfile.TemporaryDirectory() as folder, telling():
-            for said in workshop.work(request_of(given, choices, workshop), Path(folder)):
+        with telling():
+            for said in workshop.work(request_of(given, choices, workshop), line.of_this_job()):
                 if isinstance(said, Progress):
                     yield Reply(doing=said.doing, step=said.done, steps=said.total)
                 else:
@@ -116,8 +115,15 @@ def add(workshop: Workshop) -> None:
         ]
 
     def models() -> Reply:
-        """Tell the names of what is offered."""
-        return Reply({f"{kind.name.lower()}s": [*workshop.shelf.names(kind)] for kind in File})
+        """Tell the names of what is offered, and why the other files of weights are not."""
+        contents = workshop.shelf.contents()
+        return Reply(
+            models=[*contents.names(File.MODEL)],
+            upsamplers=[*contents.names(File.UPSAMPLER)],
+            loras=[*contents.names(File.LORA)],
+            ratings=[*contents.names(File.RATINGS)],
+            left_out={**contents.left_out},
+        )
 
     def settings(picture: Arguments) -> Reply:
         """Tell the settings in a picture, as `sample` takes them."""

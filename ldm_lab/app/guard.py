@@ -1,24 +1,31 @@
 """What no request may do.
 
-Come by another name than the page's, pass the login, have the server fetch an address or open a file of its own, send
-more than is taken, or find a page that frames it.
+Come by another name than the page's, pass the login, have the server fetch an address or open a file of its own, use
+what the page does not, send more than is taken, or find a page that frames it.
 """
 
+import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ldm_lab.app.hosts import Hosts
+from ldm_lab.app.line import Line
+from ldm_lab.app.store import Store
 from ldm_lab.errors import unknown
 from ldm_lab.io.json_files import Json
 
 JSON_LIMIT = 4 * 2**20  # bytes of a request that uploads nothing
+CANVAS_LIMIT = 16 * 2**20  # bytes of a painted mask
 MULTIPART = 2**16  # bytes around an uploaded file
+MOST_UPLOADS = 16  # at once
+UPLOAD_SECONDS, BODY_SECONDS, STALLED_SECONDS = 600, 60, 30  # of an upload, another body, a listener that takes nothing
 NO_FETCHING = (
     "/proxy=",
     "/file=http",
@@ -31,6 +38,12 @@ POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-an
 API = "/gradio_api/"
 # What the login page needs; all else below API, and all that is sent, is for those who are in.
 OPEN = ("startup-events", "theme.css", "login_check", "user", "token", "app_id")
+# What the page and programs use; the library has more, which nobody needs here. Those that end in / or = go on.
+USED = (
+    *OPEN, "info", "openapi.json", "call/", "run/", "queue/join", "queue/data", "queue/status", "cancel", "reset",
+    "heartbeat/", "upload", "upload_progress", "file=", "component_server",
+)  # fmt: skip
+UPLOAD, CANVAS = f"{API}upload", f"{API}component_server"
 BY_NAME = f"{API}call/v2/"  # before the name of an endpoint
 HEADERS = {
     "content-security-policy": POLICY, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer",
@@ -45,7 +58,8 @@ class Guard:
         app: ASGIApp,
         upload: int,
         endpoints: Mapping[str, Sequence[str]],
-        folder: Path,
+        store: Store,
+        line: Line,
         hosts: Hosts,
         is_locked: bool = False,
     ) -> None:
@@ -55,12 +69,14 @@ class Guard:
             app: the application.
             upload: the most bytes of an uploaded file.
             endpoints: that are called by the names of their parameters.
-            folder: of uploaded files.
+            store: of uploaded files.
+            line: of those who wait.
             hosts: the names that the page answers to.
             is_locked: whether there is a password.
         """
         self.app, self.upload, self.endpoints = app, upload, endpoints
-        self.folder, self.hosts, self.is_locked = folder, hosts, is_locked
+        self.store, self.line, self.hosts, self.is_locked = store, line, hosts, is_locked
+        self.uploading = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or refuse it."""
@@ -70,23 +86,64 @@ class Guard:
         if refused := self._refusal(scope):
             await refused(scope, receive, send)
             return
-        kind = Headers(scope=scope).get("content-type", "")
-        uploads = kind.startswith("multipart/")
-        limit = self.upload + MULTIPART if uploads else JSON_LIMIT
+        send = _with_headers(send)
+        uploads = Headers(scope=scope).get("content-type", "").startswith("multipart/")
+        canvas = scope["path"].rstrip("/") == CANVAS
+        limit = JSON_LIMIT if not uploads else CANVAS_LIMIT if canvas else self.upload + MULTIPART
         length = Headers(scope=scope).get("content-length", "0")
         if not length.isdigit() or int(length) > limit:
-            await PlainTextResponse(f"{limit} bytes at most are taken", 413)(scope, receive, send)
-            return
-        if scope["method"] == "POST" and not uploads:
-            body = await _body(receive, limit)
-            if body is None or (reason := self._wrong(body, scope["path"])):
-                text, code = (f"{limit} bytes at most are taken", 413) if body is None else (reason, 400)
-                await PlainTextResponse(text, code)(scope, receive, send)
-                return
-            receive = _again(body, receive)
+            await _too_long(limit)(scope, receive, send)
         elif uploads:
-            receive = _counted(receive, limit)
-        await self.app(scope, receive, _with_headers(send))
+            await self._take_upload(scope, receive, send, limit)
+        elif scope["method"] == "POST":
+            await self._take_body(scope, receive, send)
+        else:
+            await self._follow(scope, receive, send)
+
+    async def _take_upload(self, scope: Scope, receive: Receive, send: Send, limit: int) -> None:
+        """Let an upload through, once there is room for it and all others that are under way."""
+        if self.uploading >= MOST_UPLOADS:
+            await PlainTextResponse("too many uploads at once; try again later", 503)(scope, receive, send)
+            return
+        self.uploading += 1
+        try:
+            await run_in_threadpool(self.store.make_room, limit * self.uploading)
+            async with asyncio.timeout(UPLOAD_SECONDS):
+                await self.app(scope, _counted(receive, limit), send)
+        except TimeoutError:
+            await PlainTextResponse(f"an upload may take {UPLOAD_SECONDS} seconds", 408)(scope, receive, send)
+        finally:
+            self.uploading -= 1
+
+    async def _take_body(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request with a short body through, or refuse what it asks for."""
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await _body(receive, JSON_LIMIT)
+        except TimeoutError:
+            await PlainTextResponse(f"a request may take {BODY_SECONDS} seconds", 408)(scope, receive, send)
+            return
+        if body is None:
+            await _too_long(JSON_LIMIT)(scope, receive, send)
+            return
+        reason = self._wrong(body, scope["path"])
+        full = "" if reason else await self.line.refusal(scope["path"], _function(body))
+        if reason or full:
+            await PlainTextResponse(reason or full, 400 if reason else 503)(scope, receive, send)
+            return
+        await self.app(scope, _again(body, receive), send)
+
+    async def _follow(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request without a body through; a stream of events counts while it is open and taken."""
+        key = _followed(scope)
+        if key is None:
+            await self.app(scope, receive, send)
+            return
+        with self.line.followers.following(key):
+            try:
+                await self.app(scope, receive, _with_patience(send))
+            except TimeoutError:  # nobody takes what is sent
+                return
 
     def _refusal(self, scope: Scope) -> PlainTextResponse | None:
         """Return what is said to a request that is refused whatever it sends; None lets it through."""
@@ -95,22 +152,24 @@ class Guard:
             return PlainTextResponse(reason, 403)
         if any(part in path.lower() for part in NO_FETCHING):
             return PlainTextResponse("addresses are not fetched here", 403)
+        if not _is_used(path):
+            return PlainTextResponse("nothing here", 404)
         if self.is_locked and not _is_open(path, scope["method"]) and not _is_logged_in(scope):
             return PlainTextResponse("the password is needed: log in first", 401)
         return None
 
     def _wrong(self, body: bytes, path: str) -> str:
         """Return why a JSON body is not taken; "" if nothing is wrong with it."""
-        _, called, endpoint = path.rstrip("/").rpartition(BY_NAME)
+        endpoint = _called(path)
         try:
             content = json.loads(body or b"null")
         except ValueError:  # no JSON: a form, or something that the application refuses
-            return "JSON is needed" if called else ""
+            return "JSON is needed" if endpoint else ""
         except RecursionError:
             return "nested too deeply"
         if reason := self._wrong_file(content):
             return reason
-        if not called:
+        if not endpoint:
             return ""
         if endpoint not in self.endpoints:
             return unknown("endpoint", endpoint[:100], self.endpoints)
@@ -139,11 +198,47 @@ class Guard:
             return "addresses are not fetched here; upload the file"
         try:
             file = Path(path).resolve()
-            if not file.is_relative_to(self.folder.resolve()):
+            if not file.is_relative_to(self.store.folder.resolve()):
                 return "an uploaded file is needed; paths and addresses are not opened here"
             return "" if file.is_file() else f"{file.name[:100]}: is not there any more; upload it again"
         except (OSError, ValueError, RuntimeError):  # too long, a zero byte, a loop of links
             return "an uploaded file is needed; this is no path of one"
+
+
+def _called(path: str) -> str:
+    """Return the endpoint that is called by the names of its parameters; "" if none is."""
+    _, _, endpoint = path.rstrip("/").rpartition(BY_NAME)
+    return endpoint if BY_NAME in path else ""
+
+
+def _function(body: bytes) -> int | None:
+    """Return the number of the function that a body names, as the application reads it: "3" and 3.0 are 3."""
+    try:
+        return int(float(json.loads(body or b"null")["fn_index"]))
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError):
+        return None
+
+
+def _followed(scope: Scope) -> str | None:
+    """Return the event or the session whose stream of events is asked for; None if something else is."""
+    path = scope["path"].rstrip("/")
+    if path == f"{API}queue/data":
+        return QueryParams(scope["query_string"]).get("session_hash")
+    if path.startswith(f"{API}call/"):
+        return str(path.rpartition("/")[2])
+    return None
+
+
+def _is_used(path: str) -> bool:
+    """Return whether the page, or a program, has a use for something below API."""
+    if not path.startswith(API):
+        return not path.startswith("/monitoring")
+    name = path.removeprefix(API)
+    return any(name.startswith(used) if used.endswith(("/", "=")) else name.rstrip("/") == used for used in USED)
+
+
+def _too_long(limit: int) -> PlainTextResponse:
+    return PlainTextResponse(f"{limit} bytes at most are taken", 413)
 
 
 def _is_open(path: str, method: str) -> bool:
@@ -200,6 +295,16 @@ def _counted(receive: Receive, limit: int) -> Receive:
         message = await receive()
         seen += len(message.get("body", b""))
         return {"type": "http.disconnect"} if seen > limit else message
+
+    return call
+
+
+def _with_patience(send: Send) -> Send:
+    """Return what gives up on a listener that takes nothing. Raises TimeoutError."""
+
+    async def call(message: Message) -> None:
+        async with asyncio.timeout(STALLED_SECONDS):
+            await send(message)
 
     return call
 

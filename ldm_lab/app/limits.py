@@ -1,5 +1,6 @@
 """What one request may ask for: whoever reaches the page must not be able to fill memory, disk or the day."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,17 +25,25 @@ class Limits:
         pictures: made for one request, those that `rerank` drops included.
         side: of a picture, pixels; of the last of several stages.
         steps: of a sampler.
+        work: of a request, all stages together: pictures x steps x megapixels of a picture x prompts that are mixed.
         megapixels: of an image that is uploaded, once it is decoded.
         upload: of a file, MiB.
+        stored: uploads and pictures of all users, MiB; the oldest are deleted.
         waiting: requests in the queue.
     """
 
     pictures: int = 64
     side: int = 2048
     steps: int = 1000
+    work: int = 1000
     megapixels: int = 40
     upload: int = 32
+    stored: int = 2048
     waiting: int = 32
+
+    def __post_init__(self) -> None:
+        if self.stored < self.upload:
+            raise UserError(f"--max-stored: {self.stored} MiB have no room for a file of {self.upload} (--max-upload)")
 
     def check_count(self, count: int, rerank: int) -> None:
         """Raise UserError for too many pictures."""
@@ -59,6 +68,14 @@ class Limits:
         """Raise UserError for too large a picture."""
         if max(height, width) > self.side:
             raise UserError(f"size: {width}x{height} pixels are too many; a side has {self.side} at most here")
+
+    def check_work(self, work: float) -> None:
+        """Raise UserError for more work than one request may ask for, though each number by itself is within bounds."""
+        if work > self.work:
+            raise UserError(
+                f"work: {math.ceil(work)} (pictures x steps x megapixels x prompts) is too much for one request; "
+                f"{self.work} at most is done here: take fewer pictures or steps, or a smaller size"
+            )
 
     def check_texts(self, texts: Sequence[str]) -> None:
         """Raise UserError for too many prompts, or one that is too long."""

@@ -4,31 +4,40 @@ import asyncio
 import hmac
 import logging
 import os
-import shutil
 import signal
 import socket
-import tempfile
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
+from ldm_lab.app.followers import Followers
 from ldm_lab.app.hosts import Hosts, check_listening
 from ldm_lab.app.limits import MEBI, Limits
 from ldm_lab.app.shelf import Shelf
+from ldm_lab.app.store import Store, temporary_folder
 from ldm_lab.errors import UserError, install
 from ldm_lab.sampling.options import ModelOptions
 
+if TYPE_CHECKING:  # it takes seconds
+    from gradio.http_server import Server
+
 HERE = ("127.0.0.1", "localhost", "::1", "[::1]")
-# No word of a use goes to anybody; what is uploaded and made lies in a folder of its own.
+# No word of a use goes to anybody, and requests download nothing.
 QUIET = {
     "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_SHARE": "False",
+    "LDM_LAB_OFFLINE": "1",
     "GRADIO_RUN_HISTORY": "False", "GRADIO_ALLOWED_PATHS": "", "GRADIO_MCP_SERVER": "False", "GRADIO_SSR_MODE": "False",
 }  # fmt: skip
-FOLDERS = ("GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE")
+FOLDERS = {"GRADIO_TEMP_DIR": "files", "GRADIO_EXAMPLES_CACHE": "examples"}
+JOBS = "jobs"  # folder of what is being made
+VANISHED = 20_000  # milliseconds after which a listener whose machine answers no more counts as gone
 FIRST_DELAY, LONGEST_DELAY = 0.1, 5.0  # seconds before a wrong password is answered; doubled by each
+ENDING = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if sys.platform != "win32" else [])]
 MOST_LOGINS = 16  # that wait for their turn
 logger = logging.getLogger(__name__)
 LOGIN = "The password is the one that this program was started with; any user name will do."
@@ -61,15 +70,16 @@ def serving(shelf: Shelf, settings: Settings) -> Iterator[str]:
     Raises:
         UserError: the port is taken, or there is no such host.
     """
-    folder = Path(tempfile.mkdtemp(prefix="ldm_lab_app_"))
     before = {name: os.environ.get(name) for name in (*QUIET, *FOLDERS)}
-    os.environ.update(QUIET)
-    os.environ.update({name: str(folder / name.lower()) for name in FOLDERS})
     try:
-        with _page(shelf, settings, folder) as address:
-            yield address
+        with temporary_folder() as folder:
+            os.environ.update(QUIET)
+            os.environ.update({name: str(folder / inner) for name, inner in FOLDERS.items()})
+            for inner in (*FOLDERS.values(), JOBS):
+                (folder / inner).mkdir()
+            with _page(shelf, settings, folder) as address:
+                yield address
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
         for name, value in before.items():
             os.environ.pop(name, None)
             if value is not None:
@@ -88,14 +98,17 @@ def _page(shelf: Shelf, settings: Settings, folder: Path) -> Iterator[str]:
     gr = gradio()
     from ldm_lab.app import endpoints
     from ldm_lab.app import page as pages
+    from ldm_lab.app.line import OTHERS
 
-    workshop = Workshop(shelf, settings.loading, settings.limits)
-    page = pages.build(workshop, endpoints.add)
-    page.queue(api_open=False, max_size=settings.limits.waiting, default_concurrency_limit=4)
+    limits = settings.limits
+    store = Store(folder / FOLDERS["GRADIO_TEMP_DIR"], limits.stored * MEBI)
+    workshop = Workshop(shelf, settings.loading, limits, store, folder / JOBS)
+    page, line = pages.build(workshop, Followers(), endpoints.add)
+    page.queue(api_open=False, max_size=limits.waiting + OTHERS, default_concurrency_limit=4)
     theme = gr.themes.Default(font=pages.FONTS, font_mono=["ui-monospace", "monospace"])
     theme = theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
     guard = Middleware(
-        Guard, upload=settings.limits.upload * MEBI, endpoints=endpoints.names(), folder=folder / FOLDERS[0].lower(),
+        Guard, upload=limits.upload * MEBI, endpoints=endpoints.names(), store=store, line=line,
         hosts=Hosts(settings.host, settings.other_hosts), is_locked=settings.password is not None,
     )  # fmt: skip
     try:
@@ -103,7 +116,7 @@ def _page(shelf: Shelf, settings: Settings, folder: Path) -> Iterator[str]:
             server_name=settings.host, server_port=settings.port or _free_port(),
             auth=_door(settings.password), auth_message=LOGIN, prevent_thread_lock=True,
             quiet=True, share=False, inbrowser=False, show_error=False, ssr_mode=False,
-            enable_monitoring=False, max_file_size=settings.limits.upload * MEBI, allowed_paths=[], footer_links=[],
+            enable_monitoring=False, max_file_size=limits.upload * MEBI, allowed_paths=[], footer_links=[],
             theme=theme, css=pages.CSS, app_kwargs={"middleware": [guard]}, run_history=False, mcp_server=False,
             pwa=False, state_session_capacity=200,
         )  # fmt: skip
@@ -113,11 +126,21 @@ def _page(shelf: Shelf, settings: Settings, folder: Path) -> Iterator[str]:
         ) from None
     page.app.user_middleware.sort(key=lambda each: each.cls is not Guard)  # Gradio's own, such as CORS, come after it
     page.app.middleware_stack = page.app.build_middleware_stack()
+    _notice_vanished(page.server)
     try:
         yield page.local_url
     finally:
         workshop.close()
         page.close(verbose=False)
+
+
+def _notice_vanished(server: "Server") -> None:
+    """Have a connection end whose other side takes no bytes any more: a laptop that was closed, a cable that is out."""
+    if sys.platform != "linux":  # elsewhere the system's own patience decides
+        return
+    for listening in server.servers:
+        for its in listening.sockets:  # connections that are accepted have the options of the listening one
+            its.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, VANISHED)
 
 
 def gradio():  # type: ignore[no-untyped-def]
@@ -130,13 +153,13 @@ def gradio():  # type: ignore[no-untyped-def]
 
 
 def run(shelf: Shelf, settings: Settings) -> None:
-    """Serve the page until SIGINT or SIGTERM."""
+    """Serve the page until SIGINT, SIGTERM, or SIGHUP of a terminal that is closed."""
     stop = threading.Event()
 
     def end(number: int, frame: FrameType | None) -> None:
         stop.set()
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, end) for number in ENDING}
     try:
         with serving(shelf, settings) as address:
             print(f"{address} (Ctrl-C ends it)", flush=True)

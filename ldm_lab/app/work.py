@@ -4,30 +4,37 @@ import gc
 import logging
 import queue
 import re
+import shutil
+import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from ldm_lab.app.choices import Kind as Ask
 from ldm_lab.app.choices import base_choices, upsampler_choices
+from ldm_lab.app.followers import Following
 from ldm_lab.app.limits import Limits
 from ldm_lab.app.shelf import Kind, Shelf
+from ldm_lab.app.store import Store
 from ldm_lab.downloads import raise_refusals
 from ldm_lab.errors import NotFiniteError, UserError, told_in_one_line
 from ldm_lab.prompts import Prompt, parse_prompt
 from ldm_lab.sampling import flat
 from ldm_lab.sampling.loras import applied_loras, split_weight
 from ldm_lab.sampling.needs import option_downloads
-from ldm_lab.sampling.options import MODEL_FILES, OF_LOADING, ModelOptions, OptionValues, SamplingOptions
+from ldm_lab.sampling.options import IMAGE_FILES, MODEL_FILES, OF_LOADING, ModelOptions, OptionValues, SamplingOptions
 from ldm_lab.sampling.output import SampleFolder
 from ldm_lab.sampling.pipeline import Pipeline
 from ldm_lab.sampling.settings import Given, described, keep
 from ldm_lab.sampling.stages import Stage, Stages
 
+SHORT = 0.05  # seconds
 PULSE = 0.5  # seconds between two signs of life of a job; so often it is seen whether somebody still waits for it
 FOLDERS = re.compile(r"""(?<![\w.:/~])~?/(?:[^\s/:'"]+/)+""")
 LESS = "fewer pictures at once (batch_size), or smaller ones, need less"
@@ -53,6 +60,7 @@ class Request:
         images: image prompts, mixed with them.
         count: how many pictures.
         values: options under flat names; those that are images as paths of uploaded files.
+        remarks: what was set and is left out, a line each.
     """
 
     model: str
@@ -62,6 +70,7 @@ class Request:
     images: tuple[ImagePrompt, ...] = ()
     count: int = 1
     values: OptionValues = field(default_factory=OptionValues)
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,11 +92,13 @@ class Pictures:
     """What a job has made.
 
     Attributes:
-        files: of the largest size of each picture, in the job's folder.
+        folder: the job's, with all files; it is gone when the job's words are asked for again.
+        files: of the largest size of each picture, in this folder.
         seeds: one of each.
         remarks: what its user should know, a line each.
     """
 
+    folder: Path
     files: list[Path]
     seeds: list[int]
     remarks: list[str]
@@ -100,29 +111,33 @@ class Ended(Exception):
 class Workshop:
     """The models in memory, and the one door to them."""
 
-    def __init__(self, shelf: Shelf, loading: ModelOptions, limits: Limits) -> None:
+    def __init__(self, shelf: Shelf, loading: ModelOptions, limits: Limits, store: Store, folder: Path) -> None:
         """Begin without a model.
 
         Args:
             shelf: what is offered.
             loading: how models are loaded, and where they run.
             limits: of one request.
+            store: of uploaded files.
+            folder: in which each job has one of its own for as long as it takes.
         """
         self.shelf, self.loading, self.limits = shelf, loading, limits
+        self.store, self.folder = store, folder
         self._door = threading.Lock()
-        self._loaded: tuple[tuple[Path, int], ...] = ()
+        self._loaded: tuple[_State, ...] = ()
         self._pipelines: list[Pipeline] = []
         self._jobs: set[Job] = set()
 
-    def work(self, request: Request, folder: Path) -> Iterator[Progress | Pictures]:
+    def work(self, request: Request, following: Following) -> Iterator[Progress | Pictures]:
         """Yield how far the job is, at least every `PULSE` seconds, and in the end its pictures.
 
-        A caller that stops listening (closes the iterator) ends the job at its next step.
+        A job begins when somebody follows it. It ends at its next step where nobody does so any more, or where a caller
+        stops listening (closes the iterator).
 
         Raises:
             UserError: what cannot be made; nothing is loaded for what is wrong in itself.
         """
-        job = Job(self, request, folder)
+        job = Job(self, request, following)
         self._jobs.add(job)
         job.thread.start()
         try:
@@ -130,15 +145,19 @@ class Workshop:
                 said = job.next_word()
                 if isinstance(said, UserError | NotFiniteError):
                     raise UserError(without_folders(str(said))) from None
+                if following.is_over or isinstance(said, Ended):
+                    raise UserError(f"ended: nobody has followed it for {following.followers.patience:g} seconds")
                 if isinstance(said, Exception):
                     raise said
                 if said is not None:
                     yield said
                 if isinstance(said, Pictures):
-                    return
-        finally:
+                    break
+        finally:  # nothing here may take long: Gradio closes iterators where it serves everybody
             job.ended.set()
+            job.leave()
             self._jobs.discard(job)
+        self.store.make_room()
 
     def close(self, patience: float = 30.0) -> None:
         """End all jobs at their next steps, and wait for that."""
@@ -150,7 +169,7 @@ class Workshop:
 
     def pipelines(self, files: Sequence[Path]) -> list[Pipeline]:
         """Return the models of some files, loaded unless they are those of last time."""
-        wanted = tuple((file, file.stat().st_mtime_ns) for file in files)
+        wanted = tuple(map(_state, files))
         if wanted != self._loaded:
             self._loaded, self._pipelines = (), []  # not two sets of models at once
             gc.collect()
@@ -166,12 +185,21 @@ class Workshop:
 class Job:
     """A request on its way to pictures, in a thread of its own."""
 
-    def __init__(self, workshop: Workshop, request: Request, folder: Path) -> None:
-        self.workshop, self.request, self.folder = workshop, request, folder
+    def __init__(self, workshop: Workshop, request: Request, following: Following) -> None:
+        self.workshop, self.request, self.following = workshop, request, following
+        self.folder = Path(tempfile.mkdtemp(dir=workshop.folder))
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._run, name="pictures", daemon=True)
         self._words: queue.SimpleQueue[Progress | Pictures | Exception] = queue.SimpleQueue()
         self._last: Progress | None = None
+        self._inside, self._door = 2, threading.Lock()  # the thread, and who listens to it
+
+    def leave(self) -> None:
+        """Say that the job's files are not needed any more; the last one to say so deletes them."""
+        with self._door:
+            self._inside -= 1
+        if not self._inside:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def next_word(self) -> Progress | Pictures | Exception | None:
         """Return the newest thing to tell, waiting a little for it; the last one again where there is none."""
@@ -187,17 +215,21 @@ class Job:
 
     def _run(self) -> None:
         try:
-            with told_in_one_line(lambda: "drawing pictures", LESS):
+            files = self.workshop.store.holding(_uploads(self.request))
+            with files, told_in_one_line(lambda: "drawing pictures", LESS):
                 self._words.put(self._made())
-        except Ended:
-            pass
         except Exception as error:  # told where it is waited for
             self._words.put(error)
+        finally:
+            self.leave()
 
     def _made(self) -> Pictures:
         request, shop = self.request, self.workshop
         asked = _Asked.of(request, shop)
         self._say("waiting for its turn")
+        while not self.following.is_followed:
+            self._step_over()
+            time.sleep(SHORT)
         with shop._door:
             self._say("loading the model")
             pipelines = shop.pipelines(asked.files)
@@ -213,6 +245,7 @@ class Job:
         last = plan.upsampling[-1] if plan.upsampling else plan.base
         downscale = pipelines[-1].model.autoencoder.downscale
         self.workshop.limits.check_size(*(side * downscale for side in last.latent_size))
+        self.workshop.limits.check_work(plan.work)
         settings = described(asked.given, asked.options, plan.base, pipelines[0].model.device.type)
         out = SampleFolder(self.folder)
         files: list[Path] = []
@@ -222,8 +255,8 @@ class Job:
                 keep(out, row, asked.mix, plan.base, settings)
             self._step_over()
         out.write_list()
-        lines = dict.fromkeys([*plan.remarks, *said.lines])
-        return Pictures(files, list(plan.base.seeds), list(map(without_folders, lines)))
+        lines = dict.fromkeys([*self.request.remarks, *plan.remarks, *said.lines])
+        return Pictures(self.folder, files, list(plan.base.seeds), list(map(without_folders, lines)))
 
     def _say(self, doing: str) -> None:
         self._step_over()
@@ -235,7 +268,7 @@ class Job:
 
     def _step_over(self) -> None:
         """Leave where nobody waits any more."""
-        if self.ended.is_set():
+        if self.ended.is_set() or self.following.is_over:
             raise Ended
 
 
@@ -266,7 +299,7 @@ class _Asked:
         limits.check_count(request.count, options.rerank)
         limits.check_texts([*request.prompts, *(image.path.name for image in request.images)])
         limits.check_texts([options.negative or ""])
-        for key in ("init_image", "mask"):
+        for key in IMAGE_FILES:
             if values.get(key) is not None:
                 limits.open_upload(Path(str(values[key])))
         needed = option_downloads(options, "")
@@ -280,6 +313,30 @@ class _Asked:
         towers = list(map(str, shop.loading.noised_clip or ()))
         given = Given(str(model), list(map(str, upsamplers)), loras, words, towers)
         return cls([model, *upsamplers], loras, mix, options, upsampling, given)
+
+
+class _State(NamedTuple):
+    """A file as it is now: one that is replaced has another inode, one that is written anew another time or size."""
+
+    path: Path
+    inode: int
+    changed: int
+    size: int
+
+
+def _state(path: Path) -> _State:
+    """Return how a file of a model is now. Raises UserError if it is not there any more."""
+    try:
+        found = path.stat()
+    except OSError:
+        raise UserError(f"{path.name}: is not there any more; choose another model") from None
+    return _State(path, found.st_ino, found.st_mtime_ns, found.st_size)
+
+
+def _uploads(request: Request) -> list[Path]:
+    """Return the uploaded files that a request works on."""
+    named = [request.values[key] for key in IMAGE_FILES if request.values.get(key) is not None]
+    return [*(image.path for image in request.images), *(Path(str(name)) for name in named)]
 
 
 def _of_loading(loading: ModelOptions) -> OptionValues:
@@ -298,7 +355,7 @@ def _with_files(values: OptionValues, shelf: Shelf) -> OptionValues:
     """Return options with the files that they name by what is offered. Raises UserError for any other name."""
     named = {choice.name for choice in (*base_choices(), *upsampler_choices()) if choice.kind is Ask.FILE}
     return OptionValues(
-        {name: shelf.path(Kind.OTHER, str(value)) if name in named else value for name, value in values.items()}
+        {name: shelf.path(Kind.RATINGS, str(value)) if name in named else value for name, value in values.items()}
     )
 
 

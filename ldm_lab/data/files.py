@@ -250,7 +250,12 @@ class Folder(FileSource):
 
     Args:
         path: the folder.
+
+    Attributes:
+        left_out: a picture in it that is none of its images; None for none.
     """
+
+    left_out: Path | None = None
 
     def listed(self) -> list[ListedImage]:
         if not self.path.is_dir():
@@ -258,7 +263,7 @@ class Folder(FileSource):
         self.listing = Listing()
         found = []
         for folder, files in walk(self.path, self.listing):
-            images = [file for file in files if is_image(file)]
+            images = [file for file in files if is_image(file) and not self.leaves_out(folder, file)]
             places, strange = self.beside.places(folder, images, set(files))
             self.listing.left_out.update(map(ending_of, strange))
             self.listing.folders += bool(images)
@@ -269,6 +274,11 @@ class Folder(FileSource):
             left = "".join(f"; {line}" for line in self.listing.lines())
             raise UserError(f"data.path: no image below {self.path}{hint}; looked for {', '.join(IMAGE_ENDINGS)}{left}")
         return sorted(found)  # whatever order the file system has
+
+    def leaves_out(self, folder: str, file: str) -> bool:
+        """Return whether a file is `left_out`."""
+        other = self.left_out
+        return other is not None and file == other.name and (self.path / folder / file).resolve() == other.resolve()
 
     def found(self) -> list[str]:
         first, *lines = super().found()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+from ldm_lab.errors import install
 from ldm_lab.io.decoding import IMAGE_ENDINGS
 
 # Folders and files that systems and archives leave behind, beside the hidden ones.
@@ -107,4 +108,4 @@ def need_plugins(names: list[str]) -> str:
         ending for ending in map(ending_of, names) if ending in PLUGINS and find_spec(PLUGINS[ending]) is None
     )
     kinds = ", ".join(f"{count:,} .{ending}" for ending, count in sorted(lacking.items()))
-    return f"{kinds} need pip install -e '.[images]', and are skipped without it" if kinds else ""
+    return f"{kinds} need {install('images')}, and are skipped without it" if kinds else ""

@@ -16,7 +16,7 @@ from ldm_lab.data.shard_source import ShardSource
 from ldm_lab.data.shard_urls import expand
 from ldm_lab.data.source import Unusable
 from ldm_lab.data.tar_files import KeyUntil
-from ldm_lab.errors import UserError
+from ldm_lab.errors import UserError, install
 from ldm_lab.rules.names import ASK, Names, check_names
 from ldm_lab.rules.rule import build_rules
 from ldm_lab.rules.sample import SampleRow, violated_rules
@@ -85,7 +85,7 @@ class WebDataset(ShardSource):
         addresses = expand(self.shards)
         if self.scores is not None:
             if find_spec("pyarrow") is None:
-                raise UserError("data.scores: pyarrow has to be installed for it: pip install -e '.[curation]'")
+                raise UserError(f"data.scores: pyarrow has to be installed for it: {install('curation')}")
             missing = [path for path in (scores_path(a, self.scores) for a in addresses) if not os.path.isfile(path)]
             if missing:
                 raise UserError(

@@ -1,20 +1,27 @@
 """Several models, or folders of pictures, measured in the same way: one table."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ldm_lab.conditioners.embedding import EmbeddingConditioner
-from ldm_lab.config import PartConfig
 from ldm_lab.data.jobs import PassOptions
 from ldm_lab.data.passes import run_pass
 from ldm_lab.data.work_items import WorkItem, file_batches
 from ldm_lab.embed import Encoder
 from ldm_lab.errors import UserError
+from ldm_lab.evaluation.asked import Asked
+from ldm_lab.evaluation.checks import (
+    check_asked,
+    check_measured,
+    check_pictures,
+    check_real,
+    checked_models,
+    scored_rows,
+)
 from ldm_lab.evaluation.feature_files import PictureRows
 from ldm_lab.evaluation.features import EmbeddingFeatures, Features, InceptionFeatures
 from ldm_lab.evaluation.jobs import FeatureJob, FilesJob, PicturesItem, PicturesJob, rows_of_items
@@ -31,49 +38,13 @@ from ldm_lab.evaluation.metrics import (
 )
 from ldm_lab.evaluation.model_parts import PartsJob, lpips_network, part_values
 from ldm_lab.evaluation.real_images import FILE, RealImages, real_rows
-from ldm_lab.evaluation.settings import Models, Setting, model_names, picture_seeds, settings_of
-from ldm_lab.evaluation.tables import Row, Table
+from ldm_lab.evaluation.settings import Models, Setting, model_names, picture_seeds
+from ldm_lab.evaluation.tables import ENDINGS, Row, Table
 from ldm_lab.io.json_files import Fields, parse_json
+from ldm_lab.progress import print_line
 from ldm_lab.prompts import Prompt
-from ldm_lab.sampling import ModelOptions, SamplingOptions
+from ldm_lab.sampling import ModelOptions
 from ldm_lab.sampling.names import public_name
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is to be measured.
-
-    Attributes:
-        metrics: their names.
-        out: folder of the results, and of what is kept on the way.
-        checkpoints: of models.
-        choices: how each is asked; `batch_size` is that of the passes.
-        images: folders of pictures that are there.
-        data: section of the real images; None for none.
-        features: a file with their features in place of the one in `out`.
-        limit: real images that are taken; None takes all.
-        prompts: None takes captions of the real images.
-        pictures: that are made of each seed.
-        seeds: of pictures.
-        clip: section of the conditioner whose embeddings are compared; None takes the first model's.
-        inception: file of Inception's weights; None takes the released one.
-        bootstrap: how often pictures are drawn again for a margin, where there is one seed.
-    """
-
-    metrics: list[str]
-    out: Path
-    checkpoints: list[str] = field(default_factory=list)
-    choices: list[SamplingOptions] = field(default_factory=lambda: [SamplingOptions()])
-    images: list[str] = field(default_factory=list)
-    data: PartConfig | None = None
-    features: Path | None = None
-    limit: int | None = None
-    prompts: list[Prompt] | None = None
-    pictures: int = 1000
-    seeds: tuple[int, ...] = (0,)
-    clip: PartConfig | None = None
-    inception: str | None = None
-    bootstrap: int = 20
 
 
 class Comparison:
@@ -90,11 +61,13 @@ class Comparison:
         Raises:
             UserError: what is missing, or cannot be measured.
         """
+        check_asked(asked)
         self.asked, self.options, self.models = asked, options, Models(loading)
-        self.made_of = [*of_kind(asked.metrics, "pictures", "captions")]  # metrics of pictures
-        self.of_data = of_kind(asked.metrics, "data")
-        self.real = None if asked.data is None else RealImages.open(asked.data, asked.limit)
+        self.made_of, self.of_data = asked.of_pictures, of_kind(asked.metrics, "data")
+        self.real = None if asked.data is None else RealImages.open(asked.data, asked.limit, asked.plot)
         self.networks = self.load_networks()
+        self.settings = checked_models(asked, self.models)
+        self.lpips = lpips_network() if "lpips" in self.of_data else None
         self.remarks: list[str] = []
         self.is_first = True  # of several processes
         self.tells = True  # what the data are; once is enough
@@ -125,13 +98,16 @@ class Comparison:
         return EmbeddingFeatures(model.conditioner, embedder)
 
     def run(self) -> Table | None:
-        """Measure all; return the table, in other processes than the first None. Raises UserError."""
+        """Measure all; return the table, in other processes than the first None. Raises UserError.
+
+        Pictures are made last: what could end the evaluation is found before (`checks`).
+        """
         asked = self.asked
-        self.check_folders()
         real = self.real_set()
+        prompts = self.prompts(real) if asked.makes_pictures else []
         parts = {checkpoint: self.parts(checkpoint) for checkpoint in asked.checkpoints if self.of_data}
-        made = self.made_pictures(real) if self.made_of and asked.checkpoints else []
-        folders = {folder: self.folder_pictures(folder) for folder in asked.images if self.made_of}
+        folders = {folder: self.folder_pictures(folder) for folder in asked.images}
+        made = self.made_pictures(prompts) if asked.makes_pictures else []
         if not self.is_first:
             return None
         values = {
@@ -144,17 +120,6 @@ class Comparison:
             ]
         rows += [self.folder_row(folder, real, its) for folder, its in folders.items()]
         return Table(rows, self.facts(real), list(dict.fromkeys(self.remarks)))
-
-    def check_folders(self) -> None:
-        """Raise UserError for folders of pictures that are not there, are named twice, or would not be looked at."""
-        folders = [Path(folder).expanduser().resolve() for folder in self.asked.images]
-        for folder, asked in zip(folders, self.asked.images):
-            if not folder.is_dir():
-                raise UserError(f"--images {asked}: no such folder")
-            if folders.count(folder) > 1:
-                raise UserError(f"--images {asked}: named twice")
-        if folders and not self.made_of:
-            raise UserError(f"--images: pictures are not looked at by --metric {' --metric '.join(self.asked.metrics)}")
 
     def run_pass(self, job: FeatureJob, items: Sequence[WorkItem], what: str, max_skipped: float = 1.0) -> None:
         """Do what is not done yet of a pass; note what was skipped of what, and whether this is the first process."""
@@ -169,36 +134,40 @@ class Comparison:
         """Return the features of the real images; None where nothing is compared with them."""
         asked, needed = self.asked, [name for name in self.asked.metrics if METRICS[name].kind != "captions"]
         of_pictures = [name for name in needed if METRICS[name].space is not None]
-        own_captions = bool(self.made_of and asked.checkpoints) and asked.prompts is None
+        own_captions = asked.makes_pictures and asked.prompts is None
         if not of_pictures and not own_captions:
             return None
-        if self.real is None and asked.features is None:
-            why = f"--metric {of_pictures[0]}" if of_pictures else "without --prompts"
-            raise UserError(f"{why}: --data has to say what the real images are")
         path, self.tells = asked.features or asked.out / FILE, False
         rows, unusable = real_rows(self.real, self.networks, path, asked.features is None, self.options)
         if unusable is not None:
             self.remarks.append(f"real images: {unusable}")
+        check_real(needed, rows)
         return RealSet(rows)
 
     def prompts(self, real: RealSet | None) -> list[Prompt]:
         """Return the prompts of pictures: those given, or captions of the real images, evenly spread."""
         asked = self.asked
         if asked.prompts is not None:
+            if asked.pictures < len(asked.prompts):
+                self.remarks.append(f"prompts: the first {asked.pictures:,} of {len(asked.prompts):,}, one a picture")
             return asked.prompts
-        captions = [text for text in (real.rows.texts if real else []) if text]
+        texts = real.rows.texts if real else []
+        captions = [text for text in texts if text.strip()]
         if not captions:
             raise UserError("--prompts: has to be given, as the real images have no captions")
+        if len(captions) < len(texts):
+            self.remarks.append(
+                f"prompts: captions of {len(captions):,} of {len(texts):,} real images; others have none"
+            )
         count = min(asked.pictures, len(captions))
         return [Prompt(captions[number * len(captions) // count]) for number in range(count)]
 
     # --------------------------------------------------------------------------------------------------- made pictures
 
-    def made_pictures(self, real: RealSet | None) -> list[tuple[Setting, list[PictureRows]]]:
+    def made_pictures(self, prompts: Sequence[Prompt]) -> list[tuple[Setting, list[PictureRows]]]:
         """Return what is seen on the pictures of each model and choice, seed by seed."""
-        asked, prompts = self.asked, self.prompts(real)
-        settings = settings_of(self.models, asked.checkpoints, asked.choices, prompts)
-        items = [[self.items(i, its, seed, prompts) for seed in asked.seeds] for i, its in enumerate(settings)]
+        settings = self.settings
+        items = [[self.items(i, its, seed, prompts) for seed in self.asked.seeds] for i, its in enumerate(settings)]
         job = PicturesJob(self.networks, self.models, settings, prompts)
         self.run_pass(job, [item for of_seeds in items for of_seed in of_seeds for item in of_seed], "pictures")
         return [(its, list(map(rows_of_items, of_seeds))) for its, of_seeds in zip(settings, items, strict=True)]
@@ -242,31 +211,33 @@ class Comparison:
     # ----------------------------------------------------------------------------------------- pictures that are there
 
     def folder_pictures(self, folder: str) -> PictureRows:
-        """Return what is seen on the pictures in a folder. Raises UserError for none."""
+        """Return what is seen on the pictures in a folder. Raises UserError for what cannot be measured."""
         name, networks = public_name(folder), "-".join(network.key for network in self.networks)
-        files = [(path, path.stat()) for path in Path(folder).rglob("*") if path.is_file()]
+        own = (self.asked.out / "parts", self.asked.out / FILE, *(self.asked.plot.with_suffix(e) for e in ENDINGS))
+        found = [path for path in Path(folder).rglob("*") if path.is_file()]
+        files = [(path, path.stat()) for path in found if not is_of(path, own)]
         # Other pictures under the same names are looked at anew.
         facts = str(sorted((str(path.absolute()), its.st_size, its.st_mtime_ns) for path, its in files))
         place = hashlib.sha256(facts.encode(errors="surrogateescape")).hexdigest()[:12]
-        items = file_batches(folder, self.asked.out / "parts" / f"folder-{name}-{place}-{networks}")
+        target = self.asked.out / "parts" / f"folder-{name}-{place}-{networks}"
+        items = file_batches(folder, target, self.asked.plot)
+        if self.asked.plot.is_file() and is_of(self.asked.plot, [Path(folder)]):
+            print_line(f"--images {folder}: {self.asked.plot} is the plot of --out, and none of the pictures")
         listed = listed_pictures(Path(folder))
         self.run_pass(FilesJob(self.networks, listed=listed), items, name)
         made = rows_of_items(items)
         if listed is not None:
             self.remarks.append(f"{name}: the pictures that its samples.json lists, without grids")
-        if not len(made):
-            raise UserError(f"--images {folder}: no usable image")
+        check_pictures(folder, self.made_of, made)
         return made
 
     def folder_row(self, folder: str, real: RealSet | None, made: PictureRows) -> Row:
-        """Return the row of a folder of pictures. Raises UserError where none has the caption that a score needs."""
+        """Return the row of a folder of pictures."""
         values = {}
         for name in self.made_of:
             rows = made
             if METRICS[name].kind == "captions":
-                rows = made.taken(_with_captions(made.tensors[CLIP_SCORE]))
-                if not len(rows):
-                    raise UserError(f"--images {folder}: {name} needs captions, in a .txt beside each picture")
+                rows = made.taken(scored_rows(made.tensors[CLIP_SCORE]))
                 if len(rows) < len(made):
                     self.remarks.append(
                         f"{folder}: {name} of {len(rows)} of {len(made)} pictures: others have no caption"
@@ -279,17 +250,17 @@ class Comparison:
 
     def parts(self, checkpoint: str) -> PictureRows:
         """Return what is measured of a model's parts on the real images."""
-        if self.real is None:
-            raise UserError(f"--metric {self.of_data[0]}: --data has to say what images it is measured on")
+        assert self.real is not None, "it is looked at when the comparison is made"
         model, identity = self.models.pipeline(checkpoint, torch.device("cpu")).model, self.models.identity(checkpoint)
         networks = [its for its in self.networks if its.space in spaces_of(self.of_data)]
-        lpips = lpips_network() if "lpips" in self.of_data else None
-        job = PartsJob(model, identity, self.of_data, networks, self.real.source, lpips, self.tells)
+        job = PartsJob(model, identity, self.of_data, networks, self.real.source, self.lpips, self.tells)
         self.tells = False
         key = "-".join([identity[:12], *sorted(self.of_data), self.real.key(networks)])
         items = self.real.items(self.asked.out / "parts" / f"model-{key}")
         self.run_pass(job, items, "real images", self.real.source.max_skipped)
-        return rows_of_items(items)
+        measured = rows_of_items(items)
+        check_measured(checkpoint, self.of_data, measured)
+        return measured
 
     # ------------------------------------------------------------------------------------------------------- the table
 
@@ -326,6 +297,7 @@ def listed_pictures(folder: Path) -> frozenset[str] | None:
     return names or None
 
 
-def _with_captions(scores: Tensor) -> Tensor:
-    """Return the numbers of the pictures that have a score, [n], of scores [N] that are NaN without a caption."""
-    return torch.arange(len(scores))[~scores.isnan()]
+def is_of(path: Path, places: Iterable[Path]) -> bool:
+    """Return whether a path is one of some files, or lies in one of some folders."""
+    resolved = path.resolve()
+    return any(resolved.is_relative_to(place.resolve()) for place in places)

@@ -26,8 +26,11 @@ from ldm_lab.evaluation.feature_files import VALUES, PictureRows
 from ldm_lab.evaluation.features import Space
 
 Kind = Literal["pictures", "captions", "data"]
+ModelPart = Literal["denoiser", "autoencoder", "conditioner"]
 MarginOf = Literal["seeds", "bootstrap", ""]
 CLIP_SCORE = VALUES + "clip_score"
+WHOLE_MODEL: tuple[ModelPart, ...] = ("denoiser", "autoencoder", "conditioner")
+CODEC: tuple[ModelPart, ...] = ("autoencoder",)
 NORMAL = 1.96  # the 97.5 % quantile of the normal distribution
 
 
@@ -41,6 +44,8 @@ class Metric:
         meaning: a line for the user.
         space: features that it compares; None for none.
         least: pictures that it needs on each side.
+        parts: of a model that it looks at, where it looks at no picture that the model makes.
+        is_mean: whether it is the mean of a number of each image, so that images can be drawn again for a margin.
     """
 
     kind: Kind
@@ -48,6 +53,8 @@ class Metric:
     meaning: str
     space: Space | None = None
     least: int = 2
+    parts: tuple[ModelPart, ...] = ()
+    is_mean: bool = False
 
 
 METRICS = {
@@ -57,13 +64,19 @@ METRICS = {
     "cmmd": Metric("pictures", False, "kernel distance of embeddings, times 1000", "embedding"),
     "precision": Metric("pictures", True, "share of pictures among the real ones", "embedding", NEIGHBORS + 1),
     "recall": Metric("pictures", True, "share of real images among the pictures", "embedding", NEIGHBORS + 1),
-    "clip_score": Metric("captions", True, "100 x cosine of a picture's and its prompt's embedding", "embedding", 1),
-    "loss": Metric("data", False, "the objective's loss on the data, by noise level", None, 1),
-    "psnr": Metric("data", True, "the autoencoder's reconstructions, decibels", None, 1),
-    "lpips": Metric("data", False, "the autoencoder's reconstructions, perceptual distance", None, 1),
-    "rfid": Metric("data", False, "FID of the autoencoder's reconstructions", "inception"),
-    "rfd": Metric("data", False, "fd of the autoencoder's reconstructions", "embedding"),
-    "retrieval": Metric("data", True, "the conditioner finds captions of images, and images of captions", None),
+    "clip_score": Metric(
+        "captions", True, "100 x cosine of a picture's and its prompt's embedding", "embedding", 1, is_mean=True
+    ),
+    "loss": Metric("data", False, "the objective's loss on the data, by noise level", None, 1, WHOLE_MODEL),
+    "psnr": Metric("data", True, "the autoencoder's reconstructions, decibels", None, 1, CODEC, is_mean=True),
+    "lpips": Metric(
+        "data", False, "the autoencoder's reconstructions, perceptual distance", None, 1, CODEC, is_mean=True
+    ),
+    "rfid": Metric("data", False, "FID of the autoencoder's reconstructions", "inception", parts=CODEC),
+    "rfd": Metric("data", False, "fd of the autoencoder's reconstructions", "embedding", parts=CODEC),
+    "retrieval": Metric(
+        "data", True, "the conditioner finds captions of images, and images of captions", parts=("conditioner",)
+    ),
 }
 DEFAULT = ("fd", "cmmd", "precision", "recall", "clip_score")  # what works offline
 

@@ -47,9 +47,6 @@ class PartsJob(ImagesJob[Item]):
             source: opened.
             lpips: the perceptual distance, if that is asked for.
             tells: whether to say at the start what the data are.
-
-        Raises:
-            UserError: the model has no such part.
         """
         super().__init__(networks, source)
         self.preparation = FromSource(source, ())  # no network looks at the images as they are
@@ -57,10 +54,6 @@ class PartsJob(ImagesJob[Item]):
         self.identity, self.tells = identity, tells
         parts = [model.autoencoder, model.conditioner, model.denoiser, *model.condition_sources.values()]
         self.parts = nn.ModuleList(parts)
-        if "retrieval" in self.names and not isinstance(model.conditioner, EmbeddingConditioner):
-            raise UserError(f"retrieval: the conditioner {model.conditioner.part_name} embeds no images")
-        if model.pixel_bound is not None and (asked := [name for name in self.names if name in RECONSTRUCTED]):
-            raise UserError(f"{asked[0]}: this model makes pixels, and has no autoencoder that could lose anything")
 
     def describe(self, items: Sequence[WorkItem[Item]]) -> list[str]:
         return super().describe(items) if self.tells else []
@@ -68,6 +61,13 @@ class PartsJob(ImagesJob[Item]):
     def fingerprint(self, precision: str) -> Fingerprint:
         made_with = {"model": self.identity, "metrics": " ".join(sorted(self.names))}
         return {**super().fingerprint(precision), **made_with}
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        found: dict[str, tuple[int, ...]] = {FEATURES + its.space: (its.width,) for its in self.features()}
+        found |= {VALUES + name: () for name in self.names if name in ("psnr", "lpips")}
+        if isinstance(self.model.conditioner, EmbeddingConditioner) and "retrieval" in self.names:
+            found |= dict.fromkeys((IMAGE_EMBED, TEXT_EMBED), (self.model.conditioner.embed_dim,))
+        return {**found, LOSS: (2, QUARTERS)} if "loss" in self.names else found
 
     @torch.no_grad()
     def process(self, batch: PictureBatch) -> PictureRows:
@@ -133,14 +133,21 @@ class PartsJob(ImagesJob[Item]):
         return {name: torch.cat(values) for name, values in found.items()}  # [B, ...]
 
 
+def check_parts(model: Model, names: Sequence[str], checkpoint: str) -> None:
+    """Raise UserError if a model lacks the part that a metric is about."""
+    if "retrieval" in names and not isinstance(model.conditioner, EmbeddingConditioner):
+        raise UserError(f"{checkpoint}: retrieval: the conditioner {model.conditioner.part_name} embeds no images")
+    if model.pixel_bound is not None and (asked := [name for name in names if name in RECONSTRUCTED]):
+        raise UserError(
+            f"{checkpoint}: {asked[0]}: this model makes pixels, and has no autoencoder that could lose anything"
+        )
+
+
 def part_values(names: Sequence[str], real: RealSet | None, made: PictureRows, times: int) -> dict[str, Value]:
     """Return the values of metrics of the kind "data" by column, with margins by bootstrap of the images.
 
-    Raises:
-        UserError: no usable image, or too few.
+    What was measured has been looked at (`checks.check_measured`).
     """
-    if not len(made):
-        raise UserError("--data: no usable image")
     found: dict[str, Value] = {}
     for name in of_kind(names, "data"):
         if name == "loss":
@@ -168,11 +175,9 @@ def retrieval(made: PictureRows) -> dict[str, Value]:
     Images that share a caption are all right for it, and it is one text among the others. Images without a caption are
     left out.
     """
-    kept = torch.tensor([row for row, text in enumerate(made.texts) if text], dtype=torch.long)
-    texts = [made.texts[row] for row in kept.tolist()]
+    rows = caption_rows(made.texts)
+    kept, texts = torch.tensor(rows, dtype=torch.long), [made.texts[row] for row in rows]
     firsts = {text: row for row, text in reversed(list(enumerate(texts)))}  # text -> its first place
-    if len(firsts) < 2:
-        raise UserError(f"retrieval: needs images with at least 2 different captions, not {len(firsts)}")
     names = list(firsts)
     of_image = torch.tensor([names.index(text) for text in texts])  # [N], number of its text
     images = made.tensors[IMAGE_EMBED][kept].double()  # [N, D]
@@ -186,6 +191,14 @@ def retrieval(made: PictureRows) -> dict[str, Value]:
         right = (nearest == torch.arange(len(names))).any(0)  # [T]
         found[f"text_to_image_r{rank}"] = Value(float(right.double().mean()))
     return found
+
+
+def caption_rows(texts: Sequence[str]) -> list[int]:
+    """Return the numbers of the images with a caption. Raises UserError for fewer than two different captions."""
+    rows = [row for row, text in enumerate(texts) if text]
+    if (count := len({texts[row] for row in rows})) < 2:
+        raise UserError(f"retrieval: needs images with at least 2 different captions, not {count}")
+    return rows
 
 
 def lpips_network() -> LPIPS:

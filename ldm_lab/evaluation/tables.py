@@ -10,6 +10,7 @@ from ldm_lab.evaluation.metrics import METRICS, Value
 from ldm_lab.io.atomic import atomic_write
 
 STEM = "evaluation"  # of the files' names
+ENDINGS = (".json", ".csv", ".md", ".png")
 COLORS = ("#2563a8", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#0e7490")
 
 
@@ -105,10 +106,10 @@ class Table:
 
     def write(self, folder: Path) -> list[Path]:
         """Write all files; return their paths. Raises UserError if one cannot be written."""
-        texts = {"json": self.to_json(), "csv": self.to_csv(), "md": self.to_markdown()}
+        texts = {".json": self.to_json(), ".csv": self.to_csv(), ".md": self.to_markdown()}
         paths = []
         for ending, text in texts.items():
-            paths.append(folder / f"{STEM}.{ending}")
+            paths.append(folder / f"{STEM}{ending}")
             with atomic_write(paths[-1]) as file:
                 file.write(text.encode())
         paths.append(folder / f"{STEM}.png")

@@ -48,6 +48,24 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             os.unlink(temporary)
 
 
+def writable_folder(path: str | Path, flag: str) -> Path:
+    """Return a folder, made if it is not there, that files can be written to.
+
+    Raises:
+        UserError: a file, or no folder that can be written to, with the flag that names it.
+    """
+    folder = Path(path).expanduser()
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{flag} {folder}: this is a file, not a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: no folder that can be written to: {error.strerror or error}") from None
+    return folder
+
+
 @contextlib.contextmanager
 def replaced_folder(path: str | Path) -> Iterator[Path]:
     """Hand out a new folder that appears at `path` when all of it is written; a failure leaves what was there.

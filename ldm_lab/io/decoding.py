@@ -9,6 +9,7 @@ from importlib import import_module
 
 from PIL import Image, UnidentifiedImageError
 
+from ldm_lab.errors import install
 from ldm_lab.io.color import SIGNIFICANT_BITS, BadImage, to_srgb
 from ldm_lab.io.metadata import JXL_STARTS, PNG, jxl_size, orientation_of, png_chunk, upright, without_metadata
 from ldm_lab.io.profiles import stated_profile
@@ -25,7 +26,6 @@ HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"
 DEEP = 9  # bits of a sample
 EMPTY_ALPHA = ("TGA", "BMP", "DIB", "DDS")  # formats of which a fourth channel is often nothing but zeros
 CODE_STREAM = b"\xff\x4f\xff\x51"  # the beginning of a JPEG 2000 picture
-EXTRA = "pip install -e '.[images]'"
 
 
 def decode_image(data: bytes, min_size: int = 1, max_pixels: int | None = None) -> Image.Image:
@@ -160,7 +160,7 @@ def _need_plugin(data: bytes, is_jxl: bool) -> None:
         elif is_jxl:
             import_module("pillow_jxl")  # registers itself
     except ImportError:
-        raise BadImage(f"{'HEIC' if heif else 'JPEG XL'} image, which takes {EXTRA}") from None
+        raise BadImage(f"{'HEIC' if heif else 'JPEG XL'} image, which takes {install('images')}") from None
 
 
 def _without_alpha(image: Image.Image) -> Image.Image:

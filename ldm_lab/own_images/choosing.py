@@ -93,6 +93,7 @@ class Recipe:
         side: pixels of the images.
         batch_size: images of an optimizer step.
         steps: optimizer steps.
+        counted_with: settings that tell of parts which are trained first, for counting alone.
     """
 
     road: Road
@@ -101,6 +102,7 @@ class Recipe:
     side: int
     batch_size: int
     steps: int
+    counted_with: tuple[Setting, ...] = ()
 
     def with_settings(self, settings: Sequence[Setting]) -> str:
         """Return its text with some more settings."""
@@ -291,7 +293,15 @@ def small(facts: FolderFacts, names: Names) -> Recipe:
         Setting("conditioner.name", "cloob", "frozen; it knows drawn shapes and their colors, no photographs"),
         Setting("demo", None),
     ]  # fmt: skip
-    return Recipe(Road.SMALL, "quickstart", laid_over(body, settings), side, batch_size, steps)
+    return Recipe(Road.SMALL, "quickstart", laid_over(body, settings), side, batch_size, steps, small_autoencoder())
+
+
+def small_autoencoder() -> tuple[Setting, ...]:
+    """Return the settings that say what the small autoencoder is, which is trained first."""
+    own = [Setting(its.path, its.value) for its in settings_of(read_recipe("quickstart_autoencoder"))]
+    latents = [Setting(f"autoencoder.{key}", str(SMALL_CHANNELS)) for key in ("z_channels", "embed_dim")]
+    built = [its for its in own if its.path.startswith("autoencoder.")]
+    return (Setting("autoencoder.weights", None), *built, *latents)
 
 
 def captions_alone(facts: FolderFacts, machine: Machine, names: Names) -> Recipe:

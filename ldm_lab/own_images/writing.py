@@ -12,7 +12,7 @@ from ldm_lab.errors import UserError
 from ldm_lab.estimate import StepCost, in_short
 from ldm_lab.io.atomic import atomic_write
 from ldm_lab.own_images.choosing import Machine, Names, Recipe
-from ldm_lab.own_images.commented import Setting, in_comment
+from ldm_lab.own_images.commented import Setting, in_comment, laid_over
 from ldm_lab.own_images.looking import FolderFacts
 from ldm_lab.training.cost import config_cost
 
@@ -68,7 +68,7 @@ def fitted(recipe: Recipe, machine: Machine) -> Fitted:
     Raises:
         UserError: not even a small one does, on a GPU; of a CPU that is said alone.
     """
-    cost = counted(recipe.body)
+    cost = counted(recipe)
     if machine.memory is None:
         return Fitted(recipe, cost)
     own = OWN if machine.is_gpu else OWN_ON_CPU
@@ -94,12 +94,12 @@ def fitted(recipe: Recipe, machine: Machine) -> Fitted:
         ),
     ]
     smaller = replace(recipe, body=recipe.with_settings(settings))
-    return Fitted(smaller, counted(smaller.body), f"batches of {size}, {together} for each optimizer step")
+    return Fitted(smaller, counted(smaller), f"batches of {size}, {together} for each optimizer step")
 
 
-def counted(body: str) -> StepCost:
-    """Return what a step of a config's text costs; no weights are read."""
-    return config_cost(loaded(body))
+def counted(recipe: Recipe) -> StepCost:
+    """Return what a step of a recipe costs; no weights are read."""
+    return config_cost(loaded(laid_over(recipe.body, recipe.counted_with)))
 
 
 def loaded(body: str) -> RunConfig:

@@ -44,6 +44,7 @@ class Request:
         temperature: factor of the noise that sampling starts from.
         sampler: of these options.
         latent_size: height and width of the latents.
+        downscale: pixels of a side of a latent element.
         tile: side of a decoder's tile in latent elements; None decodes at once.
         denoiser_tiles: how the denoiser sees them; None: at once.
         low_res: what an upsampler is to enlarge, [N, 3, h, w] in [-1, 1]; None for a base model.
@@ -59,6 +60,7 @@ class Request:
     temperature: float
     sampler: Sampler
     latent_size: tuple[int, int]
+    downscale: int
     tile: int | None
     denoiser_tiles: Tiles | None
     low_res: Tensor | None
@@ -71,6 +73,18 @@ class Request:
         """How many steps each picture goes through."""
         steps = self.sampler.steps
         return steps if self.init_image is None else self.init_image.num_steps(steps)
+
+    @property
+    def work(self) -> float:
+        """What it costs: pictures, candidates included, x steps x megapixels x prompts that are mixed.
+
+        The pixels of tiles, in which a denoiser sees a picture, count as often as they overlap.
+        """
+        height, width = self.latent_size
+        tiles = self.denoiser_tiles
+        area = height * width if tiles is None else tiles.count(height, width) * tiles.side**2
+        prompts = sum(max(1, len(mix)) for mix in self.mixes)  # of all pictures
+        return prompts * self.options.rerank * self.steps * area * self.downscale**2 / 1e6
 
     def total_steps(self, pictures: int) -> int:
         """Return how many steps all batches of so many pictures go through."""
@@ -98,8 +112,7 @@ def checked_request(
             model that was trained without dropped conditions, a weight that is not finite, an aesthetic of another
             network's embeddings, ...
     """
-    schedule = model.objective.schedule
-    asked = options
+    schedule, asked = model.objective.schedule, options
     options = options.resolved(model.upscale_factor is not None, schedule.timesteps, _defaults(model, options))
     options = _without_thresholds(model, asked, options)
     seeds = _seeds(range(options.seed, options.seed + len(mixes)) if seeds is None else seeds, len(mixes))
@@ -130,6 +143,7 @@ def checked_request(
         temperature=temperature,
         sampler=sampler,
         latent_size=latent_size,
+        downscale=model.autoencoder.downscale,
         tile=_tile(model, options.tile),
         denoiser_tiles=tiles,
         low_res=given,

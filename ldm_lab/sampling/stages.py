@@ -58,6 +58,11 @@ class Plan:
         return [line for request in (self.base, *self.upsampling) for line in request.remarks]
 
     @property
+    def work(self) -> float:
+        """What all stages cost together (`Request.work`)."""
+        return sum(request.work for request in (self.base, *self.upsampling))
+
+    @property
     def total_steps(self) -> int:
         """How many steps all batches of all stages go through."""
         candidates = len(self.base.mixes) * self.base.options.rerank

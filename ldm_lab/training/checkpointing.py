@@ -15,7 +15,7 @@ from ldm_lab.data.waiting import ReadingError
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import atomic_write, existing_file
 from ldm_lab.sharded import whole_state
-from ldm_lab.training.best import Best, BestState, Measured, Measurement
+from ldm_lab.training.best import Best, KeptBest, Measured, Measurement
 from ldm_lab.training.guard import Guard
 from ldm_lab.training.logs import log_before_saving, print_rank_zero
 from ldm_lab.training.run_state import Checkpoint
@@ -51,7 +51,11 @@ class SafeCheckpointIO(CheckpointIO):
 
 @register("checkpoint")
 class Checkpointing(Callback):
-    """Save every N optimizer steps, or every so many seconds, and at the end; keep the newest few, export each time."""
+    """Save every N optimizer steps, or every so many seconds, and at the end; keep the newest few, export each time.
+
+    Attributes:
+        is_outdated: whether something was measured since the last checkpoint that belongs into it.
+    """
 
     def __init__(
         self,
@@ -84,7 +88,7 @@ class Checkpointing(Callback):
         guard.save_before_leaving = self.save_before_leaving
         self.best = Best(folder, best)
         self.trainer: Trainer | None = None
-        self.saved_at = -1
+        self.saved_at, self.is_outdated = -1, False
         self.saved_here = False  # by this job
         self.saved_when = 0.0  # on the monotonic clock
 
@@ -105,11 +109,11 @@ class Checkpointing(Callback):
         """Find out by what the best weights are kept. Raises UserError for a metric that is not measured."""
         self.best.choose(task.run_config)
 
-    def state_dict(self) -> dict[str, BestState | None]:
-        return {"best": self.best.state}
+    def state_dict(self) -> KeptBest:
+        return self.best.kept()
 
-    def load_state_dict(self, state: dict[str, BestState | None]) -> None:
-        self.best.state = state["best"]
+    def load_state_dict(self, state: KeptBest) -> None:
+        self.best.take_over(state)
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         self.trainer = trainer
@@ -132,6 +136,12 @@ class Checkpointing(Callback):
         return trainer.strategy.broadcast(time.monotonic() - self.saved_when >= self.seconds)
 
     def on_train_end(self, trainer: Trainer, task: LightningModule) -> None:
+        if self.is_outdated:
+            self.save(trainer, task)
+        self.save_unsaved(trainer, task)
+
+    def save_unsaved(self, trainer: Trainer, task: LightningModule) -> None:
+        """Save, if that was not done at this step."""
         if trainer.global_step != self.saved_at:
             self.save(trainer, task)
 
@@ -149,7 +159,7 @@ class Checkpointing(Callback):
         """
         self.guard.check_before_saving(task)
         step = self.saved_at = trainer.global_step
-        self.saved_when = time.monotonic()
+        self.saved_when, self.is_outdated = time.monotonic(), False
         log_before_saving(trainer)
         trainer.save_checkpoint(self.folder / LAST, weights_only=False)
         self.saved_here = True

@@ -63,7 +63,10 @@ class RunCost:
 
 
 def config_cost(config: RunConfig) -> StepCost:
-    """Return what a training step of a config costs. No file is read: frozen parts count as their sections say."""
+    """Return what a training step of a config costs. No weights are read: a frozen part counts as its file says.
+
+    Where that is none of ours, or not here, as its section says.
+    """
     with torch.device("meta"):
         task = config.task_class()(config, read_weights=False)
         task.insert_lora()

@@ -294,7 +294,7 @@ class DiffusionTask(Task):
         return {**told, **self.history.facts(self.trainer, self.run_config, images), **self.conditioning.facts()}
 
     def picture_size(self) -> int | None:
-        """Return the side of the training images, pixels, of crops that of what they are cut from; None if it is any."""
+        """Return the side of training images, pixels, of crops that of what they are cut from; None if it is any."""
         source = self.trainer.datamodule.source
         return source.picture_size if is_upsampler(self.model.spec) else source.image_size
 

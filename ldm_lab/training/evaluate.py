@@ -1,6 +1,5 @@
 """Metrics of pictures during training: the section `evaluate`."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +9,8 @@ from typing import Annotated
 import torch
 from annotated_types import Len
 from PIL import Image
-from pytorch_lightning import Callback, Trainer
-from pytorch_lightning.utilities.types import STEP_OUTPUT
+from pytorch_lightning import Trainer
 
-from ldm_lab.batch import Batch
 from ldm_lab.checkpoints.embedders import embedder_of
 from ldm_lab.conditioners.embedding import EmbeddingConditioner
 from ldm_lab.config import PartConfig, PartSection, Plain, PositiveInt, build, register
@@ -44,12 +41,14 @@ from ldm_lab.training.checkpointing import offer
 from ldm_lab.training.demo import comparable, trained_model
 from ldm_lab.training.diffusion import DiffusionTask
 from ldm_lab.training.logs import log_values, print_rank_zero
-from ldm_lab.training.measured_data import opened
+from ldm_lab.training.measured_data import digest, opened
+from ldm_lab.training.measuring import Measuring
 from ldm_lab.training.task import gather
 
 ADVICE = "a smaller evaluate.sampling.batch_size needs less"
-# Options that neither the images nor their order depend on; where data lie is told by what is there.
-UNIMPORTANT = ("workers", "timeout", "max_skipped", "path", "shards", "folder", "local", "batch_size")
+# Options that neither the images nor their order depend on, or (the buffer, shuffled through) as `items_key` tells;
+# where data lie is told by what is there.
+UNIMPORTANT = ("workers", "timeout", "max_skipped", "path", "shards", "folder", "local", "batch_size", "shuffle_buffer")
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,10 @@ class Made:
 
 
 @register("evaluate")
-class Evaluate(Callback):
+class Evaluate(Measuring):
     """Make pictures with the averaged weights every N steps, on all devices, and compare them with real images."""
+
+    section = "evaluate"
 
     def __init__(
         self,
@@ -83,7 +84,7 @@ class Evaluate(Callback):
         Args:
             folder: the run's folder; nothing is written there but by the logs and `checkpoint.best`.
             data: real images that are not among those trained on, described as in the section `data`.
-            every: optimizer steps between measurements; there is one at `trainer.max_steps`, too.
+            every: optimizer steps between measurements; there is one where the run ends, too.
             metrics: names, as `python -m ldm_lab evaluate` has them, of those that look at pictures.
             images: the first so many of the data, in an order that the run's seed gives.
             pictures: that are made at each measurement.
@@ -106,7 +107,6 @@ class Evaluate(Callback):
         self.described = json.dumps([shown, images, pictures, lines, drawn, judge], sort_keys=True, default=str)
         self.networks: list[Features] = []
         self.real: RealSet | None = None
-        self.measured_at = -1
         self.measured_on = ""
 
     @staticmethod
@@ -132,8 +132,7 @@ class Evaluate(Callback):
         """Find the data before training. Raises UserError where there are none, or nothing to compare them by."""
         contents = opened(trainer, self.source, "evaluate")
         self.networks = [self.network(space, task) for space in spaces_of(self.metrics)]
-        told = f"{self.described} {task.seed} {contents} {[network.key for network in self.networks]}"
-        self.measured_on = hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+        self.measured_on = digest(self.described, task.seed, contents, [network.key for network in self.networks])
 
     def network(self, space: str, task: DiffusionTask) -> Features:
         """Return a network whose features are compared. Raises UserError where there is none."""
@@ -171,6 +170,7 @@ class Evaluate(Callback):
             self.prompts = [Prompt(text) for text in rows.texts if text]
         if not self.prompts:
             raise UserError("evaluate.prompts: has to be given, as evaluate.data has no captions")
+        self.measured_on += digest(rows.texts)  # which may change beside the same images
         try:
             self.pipeline(trainer, task).check([[self.prompts[0]]], self.options)
         except UserError as error:
@@ -207,14 +207,6 @@ class Evaluate(Callback):
         return rows
 
     # ------------------------------------------------------------------------------------------------- while it trains
-
-    def on_train_batch_end(
-        self, trainer: Trainer, task: DiffusionTask, outputs: STEP_OUTPUT, batch: Batch, index: int
-    ) -> None:
-        step = trainer.global_step
-        if step != self.measured_at and (step % self.every == 0 or step == trainer.max_steps):
-            self.measured_at = step
-            self.measure(trainer, task)
 
     @told_in_one_line(lambda: "evaluating", ADVICE)
     def measure(self, trainer: Trainer, task: DiffusionTask) -> None:

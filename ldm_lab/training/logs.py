@@ -80,7 +80,10 @@ class Logging:
 
 
 class CSVLog(Logger):
-    """Metrics as rows of a CSV, one per logged step; a resumed run goes on in the same file."""
+    """Metrics as rows of a CSV, one per logged step; a resumed run goes on in the same file.
+
+    What is measured when a step's row is in the file already gets a second row of that step, with nothing else in it.
+    """
 
     def __init__(self, path: Path, resumed_step: int | None = None) -> None:
         """Open the log.
@@ -94,7 +97,7 @@ class CSVLog(Logger):
         self.path, self.resumed_step = path, resumed_step
         self.columns: list[str] | None = None
         self.waiting: dict[str, float] = {}
-        self.written = -1  # step of the last row in the file
+        self.written: dict[str, float] = {}  # what the file has of the last row's step
 
     @property
     def name(self) -> str:
@@ -115,11 +118,13 @@ class CSVLog(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Add one row; metrics of the same step that come separately share it, until it is in the file."""
-        if step == self.written:
+        there = self.written if self.written.get("step") == step else {}
+        new = {name: value for name, value in metrics.items() if name != "epoch" and name not in there}
+        if not new:
             return
         if self.waiting and self.waiting["step"] != step:
             self.save()
-        self.waiting.update({"step": step, **{k: v for k, v in metrics.items() if k != "epoch"}})
+        self.waiting.update({"step": step, **new})
 
     @rank_zero_only
     def save(self) -> None:
@@ -139,7 +144,7 @@ class CSVLog(Logger):
                 csv.DictWriter(file, self.columns).writerow(row)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
-        self.written = int(row["step"])
+        self.written = {**self.written, **row} if self.written.get("step") == row["step"] else row
 
     def _rewrite(self, rows: list[dict[str, str]], columns: list[str]) -> None:
         self.columns = columns

@@ -1,5 +1,8 @@
 """Data that a run is measured on, and does not train on."""
 
+import hashlib
+from collections.abc import Sequence
+
 from pytorch_lightning import Trainer
 
 from ldm_lab.data.samples import as_utf8
@@ -9,7 +12,9 @@ from ldm_lab.training.logs import print_rank_zero
 
 
 def opened(trainer: Trainer, source: Source, section: str) -> str:
-    """Open a source before training, say what is found, and return what stands for its contents, on all ranks alike.
+    """Open a source before training, say what is found, and return what stands for its contents and their order.
+
+    All ranks return the same.
 
     Args:
         trainer: of the run.
@@ -29,4 +34,9 @@ def opened(trainer: Trainer, source: Source, section: str) -> str:
     for line in source.found():
         print_rank_zero(f"{section}.data: {as_utf8(line)}")
     contents: str = trainer.strategy.broadcast(source.contents() if trainer.is_global_zero else "")
-    return contents
+    return f"{source.items_key} {contents}"
+
+
+def digest(*told: str | int | Sequence[str]) -> str:
+    """Return some 32 characters that stand for what is told."""
+    return hashlib.blake2b(repr(told).encode(errors="surrogateescape"), digest_size=16).hexdigest()

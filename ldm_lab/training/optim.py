@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.optimizer import StateDict
 
 from ldm_lab.config import NonNegativeFloat, NonNegativeInt, PositiveInt, ShareBelowOne, register
-from ldm_lab.errors import UserError, unknown
+from ldm_lab.errors import UserError, install, unknown
 from ldm_lab.interfaces import Part
 
 FUSED = ("cpu", "cuda", "xpu")  # devices with AdamW in one kernel that heeds a flag; that of MPS does not
@@ -239,6 +239,6 @@ def _bitsandbytes() -> ModuleType:
         import bitsandbytes
     except ImportError:
         raise UserError(
-            "optim.state: 8 bits need bitsandbytes, which is not installed: pip install bitsandbytes"
+            f"optim.state: 8 bits need bitsandbytes, which is not installed: {install('bitsandbytes')}"
         ) from None
     return bitsandbytes.optim

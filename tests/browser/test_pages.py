@@ -105,6 +105,23 @@ def test_images_enlarge_by_pointer_keys_and_touch(visit, pictures):
     assert page.evaluate("document.activeElement.dataset.caption").startswith("11")
 
 
+def test_an_image_opened_right_after_another_was_left_stays(visit, pictures):
+    """What closing does is done before the next image is opened: no event of the old one comes later."""
+    page = visit(pictures).page
+    left = page.evaluate(
+        """async () => {
+            const links = document.querySelectorAll("a.enlarge"), box = document.querySelector("dialog.lightbox");
+            links[0].click();
+            box.querySelector("[aria-label=close]").click();
+            links[3].click();
+            const focus = document.activeElement;
+            await new Promise((done) => setTimeout(done, 200));
+            return [box.open, box.querySelector("img").getAttribute("src") ?? "", focus === document.activeElement];
+        }"""
+    )
+    assert left[0] and left[1].endswith("11.png") and left[2], left
+
+
 def swipe(page, start: int, end: int) -> None:
     """Draw a finger from one place to another, sideways."""
     session = page.context.new_cdp_session(page)

@@ -9,7 +9,7 @@ so that everything above it is written once.
 
 from importlib.util import find_spec
 
-from ldm_lab.errors import UserError
+from ldm_lab.errors import UserError, install
 
 if missing := [library for library in ("duckdb", "ibis", "pyarrow") if find_spec(library) is None]:
-    raise UserError(f"{', '.join(missing)} has to be installed for this: pip install -e '.[curation]'")
+    raise UserError(f"{', '.join(missing)} has to be installed for this: {install('curation')}")

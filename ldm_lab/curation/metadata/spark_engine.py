@@ -23,7 +23,7 @@ from ldm_lab.curation.metadata.engine import Engine, ResultRow
 from ldm_lab.curation.metadata.inputs import DISK_FULL, Files
 from ldm_lab.curation.metadata.layouts import unique_names
 from ldm_lab.curation.sql import identifier
-from ldm_lab.errors import UserError, first_line
+from ldm_lab.errors import UserError, first_line, install
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -47,7 +47,7 @@ CONNECT_SECONDS = 10  # that a master's machine may take to answer
 
 @register("engine", "spark")
 class Spark(Engine):
-    """Apache Spark, version 4; needs Java 17 and `pip install -e '.[spark]'`.
+    """Apache Spark, version 4; needs Java 17 and the extra `spark`.
 
     Args:
         master: such as local[*], spark://host:7077, yarn.
@@ -77,7 +77,7 @@ class Spark(Engine):
                 from pyspark.errors import PySparkException
                 from pyspark.sql import SparkSession
         except ImportError:
-            raise UserError("engine: Spark is not installed: pip install -e '.[spark]'") from None
+            raise UserError(f"engine: Spark is not installed: {install('spark')}") from None
         from py4j.protocol import Py4JError
 
         check_reachable(self.master)

@@ -1,0 +1,109 @@
+"""README and docs as a reader follows them: the commands of a page one after the other, as tests/walks.py says."""
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from socket import create_connection, socket
+
+import pytest
+import warm
+from documented import PAGES, PROGRAM
+from small_world import Store
+from tiny import program_environment
+from walks import NEEDS, PORT, Way, ways
+
+WALKED = [page for page in PAGES if any(way.text for way in ways(page))]
+QUICK = ("docs/watching.md",)  # what their commands take is less than ten seconds
+SECONDS = 900
+SHELL = re.compile(r"[|&;<>`*?]|\$\(")  # what a shell has to read
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    return Store(tmp_path_factory.mktemp("store"))
+
+
+class Walk:
+    """A folder in which commands are run, with the server that one of them may have started."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.server = folder, None
+        with socket() as found:
+            found.bind(("127.0.0.1", 0))
+            self.port = found.getsockname()[1]
+        self.environment = program_environment({"LDM_LAB_CACHE": str(folder / "cache"), "LDM_LAB_OFFLINE": "1"})
+        self.environment["PATH"] = f"{Path(sys.executable).parent}:{self.environment['PATH']}"
+        self.environment.update({"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"})
+
+    def run(self, way: Way) -> str:
+        """Run a command; return what it printed. Raises AssertionError."""
+        text = way.text.replace(str(PORT), str(self.port))
+        if " app " in text:
+            self.serve(text)
+            return ""
+        words = None if SHELL.search(re.sub(r"'[^']*'|\"[^\"]*\"", "", text)) else PROGRAM.search(text)
+        if words and text.startswith("python "):
+            code, out, err = self.run_warm(way.words)
+        else:
+            done = subprocess.run(
+                ["bash", "-c", text],
+                cwd=self.folder,
+                env=self.environment,
+                capture_output=True,
+                text=True,
+                timeout=SECONDS,
+            )
+            code, out, err = done.returncode, done.stdout, done.stderr
+        assert code == 0, f"{way.command}\n{text}\n{out[-1500:]}\n{err[-3000:]}"
+        assert "Traceback" not in err, f"{way.command}\n{err[-3000:]}"
+        return out
+
+    def run_warm(self, words: list[str]) -> tuple[int, str, str]:
+        """Run one of our commands in a copy of a process that has imported torch."""
+        with warm.Program(["-m", "ldm_lab", *words], self.folder, self.environment) as program:
+            return program.wait(SECONDS), *program.printed()
+
+    def serve(self, text: str) -> None:
+        """Start a server, in the place of the one before."""
+        self.end()
+        self.server = subprocess.Popen(["bash", "-c", f"exec {text}"], cwd=self.folder, env=self.environment,
+                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and self.server.poll() is None:
+            try:
+                create_connection(("127.0.0.1", self.port), timeout=1).close()
+                return
+            except OSError:
+                time.sleep(0.2)
+        self.end()
+        raise AssertionError(f"{text}: does not answer")
+
+    def end(self) -> None:
+        """End the server."""
+        if self.server is not None:
+            self.server.terminate()
+            said, _ = self.server.communicate(timeout=60)
+            code, self.server = self.server.returncode, None
+            assert code in (0, 143, -15), said
+
+
+@pytest.fixture
+def walk(tmp_path) -> Iterator[Walk]:
+    begun = Walk(tmp_path)
+    yield begun
+    begun.end()
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[] if page in QUICK else pytest.mark.slow, id=Path(page).stem) for page in WALKED]
+)
+def test_the_commands_of_a_page_run_one_after_the_other(store, walk, page):
+    store.world(walk.folder, *NEEDS.get(page, ()))
+    for way in ways(page):
+        begin = time.monotonic()
+        if way.text:
+            walk.run(way)
+        print(f"{time.monotonic() - begin:6.1f} s  {way.command.line}: {way}")
