@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm_lab.errors import UserError
-from ldm_lab.evaluation.metrics import METRICS, Value
+from ldm_lab.evaluation.metrics import Value
 from ldm_lab.io.atomic import existing_file
 from ldm_lab.io.json_files import Fields, parse_json
+from ldm_lab.metrics import METRICS
 from ldm_lab.pretrained.catalogue import catalogue
 from ldm_lab.pretrained.resolve import HUB
 from ldm_lab.sampling.names import public_name
