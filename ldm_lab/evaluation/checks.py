@@ -15,10 +15,11 @@ from ldm_lab.errors import NotFiniteError, UserError
 from ldm_lab.evaluation.asked import Asked
 from ldm_lab.evaluation.distances import check_rows
 from ldm_lab.evaluation.feature_files import SUMS, VALUES, PictureRows
-from ldm_lab.evaluation.metrics import CLIP_SCORE, METRICS, of_kind
+from ldm_lab.evaluation.metrics import CLIP_SCORE
 from ldm_lab.evaluation.model_parts import caption_rows, check_parts
 from ldm_lab.evaluation.settings import Models, Setting, model_names, settings_of
 from ldm_lab.io.atomic import writable_folder
+from ldm_lab.metrics import METRICS, of_kind
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling.loading import locate_model
 

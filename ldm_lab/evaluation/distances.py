@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from ldm_lab.errors import UserError
+from ldm_lab.metrics import NEIGHBORS
 
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # Jayasumana et al. 2024 (arXiv 2401.09603), section 4
 KID_SUBSETS, KID_SIZE = 100, 1000  # as torch-fidelity and clean-fid draw them
-NEIGHBORS = 3  # Kynkäänniemi et al. 2019 (arXiv 1904.06991), section 3
 CHUNK = 1024  # rows whose distances to all others are in memory at once
 
 

@@ -1,4 +1,4 @@
-"""The metrics by name: what each compares, on which features, and which way is better; values with their margins."""
+"""What the metrics come to: distances between sets, means, their margins (`ldm_lab.metrics` says which there are)."""
 
 import math
 import statistics
@@ -9,10 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ldm_lab.errors import UserError, unknown
 from ldm_lab.evaluation.distances import (
     KID_SIZE,
-    NEIGHBORS,
     Moments,
     check_rows,
     cmmd,
@@ -23,80 +21,11 @@ from ldm_lab.evaluation.distances import (
     recall,
 )
 from ldm_lab.evaluation.feature_files import VALUES, PictureRows
-from ldm_lab.evaluation.features import Space
+from ldm_lab.metrics import METRICS, NEIGHBORS, Space
 
-Kind = Literal["pictures", "captions", "data"]
-ModelPart = Literal["denoiser", "autoencoder", "conditioner"]
 MarginOf = Literal["seeds", "bootstrap", ""]
 CLIP_SCORE = VALUES + "clip_score"
-WHOLE_MODEL: tuple[ModelPart, ...] = ("denoiser", "autoencoder", "conditioner")
-CODEC: tuple[ModelPart, ...] = ("autoencoder",)
 NORMAL = 1.96  # the 97.5 % quantile of the normal distribution
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A metric.
-
-    Attributes:
-        kind: of made pictures against real ones, of pictures and their captions, or of a model on the real data alone.
-        higher_is_better: which way is better.
-        meaning: a line for the user.
-        space: features that it compares; None for none.
-        least: pictures that it needs on each side.
-        parts: of a model that it looks at, where it looks at no picture that the model makes.
-        is_mean: whether it is the mean of a number of each image, so that images can be drawn again for a margin.
-    """
-
-    kind: Kind
-    higher_is_better: bool
-    meaning: str
-    space: Space | None = None
-    least: int = 2
-    parts: tuple[ModelPart, ...] = ()
-    is_mean: bool = False
-
-
-METRICS = {
-    "fid": Metric("pictures", False, "Fréchet distance of Inception features", "inception"),
-    "kid": Metric("pictures", False, "unbiased kernel distance of Inception features", "inception"),
-    "fd": Metric("pictures", False, "Fréchet distance of embeddings", "embedding"),
-    "cmmd": Metric("pictures", False, "kernel distance of embeddings, times 1000", "embedding"),
-    "precision": Metric("pictures", True, "share of pictures among the real ones", "embedding", NEIGHBORS + 1),
-    "recall": Metric("pictures", True, "share of real images among the pictures", "embedding", NEIGHBORS + 1),
-    "clip_score": Metric(
-        "captions", True, "100 x cosine of a picture's and its prompt's embedding", "embedding", 1, is_mean=True
-    ),
-    "loss": Metric("data", False, "the objective's loss on the data, by noise level", None, 1, WHOLE_MODEL),
-    "psnr": Metric("data", True, "the autoencoder's reconstructions, decibels", None, 1, CODEC, is_mean=True),
-    "lpips": Metric(
-        "data", False, "the autoencoder's reconstructions, perceptual distance", None, 1, CODEC, is_mean=True
-    ),
-    "rfid": Metric("data", False, "FID of the autoencoder's reconstructions", "inception", parts=CODEC),
-    "rfd": Metric("data", False, "fd of the autoencoder's reconstructions", "embedding", parts=CODEC),
-    "retrieval": Metric(
-        "data", True, "the conditioner finds captions of images, and images of captions", parts=("conditioner",)
-    ),
-}
-DEFAULT = ("fd", "cmmd", "precision", "recall", "clip_score")  # what works offline
-
-
-def check_names(names: Sequence[str], where: str) -> list[str]:
-    """Return the names of metrics, each once. Raises UserError for an unknown one."""
-    for name in names:
-        if name not in METRICS:
-            raise UserError(f"{where}: {unknown('metric', name, METRICS)}")
-    return list(dict.fromkeys(names))
-
-
-def spaces_of(names: Iterable[str]) -> list[Space]:
-    """Return the kinds of features that metrics need, each once."""
-    return list(dict.fromkeys(space for name in names if (space := METRICS[name].space) is not None))
-
-
-def of_kind(names: Iterable[str], *kinds: Kind) -> list[str]:
-    """Return those names that are of some kinds."""
-    return [name for name in names if METRICS[name].kind in kinds]
 
 
 # ------------------------------------------------------------------------------------------------------------- values
@@ -110,14 +39,22 @@ class Value:
         value: of all pictures; of several seeds their mean.
         margin: half of the 95 % confidence interval; None where there is none.
         margin_of: what it is made of.
+        margin_count: of how many of these.
     """
 
     value: float
     margin: float | None = None
     margin_of: MarginOf = ""
+    margin_count: int = 0
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether it is a number: pictures may come out NaN, or features of them."""
+        return math.isfinite(self.value)
 
     def __str__(self) -> str:
-        return f"{self.value:.4g}" + ("" if self.margin is None else f" ± {self.margin:.2g}")
+        shown = f"{self.value:.4g}" if self.is_finite else "not finite"
+        return shown + ("" if self.margin is None else f" ± {self.margin:.2g}")
 
 
 def student_quantile(degrees: int) -> float:
@@ -146,7 +83,7 @@ def over_seeds(values: Sequence[float]) -> Value:
     if len(values) < 2:
         return Value(values[0])
     margin = student_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return Value(statistics.fmean(values), margin, "seeds")
+    return Value(statistics.fmean(values), margin, "seeds", len(values))
 
 
 def by_bootstrap(value: float, again: Callable[[Tensor], float], count: int, times: int) -> Value:
@@ -165,7 +102,7 @@ def by_bootstrap(value: float, again: Callable[[Tensor], float], count: int, tim
         return Value(value)
     generator = torch.Generator().manual_seed(0)
     drawn = [again(torch.randint(count, (count,), generator=generator)) for _ in range(times)]
-    return Value(value, NORMAL * statistics.stdev(drawn), "bootstrap")
+    return Value(value, NORMAL * statistics.stdev(drawn), "bootstrap", times)
 
 
 @dataclass

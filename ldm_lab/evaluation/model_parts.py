@@ -17,10 +17,11 @@ from ldm_lab.evaluation.feature_files import FEATURES, SUMS, VALUES, PictureRows
 from ldm_lab.evaluation.features import Features, rows_of
 from ldm_lab.evaluation.held_out import QUARTERS, HeldOutBatch, loss_sums, noise_of
 from ldm_lab.evaluation.jobs import ImagesJob
-from ldm_lab.evaluation.metrics import METRICS, RealSet, Value, by_bootstrap, distance, of_kind
+from ldm_lab.evaluation.metrics import RealSet, Value, by_bootstrap, distance
 from ldm_lab.evaluation.perceptual import LPIPS
 from ldm_lab.evaluation.reading import FromSource, PictureBatch
 from ldm_lab.io.images import to_images
+from ldm_lab.metrics import METRICS, of_kind
 from ldm_lab.sampling import Model
 
 RECONSTRUCTED = ("psnr", "lpips", "rfid", "rfd")

@@ -15,7 +15,7 @@ from ldm_lab.data.datamodule import DataModule
 from ldm_lab.data.source import Source
 from ldm_lab.errors import told_in_one_line
 from ldm_lab.estimate import in_units
-from ldm_lab.evaluation.metrics import METRICS
+from ldm_lab.metrics import METRICS
 from ldm_lab.processes import fail_together, quiet_lightning
 from ldm_lab.prompts import read_prompts
 from ldm_lab.training.caching import cache_options, is_complete, training_data

@@ -22,17 +22,9 @@ from ldm_lab.evaluation.distances import check_rows
 from ldm_lab.evaluation.feature_files import FEATURES, PictureRows
 from ldm_lab.evaluation.features import EmbeddingFeatures, Features, InceptionFeatures, rows_of
 from ldm_lab.evaluation.jobs import clip_scores
-from ldm_lab.evaluation.metrics import (
-    CLIP_SCORE,
-    METRICS,
-    RealSet,
-    check_names,
-    few_images,
-    of_kind,
-    picture_value,
-    spaces_of,
-)
+from ldm_lab.evaluation.metrics import CLIP_SCORE, RealSet, few_images, picture_value
 from ldm_lab.io.images import to_images
+from ldm_lab.metrics import METRICS, check_names, is_higher_better, of_kind, spaces_of
 from ldm_lab.prompts import Prompt, parse_prompt, read_prompts
 from ldm_lab.sampling import Pipeline, SamplingOptions
 from ldm_lab.sampling.options import DEMO
@@ -226,7 +218,7 @@ class Evaluate(Measuring):
         log_values(trainer, {f"evaluate/{name}": value for name, value in values.items()})
         print_rank_zero(f"evaluate: {', '.join(f'{name} {its:.4g}' for name, its in values.items())} at step {step}")
         for name, value in values.items():
-            better = METRICS[name].higher_is_better
+            better = is_higher_better(name)
             offer(trainer, task, Measurement(f"evaluate/{name}", value, better, self.measured_on))
 
     def values(self, rows: PictureRows, step: int) -> dict[str, float]:
