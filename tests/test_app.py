@@ -405,7 +405,7 @@ def test_so_many_uploads_at_once(address, dog):
                 time.sleep(0.02)
                 continue
             break
-        with pytest.raises(Refused, match="503: too many uploads at once; try again later"):
+        with pytest.raises(Refused, match="429: too many uploads at once; try again later"):
             upload(address, dog)
     for _ in range(100):
         with contextlib.suppress(Refused):
@@ -675,14 +675,14 @@ def test_too_many_that_wait_are_refused_and_who_left_does_not_count(address, ste
     working = events(address, begin(address, prompts=["a"], steps=60, sampler="ddim"))
     next(working)
     waiting = [begin(address, prompts=["a"], steps=30, sampler="ddim") for _ in range(8)]
-    with pytest.raises(Refused, match=r"^503: 8 requests wait already, and no more are taken; try again later$"):
+    with pytest.raises(Refused, match=r"^429: 8 requests wait already, and no more are taken; try again later$"):
         begin(address, prompts=["a"], steps=30, sampler="ddim")
     page = requests.get(f"{address}/config", timeout=60).json()
     (number,) = [its["id"] for its in page["dependencies"] if its["api_name"] == "sample"]
     for written in (number, str(number), float(number)):
         joined = {"data": [None], "fn_index": written, "session_hash": "other"}
         answer = requests.post(f"{address}/gradio_api/queue/join", json=joined, timeout=60)
-        assert answer.status_code == 503 and "8 requests wait already" in answer.text, written
+        assert answer.status_code == 429 and "8 requests wait already" in answer.text, written
     assert ask(address, "options"), "what needs no turn is answered"
     monkeypatch.setattr(Followers, "may_come", lambda self, keys, asked: False)
     waiting.append(begin(address, prompts=["a"], steps=30, sampler="ddim"))

@@ -103,7 +103,7 @@ class Guard:
     async def _take_upload(self, scope: Scope, receive: Receive, send: Send, limit: int) -> None:
         """Let an upload through, once there is room for it and all others that are under way."""
         if self.uploading >= MOST_UPLOADS:
-            await _refused("too many uploads at once; try again later", 503)(scope, receive, send)
+            await _refused("too many uploads at once; try again later", 429)(scope, receive, send)
             return
         self.uploading += 1
         try:
@@ -129,7 +129,7 @@ class Guard:
         reason = self._wrong(body, scope["path"])
         full = "" if reason else await self.line.refusal(scope["path"], _function(body))
         if reason or full:
-            await _refused(reason or full, 400 if reason else 503)(scope, receive, send)
+            await _refused(reason or full, 400 if reason else 429)(scope, receive, send)
             return
         await self.app(scope, _again(body, receive), send)
 
