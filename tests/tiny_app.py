@@ -17,6 +17,7 @@ from ldm_lab.checkpoints.embedders import embedder_of
 from ldm_lab.checkpoints.lora import BaseModel, save_lora
 from ldm_lab.checkpoints.native import save_model
 from ldm_lab.config import RunConfig, build
+from ldm_lab.pretrained.own_runs import note_own
 from ldm_lab.sampling import ModelOptions
 from ldm_lab.sampling.aesthetic import RatingEmbeddings
 from ldm_lab.training.lora import LoraOptions, additions
@@ -30,6 +31,7 @@ def make_models(folder: Path) -> Path:
     config = {"task": "diffusion", **make_parts(folder), "denoiser": DENOISER, "objective": {"name": "v_cosine"}}
     config["conditioner"]["dropout"] = 0.2
     (folder / "tiny").mkdir()
+    note_own(folder / "tiny")  # whose parts lie elsewhere
     for number, name in enumerate(("tiny/ema.safetensors", "other.safetensors")):
         torch.manual_seed(number)
         state = build("denoiser", DENOISER, 4, embedding(16)).state_dict()
