@@ -17,4 +17,4 @@ def _unless_left_out(requirement: RequirementCache) -> bool:
 
 
 # torchmetrics has no option for this. What `if requirement:` means is public, how it is found out is not.
-RequirementCache.__bool__ = _unless_left_out  # type: ignore[method-assign]
+RequirementCache.__bool__ = _unless_left_out  # type: ignore[method-assign, assignment]

@@ -196,7 +196,9 @@ def tag_of(data: PartConfig, source: Source) -> str:
     which answer one process and not another.
     """
     options = {key: value for key, value in data.to_dict().items() if key not in LOADING}
-    found = contents_of(source.unit, file_entries([(name, path and str(path)) for name, path in source.files()]))
+    found = contents_of(
+        source.unit, file_entries([(name, str(path) if path else None) for name, path in source.files()])
+    )
     told = json.dumps([found or source.contents(), options], sort_keys=True, default=str)
     return hashlib.blake2b(told.encode(), digest_size=6).hexdigest()
 
