@@ -101,7 +101,8 @@ FOREIGN = {
     "long-name": lambda path: torch.save({"features.a\nb" * 999: torch.zeros(1)}, path),
     "other": lambda path: torch.save({"features.0.weight": torch.zeros(2), "fc.bias": torch.zeros(1)}, path),
     "whole-numbers": lambda path: torch.save(
-        {name: torch.zeros(shape, dtype=torch.int8) for name, shape in (convolutions() | inception_tensors()).items()}, path
+        {name: torch.zeros(its, dtype=torch.int8) for name, its in {**convolutions(), **inception_tensors()}.items()},
+        path,
     ),
 }  # fmt: skip
 
