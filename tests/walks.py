@@ -64,7 +64,7 @@ OF_SOME: tuple[tuple[str, str, str], ...] = (
     (r"ldm_lab app (?!.*--port)", r"$", f" --port {PORT}"),
     (r" score (?!.*--head)", r"$", " --head released/aesthetic.pth --clip weights=checkpoints/ViT-B-32.pt"),
     (r" evaluate .*--clip model=", r"--clip \S+ \S+", "--clip weights=released/clip.safetensors"),
-    (r" evaluate .*--metric fid", r"$", " --inception released/inception.pth"),
+    (r" evaluate .*--metric fid", r"$", " --inception released/inception.pth --bootstrap 2"),
     (r" convert released/if_", r"$", " model=released/t5 text_size=8"),
     (
         r" evaluate .*step=00000250",
