@@ -27,7 +27,7 @@ def store(tmp_path_factory) -> Store:
 
 
 class Walk:
-    """A folder in which commands are run, with the servers that some of them start: one with a password, one without."""
+    """A folder in which commands are run, with the servers that some of them start: with a password and without."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.servers = folder, dict[bool, subprocess.Popen]()
