@@ -1,6 +1,7 @@
 """`python -m ldm_lab compare`: the same prompts and seeds through several models, votes, a table at wandb."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -176,7 +177,13 @@ def test_large_pictures_have_thumbnails(compare, monkeypatch):
     assert compare(*asked("--checkpoint", "a"))[0] == 0
     (thumbnail, _) = sorted(Path("out/thumbnails").iterdir())
     assert pixels(thumbnail).shape == (8, 8, 3)
-    assert f'src="thumbnails/{thumbnail.name}" width="8"' in Path("out/index.html").read_text()
+    page = Path("out/index.html").read_text()
+    assert re.search(rf'src="thumbnails/{thumbnail.name}"[^>]*\swidth="8"', page)
+    written = thumbnail.stat().st_mtime_ns
+    picture = Path("out/images") / f"{thumbnail.stem}.png"
+    picture.write_bytes(picture.read_bytes()[:-20])  # cut off: it is made anew
+    assert "(1 new)" in compare(*asked("--checkpoint", "a"))[1] and Path("out/index.html").read_text() == page
+    assert "(0 new)" in compare(*asked("--checkpoint", "a"))[1] and thumbnail.stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize(

@@ -292,6 +292,8 @@ def test_files_of_others_are_refused(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_measure_the_same_as_one(models, tmp_path):
+    """Also where shards of other sizes have to make up for one that has too few images."""
+    write_shards(tmp_path / "few", count=2, shards=1, size=32, seed=5)
     metrics = [
         word
         for name in ("fd", "cmmd", "precision", "recall", "clip_score", "loss", "psnr", "rfd", "retrieval")
@@ -308,7 +310,10 @@ def test_two_processes_measure_the_same_as_one(models, tmp_path):
     ]
     common += [
         "--data",
-        f"{models}/shards/*.tar",
+        f"shards=['{tmp_path}/few/*.tar','{models}/shards/*.tar']",
+        "image_size=32",
+        "--limit",
+        "20",
         *SHORT,
         "--batch-size",
         "2",
@@ -323,6 +328,7 @@ def test_two_processes_measure_the_same_as_one(models, tmp_path):
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("evaluation.json, evaluation.csv") == 1
     assert table(tmp_path / "one") == table(tmp_path / "two")
+    assert table(tmp_path / "one")["facts"]["real images"] == "20"
 
 
 def test_other_weights_beside_the_model_are_measured_anew(evaluate, models, tmp_path):
@@ -513,3 +519,32 @@ def test_an_evaluations_own_plot_is_no_picture(evaluate, models, tmp_path):
         content = table(out)
         found.append((content["rows"][0]["pictures"], content["facts"]["real images"], content["rows"][0]["values"]))
     assert all(its == found[0] for its in found[:2]) and found[0][:2] == (6, "6") and "made anew" not in told
+
+
+def test_damaged_features_of_the_evaluation_itself_are_made_anew(evaluate, tmp_path):
+    """Those of real images, and those of pictures; with the same result."""
+    asked = (*SHORT, "--metric", "cmmd", "--metric", "loss")
+    assert evaluate(*asked)[0] == 0
+    whole = (tmp_path / "out" / "evaluation.json").read_bytes()
+    for pattern in ("real.safetensors", "parts/pictures-*/*/*.safetensors", "parts/model-*/*.safetensors"):
+        path = next((tmp_path / "out").glob(pattern))
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        state = load_file(path)
+        name = next(name for name in state if name.startswith(("features.", "sums.")))
+        save_file({**state, name: state[name][:, :1].contiguous()}, path, metadata)
+        code, out, err = evaluate(*asked)
+        assert code == 0 and f"{path}: {name} " in out and "damaged" in out and "made anew" in out, (out, err)
+        assert (tmp_path / "out" / "evaluation.json").read_bytes() == whole
+
+
+def test_a_limit_is_reached_over_shards_of_other_sizes(evaluate, models, tmp_path):
+    """Two images and 24, of which ten are asked for: also the parts of a model are measured on ten."""
+    for name, count in (("few", 2), ("many", 20)):
+        write_shards(tmp_path / name, count=count, shards=1, size=32, seed=count)
+    data = ("--data", f"shards=['{tmp_path}/few/*.tar','{tmp_path}/many/*.tar']", "image_size=32", "--limit", 10)
+    code, _, err = evaluate(*data, "--metric", "rfd", "--metric", "loss", data=False)
+    assert code == 0, err
+    assert table(tmp_path / "out")["facts"]["real images"] == "10"
+    parts = [read_rows(path)[0] for path in (tmp_path / "out").glob("parts/model-*/*.safetensors")]
+    assert sorted(map(len, parts)) == [2, 3, 5]

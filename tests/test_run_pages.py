@@ -17,9 +17,10 @@ from ldm_lab.__main__ import main
 from ldm_lab.config import read
 from ldm_lab.errors import UserError
 from ldm_lab.evaluation.metrics import METRICS
-from ldm_lab.pages import render
+from ldm_lab.pages import render, run_events
 from ldm_lab.pages.charts import groups, is_higher_better
-from ldm_lab.pages.run_folder import Event, find_pictures, read_config, read_events
+from ldm_lab.pages.run_events import Event, EventReader, read_events
+from ldm_lab.pages.run_folder import find_pictures, read_config
 from ldm_lab.pages.run_log import RunLog
 from ldm_lab.pages.run_page import RunReader
 from ldm_lab.pages.thinned import Extreme, Thinned
@@ -225,6 +226,30 @@ def test_a_config_that_is_none_is_shown_as_it_is(tmp_path, content):
     config = read_config(tmp_path)
     assert (config.text, config.flat) == (content, {})
     assert "config.yaml is no readable YAML" in read_page(tmp_path)
+
+
+def test_events_are_counted_in_the_whole_file_and_read_on(tmp_path, monkeypatch):
+    """However long it is; a line that is being written, or is longer than any event, harms no other."""
+    monkeypatch.setattr(run_events, "BLOCK", 4096)
+    path, event = tmp_path / "guard.jsonl", {"kind": "spike", "done": "left out"}
+    lines = [json.dumps({**event, "step": step, "keys": ["k"] * (step % 9)}) for step in range(900)]
+    path.write_text("\n".join(lines[:500]) + "\n" + lines[500][:30])
+    reader = EventReader(tmp_path)
+    times = 1
+    while not reader.read(4096):
+        times += 1
+    found = reader.events()
+    assert times > 5 and found.counts == {"left out": 500} and found.torn == 1 and len(found.shown) == 200
+    with path.open("a") as file:
+        file.write(lines[500][30:] + "\n" + "x" * 9000 + "\n" + "\n".join(lines[501:]))
+    assert reader.read()
+    found = reader.events()
+    assert (found.counts["left out"], found.torn) == (900, 1) and found.shown[-1].step == 899
+    assert read_events(tmp_path) == found
+    path.write_text("\n".join(lines[:3]))
+    assert reader.read() and reader.events().counts == {"left out": 3}
+    path.unlink()
+    assert reader.read() and not reader.events().counts
 
 
 def test_events_that_cannot_be_read_are_counted_and_many_are_cut(tmp_path):

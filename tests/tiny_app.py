@@ -13,9 +13,13 @@ from tiny import DENOISER, embedding, make_parts
 from ldm_lab.app.limits import Limits
 from ldm_lab.app.server import Settings, serving
 from ldm_lab.app.shelf import Shelf
+from ldm_lab.checkpoints.embedders import embedder_of
+from ldm_lab.checkpoints.lora import BaseModel, save_lora
 from ldm_lab.checkpoints.native import save_model
-from ldm_lab.config import build
+from ldm_lab.config import RunConfig, build
 from ldm_lab.sampling import ModelOptions
+from ldm_lab.sampling.aesthetic import RatingEmbeddings
+from ldm_lab.training.lora import LoraOptions, additions
 
 LIMITS = Limits(pictures=4, side=128, steps=400, work=2, megapixels=1, upload=1, stored=16, waiting=8)
 SECONDS = 60
@@ -32,6 +36,19 @@ def make_models(folder: Path) -> Path:
         save_model(folder / name, state, config, {"image_size": "16"})
     (folder / "tiny" / "config.yaml").write_text("task: diffusion\n")
     return folder
+
+
+def make_additions(folder: Path) -> None:
+    """Write a LoRA and rating embeddings for the models of `make_models`, each with random numbers in it."""
+    torch.manual_seed(0)
+    network = build("denoiser", DENOISER, 4, embedding(16))
+    LoraOptions(rank=2).insert(network)
+    factors = {name: torch.randn_like(value) / 4 for name, value in additions(network.state_dict()).items()}
+    form = {"denoiser": DENOISER, "objective": {"name": "v_cosine"}, "lora": {"rank": 2}}
+    save_lora(folder / "lora.safetensors", factors, RunConfig.from_dict(form), BaseModel("base", "0" * 64, ""), {})
+    rows = torch.nn.functional.normalize(torch.randn(2, 16), dim=1)
+    conditioner = {"name": "cloob", "weights": str(folder / "conditioner.safetensors")}
+    RatingEmbeddings(dict(zip((0, 9), rows)), embedder_of(conditioner)).save(folder / "ratings.safetensors")
 
 
 def make_stages(folder: Path) -> None:

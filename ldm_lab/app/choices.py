@@ -123,13 +123,6 @@ def upsampler_choices() -> list[Choice]:
     return _choices(flat.upsampler_names(), UPSAMPLER)
 
 
-def of_sampler(name: str | None) -> set[str]:
-    """Return the names of a sampler's own options; of all samplers without a name."""
-    if name:
-        return set(infos("sampler")[name].options) if name in infos("sampler") else set()
-    return set(flat.sampler_names())
-
-
 def _choices(names: Mapping[str, Option], prefix: str = "") -> list[Choice]:
     return [_choice(prefix + name, option, not prefix) for name, option in names.items()]
 

@@ -115,8 +115,15 @@ def add(workshop: Workshop, line: Line) -> None:
         ]
 
     def models() -> Reply:
-        """Tell the names of what is offered."""
-        return Reply({f"{kind.name.lower()}s": [*workshop.shelf.names(kind)] for kind in File})
+        """Tell the names of what is offered, and why the other files of weights are not."""
+        contents = workshop.shelf.contents()
+        return Reply(
+            models=[*contents.names(File.MODEL)],
+            upsamplers=[*contents.names(File.UPSAMPLER)],
+            loras=[*contents.names(File.LORA)],
+            ratings=[*contents.names(File.RATINGS)],
+            left_out={**contents.left_out},
+        )
 
     def settings(picture: Arguments) -> Reply:
         """Tell the settings in a picture, as `sample` takes them."""

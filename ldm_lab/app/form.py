@@ -11,19 +11,19 @@ import gradio as gr
 from gradio.components import Component
 from PIL import Image
 
-from ldm_lab.app.choices import Choice, FormValue, base_choices, of_sampler, upsampler_choices
+from ldm_lab.app.choices import Choice, FormValue, base_choices, upsampler_choices
 from ldm_lab.app.choices import Kind as Ask
 from ldm_lab.app.parts import mask_editor, uploaded_image
 from ldm_lab.app.shelf import Kind
 from ldm_lab.app.work import ImagePrompt, Request, Workshop
 from ldm_lab.errors import UserError
 from ldm_lab.io.images import open_image, save_png
-from ldm_lab.sampling.options import DEFAULT_SAMPLER, UPSAMPLER, OptionValues
+from ldm_lab.sampling import flat
+from ldm_lab.sampling.options import BELONGS, OptionValues
 
 IMAGE_PROMPTS, LORAS = 3, 3  # fields of the page; requests over HTTP have no such bound
 # Where the options stand; those that are named nowhere here, such as new ones, are under "More choices".
 FIRST = ("negative", "guidance", "steps", "sampler", "seed", "size")
-WITH_IMAGE = ("strength", "mask_blur", "invert_mask", "resize")
 NO_MODEL = "no model is offered: put one into the folder of --models, or give one by --checkpoint"
 
 
@@ -73,6 +73,8 @@ class Form:
         lines = [line.strip() for line in str(prompts or "").splitlines() if line.strip()]
         given = [(str(file), weight) for file, weight in zip(images, weights) if file]
         named = [(str(name), strength) for name, strength in zip(loras, strengths) if name]
+        options = self._options(list(left), str(begin) if begin else None, mask)
+        without = flat.idle(options, len(upsamplers or ()))
         return Request(
             model=str(model),
             upsamplers=tuple(map(str, upsamplers)) if isinstance(upsamplers, list) else (),
@@ -80,33 +82,24 @@ class Form:
             prompts=tuple(lines) if lines or given else ("",),
             images=tuple(ImagePrompt(Path(file), _weight(weight)) for file, weight in given),
             count=_whole(count),
-            values=self._options(list(left), str(begin) if begin else None, mask, bool(upsamplers)),
+            values=OptionValues({name: value for name, value in options.items() if name not in without}),
+            remarks=(
+                *(f"{name}: without effect: {why}" for name, why in without.items()),
+                *_alone("strength: without effect: LoRA", loras, strengths, (None, 1)),
+                *_alone("weight: without effect: image", images, weights, (None, "")),
+            ),
         )
 
     def _options(
-        self,
-        values: Sequence[FormValue | Image.Image],
-        begin: str | None,
-        mask: FormValue | Image.Image,
-        enlarged: bool,
+        self, values: Sequence[FormValue | Image.Image], begin: str | None, mask: FormValue | Image.Image
     ) -> OptionValues:
-        """Return the options that are given: of a sampler its own alone, of an image only beside one."""
+        """Return the options that are given, whether they have an effect or not."""
         pairs = [(field.choice, value) for field, value in zip(self.fields, values)]
-        read = {choice.name: value for choice, form in pairs if (value := choice.read(form)) is not None}
-        found = OptionValues({name: value for name, value in read.items() if enlarged or not _enlarges(name)})
-        for prefix in ("", UPSAMPLER):
-            sampler = found.get(f"{prefix}sampler")
-            if sampler is not None or not prefix:
-                own = of_sampler(str(sampler or DEFAULT_SAMPLER))
-                for name in of_sampler(None) - own:
-                    found.pop(prefix + name, None)
-        if begin is None:
-            return OptionValues({name: value for name, value in found.items() if name not in WITH_IMAGE})
-        found["init_image"] = begin
+        found = OptionValues({choice.name: value for choice, form in pairs if (value := choice.read(form)) is not None})
+        if begin is not None:
+            found["init_image"] = begin
         if isinstance(mask, Image.Image):
-            found["mask"] = str(_saved_mask(Path(begin), mask))
-        else:
-            found.pop("invert_mask", None)
+            found["mask"] = str(_saved_mask(Path(begin), mask)) if begin is not None else "painted"
         return found
 
 
@@ -150,7 +143,7 @@ def _rest(workshop: Workshop, model: gr.Dropdown, prompts: gr.Textbox) -> tuple[
     with gr.Row():
         _add(first, fields, workshop)
     with gr.Accordion("Options of the sampler", open=False, elem_id="sampler-options"):
-        own = [choice for name, choice in base.items() if name in of_sampler(None) and name not in FIRST]
+        own = [choice for name, choice in base.items() if name in flat.sampler_names() and name not in FIRST]
         _add(own, fields, workshop)
     with gr.Accordion("Image prompts", open=False, elem_id="image-prompts"):
         images, weights = _image_prompts(workshop)
@@ -158,7 +151,7 @@ def _rest(workshop: Workshop, model: gr.Dropdown, prompts: gr.Textbox) -> tuple[
         gr.Markdown("Where you paint, something new is drawn; all else stays. Without paint the whole image changes.")
         begin = uploaded_image(limits, "Image to begin with", "begin")
         editor = mask_editor(limits, "Mask", "editor")
-        _add([base[name] for name in WITH_IMAGE if name in base], fields, workshop)
+        _add([choice for name, choice in base.items() if _is_of_image(name)], fields, workshop)
     with gr.Accordion("LoRA", open=False, elem_id="loras"):
         loras, strengths = _loras(workshop)
     with gr.Accordion("Upsamplers", open=False, elem_id="upsamplers"):
@@ -190,7 +183,7 @@ def _control(choice: Choice, workshop: Workshop) -> Component:
     if choice.kind is Ask.CHECK:
         return gr.Checkbox(bool(choice.preset), **its)
     if choice.kind in (Ask.CHOICE, Ask.FILE):
-        words = list(choice.choices) if choice.kind is Ask.CHOICE else workshop.shelf.names(Kind.OTHER)
+        words = list(choice.choices) if choice.kind is Ask.CHOICE else workshop.shelf.names(Kind.RATINGS)
         return gr.Dropdown([("default", ""), *((word, word) for word in words)], value=choice.preset or "", **its)
     preset = None if choice.preset is None else str(choice.preset)  # a field of numbers would show 0 for nothing
     return gr.Textbox(preset, placeholder="default", max_lines=3, **its)
@@ -246,5 +239,18 @@ def _weight(value: FormValue | Image.Image) -> float | None:
     return weight
 
 
-def _enlarges(name: str) -> bool:
-    return name.startswith(UPSAMPLER)
+def _alone(
+    what: str,
+    chosen: Sequence[FormValue | Image.Image],
+    beside: Sequence[FormValue | Image.Image],
+    presets: Sequence[FormValue],
+) -> list[str]:
+    """Return a line for each number that is set beside a field in which nothing is chosen."""
+    pairs = enumerate(zip(chosen, beside), start=1)
+    return [f"{what} {place} is not chosen" for place, (one, value) in pairs if not one and value not in presets]
+
+
+def _is_of_image(name: str) -> bool:
+    """Return whether an option means nothing without an image to begin with."""
+    other = BELONGS.get(name)
+    return other == "init_image" or (other is not None and _is_of_image(other))

@@ -17,11 +17,12 @@ from ldm_lab.app.form import LORAS, Buttons, Form, controls
 from ldm_lab.app.line import QUEUE, Line
 from ldm_lab.app.parts import escaped, preview, telling
 from ldm_lab.app.recall import recall
-from ldm_lab.app.shelf import Kind
+from ldm_lab.app.shelf import Contents, Kind
 from ldm_lab.app.work import Pictures, Progress, Request, Workshop
 from ldm_lab.errors import UserError
 from ldm_lab.sampling.options import OptionValues
 
+MOST_TOLD = 50  # files that are not offered
 FONTS = ["system-ui", "sans-serif"]
 CSS = """
 .gradio-container { max-width: 1400px !important; }
@@ -31,6 +32,7 @@ CSS = """
 #status progress::-moz-progress-bar { background: #ea580c; }
 #status { scroll-margin-top: 1em; }
 #status p { margin: 0 0 0.3em 0; overflow-wrap: anywhere; }
+#status li { font-size: 0.9em; overflow-wrap: anywhere; }
 #draw, #again, #stop { font-size: 1rem; white-space: nowrap; padding-left: 0.5em; padding-right: 0.5em; }
 footer { display: none !important; }
 @media (max-width: 700px) {  /* pictures right below what draws them */
@@ -61,9 +63,13 @@ def build(
                     interactive=False, format="png", buttons=["download", "fullscreen"],
                 )  # fmt: skip
                 archive = gr.DownloadButton("Download all", elem_id="archive", interactive=False)
+                left_out = gr.HTML(elem_id="left-out", visible=False)
         last = gr.State(None)
         line = Line(page, workshop.limits.waiting, followers)
-        _connect(workshop, line, form, buttons, dropped, (status, gallery, archive, last))
+        _connect(workshop, line, form, buttons, (status, gallery, archive, last))
+        _connect_uploads(workshop, form)
+        _connect_shelf(workshop, page, form, buttons.look, left_out)
+        _connect_recall(workshop, form, dropped)
         add_endpoints(workshop, line)
     return page, line
 
@@ -76,10 +82,9 @@ def _connect(
     line: Line,
     form: Form,
     buttons: Buttons,
-    dropped: gr.File,
     outputs: tuple[gr.HTML, gr.Gallery, gr.DownloadButton, gr.State],
 ) -> None:
-    """Say what happens when something is pressed, chosen or dropped."""
+    """Say what happens when a button is pressed."""
     status, _, _, last = outputs
     fields = {field.choice.name: field.control for field in form.fields}
 
@@ -108,9 +113,6 @@ def _connect(
     repeated = new_seed.then(again, [last, fields["seed"]], **making)
     ended = buttons.stop.click(None, None, None, cancels=[drawn, sent, repeated], api_visibility="private", queue=False)
     ended.then(lambda: _shown_status(Progress("stopped")), None, [status], api_visibility="private")
-    _connect_uploads(workshop, form)
-    _connect_shelf(workshop, line.page, form, buttons.look)
-    _connect_recall(workshop, form, dropped)
 
 
 def _connect_uploads(workshop: Workshop, form: Form) -> None:
@@ -127,23 +129,37 @@ def _nothing(*_: FormValue) -> None:
     """Return what empties a component."""
 
 
-def _connect_shelf(workshop: Workshop, page: gr.Blocks, form: Form, look: gr.Button) -> None:
+def _connect_shelf(workshop: Workshop, page: gr.Blocks, form: Form, look: gr.Button, left_out: gr.HTML) -> None:
     """Have new files offered when the page is opened, or asked for."""
     shelf = workshop.shelf
     files = [field.control for field in form.fields if field.choice.kind is Ask.FILE]
-    targets = [form.model, form.upsamplers, *form.loras, *files]
+    targets = [form.model, form.upsamplers, *form.loras, *files, left_out]
 
-    def offered(chosen: str | None) -> list[gr.Dropdown]:
-        models = shelf.names(Kind.MODEL)
+    def offered(chosen: str | None) -> list[gr.Dropdown | gr.HTML]:
+        contents = shelf.contents()
+        models = contents.names(Kind.MODEL)
         model = chosen if chosen in models else next(iter(models), None)
-        loras = [("none", ""), *((name, name) for name in shelf.names(Kind.LORA))]
-        others = [("default", ""), *((name, name) for name in shelf.names(Kind.OTHER))]
-        found = [gr.Dropdown(models, value=model), gr.Dropdown(shelf.names(Kind.UPSAMPLER))]
-        return [*found, *(gr.Dropdown(loras) for _ in form.loras), *(gr.Dropdown(others) for _ in files)]
+        if chosen is not None and chosen != model:
+            gr.Warning(escaped(f"{chosen} is not offered any more; chosen is {model or 'none'}"))
+        loras = [("none", ""), *((name, name) for name in contents.names(Kind.LORA))]
+        others = [("default", ""), *((name, name) for name in contents.names(Kind.RATINGS))]
+        found = [gr.Dropdown(models, value=model), gr.Dropdown(contents.names(Kind.UPSAMPLER))]
+        lists = [*(gr.Dropdown(loras) for _ in form.loras), *(gr.Dropdown(others) for _ in files)]
+        return [*found, *lists, _left_out(contents)]
 
     quiet = {"api_visibility": "private", "show_progress": "hidden"}
     page.load(offered, [form.model], targets, **quiet)
     look.click(offered, [form.model], targets, **quiet)
+
+
+def _left_out(contents: Contents) -> gr.HTML:
+    """Return what says which files of weights are not offered, and why; nothing is shown where there are none."""
+    lines = [f"<li>{html.escape(name)}: {html.escape(why)}</li>" for name, why in contents.left_out.items()]
+    more = f"<li>and {len(lines) - MOST_TOLD} more</li>" if len(lines) > MOST_TOLD else ""
+    word = "file is" if len(lines) == 1 else "files are"
+    entries = "".join([*lines[:MOST_TOLD], more])
+    text = f"<details><summary>{len(lines)} {word} not offered</summary><ul>{entries}</ul></details>"
+    return gr.HTML(text, visible=bool(lines))
 
 
 def _connect_recall(workshop: Workshop, form: Form, dropped: gr.File) -> None:
@@ -155,7 +171,10 @@ def _connect_recall(workshop: Workshop, form: Form, dropped: gr.File) -> None:
             if path is None:
                 raise UserError("no picture was dropped")
             found = recall(Path(path), workshop.shelf, list(choices))
-            named = [written.rpartition(":") for written in found.loras][:LORAS]
+            named = [written.rpartition(":") for written in found.loras]
+            if left := [name for name, _, _ in named[LORAS:]]:
+                found.remarks.append(f"not taken: more than {LORAS} LoRAs: {', '.join(left)[:200]}")
+            named = named[:LORAS]
         for line in found.remarks:
             gr.Warning(escaped(line))
         gr.Info("Its settings are in the controls")
@@ -182,8 +201,6 @@ def paint(workshop: Workshop, line: Line, request: Request) -> Iterator[Painting
             if isinstance(said, Progress):
                 yield _shown_status(said), gr.skip(), gr.skip(), gr.skip()
                 continue
-            for line in said.remarks:
-                gr.Warning(escaped(line))
             yield _shown_status(said), list(map(str, said.files)), _archive(said.folder), request
 
 
@@ -202,7 +219,8 @@ def _shown_status(said: Progress | Pictures) -> str:
     if isinstance(said, Pictures):
         seeds = said.seeds[0] if len(said.seeds) == 1 else f"{said.seeds[0]} to {said.seeds[-1]}"
         word = "picture" if len(said.files) == 1 else "pictures"
-        return f"<p>{len(said.files)} {word}, seed {seeds}</p>"
+        remarks = "".join(f"<li>{html.escape(line)}</li>" for line in said.remarks)
+        return f"<p>{len(said.files)} {word}, seed {seeds}</p>" + (f"<ul>{remarks}</ul>" if remarks else "")
     bar = f'<progress value="{said.done}" max="{said.total}"></progress>' if said.total else ""
     return f"<p>{html.escape(said.doing)}</p>{bar}"
 

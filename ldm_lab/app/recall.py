@@ -57,7 +57,7 @@ def recall(path: Path, shelf: Shelf, known: Sequence[str]) -> Recalled:
         remarks.append(f"not taken: {', '.join(left)[:200]}")
     for key, records in recorded.files.items():
         if key not in OTHER_PLACE:
-            values |= {key: name} if (name := _found(shelf, Kind.OTHER, key, records[0], remarks)) else {}
+            values |= _ratings(shelf, key, records[0], known, remarks)
     models = [_found(shelf, Kind.MODEL, "model", its, remarks) for its in recorded.files.get("checkpoint", [])]
     upsamplers = [
         _found(shelf, Kind.UPSAMPLER, "upsampler", its, remarks) for its in recorded.files.get("upsampler", [])
@@ -79,6 +79,15 @@ def _found(shelf: Shelf, kind: Kind, what: str, record: FileRecord, remarks: lis
     if name is None:
         remarks.append(f"its {what.replace('_', ' ')} {record} is not offered here")
     return name
+
+
+def _ratings(shelf: Shelf, key: str, record: FileRecord, known: Sequence[str], remarks: list[str]) -> dict[str, str]:
+    """Return an option that names a file that is offered; nothing for what is given when the program starts."""
+    if key not in known:
+        remarks.append(f"its {key.replace('_', ' ')} {record} is given when the app starts (--{key.replace('_', '-')})")
+        return {}
+    name = _found(shelf, Kind.RATINGS, key, record, remarks)
+    return {} if name is None else {key: name}
 
 
 def _loras(recorded: Recorded, shelf: Shelf, remarks: list[str]) -> list[str]:

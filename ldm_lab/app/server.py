@@ -27,9 +27,10 @@ if TYPE_CHECKING:  # it takes seconds
     from gradio.http_server import Server
 
 HERE = ("127.0.0.1", "localhost", "::1", "[::1]")
-# No word of a use goes to anybody; what is uploaded and made lies in a folder of its own.
+# No word of a use goes to anybody, and requests download nothing.
 QUIET = {
     "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_SHARE": "False",
+    "LDM_LAB_OFFLINE": "1",
     "GRADIO_RUN_HISTORY": "False", "GRADIO_ALLOWED_PATHS": "", "GRADIO_MCP_SERVER": "False", "GRADIO_SSR_MODE": "False",
 }  # fmt: skip
 FOLDERS = {"GRADIO_TEMP_DIR": "files", "GRADIO_EXAMPLES_CACHE": "examples"}

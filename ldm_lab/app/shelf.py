@@ -10,12 +10,15 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from ldm_lab.checkpoints.importer import detect_format
+from ldm_lab.checkpoints.files import FORMAT
+from ldm_lab.checkpoints.importer import DetectedFile, detect_format
 from ldm_lab.checkpoints.lora import FILE as LORA_FILE
 from ldm_lab.checkpoints.lora import ROLE as LORA_ROLE
 from ldm_lab.condition_sources import build_sources
 from ldm_lab.errors import UserError, unknown
+from ldm_lab.sampling.aesthetic import ROLE as RATINGS_ROLE
 from ldm_lab.sampling.loading import MODEL_FILE
 from ldm_lab.sampling.names import RUN_CONFIG, FileRecord, checksum, model_name
 
@@ -23,7 +26,9 @@ log = logging.getLogger(__name__)
 
 ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 OF_RUNS = (MODEL_FILE, LORA_FILE)  # of a run's folder these alone are offered
+RATINGS_OF_LAION = "rating0.npy"  # in a folder of rating embeddings
 DEEPEST, MOST = 3, 1000  # folders below the folder, files in all
+MOST_NAMED = 20  # names in a message
 
 
 class Kind(enum.Enum):
@@ -32,7 +37,21 @@ class Kind(enum.Enum):
     MODEL = "model"
     UPSAMPLER = "upsampler"
     LORA = "LoRA"
-    OTHER = "file"  # of other weights, such as rating embeddings
+    RATINGS = "set of rating embeddings"
+
+
+class Looked(NamedTuple):
+    """What was seen of a file.
+
+    Attributes:
+        kind: what it is; None if it cannot be offered.
+        reason: why it cannot.
+        is_other: whether it is in order, and for something else; what is not is said where the program runs, too.
+    """
+
+    kind: Kind | None
+    reason: str = ""
+    is_other: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +67,23 @@ class Offered:
     name: str
     path: Path
     kind: Kind
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a shelf holds at one time.
+
+    Attributes:
+        offered: files of all kinds.
+        left_out: name -> why it is not offered.
+    """
+
+    offered: list[Offered]
+    left_out: dict[str, str]
+
+    def names(self, kind: Kind) -> list[str]:
+        """Return the names of one kind."""
+        return [offered.name for offered in self.offered if offered.kind is kind]
 
 
 class Shelf:
@@ -67,8 +103,8 @@ class Shelf:
         if folder is not None and not folder.is_dir():
             raise UserError(f"--models {folder}: no such folder")
 
-    def offered(self) -> list[Offered]:
-        """Return what is there now."""
+    def contents(self) -> Contents:
+        """Return what is there now; what is damaged is said once."""
         named: dict[str, Path] = {}
         for path in self.given:
             named.setdefault(_free(model_name(path), named), _file_of(path))
@@ -76,23 +112,39 @@ class Shelf:
         for name, path in self._in_folder():
             if path.resolve() not in known:
                 named.setdefault(_free(name, named), path)
-        found = [(name, path, kind_of(path)) for name, path in named.items()]
-        return [Offered(name, path, kind) for name, path, kind in found if kind is not None]
+        contents = Contents([], {})
+        for name, path in named.items():
+            looked = look_at(path)
+            if looked.kind is None:
+                contents.left_out[name] = looked.reason
+                if not looked.is_other:
+                    _say_once(path, f"{name}: not offered: {looked.reason}")
+            else:
+                contents.offered.append(Offered(name, path, looked.kind))
+        return contents
 
     def names(self, kind: Kind) -> list[str]:
         """Return the names of one kind."""
-        return [offered.name for offered in self.offered() if offered.kind is kind]
+        return self.contents().names(kind)
 
     def path(self, kind: Kind, name: str) -> Path:
         """Return the file that is offered under a name. Raises UserError for any other name."""
-        found = {offered.name: offered.path for offered in self.offered() if offered.kind is kind}
-        if name not in found:
-            raise UserError(unknown(kind.value, name[:100], found))
-        return found[name]
+        contents = self.contents()
+        found = {offered.name: offered.path for offered in contents.offered if offered.kind is kind}
+        if name in found:
+            return found[name]
+        if name in contents.left_out:
+            raise UserError(f"{name}: not offered: {contents.left_out[name]}")
+        said = unknown(kind.value, name[:100], found)
+        if len(found) > MOST_NAMED:
+            said = f"{said.partition(' Known:')[0]} {len(found)} are offered"
+        raise UserError(said)
 
     def find(self, kind: Kind, record: FileRecord) -> str | None:
         """Return the name of the file that a picture was made with; None if it is not offered."""
-        same = [offered for offered in self.offered() if offered.kind is kind and _is_called(offered, record.name)]
+        same = [
+            offered for offered in self.contents().offered if offered.kind is kind and _is_called(offered, record.name)
+        ]
         for offered in same:
             if record.sha256 is None or checksum(offered.path) == record.sha256:
                 return offered.name
@@ -108,43 +160,60 @@ class Shelf:
             folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
             if len(place.relative_to(self.folder).parts) >= DEEPEST:
                 folders.clear()
+            if RATINGS_OF_LAION in files and place != self.folder:
+                yield place.relative_to(self.folder).as_posix(), place
+                count += 1
             is_run = RUN_CONFIG in files
             for file in sorted(files):
                 if not file.endswith(ENDINGS) or file.startswith(".") or (is_run and file not in OF_RUNS):
                     continue
                 count += 1
                 if count > MOST:
-                    _say_once(f"{self.folder}: more than {MOST} files of weights; the others are not offered")
+                    _say_once(
+                        self.folder, f"{self.folder}: more than {MOST} files of weights; the others are not offered"
+                    )
                     return
                 path = place / file
                 in_run = is_run and place != self.folder
                 yield (place if in_run else path).relative_to(self.folder).as_posix(), path
 
 
-def kind_of(path: Path) -> Kind | None:
-    """Return what a file is, None if it cannot be offered; why is said once."""
+def look_at(path: Path) -> Looked:
+    """Return what a file is, told from names and shapes in it; no weights are read."""
     try:
         now = path.stat()
-        return _kind_of(path, now.st_mtime_ns, now.st_size)
     except OSError as error:
-        _say_once(f"{path}: not offered: {error.strerror}")
-        return None
+        return Looked(None, f"{error.strerror}")
+    if path.is_dir():
+        return Looked(Kind.RATINGS)
+    return _look_at(path, now.st_mtime_ns, now.st_size)
 
 
 @functools.lru_cache(maxsize=2 * MOST)
-def _kind_of(path: Path, changed: int, size: int) -> Kind | None:
+def _look_at(path: Path, changed: int, size: int) -> Looked:
     try:
         found = detect_format(path)
         if found.kind == LORA_ROLE:
-            return Kind.LORA
+            return Looked(Kind.LORA)
+        role = found.file.metadata.get("role") if found.file.metadata.get("format") == FORMAT else None
+        if role == RATINGS_ROLE:
+            return Looked(Kind.RATINGS)
         if not found.importer.holds_model:
-            return Kind.OTHER
-        sections = found.importer.config(found.file).get("condition_sources")
-        sources = build_sources(sections if isinstance(sections, dict) else {})
+            what = found.title if role is None else f"{role[:60].replace('_', ' ')} of ldm_lab's"
+            return Looked(None, f"no model of pictures: {what}", is_other=True)
+        is_upsampler = _enlarges(found)
     except UserError as error:
-        _say_once(f"{path.name}: not offered: {error}")
-        return None
-    return Kind.UPSAMPLER if any("low_res" in source.spec for source in sources.values()) else Kind.MODEL
+        return Looked(None, str(error).removeprefix(f"{path}: "))
+    return Looked(Kind.UPSAMPLER if is_upsampler else Kind.MODEL)
+
+
+def _enlarges(found: DetectedFile) -> bool:
+    """Return whether a model is told of a smaller picture."""
+    shape = found.importer.denoiser_shape(found.file, True)
+    if shape is not None:
+        return "low_res" in shape.conditions
+    sections = found.importer.config(found.file).get("condition_sources")
+    return any("low_res" in its.spec for its in build_sources(sections if isinstance(sections, dict) else {}).values())
 
 
 def _is_called(offered: Offered, name: str) -> bool:
@@ -167,5 +236,5 @@ def _free(name: str, taken: dict[str, Path]) -> str:
 
 
 @functools.cache
-def _say_once(line: str) -> None:
+def _say_once(path: Path, line: str) -> None:
     log.warning("%s", line)

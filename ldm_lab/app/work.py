@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -59,6 +60,7 @@ class Request:
         images: image prompts, mixed with them.
         count: how many pictures.
         values: options under flat names; those that are images as paths of uploaded files.
+        remarks: what was set and is left out, a line each.
     """
 
     model: str
@@ -68,6 +70,7 @@ class Request:
     images: tuple[ImagePrompt, ...] = ()
     count: int = 1
     values: OptionValues = field(default_factory=OptionValues)
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class Workshop:
         self.shelf, self.loading, self.limits = shelf, loading, limits
         self.store, self.folder = store, folder
         self._door = threading.Lock()
-        self._loaded: tuple[tuple[Path, int], ...] = ()
+        self._loaded: tuple[_State, ...] = ()
         self._pipelines: list[Pipeline] = []
         self._jobs: set[Job] = set()
 
@@ -166,7 +169,7 @@ class Workshop:
 
     def pipelines(self, files: Sequence[Path]) -> list[Pipeline]:
         """Return the models of some files, loaded unless they are those of last time."""
-        wanted = tuple((file, file.stat().st_mtime_ns) for file in files)
+        wanted = tuple(map(_state, files))
         if wanted != self._loaded:
             self._loaded, self._pipelines = (), []  # not two sets of models at once
             gc.collect()
@@ -252,7 +255,7 @@ class Job:
                 keep(out, row, asked.mix, plan.base, settings)
             self._step_over()
         out.write_list()
-        lines = dict.fromkeys([*plan.remarks, *said.lines])
+        lines = dict.fromkeys([*self.request.remarks, *plan.remarks, *said.lines])
         return Pictures(self.folder, files, list(plan.base.seeds), list(map(without_folders, lines)))
 
     def _say(self, doing: str) -> None:
@@ -312,6 +315,24 @@ class _Asked:
         return cls([model, *upsamplers], loras, mix, options, upsampling, given)
 
 
+class _State(NamedTuple):
+    """A file as it is now: one that is replaced has another inode, one that is written anew another time or size."""
+
+    path: Path
+    inode: int
+    changed: int
+    size: int
+
+
+def _state(path: Path) -> _State:
+    """Return how a file of a model is now. Raises UserError if it is not there any more."""
+    try:
+        found = path.stat()
+    except OSError:
+        raise UserError(f"{path.name}: is not there any more; choose another model") from None
+    return _State(path, found.st_ino, found.st_mtime_ns, found.st_size)
+
+
 def _uploads(request: Request) -> list[Path]:
     """Return the uploaded files that a request works on."""
     named = [request.values[key] for key in IMAGE_FILES if request.values.get(key) is not None]
@@ -334,7 +355,7 @@ def _with_files(values: OptionValues, shelf: Shelf) -> OptionValues:
     """Return options with the files that they name by what is offered. Raises UserError for any other name."""
     named = {choice.name for choice in (*base_choices(), *upsampler_choices()) if choice.kind is Ask.FILE}
     return OptionValues(
-        {name: shelf.path(Kind.OTHER, str(value)) if name in named else value for name, value in values.items()}
+        {name: shelf.path(Kind.RATINGS, str(value)) if name in named else value for name, value in values.items()}
     )
 
 

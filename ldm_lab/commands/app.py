@@ -88,23 +88,51 @@ def run(args: argparse.Namespace) -> None:
     limits = Limits(**{limit.name: words[f"max_{limit.name}"] for limit in fields(Limits)})
     if args.host not in HERE and password is None:
         print(f"note: --host {args.host} without --password-file: everybody who reaches it can draw", flush=True)
-    serve(_shelf(args), Settings(args.host, args.port, password, loading, limits, args.allow_host))
+    shelf = _shelf(args)
+    _fetch_parts(args, loading)
+    serve(shelf, Settings(args.host, args.port, password, loading, limits, args.allow_host))
 
 
 def _shelf(args: argparse.Namespace) -> "Shelf":
     """Return what is offered. Raises UserError for files that are not there, and if no model is among it."""
-    from ldm_lab.app.shelf import Kind, Shelf
+    from ldm_lab.app.shelf import Kind, Shelf, look_at
     from ldm_lab.checkpoints.importer import find_weights
     from ldm_lab.sampling.loading import locate_model
 
-    named = [locate_model(name) for name in (*args.checkpoint, *args.upsampler)]
-    named += [find_weights(name, "lora") for name in args.lora]
+    given = [
+        (flag, kind, name, locate_model(name))
+        for flag, kind, names in (
+            ("checkpoint", Kind.MODEL, args.checkpoint),
+            ("upsampler", Kind.UPSAMPLER, args.upsampler),
+        )
+        for name in names
+    ]
+    given += [("lora", Kind.LORA, name, find_weights(name, "lora")) for name in args.lora]
+    for flag, kind, name, path in given:
+        looked = look_at(path)
+        if looked.kind is not kind:
+            what = looked.reason if looked.kind is None else f"no {kind.value}: what it holds is: {looked.kind.value}"
+            raise UserError(f"--{flag} {name}: {what}")
+    named = [path for _, _, _, path in given]
     folder = Path(args.models).expanduser() if args.models else None
     shelf = Shelf(named, folder)
     if not shelf.names(Kind.MODEL):
         where = f"--models {folder}" if folder else "--checkpoint"
         print(f"note: {where}: no model of pictures there yet; the page offers one as soon as there is", flush=True)
     return shelf
+
+
+def _fetch_parts(args: argparse.Namespace, loading: ModelOptions) -> None:
+    """Download what the models of the command line need and is not here: requests download nothing."""
+    from ldm_lab.sampling import Pipeline
+    from ldm_lab.sampling.needs import announce_models
+    from ldm_lab.sampling.options import SamplingOptions
+
+    for checkpoint in args.checkpoint:
+        if announce_models(checkpoint, args.upsampler, loading, SamplingOptions()):
+            pipelines = [Pipeline.from_checkpoint(checkpoint, loading)]
+            for upsampler in args.upsampler:
+                pipelines.append(Pipeline.from_checkpoint(upsampler, loading.of_upsampler(), pipelines))
 
 
 def _password(args: argparse.Namespace) -> str | None:

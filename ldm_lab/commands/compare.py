@@ -315,15 +315,20 @@ def cell_of(folder: Path, name: str) -> "Cell | None":
                 image.load()
                 return Cell(f"{IMAGES}/{name}.png", f"{IMAGES}/{name}.png", width, height, width, height)
             small = folder / THUMBNAILS / f"{name}.jpg"
-            image.thumbnail((LARGEST_SHOWN, LARGEST_SHOWN))
-            if not small.exists():
+            if small.exists():
+                image.verify()  # its checksums, in a tenth of the time that it takes to make it small
+                with Image.open(small) as made:
+                    side = made.size
+            else:
+                image.thumbnail((LARGEST_SHOWN, LARGEST_SHOWN))
+                side = image.size
                 with atomic_write(small) as file:
                     image.convert("RGB").save(file, "JPEG", quality=88)
     except FileNotFoundError:
         return None
     except (OSError, SyntaxError, Image.DecompressionBombError):  # damaged: it is made anew
         return None
-    return Cell(f"{IMAGES}/{name}.png", f"{THUMBNAILS}/{name}.jpg", width, height, *image.size)
+    return Cell(f"{IMAGES}/{name}.png", f"{THUMBNAILS}/{name}.jpg", width, height, *side)
 
 
 # ------------------------------------------------------------------------------------------------- scores and tables

@@ -34,7 +34,7 @@ from ldm_lab.data.jobs import (
 from ldm_lab.data.loader_processes import SharedSignalsLoader, leave_signals_to_parent
 from ldm_lab.data.samples import BROKEN, DUPLICATE, UNREACHABLE, FilteredOut, Judged, SkippedSample, as_utf8
 from ldm_lab.data.source import CHECK_AFTER
-from ldm_lab.data.work_items import WorkItem
+from ldm_lab.data.work_items import Seen, SourceItems, WorkItem
 from ldm_lab.errors import UserError
 from ldm_lab.processes import fail_together, keep_freed_memory, quiet_lightning, trainer_options
 from ldm_lab.progress import Bar, print_line
@@ -47,7 +47,8 @@ def run_pass(job: Job[Raw, One, Many, Made], items: Sequence[WorkItem[Raw]], opt
 
     Args:
         job: what is made of the items.
-        items: all of them, in the same order in every process.
+        items: all of them, in the same order in every process. Where so many samples are wanted of all together and
+            some have too few, others are added to the list, of where there is more.
         options: how.
 
     Returns:
@@ -59,11 +60,45 @@ def run_pass(job: Job[Raw, One, Many, Made], items: Sequence[WorkItem[Raw]], opt
     job.check(items)
     quiet_lightning()
     torch.set_float32_matmul_precision("high")
+    is_told, is_whole, report = False, False, None
+    while not is_whole:
+        make_folders(items)
+        trainer = trainer_of(job, options)
+        if trainer.is_global_zero and not is_told:
+            for line in job.describe(items):
+                print_line(f"data: {as_utf8(line)}")
+        is_told = True
+        with fail_together(trainer.strategy.launcher):
+            try:
+                trainer.predict(_Pass(job, items, options), return_predictions=False)
+            except SystemExit:  # Lightning's, in place of Ctrl-C
+                raise KeyboardInterrupt from None
+            trainer.strategy.barrier()
+            is_whole = True
+            if isinstance(items, SourceItems) and items.limit is not None:
+                there = seen(job, items) if trainer.is_global_zero else []
+                rest = items.rest(trainer.strategy.broadcast(there))
+                items += rest
+                is_whole = not rest
+            if trainer.is_global_zero and is_whole:
+                report = report_of(job, items)
+                check_share(report.counts, options.max_skipped)
+                job.finish(items, report)
+        trainer.strategy.barrier()
+    return report
+
+
+def make_folders(items: Sequence[WorkItem[Raw]]) -> None:
+    """Make the folders of the items' results. Raises UserError if that cannot be."""
     for folder in {item.target.parent for item in items}:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {folder}: cannot be made: {error.strerror}") from None
+
+
+def trainer_of(job: Job[Raw, One, Many, Made], options: PassOptions) -> Trainer:
+    """Return what runs a pass. Raises UserError for a device that is not there."""
     alone = options.devices == "1" and options.num_nodes == 1
     with trainer_options(f"--devices {options.devices}"):
         trainer = Trainer(
@@ -73,22 +108,13 @@ def run_pass(job: Job[Raw, One, Many, Made], items: Sequence[WorkItem[Raw]], opt
             enable_model_summary=False, use_distributed_sampler=False,
         )  # fmt: skip
     keep_freed_memory(trainer.strategy.root_device)
-    if trainer.is_global_zero:
-        for line in job.describe(items):
-            print_line(f"data: {as_utf8(line)}")
-    report = None
-    with fail_together(trainer.strategy.launcher):
-        try:
-            trainer.predict(_Pass(job, items, options), return_predictions=False)
-        except SystemExit:  # Lightning's, in place of Ctrl-C
-            raise KeyboardInterrupt from None
-        trainer.strategy.barrier()
-        if trainer.is_global_zero:
-            report = report_of(job, items)
-            check_share(report.counts, options.max_skipped)
-            job.finish(items, report)
-    trainer.strategy.barrier()
-    return report
+    return trainer
+
+
+def seen(job: Job[Raw, One, Many, Made], items: Sequence[WorkItem[Raw]]) -> list[Seen | None]:
+    """Return how many samples of each item were read and used; None of one that is not done."""
+    finished = [job.finished(item) for item in items]
+    return [None if done is None else Seen(done.counts.read, done.counts.used) for done in finished]
 
 
 def report_of(job: Job[Raw, One, Many, Made], items: Sequence[WorkItem[Raw]]) -> PassReport:

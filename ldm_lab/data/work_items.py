@@ -3,14 +3,14 @@
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from ldm_lab.data.captions import Captions
 from ldm_lab.data.files import Folder
-from ldm_lab.data.samples import RawSample, SkippedSample
+from ldm_lab.data.samples import Judged, RawSample, SkippedSample
 from ldm_lab.data.shard_source import ShardSource
 from ldm_lab.data.shard_urls import expand, is_remote, without_ending
 from ldm_lab.data.shards_found import describe_shards
@@ -129,12 +129,14 @@ class SourceItem(WorkItem[Item]):
         first: of the units.
         units: how many.
         most: how many samples are wanted; None for all.
+        behind: so many samples are another item's, which come first.
     """
 
     source: Source
     first: int
     units: int
     most: int | None = None
+    behind: int = 0
 
     @property
     def limit(self) -> int | None:
@@ -151,9 +153,18 @@ class SourceItem(WorkItem[Item]):
         return isinstance(self.source, ShardSource) and is_remote(self.address)
 
     def content(self) -> Content:
-        return f"{self.units} from {self.first} on"
+        rest = f", {self.most} behind {self.behind}" if self.behind else ""
+        return f"{self.units} from {self.first} on{rest}"
 
     def samples(self) -> Iterator[Item | Unusable]:
+        passed = 0
+        for sample in self._all():
+            if passed < self.behind:
+                passed += not isinstance(sample, Judged)
+            else:
+                yield sample
+
+    def _all(self) -> Iterator[Item | Unusable]:
         for unit in range(self.first, self.first + self.units):
             if self.source.shuffle_buffer is None:  # every unit is an item
                 yield unit
@@ -161,23 +172,66 @@ class SourceItem(WorkItem[Item]):
                 yield from self.source.items(unit)
 
 
-def source_items(source: Source, out: Path, limit: int | None = None) -> list[SourceItem]:
-    """Return the work items of an opened source; they do not depend on how many processes there are.
+class Seen(NamedTuple):
+    """What a finished work item has read and used of its samples."""
 
-    Args:
-        source: whose samples they have.
-        out: folder of the results, named by numbers.
-        limit: samples that are wanted of all together, evenly spread over the items.
+    read: int
+    used: int
+
+
+class SourceItems(list[SourceItem]):
+    """The work items of an opened source; they do not depend on how many processes there are.
+
+    With a limit as many samples are wanted of each, but some may have fewer: a pass then asks for the rest where there
+    is more (`rest`), until the limit is reached or nothing is left.
     """
-    count = source.count or 0
-    units = 1 if source.shuffle_buffer is not None else min(FILES, max(FEW_FILES, -(-count // PARTS)))
-    firsts = range(0, count, units)
-    items = []
-    for number, first in enumerate(firsts):
-        most = None if limit is None else limit * (number + 1) // len(firsts) - limit * number // len(firsts)
-        if most != 0:
-            items.append(SourceItem(out / f"{number:05d}", source, first, min(units, count - first), most))
-    return items
+
+    def __init__(self, source: Source, out: Path, limit: int | None = None) -> None:
+        """List them.
+
+        Args:
+            source: whose samples they have.
+            out: folder of the results, named by numbers.
+            limit: samples that are wanted of all together, evenly spread over the items.
+        """
+        count = source.count or 0
+        units = 1 if source.shuffle_buffer is not None else min(FILES, max(FEW_FILES, -(-count // PARTS)))
+        firsts = range(0, count, units)
+        self.limit = limit
+        self.whole = [
+            SourceItem(out / f"{number:05d}", source, first, min(units, count - first))
+            for number, first in enumerate(firsts)
+        ]
+        shares = [None] * len(firsts) if limit is None else evenly(limit, len(firsts))
+        super().__init__(replace(item, most=most) for item, most in zip(self.whole, shares) if most != 0)
+
+    def rest(self, seen: Sequence[Seen | None]) -> list[SourceItem]:
+        """Return what is to be read beside these items, as some of them had fewer samples than were wanted of them.
+
+        Args:
+            seen: of each item; None of one that could not be reached, and is left for another time.
+        """
+        if self.limit is None or None in seen:
+            return []
+        read, ended, missing = dict[int, int](), set[int](), self.limit  # by first unit
+        for item, its in zip(self, seen, strict=True):
+            if its is not None:
+                read[item.first] = read.get(item.first, 0) + its.read
+                missing -= its.used
+                if item.most is not None and its.used < item.most:
+                    ended.add(item.first)
+        more = [item for item in self.whole if item.first not in ended]
+        found = []
+        for item, most in zip(more, evenly(max(missing, 0), len(more))):
+            start = read.get(item.first, 0)
+            target = item.file(f"-{start:07d}") if start else item.target
+            found += [replace(item, target=target, most=most, behind=start)] if most else []
+        return found
+
+
+def evenly(count: int, parts: int) -> list[int]:
+    """Return how many of a count each of some parts gets: equal numbers, or one apart."""
+    return [count * (number + 1) // parts - count * number // parts for number in range(parts)]
 
 
 def shard_items(patterns: list[str], out: Path | None) -> list[Shard]:

@@ -114,6 +114,12 @@ class Comparison:
         scores = [cell.score for row in self.rows if (cell := row.cells[column]) and cell.score is not None]
         return fmean(scores) if scores else None
 
+    @property
+    def ratio(self) -> float:
+        """Height of the picture that is tallest for its width, by its width."""
+        shown = [cell for row in self.rows for cell in row.cells if cell is not None]
+        return max((cell.thumbnail_height / cell.thumbnail_width for cell in shown), default=0.5)
+
     def common_settings(self) -> dict[str, str]:
         """Return the settings that all columns have in common."""
         first = self.columns[0].settings
@@ -136,7 +142,6 @@ class CompareData(Data):
     title: str
     seed: int
     columns: Sequence[str]
-    prompts: Sequence[str]
     seeds: Sequence[int]
 
 
@@ -163,7 +168,6 @@ def write_comparison(folder: Path, it: Comparison) -> None:
         title=it.title,
         seed=it.blind_seed,
         columns=[column.label for column in it.columns],
-        prompts=[row.prompt for row in it.rows],
         seeds=[row.seed for row in it.rows],
     )
     page = ComparePage(title=it.title, it=it, is_wide=len(it.columns) > WIDE, data={"comparison": its_data})

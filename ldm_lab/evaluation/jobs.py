@@ -60,7 +60,12 @@ class FeatureJob(Job[Raw, One, Many, PictureRows]):
         return [item.file(ENDING)]
 
     def finished(self, item: WorkItem[Raw]) -> Finished | None:
-        return read_part(item.file(ENDING))
+        return read_part(item.file(ENDING), self.tensors())
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Return what is kept of pictures: name of a tensor -> shape of its rows."""
+        found: dict[str, tuple[int, ...]] = {FEATURES + its.space: (its.width,) for its in self.features()}
+        return found if self.embedding() is None else {**found, CLIP_SCORE: ()}
 
     def write(self, item: WorkItem[Raw], rows: list[PictureRows], done: Finished) -> None:
         write_part(item.file(ENDING), PictureRows.joined(rows), done)

@@ -62,6 +62,13 @@ class PartsJob(ImagesJob[Item]):
         made_with = {"model": self.identity, "metrics": " ".join(sorted(self.names))}
         return {**super().fingerprint(precision), **made_with}
 
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        found: dict[str, tuple[int, ...]] = {FEATURES + its.space: (its.width,) for its in self.features()}
+        found |= {VALUES + name: () for name in self.names if name in ("psnr", "lpips")}
+        if isinstance(self.model.conditioner, EmbeddingConditioner) and "retrieval" in self.names:
+            found |= dict.fromkeys((IMAGE_EMBED, TEXT_EMBED), (self.model.conditioner.embed_dim,))
+        return {**found, LOSS: (2, QUARTERS)} if "loss" in self.names else found
+
     @torch.no_grad()
     def process(self, batch: PictureBatch) -> PictureRows:
         device = batch.image.device

@@ -13,9 +13,9 @@ from ldm_lab.data.files import Folder
 from ldm_lab.data.jobs import PassOptions, PassReport
 from ldm_lab.data.passes import run_pass
 from ldm_lab.data.source import Source
-from ldm_lab.data.work_items import SourceItem, source_items
+from ldm_lab.data.work_items import SourceItem, SourceItems
 from ldm_lab.errors import UserError
-from ldm_lab.evaluation.feature_files import PictureRows, differences, read_rows, write_rows
+from ldm_lab.evaluation.feature_files import FEATURES, PictureRows, check_tensors, differences, read_rows, write_rows
 from ldm_lab.evaluation.features import Features
 from ldm_lab.evaluation.jobs import SourceJob, rows_of_items
 from ldm_lab.progress import print_line
@@ -67,9 +67,9 @@ class RealImages:
         """Return a few characters that stand for the facts, as part of a folder's name."""
         return hashlib.sha256(json.dumps(self.facts(networks)).encode()).hexdigest()[:12]
 
-    def items(self, folder: Path) -> list[SourceItem]:
+    def items(self, folder: Path) -> SourceItems:
         """Return the work items, with results in a folder."""
-        return source_items(self.source, folder, self.limit)
+        return SourceItems(self.source, folder, self.limit)
 
 
 def real_rows(
@@ -89,14 +89,17 @@ def real_rows(
     Raises:
         UserError: no images and no file, a file of other images or networks, no usable image.
     """
+    why = "of something else"
     if path.exists():
-        rows, there = read_rows(path)
-        wanted = {n.space: json.dumps(n.identity, sort_keys=True) for n in networks}
-        other = differences(there, wanted if real is None else real.facts(networks))
-        if not other:
-            return rows, there.get(UNUSABLE)
-        if real is None or not is_own:
-            raise UserError(f"{path}: features of something else: {'; '.join(other)}")
+        try:
+            return kept_rows(real, networks, path)
+        except OtherFeatures as error:
+            if real is None or not is_own:
+                raise UserError(f"{path}: features of something else: {error}") from None
+        except UserError as error:
+            if real is None or not is_own:
+                raise
+            why = str(error).removeprefix(f"{path}: ")
     elif real is None:
         raise UserError(f"{path}: no such file, and no --data to make it of")
     facts = real.facts(networks)
@@ -106,7 +109,7 @@ def real_rows(
         if not report.counts.used:
             raise UserError(f"--data: no usable image: {report.counts}")
         if path.exists():
-            print_line(f"{path}: of something else, made anew")
+            print_line(f"{path}: {why}, made anew")
         unusable = {UNUSABLE: str(report.counts)} if report.counts.skipped else {}
         write_rows(path, rows_of_items(items), facts | unusable)
 
@@ -117,4 +120,25 @@ def real_rows(
         if report.unreached:
             print_line(f"--data: {len(report.unreached)} shards could not be read, such as {report.unreached[0]}")
     rows, there = read_rows(path)
+    return rows, there.get(UNUSABLE)
+
+
+class OtherFeatures(Exception):
+    """A file has features of other images, or of another network: in which facts they differ, in words."""
+
+
+def kept_rows(real: RealImages | None, networks: Sequence[Features], path: Path) -> tuple[PictureRows, str | None]:
+    """Return the features that a file has of these images, and what was skipped of them.
+
+    Raises:
+        OtherFeatures: they are of something else.
+        UserError: the file is damaged.
+    """
+    rows, there = read_rows(path)
+    wanted = {its.space: json.dumps(its.identity, sort_keys=True) for its in networks}
+    if other := differences(there, wanted if real is None else real.facts(networks)):
+        raise OtherFeatures("; ".join(other))
+    if not len(rows):
+        raise UserError(f"{path}: there is no picture in it, damaged")
+    check_tensors(path, rows, {FEATURES + its.space: (its.width,) for its in networks})
     return rows, there.get(UNUSABLE)

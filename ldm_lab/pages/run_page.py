@@ -19,18 +19,8 @@ from ldm_lab.pages.charts import (
     odd_words,
 )
 from ldm_lab.pages.engine import Data, Page, write_page
-from ldm_lab.pages.run_folder import (
-    CONFIG,
-    METRICS,
-    PAGE,
-    ConfigText,
-    Event,
-    Events,
-    find_pictures,
-    now,
-    read_config,
-    read_events,
-)
+from ldm_lab.pages.run_events import Event, EventReader, Events, now
+from ldm_lab.pages.run_folder import CONFIG, METRICS, PAGE, ConfigText, find_pictures, read_config
 from ldm_lab.pages.run_log import RunLog
 from ldm_lab.pages.thinned import Thinned
 
@@ -104,6 +94,7 @@ class RunReader:
 
     def __post_init__(self) -> None:
         self.log = RunLog(self.folder / METRICS)
+        self._event_reader = EventReader(self.folder)
 
     @property
     def name(self) -> str:
@@ -122,10 +113,10 @@ class RunReader:
         return f"{newest.kind} {newest.time}: {newest.text}"
 
     def read(self, most: int | None = None) -> bool:
-        """Read what has come since. As `RunLog.read`; config and events are read when the log is at its end."""
-        if not self.log.read(most):
+        """Read what has come since. As `RunLog.read`; config and events are taken when all files are at their end."""
+        if not self.log.read(most) or not self._event_reader.read(most):
             return False
-        self.config, self.events = read_config(self.folder), read_events(self.folder)
+        self.config, self.events = read_config(self.folder), self._event_reader.events()
         return True
 
     def write_page(self) -> Path:

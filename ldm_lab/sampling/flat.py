@@ -13,12 +13,14 @@ from ldm_lab.errors import UserError
 from ldm_lab.sampling.aliases import our_sampler
 from ldm_lab.sampling.options import (
     BASE_ONLY,
+    BELONGS,
     DEFAULT_SAMPLER,
     DEFAULT_UPSAMPLER,
     STAGE,
     UPSAMPLER,
     OptionValues,
     SamplingOptions,
+    belongs_to,
     stage_prefix,
 )
 
@@ -51,6 +53,36 @@ def sampler_names() -> dict[str, Option]:
         whose = "" if len(owners[name]) == len(samplers) else f"of {', '.join(owners[name])}: "
         merged[name] = Option(option.annotation, None, False, f"{whose}{option.meaning.rstrip('.')}")
     return merged
+
+
+def idle(values: OptionValues, upsamplers: int) -> dict[str, str]:
+    """Return the options that have no effect beside the others, each with the reason.
+
+    What is refused for them on a command line, a form that keeps its values from one use to the next may leave out.
+    """
+    found: dict[str, str] = {}
+    defaults = {"": DEFAULT_SAMPLER, UPSAMPLER: DEFAULT_UPSAMPLER}
+    for prefix, default in defaults.items():
+        sampler = str(values.get(f"{prefix}sampler") or default)
+        its = infos("sampler")[sampler].options if sampler in infos("sampler") else sampler_names()
+        for name in upsampler_names() if prefix else base_names():
+            if values.get(prefix + name) is None:
+                continue
+            if prefix and not upsamplers:
+                found[prefix + name] = "belongs to an upsampler, and there is none"
+            elif name in sampler_names() and name not in its:
+                found[prefix + name] = f"the sampler {sampler} has no such option"
+            elif (other := _missing(name, values, prefix)) is not None:
+                found[prefix + name] = belongs_to(prefix + other)
+    return found
+
+
+def _missing(name: str, values: OptionValues, prefix: str) -> str | None:
+    """Return the option that another one means nothing without, if it is not given; or what that one needs."""
+    other = BELONGS.get(name)
+    if other is None or values.get(prefix + other) is None:
+        return other
+    return _missing(other, values, prefix)
 
 
 def base_options(values: OptionValues, naming: Naming) -> SamplingOptions:

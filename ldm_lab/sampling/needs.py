@@ -46,8 +46,8 @@ def option_downloads(options: SamplingOptions, where: str, noised_clip: bool = F
 
 def announce_models(
     checkpoint: str | Path, upsamplers: Sequence[str | Path], loading: ModelOptions, options: SamplingOptions
-) -> None:
-    """Say what will be downloaded for one or more models in a row; of a checkpoint that is here its parts count, too.
+) -> list[Download]:
+    """Say and return what will be downloaded for one or more models in a row, parts of a checkpoint that is here too.
 
     Args:
         checkpoint: the (base) model.
@@ -76,6 +76,7 @@ def announce_models(
     raise_refusals(problems + refusals(found, offline()) if problems else ())
     announce(found)
     _tell_upsamplers(checkpoint, upsamplers)
+    return found
 
 
 def _tell_upsamplers(checkpoint: str | Path, upsamplers: Sequence[str | Path]) -> None:

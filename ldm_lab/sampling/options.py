@@ -38,12 +38,24 @@ BASE_ONLY = (
     "aesthetic", "aesthetic_weight", "aesthetic_embeddings",
     "clip_guidance", "rerank", "seed", "batch_size",
 )  # fmt: skip
+# An option -> the one without which it means nothing.
+BELONGS = {
+    "strength": "init_image", "mask": "init_image", "mask_blur": "init_image", "resize": "init_image",
+    "invert_mask": "mask",
+    "aesthetic_weight": "aesthetic", "aesthetic_embeddings": "aesthetic",
+    "tile_overlap": "tile_denoiser",
+}  # fmt: skip
 UPSAMPLER = "upsampler_"  # prefix of what is said of all upsamplers
 STAGE = "upsampler."  # before the number of one of them, from 1 on, and a dot
 # Options that name a file, and those of `ModelOptions` that change pictures otherwise.
 IMAGE_FILES = ("init_image", "mask")
 MODEL_FILES = ("guide_model", "autoencoder", "conditioner", "aesthetic_embeddings")
 OF_LOADING = ("precision", "noised_clip_head_width")
+
+
+def belongs_to(other: str) -> str:
+    """Return why an option is wrong, or idle, without another one."""
+    return f"belongs to {other}, which is not given"
 
 
 def stage_prefix(number: int) -> str:
@@ -166,20 +178,15 @@ class SamplingOptions:
         tile_overlap: int | None,
     ) -> list[str]:
         """Return what is wrong across the options, of which each for itself is right."""
-        belongs = {  # an option -> the one without which it means nothing
-            "strength": (strength, "init_image", init_image),
-            "mask": (mask, "init_image", init_image),
-            "invert_mask": (invert_mask, "mask", mask),
-            "mask_blur": (mask_blur, "init_image", init_image),
-            "resize": (resize, "init_image", init_image),
-            "aesthetic_weight": (aesthetic_weight, "aesthetic", aesthetic),
-            "aesthetic_embeddings": (aesthetic_embeddings, "aesthetic", aesthetic),
-            "tile_overlap": (tile_overlap, "tile_denoiser", tile_denoiser),
-        }
+        values = {
+            "init_image": init_image, "strength": strength, "mask": mask, "invert_mask": invert_mask,
+            "mask_blur": mask_blur, "resize": resize, "aesthetic": aesthetic, "aesthetic_weight": aesthetic_weight,
+            "aesthetic_embeddings": aesthetic_embeddings, "tile_denoiser": tile_denoiser, "tile_overlap": tile_overlap,
+        }  # fmt: skip
         problems = [
-            f"{key}: belongs to {other}, which is not given"
-            for key, (value, other, its) in belongs.items()
-            if value is not None and its is None
+            f"{key}: {belongs_to(other)}"
+            for key, other in BELONGS.items()
+            if values[key] is not None and values[other] is None
         ]
         dynamic = {"threshold_percentile": threshold_percentile, "threshold_divisor": threshold_divisor}
         given = [key for key, value in dynamic.items() if value is not None]

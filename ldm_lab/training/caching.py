@@ -23,7 +23,7 @@ from ldm_lab.data.samples import RawSample, as_utf8
 from ldm_lab.data.shard_source import ShardSource
 from ldm_lab.data.shard_urls import is_remote, scheme_of
 from ldm_lab.data.source import ImageSource, Source
-from ldm_lab.data.work_items import SourceItem, source_items
+from ldm_lab.data.work_items import SourceItem, SourceItems
 from ldm_lab.errors import UserError, told_in_one_line
 from ldm_lab.io.atomic import PARTIAL
 from ldm_lab.processes import wait_for_each_other
@@ -243,7 +243,7 @@ def make_cache(config: RunConfig, options: PassOptions, without_unreached: bool 
     begin(config, files, wanted)
     if isinstance(source, ImageSource) and cache.variants.flip:
         source.flip = False  # both are kept
-    items = source_items(source, cache.folder, cache.limit)
+    items = SourceItems(source, cache.folder, cache.limit)
     row = expected_row_bytes(encoders, config["data"]["image_size"])
     check_room(cache.folder, samples_left(source, items) * cache.variants.count * row, "this cache")
     job = CacheJob(encoders, source, cache.variants, CacheTarget(cache.folder, wanted, config.seed, without_unreached))

@@ -18,7 +18,7 @@ from ldm_lab.data.passes import run_pass
 from ldm_lab.data.samples import Captioned, SkippedSample, as_utf8
 from ldm_lab.data.source import Item, Source
 from ldm_lab.data.text_store import SHARD, TextStore
-from ldm_lab.data.work_items import WorkItem, source_items
+from ldm_lab.data.work_items import SourceItems, WorkItem
 from ldm_lab.errors import UserError, told_in_one_line
 from ldm_lab.estimate import in_units
 from ldm_lab.training.texts import load_conditioner, prompts_of, store_of
@@ -182,7 +182,7 @@ def run_pass_over(
     tag = tag_of(section, source)
     items = [
         replace(item, target=item.target.with_name(f"{tag}-{item.target.name}"))
-        for item in source_items(source, store.folder)
+        for item in SourceItems(source, store.folder)
     ]
     job = TextJob(conditioner, source, store, prompts)
     return run_pass(job, items, replace(options, max_skipped=source.max_skipped))

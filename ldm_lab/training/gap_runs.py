@@ -18,7 +18,7 @@ from ldm_lab.data.jobs import PassOptions
 from ldm_lab.data.passes import run_pass
 from ldm_lab.data.source import Source
 from ldm_lab.data.varied_texts import CAPTIONS, texts_of
-from ldm_lab.data.work_items import source_items
+from ldm_lab.data.work_items import SourceItems
 from ldm_lab.errors import UserError, told_in_one_line
 from ldm_lab.processes import wait_for_each_other
 from ldm_lab.training.caching import cache_options, encoder_differences, encoder_facts, is_complete, options_of_run
@@ -192,7 +192,7 @@ def measure_gap(
         if other := encoder_differences(role, there, here):
             raise UserError(f"data.path: this cache was made with another {', '.join(other)}")
     job = GapJob(conditioner, embedder_of(section), source, wanted)
-    items = source_items(source, job.folder(options.precision), images)
+    items = SourceItems(source, job.folder(options.precision), images)
     report = run_pass(job, items, replace(options, max_skipped=source.max_skipped))
     if report is not None and report.unreached:
         raise UserError(

@@ -9,7 +9,8 @@ from pytorch_lightning.utilities.types import STEP_OUTPUT
 
 from ldm_lab.batch import Batch
 from ldm_lab.errors import UserError, first_line
-from ldm_lab.pages.run_folder import EVENTS, PAGE, Event, now
+from ldm_lab.pages.run_events import EVENTS, Event, now
+from ldm_lab.pages.run_folder import PAGE
 from ldm_lab.pages.run_page import RunReader
 from ldm_lab.training.logs import print_rank_zero
 

@@ -10,6 +10,7 @@ import pytest
 import requests
 import tiny_app
 from PIL import Image
+from playwright.sync_api import expect
 
 from ldm_lab.app import work
 
@@ -234,6 +235,21 @@ def test_mistakes_are_messages_and_text_is_only_text(opened):
     page.locator("#draw").click()
     assert "guidance: number or null is needed, not '<img src=x onerror=alert(1)>'" in told(page)
     fill(page, "option-guidance", "")
+    fill(page, "option-steps", "2")
+    unfold(page, "loras")
+    fill(page, "strength-1", "0.5")
+    unfold(page, "sampler-options")
+    fill(page, "option-eta", "0.5")
+    unfold(page, "begin-with")
+    fill(page, "option-strength", "0.3")
+    ((_, settings),) = draw(page)
+    assert not {"eta", "strength"} & set(settings)
+    expect(page.locator("#status li")).to_have_text([
+        "strength: without effect: belongs to init_image, which is not given",
+        "eta: without effect: the sampler unipc has no such option",
+        "strength: without effect: LoRA 1 is not chosen",
+    ])  # fmt: skip
+    visit.shot("remarks")
     fill(page, "count", "5")
     page.locator("#draw").click()
     assert "5 pictures are too many for one request" in told(page)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, ImageDraw
+from playwright.sync_api import expect
 
 from ldm_lab.evaluation.compare_page import Cell, Comparison, Heading, Row, write_comparison
 from ldm_lab.evaluation.votes import add_up
@@ -105,6 +106,36 @@ def test_images_enlarge_within_what_is_filtered(visit, tmp_path):
     assert not page.locator(".lightbox").is_visible()
 
 
+def test_a_long_page_lays_out_what_is_seen_alone_and_has_each_prompt_once(visit, tmp_path):
+    cells = [Cell(f"images/{j}.png", f"images/{j}.png", 64, 64, 64, 64, 0.5) for j in range(8)]
+    rows = [Row(f"a photograph of house {i} in the hills", i, cells) for i in range(300)]
+    path = make_page(tmp_path / "page", labels=[f"model {j}" for j in range(8)], count=1)
+    for cell in cells:
+        Image.new("RGB", (64, 64)).save(path.parent / cell.image)
+    write_comparison(path.parent, Comparison("Long", [Heading(f"model {j}", {}) for j in range(8)], rows, "cosine"))
+    text = path.read_text()
+    assert text.count("a photograph of house 77 in the hills") == 1 and len(text) < 400 * len(rows) * len(cells)
+    page = (seen := visit(path)).page
+    laid_out = "row => row.querySelector('figure').checkVisibility({contentVisibilityAuto: true})"
+    last = page.locator(".row").last
+    assert page.locator(".row").first.evaluate(laid_out) and not last.evaluate(laid_out)
+    page.wait_for_function(
+        f"scrollTo(0, document.body.scrollHeight) ?? ({laid_out})([...document.querySelectorAll('.row')].at(-1))"
+    )
+    assert seen.overflow() == 0
+    last.locator("a.enlarge").last.click()
+    expect(page.locator(".lightbox .caption")).to_have_text("model 7: a photograph of house 299 in the hills")
+    expect(page.get_by_label("next image")).to_be_disabled()
+    page.keyboard.press("ArrowUp")
+    expect(page.locator(".lightbox .caption")).to_have_text("model 7: a photograph of house 298 in the hills")
+    page.keyboard.press("Escape")
+    page.locator("#blind").click()
+    expect(page.locator(".tie:visible").first).to_be_visible()
+    page.keyboard.press("1")
+    expect(page.locator("#progress")).to_have_text("1 of 300 rows voted")
+    expect(page.locator('[data-row="0"] .vote[aria-pressed="true"]')).to_have_count(1)
+
+
 def test_blind_votes_are_kept_saved_and_added_up(visit, tmp_path):
     path = make_page(tmp_path / "page", count=6)
     page = (seen := visit(path)).page
@@ -114,8 +145,8 @@ def test_blind_votes_are_kept_saved_and_added_up(visit, tmp_path):
     assert len({tuple(order) for order in orders}) > 1 and all(sorted(order) == [0, 1, 2] for order in orders)
     text = page.locator("main").inner_text()
     assert not any(label in text for label in LABELS) and "0.2" not in text
-    captions = [link.get_attribute("data-caption") for link in page.locator("a.enlarge").all()]
-    assert not any(label in caption for label in LABELS for caption in captions)
+    captions = page.evaluate("[...document.querySelectorAll('a.enlarge')].map(lightbox.caption)")
+    assert len(captions) == 18 and not any(label in caption for label in LABELS for caption in captions)
     assert page.locator("#seed").input_value() == "7"
     seen.shot("blind")
     # Column 1 wins four times: by key, by pointer, and by key where it is enlarged; one tie, one vote for column 0.

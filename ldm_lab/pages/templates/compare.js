@@ -1,3 +1,10 @@
+/** What an enlarged picture of a comparison is told with, and its column, as the page shows them. */
+lightbox.caption = (link) => {
+  const label = link.closest("figure").querySelector(".label").textContent;
+  return `${label}: ${link.closest(".row").querySelector("[data-words]").textContent}`;
+};
+lightbox.column = (link) => [...link.closest(".row").querySelectorAll("figure")].indexOf(link.closest("figure"));
+
 /** Blind mode of a comparison: names hidden, columns shuffled row by row, votes kept, saved and counted. */
 (() => {
   const blindButton = document.getElementById("blind");
@@ -9,6 +16,7 @@
   const [voting, result, seedBox, progress] = ["voting", "result", "seed", "progress"].map((id) => document.getElementById(id));
   const heads = [...grid.querySelectorAll(".head .label")];
   const place = `ldm_lab-votes-${it.id}`;
+  const promptOf = (row) => row.querySelector("[data-words]").textContent;
   let blind = false, current = 0;
   // The voter stays the same in this browser, so that of several files the newest counts; votes: row -> { choice: column or null, order }
   let state = { voter: newVoter(), seed: it.seed, votes: {} };
@@ -48,48 +56,64 @@
     return order;
   }
 
+  /** The buttons of a row, made when they are needed first. */
+  function buttons(row) {
+    if (row.querySelector(".tie")) return;
+    for (const figure of row.querySelectorAll("figure")) {
+      figure.append(element("button", { type: "button", class: "vote" }));
+    }
+    row.append(element("button", { type: "button", class: "tie" }, "No preference"));
+  }
+
+  /** Show a row's columns in their order, with their names or without. */
   function arrange(row, number) {
+    if (blind) buttons(row);
     const order = blind ? orderOf(number) : [...Array(count).keys()];
+    const cast = state.votes[number];
     const figures = [...row.querySelectorAll("figure")];
+    const wanted = order.map((column) => figures.find((one) => Number(one.dataset.column) === column));
     const tie = row.querySelector(".tie");
-    order.forEach((column, i) => {
-      const figure = figures.find((one) => Number(one.dataset.column) === column);
-      row.insertBefore(figure, tie);
-      const name = blind ? `${i + 1}` : it.columns[column];
+    if (wanted.some((figure, i) => figure !== figures[i])) wanted.forEach((figure) => row.insertBefore(figure, tie));
+    wanted.forEach((figure, i) => {
+      const name = blind ? `${i + 1}` : it.columns[order[i]];
       figure.querySelector(".label").textContent = name;
-      const link = figure.querySelector("a.enlarge");
-      if (link) {
-        link.dataset.caption = `${name}: ${it.prompts[number]}`;
-        link.dataset.column = blind ? i : column;
-      }
       const vote = figure.querySelector(".vote");
+      if (!vote) return;
       vote.hidden = !blind;
       vote.textContent = name;
-      const cast = state.votes[number];
-      vote.setAttribute("aria-pressed", String(blind && cast !== undefined && cast.choice === column));
+      vote.setAttribute("aria-pressed", String(blind && cast !== undefined && cast.choice === order[i]));
     });
-    tie.hidden = !blind;
-    tie.setAttribute("aria-pressed", String(blind && state.votes[number]?.choice === null));
+    if (tie) {
+      tie.hidden = !blind;
+      tie.setAttribute("aria-pressed", String(blind && cast?.choice === null));
+    }
     row.classList.toggle("current", blind && number === current);
   }
 
+  function tell() {
+    seedBox.value = state.seed;
+    seedBox.disabled = Object.keys(state.votes).length > 0;  // votes belong to an order
+    progress.textContent = `${Object.keys(state.votes).length} of ${rows.length} rows voted`;
+  }
+
+  let arranged = false;  // whether rows are no more as they came
   function draw() {
     document.body.classList.toggle("blind", blind);
     blindButton.setAttribute("aria-pressed", String(blind));
     document.querySelector("details.panel").hidden = blind;
     voting.hidden = !blind;
     heads.forEach((head, i) => { head.textContent = blind ? `${i + 1}` : it.columns[i]; });
-    rows.forEach(arrange);
-    seedBox.value = state.seed;
-    seedBox.disabled = Object.keys(state.votes).length > 0;  // votes belong to an order
-    progress.textContent = `${Object.keys(state.votes).length} of ${rows.length} rows voted`;
+    if (blind || arranged) rows.forEach(arrange);
+    arranged ||= blind;
+    tell();
   }
 
   /** Change the current row; the window follows it. */
   function go(number) {
+    rows[current]?.classList.remove("current");
     current = number;
-    rows.forEach((row, i) => row.classList.toggle("current", blind && i === current));
     const row = rows[number];
+    row?.classList.toggle("current", blind);
     row?.scrollIntoView({ block: row.offsetHeight > innerHeight - 80 ? "start" : "center" });
   }
   const shown = () => rows.map((row, i) => i).filter((i) => !rows[i].hidden);
@@ -106,7 +130,8 @@
     lightbox.leave();
     const open = shown().filter((i) => state.votes[i] === undefined);
     const next = open.find((i) => i > number) ?? open[0];
-    draw();
+    arrange(rows[number], number);
+    tell();
     if (next !== undefined) go(next);
     else if (Object.keys(state.votes).length === rows.length) reveal();
   }
@@ -128,7 +153,7 @@
 
   function save() {
     const votes = Object.entries(state.votes).map(([number, vote]) => ({
-      row: Number(number), prompt: it.prompts[number], seed: it.seeds[number], order: vote.order, choice: vote.choice,
+      row: Number(number), prompt: promptOf(rows[number]), seed: it.seeds[number], order: vote.order, choice: vote.choice,
     }));
     const now = new Date().toISOString();
     const content = {

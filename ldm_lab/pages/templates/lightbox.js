@@ -1,6 +1,7 @@
 /**
- * Images that enlarge: every <a class="enlarge" href="IMAGE" data-caption="...">. Left and right go through all that are
- * shown, up and down stay in the column (data-column) where there are columns; a swipe does as left and right.
+ * Images that enlarge: every <a class="enlarge" href="IMAGE">. What is told with one is its data-caption, or what
+ * `lightbox.caption` makes of it. Left and right go through all that are shown, up and down stay in the column, by what
+ * `lightbox.column` says; a swipe does as left and right.
  */
 const lightbox = (() => {
   const image = element("img", { alt: "" });
@@ -13,30 +14,31 @@ const lightbox = (() => {
   document.body.append(box);
   let shown = null;
 
-  const links = () => [...document.querySelectorAll("a.enlarge")].filter((link) => link.getClientRects().length > 0);
+  const isShown = (link) => link.checkVisibility ? link.checkVisibility() : link.getClientRects().length > 0;
+
+  /** The next link that is shown on this side of one, of those that fit; undefined behind the last. */
+  function beside(link, by, fits = () => true) {
+    const all = [...document.querySelectorAll("a.enlarge")];
+    let i = all.indexOf(link) + by;
+    while (all[i] && !(fits(all[i]) && isShown(all[i]))) i += by;
+    return all[i];
+  }
 
   function show(link) {
     if (!link) return;
     shown = link;
     image.src = link.href;
-    image.alt = link.dataset.caption ?? "";
-    caption.textContent = link.dataset.caption ?? "";
-    const all = links();
-    back.disabled = link === all[0];
-    on.disabled = link === all[all.length - 1];
+    image.alt = caption.textContent = made.caption(link);
+    back.disabled = !beside(link, -1);
+    on.disabled = !beside(link, 1);
     if (!box.open) box.showModal();
   }
 
-  function step(by) {
-    const all = links();
-    show(all[all.indexOf(shown) + by]);
-  }
+  const step = (by) => show(beside(shown, by));
 
   function stepInColumn(by) {
-    const column = shown.dataset.column;
-    if (column === undefined) return;
-    const all = links().filter((link) => link.dataset.column === column);
-    show(all[all.indexOf(shown) + by]);
+    const column = made.column(shown);
+    if (column !== undefined) show(beside(shown, by, (link) => made.column(link) === column));
   }
 
   document.addEventListener("click", (event) => {
@@ -78,5 +80,8 @@ const lightbox = (() => {
     start = null;
     if (Math.abs(x) > 40 && Math.abs(x) > 2 * Math.abs(y)) step(x < 0 ? 1 : -1);
   });
-  return { box, show, leave, link: () => shown };
+  const made = {
+    box, show, leave, link: () => shown, caption: (link) => link.dataset.caption ?? "", column: (link) => link.dataset.column,
+  };
+  return made;
 })();
