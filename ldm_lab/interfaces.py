@@ -70,15 +70,15 @@ class Part:
         """Return what pins the weights that a part brings along itself, such as a sha256 or a repository's revision.
 
         They are in no file that the config names: a part with this loads them by `load_pretrained`. Checkpoints and
-        caches keep it in place of a file's checksum. None for all other parts.
-
-        Raises:
-            UserError: the weights are not there.
+        caches keep it in place of a file's checksum. None for others. Raises UserError: the weights are not there.
         """
         return None
 
     def load_pretrained(self) -> None:
         """Load the weights that the part brings along itself, once it is built. Raises UserError: none, or damaged."""
+
+    def look_in(self, folder: Path) -> None:
+        """Have published files that it reads itself looked for in the folder of the model's file, too."""
 
     def load_later(self) -> None:
         """Have `load_pretrained` called when the part is first used, if it is at all; as it stands, call it now."""

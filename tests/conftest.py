@@ -11,8 +11,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 pytest_plugins = ["pytester"]
 
-from ldm_lab.pretrained import resolve  # noqa: E402 (the path is set above)
-
 
 def pytest_configure(config):
     from left_out import LeftOut
@@ -32,15 +30,17 @@ def pytest_sessionfinish():
 
 
 @pytest.fixture(autouse=True, scope="session")
+def own_state(tmp_path_factory):
+    """What tests train is not noted among the runs of whoever starts them; programs that they start inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LDM_LAB_STATE", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """The suite's tensors are tiny: more threads only wait for one another."""
     torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def own_folders(monkeypatch):
-    """A process looks for released files in the folders of the models that it has loaded; those are other tests'."""
-    monkeypatch.setattr(resolve, "_beside", [])
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ LAYERS = [  # a module may import from its own line only what is in its own pack
     {"errors"},
     {
         *("conditions", "predictions", "sampling_defaults", "progress", "downloads", "devices", "attention"),
-        "lean_imports",
+        *("lean_imports", "metrics"),
     },
     {"batch"},
     {"interfaces", "io", "processes", "sharded"},

@@ -36,7 +36,7 @@ def small(seed: int = 0, vocab: int = 261, **forms) -> dict[str, torch.Tensor]:
 def merges(tmp_path, monkeypatch):
     """Four merges in the place of GPT-2's: 261 ids."""
     (tmp_path / "vocab.bpe").write_text("#version: 0.2\nĠ a\nr e\nre d\nĠ red\n", encoding="utf-8")
-    monkeypatch.setattr(glide_text, "fetch", lambda name: tmp_path / "vocab.bpe")
+    monkeypatch.setattr(glide_text, "fetch", lambda name, folder=None: tmp_path / "vocab.bpe")
     glide_text.gpt2_encoding.cache_clear()
     yield
     glide_text.gpt2_encoding.cache_clear()

@@ -22,7 +22,7 @@ def merges(tmp_path, monkeypatch):
     """A vocabulary of four merges in the place of GPT-2's."""
     path = tmp_path / "vocab.bpe"
     path.write_text("\n".join(MERGES), encoding="utf-8")
-    monkeypatch.setattr(glide_text, "fetch", lambda name: path)
+    monkeypatch.setattr(glide_text, "fetch", lambda name, folder=None: path)
     gpt2_encoding.cache_clear()
     yield
     gpt2_encoding.cache_clear()
@@ -57,7 +57,7 @@ def test_gpt2_tokens_of_a_small_vocabulary(merges):
 
 
 def test_the_clip_vocabulary_needs_no_download(monkeypatch):
-    monkeypatch.setattr(glide_text, "fetch", lambda name: pytest.fail("a download"))
+    monkeypatch.setattr(glide_text, "fetch", lambda name, folder=None: pytest.fail("a download"))
     conditioner = small()
     made = conditioner.from_batch(Batch(["a", "b"], ["a red circle", ""]))
     assert made["token_ids"].shape == made["token_ids_mask"].shape == (2, 12)

@@ -16,6 +16,7 @@ from ldm_lab.checkpoints.files import read_pickled, read_safetensors
 from ldm_lab.checkpoints.lora import BaseModel, Lora, WeightedLora, add_all, fingerprint, read_lora, save_lora
 from ldm_lab.config import RunConfig, build
 from ldm_lab.errors import UserError
+from ldm_lab.pretrained.own_runs import note_own
 from ldm_lab.sampling import ModelOptions, Pipeline, SamplingOptions, applied_loras
 from ldm_lab.sampling.loras import split_weight
 from ldm_lab.training.lora import LoraOptions, additions
@@ -377,6 +378,7 @@ def test_files_that_are_none_of_ours_are_named(runs, tmp_path):
 
 def test_another_base_is_said_and_another_kind_of_model_refused(runs, tmp_path, caplog):
     lora = runs / "runs/whole/lora.safetensors"
+    note_own(tmp_path)
     other = rewritten(
         runs / "runs/base/ema.safetensors", tmp_path / "o.safetensors", lambda t: t["net.0.main.0.bias"].add_(1)
     )

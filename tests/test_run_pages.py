@@ -16,9 +16,9 @@ from tiny import make_run
 from ldm_lab.__main__ import main
 from ldm_lab.config import read
 from ldm_lab.errors import UserError
-from ldm_lab.evaluation.metrics import METRICS
+from ldm_lab.metrics import METRICS, is_higher_better
 from ldm_lab.pages import render, run_events
-from ldm_lab.pages.charts import groups, is_higher_better
+from ldm_lab.pages.charts import groups
 from ldm_lab.pages.run_events import Event, EventReader, read_events
 from ldm_lab.pages.run_folder import find_pictures, read_config
 from ldm_lab.pages.run_log import RunLog

@@ -5,6 +5,7 @@ import re
 import shutil
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 from tiny import CLOOB, DENOISER, ROOT, make_parts, make_run, run_fresh, run_program
 
+import ldm_lab.sampling.beside
 from ldm_lab.__main__ import main
 from ldm_lab.checkpoints.named import check_named
 from ldm_lab.checkpoints.native import save_model, save_part
@@ -24,12 +26,17 @@ from ldm_lab.config import build
 from ldm_lab.errors import UserError
 from ldm_lab.evaluation.tables import Row
 from ldm_lab.io.atomic import sha256
-from ldm_lab.pretrained.hub_folder import LARGEST, HubFolder
+from ldm_lab.pretrained.catalogue import catalogue
+from ldm_lab.pretrained.hub_folder import LARGEST, HubFolder, Origin
+from ldm_lab.pretrained.own_runs import note_own
 from ldm_lab.sampling import Pipeline, SamplingOptions
-from ldm_lab.sampling.beside import beside
+from ldm_lab.sampling.beside import ModelPlace
 from ldm_lab.sampling.loading import load_model
 from ldm_lab.sampling.options import ModelOptions
-from ldm_lab.sharing.evaluation import read_evaluation
+from ldm_lab.sharing.checks import SourceModel
+from ldm_lab.sharing.evaluation import Measured
+from ldm_lab.sharing.parts import OWN, copy_without_paths, origin_of
+from ldm_lab.training.provenance import History, Session, provenance
 
 OPTIONS = SamplingOptions(sampler={"name": "unipc", "steps": 3}, size=16)
 
@@ -50,9 +57,11 @@ def make_model(folder: Path, **changes: dict) -> Path:
     sums = {role: sha256(its["weights"]) for role, its in sections.items()}
     path = folder / "run" / "ema.safetensors"
     facts = {"step": "123", "image_size": "16", "batch": "8", "hardware": "1 x CPU (x, 1 threads)", **sums}
+    facts |= {"data": "folder", "images": "984", "begun_with": "nothing"}
     save_model(path, net.state_dict(), config, facts)
+    note_own(folder / "run")  # as training does
     (folder / "run" / "config.yaml").write_text(
-        yaml.safe_dump({"run": str(folder / "run"), "data": {"name": "folder", "path": str(folder)}, "denoiser": {}})
+        yaml.safe_dump({"run": str(folder / "run"), "data": {"name": "folder", "path": str(folder)}})
     )
     return path
 
@@ -107,6 +116,7 @@ def test_the_card_has_what_is_known_and_nothing_else(shared):
         assert row in text
     assert "1. a red \\| star" in text and "\\<b\\>blue" in text and "No evaluation was given." in text
     assert re.search(r"\| autoencoder \| `autoencoder.safetensors` \| kl_f8 \| not recorded \| not recorded \|", text)
+    assert "| denoiser | `model.safetensors` | ccld_unet | trained by who shares it | mit |" in text
     assert Image.open(out / "samples.png").size[0] > 0
     for name, checksum in HubFolder.read(out).files.items():
         assert checksum == sha256(out / name) and checksum in text
@@ -193,13 +203,167 @@ def test_a_part_beside_a_model_is_known_by_its_content(tmp_path, caplog):
     assert "not the conditioner file that the model was trained with" in caplog.text
 
 
-def test_a_released_part_beside_a_model_is_not_downloaded(tmp_path):
-    (tmp_path / "ae.zip").write_bytes(b"the released one")
-    model = tmp_path / "model.safetensors"
-    right = sha256(tmp_path / "ae.zip")
-    section = {"name": "kl_f8", "weights": "kl-f8"}
-    assert beside(model, "autoencoder", section, right) == tmp_path / "ae.zip"
-    assert beside(model, "autoencoder", section, "0" * 64) is None
+@pytest.mark.parametrize("is_said", [True, False], ids=["with_checksum", "without"])
+def test_a_released_part_beside_a_model_is_not_downloaded(tmp_path, monkeypatch, is_said):
+    """Whether the checkpoint says which one it was trained with, or, as of another program, the catalogue alone."""
+    monkeypatch.setenv("LDM_LAB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "here").mkdir()
+    file = tmp_path / "here" / catalogue()["kl-f8"].file
+    file.write_bytes(b"the released one")
+    right = replace(catalogue()["kl-f8"], sha256=sha256(file), size=file.stat().st_size)
+    monkeypatch.setitem(catalogue(), "kl-f8", right)
+    place, section = ModelPlace.of(tmp_path / "here" / "model.safetensors"), {"name": "kl_f8", "weights": "kl-f8"}
+    said = {"autoencoder": right.sha256} if is_said else {}
+    assert place.find("autoencoder", section, said) == file
+    assert ModelPlace.of(tmp_path / "model.safetensors").find("autoencoder", section, said) is None  # another folder
+    file.write_bytes(b"a replaced one..")
+    assert place.find("autoencoder", section, said) is None
+
+
+def test_few_files_beside_a_model_are_read(tmp_path, monkeypatch):
+    """Those of another size than the checkpoint says, and those that say what else they are, are not."""
+    model = make_model(tmp_path)
+    right = tmp_path / "elsewhere" / "autoencoder.safetensors"
+    rewrite_facts(model, autoencoder_bytes=str(right.stat().st_size))
+    right.rename(model.parent / "zz.safetensors")
+    for i in range(4):
+        (model.parent / f"{i}.pt").write_bytes(b"x" * (1000 + i))
+    shutil.copyfile(tmp_path / "elsewhere" / "conditioner.safetensors", model.parent / "b.safetensors")
+    read = []
+    checksum = ldm_lab.sampling.beside.weights_checksum
+    monkeypatch.setattr(
+        "ldm_lab.sampling.beside.weights_checksum", lambda path: read.append(path.name) or checksum(path)
+    )
+    pixels(model)
+    assert set(read) == {"zz.safetensors", "conditioner.safetensors"}
+
+
+def test_a_search_that_takes_long_is_shown(tmp_path, monkeypatch, capsys):
+    model = make_model(tmp_path)
+    (tmp_path / "elsewhere" / "autoencoder.safetensors").rename(model.parent / "zz.safetensors")
+    pixels(model)
+    assert "looking for" not in capsys.readouterr().err
+    monkeypatch.setattr("ldm_lab.sampling.beside.LONG", 1)
+    pixels(model)
+    assert f"{model.parent}: looking for the autoencoder" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------- what a model's config may lead to
+
+
+def test_one_s_own_run_names_parts_elsewhere(tmp_path, monkeypatch):
+    """At the place where it was trained: links lead there; a copy, or another folder at its place, is anybody's."""
+    model = make_model(tmp_path)
+    wanted = pixels(model)
+    (tmp_path / "link.safetensors").symlink_to(model)
+    assert np.array_equal(pixels(tmp_path / "link.safetensors"), wanted)
+    (model.parent / "step=1").mkdir()
+    shutil.copyfile(model, model.parent / "step=1" / "ema.safetensors")
+    assert np.array_equal(pixels(model.parent / "step=1"), wanted)
+    copied = copy(model.parent, tmp_path / "copied")
+    with pytest.raises(
+        UserError, match=r"copied/ema\.safetensors: refused: autoencoder\.weights: .*--autoencoder FILE"
+    ):
+        pixels(copied)
+    model.parent.rename(tmp_path / "gone")
+    copied.rename(model.parent)
+    with pytest.raises(UserError, match=r"only models of your own runs"):
+        pixels(model)
+    parts = {role: tmp_path / "elsewhere" / f"{role}.safetensors" for role in ("autoencoder", "conditioner")}
+    (image,) = Pipeline.from_checkpoint(model, ModelOptions(**parts))(["red"], OPTIONS)
+    assert np.array_equal(np.asarray(image), wanted)
+    for file in parts.values():
+        shutil.copy(file, model.parent / f"my_{file.name}")
+    assert np.array_equal(pixels(model), wanted)
+
+
+def test_a_training_notes_its_folder(tmp_path, program, monkeypatch):
+    """What it names anywhere on this machine is sampled with, from its folder, its averages and its checkpoints."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "parts").mkdir()
+    code, _, err = program("train", "--config", make_run(tmp_path, trainer={"max_steps": 2}))
+    assert code == 0, err
+    run = tmp_path / "runs" / "tiny"
+    for place in (run, run / "last.ckpt"):
+        load_model(place, ModelOptions())
+    with safe_open(run / "ema.safetensors", "pt") as file:
+        assert file.metadata()["autoencoder_bytes"] == str((tmp_path / "autoencoder.safetensors").stat().st_size)
+    shutil.copyfile(run / "ema.safetensors", tmp_path / "runs" / "ema.safetensors")
+    with pytest.raises(UserError, match=r"autoencoder\.weights: refused|refused: autoencoder\.weights"):
+        load_model(tmp_path / "runs" / "ema.safetensors", ModelOptions())
+
+
+def test_a_folder_that_cannot_be_noted_is_told(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LDM_LAB_STATE", str(tmp_path / "file"))
+    note_own(tmp_path)
+    assert "cannot be noted as a run of yours" in capsys.readouterr().err
+
+
+PLACES = {
+    "absolute": "{there}/{role}.safetensors",
+    "up": "../elsewhere/{role}.safetensors",
+    "up_inside": "{here}/../elsewhere/{role}.safetensors",
+    "home": "~/{role}.safetensors",
+    "working_folder": "elsewhere/{role}.safetensors",
+    "bare_in_the_working_folder": "{role}_of_mine.safetensors",
+    "share": r"\\host\share\a.safetensors",
+    "share_of_posix": "//host/share/a.safetensors",
+    "drive": r"C:\a.safetensors",
+    "device": "/dev/zero",
+    "program": "pyproject.toml",
+    "assets_and_up": "assets/../../elsewhere/{role}.safetensors",
+}
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["with_checksum", "without"])
+@pytest.mark.parametrize("role", ["autoencoder", "conditioner"])
+@pytest.mark.parametrize("name", PLACES)
+def test_a_stranger_s_model_reads_no_file_elsewhere(shared, tmp_path, monkeypatch, name, role, told):
+    """Without a config.json, copied anywhere by hand, though the very file that it wants is there."""
+    folder = copy(shared[1], tmp_path / "theirs")
+    (folder / "config.json").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    own = tmp_path / "elsewhere" / f"{role}.safetensors"
+    (folder / f"{role}.safetensors").rename(own)
+    shutil.copyfile(own, tmp_path / f"{role}.safetensors")
+    shutil.copyfile(own, tmp_path / f"{role}_of_mine.safetensors")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    text = PLACES[name].format(role=role, here=folder, there=own.parent)
+    rewrite(folder, lambda config: config[role].update(weights=text), {} if told else {role: None})
+    with pytest.raises(UserError, match=rf"{role}\.weights: .*--{role} FILE|refused"):
+        load_model(folder / "model.safetensors", ModelOptions())
+
+
+def test_what_a_stranger_s_model_may_name(shared, tmp_path, monkeypatch):
+    """Files in its own folder, by whatever path; the program's own files, wherever one works."""
+    folder = copy(shared[1], tmp_path / "theirs")
+    (folder / "config.json").unlink()
+    wanted = pixels(shared[0])
+    (folder / "sub").mkdir()
+    (folder / "autoencoder.safetensors").rename(folder / "sub" / "ae.safetensors")
+    rewrite(folder, lambda config: config["autoencoder"].update(weights=str(folder / "sub" / "ae.safetensors")))
+    assert np.array_equal(pixels(folder / "model.safetensors"), wanted)
+    (tmp_path / "assets" / "quickstart").mkdir(parents=True)  # ours are meant, and not what happens to be called so
+    (tmp_path / "assets" / "quickstart" / "cloob.safetensors").write_bytes(b"another file")
+    monkeypatch.chdir(tmp_path)
+    place = ModelPlace.of(folder / "model.safetensors")
+    asked = {"name": "cloob", "weights": "assets/quickstart/cloob.safetensors"}
+    assert place.find("conditioner", asked, {}) == ROOT / "assets" / "quickstart" / "cloob.safetensors"
+
+
+@pytest.mark.parametrize("name", ["/etc", "~", "../t5", "t5", "elsewhere/t5", r"\\host\t5", ".", ""])
+def test_a_stranger_s_model_reads_no_language_model_elsewhere(tmp_path, monkeypatch, name):
+    (tmp_path / "theirs").mkdir()
+    model = tiny_if_model(tmp_path / "theirs" / "if.safetensors")
+    for folder in (tmp_path / "t5", tmp_path / "elsewhere" / "t5"):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    rewrite(model, lambda config: config["conditioner"].update(model=name))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"conditioner\.model: .*--conditioner FOLDER"):
+        load_model(model, ModelOptions())
 
 
 # --------------------------------------------------------------------------------------------------- hostile folders
@@ -230,15 +394,17 @@ def test_weights_stay_in_the_folder(shared, tmp_path, weights):
         Pipeline.from_checkpoint(folder)
 
 
-def rewrite(folder: Path, change) -> None:
-    """Change the config in model.safetensors."""
-    path = folder / "model.safetensors"
+def rewrite(folder: Path, change, facts: dict[str, str | None] | None = None) -> None:
+    """Change the config in model.safetensors, or in a file; and what is said beside it, of which None takes away."""
+    path = folder / "model.safetensors" if folder.is_dir() else folder
     with safe_open(path, "pt") as file:
         state, told = {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata())  # noqa: SIM118
     config = json.loads(told.pop("config"))
     change(config)
-    save_model(path, state, config, {key: its for key, its in told.items() if key not in ("format", "role")})
-    write_checksums(folder)
+    told |= facts or {}
+    kept = {key: its for key, its in told.items() if key not in ("format", "role") and its is not None}
+    save_model(path, state, config, kept)
+    write_checksums(path.parent)
 
 
 def write_checksums(folder: Path) -> None:
@@ -312,13 +478,15 @@ def test_what_was_fetched_reads_no_file_of_this_machine(shared, tmp_path):
     rewrite(folder, lambda config: config["autoencoder"].update(weights=str(own)))
     assert pixels(folder / "model.safetensors").shape == (16, 16, 3)
     (folder / "autoencoder.safetensors").unlink()
-    with pytest.raises(UserError, match=r"autoencoder\.weights: .* leads out of the folder, which was fetched"):
+    with pytest.raises(UserError, match=r"autoencoder\.weights: .* leads out of the folder, and no file beside it"):
         load_model(folder / "model.safetensors", ModelOptions())
     (folder / "autoencoder.safetensors").symlink_to(own)
     with pytest.raises(UserError, match="refused: a link to"):
         load_model(folder / "model.safetensors", ModelOptions())
-    mine = copy(folder, tmp_path / "mine")
-    load_model(mine / "model.safetensors", ModelOptions())
+    mine = copy(folder, tmp_path / "mine")  # from where it was fetched, which makes it nobody's own
+    with pytest.raises(UserError, match=r"leads out of the folder|not beside it"):
+        (mine / "autoencoder.safetensors").unlink()
+        load_model(mine / "model.safetensors", ModelOptions())
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "autoencoder.safetensors"])
@@ -529,59 +697,242 @@ def tiny_if_model(path: Path, model: str = "minilm", **more: str) -> Path:
 
 
 def test_a_run_tells_what_it_was_trained_on(tmp_path, program, monkeypatch):
+    """All of its sessions: what was another in one of them, and how many images all have seen."""
     monkeypatch.chdir(tmp_path)
-    code, _, err = program("train", "--config", make_run(tmp_path, trainer={"max_steps": 2}))
-    assert code == 0, err
+    yaml_file = make_run(tmp_path, trainer={"max_steps": 2})
+    for more in ([], ["resume.checkpoint=last", "data.batch_size=2", "trainer.max_steps=3"]):
+        code, _, err = program("train", "--config", yaml_file, *more)
+        assert code == 0, err
     with safe_open(tmp_path / "runs/tiny/ema.safetensors", "pt") as file:
         told = file.metadata()
-    assert (told["data"], told["batch"], told["data_count"]) == ("webdataset", "4", "4 shards")
+    assert (told["data"], told["batch"], told["data_count"]) == ("webdataset", "4 to step 2, then 2", "4 shards")
+    assert (told["images"], told["begun_with"]) == ("10", "nothing")
     assert told["hardware"].startswith("1 x CPU (") and re.fullmatch(r"\d{4}-\d\d-\d\d", told["date"])
     assert told["precision"] == "32-true"
+
+
+def session(began: int, **told: str) -> Session:
+    return Session(began=began, told=told)
+
+
+@pytest.mark.parametrize(("sessions", "told"), [
+    ([session(0, batch="8")], {"batch": "8"}),
+    ([session(0, batch="8"), session(10, batch="8", precision="16")],
+     {"batch": "8", "precision": "not recorded to step 10, then 16"}),
+    ([session(0, batch="8"), session(1000, batch="4"), session(1200, batch="8")],
+     {"batch": "8 to step 1,000, then 4 to step 1,200, then 8"}),
+    ([session(0, batch="8"), session(0, batch="4")], {"batch": "4"}),
+    ([session(0), session(7, hardware="A")], {"hardware": "not recorded to step 7, then A"}),
+    ([session(0, begun_with="a.safetensors"), session(3)], {"begun_with": "a.safetensors"}),
+], ids=["one", "a_new_key", "three", "none_of_the_first", "unknown_before", "begun"])  # fmt: skip
+def test_sessions_are_told_in_order(sessions, told):
+    found = provenance(sessions, 5)
+    assert {key: its for key, its in found.items() if key not in ("images", "date")} == told and found["images"] == "5"
+
+
+@pytest.mark.parametrize(
+    "damaged", [None, [], "x", [3], [{"began": "0", "told": {}}], [{"began": 0, "told": {"a": 1}}]]
+)
+def test_sessions_that_a_checkpoint_does_not_tell_are_unknown(damaged):
+    history = History()
+    history.load(damaged, 5)
+    assert history.before == [session(0)] and history.began == 5
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluation(folder: Path, *models: str) -> Path:
-    """Write what `python -m ldm_lab evaluate` writes."""
+def evaluation(folder: Path, **models: str | Path) -> Path:
+    """Write what `python -m ldm_lab evaluate` writes, of models by their names: files, or checksums."""
     from ldm_lab.evaluation.metrics import Value
+    from ldm_lab.evaluation.settings import Models
     from ldm_lab.evaluation.tables import Table
 
     rows = [Row(its, 3.0, "unipc", 20, (0,), 96, {"fd": Value(0.25, 0.013, "draws")}) for its in models]
+    loaded = Models(ModelOptions())
+    sums = {its: one if isinstance(one, str) else loaded.identity(str(one)) for its, one in models.items()}
+    facts = {"real images": "96", "embeddings": f"of {folder}/x.safetensors (in={folder}/y)"}
+    if models:
+        told = ", ".join(f"{its} {one[:12]}" for its, one in sums.items())
+        facts["weights"] = f"sha256 of the models with all their parts: {told}"
     folder.mkdir()
-    (folder / "evaluation.json").write_text(
-        Table(rows, {"real images": "96", "embeddings": f"of {folder}/x.safetensors"}, ["few images"]).to_json()
-    )
+    (folder / "evaluation.json").write_text(Table(rows, facts, ["few images"]).to_json())
     return folder / "evaluation.json"
 
 
 def test_an_evaluation_stands_in_the_card(tmp_path):
+    """Known by its weights: whatever the model was called there, and however another one is called."""
     model = make_model(tmp_path)
-    path = evaluation(tmp_path / "measured", "run", "other")
+    path = evaluation(tmp_path / "measured", best=model, run="0" * 64)
     words = ["export", str(model), "--hub-folder", str(tmp_path / "out"), "--evaluation"]
     main([*words, str(path.parent)])
     _, text = card_of(tmp_path / "out")
     assert "| fd (guidance 3, unipc 20, 96 pictures) | 0.25 ± 0.013 |" in text and text.count("| fd ") == 1
-    assert "- embeddings: of x.safetensors" in text and "- few images" in text and "No evaluation" not in text
-    for models, message in (
-        (("a", "b"), "is about a, b, and not about run"),
-        ((), "not an evaluation: evaluation.json of"),
-    ):
-        wrong = evaluation(tmp_path / f"of_{len(models)}", *models)
+    assert "- embeddings: of x.safetensors (in=y" in text and "- few images" in text and "No evaluation" not in text
+    assert str(tmp_path) not in text and "sha256 of the models" not in text
+    stays = (tmp_path / "out" / "README.md").read_bytes()
+    for number, (models, message) in enumerate((
+        ({"run": "1" * 64, "b": "0" * 64}, r"is about other weights \(run, b\)"),
+        ({}, "not an evaluation: evaluation.json of"),
+    )):  # fmt: skip
+        wrong = evaluation(tmp_path / f"wrong_{number}", **models)
         with pytest.raises(UserError, match=message):
             main([*words, str(wrong), "--overwrite"])
+    content = json.loads(path.read_text())
+    del content["facts"]["weights"]
+    (tmp_path / "silent.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="does not say which weights it is about"):
+        main([*words, str(tmp_path / "silent.json"), "--overwrite"])
     (tmp_path / "large.json").write_text(json.dumps({"rows": [{"model": "run", "values": 3}]}))
     with pytest.raises(UserError, match="not an evaluation"):
         main([*words, str(tmp_path / "large.json"), "--overwrite"])
+    assert (tmp_path / "out" / "README.md").read_bytes() == stays
 
 
-def test_an_evaluation_of_another_model_or_with_paths_stays_out(tmp_path, capsys):
-    path = evaluation(tmp_path / "one", "other")
-    with pytest.raises(UserError, match="is about other, and not about run"):
-        read_evaluation(path, "run")
+@pytest.mark.parametrize(("text", "shown"), [
+    ("/home/alice/my pictures: few", "my pictures: few"), ("of /srv/alice smith/a.png", None),
+    ("taken by alice", None), ("on BIGBOX", None), ("C:\\Users\\alice\\a.png", "a.png"), ("~alice/a.png", "a.png"),
+    ("of file:///srv/x/a.png", "of a.png"), ("of runs/mine/a.png", "of a.png"),
+    ("12 images/s, by cloob-laion-400m-vit-b-16-32-epochs", "12 images/s, by cloob-laion-400m-vit-b-16-32-epochs"),
+    ("of hf://owner/name/a.safetensors", "of hf://owner/name/a.safetensors"), ("96", "96"),
+], ids=lambda its: re.sub(r"\W+", "_", str(its))[:24])  # fmt: skip
+def test_facts_that_name_this_machine_stay_out(tmp_path, capsys, monkeypatch, text, shown):
+    monkeypatch.setattr("getpass.getuser", lambda: "alice")
+    monkeypatch.setattr("platform.node", lambda: "bigbox.example.org")
+    path = evaluation(tmp_path / "one", other="0" * 64)
+    content = json.loads(path.read_text())
+    content["facts"] = {"weights": content["facts"]["weights"], "fact": text}
+    path.write_text(json.dumps(content))
+    notes = Measured.read(path).of(lambda: {"0" * 64}).notes
+    assert [note for note in notes if note.startswith("fact:")] == ([] if shown is None else [f"fact: {shown}"])
+    assert ("1 facts stay out of the card" in capsys.readouterr().err) == (shown is None)
+
+
+def test_remarks_that_name_files_stay_out(tmp_path, capsys):
+    path = evaluation(tmp_path / "one", other="0" * 64)
     path.write_text(path.read_text().replace("few images", "/home/alice/my pictures: few"))
-    assert not any("alice" in note for note in read_evaluation(path, "other").notes)
+    assert not any("alice" in note for note in Measured.read(path).of(lambda: {"0" * 64}).notes)
     assert "1 remarks stay out of the card" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- what a card may say
+
+
+def test_a_folder_that_is_shared_again_says_the_same(shared, tmp_path):
+    """Where all parts are from, their licenses, and how the model came about; a stranger's are not this user's own."""
+    theirs = copy(shared[1], tmp_path / "theirs")
+    content = json.loads((theirs / "config.json").read_text())
+    content["origins"]["autoencoder.safetensors"] = {"what": "a friend", "license": "mit", "page": "https://a.org/b"}
+    content["origins"]["conditioner.safetensors"] = {"what": "x" * 999, "license": 3, "page": "javascript:alert(1)"}
+    (theirs / "config.json").write_text(json.dumps(content))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red | star\n<b>blue</b>\n")
+    main(["export", str(theirs), "--hub-folder", str(tmp_path / "again"), "--prompts", str(prompts)])
+    (front, text), (before, one) = card_of(tmp_path / "again"), card_of(shared[1])
+    assert front["license"] == before["license"] == "mit"
+    tables = [its.split("## Training")[1].split("## Evaluation")[0] for its in (text, one)]
+    assert tables[0] == tables[1] and "| images seen, repeats counted | 984 |" in tables[0]
+    assert "| autoencoder | `autoencoder.safetensors` | kl_f8 | [a friend](https://a.org/b) | mit |" in text
+    assert "| conditioner | `conditioner.safetensors` | cloob | not recorded | not recorded |" in text
+    assert "| denoiser | `model.safetensors` | ccld_unet | trained by who shares it | mit |" in text
+
+
+def test_a_card_claims_nothing_of_a_stranger_s_model(tmp_path, capsys):
+    """Neither that who shares it has trained it, nor lines of a file that a stranger's YAML names."""
+    model = make_model(tmp_path)
+    folder = copy(model.parent, tmp_path / "copied")
+    for role in ("autoencoder", "conditioner"):
+        shutil.copy(tmp_path / "elsewhere" / f"{role}.safetensors", folder)
+    (tmp_path / "secret.txt").write_text("the password\n")
+    (folder / "config.yaml").write_text(yaml.safe_dump({"demo": {"prompts": str(tmp_path / "secret.txt")}}))
+    main(["export", str(folder), "--hub-folder", str(tmp_path / "out")])
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "password" not in text and "no prompts are known" in capsys.readouterr().err
+    assert "| denoiser | `model.safetensors` | ccld_unet | not recorded | not recorded |" in text
+
+
+def test_images_seen_are_not_made_up(tmp_path):
+    """A step's number of images and the steps tell nothing of those before a run went on with other ones."""
+    model = make_model(tmp_path)
+    rewrite_facts(model, images="", batch="8 to step 100, then 4", data="folder to step 3, then webdataset")
+    main(["export", str(model), "--hub-folder", str(tmp_path / "out")])
+    _, text = card_of(tmp_path / "out")
+    assert "| images seen, repeats counted | not recorded |" in text
+    assert "| images in a step | 8 to step 100, then 4 |" in text
+    assert "| data | a folder of images to step 3, then webdataset shards (how many: not recorded) |" in text
+
+
+def test_parts_are_known_by_their_content(tmp_path):
+    """Not by the name in the config, though another file was given in its place."""
+    shipped = ROOT / "assets" / "quickstart" / "cloob.safetensors"
+    model = make_model(tmp_path)
+    shutil.copy(shipped, tmp_path / "renamed.safetensors")
+    source = SourceModel.read(model)
+    section = {"name": "cloob", "weights": str(tmp_path / "renamed.safetensors")}
+    found = origin_of("conditioner", section, tmp_path / "renamed.safetensors", source.place)
+    assert found.what == "the conditioner of ldm_lab's quickstart" and found.license == "MIT"
+    other = tmp_path / "elsewhere" / "autoencoder.safetensors"
+    assert origin_of("autoencoder", {"name": "kl_f8", "weights": str(other)}, other, source.place) == Origin()
+    note_own(other.parent)
+    assert origin_of("autoencoder", {"name": "kl_f8", "weights": str(other)}, other, source.place) == Origin(OWN)
+
+
+def test_where_a_language_model_lay_is_not_told(tmp_path):
+    content = {
+        "name_or_path": "/home/a/x", "special_tokens_map_file": "/home/a/b.json", "vocab_file": "x", "cache": "/a/b/c",
+        "eos_token": "</s>", "model_max_length": 512, "windows": r"C:\Users\a\b", "pad_token": "/",
+    }  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
+    copy_without_paths(tmp_path / "tokenizer_config.json", tmp_path / "out.json")
+    assert set(json.loads((tmp_path / "out.json").read_text())) == {"eos_token", "model_max_length", "pad_token"}
+
+
+# ----------------------------------------------------------------------------------------------- checks before any work
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (["--diffusers", "out"], "each needs its own folder"),
+    (["--diffusers", "out/inside"], "each needs its own folder"),
+    (["--diffusers", "file/inside"], "cannot be written: .*file is a file"),
+    (["--diffusers", "full"], r"full: is there, with other things in it"),
+    (["--diffusers", "other", "--license", "My own!"], "an id of the Hub's list"),
+    (["--diffusers", "other", "--prompts", "missing.txt"], "missing.txt"),
+    (["--diffusers", "other", "--evaluation", "missing.json"], "missing.json: no such file"),
+    (["--diffusers", "other", "--upsampler", "run"], "--upsampler run: is a base model"),
+    (["--diffusers", "other", "--upsampler", "missing.safetensors"], "no such file"),
+    (["--diffusers", "other", "--autoencoder", "missing.safetensors"], "no such file .--autoencoder"),
+], ids=["same", "in", "below_a_file", "full", "license", "prompts", "evaluation", "base", "up", "part"])  # fmt: skip
+def test_all_is_checked_before_anything_is_written(tmp_path, monkeypatch, more, message):
+    make_model(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=message):
+        main(["export", "run", "--hub-folder", "out", *more])
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_upsampler_alone_and_a_model_in_the_folder(tmp_path):
+    upsampler = tiny_glide.write(tmp_path / "up.safetensors", upsampler=True)
+    with pytest.raises(UserError, match="is an upsampler, which enlarges pictures of a base model's"):
+        main(["export", str(upsampler), "--upsampler", str(upsampler), "--hub-folder", str(tmp_path / "out")])
+    with pytest.raises(UserError, match="lies in it, which is to be shared; name a new folder"):
+        main(["export", str(upsampler), "--hub-folder", str(tmp_path), "--overwrite"])
+    main(["export", str(upsampler), "--hub-folder", str(tmp_path / "out")])
+    with pytest.raises(UserError, match="lies in it"):
+        main(["export", str(tmp_path / "out"), "--hub-folder", str(tmp_path / "out"), "--overwrite"])
+
+
+def test_others_weights_keep_their_license(tmp_path, monkeypatch):
+    model = make_model(tmp_path)
+    entry = replace(catalogue()["kl-f8"], sha256=sha256(model), size=model.stat().st_size, license="MIT")
+    monkeypatch.setitem(catalogue(), "kl-f8", entry)
+    words = ["export", str(model), "--hub-folder", str(tmp_path / "out"), "--license"]
+    with pytest.raises(UserError, match="these weights are kl-f8, published under MIT"):
+        main([*words, "apache-2.0"])
+    main([*words, "mit"])
 
 
 @pytest.mark.parametrize(("more", "message"), [
@@ -600,6 +951,7 @@ def test_a_language_model_travels_along(tmp_path):
     """A folder of transformers' is copied, without where it lay."""
     import language_models
 
+    note_own(tmp_path)
     source = language_models.write_language_model(tmp_path / "secret_place" / "t5")
     model = tiny_if_model(tmp_path / "if.safetensors", str(source))
     main(["export", str(model), "--hub-folder", str(tmp_path / "out")])
@@ -616,19 +968,14 @@ def test_a_language_model_travels_along(tmp_path):
 
 def test_gpt2_s_merges_travel_along(tmp_path, monkeypatch):
     """They are taken from beside the model where the cache has none, if they are the right ones."""
-    from dataclasses import replace
-
     from ldm_lab.conditioners import glide_text
-    from ldm_lab.pretrained import resolve
-    from ldm_lab.pretrained.catalogue import catalogue
 
     merges = tmp_path / "cache" / "gpt2" / "vocab.bpe" / "vocab.bpe"
     merges.parent.mkdir(parents=True)
     merges.write_text("#version: 0.2\nt h\nth e\n")
     monkeypatch.setenv("LDM_LAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("LDM_LAB_OFFLINE", "1")
-    monkeypatch.setattr(resolve, "_beside", [])
-    entry = replace(catalogue()["gpt2/vocab.bpe"], sha256=sha256(merges))
+    entry = replace(catalogue()["gpt2/vocab.bpe"], sha256=sha256(merges), size=merges.stat().st_size)
     monkeypatch.setitem(catalogue(), "gpt2/vocab.bpe", entry)
     monkeypatch.setattr(tiny_glide, "TEXT", {"name": "glide_text", "vocab_size": 259, "text_size": 6})
     model = tiny_glide.write(tmp_path / "base.safetensors")
@@ -636,9 +983,9 @@ def test_gpt2_s_merges_travel_along(tmp_path, monkeypatch):
     assert "vocab.bpe" in HubFolder.read(tmp_path / "out").files
     shutil.rmtree(tmp_path / "cache")
     glide_text.gpt2_encoding.cache_clear()
-    with pytest.raises(UserError, match="not in the cache"):
-        glide_text.gpt2_encoding(259)
     Pipeline.from_checkpoint(tmp_path / "out")(["the"], OPTIONS)
+    with pytest.raises(UserError, match="not in the cache"):  # what one model's folder has is not another's
+        Pipeline.from_checkpoint(model)(["the"], OPTIONS)
     (tmp_path / "out" / "vocab.bpe").write_text("t h")
     write_checksums(tmp_path / "out")
     glide_text.gpt2_encoding.cache_clear()

@@ -23,6 +23,7 @@ from ldm_lab.checkpoints.native import save_model, save_part
 from ldm_lab.conditioners.glide_text import GPT2_WORDS, gpt2_ranks
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
+from ldm_lab.pretrained.own_runs import note_own
 from ldm_lab.sampling import Pipeline, SamplingOptions, Stage, Stages
 from ldm_lab.sharing import stand_ins
 from ldm_lab.sharing.standalone import Standalone
@@ -146,6 +147,7 @@ def test_if_by_its_own_thresholds_and_a_language_model(tmp_path, loaded):
 def test_a_t5_of_one_s_own(tmp_path, loaded, padding):
     from language_models import write_language_model
 
+    note_own(tmp_path)
     model = tiny_if_model(
         tmp_path / "if.safetensors", str(write_language_model(tmp_path / "secret_place")),
         padding=padding, dtype="fp32", lowercase=True,

@@ -52,6 +52,15 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
         raise damaged_safetensors(path, error) from None
 
 
+def file_metadata(path: str | Path) -> dict[str, str]:
+    """Return the text metadata of a safetensors file, of which the header alone is read. Raises UserError: damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, ValueError, OSError) as error:
+        raise damaged_safetensors(path, error) from None
+
+
 def damaged_safetensors(path: str | Path, error: Exception) -> UserError:
     """Return what is said of a safetensors file that the library does not read."""
     return UserError(f"{path}: not a readable safetensors file, truncated or damaged ({first_line(error)})")

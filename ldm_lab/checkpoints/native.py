@@ -30,6 +30,8 @@ AVERAGED, RAW = "model_ema.", "model."  # prefixes of the trained network's tens
 LATENT_STD = "latent_std"
 LATENT_STATISTICS = ("latent_mean", LATENT_STD)  # an autoencoder's buffers, [] or [C]
 NOT_FACTS = ("format", "role", "config")
+OF_SESSIONS = ("data", "data_count", "batch", "precision", "hardware")  # facts that may be others in each of a run's
+BEGUN_WITH = "begun_with"  # the weights that the first one began with
 
 
 # --------------------------------------------------------------------------------------------------------- writing

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ldm_lab.checkpoints.importer import DetectedFile, LoadedPart, Section, detect_format, find_weights, importers_of
 from ldm_lab.checkpoints.initialization import no_initial_weights
 from ldm_lab.checkpoints.named import check_named
-from ldm_lab.checkpoints.sharded import weights_checksum
+from ldm_lab.checkpoints.sharded import weights_checksum, weights_files
 from ldm_lab.checkpoints.stored_texts import encodes_missing, identity_in_store, store_folder
 from ldm_lab.conditions import ConditionSpec
 from ldm_lab.config import AutoencoderUse, PartConfig, build, check_section
@@ -244,7 +244,9 @@ def check_strictly(own: dict[str, Tensor], state: dict[str, Tensor], path: str |
     """Raise UserError with the first differences in names and shapes between a module's own tensors and a file's."""
     problems = []
     problems += [f"{name} is missing" for name in own if name not in state]
-    problems += [f"{name} is not of this architecture" for name in state if name not in own]
+    problems += [
+        f"{' '.join(str(name)[:100].split())} is not of this architecture" for name in state if name not in own
+    ]
     problems += [
         f"{name} is {list(state[name].shape)}, not {list(own[name].shape)}"
         for name in own
@@ -304,6 +306,26 @@ def weights_sha256(role: str, config: PartConfig | Section) -> str | None:
     """
     path = weights_path(role, config)
     return _identity(role, config) if path is None else weights_checksum(path)
+
+
+def frozen_facts(sections: Mapping[str, PartConfig]) -> dict[str, str]:
+    """Return what a checkpoint says of the weights of its frozen parts.
+
+    Under the role their checksum (`weights_sha256`), under `size_key` the size of their file, for those that have some.
+    """
+    facts: dict[str, str] = {}
+    for role, section in sections.items():
+        if (checksum := weights_sha256(role, section)) is not None:
+            facts[role] = checksum
+        path = weights_path(role, section)
+        if path is not None and len(weights_files(path)) == 1:
+            facts[size_key(role)] = str(path.stat().st_size)
+    return facts
+
+
+def size_key(role: str) -> str:
+    """Return the key under which a checkpoint has the size of the file with a part's weights, bytes."""
+    return f"{role}_bytes"
 
 
 def _identity(role: str, config: PartConfig | Section) -> str | None:

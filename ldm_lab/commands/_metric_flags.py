@@ -49,7 +49,7 @@ def check_effects(args: argparse.Namespace) -> None:
 
 def needs(args: argparse.Namespace) -> frozenset[Need]:
     """Return what the metrics of a command line need."""
-    from ldm_lab.evaluation.metrics import METRICS, WHOLE_MODEL, of_kind
+    from ldm_lab.metrics import METRICS, WHOLE_MODEL, of_kind
 
     metrics = {name: METRICS[name] for name in args.metric}
     of_pictures, of_parts = of_kind(metrics, "pictures", "captions"), of_kind(metrics, "data")

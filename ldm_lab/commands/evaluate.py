@@ -33,7 +33,7 @@ from ldm_lab.commands._sampling_flags import base_options
 from ldm_lab.config import PartConfig, check_section
 from ldm_lab.config.overrides import values
 from ldm_lab.config.registry import infos, part_info
-from ldm_lab.errors import UserError, told_in_one_line
+from ldm_lab.errors import NotFiniteError, UserError, told_in_one_line
 from ldm_lab.sampling import flat
 from ldm_lab.sampling.options import ModelOptions, SamplingOptions
 
@@ -109,6 +109,8 @@ def run(args: argparse.Namespace) -> int:
     paths = table.write(asked.out)
     print_line(table.to_markdown())
     print_line(f"{', '.join(path.name for path in paths)} in {asked.out}")
+    if not table.is_finite:
+        raise NotFiniteError(f"some values are not finite; {paths[0]} has them all, and says which")
     return 0
 
 
@@ -117,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
 
 def check_together(args: argparse.Namespace) -> None:
     """Fill in what is not given. Raises UserError for flags that do not go together, or have no effect."""
-    from ldm_lab.evaluation.metrics import DEFAULT, check_names, of_kind
+    from ldm_lab.metrics import DEFAULT, check_names, of_kind
 
     if not args.checkpoint and not args.images:
         raise UserError("what is to be measured? --checkpoint, --images, or both have to be given")

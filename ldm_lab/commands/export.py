@@ -21,7 +21,11 @@ from ldm_lab.commands._arguments import add_imports_argument
 from ldm_lab.errors import UserError
 
 if TYPE_CHECKING:  # these import torch, which takes seconds
+    from collections.abc import Sequence
+
     from ldm_lab.sampling.options import ModelOptions
+    from ldm_lab.sharing.checks import SourceModel
+    from ldm_lab.sharing.hub import Prepared
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,60 +53,80 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the folders, and say what is in them."""
-    from ldm_lab.sampling.options import ModelOptions
-    from ldm_lab.sharing.card import LICENSE_ID
-
+    """Check all that is asked for, write the folders, and say what is in them."""
     if args.hub_folder is None and args.diffusers is None:
         raise UserError("--hub-folder DIR, --diffusers DIR, or both: where does it go?")
     for_hub = {"--half": args.half, "--name": args.name, "--prompts": args.prompts, "--evaluation": args.evaluation}
     if args.hub_folder is None and (given := [flag for flag, value in for_hub.items() if value]):
         raise UserError(f"{', '.join(given)}: of --hub-folder DIR; --diffusers has nothing of the kind")
-    if args.license is not None and not LICENSE_ID.fullmatch(args.license):
-        raise UserError(f"--license: an id of the Hub's list is needed, such as mit, not {args.license!r}")
+    from ldm_lab.sampling.options import ModelOptions
+    from ldm_lab.sharing.checks import check_folders, read_models
+    from ldm_lab.sharing.hub import check_license, check_license_id
+
+    check_license_id(args.license)
     loading = ModelOptions(autoencoder=args.autoencoder, conditioner=args.conditioner)
-    if args.diffusers is not None:
-        export_to_diffusers(args, args.diffusers.expanduser(), loading)
-    if args.hub_folder is not None:
-        export_to_hub(args, args.hub_folder.expanduser(), loading)
+    models = read_models(args.checkpoint, args.upsampler, loading)
+    check_license(args.license, models[0])
+    for_diffusers = None if args.diffusers is None else args.diffusers.expanduser()
+    hub_folder = None if args.hub_folder is None else args.hub_folder.expanduser()
+    check_folders([out for out in (hub_folder, for_diffusers) if out is not None], models)
+    if for_diffusers is not None:
+        check_for_diffusers(for_diffusers, models, args.overwrite)
+    prepared = None if hub_folder is None else prepare_for_hub(args, hub_folder, models, loading)
+    if for_diffusers is not None:
+        export_to_diffusers(for_diffusers, models, loading, args.license)
+    if prepared is not None:
+        export_to_hub(prepared)
 
 
-def export_to_hub(args: argparse.Namespace, out: Path, loading: "ModelOptions") -> None:
-    """Write the folder to sample from by this program."""
+def prepare_for_hub(
+    args: argparse.Namespace, out: Path, models: "Sequence[SourceModel]", loading: "ModelOptions"
+) -> "Prepared":
+    """Check what is asked for of the folder to sample from by this program."""
     from ldm_lab.prompts import read_prompts  # these import torch, which takes seconds
-    from ldm_lab.sampling.names import model_name
-    from ldm_lab.sharing.evaluation import Evaluation, read_evaluation
-    from ldm_lab.sharing.hub import Export, export
+    from ldm_lab.sharing.evaluation import Measured
+    from ldm_lab.sharing.hub import Export, prepare
 
-    path = None if args.evaluation is None else args.evaluation.expanduser()
-    measured = Evaluation() if path is None else read_evaluation(path, model_name(args.checkpoint))
-    shared = export(
-        Export(
-            checkpoint=args.checkpoint,
-            out=out,
-            upsamplers=args.upsampler,
-            name=args.name,
-            license=args.license,
-            prompts=None if args.prompts is None else read_prompts(args.prompts),
-            evaluation=measured.rows,
-            notes=measured.notes,
-            half=args.half,
-            overwrite=args.overwrite,
-            loading=loading,
-        )
+    asked = Export(
+        out=out,
+        name=args.name,
+        license=args.license,
+        prompts=None if args.prompts is None else read_prompts(args.prompts),
+        evaluation=None if args.evaluation is None else Measured.read(args.evaluation.expanduser()),
+        half=args.half,
+        overwrite=args.overwrite,
+        loading=loading,
     )
+    return prepare(asked, models)
+
+
+def export_to_hub(prepared: "Prepared") -> None:
+    """Write the folder to sample from by this program."""
+    from ldm_lab.sharing.hub import export
+
+    shared = export(prepared)
     size = sum((shared.path / name).stat().st_size for name in shared.files)
     print(f"{shared.path}: {', '.join(shared.files)} ({size / 1e6:,.1f} MB), config.json, README.md")
     print(f'python sample.py --checkpoint {shared.path} "..." samples from it')
 
 
-def export_to_diffusers(args: argparse.Namespace, out: Path, loading: "ModelOptions") -> None:
+def check_for_diffusers(out: Path, models: "Sequence[SourceModel]", overwrite: bool) -> None:
+    """Raise UserError for models that a folder of diffusers' cannot have, or a folder that must stay."""
+    from ldm_lab.sharing.diffusers_folder import check, check_out
+
+    check_out(out, overwrite)
+    for model in models:
+        check(model.config)
+
+
+def export_to_diffusers(
+    out: Path, models: "Sequence[SourceModel]", loading: "ModelOptions", license: str | None
+) -> None:
     """Write the folder for diffusers."""
     from ldm_lab.sampling.options import ModelOptions
-    from ldm_lab.sharing.diffusers_folder import Exported, check_out, write
+    from ldm_lab.sharing.diffusers_folder import Exported, write
 
-    check_out(out, args.overwrite)
-    base = Exported.load(args.checkpoint, loading)
-    upsamplers = [Exported.load(file, ModelOptions(), i) for i, file in enumerate(args.upsampler, start=1)]
-    write(out, base, upsamplers, args.license)
+    base = Exported.load(models[0], loading)
+    upsamplers = [Exported.load(model, ModelOptions(), i) for i, model in enumerate(models[1:], start=1)]
+    write(out, base, upsamplers, license)
     print(f'{out}: DiffusionPipeline.from_pretrained("{out}", trust_remote_code=True) loads it')

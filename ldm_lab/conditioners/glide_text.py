@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -43,6 +44,7 @@ class GlideText(Conditioner):
     Attributes:
         vocab_size: number of different ids.
         text_size: L, ids per text.
+        folder: where GPT-2's merges may lie beside the cache: that of the model's file.
     """
 
     pad: Tensor
@@ -69,6 +71,7 @@ class GlideText(Conditioner):
         self.vocabulary, self.vocab_size, self.text_size = vocabulary, vocab_size or whole, text_size
         self.register_buffer("pad", torch.tensor(self.vocab_size - 1), persistent=False)  # []
         self.warned_truncated = False
+        self.folder: Path | None = None
 
     @staticmethod
     def check(*, vocabulary: str, vocab_size: int | None) -> list[str]:
@@ -126,7 +129,14 @@ class GlideText(Conditioner):
         """Return the ids of a text, however many."""
         if self.vocabulary == "clip":
             return CLIPEncoding.of_size(self.vocab_size).encode(text)  # its last id, the end of a text, is our padding
-        return gpt2_encoding(self.vocab_size).encode_ordinary(text.lower())
+        return gpt2_encoding(self.vocab_size, self.folder).encode_ordinary(text.lower())
+
+    def look_in(self, folder: Path) -> None:
+        self.folder = folder
+
+    def merges_file(self) -> Path:
+        """Return the file of GPT-2's merges. Raises UserError: not there, and it cannot be downloaded."""
+        return fetch(GPT2_MERGES, self.folder)
 
     def _warn_truncated(self, text: str, count: int, warn: str) -> None:
         if warn == "never" or (warn == "once" and self.warned_truncated):
@@ -138,16 +148,20 @@ class GlideText(Conditioner):
         self.warned_truncated = self.warned_truncated or warn == "once"
 
 
-@functools.lru_cache(maxsize=2)
-def gpt2_encoding(vocab_size: int = GPT2_VOCAB_SIZE) -> "tiktoken.Encoding":
+@functools.lru_cache(maxsize=4)
+def gpt2_encoding(vocab_size: int = GPT2_VOCAB_SIZE, folder: Path | None = None) -> "tiktoken.Encoding":
     """Return the tiktoken encoding of the first `vocab_size` - 1 of GPT-2's tokens; merges are fetched if need be.
+
+    Args:
+        vocab_size: number of ids.
+        folder: where the merges may lie beside the cache.
 
     Raises:
         UserError: the merges are not there and cannot be downloaded.
     """
     import tiktoken
 
-    path = fetch(GPT2_MERGES)
+    path = fetch(GPT2_MERGES, folder)
     ranks = gpt2_ranks(path.read_text(encoding="utf-8").split("\n"))
     first = {piece: rank for piece, rank in ranks.items() if rank < vocab_size - 1}
     return tiktoken.Encoding("gpt2_merges", pat_str=GPT2_WORDS, mergeable_ranks=first, special_tokens={})

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ldm_lab.config import PartConfig
-from ldm_lab.evaluation.metrics import of_kind
 from ldm_lab.evaluation.tables import STEM
+from ldm_lab.metrics import of_kind
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling import SamplingOptions
 

@@ -1,12 +1,14 @@
 """Several models, or folders of pictures, measured in the same way: one table."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from ldm_lab.checkpoints.importer import Section
 from ldm_lab.conditioners.embedding import EmbeddingConditioner
 from ldm_lab.data.jobs import PassOptions
 from ldm_lab.data.passes import run_pass
@@ -25,22 +27,14 @@ from ldm_lab.evaluation.checks import (
 from ldm_lab.evaluation.feature_files import PictureRows
 from ldm_lab.evaluation.features import EmbeddingFeatures, Features, InceptionFeatures
 from ldm_lab.evaluation.jobs import FeatureJob, FilesJob, PicturesItem, PicturesJob, rows_of_items
-from ldm_lab.evaluation.metrics import (
-    CLIP_SCORE,
-    METRICS,
-    RealSet,
-    Value,
-    few_images,
-    of_kind,
-    over_seeds,
-    picture_value,
-    spaces_of,
-)
+from ldm_lab.evaluation.metrics import CLIP_SCORE, RealSet, Value, few_images, over_seeds, picture_value
 from ldm_lab.evaluation.model_parts import PartsJob, lpips_network, part_values
+from ldm_lab.evaluation.origin import data_told, origin_of
 from ldm_lab.evaluation.real_images import FILE, RealImages, real_rows
 from ldm_lab.evaluation.settings import Models, Setting, model_names, picture_seeds
 from ldm_lab.evaluation.tables import ENDINGS, Row, Table
 from ldm_lab.io.json_files import Fields, parse_json
+from ldm_lab.metrics import METRICS, of_kind, spaces_of
 from ldm_lab.progress import print_line
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling import ModelOptions
@@ -119,7 +113,11 @@ class Comparison:
                 Row(name, values=values[its]) for name, its in zip(model_names(asked.checkpoints), values, strict=True)
             ]
         rows += [self.folder_row(folder, real, its) for folder, its in folders.items()]
-        return Table(rows, self.facts(real), list(dict.fromkeys(self.remarks)))
+        used = next((len(its) for its in parts.values()), None) if real is None else len(real.rows)
+        self.remark(self.of_data, {"real images": used or 0} if parts else {})
+        data = data_told(self.real, asked.features, used)
+        origin = origin_of(asked.checkpoints, self.models, data, prompts, asked.prompts is None)
+        return Table(rows, self.facts(real), list(dict.fromkeys(self.remarks)), origin)
 
     def run_pass(self, job: FeatureJob, items: Sequence[WorkItem], what: str, max_skipped: float = 1.0) -> None:
         """Do what is not done yet of a pass; note what was skipped of what, and whether this is the first process."""
@@ -176,15 +174,16 @@ class Comparison:
         self, setting: Setting, real: RealSet | None, made: Sequence[PictureRows], parts: dict[str, Value]
     ) -> Row:
         """Return the row of a model and a choice: values of its pictures, and those of its parts."""
-        values = {name: self.value(name, real, made) for name in self.made_of}
-        self.remark(real, made[0])
+        asked = setting.guidance, setting.sampler, setting.steps
+        row = Row(setting.model, *asked, self.asked.seeds, self.asked.pictures, settings=Section(setting.told))
+        values = {name: self.value(name, real, made, row.label()) for name in self.made_of}
+        self.remark(self.made_of, counts_of(real, made[0]))
         judge = next((its.embedder for its in self.networks if isinstance(its, EmbeddingFeatures)), None)
         if judge is not None and setting.embedder not in (None, judge):
             self.remarks.append(
                 f"{setting.model}: its own conditioner is another one than that whose embeddings are compared"
             )
-        asked = setting.guidance, setting.sampler, setting.steps
-        return Row(setting.model, *asked, self.asked.seeds, self.asked.pictures, {**values, **parts})
+        return replace(row, values={**values, **parts})
 
     def items(self, number: int, setting: Setting, seed: int, prompts: Sequence[Prompt]) -> list[PicturesItem]:
         """Return the work items of one seed's pictures, a batch each."""
@@ -202,11 +201,18 @@ class Comparison:
             for first in range(0, len(seeds), size)
         ]
 
-    def value(self, name: str, real: RealSet | None, made: Sequence[PictureRows]) -> Value:
-        """Return the value of a metric over seeds; of one seed with a margin by bootstrap."""
-        if len(made) == 1:
-            return picture_value(name, real, made[0], self.asked.bootstrap)
-        return over_seeds([picture_value(name, real, rows, 0).value for rows in made])
+    def value(self, name: str, real: RealSet | None, made: Sequence[PictureRows], label: str) -> Value:
+        """Return the value of a metric over seeds; of one seed with a margin by bootstrap.
+
+        A model whose pictures are not finite has NaN, with a remark: the others' numbers are not lost with it.
+        """
+        try:
+            if len(made) == 1:
+                return picture_value(name, real, made[0], self.asked.bootstrap)
+            return over_seeds([picture_value(name, real, rows, 0).value for rows in made])
+        except UserError as error:
+            self.remarks.append(f"{label}: {error}")
+            return Value(math.nan)
 
     # ----------------------------------------------------------------------------------------- pictures that are there
 
@@ -243,7 +249,7 @@ class Comparison:
                         f"{folder}: {name} of {len(rows)} of {len(made)} pictures: others have no caption"
                     )
             values[name] = picture_value(name, real, rows, self.asked.bootstrap)
-        self.remark(real, made)
+        self.remark(self.made_of, counts_of(real, made))
         return Row(public_name(folder), pictures=len(made), values=values)
 
     # ------------------------------------------------------------------------------------------------- a model's parts
@@ -259,31 +265,25 @@ class Comparison:
         items = self.real.items(self.asked.out / "parts" / f"model-{key}")
         self.run_pass(job, items, "real images", self.real.source.max_skipped)
         measured = rows_of_items(items)
-        check_measured(checkpoint, self.of_data, measured)
+        self.remarks += check_measured(public_name(checkpoint), self.of_data, measured)
         return measured
 
     # ------------------------------------------------------------------------------------------------------- the table
 
-    def remark(self, real: RealSet | None, made: PictureRows) -> None:
-        """Note what has to be said of few images."""
-        counts = {"pictures": len(made)} | ({"real images": len(real.rows)} if real is not None else {})
-        self.remarks += few_images(self.made_of, counts, {network.space: network.width for network in self.networks})
+    def remark(self, names: Sequence[str], counts: Mapping[str, int]) -> None:
+        """Note what has to be said of few images, by whose they are, for some metrics."""
+        if counts:
+            self.remarks += few_images(names, counts, {network.space: network.width for network in self.networks})
 
     def facts(self, real: RealSet | None) -> dict[str, str]:
         """Return what the numbers are of."""
         facts = {"real images": f"{len(real.rows):,}"} if real is not None else {}
-        facts |= {network.space: network.describe() for network in self.networks}
-        names = model_names(self.asked.checkpoints)
-        identities = [self.models.identity(checkpoint)[:12] for checkpoint in self.asked.checkpoints]
-        if names:
-            told = [f"{name} {identity}" for name, identity in zip(names, identities, strict=True)]
-            facts["weights"] = f"sha256 of the models with all their parts: {', '.join(told)}"
-        if self.made_of:
-            kind = "95 % interval of Student's t over seeds" if len(self.asked.seeds) > 1 else (
-                f"1.96 standard deviations of {self.asked.bootstrap} bootstrap draws of the pictures"
-            )  # fmt: skip
-            facts["margins"] = kind
-        return facts
+        return facts | {network.space: network.describe() for network in self.networks}
+
+
+def counts_of(real: RealSet | None, made: PictureRows) -> dict[str, int]:
+    """Return how many images are compared, by whose they are."""
+    return {"pictures": len(made)} | ({"real images": len(real.rows)} if real is not None else {})
 
 
 def listed_pictures(folder: Path) -> frozenset[str] | None:

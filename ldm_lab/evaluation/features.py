@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from PIL import Image
@@ -15,8 +14,7 @@ from ldm_lab.conditioners.embedding import EmbeddingConditioner
 from ldm_lab.embed import Prepare
 from ldm_lab.evaluation.inception import SIDE, WIDTH, clean_resize, load_inception
 from ldm_lab.io.atomic import sha256
-
-Space = Literal["inception", "embedding"]
+from ldm_lab.metrics import Space
 
 
 class Features(nn.Module):

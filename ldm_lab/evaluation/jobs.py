@@ -13,11 +13,13 @@ from ldm_lab.data.jobs import Fingerprint, Finished, Job, PassReport
 from ldm_lab.data.samples import RawSample
 from ldm_lab.data.source import Item, Source
 from ldm_lab.data.work_items import WorkItem
+from ldm_lab.errors import NotFiniteError
 from ldm_lab.evaluation.feature_files import FEATURES, PictureRows, read_part, read_rows, write_part
 from ldm_lab.evaluation.features import EmbeddingFeatures, Features, rows_of
 from ldm_lab.evaluation.metrics import CLIP_SCORE
 from ldm_lab.evaluation.reading import AsAsked, Asked, AskedBatch, FromFiles, FromSource, PictureBatch, PreparedPicture
 from ldm_lab.evaluation.settings import Models, Setting
+from ldm_lab.progress import print_line
 from ldm_lab.prompts import Prompt
 
 ENDING = ".safetensors"
@@ -89,6 +91,13 @@ def clip_scores(network: EmbeddingFeatures, embeds: Tensor, texts: Sequence[str]
         told = network.texts([texts[place] for place in there]).cpu()  # [n, D]
         scores[there] = 100 * (embeds[there] * told).sum(1)
     return scores
+
+
+def directed(rows: PictureRows, prompts: Sequence[Prompt]) -> PictureRows:
+    """Return rows of pictures whose scores heed where their prompts lead (`Prompt.direction`)."""
+    if CLIP_SCORE in rows.tensors:
+        rows.tensors[CLIP_SCORE] *= torch.tensor([prompt.direction for prompt in prompts])  # [B]
+    return rows
 
 
 class ImagesJob(FeatureJob[Raw, PreparedPicture, PictureBatch]):
@@ -183,9 +192,15 @@ class PicturesJob(FeatureJob[Asked, Asked, AskedBatch]):
     def process(self, batch: AskedBatch) -> PictureRows:
         setting, prompts = self.settings[batch.setting], [self.prompts[number] for number in batch.prompt]
         pipeline = self.models.pipeline(setting.checkpoint, self.device)
-        pictures = pipeline([[prompt] for prompt in prompts], setting.options, seeds=batch.seed)
-        tensors = {FEATURES + its.space: rows_of(its, pictures, self.device) for its in self.features()}
-        return self.scored(tensors, [prompt.text for prompt in prompts])
+        try:
+            pictures = pipeline([[prompt] for prompt in prompts], setting.options, seeds=batch.seed)
+        except NotFiniteError as error:  # its row of the table says so, and the others are measured
+            print_line(f"{setting.checkpoint}: pictures of seeds {batch.seed[0]} to {batch.seed[-1]}: {error}")
+            none = {its.space: torch.full((len(prompts), its.width), torch.nan) for its in self.features()}
+            tensors = {FEATURES + space: rows for space, rows in none.items()}  # [B, D] each
+        else:
+            tensors = {FEATURES + its.space: rows_of(its, pictures, self.device) for its in self.features()}
+        return directed(self.scored(tensors, [prompt.text for prompt in prompts]), prompts)
 
 
 def rows_of_items(items: Sequence[WorkItem[Raw]]) -> PictureRows:

@@ -1,5 +1,6 @@
 """What a model's parts make of real images: the loss by noise level, reconstructions, retrieval. Nothing is sampled."""
 
+import math
 import zlib
 from collections.abc import Sequence
 
@@ -17,10 +18,11 @@ from ldm_lab.evaluation.feature_files import FEATURES, SUMS, VALUES, PictureRows
 from ldm_lab.evaluation.features import Features, rows_of
 from ldm_lab.evaluation.held_out import QUARTERS, HeldOutBatch, loss_sums, noise_of
 from ldm_lab.evaluation.jobs import ImagesJob
-from ldm_lab.evaluation.metrics import METRICS, RealSet, Value, by_bootstrap, distance, of_kind
+from ldm_lab.evaluation.metrics import RealSet, Value, by_bootstrap, distance
 from ldm_lab.evaluation.perceptual import LPIPS
 from ldm_lab.evaluation.reading import FromSource, PictureBatch
 from ldm_lab.io.images import to_images
+from ldm_lab.metrics import METRICS, of_kind
 from ldm_lab.sampling import Model
 
 RECONSTRUCTED = ("psnr", "lpips", "rfid", "rfd")
@@ -160,7 +162,9 @@ def part_values(names: Sequence[str], real: RealSet | None, made: PictureRows, t
             found |= retrieval(made)
         elif space := METRICS[name].space:
             assert real is not None, f"{name} compares features with those of real images"
-            found[name] = Value(distance(name, real, made.features(space), space))
+            features = made.features(space)  # [N, D]
+            is_finite = bool(features.isfinite().all())
+            found[name] = Value(distance(name, real, features, space) if is_finite else math.nan)
         else:
             values = made.tensors[VALUES + name].double()  # [N]
             found[name] = by_bootstrap(

@@ -18,6 +18,10 @@ from ldm_lab.prompts import Prompt
 from ldm_lab.sampling import Model, ModelOptions, Pipeline, SamplingOptions
 from ldm_lab.sampling.loading import locate_model
 from ldm_lab.sampling.names import model_name
+from ldm_lab.sampling.options import OptionValues
+from ldm_lab.sampling.recorded import Entry
+from ldm_lab.sampling.request import Request
+from ldm_lab.sampling.settings import Given, described
 
 SEED_STEP = 1_000_003  # between the noise of two seeds' first pictures: seeds never share a picture's noise
 
@@ -32,6 +36,7 @@ class Setting:
         identity: sha256 of its file and of all weights that it is used with (`Models.identity`).
         options: all choices but the seed.
         guidance, sampler, steps: as they come out with all defaults.
+        told: all that pictures are made with but seed and device, as samples.json has it, and their size.
         embedder: whose embeddings its conditioner gives (`ldm_lab.checkpoints.embedders`); None if it gives none.
     """
 
@@ -42,6 +47,7 @@ class Setting:
     guidance: float
     sampler: str
     steps: int
+    told: Entry = field(default_factory=Entry, compare=False)
     embedder: dict[str, str] | None = field(default=None, compare=False)
 
     def key(self, prompts: Sequence[Prompt]) -> str:
@@ -139,8 +145,21 @@ def settings_of(
         identity, steps = models.identity(checkpoint), request.sampler.steps
         embeds = isinstance(pipeline.model.conditioner, EmbeddingConditioner)
         embedder = pipeline.model.embedder() if embeds else None
-        found.append(Setting(name, checkpoint, identity, options, request.guidance, sampler, steps, embedder))
+        told = told_settings(checkpoint, models.options, options, request)
+        found.append(Setting(name, checkpoint, identity, options, request.guidance, sampler, steps, told, embedder))
     return found
+
+
+def told_settings(checkpoint: str, loading: ModelOptions, options: SamplingOptions, request: Request) -> Entry:
+    """Return all that pictures are made with, but seed and device: files by name and checksum, and their size."""
+    named = {"guide_model": loading.guide_model, "autoencoder": loading.autoencoder, "conditioner": loading.conditioner}
+    files = {name: str(its) for name, its in named.items() if its is not None}
+    values = OptionValues({"precision": loading.precision, **files})
+    given = Given(checkpoint, loras=[str(its) for its in loading.lora], values=values,
+                  noised_clip=[str(its) for its in loading.noised_clip or ()])  # fmt: skip
+    told = described(given, options, request, "")
+    height, width = (side * request.downscale for side in request.latent_size)
+    return Entry({**{name: its for name, its in told.items() if name != "device"}, "width": width, "height": height})
 
 
 @functools.cache

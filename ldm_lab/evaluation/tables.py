@@ -6,11 +6,16 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ldm_lab.evaluation.metrics import METRICS, Value
+from ldm_lab.checkpoints.importer import Section
+from ldm_lab.evaluation.metrics import MarginOf, Value
+from ldm_lab.evaluation.origin import Origin
 from ldm_lab.io.atomic import atomic_write
+from ldm_lab.metrics import METRICS, is_higher_better
 
 STEM = "evaluation"  # of the files' names
 ENDINGS = (".json", ".csv", ".md", ".png")
+MISSING = "–"  # a value that a row does not have, as its metric is not for it
+STAR = "\\*"  # in Markdown
 COLORS = ("#2563a8", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#0e7490")
 
 
@@ -24,6 +29,7 @@ class Row:
         seeds: that pictures were made with.
         pictures: of each seed.
         values: column -> number.
+        settings: all that pictures were made with but their seeds; empty where none were made.
     """
 
     model: str
@@ -33,6 +39,7 @@ class Row:
     seeds: tuple[int, ...] = ()
     pictures: int = 0
     values: dict[str, Value] = field(default_factory=dict)
+    settings: Section = field(default_factory=Section)
 
     def label(self) -> str:
         """Return what tells it from the others, in a few words."""
@@ -48,28 +55,81 @@ class Table:
         rows: one for each model and way of asking it.
         facts: what they were compared with and by, a text each.
         remarks: what has to be known to read them, a line each.
+        origin: what the numbers are of, for programs.
     """
 
     rows: list[Row]
     facts: dict[str, str]
     remarks: list[str] = field(default_factory=list)
+    origin: Origin = field(default_factory=Origin)
 
     @property
     def columns(self) -> list[str]:
         """The names of values, in their order."""
         return list(dict.fromkeys(name for row in self.rows for name in row.values))
 
+    @property
+    def values(self) -> list[Value]:
+        """All values."""
+        return [value for row in self.rows for value in row.values.values()]
+
+    def of_column(self, column: str) -> list[Value]:
+        """Return the values of a column, of the rows that have one."""
+        return [row.values[column] for row in self.rows if column in row.values]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all values are numbers."""
+        return all(value.is_finite for value in self.values)
+
     def best(self, column: str) -> float | None:
-        """Return the best value of a column, by which way is better; None if only one row has it."""
-        values = [row.values[column].value for row in self.rows if column in row.values]
+        """Return the best value of a column, by which way is better; None if not at least two rows have one."""
+        values = [its.value for its in self.of_column(column) if its.is_finite]
         return None if len(values) < 2 else max(values) if is_higher_better(column) else min(values)
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether some margins are of seeds, and others of draws: the latter are marked."""
+        return {"seeds", "bootstrap"} <= {value.margin_of for value in self.values}
+
+    def margins(self) -> str:
+        """Return what the margins of this table are, and which columns have none; "" for a table without values."""
+        counts: dict[MarginOf, set[int]] = {}
+        for value in self.values:
+            counts.setdefault(value.margin_of, set()).add(value.margin_count)
+        words = {
+            "seeds": "95 % interval of Student's t over {} seeds",
+            "bootstrap": "1.96 standard deviations of {} bootstrap draws of the images",
+        }
+        told = [
+            f"{'± ...' + STAR + ': ' if self.is_mixed and kind == 'bootstrap' else ''}"
+            + words[kind].format(" or ".join(map(str, sorted(counts[kind]))))
+            for kind in words
+            if kind in counts
+        ]
+        without = [name for name in self.columns if not all(its.margin_of for its in self.of_column(name))]
+        told += [f"no margin of {', '.join(without)}"] if without else []
+        return "; ".join(told)
+
+    def told(self) -> dict[str, str]:
+        """Return all facts in words."""
+        weights = {"weights": self.origin.weights()} if self.origin.identity_sha256 else {}
+        margins = self.margins()
+        return {**self.facts, **weights, **({"margins": margins} if margins else {})}
+
     def to_json(self) -> str:
-        """Return all of it."""
-        rows = [asdict(row) for row in self.rows]
-        better = {name: "higher" if is_higher_better(name) else "lower" for name in self.columns}
-        content = {"facts": self.facts, "remarks": self.remarks, "better": better, "rows": rows}
-        return json.dumps(content, indent=2) + "\n"
+        """Return all of it; what is no number is a text, "nan" or "inf", as JSON has neither."""
+        rows = [{**asdict(row), "values": {name: _plain(its) for name, its in row.values.items()}} for row in self.rows]
+        content = {
+            "facts": {**self.told(), "weights_sha256": self.origin.weights_sha256,
+                      "identity_sha256": self.origin.identity_sha256},
+            "data": self.origin.data,
+            "prompts": self.origin.prompts,
+            "remarks": self.remarks,
+            "better": {name: "higher" if is_higher_better(name) else "lower" for name in self.columns},
+            "rows": rows,
+        }  # fmt: skip
+        return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
     def to_csv(self) -> str:
         """Return a line for each row, each value followed by its margin and what that is of."""
@@ -94,15 +154,16 @@ class Table:
             lines.append([row.model.replace("|", "\\|"), *asked, pictures if row.pictures else "", *cells])
         lines.insert(1, ["---"] * len(lines[0]))
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        told = [f"- {name}: {text}" for name, text in self.facts.items()]
+        told = [f"- {name}: {text}" for name, text in self.told().items()]
         told += [f"- {name}: {METRICS[name].meaning}" for name in self.columns if name in METRICS]
         return "\n".join([table, "", *told, *(f"- {remark}" for remark in self.remarks)]) + "\n"
 
     def _shown(self, row: Row, column: str) -> str:
         value = row.values.get(column)
         if value is None:
-            return ""
-        return f"**{value}**" if value.value == self.best(column) else str(value)
+            return MISSING
+        star = STAR if self.is_mixed and value.margin_of == "bootstrap" else ""
+        return f"**{value}**{star}" if value.value == self.best(column) else f"{value}{star}"
 
     def write(self, folder: Path) -> list[Path]:
         """Write all files; return their paths. Raises UserError if one cannot be written."""
@@ -117,9 +178,10 @@ class Table:
         return paths
 
 
-def is_higher_better(column: str) -> bool:
-    """Return whether larger values of a column are better: those of a metric, or of one of its parts."""
-    return METRICS[column].higher_is_better if column in METRICS else "_to_" in column
+def _plain(value: Value) -> Section:
+    """Return a value for JSON."""
+    told = Section(asdict(value))
+    return told if value.is_finite else Section({**told, "value": str(value.value)})
 
 
 def _cells(value: Value | None) -> list[str]:
@@ -140,6 +202,9 @@ def plot(table: Table, path: Path) -> None:
     for plane, column in zip(planes, columns, strict=True):
         for place, row in enumerate(rows):
             if (value := row.values.get(column)) is None:
+                continue
+            if not value.is_finite:
+                plane.text(0.5, place, "not finite", transform=plane.get_yaxis_transform(), ha="center", va="center")
                 continue
             color = COLORS[models.index(row.model) % len(COLORS)]
             plane.errorbar(value.value, place, xerr=value.margin, fmt="o", ms=5, capsize=3, color=color)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ldm_lab.metrics import is_higher_better
 from ldm_lab.pages.engine import Data
 from ldm_lab.pages.thinned import Extreme, Points, Thinned
 
@@ -19,7 +20,6 @@ BY_LEVEL = "_t"  # behind "loss": the beginning of a part of the times, 0 data, 
 SECTIONS = {"train": "Training", "held_out": "Held-out images", "evaluate": "Evaluation", "speed": "Speed"}
 OPTIMIZER = {"train/lr": "Optimizer", "train/grad_norm": "Optimizer"}
 ORDER = ("Training", "Held-out images", "Evaluation", "Optimizer", "Speed")
-HIGHER_IS_BETTER = ("precision", "recall", "clip_score", "psnr", "retrieval")  # of what `evaluate` measures
 MOST_COLUMNS = 200  # that a page shows
 
 
@@ -137,12 +137,6 @@ class Charts(Data):
     curves: dict[str, Points]
     marks: list[Mark]
     steps: int
-
-
-def is_higher_better(column: str) -> bool:
-    """Return whether larger values of a column are better; of losses and distances smaller ones are."""
-    name = column.rpartition("/")[2]
-    return name in HIGHER_IS_BETTER or "_to_" in name
 
 
 def best_of(column: Thinned, name: str) -> Extreme | None:

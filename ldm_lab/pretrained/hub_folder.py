@@ -6,7 +6,7 @@ Such a folder comes from strangers. Names in it are those of files in it; nothin
 import functools
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ldm_lab.errors import UserError
@@ -20,6 +20,30 @@ FORMAT, VERSION = "ldm_lab", 1
 MODEL, UPSAMPLER = "model.safetensors", "upsampler_{}.safetensors"
 LARGEST = 1 << 20  # bytes of a config.json
 FILE = re.compile(rf"(?:{SAFE_PART}/)?{SAFE_PART}")
+PAGE = re.compile(r"https://[\w.-]+(?:/[\w./-]*)?")
+LONGEST = 200  # characters of a text about where a file is from
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where weights are from, as far as that is known.
+
+    Attributes:
+        what: in a word or two; "" if nobody knows.
+        license: as its publisher says; "" if nobody knows.
+        page: its address, or "".
+    """
+
+    what: str = ""
+    license: str = ""
+    page: str = ""
+
+    @classmethod
+    def read(cls, fields: Fields) -> "Origin":
+        """Return what a config.json says of a file; an address that is none, and long texts, are nothing."""
+        what, license, page = (fields.text(key) or "" for key in ("what", "license", "page"))
+        known = page if len(page) <= LONGEST and PAGE.fullmatch(page) else ""
+        return cls(what if len(what) <= LONGEST else "", license if len(license) <= LONGEST else "", known)
 
 
 @dataclass(frozen=True)
@@ -31,12 +55,14 @@ class HubFolder:
         model: name of the (base) model's file.
         upsamplers: names of the files of what enlarges its pictures, in order.
         files: name of each file that sampling needs -> its sha256.
+        origins: name of a file, or of a folder with some -> where it is from, as whoever shares it says.
     """
 
     path: Path
     model: str
     upsamplers: tuple[str, ...] = ()
     files: dict[str, str] = field(default_factory=dict)
+    origins: dict[str, Origin] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> "HubFolder | None":
@@ -62,7 +88,8 @@ class HubFolder:
                 raise UserError(f"{config}: refused: {name[:100]!r} is no name of a file in this folder")
         if lost := [name for name in (model, *upsamplers) if name not in files]:
             raise UserError(f"{config}: damaged: {lost[0]!r} is not among its files")
-        return cls(path, model, upsamplers, files)
+        origins = {name: Origin.read(its) for name, its in (fields.named("origins") or {}).items()}
+        return cls(path, model, upsamplers, files, origins)
 
     def check(self) -> None:
         """Raise UserError if a file is missing, or is a link to somewhere else."""
@@ -92,7 +119,8 @@ class HubFolder:
     def write(self) -> None:
         """Write config.json."""
         named = {"model": self.model, "upsamplers": list(self.upsamplers), "files": dict(self.files)}
-        write_json(self.path / NAME, {"format": FORMAT, "version": VERSION, **named})
+        origins = {name: asdict(its) for name, its in self.origins.items()}
+        write_json(self.path / NAME, {"format": FORMAT, "version": VERSION, **named, "origins": origins})
 
 
 def checksum(path: Path) -> str:

@@ -97,9 +97,7 @@ def to_download(text: str | Path, where: str) -> Download | None:
     """
     if isinstance(text, str) and text in catalogue():
         path, entry = cached_path(text), catalogue()[text]
-        return (
-            None if path.exists() or lying(text) else Download(where, text, path, entry.size, entry.mirrors, entry.page)
-        )
+        return None if path.exists() else Download(where, text, path, entry.size, entry.mirrors, entry.page)
     if not (isinstance(text, str) and text.startswith(HUB)):
         resolve_weights(text, where)
         return None
@@ -178,10 +176,14 @@ def cached_path(name: str) -> Path:
     return cache_folder().joinpath(*parts)
 
 
-def fetch(name: str) -> Path:
+def fetch(name: str, folder: Path | None = None) -> Path:
     """Return the file of a released name, downloaded if it is not in the cache, and checked.
 
     Processes that need the same file at once wait for the one that downloads it.
+
+    Args:
+        name: of the catalogue.
+        folder: where it may lie as well: that of the model which needs it.
 
     Raises:
         UserError: an unknown name; offline; every mirror failed; no room; the file in the cache is another one.
@@ -191,7 +193,7 @@ def fetch(name: str) -> Path:
     path, entry = cached_path(name), catalogue()[name]
     if _is_unchanged(path, entry):
         return path
-    if not path.exists() and (beside := lying(name)) is not None:
+    if not path.exists() and folder is not None and (beside := lying(name, folder)) is not None:
         return beside
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -206,20 +208,13 @@ def fetch(name: str) -> Path:
     return path
 
 
-_beside: list[Path] = []  # folders of models, where released files may lie as well
-
-
-def look_in(folder: Path) -> None:
-    """Have released files looked for in a folder, too, before they are downloaded: that of a model which needs some."""
-    if folder not in _beside:
-        _beside.append(folder)
-
-
-def lying(name: str) -> Path | None:
-    """Return the file of a released name that lies in one of the folders of `look_in`; its checksum has to be right."""
+def lying(name: str, folder: Path) -> Path | None:
+    """Return the file of a released name that lies in a folder; None unless it is there with the published checksum."""
     entry = catalogue()[name]
-    files = [folder / entry.file for folder in _beside] if entry.sha256 else []
-    return next((file for file in files if file.is_file() and sha256(file) == entry.sha256), None)
+    file = folder / entry.file
+    if entry.sha256 is None or not file.is_file() or entry.size not in (None, file.stat().st_size):
+        return None
+    return file if sha256(file) == entry.sha256 else None
 
 
 def _record_path(path: Path) -> Path:

@@ -31,8 +31,8 @@ from ldm_lab.devices import pick_device
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Conditioner, Denoiser, Objective, check_conditions
 from ldm_lab.pretrained.hub_folder import HubFolder
-from ldm_lab.pretrained.resolve import look_in, resolve_weights
-from ldm_lab.sampling.beside import beside, checksum_of, text_encoder_beside
+from ldm_lab.pretrained.resolve import resolve_weights
+from ldm_lab.sampling.beside import ModelPlace, checksum_of
 from ldm_lab.sampling.loras import add_loras, read_loras
 from ldm_lab.sampling.model import Model
 from ldm_lab.sampling.options import ModelOptions
@@ -60,9 +60,10 @@ def load_model(path: str | Path, options: ModelOptions, others: Sequence[Model] 
     path = locate_model(path)
     config, state, extra = read_model(path)
     _check_is_diffusion(config, path)
-    autoencoder, its_config = load_frozen("autoencoder", config["autoencoder"], options.autoencoder, path, extra)
+    place = ModelPlace.of(path)
+    autoencoder, its_config = load_frozen("autoencoder", config["autoencoder"], options.autoencoder, place, extra)
     conditioner, conditioner_config = load_frozen(
-        "conditioner", config["conditioner"], options.conditioner, path, extra, others
+        "conditioner", config["conditioner"], options.conditioner, place, extra, others
     )
     if not isinstance(sections := config.get("condition_sources") or {}, dict):
         raise UserError(f"{path}: its config has no readable section 'condition_sources'")
@@ -183,7 +184,7 @@ def load_frozen(
     role: str,
     config: Section,
     moved: str | Path | None,
-    model: Path,
+    place: ModelPlace,
     extra: dict[str, str],
     others: Sequence[Model] = (),
 ) -> tuple[nn.Module, Section]:
@@ -193,21 +194,21 @@ def load_frozen(
         role: "autoencoder" or "conditioner".
         config: its section in the checkpoint.
         moved: its weights file, if not where the section says; of a language model its folder.
-        model: the checkpoint; a weights file that is not where the section says may lie beside it.
+        place: where the checkpoint lies; its parts may lie beside it.
         extra: of the checkpoint, with the checksum of the weights under the role.
         others: models whose conditioner it may be.
     """
-    look_in(model.parent)
     if moved is not None and config.get("name") == "t5" and Path(moved).expanduser().is_dir():
         config = Section({**config, "model": str(moved)})
-    elif (moved := moved or beside(model, role, config, extra.get(role))) is not None:
+    elif (moved := moved or place.find(role, config, extra)) is not None:
         config = Section({**config, "weights": str(moved)})
-    elif role == "conditioner" and (folder := text_encoder_beside(model, config)) is not None:
+    elif role == "conditioner" and (folder := place.find_text_encoder(config)) is not None:
         config = Section({**config, "model": str(folder)})
     try:
         named = {key: its for key, its in config.items() if moved is None or key != "weights"}
         check_named(role, Section(named), role)
         part = _loaded_conditioner(config, others) or load_part(role, config, draws=False)
+        part.look_in(place.folder)
         if any(True for _ in part.parameters()) and not has_weights(role, config):
             raise UserError("the file does not say where its weights are")
         checksum = weights_sha256(role, config) if extra.get(role) else None

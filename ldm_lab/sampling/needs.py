@@ -7,17 +7,19 @@ from pathlib import Path
 from ldm_lab.checkpoints.formats.noised_clip import RELEASED
 from ldm_lab.checkpoints.importer import Section, detect_format
 from ldm_lab.checkpoints.named import check_named
-from ldm_lab.checkpoints.parts import part_downloads
+from ldm_lab.checkpoints.parts import part_downloads, size_key
 from ldm_lab.downloads import Download, raise_refusals, refusals
 from ldm_lab.errors import UserError
 from ldm_lab.io.json_files import Fields
 from ldm_lab.pretrained.catalogue import catalogue
 from ldm_lab.pretrained.hub_folder import HubFolder
 from ldm_lab.pretrained.resolve import announce, offline, to_download
-from ldm_lab.sampling.beside import beside
+from ldm_lab.sampling.beside import ModelPlace
 from ldm_lab.sampling.loading import locate_model
 from ldm_lab.sampling.loras import split_weight
 from ldm_lab.sampling.options import ModelOptions, SamplingOptions
+
+ROLES = ("autoencoder", "conditioner")  # frozen parts
 
 
 def option_downloads(options: SamplingOptions, where: str, noised_clip: bool = False) -> list[Download]:
@@ -103,11 +105,14 @@ def _frozen_downloads(path: Path, options: ModelOptions) -> list[Download]:
     detected = detect_format(path)
     config = detected.importer.config(detected.file)
     frozen = Fields(detected.importer.facts(detected.file)).inside("frozen") or Fields({})
+    told = {role: checksum for role in ROLES if (checksum := frozen.text(role))}
+    told |= {key: text for role in ROLES if (text := detected.file.metadata.get(key := size_key(role)))}
+    place = ModelPlace.of(path)
     found: list[Download] = []
-    for role, moved in (("autoencoder", options.autoencoder), ("conditioner", options.conditioner)):
+    for role, moved in zip(ROLES, (options.autoencoder, options.conditioner)):
         its = config.get(role) if isinstance(config, dict) else None
         section = Section(its) if isinstance(its, dict) else Section()
-        if moved or not section or beside(path, role, section, frozen.text(role)):
+        if moved or not section or place.find(role, section, told):
             continue
         try:
             check_named(role, section, role)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
-from ldm_lab.pretrained.hub_folder import HubFolder
+from ldm_lab.pretrained.hub_folder import HubFolder, Origin
 from ldm_lab.sharing.facts import Facts
 from ldm_lab.sharing.parts import SharedPart
 
@@ -29,7 +29,7 @@ class Network:
         parameters: how many.
         objective: its name.
         license: of its weights, "" if that is not known.
-        origin: what it was released as, "" if it was not.
+        origin: where they are from.
         parts: what it needs.
     """
 
@@ -38,7 +38,7 @@ class Network:
     parameters: int
     objective: str
     license: str
-    origin: str
+    origin: Origin
     parts: tuple[SharedPart, ...]
 
 
@@ -135,25 +135,30 @@ class Card:
             "hardware": facts.hardware,
             "finished": facts.finished,
         }
-        return [(key, plain(value) if value else UNKNOWN) for key, value in known.items()]
+        rows = [(key, plain(value) if value else UNKNOWN) for key, value in known.items()]
+        return rows + ([("merged LoRAs", plain(facts.merged))] if facts.merged else [])
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return the rows of the table of parts."""
         rows = []
         for network in self.networks:
             what = "denoiser" if network is self.networks[0] else "upsampler"
-            origin = plain(network.origin) or ("this training" if what == "denoiser" else UNKNOWN)
-            rows.append((what, f"`{network.file}`", network.kind, origin, plain(network.license) or UNKNOWN))
+            its, license = told_origin(network.origin), plain(network.license) or UNKNOWN
+            rows.append((what, f"`{network.file}`", network.kind, its, license))
             for part in network.parts:
                 if not part.files and part.identity is None:
                     rows.append((part.role, "", part.name, "no weights", ""))
                     continue
                 named = ", ".join(f"`{file}`" for file in part.files[:3]) + (", ..." if len(part.files) > 3 else "")
-                its = plain(part.origin.what)
-                its = f"[{its}]({part.origin.page})" if its and part.origin.page else its
-                license = plain(part.origin.license) or UNKNOWN
-                rows.append((part.role, named or "not in the folder", part.name, its or UNKNOWN, license))
+                its, license = told_origin(part.origin), plain(part.origin.license) or UNKNOWN
+                rows.append((part.role, named or "not in the folder", part.name, its, license))
         return list(dict.fromkeys(rows))
+
+
+def told_origin(origin: Origin) -> str:
+    """Return where weights are from, as Markdown."""
+    its = plain(origin.what)
+    return f"[{its}]({origin.page})" if its and origin.page else its or UNKNOWN
 
 
 def one_line(text: str) -> str:

@@ -6,7 +6,6 @@ program (`standalone`); the autoencoder is diffusers' `AutoencoderKL`, a languag
 
 import dataclasses
 import re
-import shutil
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -22,7 +21,7 @@ from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.parts import as_part_config, read_part, weights_path
 from ldm_lab.clip_tokens import CLIP_VOCAB_SIZE, Encoding
 from ldm_lab.conditioners.cloob import CLOOB
-from ldm_lab.conditioners.glide_text import GPT2_MERGES, GlideText
+from ldm_lab.conditioners.glide_text import GlideText
 from ldm_lab.conditioners.none import NoConditioner
 from ldm_lab.conditioners.t5 import T5
 from ldm_lab.conditioners.t5_models import MINILM, checked_minilm, fetched, load_encoder, load_tokenizer, local_folder
@@ -32,12 +31,12 @@ from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Conditioner, Part
 from ldm_lab.io.atomic import digest, remove_leftovers, replaced_folder
 from ldm_lab.io.json_files import read_json, write_json
-from ldm_lab.pretrained.resolve import fetch
-from ldm_lab.sampling.loading import load_frozen, load_model, locate_model
+from ldm_lab.sampling.loading import load_frozen, load_model
 from ldm_lab.sampling.model import Model
 from ldm_lab.sampling.options import ModelOptions, SamplingOptions
 from ldm_lab.sampling.stages import SEED_OFFSET
-from ldm_lab.sharing.parts import PATHS_IN
+from ldm_lab.sharing.checks import SourceModel
+from ldm_lab.sharing.parts import copy_without_paths
 from ldm_lab.sharing.standalone import Standalone
 
 DENOISERS = ("ccld_unet", "glide_unet", "if_unet")
@@ -79,16 +78,14 @@ class Exported:
     stage: int = 0
 
     @classmethod
-    def load(cls, file: str | Path, loading: ModelOptions, stage: int = 0) -> "Exported":
-        """Return a model of a file. Raises UserError for one that such a folder cannot have."""
-        path = locate_model(file)
-        config, _, extra = read_model(path)
-        check(config)
-        options = {}
+    def load(cls, source: SourceModel, loading: ModelOptions, stage: int = 0) -> "Exported":
+        """Return a model of a file. Raises UserError for parts that cannot be loaded."""
+        extra, options = read_model(source.path).extra, {}
         for role, moved in (("autoencoder", loading.autoencoder), ("conditioner", loading.conditioner)):
-            _, found = load_frozen(role, section_of(config, role), moved, path, extra)
+            _, found = load_frozen(role, section_of(source.config, role), moved, source.place, extra)
             options[role] = options_of(role, found)
-        return cls(load_model(path, dataclasses.replace(loading, device="cpu")), config, options, stage)
+        model = load_model(source.path, dataclasses.replace(loading, device="cpu"))
+        return cls(model, source.config, options, stage)
 
 
 def write(out: Path, base: Exported, upsamplers: Sequence[Exported] = (), license: str | None = None) -> None:
@@ -301,9 +298,11 @@ def _write_prompts(folder: Path, conditioner: Conditioner, options: Section) -> 
     if isinstance(conditioner, CLOOB):
         code.add("ldm_lab.conditioners.cloob", "TextEncoder")
         _write_weights(out / WEIGHTS, "towers", conditioner)
-        told = Section(options=options, merges=[*_merges("clip", conditioner.vocab_size)])
+        told = Section(options=options, merges=[*_clip_merges(conditioner.vocab_size)])
     elif isinstance(conditioner, GlideText):
-        told = Section(options=options, merges=[*_merges(conditioner.vocabulary, conditioner.vocab_size)])
+        is_clip = conditioner.vocabulary == "clip"
+        merges = _clip_merges(conditioner.vocab_size) if is_clip else _gpt2_merges(conditioner.merges_file())
+        told = Section(options=options, merges=[*merges])
     elif isinstance(conditioner, T5):
         told = Section(text_size=conditioner.text_size, width=conditioner.width, padding=conditioner.padding)
         told |= Section(lowercase=conditioner.lowercase, dtype=str(conditioner.dtype).removeprefix("torch."))
@@ -318,11 +317,14 @@ def _write_prompts(folder: Path, conditioner: Conditioner, options: Section) -> 
     return entries
 
 
-def _merges(vocabulary: str, size: int) -> list[str]:
-    """Return the merges of a vocabulary, "a b" each."""
-    if vocabulary == "clip":
-        return [" ".join(pair) for pair in Encoding(min(size, CLIP_VOCAB_SIZE)).ranks]
-    lines = fetch(GPT2_MERGES).read_text(encoding="utf-8").split("\n")
+def _clip_merges(vocab_size: int) -> list[str]:
+    """Return the merges of CLIP's vocabulary of a size, "a b" each."""
+    return [" ".join(pair) for pair in Encoding(min(vocab_size, CLIP_VOCAB_SIZE)).ranks]
+
+
+def _gpt2_merges(path: Path) -> list[str]:
+    """Return GPT-2's merges, "a b" each, of their file."""
+    lines = path.read_text(encoding="utf-8").split("\n")
     return [line for line in lines if line and not line.startswith("#version")]
 
 
@@ -337,9 +339,6 @@ def _write_language_model(folder: Path, conditioner: T5) -> Section:
     out.mkdir()
     for file in sorted(source.iterdir()):
         if file.suffix == ".model" or "token" in file.name or file.name in ("vocab.txt", "vocab.json", "merges.txt"):
-            if file.suffix == ".json" and file.stat().st_size < 1 << 16 and (content := read_json(file)):
-                write_json(out / file.name, {key: its for key, its in content.items() if key not in PATHS_IN})
-            else:
-                shutil.copyfile(file, out / file.name)
+            copy_without_paths(file, out / file.name)
     tokenizer = type(load_tokenizer(source)).__name__
     return Section(text_encoder=["transformers", type(encoder).__name__], tokenizer=["transformers", tokenizer])

@@ -1,15 +1,19 @@
-"""What is known of how a model came about, from its file and the folder of its run; what nobody wrote down is None."""
+"""What is known of how a model came about, from its file; what nobody wrote down is None."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 from ldm_lab.checkpoints.importer import Section
+from ldm_lab.checkpoints.lora import MERGED
+from ldm_lab.checkpoints.native import BEGUN_WITH
 from ldm_lab.errors import UserError
 from ldm_lab.io.json_files import Fields
+from ldm_lab.pretrained.own_runs import is_own
 from ldm_lab.prompts import read_prompts
-from ldm_lab.sampling.names import RUN_CONFIG, public_name
+from ldm_lab.sampling.names import RUN_CONFIG
 
 LARGEST = 1 << 20  # bytes of a run's YAML
 SOURCES = {
@@ -18,6 +22,8 @@ SOURCES = {
     "list": "a list of images",
     "webdataset": "webdataset shards",
 }
+KNOWN = re.compile(rf"\b(?:{'|'.join(SOURCES)})\b")
+LONGEST_NUMBER = 20  # digits
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,7 @@ class Facts:
     Attributes:
         step: optimizer steps.
         batch: images in a step.
+        images: that it was trained on, repeats counted.
         data: what kind of data.
         count: how much of it, with its unit.
         image_size: side of the training images, pixels.
@@ -34,11 +41,13 @@ class Facts:
         precision: of the training's arithmetic.
         finished: the day.
         begun_with: the weights that training began with.
+        merged: LoRAs that were merged into it.
         prompts: of the run's demo pictures.
     """
 
     step: str | None = None
     batch: str | None = None
+    images: str | None = None
     data: str | None = None
     count: str | None = None
     image_size: str | None = None
@@ -46,37 +55,32 @@ class Facts:
     precision: str | None = None
     finished: str | None = None
     begun_with: str | None = None
+    merged: str | None = None
     prompts: tuple[str, ...] = ()
-
-    @property
-    def images(self) -> str | None:
-        """How many images training has seen, repeats counted."""
-        known = (self.step or "").isdecimal() and (self.batch or "").isdecimal()
-        return f"{int(self.step or 0) * int(self.batch or 0):,}" if known else None
 
 
 def facts_of(model: Path, extra: dict[str, str]) -> Facts:
-    """Return what a model's file, and the YAML of the run that it lies in, say.
+    """Return what a model's file says, and of a run of this user's the prompts that its YAML names.
 
     Args:
         model: the file.
         extra: text in it.
     """
-    config = run_config(model.parent / RUN_CONFIG)
-    data, trainer = (config.inside(key) or Fields({}) for key in ("data", "trainer"))
-    source, drawn = extra.get("data") or data.text("name"), data.count("count")
-    begun = config.text("init_from") or ("nothing" if config.has("denoiser") else None)
+    images, data = extra.get("images", ""), extra.get("data")
     return Facts(
         step=extra.get("step"),
         batch=extra.get("batch"),
-        data=SOURCES.get(source or "", source),
-        count=extra.get("data_count") or (None if drawn is None else f"{drawn:,} images"),
-        image_size=extra.get("image_size") or _text(data.count("image_size")),
+        images=f"{int(images):,}" if images.isdecimal() and len(images) < LONGEST_NUMBER else None,
+        data=None if data is None else KNOWN.sub(lambda found: SOURCES[found[0]], data),
+        count=extra.get("data_count"),
+        image_size=extra.get("image_size"),
         hardware=extra.get("hardware"),
-        precision=extra.get("precision") or trainer.text("precision"),
+        precision=extra.get("precision"),
         finished=extra.get("date"),
-        begun_with=None if begun is None else public_name(begun),
-        prompts=_prompts(config),
+        begun_with=extra.get(BEGUN_WITH),
+        merged=extra.get(MERGED),
+        # A stranger's YAML would choose which file's lines stand in the card.
+        prompts=_prompts(run_config(model.parent / RUN_CONFIG)) if is_own(model) else (),
     )
 
 
@@ -89,10 +93,6 @@ def run_config(path: Path) -> Fields:
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return Fields({})
     return Fields(Section(content) if isinstance(content, dict) else {})
-
-
-def _text(number: int | None) -> str | None:
-    return None if number is None else str(number)
 
 
 def _prompts(config: Fields) -> tuple[str, ...]:

@@ -3,7 +3,8 @@
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,28 +12,34 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_lab.checkpoints.files import GAP_PREFIX
-from ldm_lab.checkpoints.importer import Section, config_problems
+from ldm_lab.checkpoints.importer import Section
 from ldm_lab.checkpoints.lora import MERGED
 from ldm_lab.checkpoints.models import read_model
-from ldm_lab.checkpoints.native import save_model
+from ldm_lab.checkpoints.native import BEGUN_WITH, OF_SESSIONS, save_model
+from ldm_lab.checkpoints.parts import size_key
 from ldm_lab.errors import UserError
+from ldm_lab.evaluation.settings import Models
 from ldm_lab.interfaces import Part
 from ldm_lab.io.atomic import atomic_write, remove_leftovers, replaced_folder, sha256
 from ldm_lab.io.images import grid, save_png
 from ldm_lab.pretrained.catalogue import catalogue
-from ldm_lab.pretrained.hub_folder import CARD, FILE, MODEL, NAME, UPSAMPLER, HubFolder
+from ldm_lab.pretrained.hub_folder import CARD, FILE, MODEL, NAME, UPSAMPLER, HubFolder, Origin
 from ldm_lab.pretrained.resolve import HUB
 from ldm_lab.sampling import Pipeline, SamplingOptions, Stage, Stages
-from ldm_lab.sampling.loading import load_frozen, locate_model
+from ldm_lab.sampling.beside import checksum_of
+from ldm_lab.sampling.loading import load_frozen
 from ldm_lab.sampling.options import ModelOptions
 from ldm_lab.sharing.card import LICENSE_ID, Card, Network
-from ldm_lab.sharing.facts import facts_of
-from ldm_lab.sharing.parts import SharedPart, share_part
+from ldm_lab.sharing.checks import SourceModel
+from ldm_lab.sharing.evaluation import Evaluation, Measured
+from ldm_lab.sharing.facts import Facts, facts_of
+from ldm_lab.sharing.parts import SharedPart, of_hub, origin_of_file, released, share_part
 
 GRID = "samples.png"
 MOST_SAMPLES = 16
 SECTIONS = ("task", "autoencoder", "conditioner", "condition_sources", "denoiser", "objective")  # that sampling builds
-HANDED_ON = ("step", "image_size", MERGED)  # of what a model's file says beside its config
+# Of what a model's file says beside its config: all that its card says, so that it can be shared again.
+HANDED_ON = ("step", "image_size", "images", "date", *OF_SESSIONS, BEGUN_WITH, MERGED)
 HEX = re.compile(r"[0-9a-f]{64}")
 
 
@@ -41,55 +48,92 @@ class Export:
     """What is to be shared.
 
     Attributes:
-        checkpoint: the (base) model.
         out: the folder.
-        upsamplers: what enlarges its pictures, in order.
         name: of the model; None is that of the folder.
         license: of its weights, as an id of the Hub's; None if that is not known.
         prompts: of the samples; None takes those of the run, if they are known; none makes no samples.
-        evaluation: metric -> value, for people.
-        notes: what is to be said of the evaluation.
+        evaluation: what was measured, of this or of other models.
         half: store weights in float16.
         overwrite: replace a folder that an earlier export has written.
         loading: where the base model's parts are.
     """
 
-    checkpoint: str | Path
     out: Path
-    upsamplers: Sequence[str | Path] = ()
     name: str | None = None
     license: str | None = None
     prompts: Sequence[str] | None = None
-    evaluation: Sequence[tuple[str, str]] = ()
-    notes: Sequence[str] = ()
+    evaluation: Measured | None = None
     half: bool = False
     overwrite: bool = False
     loading: ModelOptions = field(default_factory=ModelOptions)
 
 
-def export(asked: Export) -> HubFolder:
+@dataclass(frozen=True)
+class Prepared:
+    """An export of which all that could be wrong before it begins has been checked.
+
+    Attributes:
+        asked: what is to be shared.
+        models: the base model first.
+        facts: how that came about.
+        measured: of it.
+    """
+
+    asked: Export
+    models: Sequence[SourceModel]
+    facts: Facts
+    measured: Evaluation
+
+
+def prepare(asked: Export, models: Sequence[SourceModel]) -> Prepared:
+    """Check an export, as far as can be without writing anything.
+
+    Raises:
+        UserError: nothing that can be shared, a folder that must stay, a license that is none or another one's.
+    """
+    check_out(asked.out, asked.overwrite)
+    check_license(asked.license, models[0])
+    base = models[0].path
+    measured = (
+        Evaluation() if asked.evaluation is None else asked.evaluation.of(partial(_checksums, base, asked.loading))
+    )
+    return Prepared(asked, models, facts_of(base, read_model(base).extra), measured)
+
+
+def check_license_id(license: str | None) -> None:
+    """Raise UserError for a license that is no id of the Hub's."""
+    if license is not None and not LICENSE_ID.fullmatch(license):
+        raise UserError(f"--license: an id of the Hub's list is needed, such as mit, not {license!r}")
+
+
+def check_license(license: str | None, model: SourceModel) -> None:
+    """Raise UserError for a license that is no id of the Hub's, or not that of weights which others have published."""
+    check_license_id(license)
+    origin = origin_of_model(model)
+    if license is not None and origin.what in catalogue() and origin.license.lower() not in ("", license):
+        raise UserError(f"--license: {license}: these weights are {origin.what}, published under {origin.license}")
+
+
+def export(prepared: Prepared) -> HubFolder:
     """Write the folder; it appears whole, with a model that has been loaded from it, or not at all.
 
     Raises:
-        UserError: nothing that can be shared, or a folder that must stay.
+        UserError: a part that cannot be shared, a folder that cannot be written.
     """
-    check_out(asked.out, asked.overwrite)
-    if asked.license is not None and not LICENSE_ID.fullmatch(asked.license):
-        raise UserError(f"--license: an id of the Hub's list is needed, such as mit, not {asked.license!r}")
-    base = locate_model(asked.checkpoint)
-    _, _, extra = read_model(base)
-    facts = facts_of(base, extra)
+    asked, facts, measured = prepared.asked, prepared.facts, prepared.measured
     remove_leftovers(asked.out)
     with replaced_folder(asked.out) as folder:
-        networks = [_share(folder, MODEL, asked.checkpoint, "", asked)]
-        for number, file in enumerate(asked.upsamplers, start=1):
-            networks.append(_share(folder, UPSAMPLER.format(number), file, f"upsampler_{number}_", asked))
+        base, *upsampling = prepared.models
+        networks = [_share(folder, MODEL, base, "", asked)]
+        for number, one in enumerate(upsampling, start=1):
+            networks.append(_share(folder, UPSAMPLER.format(number), one, f"upsampler_{number}_", asked))
         names = dict.fromkeys(
             name for network in networks for name in (network.file, *(f for part in network.parts for f in part.files))
         )
         assert all(FILE.fullmatch(name) for name in names), "names that reading would refuse"
         files = {name: sha256(folder / name) for name in names}
-        model = HubFolder(folder, networks[0].file, tuple(network.file for network in networks[1:]), files)
+        upsamplers = tuple(network.file for network in networks[1:])
+        model = HubFolder(folder, networks[0].file, upsamplers, files, _origins(networks))
         model.write()
         prompts = list((facts.prompts if asked.prompts is None else asked.prompts)[:MOST_SAMPLES])
         shown = _samples(model, prompts)
@@ -103,12 +147,18 @@ def export(asked: Export) -> HubFolder:
             license=asked.license or _hub_license(networks[0].license),
             prompts=prompts,
             grid=GRID if shown is not None else None,
-            evaluation=asked.evaluation,
-            notes=asked.notes,
+            evaluation=measured.rows,
+            notes=measured.notes,
         )
         with atomic_write(folder / CARD) as readme:
             readme.write(card.text(folder).encode())
     return HubFolder(asked.out, model.model, model.upsamplers, files)
+
+
+def _checksums(model: Path, loading: ModelOptions) -> set[str]:
+    """Return what a model's weights are known by in an evaluation: of its file, and of all that it is sampled with."""
+    print(f"{model}: is loaded to compare its weights with those of --evaluation", file=sys.stderr)
+    return {checksum_of(model) or "", Models(loading).identity(str(model))}
 
 
 def check_out(out: Path, overwrite: bool) -> None:
@@ -126,42 +176,38 @@ def check_out(out: Path, overwrite: bool) -> None:
         raise UserError(f"{out}: is there already; --overwrite replaces it")
 
 
-def _share(folder: Path, name: str, file: str | Path, prefix: str, asked: Export) -> Network:
+def _share(folder: Path, name: str, source: SourceModel, prefix: str, asked: Export) -> Network:
     """Write a network and its frozen parts.
 
     Args:
         folder: they are written to.
         name: of the network's file.
-        file: the model.
+        source: the model.
         prefix: of its parts' names.
         asked: the rest.
     """
-    path = locate_model(file)
-    config, state, extra = read_model(path)
-    problems = config_problems(config)
-    if problems:
-        raise UserError(f"{path}: {problems[0]}")
+    config, state, extra = read_model(source.path)
     kept = Section({key: its for key, its in config.items() if key in SECTIONS and its is not None})
     parts: list[SharedPart] = []
     told = {key: extra[key] for key in HANDED_ON if key in extra}
-    loading = asked.loading if name == MODEL else ModelOptions()
+    loading, place = asked.loading if name == MODEL else ModelOptions(), source.place
     for role, moved in (("autoencoder", loading.autoencoder), ("conditioner", loading.conditioner)):
-        section = config.get(role)
-        if not isinstance(section, dict):
-            raise UserError(f"{path}: not a diffusion model; its config has no section {role!r}")
-        module, found = load_frozen(role, Section(section), moved, path, extra)
+        section = source.section(role)
+        module, found = load_frozen(role, section, moved, place, extra)
         assert isinstance(module, Part)
-        part = _once(folder, share_part(folder, f"{prefix}{role}", module, found, Section(section)))
+        part = _once(folder, share_part(folder, f"{prefix}{role}", module, found, section, place))
         kept[role] = part.section
         if part.identity is not None:
             told[role] = part.identity
+            if len(part.files) == 1:
+                told[size_key(role)] = str((folder / part.files[0]).stat().st_size)
         parts.append(part)
     dtype = torch.float16 if asked.half else None
     save_model(folder / name, {key: _stored(key, its, dtype) for key, its in state.items()}, kept, told)
-    license, origin = _released(file)
     kind, objective = (str(section_name(kept, role)) for role in ("denoiser", "objective"))
-    own = license or (asked.license or "" if name == MODEL else "")
-    return Network(name, kind, sum(its.numel() for its in state.values()), objective, own, origin, tuple(parts))
+    origin = origin_of_model(source)
+    license = (asked.license if name == MODEL else None) or origin.license
+    return Network(name, kind, sum(its.numel() for its in state.values()), objective, license, origin, tuple(parts))
 
 
 def section_name(config: Section, role: str) -> str:
@@ -191,12 +237,19 @@ def _stored(name: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
     return value.to(dtype) if dtype is not None and is_weight else value
 
 
-def _released(file: str | Path) -> tuple[str, str]:
-    """Return the license and the name of a model that was released; "" for what is not known."""
-    text = str(file)
-    if text in catalogue():
-        return catalogue()[text].license, text
-    return "", text.removeprefix(HUB) if text.startswith(HUB) else ""
+def origin_of_model(model: SourceModel) -> Origin:
+    """Return where the weights of a model are from."""
+    asked = str(model.asked)
+    if asked in catalogue():
+        return released(asked)
+    return of_hub(asked) if asked.startswith(HUB) else origin_of_file(model.path, model.place, "model")
+
+
+def _origins(networks: Sequence[Network]) -> dict[str, Origin]:
+    """Return where the files, or folders of files, in a folder are from, as far as that is known."""
+    found = {network.file: replace(network.origin, license=network.license) for network in networks}
+    found |= {file.split("/")[0]: part.origin for network in networks for part in network.parts for file in part.files}
+    return {name: origin for name, origin in found.items() if origin != Origin()}
 
 
 def _hub_license(license: str) -> str | None:

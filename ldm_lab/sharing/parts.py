@@ -1,8 +1,9 @@
 """The frozen parts of a model as files of a folder that is shared: weights, config, nothing of this machine."""
 
 import json
+import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
@@ -18,30 +19,22 @@ from ldm_lab.config import use_keys
 from ldm_lab.errors import UserError
 from ldm_lab.interfaces import Part
 from ldm_lab.io.atomic import sha256
-from ldm_lab.io.json_files import read_json, write_json
+from ldm_lab.io.json_files import Fields, read_json, write_json
 from ldm_lab.pretrained.catalogue import catalogue
-from ldm_lab.pretrained.resolve import HUB, REPOSITORY, fetch
+from ldm_lab.pretrained.hub_folder import Origin
+from ldm_lab.pretrained.own_runs import is_own
+from ldm_lab.pretrained.resolve import HUB, REPOSITORY
+from ldm_lab.sampling.beside import ASSETS, ModelPlace, checksum_of
 
 TEXT_ENCODER = "text_encoder"  # folder of a language model
 FACTS = ("step", "scale_images")  # of a part's metadata, what is handed on
 OF_TRAINING = ("store", "missing", "precision", "train_on", "text_share")  # keys of a part that sampling does not need
 OF_THIS_MACHINE = ("means", "texts")  # files that a section `gap` names; what was read from them is with the weights
+OWN = "trained by who shares it"  # of the origin of weights: a run of theirs, on the machine that they export on
 PATHS_IN = ("_name_or_path", "name_or_path")  # of a language model's JSON: where it lay
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a part is from, as far as that is known.
-
-    Attributes:
-        what: in a word or two; "" if nobody knows.
-        license: as its publisher says; "" if nobody knows.
-        page: its address, or "".
-    """
-
-    what: str = ""
-    license: str = ""
-    page: str = ""
+FILES_IN = ("_file", "_path", "_dir", "_folder")  # ends of further such keys
+PATH = re.compile(r"(?:[/~]|[A-Za-z]:[/\\]|\\\\|\.\.?/)\S*[/\\]")  # how a path begins, of any system
+LARGEST_JSON = 1 << 16  # bytes of a config of a tokenizer or an encoder; larger ones are vocabularies
 
 
 @dataclass(frozen=True)
@@ -62,11 +55,13 @@ class SharedPart:
     section: Section
     files: tuple[str, ...] = ()
     identity: str | None = None
-    origin: Origin = Origin()
+    origin: Origin = field(default_factory=Origin)
     needs: str = ""
 
 
-def share_part(folder: Path, stem: str, module: Part, config: Section, stored: Section) -> SharedPart:
+def share_part(
+    folder: Path, stem: str, module: Part, config: Section, stored: Section, place: ModelPlace
+) -> SharedPart:
     """Write a part's files and return what the model's config says of it.
 
     Args:
@@ -74,21 +69,23 @@ def share_part(folder: Path, stem: str, module: Part, config: Section, stored: S
         stem: of its file's name.
         module: the part, loaded.
         config: its section, whose `weights` are here.
-        stored: its section in the model's checkpoint, which may name what was released.
+        stored: its section in the model's checkpoint.
+        place: where the checkpoint lies.
 
     Raises:
         UserError: a part whose weights come along with it in a way that is not known here.
     """
     role, name = module.part_role, module.part_name
     section = _clean(stored)
-    origin = origin_of(role, config, stored)
     if isinstance(module, T5):
-        return _share_text_encoder(folder, module, section)
+        return _share_text_encoder(folder, module, section, place)
     if isinstance(module, GlideText):
-        files = _share_merges(folder) if module.vocabulary == "gpt2" else ()
-        return SharedPart(role, name, section, files, origin=origin)
+        is_gpt2 = module.vocabulary == "gpt2"
+        origin = released(GPT2_MERGES) if is_gpt2 else Origin()
+        return SharedPart(role, name, section, _share_merges(folder, module) if is_gpt2 else (), origin=origin)
     assert isinstance(module, nn.Module)
     path = weights_path(role, config)
+    origin = origin_of(role, config, path, place)
     if path is None and module.weights_identity(config) is not None:
         return _share_own_weights(folder, stem, module, section, origin)
     if path is None:  # without weights, such as pixels in place of latents
@@ -138,14 +135,14 @@ def _share_own_weights(folder: Path, stem: str, module: nn.Module, section: Sect
     return SharedPart(role, name, section, (file,), sha256(folder / file), origin)
 
 
-def _share_merges(folder: Path) -> tuple[str, ...]:
+def _share_merges(folder: Path, module: GlideText) -> tuple[str, ...]:
     """Copy GPT-2's merges."""
-    path, entry = fetch(GPT2_MERGES), catalogue()[GPT2_MERGES]
-    shutil.copyfile(path, folder / entry.file)
+    entry = catalogue()[GPT2_MERGES]
+    shutil.copyfile(module.merges_file(), folder / entry.file)
     return (entry.file,)
 
 
-def _share_text_encoder(folder: Path, module: T5, section: Section) -> SharedPart:
+def _share_text_encoder(folder: Path, module: T5, section: Section, place: ModelPlace) -> SharedPart:
     """Copy a language model's files: weights, config, tokenizer."""
     role, name, model = module.part_role, module.part_name, module.model_name
     if model == MINILM:
@@ -159,35 +156,81 @@ def _share_text_encoder(folder: Path, module: T5, section: Section) -> SharedPar
     out.mkdir(exist_ok=True)
     files = list(dict.fromkeys([*weights, *files]))
     for file in files:
-        if file.suffix == ".json" and file.stat().st_size < 1 << 16 and (content := read_json(file)):
-            write_json(out / file.name, {key: its for key, its in content.items() if key not in PATHS_IN})
-        else:
-            shutil.copyfile(file, out / file.name)
+        copy_without_paths(file, out / file.name)
     names = tuple(f"{TEXT_ENCODER}/{file.name}" for file in files)
     section["model"], section["width"] = TEXT_ENCODER, module.width
     is_released = not Path(model).expanduser().is_dir()
-    page = f"https://huggingface.co/{model}" if is_released else ""
-    origin = Origin(model if is_released else "", "", page)
+    origin = Origin(model, "", f"https://huggingface.co/{model}") if is_released else handed_on(source, place)
     return SharedPart(role, name, section, names, identity(str(out)), origin, "transformers (pip)")
 
 
-def origin_of(role: str, config: Section, stored: Section) -> Origin:
-    """Return where a part's weights are from: a release, by its name or by what is in the file."""
-    for name in (stored.get("weights"), config.get("weights")):
-        if isinstance(name, str) and name in catalogue():
-            entry = catalogue()[name]
-            return Origin(name, entry.license, entry.page)
-        if isinstance(name, str) and name.startswith(HUB):
-            repository = "/".join(name.removeprefix(HUB).split("@")[0].split("/")[:2])
-            return Origin(repository, "", f"https://huggingface.co/{repository}")
-    if (its := stored.get("pretrained")) is not None:
-        return Origin(f"open_clip {stored.get('model')} {its}", "", "https://github.com/mlfoundations/open_clip")
-    path = config.get("weights")
-    if not isinstance(path, str) or not Path(path).expanduser().is_file():
-        return Origin()
-    checksum = sha256(Path(path).expanduser())
-    shipped = [file for file in (REPOSITORY / "assets").rglob("*.safetensors") if file.is_file()]
-    if any(sha256(file) == checksum for file in shipped):
-        return Origin(f"the {role} of ldm_lab's quickstart", "MIT")
-    released = [(name, entry) for name, entry in catalogue().items() if entry.sha256 == checksum]
-    return Origin(released[0][0], released[0][1].license, released[0][1].page) if released else Origin()
+def copy_without_paths(file: Path, out: Path) -> None:
+    """Copy a file of a language model; of a config in JSON without where it, or files that it names, lay."""
+    if file.suffix == ".json" and file.stat().st_size < LARGEST_JSON and (content := read_json(file)):
+        texts = Fields(content)
+        write_json(out, {key: its for key, its in content.items() if not _names_a_place(key, texts.text(key))})
+    else:
+        shutil.copyfile(file, out)
+
+
+def _names_a_place(key: str, text: str | None) -> bool:
+    """Return whether an entry, of a text, says where something lay on the machine that wrote it."""
+    return key in PATHS_IN or (text is not None and (key.endswith(FILES_IN) or PATH.match(text) is not None))
+
+
+def released(name: str) -> Origin:
+    """Return where a file of the catalogue is from."""
+    entry = catalogue()[name]
+    return Origin(name, entry.license, entry.page)
+
+
+def handed_on(path: Path, place: ModelPlace) -> Origin:
+    """Return where a file, or a folder, of a shared model is from, as that says; nothing for any other."""
+    shared = place.shared
+    known = shared is not None and path.parent == shared.path and any(
+        name.split("/")[0] == path.name for name in shared.files
+    )  # fmt: skip
+    return shared.origins.get(path.name, Origin()) if shared is not None and known else Origin()
+
+
+def origin_of_file(path: Path, place: ModelPlace, what: str) -> Origin:
+    """Return where a file of weights is from: known by its content, then by what a shared folder says of it.
+
+    Args:
+        path: of the file.
+        place: where the model lies that it is a part of, or that it is.
+        what: it is, in a word.
+    """
+    size = path.stat().st_size
+    shipped = [file for file in (REPOSITORY / ASSETS).rglob("*.safetensors") if file.stat().st_size == size]
+    if any(checksum_of(file) == checksum_of(path) for file in shipped):
+        return Origin(f"the {what} of ldm_lab's quickstart", "MIT")
+    for name, entry in catalogue().items():
+        if entry.sha256 is not None and entry.size in (None, size) and entry.sha256 == checksum_of(path):
+            return released(name)
+    return Origin(OWN) if is_own(path) else handed_on(path, place)
+
+
+def origin_of(role: str, config: Section, path: Path | None, place: ModelPlace) -> Origin:
+    """Return where a part's weights are from.
+
+    Args:
+        role: of the part.
+        config: its section, with which it was loaded.
+        path: of the file with its weights; None without one.
+        place: where its model lies.
+    """
+    weights = config.get("weights")
+    if isinstance(weights, str) and weights in catalogue():
+        return released(weights)
+    if isinstance(weights, str) and weights.startswith(HUB):
+        return of_hub(weights)
+    if weights is None and (its := config.get("pretrained")) is not None:
+        return Origin(f"open_clip {config.get('model')} {its}", "", "https://github.com/mlfoundations/open_clip")
+    return Origin() if path is None else origin_of_file(path, place, role)
+
+
+def of_hub(address: str) -> Origin:
+    """Return where a file at an address of the Hub is from."""
+    repository = "/".join(address.removeprefix(HUB).split("@")[0].split("/")[:2])
+    return Origin(repository, "", f"https://huggingface.co/{repository}")

@@ -126,6 +126,6 @@ class GPT2:
         return ids
 
 
-def gpt2_encoding(vocab_size: int) -> GPT2:
+def gpt2_encoding(vocab_size: int, _: None = None) -> GPT2:
     """Return the encoding of the vocabulary."""
     return GPT2(vocab_size)

@@ -31,7 +31,7 @@ REDIRECTED = {
 }
 OF_TRAINING = {
     *("check", "unused", "check_denoiser", "loss_terms", "from_batch", "reduce", "freeze_groups", "adapt_state_dict"),
-    *("outer_layers", "image_transform", "encode_image", "weights_identity"),
+    *("outer_layers", "image_transform", "encode_image", "weights_identity", "look_in", "merges_file"),
 }  # methods
 HEADER = '''"""{title}
 

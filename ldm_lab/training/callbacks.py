@@ -10,6 +10,7 @@ from ldm_lab.config import to_yaml
 from ldm_lab.data.rank_state import RankState
 from ldm_lab.interfaces import Batch
 from ldm_lab.io.atomic import atomic_write
+from ldm_lab.pretrained.own_runs import note_own
 from ldm_lab.training.checkpointing import Checkpointing
 from ldm_lab.training.guard import Guard
 from ldm_lab.training.interrupt import Interrupt
@@ -37,6 +38,7 @@ class Bookkeeping(Callback):
             self.lock.acquire()
             with atomic_write(self.folder / "config.yaml") as file:
                 file.write(to_yaml(task.run_config.to_dict()).encode())
+            note_own(self.folder)
 
     def on_train_end(self, trainer: Trainer, task: Task) -> None:
         self.data_states = gather(trainer.datamodule.rank_state())

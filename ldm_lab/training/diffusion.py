@@ -46,7 +46,6 @@ from ldm_lab.training.initial import (
 )
 from ldm_lab.training.logs import print_rank_zero
 from ldm_lab.training.lora import additions
-from ldm_lab.training.provenance import provenance
 from ldm_lab.training.run_state import Checkpoint
 from ldm_lab.training.sharding import Sharded
 from ldm_lab.training.spread import LatentSpread
@@ -290,14 +289,12 @@ class DiffusionTask(Task):
 
     def facts(self) -> dict[str, str]:
         """Return what is told of the weights besides."""
-        told = {"step": str(self.trainer.global_step), "image_size": str(self.picture_size()), **self.frozen_sha256}
-        return {**told, **provenance(self.trainer, self.run_config), **self.conditioning.facts()}
+        told = {"step": str(self.trainer.global_step), "image_size": str(self.picture_size()), **self.frozen_facts}
+        images = (self.at_step or self).samples_seen
+        return {**told, **self.history.facts(self.trainer, self.run_config, images), **self.conditioning.facts()}
 
     def picture_size(self) -> int | None:
-        """Return the side of the pictures that the model makes, pixels; None if it is any.
-
-        That of its training images; of an upsampler trained on crops, that of the pictures that they were cut from.
-        """
+        """Return the side of training images, pixels, of crops that of what they are cut from; None if it is any."""
         source = self.trainer.datamodule.source
         return source.picture_size if is_upsampler(self.model.spec) else source.image_size
 

@@ -10,6 +10,7 @@ from ldm_lab.data.rank_state import RankState
 from ldm_lab.errors import UserError
 from ldm_lab.io.json_files import JsonObject
 from ldm_lab.training.optim import CourseState
+from ldm_lab.training.provenance import Session
 
 
 class RunState(TypedDict, total=False):
@@ -24,6 +25,7 @@ class RunState(TypedDict, total=False):
         samples_seen: on all ranks together, since then.
         course: where the learning rate's schedule began, or was bent.
         data: where each rank stands in the data.
+        sessions: of the run so far, and what is told of each.
         wandb_id: of the run at wandb, None without.
         base: of LoRA, the fingerprint of the base model, whose weights are left out.
     """
@@ -36,6 +38,7 @@ class RunState(TypedDict, total=False):
     samples_seen: int
     course: CourseState
     data: list[RankState]
+    sessions: list[Session]
     wandb_id: str | None
     base: str
 

@@ -17,9 +17,9 @@ from ldm_lab.data.varied_texts import CAPTIONS, texts_of
 from ldm_lab.downloads import Download, raise_refusals, refusals
 from ldm_lab.errors import UserError
 from ldm_lab.evaluation.inception import RELEASED
-from ldm_lab.evaluation.metrics import spaces_of
 from ldm_lab.evaluation.perceptual import features_download
 from ldm_lab.interfaces import Objective
+from ldm_lab.metrics import spaces_of
 from ldm_lab.pretrained.resolve import announce, offline, to_download
 from ldm_lab.sampling.needs import option_downloads
 from ldm_lab.training.best import Best

@@ -18,7 +18,7 @@ from ldm_lab.batch import Batch
 from ldm_lab.checkpoints.files import FORMAT
 from ldm_lab.checkpoints.importer import find_weights
 from ldm_lab.checkpoints.lora import BaseModel, fingerprint
-from ldm_lab.checkpoints.parts import load_strictly, weights_sha256
+from ldm_lab.checkpoints.parts import frozen_facts, load_strictly
 from ldm_lab.checkpoints.sharded import weights_checksum
 from ldm_lab.config import FROZEN, RunConfig
 from ldm_lab.data.rank_state import RankState
@@ -30,6 +30,7 @@ from ldm_lab.training.laps import Laps
 from ldm_lab.training.logs import print_rank_zero
 from ldm_lab.training.lora import LoraOptions, additions, check_base, frozen_weights, leave_out_base
 from ldm_lab.training.optim import Began, Optim
+from ldm_lab.training.provenance import History
 from ldm_lab.training.run_state import Checkpoint, RunState, align, checked, take_back
 
 T = TypeVar("T")
@@ -92,8 +93,7 @@ class Task(JudgedSteps):
             weights_follow: those of the trained network are read behind this, and need not be drawn.
         """
         super().__init__()
-        self.run_config = config
-        self.seed = config.seed
+        self.run_config, self.seed = config, config.seed
         self.optim: Optim = config.part("optim").build()
         self.ema_schedule: ema.EMASchedule | None = config["ema"].build() if "ema" in config else None
         self.lora: LoraOptions | None = config["lora"].build() if "lora" in config else None
@@ -102,11 +102,12 @@ class Task(JudgedSteps):
         self.ema_pairs: ema.Pairs | None = None  # listed at the first update, when all is where it stays
         self.frozen: dict[str, nn.Module] = {}
         sections = {role: config[role] for role in FROZEN if role in config} if read_weights else {}
-        checksums = {role: weights_sha256(role, section) for role, section in sections.items()}
-        self.frozen_sha256 = {role: checksum for role, checksum in checksums.items() if checksum is not None}
+        self.frozen_facts = frozen_facts(sections)
+        self.frozen_sha256 = {role: its for role, its in self.frozen_facts.items() if role in sections}
         self.laps = Laps()  # of a training step, which `Speed` logs
         self.batches_seen = 0  # on this rank, since the run's very first batch
         self.samples_seen = 0  # on all ranks together, since then
+        self.history = History()
         self.base: BaseModel | None = None  # of LoRA
         self.at_step: AtStep | None = None  # while the batches of a step are incomplete, where the one before ended
         self.followers: list[Tensor] = []  # averages of the weights outside of this module, which rollbacks bring back
@@ -250,6 +251,7 @@ class Task(JudgedSteps):
             samples_seen=now.samples_seen,
             course=self.optim.began.state(),
             data=gather(now.data),
+            sessions=self.history.sessions(self.trainer, self.run_config),
             wandb_id=next((log.version for log in self.trainer.loggers if isinstance(log, WandbLogger)), None),
         )
         if self.base is not None:
@@ -267,6 +269,7 @@ class Task(JudgedSteps):
         say_other_weights(run.get("frozen"), self.frozen_sha256)
         self.batches_seen, self.samples_seen = run["batches_seen"], run["samples_seen"]
         self.optim.began = Began.of(run["course"])
+        self.history.load(run.get("sessions"), checkpoint["global_step"])
         self.trainer.datamodule.load_rank_states(run["data"], self.global_rank)
 
     def load_average(self, state: dict[str, Tensor]) -> None:
@@ -278,8 +281,7 @@ class Task(JudgedSteps):
             print_rank_zero("ema: null: the checkpoint's average of the weights is not kept")
         elif not averaged and self.model_ema is not None:
             trained = [name for name in self.model.state_dict() if f"model.{name}" in state]  # of LoRA the additions
-            began = {f"model_ema.{name}": state[f"model.{name}"].clone() for name in trained}
-            state.update(began)
+            state.update({f"model_ema.{name}": state[f"model.{name}"].clone() for name in trained})
             print_rank_zero("ema: the checkpoint has no average of the weights; it begins with them")
 
     # ------------------------------------------------------------------------------------------------ for subclasses

@@ -1,0 +1,51 @@
+"""Which folders are of this user's own trainings: their models may name files anywhere on this machine.
+
+A training notes its folder outside of it, so that nothing that a folder says of itself makes it one's own. A folder
+counts at the place where it was trained, and as long as it is the same one.
+"""
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+from ldm_lab.errors import UserError
+from ldm_lab.io.json_files import read_json, write_json
+
+
+def state_folder() -> Path:
+    """Return the folder of what is known of this machine: $LDM_LAB_STATE, else ldm_lab in the user's state folder."""
+    if os.environ.get("LDM_LAB_STATE"):
+        return Path(os.environ["LDM_LAB_STATE"]).expanduser().absolute()
+    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser().absolute() / "ldm_lab"
+
+
+def note_own(folder: Path) -> None:
+    """Note that a folder, which is there, is of a training of this user's; a line says if that cannot be noted."""
+    real = folder.resolve()
+    try:
+        write_json(_note(real), {"folder": str(real), "inode": real.stat().st_ino})
+    except (OSError, UserError) as error:
+        print(
+            f"{folder}: cannot be noted as a run of yours ({error}), so that its models will not be sampled with parts "
+            "from elsewhere that they name; LDM_LAB_STATE=FOLDER is where it is noted",
+            file=sys.stderr,
+        )
+
+
+def is_own(file: Path) -> bool:
+    """Return whether a file lies in, or below, a folder that was noted; of a link what it leads to counts."""
+    return any(_is_noted(folder) for folder in file.resolve().parents)
+
+
+def _is_noted(folder: Path) -> bool:
+    note = _note(folder)
+    if not note.is_file():
+        return False
+    noted = read_json(note)
+    return noted.get("folder") == str(folder) and noted.get("inode") == folder.stat().st_ino
+
+
+def _note(folder: Path) -> Path:
+    name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]
+    return state_folder() / "runs" / f"{name}.json"
