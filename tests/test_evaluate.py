@@ -447,7 +447,7 @@ def test_what_can_be_known_is_said_before_pictures_are_made(
     assert code == 2 and message in err.splitlines()[-1] and "Traceback" not in err, err
 
 
-def test_folders_and_models_are_looked_at_before_pictures_are_made(evaluate, unsampled, models, tmp_path, request):
+def test_folders_and_models_are_looked_at_before_pictures_are_made(evaluate, unsampled, models, tmp_path):
     few, bare = pictures_in(tmp_path / "few", 2, "a star"), pictures_in(tmp_path / "bare", 6)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"no picture")
