@@ -33,6 +33,7 @@ from ldm_lab.sampling import Pipeline, SamplingOptions
 from ldm_lab.sampling.beside import ModelPlace
 from ldm_lab.sampling.loading import load_model
 from ldm_lab.sampling.options import ModelOptions
+from ldm_lab.sharing import comfyui
 from ldm_lab.sharing.checks import SourceModel
 from ldm_lab.sharing.evaluation import Measured
 from ldm_lab.sharing.parts import OWN, copy_without_paths, origin_of
@@ -879,6 +880,19 @@ def test_parts_are_known_by_their_content(tmp_path):
     assert origin_of("autoencoder", {"name": "kl_f8", "weights": str(other)}, other, source.place) == Origin()
     note_own(other.parent)
     assert origin_of("autoencoder", {"name": "kl_f8", "weights": str(other)}, other, source.place) == Origin(OWN)
+
+
+def test_what_comfyui_loads_is_said(shared):
+    """An autoencoder of Stable Diffusion's shapes alone, by the names that its loader asks for."""
+    assert "ComfyUI loads none of these files" in card_of(shared[1])[1]
+    with torch.device("meta"):
+        usual = build("autoencoder", {"name": "kl_f8"}).state_dict()
+    shapes = {name: its.shape for name, its in usual.items()}
+    asked = {"encoder.down.2.downsample.conv.weight", "decoder.conv_in.weight", "quant_conv.weight"}  # comfy/sd.py
+    assert asked <= shapes.keys() and "decoder.up_blocks.0.resnets.0.norm1.weight" not in shapes
+    assert comfyui.is_usual_vae(shapes) and comfyui.is_usual_vae({**shapes, "more": (3,)})
+    assert not comfyui.is_usual_vae({**shapes, "quant_conv.weight": (6, 6, 1, 1)})
+    assert not comfyui.is_usual_vae(comfyui.shapes_in(shared[1] / "autoencoder.safetensors"))
 
 
 def test_where_a_language_model_lay_is_not_told(tmp_path):
