@@ -9,7 +9,8 @@ Trains one model for each row and seed, alike in all but the conditioner's secti
 each. On the built-in shapes they are the quickstart's U-Nets, a checker judges color, shape and background, and the
 CLIP is a small one with a gap (`gap_clip.py`), beside the quickstart's CLOOB. With --shards it is any CLIP of
 open_clip's and any captioned shards, encoded by the autoencoder of --config; a picture is right if the CLIP finds its
-own prompt most alike among all 96, which are captions of the last shard.
+own prompt most alike among all 96, which are the last captions. The models of all rows are trained on their images,
+too; maps are fitted on pairs with other captions.
 
 First the CLIP is trained, the images are encoded, and the gap is measured, once for all (--prepare does no more than
 that). Then --jobs processes train and draw. Each result is a file of its own as soon as it is there, under a key of
@@ -237,7 +238,7 @@ class Bench:
         row = ROWS[name]
         own = {"guidance": str(self.args.guidance), "sampler": json.dumps(SAMPLER)}
         if row.pairs:
-            own["map"] = f"ridge on {row.pairs} of the pairs"
+            own["map"] = f"ridge on {row.pairs} of the pairs{', without those of the prompts' * bool(self.args.shards)}"
         if self.args.shards:  # pictures and words are compared without their means
             own["judged by"] = _checksum(self.measured.gap)
         return {**self.decides(row.of or name, seed), **own, "prompts": "\n".join(self.prompts())}
@@ -277,12 +278,19 @@ class Bench:
         sampling = SamplingOptions(guidance=self.args.guidance, sampler=SAMPLER, batch_size=48, seed=1000 * seed)
         return self.judged(pipeline, pipeline([Prompt(text) for text in texts], sampling), texts)
 
+    def chosen(self, share: float, seed: int) -> list[int]:
+        """Return the numbers of the pairs that a map is fitted on, drawn by a seed: of shards none of the prompts'."""
+        captions = self.pairs[1]
+        judged = {*self.prompts()} if self.args.shards else set()
+        drawn = np.random.default_rng(seed).permutation(len(captions)).tolist()
+        return [number for number in drawn if captions[number] not in judged][: round(share * len(captions))]
+
     @torch.no_grad()
     def mapped(self, gap: Gap, share: float, seed: int) -> Gap:
         """Return the same means with a map that is fitted on a share of the pairs, drawn by a seed."""
         conditioner: EmbeddingConditioner = load_part("conditioner", self.section)
         images, captions = self.pairs
-        chosen = np.random.default_rng(seed).permutation(len(images))[: round(share * len(images))].tolist()
+        chosen = self.chosen(share, seed)
         own = Gap(gap.image_mean.cpu(), gap.text_mean.cpu(), gap.noise_length)
         texts = conditioner.encode_text([captions[i] for i in chosen])  # [n, D]
         fit = fit_ridge(own.texts(texts), own.images(images[chosen]))

@@ -8,16 +8,13 @@ do, this module has it do without; transformers itself is imported as ever.
 from lightning_utilities.core.imports import RequirementCache
 
 LEFT_OUT = "transformers"
-_check_requirement = RequirementCache._check_requirement
+_is_met = RequirementCache.__bool__
 
 
-def _unless_left_out(requirement: RequirementCache) -> None:
-    """Say of what is left out that it is not installed; look for all else."""
-    if not (requirement.requirement or "").startswith(LEFT_OUT):
-        _check_requirement(requirement)
-        return
-    requirement.available = False
-    requirement.message = f"{requirement.requirement}: left out by ldm_lab.lean_imports"
+def _unless_left_out(requirement: RequirementCache) -> bool:
+    """Return whether a requirement is met: what is left out is not, all else is looked for."""
+    return not (requirement.requirement or "").startswith(LEFT_OUT) and _is_met(requirement)
 
 
-RequirementCache._check_requirement = _unless_left_out  # type: ignore[method-assign, assignment]
+# torchmetrics has no option for this. What `if requirement:` means is public, how it is found out is not.
+RequirementCache.__bool__ = _unless_left_out  # type: ignore[method-assign, assignment]

@@ -44,6 +44,14 @@ class Prompt:
     weight: float | None = None
     image: Image.Image | None = None
 
+    @property
+    def direction(self) -> int:
+        """Where it leads a picture: 1 to it, -1 away from it by a negative weight, 0 nowhere at a weight of 0.
+
+        How like its prompt a picture is (`evaluate`, `compare`, `rerank`) is the cosine of their embeddings times this.
+        """
+        return 1 if self.weight is None else (self.weight > 0) - (self.weight < 0)
+
     def __str__(self) -> str:
         return self.text if self.weight is None else f"{self.text}:{self.weight:g}"
 

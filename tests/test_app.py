@@ -90,6 +90,7 @@ def test_an_option_that_is_declared_is_in_the_help_the_page_and_the_interface(tm
     file = tmp_path / "ldm_lab" / "sampling" / "options.py"
     text = file.read_text()
     field = "    guidance: float | None = None\n"
+    assert text.count(field) == 1 and "sharpness" not in text
     text = text.replace(field, f"    sharpness: Share = 0.25\n{field}", 1)
     file.write_text(text.replace("    Attributes:\n", "    Attributes:\n        sharpness: of all edges, 0 to 1\n", 1))
     (tmp_path / "models").mkdir()
@@ -103,6 +104,8 @@ def test_an_option_that_is_declared_is_in_the_help_the_page_and_the_interface(tm
         "interface: of all edges, 0 to 1 (default: 0.25)",
         "refused: sharpness: a number from 0 to 1 is needed, not 2",
         "drawn: 0.5",
+        "refused on the page: sharpness: a number from 0 to 1 is needed, not 3.0",
+        "drawn by the page: 0.75",
     ]
 
 
@@ -131,6 +134,13 @@ with tiny_app.served(Path("models")) as address:
     made = tiny_app.ask(address, prompts=["a"], sharpness=0.5, steps=1)
     with Image.open(made["pictures"][0]["path"]) as image:
         print("drawn:", json.loads(image.text["ldm_lab"])["sharpness"])
+    try:
+        tiny_app.press(address, "draw", prompts="a", sharpness="3")
+    except tiny_app.Refused as error:
+        print("refused on the page:", error)
+    _, gallery, _, _ = tiny_app.press(address, "draw", prompts="a", sharpness="0.75", steps="1")
+    with Image.open(gallery[0]["image"]["path"]) as image:
+        print("drawn by the page:", json.loads(image.text["ldm_lab"])["sharpness"])
 """
 
 
@@ -307,6 +317,27 @@ def test_what_has_no_effect_is_found(given, upsamplers, found):
             flat.upsampler_options(OptionValues(given), upsamplers, 1, str)
 
 
+def test_the_page_says_what_was_set_without_effect(address):
+    status, gallery, _, _ = tiny_app.press(
+        address, "draw", prompts="a", steps="2", eta="0.5", strength="0.3", invert_mask="on", strength_1=0.5,
+        weight_2="3", upsampler_steps="9", tile_overlap="8",
+    )  # fmt: skip
+    with Image.open(gallery[0]["image"]["path"]) as image:
+        settings = json.loads(image.text["ldm_lab"])
+    assert settings["steps"] == 2 and not {"eta", "strength", "invert_mask", "tile_overlap"} & set(settings)
+    assert sorted(re.findall("<li>(.*?)</li>", status)) == [
+        "eta: without effect: the sampler unipc has no such option",
+        "invert_mask: without effect: belongs to mask, which is not given",
+        "strength: without effect: LoRA 1 is not chosen",
+        "strength: without effect: belongs to init_image, which is not given",
+        "tile_overlap: without effect: belongs to tile_denoiser, which is not given",
+        "upsampler_steps: without effect: belongs to an upsampler, and there is none",
+        "weight: without effect: image 2 is not chosen",
+    ]
+    status, *_ = tiny_app.press(address, "draw", prompts="a", sampler="plms2", steps="2")
+    assert "<li>" not in status
+
+
 def test_a_remark_is_given_to_each_user(address):
     for _ in range(2):
         answer = ask(address, prompts=["a:2"], guidance=5.0, **FAST)
@@ -374,7 +405,7 @@ def test_so_many_uploads_at_once(address, dog):
                 time.sleep(0.02)
                 continue
             break
-        with pytest.raises(Refused, match="503: too many uploads at once; try again later"):
+        with pytest.raises(Refused, match="429: too many uploads at once; try again later"):
             upload(address, dog)
     for _ in range(100):
         with contextlib.suppress(Refused):
@@ -644,14 +675,14 @@ def test_too_many_that_wait_are_refused_and_who_left_does_not_count(address, ste
     working = events(address, begin(address, prompts=["a"], steps=60, sampler="ddim"))
     next(working)
     waiting = [begin(address, prompts=["a"], steps=30, sampler="ddim") for _ in range(8)]
-    with pytest.raises(Refused, match=r"^503: 8 requests wait already, and no more are taken; try again later$"):
+    with pytest.raises(Refused, match=r"^429: 8 requests wait already, and no more are taken; try again later$"):
         begin(address, prompts=["a"], steps=30, sampler="ddim")
     page = requests.get(f"{address}/config", timeout=60).json()
     (number,) = [its["id"] for its in page["dependencies"] if its["api_name"] == "sample"]
     for written in (number, str(number), float(number)):
         joined = {"data": [None], "fn_index": written, "session_hash": "other"}
         answer = requests.post(f"{address}/gradio_api/queue/join", json=joined, timeout=60)
-        assert answer.status_code == 503 and "8 requests wait already" in answer.text, written
+        assert answer.status_code == 429 and "8 requests wait already" in answer.text, written
     assert ask(address, "options"), "what needs no turn is answered"
     monkeypatch.setattr(Followers, "may_come", lambda self, keys, asked: False)
     waiting.append(begin(address, prompts=["a"], steps=30, sampler="ddim"))
@@ -792,7 +823,7 @@ def run_line(line, address, folder):
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
 def test_the_curl_lines_of_the_docs_work(address, models, dog, tmp_path):
-    sampling, uploading, login, info = LINES
+    sampling, uploading, login, info, locked_sampling = LINES
     told = run_line(sampling, address, tmp_path)
     kind, data = told.strip().splitlines()[-2:]
     assert kind == "event: complete" and '"seeds": [7]' in data and re.search(r"step \d+ of 20", told)
@@ -804,6 +835,10 @@ def test_the_curl_lines_of_the_docs_work(address, models, dog, tmp_path):
     with tiny_app.served(models, password="geheim +&") as locked:
         assert json.loads(run_line(login, locked, tmp_path)) == {"success": True}
         assert "/sample" in json.loads(run_line(info, locked, tmp_path))["named_endpoints"]
+        assert "event: complete" in run_line(locked_sampling, locked, tmp_path)
+        (tmp_path / "cookies.txt").write_text("")
+        with pytest.raises(AssertionError):  # of curl: what it is to follow is no address
+            run_line(locked_sampling, locked, tmp_path)
 
 
 def test_the_python_of_the_docs_works(address, dog, monkeypatch, capsys):

@@ -25,6 +25,7 @@ from ldm_lab.evaluation.metrics import CLIP_SCORE
 from ldm_lab.evaluation.model_parts import IMAGE_EMBED, TEXT_EMBED, retrieval
 from ldm_lab.evaluation.settings import SEED_STEP, model_names, picture_seeds
 from ldm_lab.sampling import Pipeline, SamplingOptions
+from ldm_lab.training.evaluate import Evaluate
 
 
 @pytest.fixture(scope="module")
@@ -548,3 +549,30 @@ def test_a_limit_is_reached_over_shards_of_other_sizes(evaluate, models, tmp_pat
     assert table(tmp_path / "out")["facts"]["real images"] == "10"
     parts = [read_rows(path)[0] for path in (tmp_path / "out").glob("parts/model-*/*.safetensors")]
     assert sorted(map(len, parts)) == [2, 3, 5]
+
+
+@pytest.mark.parametrize("judge", ["conditioner", "clip"])
+def test_weights_mean_the_same_to_evaluate_and_compare(evaluate, models, program, tmp_path, judge):
+    """Led away from a text, a picture is scored the other way round; without a weight of its text not at all."""
+    (tmp_path / "p.txt").write_text("a red star:2\na red star:-2\na red star:0\na red star\n")
+    asked = ("--checkpoint", models / "a.safetensors", "--prompts", tmp_path / "p.txt", "--steps", 2)
+    asked += ("--clip", "name=cloob", f"weights={models / 'conditioner.safetensors'}") if judge == "clip" else ()
+    code, _, err = evaluate(*asked, "--pictures", 4, "--metric", "clip_score", data=False)
+    assert code == 0, err
+    (part,) = (tmp_path / "out" / "parts").rglob("*.safetensors")
+    found = read_rows(part)[0].tensors[CLIP_SCORE] / 100  # [4]
+    code, _, err = program(
+        "ldm_lab.__main__", "compare", *asked, "--out", tmp_path / "page", "--batch-size", 4, "--device", "cpu"
+    )
+    assert code == 0, err
+    rows = json.loads((tmp_path / "page" / "comparison.json").read_text())["rows"]
+    assert found.tolist() == pytest.approx([row["cells"][0]["score"] for row in rows], abs=1e-4)
+    assert found[2] == 0 and found.abs().min(0).values == 0 and (found[[0, 1, 3]] != 0).all()
+
+
+def test_a_prompt_without_words_is_refused_while_training(tmp_path):
+    (tmp_path / "p.txt").write_text("a star\n:2\n")
+    data = {"name": "folder", "path": str(tmp_path), "image_size": 32, "batch_size": 4}
+    with pytest.raises(UserError, match=r"evaluate\.prompts: ':2' has no words that clip_score"):
+        Evaluate(tmp_path, data=data, prompts=str(tmp_path / "p.txt"))
+    Evaluate(tmp_path, data=data, prompts=str(tmp_path / "p.txt"), metrics=["fd"])

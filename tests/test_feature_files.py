@@ -134,7 +134,7 @@ def test_a_damaged_part_of_a_pass_counts_as_not_there(tmp_path, kind, capsys):
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     DAMAGE[kind](tensors, metadata)
     save_file({name: its.contiguous() for name, its in tensors.items()}, path, metadata)
-    if kind == "none":  # an item without a usable image
+    if kind in ("none", "nan", "infinity"):  # an item without a usable image, or of pictures that are not finite
         assert read_part(path, wanted) == done
         return
     assert read_part(path, wanted) is None

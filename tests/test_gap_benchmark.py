@@ -82,6 +82,19 @@ def test_shards_are_judged_by_any_clip_through_the_autoencoder_of_their_config(m
     assert "CLOOB" not in made.args.rows
 
 
+def test_maps_of_shards_are_fitted_on_pairs_that_are_not_judged(module, bench):
+    """As many as asked, while there are others; the built-in shapes are judged by prompts in words of their own."""
+    captions = [f"caption {number % 150}" for number in range(1000)]
+    made = bench("--shards", "data/x.tar", "--clip", "model=ViT-B-32")
+    made.pairs = torch.zeros(1000, 4), captions
+    fitted = {captions[number] for number in made.chosen(0.1, 0)}
+    assert len(made.chosen(0.1, 0)) == 100 and len(made.prompts()) == 96 and not fitted & {*made.prompts()}
+    assert len(made.chosen(1.0, 0)) == sum(caption not in made.prompts() for caption in captions)
+    shapes = bench()
+    shapes.pairs = made.pairs
+    assert sorted(shapes.chosen(1.0, 0)) == [*range(1000)]
+
+
 CHANGES = {
     "seed": ((), 1),
     "steps": (("--steps", "7"), 0),

@@ -194,7 +194,16 @@ def test_a_run_without_means_measures_them_and_keeps_them(run, capsys):
         before = read_gap(means)
         state = read_pickled("runs/tiny/last.ckpt")["state_dict"]
         assert torch.equal(state["conditioner.gap.image_mean"], before.gap.image_mean)
+        assert not main([*train, "resume.checkpoint=last", "--check"])
+        assert "would measure" not in capsys.readouterr().out
         means.unlink()
+        assert not main([*train, "resume.checkpoint=last", "--check"])
+        out = capsys.readouterr().out
+        assert "would measure" not in out and "measured, into" not in out and not means.exists()
+        assert not main([*train, "run=another", "resume.checkpoint=last", "--check"])
+        assert "the run would measure conditioner.gap's means first" in capsys.readouterr().out, (
+            "there is no checkpoint"
+        )
         assert not main([*train, "resume.checkpoint=last", "trainer.max_steps=3"])
         out = capsys.readouterr().out
         assert "measured" not in out and "conditioner.gap" not in out.partition("resuming from")[2]
@@ -263,10 +272,10 @@ def test_means_of_what_has_changed_are_measured_anew(run, capsys):
 
     def measured():
         """Measure if need be; return what was said, and the means."""
-        needed = needs_means(config, folder / "run")
+        needed = needs_means(config, folder / "run", None) == "measured"
         prepare_means(config, folder / "run", None)
         said = capsys.readouterr().out
-        assert needed == ("are measured, into" in said) and not needs_means(config, folder / "run")
+        assert needed == ("are measured, into" in said) and not needs_means(config, folder / "run", None)
         return said, read_gap(means).gap
 
     said, first = measured()

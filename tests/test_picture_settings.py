@@ -14,7 +14,7 @@ from tiny import DENOISER, embedding, make_parts
 from ldm_lab.checkpoints.native import save_model
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
-from ldm_lab.io.metadata import PNG, texts_of
+from ldm_lab.io.metadata import LARGEST_TEXT, PNG, texts_of
 from ldm_lab.sampling.aliases import syntax_hints
 from ldm_lab.sampling.names import FileRecord, model_name, public_name
 from ldm_lab.sampling.parameters import Parameters, escaped, read_prompt, unescaped, written_prompt
@@ -430,6 +430,17 @@ def test_texts_of_odd_files():
         b"\xff\xd8\xff\xe1\0\x10Exif\0\0MM",
     ):
         assert texts_of(odd) == {}
+
+
+@pytest.mark.parametrize("keyword", ["ldm_lab", "other{}"], ids=["one", "many"])
+def test_a_picture_full_of_packed_texts_costs_little(keyword):
+    """Four mebibytes of them unpack to four gibibytes; what comes first is read, and no more than some."""
+    packed = zlib.compress(b"a" * (LARGEST_TEXT - 1), 9)
+    chunks = [chunk(b"zTXt", keyword.format(number).encode() + b"\0\0" + packed) for number in range(1000)]
+    begun = time.process_time()
+    found = texts_of(PNG + chunk(b"tEXt", b"parameters\0a fox") + b"".join(chunks))
+    assert time.process_time() - begun < 2 and found["parameters"] == "a fox"
+    assert sum(map(len, found.values())) <= 69 * 2**20 and len(found) <= 18
 
 
 A1111 = (

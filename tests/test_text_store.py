@@ -18,12 +18,14 @@ from ldm_lab.checkpoints.parts import load_part
 from ldm_lab.checkpoints.stored_texts import with_known_width
 from ldm_lab.conditioners.t5_models import identity
 from ldm_lab.config import PartConfig, RunConfig, load, to_yaml
+from ldm_lab.data import shard_source
 from ldm_lab.data.cache_files import META, read_meta
 from ldm_lab.data.jobs import PassOptions
 from ldm_lab.data.samples import UNREACHABLE, SkippedSample
+from ldm_lab.data.shapes import write_shards
 from ldm_lab.data.text_store import LACKING, TextStore, store_columns, text_key
 from ldm_lab.errors import UserError
-from ldm_lab.training.embed_texts import embed_texts
+from ldm_lab.training.embed_texts import embed_texts, tag_of
 from ldm_lab.training.texts import load_conditioner, prompts_of, text_callbacks
 
 COLUMNS = store_columns("float16", 8, 48)
@@ -412,6 +414,23 @@ def test_states_that_overflow_leave_their_samples_out_and_counted(yaml, monkeypa
 def test_what_a_run_needs_beside_its_captions(yaml):
     config = load(yaml, ["demo.sampling.negative=blurred"])
     assert prompts_of(config) == ["", "a red circle", "a star", "blurred"]
+
+
+def test_work_is_named_alike_in_all_processes_whatever_a_server_answers(tmp_path, monkeypatch):
+    def tag(answer: str, **options) -> str:
+        monkeypatch.setattr(shard_source, "remote_contents", lambda addresses: dict.fromkeys(addresses, answer))
+        data = PartConfig.from_dict("data", {"name": "webdataset", "image_size": 64, "batch_size": 2, **options})
+        source = data.build()
+        source.open()
+        return tag_of(data, source)
+
+    remote = "https://data.example/{0..3}.tar"
+    assert tag("", shards=remote) == tag("1000 7", shards=remote) != tag("", shards="https://data.example/{0..4}.tar")
+    write_shards(tmp_path / "local", count=4, shards=2, size=32, seed=0)
+    first = tag("", shards=str(tmp_path / "local/*.tar"))
+    shutil.rmtree(tmp_path / "local")
+    write_shards(tmp_path / "local", count=6, shards=2, size=32, seed=0)
+    assert tag("", shards=str(tmp_path / "local/*.tar")) != first
 
 
 def test_captions_of_held_out_images_are_stored_too(yaml, made):

@@ -1,6 +1,7 @@
 """The app on tiny random models, and what talks to it as a program does."""
 
 import json
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,11 +72,16 @@ class Refused(Exception):
     """What the server says of a request that it does not carry out."""
 
 
+def detail(answer: requests.Response) -> str:
+    """Return why a request is refused."""
+    return answer.json()["detail"] if answer.headers["content-type"] == "application/json" else answer.text
+
+
 def begin(address: str, endpoint: str = "sample", **given: object) -> str:
     """Ask for something; returns what it is called from then on."""
     answer = requests.post(f"{address}/gradio_api/call/v2/{endpoint}", json=given, timeout=SECONDS)
     if answer.status_code != 200:
-        raise Refused(f"{answer.status_code}: {answer.text}")
+        raise Refused(f"{answer.status_code}: {detail(answer)}")
     return answer.json()["event_id"]
 
 
@@ -100,10 +106,42 @@ def ask(address: str, endpoint: str = "sample", **given: object) -> object:
     raise AssertionError("no answer")
 
 
+def press(address: str, button: str, **given: object) -> list:
+    """Press a button of the page as a browser does, with some controls set; returns what the page is told in the end.
+
+    Args:
+        address: of the page.
+        button: its name in the page.
+        given: controls by their names in the page, with _ for -; the others are as they are when the page opens.
+    """
+    page = requests.get(f"{address}/config", timeout=SECONDS).json()
+    components = {its["id"]: its["props"] for its in page["components"]}
+    named = {props.get("elem_id"): number for number, props in components.items()}
+    (event,) = [its for its in page["dependencies"] if its["backend_fn"] and [named[button], "click"] in its["targets"]]
+    values = {number: components[number].get("value") for number in event["inputs"]}
+    for name, value in given.items():
+        number = named.get(name.replace("_", "-"), named.get(f"option-{name}"))
+        assert number in values, f"{name} is no control that {button} reads"
+        values[number] = value
+    joined = {"data": list(values.values()), "fn_index": event["id"], "session_hash": secrets.token_hex(8)}
+    answer = requests.post(f"{address}/gradio_api/queue/join", json=joined, timeout=SECONDS)
+    if answer.status_code != 200:
+        raise Refused(f"{answer.status_code}: {detail(answer)}")
+    told = f"{address}/gradio_api/queue/data?session_hash={joined['session_hash']}"
+    with requests.get(told, stream=True, timeout=SECONDS) as answer:
+        for line in answer.iter_lines(decode_unicode=True, chunk_size=1):
+            said = json.loads(line.removeprefix("data: ")) if line else {}
+            if said.get("msg") == "process_completed":
+                if not said["success"]:
+                    raise Refused(said["output"]["error"])
+                return said["output"]["data"]
+    raise AssertionError("no answer")
+
+
 def upload(address: str, path: Path) -> dict[str, object]:
     """Return what stands for an uploaded file. Raises Refused."""
     with open(path, "rb") as file:
         answer = requests.post(f"{address}/gradio_api/upload", files={"files": (path.name, file)}, timeout=SECONDS)
     if answer.status_code != 200:
-        raise Refused(f"{answer.status_code}: {answer.text}")
+        raise Refused(f"{answer.status_code}: {detail(answer)}")
     return {"path": answer.json()[0], "meta": {"_type": "gradio.FileData"}}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders, QueryParams
-from starlette.responses import PlainTextResponse
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ldm_lab.app.hosts import Hosts
@@ -103,7 +103,7 @@ class Guard:
     async def _take_upload(self, scope: Scope, receive: Receive, send: Send, limit: int) -> None:
         """Let an upload through, once there is room for it and all others that are under way."""
         if self.uploading >= MOST_UPLOADS:
-            await PlainTextResponse("too many uploads at once; try again later", 503)(scope, receive, send)
+            await _refused("too many uploads at once; try again later", 429)(scope, receive, send)
             return
         self.uploading += 1
         try:
@@ -111,7 +111,7 @@ class Guard:
             async with asyncio.timeout(UPLOAD_SECONDS):
                 await self.app(scope, _counted(receive, limit), send)
         except TimeoutError:
-            await PlainTextResponse(f"an upload may take {UPLOAD_SECONDS} seconds", 408)(scope, receive, send)
+            await _refused(f"an upload may take {UPLOAD_SECONDS} seconds", 408)(scope, receive, send)
         finally:
             self.uploading -= 1
 
@@ -121,7 +121,7 @@ class Guard:
             async with asyncio.timeout(BODY_SECONDS):
                 body = await _body(receive, JSON_LIMIT)
         except TimeoutError:
-            await PlainTextResponse(f"a request may take {BODY_SECONDS} seconds", 408)(scope, receive, send)
+            await _refused(f"a request may take {BODY_SECONDS} seconds", 408)(scope, receive, send)
             return
         if body is None:
             await _too_long(JSON_LIMIT)(scope, receive, send)
@@ -129,7 +129,7 @@ class Guard:
         reason = self._wrong(body, scope["path"])
         full = "" if reason else await self.line.refusal(scope["path"], _function(body))
         if reason or full:
-            await PlainTextResponse(reason or full, 400 if reason else 503)(scope, receive, send)
+            await _refused(reason or full, 400 if reason else 429)(scope, receive, send)
             return
         await self.app(scope, _again(body, receive), send)
 
@@ -145,17 +145,17 @@ class Guard:
             except TimeoutError:  # nobody takes what is sent
                 return
 
-    def _refusal(self, scope: Scope) -> PlainTextResponse | None:
+    def _refusal(self, scope: Scope) -> JSONResponse | None:
         """Return what is said to a request that is refused whatever it sends; None lets it through."""
         headers, path = Headers(scope=scope), scope["path"]
         if reason := self.hosts.refusal(headers.get("host", ""), headers.get("origin")):
-            return PlainTextResponse(reason, 403)
+            return _refused(reason, 403)
         if any(part in path.lower() for part in NO_FETCHING):
-            return PlainTextResponse("addresses are not fetched here", 403)
+            return _refused("addresses are not fetched here", 403)
         if not _is_used(path):
-            return PlainTextResponse("nothing here", 404)
+            return _refused("nothing here", 404)
         if self.is_locked and not _is_open(path, scope["method"]) and not _is_logged_in(scope):
-            return PlainTextResponse("the password is needed: log in first", 401)
+            return _refused("the password is needed: log in first", 401)
         return None
 
     def _wrong(self, body: bytes, path: str) -> str:
@@ -237,8 +237,13 @@ def _is_used(path: str) -> bool:
     return any(name.startswith(used) if used.endswith(("/", "=")) else name.rstrip("/") == used for used in USED)
 
 
-def _too_long(limit: int) -> PlainTextResponse:
-    return PlainTextResponse(f"{limit} bytes at most are taken", 413)
+def _refused(reason: str, code: int) -> JSONResponse:
+    """Return what is said to a request that is not let through, as the application says such things."""
+    return JSONResponse({"detail": reason}, code)
+
+
+def _too_long(limit: int) -> JSONResponse:
+    return _refused(f"{limit} bytes at most are taken", 413)
 
 
 def _is_open(path: str, method: str) -> bool:

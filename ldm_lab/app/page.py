@@ -1,6 +1,7 @@
 """The page: controls on one side, pictures on the other, and what happens when something is pressed."""
 
 import html
+import json
 import secrets
 import zipfile
 from collections.abc import Callable, Iterator
@@ -107,10 +108,15 @@ def _connect(
         "scroll_to_output": True,
     }
     making |= {"concurrency_id": QUEUE, "concurrency_limit": 1, "trigger_mode": "once"}
+    here = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
+    for asking in (buttons.draw.click, form.prompts.submit, buttons.again.click):
+        asking(None, None, [status], js=f"() => {json.dumps(_shown_status(Progress('waiting for its turn')))}", **here)
     drawn = buttons.draw.click(draw, form.controls, **making)
     sent = form.prompts.submit(draw, form.controls, **making)
     new_seed = buttons.again.click(_new_seed, None, [fields["seed"]], api_visibility="private", queue=False)
     repeated = new_seed.then(again, [last, fields["seed"]], **making)
+    for event in (drawn, sent, repeated):
+        event.failure(None, None, [status], js=f"() => {json.dumps(_shown_status(Progress('not drawn')))}", **here)
     ended = buttons.stop.click(None, None, None, cancels=[drawn, sent, repeated], api_visibility="private", queue=False)
     ended.then(lambda: _shown_status(Progress("stopped")), None, [status], api_visibility="private")
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # these import torch, which takes seconds
 
     from ldm_lab.prompts import Prompt
 
-Similarity = Callable[["Image.Image", "Prompt"], float]  # the cosine, -1 to 1; of a negative weight with the other sign
+Similarity = Callable[["Image.Image", "Prompt"], float]  # the cosine, -1 to 1, times `Prompt.direction`
 
 
 def by_clip(words: list[str], device: str | None) -> tuple[str, Similarity]:
@@ -34,7 +34,7 @@ def by_clip(words: list[str], device: str | None) -> tuple[str, Similarity]:
     def similarity(image: "Image.Image", prompt: "Prompt") -> float:
         pixels = encoder.prepare(image)[None].to(encoder.conditioner.device)  # [1, 3, S, S]
         cosine = (encoder.images(pixels) * encoder.texts([prompt.text])).sum()
-        return float(cosine) * (-1 if (prompt.weight or 0) < 0 else 1)
+        return float(cosine) * prompt.direction
 
     return describe(encoder.embedder), similarity
 

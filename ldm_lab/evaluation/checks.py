@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ldm_lab.data.work_items import file_batches
-from ldm_lab.errors import NotFiniteError, UserError
+from ldm_lab.errors import UserError
 from ldm_lab.evaluation.asked import Asked
 from ldm_lab.evaluation.distances import check_rows
-from ldm_lab.evaluation.feature_files import SUMS, VALUES, PictureRows
+from ldm_lab.evaluation.feature_files import FEATURES, SUMS, VALUES, PictureRows
 from ldm_lab.evaluation.metrics import CLIP_SCORE
 from ldm_lab.evaluation.model_parts import caption_rows, check_parts
 from ldm_lab.evaluation.settings import Models, Setting, model_names, settings_of
@@ -41,10 +41,15 @@ def check_asked(asked: Asked) -> None:
     check_distinct("--checkpoint", [locate_model(its) for its in asked.checkpoints], "is given twice")
     check_folders(asked)
     writable_folder(asked.out, "--out")
-    if asked.prompts is not None and "clip_score" in asked.metrics:
-        empty = next((str(prompt) for prompt in asked.prompts if not prompt.text.strip()), None)
-        if empty is not None:
-            raise UserError(f"--prompts: {empty!r} has no words that clip_score could compare a picture with")
+    check_words("--prompts", asked.metrics, asked.prompts or [])
+
+
+def check_words(where: str, names: Iterable[str], prompts: Iterable[Prompt]) -> None:
+    """Raise UserError for a prompt without a text, where a metric compares pictures with their prompts."""
+    name = next(iter(of_kind(names, "captions")), None)
+    empty = next((str(prompt) for prompt in prompts if not prompt.text.strip()), None)
+    if name is not None and empty is not None:
+        raise UserError(f"{where}: {empty!r} has no words that {name} could compare a picture with")
 
 
 def check_count(what: str, names: Iterable[str], count: int) -> None:
@@ -99,24 +104,23 @@ def check_real(names: Iterable[str], rows: PictureRows) -> None:
             check_rows(f"{name}: real images", rows.features(space), METRICS[name].least)
 
 
-def check_measured(checkpoint: str, names: Iterable[str], rows: PictureRows) -> None:
-    """Look at what was measured of a model's parts on real images.
+def check_measured(checkpoint: str, names: Iterable[str], rows: PictureRows) -> list[str]:
+    """Return what has to be said of what was measured of a model's parts on real images: numbers that are not finite.
 
     Raises:
         UserError: no usable image, too few of them, or too few captions.
-        NotFiniteError: a loss or a reconstruction that is none.
     """
+    found: list[str] = []
     if not len(rows):
         raise UserError("--data: no usable image")
     for name in of_kind(names, "data"):
         check_count("real images", [name], len(rows))
-        for prefix in (VALUES, SUMS):
-            if (values := rows.tensors.get(prefix + name)) is not None and not values.isfinite().all():
-                raise NotFiniteError(f"{checkpoint}: {name} is not finite on these images")
-        if space := METRICS[name].space:
-            check_rows(f"{name}: {checkpoint}", rows.features(space), METRICS[name].least)
+        tensors = [VALUES + name, SUMS + name, f"{FEATURES}{METRICS[name].space}"]
+        if not all(rows.tensors[its].isfinite().all() for its in tensors if its in rows.tensors):
+            found.append(f"{checkpoint}: {name} is not finite on these images")
         if name == "retrieval":
             caption_rows(rows.texts)
+    return found
 
 
 def check_pictures(folder: str, names: Iterable[str], rows: PictureRows) -> None:

@@ -265,7 +265,7 @@ class Comparison:
         items = self.real.items(self.asked.out / "parts" / f"model-{key}")
         self.run_pass(job, items, "real images", self.real.source.max_skipped)
         measured = rows_of_items(items)
-        check_measured(checkpoint, self.of_data, measured)
+        self.remarks += check_measured(public_name(checkpoint), self.of_data, measured)
         return measured
 
     # ------------------------------------------------------------------------------------------------------- the table

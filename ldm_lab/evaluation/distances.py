@@ -110,15 +110,20 @@ def cmmd(x: Tensor, y: Tensor) -> float:
     return CMMD_SCALE * (gaussian_mean(x, x) + gaussian_mean(y, y) - 2 * gaussian_mean(x, y))
 
 
+def polynomial_kernel(x: Tensor, y: Tensor) -> Tensor:
+    """Return (x y / D + 1)^3 of all pairs of rows of x [n, D] and y [m, D], [n, m]."""
+    return (x @ y.T).div_(x.shape[1]).add_(1).pow_(3)
+
+
 def polynomial_mmd(x: Tensor, y: Tensor) -> float:
     """Return the unbiased squared MMD of two sets [n, D] and [m, D] (Binkowski et al. 2018, arXiv 1801.01401, eq. 4).
 
-    The kernel is (x y / D + 1)^3.
+    The kernel is `polynomial_kernel`.
     """
     x, y = x.double().cpu(), y.double().cpu()
-    width, n, m = x.shape[1], len(x), len(y)
-    own_x, own_y = (x @ x.T / width + 1) ** 3, (y @ y.T / width + 1) ** 3  # [n, n], [m, m]
-    both = ((x @ y.T / width + 1) ** 3).mean()
+    n, m = len(x), len(y)
+    own_x, own_y = polynomial_kernel(x, x), polynomial_kernel(y, y)  # [n, n], [m, m]
+    both = polynomial_kernel(x, y).mean()
     within_x = (own_x.sum() - own_x.trace()) / (n * (n - 1))
     within_y = (own_y.sum() - own_y.trace()) / (m * (m - 1))
     return float(within_x + within_y - 2 * both)
@@ -155,13 +160,11 @@ def neighbor_radii(rows: Tensor, k: int) -> Tensor:
     return torch.cat(radii)
 
 
-def covered(rows: Tensor, centers: Tensor, radii: Tensor) -> float:
-    """Return the share of rows [n, D] that lie in at least one ball around centers [m, D] of squared radii [m]."""
+def covered(rows: Tensor, centers: Tensor, radii: Tensor) -> Tensor:
+    """Return whether rows [n, D] lie in a ball around centers [m, D] of squared radii [m], bool [n]."""
     centers = centers.double().cpu()
-    inside = 0
-    for part in rows.split(CHUNK):
-        inside += int((squared_distances(part.double().cpu(), centers) <= radii).any(1).sum())
-    return inside / len(rows)
+    parts = rows.split(CHUNK)
+    return torch.cat([(squared_distances(part.double().cpu(), centers) <= radii).any(1) for part in parts])
 
 
 def precision(real: Tensor, made: Tensor, k: int = NEIGHBORS) -> float:
@@ -169,9 +172,9 @@ def precision(real: Tensor, made: Tensor, k: int = NEIGHBORS) -> float:
 
     A set's manifold is the union of balls around its features that reach to their k-th nearest neighbor.
     """
-    return covered(made, real, neighbor_radii(real, k))
+    return float(covered(made, real, neighbor_radii(real, k)).double().mean())
 
 
 def recall(real: Tensor, made: Tensor, k: int = NEIGHBORS) -> float:
     """Return the share of real features [n, D] that lie among the made ones [m, D]: `precision` the other way round."""
-    return covered(real, made, neighbor_radii(made, k))
+    return float(covered(real, made, neighbor_radii(made, k)).double().mean())

@@ -112,7 +112,7 @@ def check_tensors(path: Path, rows: PictureRows, wanted: Mapping[str, Sequence[i
     Args:
         path: of the file.
         rows: in it.
-        wanted: name -> shape of one row. Features have to be finite, too.
+        wanted: name -> shape of one row.
     """
     for name, shape in wanted.items():
         value = rows.tensors.get(name)
@@ -120,8 +120,6 @@ def check_tensors(path: Path, rows: PictureRows, wanted: Mapping[str, Sequence[i
             raise UserError(f"{path}: there is no {name} in it, damaged")
         if list(value.shape[1:]) != [*shape]:
             raise UserError(f"{path}: {name} has rows of {list(value.shape[1:])}, not {[*shape]}, damaged")
-        if name.startswith(FEATURES) and not value.isfinite().all():
-            raise UserError(f"{path}: {name} has numbers that are not finite, damaged")
 
 
 def _unpacked(blob: Tensor, ends: Tensor) -> list[str]:

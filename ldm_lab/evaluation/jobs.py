@@ -93,6 +93,13 @@ def clip_scores(network: EmbeddingFeatures, embeds: Tensor, texts: Sequence[str]
     return scores
 
 
+def directed(rows: PictureRows, prompts: Sequence[Prompt]) -> PictureRows:
+    """Return rows of pictures whose scores heed where their prompts lead (`Prompt.direction`)."""
+    if CLIP_SCORE in rows.tensors:
+        rows.tensors[CLIP_SCORE] *= torch.tensor([prompt.direction for prompt in prompts])  # [B]
+    return rows
+
+
 class ImagesJob(FeatureJob[Raw, PreparedPicture, PictureBatch]):
     """Features of images that are there: of a data source as training reads it, or of files as they are."""
 
@@ -193,7 +200,7 @@ class PicturesJob(FeatureJob[Asked, Asked, AskedBatch]):
             tensors = {FEATURES + space: rows for space, rows in none.items()}  # [B, D] each
         else:
             tensors = {FEATURES + its.space: rows_of(its, pictures, self.device) for its in self.features()}
-        return self.scored(tensors, [prompt.text for prompt in prompts])
+        return directed(self.scored(tensors, [prompt.text for prompt in prompts]), prompts)
 
 
 def rows_of_items(items: Sequence[WorkItem[Raw]]) -> PictureRows:

@@ -1,5 +1,6 @@
 """What a model's parts make of real images: the loss by noise level, reconstructions, retrieval. Nothing is sampled."""
 
+import math
 import zlib
 from collections.abc import Sequence
 
@@ -161,7 +162,9 @@ def part_values(names: Sequence[str], real: RealSet | None, made: PictureRows, t
             found |= retrieval(made)
         elif space := METRICS[name].space:
             assert real is not None, f"{name} compares features with those of real images"
-            found[name] = Value(distance(name, real, made.features(space), space))
+            features = made.features(space)  # [N, D]
+            is_finite = bool(features.isfinite().all())
+            found[name] = Value(distance(name, real, features, space) if is_finite else math.nan)
         else:
             values = made.tensors[VALUES + name].double()  # [N]
             found[name] = by_bootstrap(

@@ -141,4 +141,6 @@ def kept_rows(real: RealImages | None, networks: Sequence[Features], path: Path)
     if not len(rows):
         raise UserError(f"{path}: there is no picture in it, damaged")
     check_tensors(path, rows, {FEATURES + its.space: (its.width,) for its in networks})
+    if endless := next((its.space for its in networks if not rows.features(its.space).isfinite().all()), None):
+        raise UserError(f"{path}: {FEATURES}{endless} has numbers that are not finite, damaged")
     return rows, there.get(UNUSABLE)

@@ -17,6 +17,9 @@ KEPT_CHUNKS = {b"tRNS": 1, b"eXIf": 0, b"sRGB": 1, b"gAMA": 4, b"cHRM": 32, b"cI
 XMP = b"XML:com.adobe.xmp\0\0\0"  # the beginning of a PNG text that is not compressed
 LARGEST_XMP = 2**20  # bytes
 LARGEST_TEXT, MOST_TEXTS = 4 * 2**20, 100  # bytes of a text, unpacked; texts of a file
+LARGEST_TEXTS = (
+    64 * 2**20
+)  # bytes of all texts of a file, unpacked: a chunk may be a thousandth of what comes out of it
 EXIF_HEADER, ICC_HEADER = b"Exif\0\0", b"ICC_PROFILE\0"
 BYTE, SHORT, LONG, SIGNED_BYTE = 1, 3, 4, 6  # types of EXIF values
 TURNS = {
@@ -154,18 +157,26 @@ def png_chunk(data: bytes, wanted: bytes) -> bytes | None:
 def texts_of(data: bytes) -> dict[str, str]:
     """Return keyword -> text of a PNG's text chunks, and what the EXIF comment of a JPEG or WebP says as "parameters".
 
-    What is damaged, or longer than 4 MiB, is left out.
+    What is damaged, or longer than 4 MiB, is left out; so is what comes after a hundred texts, or 64 MiB of them.
     """
     if not data.startswith(PNG):
         comment = _comment(_exif_of(data))
         return {"parameters": comment} if comment else {}
     found: dict[str, str] = {}
+    looked, left = 0, LARGEST_TEXTS
     for kind, start, end in _chunks(data):
-        keyword, separator, content = data[start + 8 : end - 4].partition(b"\0")
-        if separator and kind in (b"tEXt", b"zTXt", b"iTXt") and len(content) <= LARGEST_TEXT:
+        if kind not in (b"tEXt", b"zTXt", b"iTXt"):
+            continue
+        looked += 1
+        if looked > MOST_TEXTS or left <= 0:
+            break
+        word, separator, content = data[start + 8 : end - 4].partition(b"\0")
+        keyword = word.decode("latin-1")
+        if separator and keyword not in found and len(content) <= LARGEST_TEXT:
             text = _text(kind, content)
-            if text is not None and len(found) < MOST_TEXTS:
-                found.setdefault(keyword.decode("latin-1"), text)
+            left -= LARGEST_TEXT if text is None else len(text)
+            if text is not None:
+                found[keyword] = text
     return found
 
 

@@ -57,9 +57,9 @@ def check(config: RunConfig) -> int:
     check_start(config, folder)
     max_steps = config.part("trainer").option("max_steps")
     with TemporaryDirectory(prefix="ldm_lab-check-") as scratch:
-        tried = trial(config, Path(scratch), before)
+        tried = trial(config, Path(scratch), before, resume.path)
         data = DataModule(training_data(tried).build(), seed=config.seed)
-        prepare_means(tried, Path(scratch), None)
+        prepare_means(tried, Path(scratch), resume.path)
         task = build_task(tried)
         options: TrainerOptions = tried.part("trainer").build()
         options.options["enable_progress_bar"] = False
@@ -84,13 +84,14 @@ def check(config: RunConfig) -> int:
     return 0
 
 
-def trial(config: RunConfig, scratch: Path, before: int) -> RunConfig:
+def trial(config: RunConfig, scratch: Path, before: int, resumed: Path | None = None) -> RunConfig:
     """Return a run of one step and one picture that is like another one.
 
     Args:
         config: of the run.
         scratch: a folder that is deleted afterwards, for all that is drawn.
         before: optimizer steps that the run has made.
+        resumed: the checkpoint that it goes on with; None begins anew.
     """
     strategy = config.part("trainer").option("strategy")
     options = Section({"max_steps": before + 1, "max_time": None, "devices": 1, "num_nodes": 1})
@@ -111,11 +112,12 @@ def trial(config: RunConfig, scratch: Path, before: int) -> RunConfig:
     if "cache" in config and not is_complete(folder := cache_options(config).folder, config):
         print(f"check: the run would encode its data first, into {folder}/; this step encodes its batch itself")
         tried = replace(tried, sections={name: part for name, part in tried.sections.items() if name != "cache"})
-    if needs_means(tried, RUNS / config.run):
-        print("check: the run would measure conditioner.gap's means first; this step measures them on a few images")
+    if source := needs_means(tried, RUNS / config.run, resumed):
+        if source == "measured":
+            print("check: the run would measure conditioner.gap's means first; this step measures them on a few images")
         tried = with_own_means(few_means(tried, config["data"].option("batch_size")), scratch)
-    if "cache" not in tried and type(source := config["data"].build()).prepare is not Source.prepare:
-        tried = drawn_elsewhere(tried, source, scratch)
+    if "cache" not in tried and type(data := config["data"].build()).prepare is not Source.prepare:
+        tried = drawn_elsewhere(tried, data, scratch)
     return tried
 
 

@@ -13,6 +13,7 @@ from ldm_lab.conditioners.t5 import T5
 from ldm_lab.config import PartConfig, RunConfig
 from ldm_lab.data.cache_files import ENDING, ShardFacts, size_of
 from ldm_lab.data.cache_items import DONE, ItemDone
+from ldm_lab.data.contents import contents_of, file_entries
 from ldm_lab.data.jobs import Fingerprint, Finished, Job, PassOptions, PassReport
 from ldm_lab.data.passes import run_pass
 from ldm_lab.data.samples import Captioned, SkippedSample, as_utf8
@@ -189,9 +190,16 @@ def run_pass_over(
 
 
 def tag_of(data: PartConfig, source: Source) -> str:
-    """Return what names the work items of some data, so that other data may add to the same store."""
+    """Return what names the work items of some data, so that other data may add to the same store.
+
+    It is the same one in all processes, each of which finds it out by itself: so nothing of it is asked of servers,
+    which answer one process and not another.
+    """
     options = {key: value for key, value in data.to_dict().items() if key not in LOADING}
-    told = json.dumps([source.contents(), options], sort_keys=True, default=str)
+    found = contents_of(
+        source.unit, file_entries([(name, str(path) if path else None) for name, path in source.files()])
+    )
+    told = json.dumps([found or source.contents(), options], sort_keys=True, default=str)
     return hashlib.blake2b(told.encode(), digest_size=6).hexdigest()
 
 

@@ -18,10 +18,11 @@ from ldm_lab.data.datamodule import DataModule
 from ldm_lab.data.source import Source
 from ldm_lab.embed import Encoder
 from ldm_lab.errors import NotFiniteError, UserError, told_in_one_line
+from ldm_lab.evaluation.checks import check_words
 from ldm_lab.evaluation.distances import check_rows
 from ldm_lab.evaluation.feature_files import FEATURES, PictureRows
 from ldm_lab.evaluation.features import EmbeddingFeatures, Features, InceptionFeatures, rows_of
-from ldm_lab.evaluation.jobs import clip_scores
+from ldm_lab.evaluation.jobs import clip_scores, directed
 from ldm_lab.evaluation.metrics import CLIP_SCORE, RealSet, few_images, picture_value
 from ldm_lab.io.images import to_images
 from ldm_lab.metrics import METRICS, check_names, is_higher_better, of_kind, spaces_of
@@ -91,6 +92,7 @@ class Evaluate(Measuring):
         self.every, self.metrics, self.images, self.pictures = every, list(metrics), images, pictures
         lines = None if prompts is None else read_prompts(prompts)
         self.prompts = None if lines is None else [parse_prompt(line) for line in lines]
+        check_words("evaluate.prompts", self.metrics, self.prompts or [])
         self.options = comparable(SamplingOptions.from_values({**DEMO, **(sampling or {})}), "evaluate")
         self.clip, self.inception = clip, inception
         shown, drawn = ({key: its for key, its in (section or {}).items() if key not in UNIMPORTANT}
@@ -256,7 +258,9 @@ class Evaluate(Measuring):
                 pictures = self.pipeline(trainer, task)([[its] for its in prompts], self.options, seeds=seeds)
             except NotFiniteError:
                 return Made(number, None)
-        return Made(number, self.seen(task, pictures, [its.text for its in prompts], with_texts=True))
+        return Made(
+            number, directed(self.seen(task, pictures, [its.text for its in prompts], with_texts=True), prompts)
+        )
 
     def pipeline(self, trainer: Trainer, task: DiffusionTask) -> Pipeline:
         """Return a pipeline over the task's own parts, with the averaged weights if there are any."""

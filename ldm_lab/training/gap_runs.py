@@ -4,6 +4,9 @@ import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
 
 from ldm_lab.checkpoints.embedders import embedder_of, same
 from ldm_lab.checkpoints.files import read_pickled
@@ -54,13 +57,25 @@ def own_means(config: RunConfig, folder: Path) -> GapOptions | None:
     return options if options is not None and options.means == str(folder / FILE) else None
 
 
-def needs_means(config: RunConfig, folder: Path) -> bool:
-    """Return whether a run would measure its means when it starts."""
-    options = own_means(config, folder)
-    if options is None or not (folder / FILE).exists():
-        return options is not None
-    goes_on = config.part("resume").option("checkpoint") is not None
-    return not goes_on and bool(outdated(config, options, folder / FILE, opened(config)))
+def needs_means(config: RunConfig, folder: Path, resumed: Path | None) -> Literal["measured", "from checkpoint", ""]:
+    """Return where a run would get its means from when it starts; "" where they are there, or are not its own.
+
+    Args:
+        config: with `with_own_means`.
+        folder: the run's.
+        resumed: the checkpoint that it goes on with; None begins anew.
+    """
+    options, path = own_means(config, folder), folder / FILE
+    if options is None or (path.exists() and resumed is not None):
+        return ""
+    if path.exists():
+        return "measured" if outdated(config, options, path, opened(config)) else ""
+    return "measured" if resumed is None or not kept_means(resumed) else "from checkpoint"
+
+
+def kept_means(checkpoint: Path) -> dict[str, Tensor]:
+    """Return the state of the means in a run's checkpoint; empty without any."""
+    return split_gap(read_pickled(checkpoint, mmap=True).get("state_dict", {}))[1]
 
 
 def few_means(config: RunConfig, images: int) -> RunConfig:
@@ -86,12 +101,10 @@ def prepare_means(config: RunConfig, folder: Path, resumed: Path | None) -> None
         return
     if resumed is not None and path.exists():
         return  # the checkpoint's hold in any case
-    if resumed is not None:
-        _, state = split_gap(read_pickled(resumed, mmap=True).get("state_dict", {}))
-        if state:
-            about = Section(about=f"as of {resumed}")
-            GapFile(Gap.from_state(state, str(resumed)), embedder_of(config["conditioner"]), about).save(path)
-            return
+    if resumed is not None and (state := kept_means(resumed)):
+        about = Section(about=f"as of {resumed}")
+        GapFile(Gap.from_state(state, str(resumed)), embedder_of(config["conditioner"]), about).save(path)
+        return
     source = opened(config)
     if path.exists():
         if not (other := outdated(config, options, path, source)):

@@ -236,8 +236,6 @@ def test_mistakes_are_messages_and_text_is_only_text(opened):
     assert "guidance: number or null is needed, not '<img src=x onerror=alert(1)>'" in told(page)
     fill(page, "option-guidance", "")
     fill(page, "option-steps", "2")
-    unfold(page, "loras")
-    fill(page, "strength-1", "0.5")
     unfold(page, "sampler-options")
     fill(page, "option-eta", "0.5")
     unfold(page, "begin-with")
@@ -247,12 +245,27 @@ def test_mistakes_are_messages_and_text_is_only_text(opened):
     expect(page.locator("#status li")).to_have_text([
         "strength: without effect: belongs to init_image, which is not given",
         "eta: without effect: the sampler unipc has no such option",
-        "strength: without effect: LoRA 1 is not chosen",
     ])  # fmt: skip
     visit.shot("remarks")
     fill(page, "count", "5")
     page.locator("#draw").click()
     assert "5 pictures are too many for one request" in told(page)
+    expect(page.locator("#status p")).to_have_text("not drawn")
+
+
+def test_a_full_queue_is_told(opened, steps, address):
+    visit = opened()
+    page = visit.page
+    working = tiny_app.events(address, tiny_app.begin(address, prompts=["a"], steps=200, sampler="ddim"))
+    next(working)
+    for _ in range(8):
+        tiny_app.begin(address, prompts=["a"], steps=2, sampler="ddim")
+    page.locator("#draw").click()
+    expect(page.locator("body")).to_contain_text("8 requests wait already, and no more are taken; try again later")
+    visit.shot()
+    working.close()
+    expect(page.locator("#status p")).to_have_text("not drawn")
+    visit.problems[:] = [line for line in visit.problems if "429" not in line]
 
 
 def test_two_users_at_once(opened, steps):
@@ -262,6 +275,7 @@ def test_two_users_at_once(opened, steps):
         fill(visit.page, "option-steps", "15")
     first.page.locator("#draw").click()
     second.page.locator("#draw").click()
+    expect(second.page.locator("#status p")).to_have_text("waiting for its turn")
     second.page.wait_for_timeout(300)
     second.shot("waits")
     for visit, prompt in ((first, "of the first"), (second, "of the second")):
