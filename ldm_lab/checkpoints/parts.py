@@ -244,7 +244,9 @@ def check_strictly(own: dict[str, Tensor], state: dict[str, Tensor], path: str |
     """Raise UserError with the first differences in names and shapes between a module's own tensors and a file's."""
     problems = []
     problems += [f"{name} is missing" for name in own if name not in state]
-    problems += [f"{name} is not of this architecture" for name in state if name not in own]
+    problems += [
+        f"{' '.join(str(name)[:100].split())} is not of this architecture" for name in state if name not in own
+    ]
     problems += [
         f"{name} is {list(state[name].shape)}, not {list(own[name].shape)}"
         for name in own

@@ -18,6 +18,7 @@ from torchvision.models.inception import BasicConv2d
 from ldm_lab.checkpoints.files import read_pickled
 from ldm_lab.checkpoints.initialization import no_initial_weights
 from ldm_lab.checkpoints.parts import load_strictly
+from ldm_lab.errors import UserError
 from ldm_lab.pretrained.resolve import resolve_weights
 
 SIDE, WIDTH, CLASSES = 299, 2048, 1008  # pixels, features, outputs of the layer behind them, which nothing here reads
@@ -118,7 +119,9 @@ def load_inception(weights: str | Path | None = None) -> tuple[Inception, Path]:
     """
     path = resolve_weights(weights or RELEASED, "--inception")
     state = read_pickled(path)
-    state = {name: value for name, value in state.items() if not name.endswith(COUNTERS)}
+    if odd := [str(name) for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise UserError(f"{path}: {odd[0][:60]!r} in it is no tensor; a file as pytorch-fid has it is needed")
+    state = {str(name): value for name, value in state.items() if not str(name).endswith(COUNTERS)}
     with no_initial_weights():
         network = Inception()
     state |= {name: value for name, value in network.state_dict().items() if name.endswith(COUNTERS)}
