@@ -2,5 +2,5 @@
 
 
 def is_text(written: str) -> bool:
-    """Return whether a string is text: halves of a pair (surrogates), as odd bytes of a command line become, are none."""
+    """Return whether a string is text: surrogates, which odd bytes of a command line become, are none."""
     return not any("\ud800" <= letter <= "\udfff" for letter in written)
