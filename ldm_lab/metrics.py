@@ -25,6 +25,7 @@ class Metric:
         space: features that it compares; None for none.
         least: pictures that it needs on each side.
         parts: of a model that it looks at, where it looks at no picture that the model makes.
+        is_unbiased: whether it comes out alike for few pictures and for many; other distances of sets do not.
         is_mean: whether it is the mean of a number of each image, so that images can be drawn again for a margin.
     """
 
@@ -35,11 +36,12 @@ class Metric:
     least: int = 2
     parts: tuple[ModelPart, ...] = ()
     is_mean: bool = False
+    is_unbiased: bool = False
 
 
 METRICS = {
     "fid": Metric("pictures", False, "Fréchet distance of Inception features", "inception"),
-    "kid": Metric("pictures", False, "unbiased kernel distance of Inception features", "inception"),
+    "kid": Metric("pictures", False, "unbiased kernel distance of Inception features", "inception", is_unbiased=True),
     "fd": Metric("pictures", False, "Fréchet distance of embeddings", "embedding"),
     "cmmd": Metric("pictures", False, "kernel distance of embeddings, times 1000", "embedding"),
     "precision": Metric("pictures", True, "share of pictures among the real ones", "embedding", NEIGHBORS + 1),

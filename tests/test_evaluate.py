@@ -446,7 +446,7 @@ def test_what_can_be_known_is_said_before_pictures_are_made(
     assert code == 2 and message in err.splitlines()[-1] and "Traceback" not in err, err
 
 
-def test_folders_and_models_are_looked_at_before_pictures_are_made(evaluate, unsampled, models, tmp_path):
+def test_folders_and_models_are_looked_at_before_pictures_are_made(evaluate, unsampled, models, tmp_path, request):
     few, bare = pictures_in(tmp_path / "few", 2, "a star"), pictures_in(tmp_path / "bare", 6)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"no picture")
@@ -454,14 +454,16 @@ def test_folders_and_models_are_looked_at_before_pictures_are_made(evaluate, uns
     (tmp_path / "file").write_text("")
     (tmp_path / "p.txt").write_text("a star\n:2\n")
     shutil.copy(models / "a.safetensors", tmp_path / "a.safetensors")
-    (tmp_path / "link.safetensors").symlink_to(models / "a.safetensors")
+    link = models / "link.safetensors"  # beside the parts that the model names
+    link.symlink_to(models / "a.safetensors")
+    request.addfinalizer(link.unlink)
     asked = ("--checkpoint", models / "a.safetensors", *SHORT)
     for words, told in (
         ((*asked, "--images", few, "--metric", "recall"), "few: recall: at least 4 images are needed, not 2"),
         ((*asked, "--images", bare, "--metric", "clip_score"), "bare: clip_score needs captions"),
         ((*asked, "--images", tmp_path / "broken", "--metric", "fd"), "broken: no usable image"),
         ((*asked, "--checkpoint", tmp_path / "not_a_model.safetensors"), "not_a_model.safetensors"),
-        ((*asked, "--checkpoint", tmp_path / "link.safetensors"), "link.safetensors: is given twice"),
+        ((*asked, "--checkpoint", link), "link.safetensors: is given twice"),
         ((*asked, "--prompts", tmp_path / "p.txt"), "--prompts: ':2' has no words that clip_score could compare"),
         ((*asked, "--out", tmp_path / "file"), "file: this is a file, not a folder"),
         ((*asked, "--bootstrap", 1), "--bootstrap"),

@@ -55,6 +55,16 @@ def test_draws_are_marked_where_other_margins_are_of_seeds():
     assert [row[-1] for row in cells(made)] == ["0.5 ± 0.1", "**0.25 ± 0.2**\\*"]
 
 
+def test_rows_of_different_numbers_of_pictures_are_said():
+    rows = [Row("a", pictures=200, values={"fd": SEEDS, "kid": SEEDS}), Row("b", pictures=50, values={"fd": DRAWS})]
+    line = "fd: rows are of 50 to 200 pictures, which tells on them; compare rows of equal numbers alone"
+    made = Table(rows, {})
+    assert json.loads(made.to_json())["remarks"] == [line] and f"- {line}" in made.to_markdown()
+    others = [Row("a", pictures=200, values={"kid": SEEDS}), Row("b", pictures=50, values={"kid": SEEDS})]
+    assert not Table(others, {}).uneven() and not Table(rows[:1], {}).uneven()
+    assert not Table([*rows[:1], Row("c", values={"loss": DRAWS})], {}).uneven()
+
+
 def test_a_table_without_values_says_nothing_of_margins():
     assert "margins" not in Table([Row("a")], {}).told()
 
@@ -73,7 +83,8 @@ def test_what_is_no_number_is_marked_in_all_files_and_is_never_the_best():
 
 
 def test_a_plot_of_what_is_no_number(tmp_path):
-    PLOT(Table([Row("a", values={"fd": NAN}), Row("b", values={"fd": SEEDS})], {}), tmp_path / "plot.png")
+    rows = [Row("a", values={"fd": NAN}), Row("b", values={"fd": SEEDS}), Row("c", values={"fd": DRAWS, "loss": NAN})]
+    PLOT(Table(rows, {}), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
@@ -116,8 +127,8 @@ def test_a_model_whose_pictures_are_not_finite_does_not_lose_the_others(evaluate
     state = build("denoiser", DENOISER, 4, embedding(16)).state_dict()
     broken = {name: value * 1e30 if value.is_floating_point() else value for name, value in state.items()}
     config = json.loads(_metadata(models / "a.safetensors")["config"])
-    save_model(tmp_path / "broken.safetensors", broken, config, {"image_size": "32"})
-    checkpoints = ("--checkpoint", models / "a.safetensors", "--checkpoint", tmp_path / "broken.safetensors")
+    save_model(models / "broken.safetensors", broken, config, {"image_size": "32"})
+    checkpoints = ("--checkpoint", models / "a.safetensors", "--checkpoint", models / "broken.safetensors")
     for _ in range(2):  # the second time what was seen is taken up again
         code, _, err = evaluate(*checkpoints, *SHORT)
         assert code == 3 and "some values are not finite" in err and "Traceback" not in err, err

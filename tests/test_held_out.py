@@ -248,11 +248,11 @@ def test_data_that_cannot_be_measured_are_refused(tmp_path, data, message):
 
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path):
-    config = make_run(tmp_path, images=16, held_out=held_out(tmp_path), trainer={"max_steps": 2})
+    config = make_run(tmp_path, images=16, held_out=held_out(tmp_path), trainer={"max_steps": 3})
     for run, devices in (("one", 1), ("two", 2)):
         done = run_program(
             "-m", "ldm_lab", "train", "--config", config, f"run={run}", f"trainer.devices={devices}", cwd=tmp_path
         )
         assert done.returncode == 0, done.stderr
     one, two = (losses(tmp_path / "runs" / run / "metrics.csv") for run in ("one", "two"))
-    assert two[0] == pytest.approx(one[0], rel=1e-5)
+    assert two[0] == pytest.approx(one[0], rel=1e-5) and [*one] == [*two] == [0, 1, 2]

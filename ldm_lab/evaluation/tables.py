@@ -111,6 +111,16 @@ class Table:
         told += [f"no margin of {', '.join(without)}"] if without else []
         return "; ".join(told)
 
+    def uneven(self) -> list[str]:
+        """Return what has to be said of rows of different numbers of pictures, a line; none where there are none."""
+        biased = {name for name, its in METRICS.items() if its.kind == "pictures" and not its.is_unbiased}
+        names = [name for name in self.columns if name in biased]
+        counts = sorted({row.pictures for row in self.rows if not biased.isdisjoint(row.values)})
+        if len(counts) < 2:
+            return []
+        numbers = f"{counts[0]:,} to {counts[-1]:,} pictures"
+        return [f"{', '.join(names)}: rows are of {numbers}, which tells on them; compare rows of equal numbers alone"]
+
     def told(self) -> dict[str, str]:
         """Return all facts in words."""
         weights = {"weights": self.origin.weights()} if self.origin.identity_sha256 else {}
@@ -125,7 +135,7 @@ class Table:
                       "identity_sha256": self.origin.identity_sha256},
             "data": self.origin.data,
             "prompts": self.origin.prompts,
-            "remarks": self.remarks,
+            "remarks": [*self.remarks, *self.uneven()],
             "better": {name: "higher" if is_higher_better(name) else "lower" for name in self.columns},
             "rows": rows,
         }  # fmt: skip
@@ -156,7 +166,7 @@ class Table:
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         told = [f"- {name}: {text}" for name, text in self.told().items()]
         told += [f"- {name}: {METRICS[name].meaning}" for name in self.columns if name in METRICS]
-        return "\n".join([table, "", *told, *(f"- {remark}" for remark in self.remarks)]) + "\n"
+        return "\n".join([table, "", *told, *(f"- {remark}" for remark in [*self.remarks, *self.uneven()])]) + "\n"
 
     def _shown(self, row: Row, column: str) -> str:
         value = row.values.get(column)
@@ -197,7 +207,7 @@ def plot(table: Table, path: Path) -> None:
 
     columns, rows = table.columns, table.rows
     models = list(dict.fromkeys(row.model for row in rows))
-    figure = Figure(figsize=(2 + 2.6 * len(columns), 1.2 + 0.3 * len(rows)), dpi=100)
+    figure = Figure(figsize=(2 + 2.6 * len(columns), 1.5 + 0.3 * len(rows)), dpi=100)
     planes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for plane, column in zip(planes, columns, strict=True):
         for place, row in enumerate(rows):
@@ -207,12 +217,15 @@ def plot(table: Table, path: Path) -> None:
                 plane.text(0.5, place, "not finite", transform=plane.get_yaxis_transform(), ha="center", va="center")
                 continue
             color = COLORS[models.index(row.model) % len(COLORS)]
-            plane.errorbar(value.value, place, xerr=value.margin, fmt="o", ms=5, capsize=3, color=color)
+            sign = "s" if table.is_mixed and value.margin_of == "bootstrap" else "o"
+            plane.errorbar(value.value, place, xerr=value.margin, fmt=sign, ms=5, capsize=3, color=color)
         plane.set_title(f"{column} ({'higher' if is_higher_better(column) else 'lower'} is better)", fontsize=9)
         plane.set_yticks(range(len(rows)), [row.label() for row in rows], fontsize=8)
         plane.tick_params(axis="x", labelsize=8)
         plane.set_ylim(len(rows) - 0.5, -0.5)
         plane.grid(axis="x", alpha=0.3)
+    if margins := table.margins():
+        figure.supxlabel(f"margins: {margins.replace(f'± ...{STAR}', 'squares')}", fontsize=8, wrap=True)
     figure.tight_layout()
     canvas = FigureCanvasAgg(figure)
     with atomic_write(path) as file:
