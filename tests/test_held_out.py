@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import signal
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -151,6 +152,50 @@ def test_a_signal_leaves_no_time_for_a_long_measurement(tmp_path, capsys, monkey
     assert "held_out: step 4, where the run was told to stop, is not measured: it takes about 0 s, and a" in said
     assert [*losses(tmp_path / "runs/tiny/metrics.csv")] == [0]
     assert read_pickled(tmp_path / "runs/tiny/last.ckpt")["global_step"] == 4
+
+
+def interrupted(ago):
+    """Return what a rank knows of a signal that came so many seconds ago; None of none."""
+    interrupt = Interrupt()
+    if ago is not None:
+        interrupt.received, interrupt.received_at = signal.SIGTERM, time.monotonic() - ago
+    return interrupt
+
+
+@pytest.mark.parametrize(
+    ("ago", "took", "others", "lacking"),
+    [
+        (None, None, (None, None), None),
+        (0.0, None, (0.0, 1.0), "nobody knows yet"),
+        (0.0, 1.0, (0.0, 60.0), "it takes about 60 s"),
+        (None, 60.0, (1.0, 50.0), "it takes about 60 s"),
+        (0.0, 19.0, (0.0, 19.0), None),
+        (15.0, 19.0, (None, 19.0), "it takes about 19 s"),
+    ],
+    ids=["no signal", "never measured", "slower rank", "another rank's signal", "in time", "another section took it"],
+)
+def test_after_a_signal_ranks_measure_alike_what_they_have_time_for(monkeypatch, ago, took, others, lacking):
+    monkeypatch.setattr("ldm_lab.training.measuring.gather", lambda value: [value, others])
+    measuring = Measuring()
+    measuring.seconds = took
+    found = measuring.lack_of_time(SimpleNamespace(callbacks=[interrupted(ago)]))
+    assert found is None if lacking is None else found is not None and found.startswith(lacking)
+
+
+def test_ranks_agree_on_what_the_loss_is_measured_on_and_run_the_network_equally_often(tmp_path, monkeypatch):
+    """Also where one of them has had an error in reading that has passed."""
+    batch = HeldOutBatch(torch.zeros(4, 4, 8, 8), {}, 0, 4)
+    section = HeldOut(tmp_path, data=held_out(tmp_path)["data"])
+    monkeypatch.setattr(section, "encode_batch", lambda *_: batch)
+    task, strategy = SimpleNamespace(seed=1), SimpleNamespace(broadcast=lambda _: "of the first rank")
+    trainer = SimpleNamespace(
+        world_size=2, global_rank=1, global_step=5, strategy=strategy, datamodule=SimpleNamespace(source=section.source)
+    )
+    monkeypatch.setattr("ldm_lab.training.held_out.gather", lambda value: [7 if value == 1 else value, value])
+    section.samples = 8
+    section.source.open()
+    section.on_train_start(trainer, task)
+    assert section.measured_on == "of the first rank" and [its.count for its in section.encoded] == [4, 0, 0, 0]
 
 
 def test_what_is_measured_does_not_wait_for_a_checkpoint_where_the_run_goes_on_in_another_precision(tmp_path):

@@ -1,5 +1,6 @@
 """Measuring while a run trains: every so many steps, and where it ends."""
 
+import math
 import time
 
 from pytorch_lightning import Callback, Trainer
@@ -11,6 +12,7 @@ from ldm_lab.training.diffusion import DiffusionTask
 from ldm_lab.training.guard import Guard
 from ldm_lab.training.interrupt import Interrupt
 from ldm_lab.training.logs import print_rank_zero
+from ldm_lab.training.task import gather
 
 PATIENCE = (
     20.0  # seconds that whoever sends a signal waits at least before it kills: SLURM and Kubernetes 30, docker 10
@@ -69,8 +71,14 @@ class Measuring(Callback):
     def lack_of_time(self, trainer: Trainer) -> str | None:
         """Return why a run that a signal has told to stop does not measure any more; None if it does.
 
-        Whoever sent it kills what does not leave, and the exit code that says that the run goes on would be lost.
+        Whoever sent it kills what does not leave, and the exit code that says that the run goes on would be lost. Time
+        runs from the signal on, whatever it is spent on. All ranks decide alike, whichever of them had the signal.
         """
-        told = any(isinstance(its, Interrupt) and its.received for its in trainer.callbacks)
-        took: float = trainer.strategy.broadcast(self.seconds or 0.0)  # the first rank's, so that all decide alike
-        return f"it takes about {took:.0f} s, and a signal leaves no such time" if told and took > PATIENCE else None
+        mine = [its.since_signal() for its in trainer.callbacks if isinstance(its, Interrupt)]
+        ranks = gather((max((its for its in mine if its is not None), default=None), self.seconds))
+        since = max((own for own, _ in ranks if own is not None), default=None)
+        took = max((math.inf if own is None else own) for _, own in ranks)
+        if since is None or since + took <= PATIENCE:
+            return None
+        long = "nobody knows yet how long it takes" if math.isinf(took) else f"it takes about {took:.0f} s"
+        return f"{long}, and a signal leaves no such time"
