@@ -38,11 +38,18 @@ class Prompt:
         text: what is to be seen; of an image prompt its path or address.
         weight: its weight in the guided prediction (`ldm_lab.guidance`); None stands for the guidance scale.
         image: the image of an image prompt, of any mode and size.
+
+    Raises:
+        UserError: the text is none (`check_text`).
     """
 
     text: str
     weight: float | None = None
     image: Image.Image | None = None
+
+    def __post_init__(self) -> None:
+        if self.image is None:  # a file's name may be any bytes
+            check_text(self.text)
 
     @property
     def direction(self) -> int:
@@ -56,14 +63,18 @@ class Prompt:
         return self.text if self.weight is None else f"{self.text}:{self.weight:g}"
 
 
+def check_text(text: str) -> None:
+    """Raise UserError for what no tokenizer reads and no picture can hold: a command line's bytes that are no text."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UserError(f"{text!r}: a prompt is text in UTF-8; these bytes are none")
+
+
 def parse_prompt(written: str) -> Prompt:
     """Return the prompt that `text`, `text:weight` or `text\\:with a colon` stands for.
 
     Raises:
         UserError: the weight is nan or infinite, or the command line's bytes are no text.
     """
-    if any("\ud800" <= letter <= "\udfff" for letter in written):
-        raise UserError(f"{written!r}: a prompt is text in UTF-8; these bytes are none")
     text, colon, tail = written.rpartition(":")
     if not colon:
         return Prompt(written)

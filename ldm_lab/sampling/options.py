@@ -15,6 +15,7 @@ from PIL import Image
 
 from ldm_lab.config import LARGEST_SEED, NonNegativeInt, PartSection, PositiveInt, Share, build, check_section, register
 from ldm_lab.errors import UserError
+from ldm_lab.prompts import check_text
 from ldm_lab.sampling_defaults import SamplingDefaults, Thresholding
 
 SamplerConfig = dict[str, str | int | float | bool | None]  # a sampler's name and options
@@ -159,6 +160,7 @@ class SamplingOptions:
     @staticmethod
     def check(
         *,
+        negative: str | None,
         guidance_interval: Sequence[float],
         clip_denoised: bool | None,
         thresholding: str | None,
@@ -197,10 +199,11 @@ class SamplingOptions:
         first, last = guidance_interval
         if not first <= last:
             problems.append(f"guidance_interval: two times 0 <= first <= last <= 1 are needed, not {first:g} {last:g}")
-        try:
-            parse_size(size)
-        except UserError as error:
-            problems.append(str(error))
+        for checked in (lambda: check_text(negative or ""), lambda: parse_size(size)):
+            try:
+                checked()
+            except UserError as error:
+                problems.append(str(error))
         return problems
 
     @classmethod
