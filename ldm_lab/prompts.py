@@ -16,6 +16,7 @@ from PIL import Image
 
 from ldm_lab.errors import UserError
 from ldm_lab.io.images import open_image
+from ldm_lab.io.text import is_text
 from ldm_lab.pretrained.resolve import REPOSITORY
 
 BYTE_ORDER_MARKS = {  # the longer ones first: UTF-32's begins with UTF-16's
@@ -40,7 +41,7 @@ class Prompt:
         image: the image of an image prompt, of any mode and size.
 
     Raises:
-        UserError: the text is none (`check_text`).
+        UserError: the text is none, such as a command line's bytes in another encoding.
     """
 
     text: str
@@ -48,8 +49,8 @@ class Prompt:
     image: Image.Image | None = None
 
     def __post_init__(self) -> None:
-        if self.image is None:  # a file's name may be any bytes
-            check_text(self.text)
+        if self.image is None and not is_text(self.text):  # a file's name may be any bytes
+            raise UserError(f"{self.text!r}: a prompt is text in UTF-8; these bytes are none")
 
     @property
     def direction(self) -> int:
@@ -61,12 +62,6 @@ class Prompt:
 
     def __str__(self) -> str:
         return self.text if self.weight is None else f"{self.text}:{self.weight:g}"
-
-
-def check_text(text: str) -> None:
-    """Raise UserError for what no tokenizer reads and no picture can hold: a command line's bytes that are no text."""
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise UserError(f"{text!r}: a prompt is text in UTF-8; these bytes are none")
 
 
 def parse_prompt(written: str) -> Prompt:
