@@ -30,6 +30,7 @@ from ldm_lab.config.overrides import overlaid
 from ldm_lab.data.tar import write_shard
 from ldm_lab.denoisers.glide_unet import GlideUNet
 from ldm_lab.evaluation.inception import Inception
+from ldm_lab.training.discriminator import Discriminator
 
 # In place of a recipe's network, by its name.
 NETWORKS = {
@@ -112,7 +113,7 @@ def shrink(recipe: DictConfig) -> None:
     data = recipe.data
     for key in ("image_size", "min_size", "resize_to"):
         if isinstance(OmegaConf.to_container(data).get(key), int):
-            data[key] = min(data[key], SIDE)
+            data[key] = min(data[key], 2 * SIDE if "low_res" in recipe.get("condition_sources", {}) else SIDE)
     if "denoiser" in recipe and recipe.denoiser.name in NETWORKS:
         told = ("name", "memory_efficient", "gradient_checkpointing")
         kept = {key: recipe.denoiser[key] for key in told if key in recipe.denoiser}
@@ -136,6 +137,7 @@ def shrink(recipe: DictConfig) -> None:
     elif name == "t5":
         recipe.conditioner.update({"model": "released/t5", "text_size": 24})
     elif name == "glide_text":
+        data.image_size = 2 * SIDE if "low_res" in recipe.get("condition_sources", {}) else SIDE // 2
         recipe.conditioner.update({"vocabulary": "clip", "vocab_size": 600, "text_size": 24})
 
 
@@ -306,6 +308,14 @@ def write_inception(folder: Path, path: Path) -> None:
     torch.save(Inception().state_dict(), path)
 
 
+def write_released_autoencoder(folder: Path, path: Path) -> None:
+    """Write an autoencoder with its discriminator, as CompVis's training left it."""
+    torch.manual_seed(0)
+    state = build("autoencoder", KL_F8).state_dict()
+    judge = Discriminator(layers=3, base_channels=8).state_dict()
+    torch.save({**state, **{f"loss.discriminator.{name}": value for name, value in judge.items()}}, path)
+
+
 def write_zip(folder: Path, path: Path) -> None:
     """Write an autoencoder as CompVis gave it out."""
     write_original(folder, folder / "original")
@@ -365,7 +375,7 @@ def write_dogglide(folder: Path, path: Path) -> None:
 def write_head(folder: Path, path: Path) -> None:
     """Write a head of another program's: two layers on embeddings of 512 numbers."""
     torch.manual_seed(0)
-    layers = torch.nn.Sequential(torch.nn.Linear(512, 8), torch.nn.Linear(8, 1))
+    layers = torch.nn.Sequential(torch.nn.Linear(512, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
     torch.save({f"layers.{name}": value for name, value in layers.state_dict().items()}, path)
 
 
@@ -397,6 +407,7 @@ MADE: dict[str, Callable[[Path, Path], None]] = {
     "released/if_ii": write_if,
     "released/aesthetic.pth": write_aesthetic,
     "released/inception.pth": write_inception,
+    "released/kl-f8.ckpt": write_released_autoencoder,
     "checkpoints/ViT-B-32.pt": write_vit,
     "checkpoints/kl-f8.zip": write_zip,
     "epoch=2-step=249999.ckpt": write_original,

@@ -194,3 +194,20 @@ def test_every_command_that_is_written_somewhere_parses():
             if len(words) > 1 or "required" not in str(error):  # "scores build" is a name
                 wrong.append(f"{where}: {error}")
     assert count > 100 and not wrong, "\n".join(wrong)
+
+
+def test_words_may_stand_behind_flags():
+    """As docs have it: key=value at the end, whatever stands before it."""
+    parser = Parser(prog="x")
+    parser.add_argument("source")
+    parser.add_argument("--half", action="store_true")
+    parser.add_argument("--out")
+    parser.add_argument("overrides", nargs="*")
+    args = parser.parse_args(["a.pt", "--half", "k=1", "--out", "b", "l=2"])
+    assert (args.source, args.half, args.out, args.overrides) == ("a.pt", True, "b", ["k=1", "l=2"])
+    with pytest.raises(UserError, match="--out: is given twice"):
+        parser.parse_args(["a.pt", "--out", "b", "k=1", "--out", "c"])
+    with pytest.raises(UserError, match="required: source"):
+        parser.parse_args(["--half"])
+    with pytest.raises(UserError, match="unrecognized arguments: --hlaf"):
+        parser.parse_args(["a.pt", "--hlaf"])

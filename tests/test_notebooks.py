@@ -2,11 +2,13 @@
 
 import os
 import re
+import shutil
+import zipfile
 from pathlib import Path
 
 import nbformat
 import pytest
-from test_docs import scratch
+from small_world import scratch
 from tiny import ROOT, program_environment
 
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
@@ -27,6 +29,37 @@ def test_a_notebook_is_stripped_and_says_what_is_to_be_installed(path):
         if "skip" not in cell.metadata.get("tags", []):
             assert not re.search(r"^[!%]", cell.source, re.M)
             compile(cell.source, path.name, "exec")
+
+
+@pytest.mark.parametrize("here", ["nothing", "address", "archive", "examples", "project"])
+def test_the_project_is_fetched_where_it_is_not(here, tmp_path, monkeypatch, capsys):
+    """Its first cell, with git and pip left out: it names no address that is not there."""
+    (cell,) = (its for its in read(NOTEBOOKS[-1]).cells if "setup" in its.metadata.get("tags", []))
+    assert "://" not in cell.source
+    asked = []
+    monkeypatch.setattr("subprocess.run", lambda words, **_: asked.append(words))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    copy = tmp_path / ("project" if here in ("examples", "project") else "elsewhere")
+    (copy / "configs").mkdir(parents=True)
+    (copy / "configs" / "quickstart.yaml").touch()
+    start = {"examples": copy / "examples", "project": copy}.get(here, tmp_path / "start")
+    start.mkdir(exist_ok=True)
+    monkeypatch.chdir(start)
+    source, folder = cell.source, copy
+    if here == "archive":
+        with zipfile.ZipFile("ldm_lab.zip", "w") as packed:
+            packed.writestr("copy-main/configs/quickstart.yaml", "")
+        folder = start / "ldm_lab" / "copy-main"
+    if here == "address":
+        source = source.replace('project = ""', 'project = "me@server:mine.git"')
+        shutil.copytree(copy, folder := start / "ldm_lab")
+    if here == "nothing":
+        with pytest.raises(SystemExit, match="write its address into `project` above, or upload it"):
+            exec(source, {})
+        return
+    exec(source, {})
+    assert Path.cwd() == folder and asked.pop()[1:] == ["-m", "pip", "install", "-q", "-e", "."]
+    assert asked == ([["git", "clone", "-q", "me@server:mine.git", "ldm_lab"]] if here == "address" else [])
 
 
 def execute(path: Path, parameters: str, folder: Path) -> str:

@@ -374,8 +374,10 @@ def test_images_that_are_measured_on_are_not_trained_on(tmp_path, monkeypatch):
     facts = look(fill(tmp_path / "photos", 40))
     held = autoencoder.held_out_names(facts)
     assert len(held) == len(set(held)) == 8
-    autoencoder.write_list(facts, tmp_path / "images.txt")
-    listed = (tmp_path / "images.txt").read_text().splitlines()
+    names = Names("run", tmp_path / "run.yaml")
+    autoencoder.write_lists(facts, names)
+    listed, shown = names.autoencoder_list.read_text().splitlines(), names.demo_list.read_text().splitlines()
+    assert shown == [str(tmp_path / "photos" / name) for name in held]
     assert len(listed) == 32 and not {str(tmp_path / "photos" / name) for name in held} & set(listed)
     one = look(fill(tmp_path / "one", 1))
     assert autoencoder.held_out_names(one) == []

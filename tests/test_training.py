@@ -127,6 +127,39 @@ def test_init_from_takes_the_weights_and_nothing_else(here, program):
     assert read_pickled(here / "runs/second/last.ckpt")["global_step"] == 1
 
 
+def test_demo_grids_from_images_show_them_beside_what_is_drawn(here, program):
+    yaml = make_run(here, images=8)
+    for number, color in enumerate(("red", "blue", "green")):
+        Image.new("RGB", (90 + 30 * number, 70), color).save(here / f"{color}.png")
+    (here / "demo.txt").write_text("red.png\nblue.png\ngreen.png\n")
+    few = ("trainer.max_steps=1", "demo.sampling.sampler={name: ddim, steps: 2}")
+    code, _, err = program("train", "--config", yaml, *few, "demo.images=demo.txt", "--check")
+    assert code == 0, err
+    code, _, err = program("train", "--config", yaml, *few, "demo.images=demo.txt")
+    assert code == 0, err
+    with Image.open(here / "runs/tiny/demo/step=00000001.png") as image:
+        assert image.text["prompts"] == "red.png\nblue.png\ngreen.png"
+        colors = [image.getpixel((80 + 2 * column * (image.width // 4), 80 + row * (image.height // 2)))
+                  for row, column in ((0, 0), (0, 1), (1, 0))]  # fmt: skip
+    assert colors == [(255, 0, 0), (0, 0, 255), (0, 128, 0)]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "demo: prompts (a file of texts) or images (a list of image files) is needed, one of the two"),
+        (["demo.images=none.txt"], "demo.images: none.txt: No such file"),
+        (["demo.images=demo.txt"], "gone.png"),
+        (["demo.images=demo.txt", "demo.prompts=prompts.txt"], "one of the two"),
+    ],
+    ids=["neither", "no list", "no image", "both"],
+)
+def test_mistakes_in_demo_images_are_told(here, program, given, message):
+    (here / "demo.txt").write_text("gone.png\n")
+    code, _, err = program("train", "--config", make_run(here, images=8), "demo.every=1", *given)
+    assert code == 2 and message in err and err.count("\n") == 1, err
+
+
 def test_demo_grids_do_not_disturb_the_training(here, program):
     yaml = make_run(here)
     demo = {"prompts": "prompts.txt", "every": 2, "sampling.sampler": "{name: ddim, steps: 3}"}

@@ -27,22 +27,21 @@ def store(tmp_path_factory) -> Store:
 
 
 class Walk:
-    """A folder in which commands are run, with the server that one of them may have started."""
+    """A folder in which commands are run, with the servers that some of them start: with a password and without."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.server = folder, None
-        with socket() as found:
-            found.bind(("127.0.0.1", 0))
-            self.port = found.getsockname()[1]
+        self.folder, self.servers = folder, dict[bool, subprocess.Popen]()
+        self.ports = {False: free_port(), True: free_port()}
         self.environment = program_environment({"LDM_LAB_CACHE": str(folder / "cache"), "LDM_LAB_OFFLINE": "1"})
         self.environment["PATH"] = f"{Path(sys.executable).parent}:{self.environment['PATH']}"
         self.environment.update({"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"})
 
     def run(self, way: Way) -> str:
         """Run a command; return what it printed. Raises AssertionError."""
-        text = way.text.replace(str(PORT), str(self.port))
+        has_password = "password" in way.text or "cookies" in way.text
+        text = way.text.replace(str(PORT), str(self.ports[has_password]))
         if " app " in text:
-            self.serve(text)
+            self.serve(text, has_password)
             return ""
         words = None if SHELL.search(re.sub(r"'[^']*'|\"[^\"]*\"", "", text)) else PROGRAM.search(text)
         if words and text.startswith("python "):
@@ -66,35 +65,44 @@ class Walk:
         with warm.Program(["-m", "ldm_lab", *words], self.folder, self.environment) as program:
             return program.wait(SECONDS), *program.printed()
 
-    def serve(self, text: str) -> None:
-        """Start a server, in the place of the one before."""
-        self.end()
-        self.server = subprocess.Popen(["bash", "-c", f"exec {text}"], cwd=self.folder, env=self.environment,
-                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    def serve(self, text: str, has_password: bool) -> None:
+        """Start a server, in the place of the one of its kind before."""
+        self.end(has_password)
+        self.servers[has_password] = subprocess.Popen(
+            ["bash", "-c", f"exec {text}"], cwd=self.folder, env=self.environment, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
         deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and self.server.poll() is None:
+        while time.monotonic() < deadline and self.servers[has_password].poll() is None:
             try:
-                create_connection(("127.0.0.1", self.port), timeout=1).close()
+                create_connection(("127.0.0.1", self.ports[has_password]), timeout=1).close()
                 return
             except OSError:
                 time.sleep(0.2)
-        self.end()
+        self.end(has_password)
         raise AssertionError(f"{text}: does not answer")
 
-    def end(self) -> None:
-        """End the server."""
-        if self.server is not None:
-            self.server.terminate()
-            said, _ = self.server.communicate(timeout=60)
-            code, self.server = self.server.returncode, None
-            assert code in (0, 143, -15), said
+    def end(self, has_password: bool) -> None:
+        """End a server, if there is one."""
+        if server := self.servers.pop(has_password, None):
+            server.terminate()
+            said, _ = server.communicate(timeout=60)
+            assert server.returncode in (0, 143, -15), said
+
+
+def free_port() -> int:
+    """Return a port that nobody listens at."""
+    with socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 @pytest.fixture
 def walk(tmp_path) -> Iterator[Walk]:
     begun = Walk(tmp_path)
     yield begun
-    begun.end()
+    begun.end(False)
+    begun.end(True)
 
 
 @pytest.mark.parametrize(

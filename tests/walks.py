@@ -63,8 +63,13 @@ OF_SOME: tuple[tuple[str, str, str], ...] = (
     (r"ldm_lab app .*--port", r"--port \d+", f"--port {PORT}"),
     (r"ldm_lab app (?!.*--port)", r"$", f" --port {PORT}"),
     (r" score (?!.*--head)", r"$", " --head released/aesthetic.pth --clip weights=checkpoints/ViT-B-32.pt"),
+    (
+        r"discriminator\.weights=",
+        r"init_from=\S+ discriminator.weights=\S+",
+        "init_from=released/kl-f8.ckpt discriminator.weights=released/kl-f8.ckpt",
+    ),
     (r" evaluate .*--clip model=", r"--clip \S+ \S+", "--clip weights=released/clip.safetensors"),
-    (r" evaluate .*--metric fid", r"$", " --inception released/inception.pth"),
+    (r" evaluate .*--metric fid", r"$", " --inception released/inception.pth --bootstrap 2"),
     (r" convert released/if_", r"$", " model=released/t5 text_size=8"),
     (
         r" evaluate .*step=00000250",
@@ -91,6 +96,7 @@ NOT_RUN: dict[str, str] = {
 NEEDS: dict[str, Sequence[str]] = {
     "README.md": ("runs/quickstart", "runs/a", "runs/b", "released/ccld", "sea.jpg"),
     "docs/app.md": ("runs/quickstart", "dog.png", "secret.txt"),
+    "docs/autoencoder.md": ("released/kl-f8.ckpt",),
     "docs/compare.md": ("runs/quickstart", "runs/a", "runs/b", "votes-a.json", "votes-b.json"),
     "docs/curation.md": (
         "released/aesthetic.pth", "checkpoints/ViT-B-32.pt", "nsfw.pth", "ratings.csv", "urls.parquet",

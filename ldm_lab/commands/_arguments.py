@@ -23,10 +23,30 @@ REPEATED = (argparse._AppendAction, argparse._ExtendAction, argparse._CountActio
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage above it; a flag that takes one value is given once."""
 
+    _is_mixed = False  # whether flags are being parsed, and all else after them
+
     @cached_property
     def _given(self) -> dict[argparse.Action, list[str]]:
         """The flags met so far, with what stood behind them."""
         return {}
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse words, flags and other arguments in any order: key=value may stand behind a flag, too."""
+        if self._subparsers is not None or self._is_mixed:
+            return super().parse_known_args(args, namespace)
+        return self.parse_known_intermixed_args(args, namespace)
+
+    def parse_known_intermixed_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse words in any order, by `parse_known_args` as argparse has it, flags first."""
+        self._is_mixed = True
+        try:
+            return super().parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_mixed = False
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))

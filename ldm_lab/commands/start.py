@@ -146,7 +146,7 @@ def make_autoencoder(facts: "FolderFacts", names: "Names", args: argparse.Namesp
         measured_psnr,
         measures_unseen,
         train,
-        write_list,
+        write_lists,
     )
     from ldm_lab.own_images.belonging import check_autoencoder_run, write_checksum
     from ldm_lab.own_images.writing import refuse_overwriting, write
@@ -157,7 +157,7 @@ def make_autoencoder(facts: "FolderFacts", names: "Names", args: argparse.Namesp
         refuse_overwriting(path)
     check_autoencoder_run(facts, names)
     if not facts.shards:
-        write_list(facts, names.autoencoder_list)
+        write_lists(facts, names)
     write_checksum(facts, names)
     write(path, text)
     print(f"{path}: written")

@@ -28,6 +28,7 @@ from ldm_lab.training.autoencoder import psnr
 
 STEPS = 8_000  # on two cores of a CPU with nothing else to do a quarter of an hour, computed from the speed of one
 BATCH = 2
+DEMOS = 8  # images from which the grids of a run are drawn
 BEGINNING = "assets/quickstart/autoencoder.safetensors"  # to begin with its weights takes half as many steps
 
 
@@ -90,18 +91,29 @@ def autoencoder_text(facts: FolderFacts, names: Names, steps: int) -> str:
     return "\n".join([*head, laid_over(without_head(read_recipe("quickstart_autoencoder")), settings)])
 
 
-def write_list(facts: FolderFacts, listed: Path) -> None:
-    """Write the list of images that the autoencoder is trained on. Raises UserError where it can hold none."""
+def write_lists(facts: FolderFacts, names: Names) -> None:
+    """Write the list of images that the autoencoder is trained on, and that of the demo's, of which it sees none.
+
+    Raises:
+        UserError: a list can hold none of the names.
+    """
     held = set(held_out_names(facts))
     kept = [str(facts.path / name) for name in facts.names if name not in held]
-    # A name that a list cannot hold (with a line end, a tab or a blank at its end in it) is left out of it.
-    lines = [os.fsencode(name) for name in kept if not any(mark in name for mark in "\n\r\t") and name == name.strip()]
+    lines = _lines(kept)
     if not lines:
         raise UserError(f"{facts.path}: its name has a line end or a tab, or the images' have; a list cannot hold them")
     if left_out := len(kept) - len(lines):
         print(f"{left_out:,} images have a line end, a tab or a blank at an end in their names: not trained on")
-    with atomic_write(listed) as file:
+    with atomic_write(names.autoencoder_list) as file:
         file.write(b"\n".join(lines) + b"\n")
+    unseen = _lines([str(facts.path / name) for name in held_out_names(facts)])
+    with atomic_write(names.demo_list) as file:
+        file.write(b"\n".join((unseen or lines)[:DEMOS]) + b"\n")
+
+
+def _lines(names: Sequence[str]) -> list[bytes]:
+    """Return the names that a list can hold: those without a line end, a tab or a blank at an end."""
+    return [os.fsencode(name) for name in names if not any(mark in name for mark in "\n\r\t") and name == name.strip()]
 
 
 def train(config: Path) -> int:

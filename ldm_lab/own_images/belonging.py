@@ -30,7 +30,7 @@ def checksum(facts: FolderFacts) -> str:
 def check_autoencoder_run(facts: FolderFacts, names: Names) -> None:
     """Raise UserError if the run that trains the autoencoder is there and was not begun on these images."""
     folder, own = names.autoencoder_list.parent, names.autoencoder_checksum
-    if not _has_begun(folder, beside=(names.autoencoder_list.name, own.name)):
+    if not _has_begun(folder, beside=(names.autoencoder_list.name, names.demo_list.name, own.name)):
         return
     if not own.is_file() or own.read_text(errors="replace").strip() != checksum(facts):
         raise UserError(f"{folder}: trained on other images than those now in {facts.path}; {REMEDY}")

@@ -142,6 +142,11 @@ class Names:
         return self.autoencoder_list.with_name("images.blake2b")
 
     @property
+    def demo_list(self) -> Path:
+        """The list of images from which the demo grids are drawn."""
+        return self.autoencoder_list.with_name("demo.txt")
+
+    @property
     def autoencoder_file(self) -> str:
         """The weights that it ends with."""
         return f"runs/{self.autoencoder_run}/autoencoder.safetensors"
@@ -285,15 +290,23 @@ def small(facts: FolderFacts, names: Names) -> Recipe:
         Setting("data.folder", None), Setting("data.count", None), Setting("data.variety", None),
         *data_settings(facts, batch_size, with_captions=False),
         Setting("cache.folder", text(f"data/{names.run}_cache"), "encoded once, at the first start"),
-        *crop_settings(facts), *length_settings(steps, draws=False),
+        *crop_settings(facts), *length_settings(steps, draws=not facts.shards),
         Setting("autoencoder.name", "kl_f8", f"frozen: 3x{side}x{side} -> {SMALL_CHANNELS}x{side // 8}x{side // 8}"),
         Setting("autoencoder.weights", text(names.autoencoder_file), "with its latent scale"),
         Setting("data.image_size", str(side), "pixels: short side resized (Lanczos), then cropped"),
         Setting("denoiser.multipliers", SMALL_MULTIPLIERS, _levels(side // 8, SMALL_MULTIPLIERS)),
         Setting("conditioner.name", "cloob", "frozen; it knows drawn shapes and their colors, no photographs"),
-        Setting("demo", None),
     ]  # fmt: skip
+    settings += [Setting("demo", None)] if facts.shards else demo_settings(names)
     return Recipe(Road.SMALL, "quickstart", laid_over(body, settings), side, batch_size, steps, small_autoencoder())
+
+
+def demo_settings(names: Names) -> list[Setting]:
+    """Return the settings of grids that are drawn from images."""
+    return [
+        Setting("demo.prompts", None),
+        Setting("demo.images", text(str(names.demo_list)), "each is a prompt; what is drawn stands to its right"),
+    ]
 
 
 def small_autoencoder() -> tuple[Setting, ...]:

@@ -1,5 +1,6 @@
 """`train.py --check`: all that a run begins with, one batch, one step, one picture; nothing of it stays."""
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,17 +11,17 @@ from pytorch_lightning import Trainer
 
 from ldm_lab.checkpoints.files import read_pickled
 from ldm_lab.checkpoints.importer import Section
-from ldm_lab.config import RunConfig
+from ldm_lab.config import PartConfig, RunConfig
 from ldm_lab.data.datamodule import DataModule
 from ldm_lab.data.source import Source
 from ldm_lab.errors import told_in_one_line
 from ldm_lab.estimate import in_units
 from ldm_lab.metrics import METRICS
 from ldm_lab.processes import fail_together, quiet_lightning
-from ldm_lab.prompts import read_prompts
 from ldm_lab.training.caching import cache_options, is_complete, training_data
 from ldm_lab.training.compiling import compiler_told_in_one_line
 from ldm_lab.training.cost import RunCost
+from ldm_lab.training.demo import prompts_of
 from ldm_lab.training.disk import check_space
 from ldm_lab.training.gap_runs import few_means, needs_means, prepare_means, with_own_means
 from ldm_lab.training.going_on import in_changed_precision, with_options
@@ -106,9 +107,7 @@ def trial(config: RunConfig, scratch: Path, before: int, resumed: Path | None = 
         few = max(METRICS[name].least for name in config["evaluate"].option("metrics"))
         tried = with_options(tried, "evaluate", {"every": 1, "images": few, "pictures": few})
     if "demo" in config:
-        prompts = scratch / "prompts.txt"
-        prompts.write_text(read_prompts(config["demo"]["prompts"])[0] + "\n", encoding="utf-8")
-        tried = with_options(tried, "demo", {"prompts": str(prompts)})
+        tried = with_options(tried, "demo", one_prompt(config["demo"], scratch))
     if "cache" in config and not is_complete(folder := cache_options(config).folder, config):
         print(f"check: the run would encode its data first, into {folder}/; this step encodes its batch itself")
         tried = replace(tried, sections={name: part for name, part in tried.sections.items() if name != "cache"})
@@ -119,6 +118,14 @@ def trial(config: RunConfig, scratch: Path, before: int, resumed: Path | None = 
     if "cache" not in tried and type(data := config["data"].build()).prepare is not Source.prepare:
         tried = drawn_elsewhere(tried, data, scratch)
     return tried
+
+
+def one_prompt(demo: PartConfig, scratch: Path) -> Section:
+    """Return the option of `demo` that names its first prompt alone, in a file in a folder that is deleted."""
+    first = prompts_of(demo.option("prompts"), demo.option("images"))[0]
+    key, line = ("prompts", first) if isinstance(first, str) else ("images", os.path.abspath(first.text))
+    (scratch / f"{key}.txt").write_bytes(os.fsencode(f"{line}\n"))
+    return Section({key: str(scratch / f"{key}.txt")})
 
 
 def drawn_elsewhere(config: RunConfig, source: Source, scratch: Path) -> RunConfig:

@@ -1,5 +1,7 @@
-"""Grids of samples from fixed prompts and fixed noise during training."""
+"""Grids of samples from fixed prompts, texts or images, and fixed noise during training."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +12,10 @@ from pytorch_lightning.utilities.types import STEP_OUTPUT
 
 from ldm_lab.batch import Batch
 from ldm_lab.config import PartSection, Plain, PositiveInt, register
+from ldm_lab.data.image_lists import read_list
 from ldm_lab.errors import UserError, told_in_one_line
-from ldm_lab.io.images import grid, save_png
-from ldm_lab.prompts import read_prompts
+from ldm_lab.io.images import center_crop_to, grid, open_image, save_png
+from ldm_lab.prompts import Prompt, read_prompts
 from ldm_lab.sampling import Model, Pipeline, SamplingOptions
 from ldm_lab.sampling.options import DEMO
 from ldm_lab.training.diffusion import DiffusionTask
@@ -22,13 +25,14 @@ from ldm_lab.training.task import gather
 
 @register("demo")
 class Demo(Callback):
-    """Sample a prompts file with the averaged weights every N steps, shared out over all ranks."""
+    """Sample fixed prompts with the averaged weights every N steps, shared out over all ranks."""
 
     def __init__(
         self,
         folder: Path,
         *,
-        prompts: str,
+        prompts: str | None = None,
+        images: str | None = None,
         every: PositiveInt = 2000,
         columns: PositiveInt | None = None,
         sampling: Annotated[dict[str, Plain] | None, PartSection("sampling")] = None,
@@ -38,15 +42,21 @@ class Demo(Callback):
         Args:
             folder: the run's folder; grids are `demo/step=....png` below it.
             prompts: a file with one prompt per line.
+            images: in its place a text file with one path of an image per line, relative ones relative to the list's
+                folder. Each is a prompt, and stands in the grid to the left of what is drawn of it.
             every: optimizer steps between grids; also one after the first step, so that a broken set-up shows early.
-            columns: of the grid; by default about a square.
+            columns: of the grid, pairs count as one; by default about a square.
             sampling: how pictures are made (`ldm_lab.sampling.options`), by default with 50 steps of plms. Prompt i has
                 the seed of `seed` + i, the same in every grid; the batch size is that of each device; the size is by
                 default the data's.
+
+        Raises:
+            UserError: neither or both of `prompts` and `images`, a file of them that cannot be read.
         """
         self.folder, self.every, self.columns = folder, every, columns
         self.options = comparable(SamplingOptions.from_values({**DEMO, **(sampling or {})}), "demo")
-        self.prompts = read_prompts(prompts)
+        self.prompts = prompts_of(prompts, images)
+        self.captions = [its if isinstance(its, str) else Path(its.text).name for its in self.prompts]
         self.done_at = -1
 
     def setup(self, trainer: Trainer, task: DiffusionTask, stage: str) -> None:
@@ -82,17 +92,43 @@ class Demo(Callback):
         if not trainer.is_global_zero:
             return
         drawn = [shares[i % trainer.world_size][i // trainer.world_size] for i in range(len(self.prompts))]
-        picture = grid(drawn, columns=self.columns, captions=self.prompts)
+        picture = self.grid_of(drawn)
         path = self.folder / "demo" / f"step={trainer.global_step:08d}.png"
-        facts = {"step": str(trainer.global_step), "prompts": "\n".join(self.prompts)}
+        facts = {"step": str(trainer.global_step), "prompts": "\n".join(self.captions)}
         save_png(path, picture, facts, level=3)  # the training waits for it
-        log_images(trainer, "demo/grid", [picture], ["\n".join(self.prompts)])
-        log_images(trainer, "demo/images", drawn, self.prompts)
+        log_images(trainer, "demo/grid", [picture], ["\n".join(self.captions)])
+        log_images(trainer, "demo/images", drawn, self.captions)
+
+    def grid_of(self, drawn: Sequence[Image.Image]) -> Image.Image:
+        """Return pictures as a grid, each with its prompt: a text below it, an image to its left."""
+        given = [its.image for its in self.prompts if isinstance(its, Prompt) and its.image]
+        if not given:
+            return grid(drawn, columns=self.columns, captions=self.captions)
+        pairs, captions = list[Image.Image](), list[str]()
+        for image, name, picture in zip(given, self.captions, drawn, strict=True):
+            pairs += [center_crop_to(image, picture.height, picture.width), picture]
+            captions += [name, "drawn from it"]
+        columns = self.columns or math.ceil(math.sqrt(len(drawn) / 2))
+        return grid(pairs, columns=2 * columns, captions=captions)
 
     def pipeline(self, trainer: Trainer, task: DiffusionTask) -> Pipeline:
         """Return a pipeline over the task's own parts, with the averaged weights if there are any."""
         side = trainer.datamodule.source.image_size
         return Pipeline(trained_model(task, (side, side)))
+
+
+def prompts_of(texts: str | None, images: str | None) -> list[str | Prompt]:
+    """Return the prompts in a file of texts, or those in a list of images. Raises UserError."""
+    if (texts is None) == (images is None):
+        raise UserError("demo: prompts (a file of texts) or images (a list of image files) is needed, one of the two")
+    if texts is not None:
+        return [*read_prompts(texts)]
+    listed = Path(str(images)).expanduser()
+    try:
+        paths = [listed.parent / Path(name).expanduser() for name in read_list(listed).names]
+    except UserError as error:
+        raise UserError(f"demo.images: {str(error).removeprefix('data.path: ')}") from None
+    return [Prompt(str(path), image=open_image(str(path))) for path in paths]
 
 
 def comparable(options: SamplingOptions, where: str) -> SamplingOptions:
