@@ -1,6 +1,5 @@
 """Measuring while a run trains: every so many steps, and where it ends."""
 
-import math
 import time
 
 from pytorch_lightning import Callback, Trainer
@@ -19,6 +18,10 @@ PATIENCE = (
 )
 
 
+class OutOfTime(Exception):
+    """A signal has told the run to stop, and the measurement at its end takes too long."""
+
+
 class Measuring(Callback):
     """Base class: measures every N optimizer steps, and at the last one of the run, on all ranks alike.
 
@@ -27,15 +30,17 @@ class Measuring(Callback):
         section: of the config, which lines that are said begin with.
         measured_at: the step that was measured last, or that this session began at.
         seconds: that the last measurement took; None if there was none in this session.
+        deadline: on the monotonic clock, of the measurement at the end of a run that a signal has told to stop.
     """
 
     every: int
     section: str
     measured_at = -1
     seconds: float | None = None
+    deadline: float | None = None
 
     def measure(self, trainer: Trainer, task: DiffusionTask) -> None:
-        """Measure, log, hand the values to who keeps the best weights."""
+        """Measure, log, hand the values to who keeps the best weights; ask `check_time` on all ranks now and then."""
         raise NotImplementedError
 
     def measure_now(self, trainer: Trainer, task: DiffusionTask) -> None:
@@ -58,27 +63,32 @@ class Measuring(Callback):
         keepers = [its for its in trainer.callbacks if isinstance(its, Checkpointing)]
         for keeper in keepers:
             keeper.save_unsaved(trainer, task)
-        if (lacking := self.lack_of_time(trainer)) is not None:
-            print_rank_zero(f"{self.section}: step {step}, where the run was told to stop, is not measured: {lacking}")
-            return
-        print_rank_zero(f"{self.section}: step {step} is measured, too, as the run ends there; it is saved")
+        since, took = self.since_signal(trainer), max(gather(self.seconds or 0.0))  # so that all ranks decide alike
         before = self.state_dict(), [keeper.best.state for keeper in keepers]
-        self.measure_now(trainer, task)
+        self.deadline = None if since is None else time.monotonic() + PATIENCE - since
+        try:
+            if since is not None and since + took > PATIENCE:
+                raise OutOfTime
+            print_rank_zero(f"{self.section}: step {step} is measured, too, as the run ends there; it is saved")
+            self.measure_now(trainer, task)
+        except OutOfTime:  # who sent the signal kills, and the exit code that says that the run goes on would be lost
+            print_rank_zero(
+                f"{self.section}: step {step}, where the run was told to stop, is not measured: it is not done "
+                f"within {PATIENCE:g} s of the signal, which leaves no more time"
+            )
         if before != (self.state_dict(), [keeper.best.state for keeper in keepers]):
             for keeper in keepers:
                 keeper.is_outdated = True
 
-    def lack_of_time(self, trainer: Trainer) -> str | None:
-        """Return why a run that a signal has told to stop does not measure any more; None if it does.
+    def check_time(self, trainer: Trainer) -> None:
+        """Raise OutOfTime, on all ranks alike, if there is a deadline and it has passed."""
+        if self.deadline is not None and trainer.strategy.broadcast(time.monotonic() > self.deadline):
+            raise OutOfTime
 
-        Whoever sent it kills what does not leave, and the exit code that says that the run goes on would be lost. Time
-        runs from the signal on, whatever it is spent on. All ranks decide alike, whichever of them had the signal.
+    def since_signal(self, trainer: Trainer) -> float | None:
+        """Return how many seconds ago a signal came to any of the ranks, the same on all of them; None for no signal.
+
+        Counted from there, not anew, so that saving and several sections together stay within the time that there is.
         """
-        mine = [its.since_signal() for its in trainer.callbacks if isinstance(its, Interrupt)]
-        ranks = gather((max((its for its in mine if its is not None), default=None), self.seconds))
-        since = max((own for own, _ in ranks if own is not None), default=None)
-        took = max((math.inf if own is None else own) for _, own in ranks)
-        if since is None or since + took <= PATIENCE:
-            return None
-        long = "nobody knows yet how long it takes" if math.isinf(took) else f"it takes about {took:.0f} s"
-        return f"{long}, and a signal leaves no such time"
+        own = [its.since_signal() for its in trainer.callbacks if isinstance(its, Interrupt)]
+        return max((since for rank in gather(own) for since in rank if since is not None), default=None)
