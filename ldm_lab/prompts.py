@@ -16,6 +16,7 @@ from PIL import Image
 
 from ldm_lab.errors import UserError
 from ldm_lab.io.images import open_image
+from ldm_lab.io.text import is_text
 from ldm_lab.pretrained.resolve import REPOSITORY
 
 BYTE_ORDER_MARKS = {  # the longer ones first: UTF-32's begins with UTF-16's
@@ -62,7 +63,7 @@ def parse_prompt(written: str) -> Prompt:
     Raises:
         UserError: the weight is nan or infinite, or the command line's bytes are no text.
     """
-    if any("\ud800" <= letter <= "\udfff" for letter in written):
+    if not is_text(written):
         raise UserError(f"{written!r}: a prompt is text in UTF-8; these bytes are none")
     text, colon, tail = written.rpartition(":")
     if not colon:
