@@ -261,7 +261,12 @@ def test_models_in_a_row(tmp_path):
         ({"init_image": {"path": "/etc/passwd"}}, "init_image: an uploaded file is needed"),
         ({"image_prompts": [{"path": "../../etc/passwd"}]}, "image_prompts: an uploaded file is needed"),
         ({"clip_guidance": 3}, "is not on this machine, and requests download nothing|CLIP"),
+        ({"negative": "\udfff"}, "negative: '\\udfff': a prompt is text in UTF-8; these bytes are none"),
+        ({"prompts": ["\ud800"]}, "'\\ud800': a prompt is text in UTF-8; these bytes are none"),
+        ({"guidance_interval": [1, 0]}, "guidance_interval: two times 0 <= first <= last <= 1 are needed, not 1 0"),
         # too much
+        ({"loras": ["x"] * 17}, "loras: 16 at most are taken for one request, not 17"),
+        ({"upsamplers": ["x"] * 5}, "upsamplers: 4 at most are taken for one request, not 5"),
         ({"count": 5}, "count: 5 pictures are too many for one request; 4 at most are made here"),
         ({"count": 2, "rerank": 3}, "too many for one request"),
         ({"steps": 10**9}, "steps: 1000000000 are too many; 400 at most here"),
@@ -363,6 +368,14 @@ def test_uploads_have_limits(address, tmp_path, capfd):
     with pytest.raises(Refused, match="no settings in this file"):
         ask(address, "settings", picture=words)
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_all_images_of_a_request_have_a_limit(address, tmp_path):
+    Image.new("L", (1000, 990)).save(tmp_path / "large.png")
+    file = upload(address, tmp_path / "large.png")
+    with pytest.raises(Refused, match="image_prompts: 4 megapixels together are taken here at most"):
+        ask(address, image_prompts=[file] * 5, **FAST)
+    assert ask(address, image_prompts=[file] * 4, **FAST)["seeds"] == [0]
 
 
 def test_uploads_in_all_have_a_limit(address, dog, caplog):
@@ -725,6 +738,11 @@ def test_the_settings_of_another_program_and_of_missing_files(models, tmp_path):
     found = recall(tmp_path / "theirs.png", Shelf(folder=models), known)
     assert found.values["steps"] == 20 and found.values["sampler"] == "euler" and found.values["negative"] == "blurry"
     assert found.model is None and found.remarks == ["not taken: Hires"]
+    with pytest.raises(UserError, match=r"^odd\.png: prompts: '\\ud800' is no text$"):
+        odd = PngInfo()
+        odd.add_text("ldm_lab", '{"seed": 0, "width": 8, "height": 8, "prompts": [{"text": "\\ud800"}]}')
+        Image.new("RGB", (16, 16)).save(tmp_path / "odd.png", pnginfo=odd)
+        recall(tmp_path / "odd.png", Shelf(folder=models), known)
     with pytest.raises(UserError, match=r"^none\.png: no settings"):
         Image.new("RGB", (16, 16)).save(tmp_path / "none.png")
         recall(tmp_path / "none.png", Shelf(folder=models), known)

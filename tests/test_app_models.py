@@ -191,6 +191,8 @@ def test_a_model_that_is_replaced_or_deleted(models, tmp_path):
     """While a job draws with it, and before the next one; in one step, in place, or cut short."""
     folder = tmp_path / "shelf"
     folder.mkdir()
+    for name in ("autoencoder", "conditioner"):
+        shutil.copy(models / f"{name}.safetensors", folder)
     shutil.copy(models / "other.safetensors", folder / "model.safetensors")
     file = folder / "model.safetensors"
     with tiny_app.served(folder) as address:

@@ -23,6 +23,7 @@ from ldm_lab.evaluation.distances import Moments, cmmd, frechet
 from ldm_lab.evaluation.feature_files import FEATURES, PictureRows, read_part, read_rows, write_rows
 from ldm_lab.evaluation.metrics import CLIP_SCORE
 from ldm_lab.evaluation.model_parts import IMAGE_EMBED, TEXT_EMBED, retrieval
+from ldm_lab.evaluation.own_files import is_plot
 from ldm_lab.evaluation.settings import SEED_STEP, model_names, picture_seeds
 from ldm_lab.sampling import Pipeline, SamplingOptions
 from ldm_lab.training.evaluate import Evaluate
@@ -446,24 +447,21 @@ def test_what_can_be_known_is_said_before_pictures_are_made(
     assert code == 2 and message in err.splitlines()[-1] and "Traceback" not in err, err
 
 
-def test_folders_and_models_are_looked_at_before_pictures_are_made(evaluate, unsampled, models, tmp_path, request):
+def test_folders_and_models_are_looked_at_before_pictures_are_made(evaluate, unsampled, models, tmp_path):
     few, bare = pictures_in(tmp_path / "few", 2, "a star"), pictures_in(tmp_path / "bare", 6)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"no picture")
     (tmp_path / "not_a_model.safetensors").write_bytes(b"nothing")
     (tmp_path / "file").write_text("")
     (tmp_path / "p.txt").write_text("a star\n:2\n")
-    shutil.copy(models / "a.safetensors", tmp_path / "a.safetensors")
-    link = models / "link.safetensors"  # beside the parts that the model names
-    link.symlink_to(models / "a.safetensors")
-    request.addfinalizer(link.unlink)
+    again = models / ".." / models.name / "a.safetensors"
     asked = ("--checkpoint", models / "a.safetensors", *SHORT)
     for words, told in (
         ((*asked, "--images", few, "--metric", "recall"), "few: recall: at least 4 images are needed, not 2"),
         ((*asked, "--images", bare, "--metric", "clip_score"), "bare: clip_score needs captions"),
         ((*asked, "--images", tmp_path / "broken", "--metric", "fd"), "broken: no usable image"),
         ((*asked, "--checkpoint", tmp_path / "not_a_model.safetensors"), "not_a_model.safetensors"),
-        ((*asked, "--checkpoint", link), "link.safetensors: is given twice"),
+        ((*asked, "--checkpoint", again), f"{again}: is given twice"),
         ((*asked, "--prompts", tmp_path / "p.txt"), "--prompts: ':2' has no words that clip_score could compare"),
         ((*asked, "--out", tmp_path / "file"), "file: this is a file, not a folder"),
         ((*asked, "--bootstrap", 1), "--bootstrap"),
@@ -515,13 +513,24 @@ def test_an_evaluations_own_plot_is_no_picture(evaluate, models, tmp_path):
     data = ("--data", f"path={folder}", "image_size=32", "--metric", "cmmd", "--images", folder)
     clip = ("--clip", "name=cloob", f"weights={models / 'conditioner.safetensors'}")
     found = []
-    for out in (folder, folder, folder / "inside", folder / "inside"):
+    for out in (folder, folder, folder / "inside", folder / "inside", folder / "another"):
         code, told, err = evaluate(*data, *clip, data=False, out=out)
         assert code == 0, err
         shutil.copy(folder / "0.png", out / "evaluation.png")  # the plot is not drawn in these tests
         content = table(out)
         found.append((content["rows"][0]["pictures"], content["facts"]["real images"], content["rows"][0]["values"]))
-    assert all(its == found[0] for its in found[:2]) and found[0][:2] == (6, "6") and "made anew" not in told
+    assert all(its == found[0] for its in found) and found[0][:2] == (6, "6") and "made anew" not in told
+    assert "evaluation.png is the plot of an evaluation, and none of the pictures" in told
+    pictures_in(tmp_path / "mine", 1)
+    (tmp_path / "mine" / "0.png").rename(tmp_path / "mine" / "evaluation.png")  # a picture of that name
+    assert not is_plot(tmp_path / "mine" / "evaluation.png")
+
+
+@pytest.mark.parametrize("flag", ["--checkpoint", "--images", "--features", "--prompts", "--out", "--inception"])
+def test_an_empty_text_is_no_path(evaluate, models, flag):
+    """As a shell makes it of a variable that is not set."""
+    code, _, err = evaluate.plain("--checkpoint", models / "a.safetensors", flag, "")
+    assert code == 2 and f"{flag}: an empty text names nothing" in err
 
 
 def test_damaged_features_of_the_evaluation_itself_are_made_anew(evaluate, tmp_path):

@@ -33,6 +33,7 @@ from ldm_lab.sampling import Pipeline, SamplingOptions
 from ldm_lab.sampling.beside import ModelPlace
 from ldm_lab.sampling.loading import load_model
 from ldm_lab.sampling.options import ModelOptions
+from ldm_lab.sharing import comfyui
 from ldm_lab.sharing.checks import SourceModel
 from ldm_lab.sharing.evaluation import Measured
 from ldm_lab.sharing.parts import OWN, copy_without_paths, origin_of
@@ -744,19 +745,19 @@ def test_sessions_that_a_checkpoint_does_not_tell_are_unknown(damaged):
 
 def evaluation(folder: Path, **models: str | Path) -> Path:
     """Write what `python -m ldm_lab evaluate` writes, of models by their names: files, or checksums."""
+    from ldm_lab.evaluation import origin as evaluation_origin
     from ldm_lab.evaluation.metrics import Value
     from ldm_lab.evaluation.settings import Models
     from ldm_lab.evaluation.tables import Table
 
-    rows = [Row(its, 3.0, "unipc", 20, (0,), 96, {"fd": Value(0.25, 0.013, "draws")}) for its in models]
+    rows = [Row(its, 3.0, "unipc", 20, (0,), 96, {"fd": Value(0.25, 0.013, "bootstrap", 1000)}) for its in models]
     loaded = Models(ModelOptions())
-    sums = {its: one if isinstance(one, str) else loaded.identity(str(one)) for its, one in models.items()}
+    files = {its: one if isinstance(one, str) else sha256(one) for its, one in models.items()}
+    whole = {its: one if isinstance(one, str) else loaded.identity(str(one)) for its, one in models.items()}
     facts = {"real images": "96", "embeddings": f"of {folder}/x.safetensors (in={folder}/y)"}
-    if models:
-        told = ", ".join(f"{its} {one[:12]}" for its, one in sums.items())
-        facts["weights"] = f"sha256 of the models with all their parts: {told}"
+    origin = evaluation_origin.Origin(files, whole, data={"section": {"path": str(folder)}})
     folder.mkdir()
-    (folder / "evaluation.json").write_text(Table(rows, facts, ["few images"]).to_json())
+    (folder / "evaluation.json").write_text(Table(rows, facts, remarks=["few images"], origin=origin).to_json())
     return folder / "evaluation.json"
 
 
@@ -779,13 +780,17 @@ def test_an_evaluation_stands_in_the_card(tmp_path):
         with pytest.raises(UserError, match=message):
             main([*words, str(wrong), "--overwrite"])
     content = json.loads(path.read_text())
-    del content["facts"]["weights"]
+    del content["facts"]["weights_sha256"]
     (tmp_path / "silent.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="does not say which weights it is about"):
         main([*words, str(tmp_path / "silent.json"), "--overwrite"])
     (tmp_path / "large.json").write_text(json.dumps({"rows": [{"model": "run", "values": 3}]}))
     with pytest.raises(UserError, match="not an evaluation"):
         main([*words, str(tmp_path / "large.json"), "--overwrite"])
+    section = {"name": "kl_f8", "ch": 8, "norm_groups": 4, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+    save_part(tmp_path / "ae.safetensors", build("autoencoder", section), section)
+    with pytest.raises(UserError, match="is about this model with another autoencoder, conditioner or LoRA"):
+        main([*words, str(path), "--overwrite", "--autoencoder", str(tmp_path / "ae.safetensors")])
     assert (tmp_path / "out" / "README.md").read_bytes() == stays
 
 
@@ -801,9 +806,9 @@ def test_facts_that_name_this_machine_stay_out(tmp_path, capsys, monkeypatch, te
     monkeypatch.setattr("platform.node", lambda: "bigbox.example.org")
     path = evaluation(tmp_path / "one", other="0" * 64)
     content = json.loads(path.read_text())
-    content["facts"] = {"weights": content["facts"]["weights"], "fact": text}
+    content["facts"]["fact"] = text
     path.write_text(json.dumps(content))
-    notes = Measured.read(path).of(lambda: {"0" * 64}).notes
+    notes = Measured.read(path).of("0" * 64, lambda: "0" * 64).notes
     assert [note for note in notes if note.startswith("fact:")] == ([] if shown is None else [f"fact: {shown}"])
     assert ("1 facts stay out of the card" in capsys.readouterr().err) == (shown is None)
 
@@ -811,7 +816,7 @@ def test_facts_that_name_this_machine_stay_out(tmp_path, capsys, monkeypatch, te
 def test_remarks_that_name_files_stay_out(tmp_path, capsys):
     path = evaluation(tmp_path / "one", other="0" * 64)
     path.write_text(path.read_text().replace("few images", "/home/alice/my pictures: few"))
-    assert not any("alice" in note for note in Measured.read(path).of(lambda: {"0" * 64}).notes)
+    assert not any("alice" in note for note in Measured.read(path).of("0" * 64, lambda: "0" * 64).notes)
     assert "1 remarks stay out of the card" in capsys.readouterr().err
 
 
@@ -875,6 +880,19 @@ def test_parts_are_known_by_their_content(tmp_path):
     assert origin_of("autoencoder", {"name": "kl_f8", "weights": str(other)}, other, source.place) == Origin()
     note_own(other.parent)
     assert origin_of("autoencoder", {"name": "kl_f8", "weights": str(other)}, other, source.place) == Origin(OWN)
+
+
+def test_what_comfyui_loads_is_said(shared):
+    """An autoencoder of Stable Diffusion's shapes alone, by the names that its loader asks for."""
+    assert "ComfyUI loads none of these files" in card_of(shared[1])[1]
+    with torch.device("meta"):
+        usual = build("autoencoder", {"name": "kl_f8"}).state_dict()
+    shapes = {name: its.shape for name, its in usual.items()}
+    asked = {"encoder.down.2.downsample.conv.weight", "decoder.conv_in.weight", "quant_conv.weight"}  # comfy/sd.py
+    assert asked <= shapes.keys() and "decoder.up_blocks.0.resnets.0.norm1.weight" not in shapes
+    assert comfyui.is_usual_vae(shapes) and comfyui.is_usual_vae({**shapes, "more": (3,)})
+    assert not comfyui.is_usual_vae({**shapes, "quant_conv.weight": (6, 6, 1, 1)})
+    assert not comfyui.is_usual_vae(comfyui.shapes_in(shared[1] / "autoencoder.safetensors"))
 
 
 def test_where_a_language_model_lay_is_not_told(tmp_path):

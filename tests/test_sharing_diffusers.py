@@ -1,6 +1,7 @@
 """`export --diffusers`: a folder that needs torch, diffusers and its own files gives the same pictures."""
 
 import ast
+import dataclasses
 import json
 import os
 import re
@@ -19,7 +20,10 @@ from test_sharing import make_model, tiny_if_model
 from tiny import AUTOENCODER, ROOT
 
 from ldm_lab.__main__ import main
+from ldm_lab.checkpoints.files import read_safetensors, write_safetensors
+from ldm_lab.checkpoints.gap_files import beside_weights
 from ldm_lab.checkpoints.native import save_model, save_part
+from ldm_lab.conditioners.gap import Gap, ResidualMap, RidgeMap
 from ldm_lab.conditioners.glide_text import GPT2_WORDS, gpt2_ranks
 from ldm_lab.config import build
 from ldm_lab.errors import UserError
@@ -204,6 +208,54 @@ def test_statistics_of_latents_per_channel(tmp_path, loaded):
     assert (theirs - ours(model, "unipc", 3)).abs().max() < CLOSE
 
 
+@pytest.mark.parametrize(
+    ("kind", "said"), [(None, True), ("ridge", True), ("residual", True), ("ridge", False)],
+    ids=["means", "ridge", "residual", "in_the_weights_alone"],
+)  # fmt: skip
+def test_a_gap_goes_along(tmp_path, loaded, kind, said):
+    """Means, and a map of texts, as they stand beside the model's weights."""
+    model = make_model(tmp_path)
+    torch.manual_seed(4)
+    maps = {None: None, "ridge": RidgeMap(torch.randn(16, 16)), "residual": ResidualMap(16, 24)}
+    if kind == "residual":
+        torch.nn.init.normal_(maps[kind].last.weight)
+    gap = Gap(0.5 * torch.randn(16), 0.5 * torch.randn(16), 0.1, maps[kind])
+    state, told = read_safetensors(model)
+    config = json.loads(told.pop("config"))
+    if said:
+        config["conditioner"]["gap"] = {"noise": 0.1}
+    facts = {key: its for key, its in told.items() if key not in ("format", "role")}
+    without = ours(model, "ddim", 3)
+    save_model(model, {**state, **beside_weights(gap)}, config, facts)
+    pipeline = loaded(exported(tmp_path, model))
+    theirs = pipeline(PROMPTS, output_type="pt", sampler="ddim", num_inference_steps=3, seed=7).images
+    assert (theirs - ours(model, "ddim", 3)).abs().max() < CLOSE < (theirs - without).abs().max()
+
+
+def test_weights_in_half(tmp_path, loaded):
+    model = make_model(tmp_path)
+    state, told = read_safetensors(model)
+    write_safetensors(model, {name: its.half() for name, its in state.items()}, told)
+    pipeline = loaded(exported(tmp_path, model))
+    theirs = pipeline(PROMPTS, output_type="pt", sampler="ddim", num_inference_steps=3, seed=7).images
+    assert (theirs - ours(model, "ddim", 3)).abs().max() < CLOSE
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 7.5])
+def test_guidance_of_a_few_prompts(diffusers_folder, loaded, guidance):
+    """One, and an odd number of them, one or several at a time, in pictures that are no square."""
+    model, folder = diffusers_folder
+    pipeline, options = loaded(folder), SamplingOptions(sampler={"name": "unipc", "steps": 3}, seed=7)
+    texts = ["", *PROMPTS]
+    for count, batch in ((1, 16), (3, 1), (3, 2)):
+        asked = dataclasses.replace(options, guidance=guidance, size="48x16", batch_size=batch)
+        batches = Pipeline.from_checkpoint(model).samples(texts[:count], asked)
+        wanted = torch.stack([sample.pixels for its in batches for sample in its])
+        theirs = pipeline(texts[:count], output_type="pt", num_inference_steps=3, sampler="unipc", seed=7, width=48,
+                          height=16, guidance_scale=guidance, batch_size=batch).images  # fmt: skip
+        assert (theirs - wanted).abs().max() < CLOSE
+
+
 def test_what_is_there_stays_and_what_cannot_be_is_said(diffusers_folder, tmp_path):
     model, folder = diffusers_folder
     with pytest.raises(UserError, match="is there already; --overwrite replaces it"):
@@ -215,7 +267,7 @@ def test_what_is_there_stays_and_what_cannot_be_is_said(diffusers_folder, tmp_pa
     with pytest.raises(UserError, match="where does it go"):
         main(["export", str(model)])
     other = make_model(tmp_path / "other", conditioner={"name": "t5", "gap": {"noise": 0.1}})
-    with pytest.raises(UserError, match=r"conditioner\.gap: is not exported"):
+    with pytest.raises(UserError, match=r"conditioner\.gap: is exported of cloob alone"):
         exported(tmp_path / "other", other)
     text = "".join(path.read_text() for path in folder.rglob("*") if path.suffix in (".py", ".json", ".md"))
     for secret in (str(folder.parent), str(Path.home()), str(ROOT)):

@@ -99,7 +99,7 @@ def add(workshop: Workshop, line: Line) -> None:
     def sample(*values: Json) -> Iterator[Reply]:
         """Make pictures. Yields how far it is, and in the end the files, their seeds, and what should be known."""
         given = Arguments(zip(types, values))
-        with telling():
+        with telling(as_html=False):
             for said in workshop.work(request_of(given, choices, workshop), line.of_this_job()):
                 if isinstance(said, Progress):
                     yield Reply(doing=said.doing, step=said.done, steps=said.total)
@@ -127,7 +127,7 @@ def add(workshop: Workshop, line: Line) -> None:
 
     def settings(picture: Arguments) -> Reply:
         """Tell the settings in a picture, as `sample` takes them."""
-        with telling():
+        with telling(as_html=False):
             found = recall(
                 Arguments(picture if isinstance(picture, dict) else {}).upload("picture"), workshop.shelf, list(choices)
             )

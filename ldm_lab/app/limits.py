@@ -15,6 +15,8 @@ from ldm_lab.sampling.recorded import LONGEST_PROMPT
 
 MEBI, MEGA = 2**20, 1_000_000
 MOST_PROMPTS = 32  # of a picture
+MOST_LORAS, MOST_UPSAMPLERS = 16, 4  # of a request: each is read, or loaded, for it
+IMAGES = 4  # of the largest size that all images of a request may have together
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,22 @@ class Limits:
             raise UserError(f"prompts: {MOST_PROMPTS} at most are mixed in a picture here, not {len(texts)}")
         if (longest := max(map(len, texts), default=0)) > LONGEST_PROMPT:
             raise UserError(f"prompts: {LONGEST_PROMPT} characters at most are read here, not {longest}")
+
+    def check_files(self, loras: Sequence[str], upsamplers: Sequence[str]) -> None:
+        """Raise UserError for too many files of weights."""
+        for what, names, most in (("loras", loras, MOST_LORAS), ("upsamplers", upsamplers, MOST_UPSAMPLERS)):
+            if len(names) > most:
+                raise UserError(f"{what}: {most} at most are taken for one request, not {len(names)}")
+
+    def open_uploads(self, paths: Sequence[Path]) -> list[Image.Image]:
+        """Return the images in uploaded files. Raises UserError as `open_upload`, and for too many pixels together."""
+        opened: list[Image.Image] = []
+        for path in paths:
+            opened.append(self.open_upload(path))
+            total = sum(image.width * image.height for image in opened) / MEGA
+            if total > IMAGES * self.megapixels:
+                raise UserError(f"image_prompts: {IMAGES * self.megapixels} megapixels together are taken here at most")
+        return opened
 
     def open_upload(self, path: Path, name: str = "") -> Image.Image:
         """Return the image in an uploaded file.

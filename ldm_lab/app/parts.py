@@ -19,18 +19,14 @@ CANVAS = 640  # pixels
 MOST_CANVASES = 32  # that browsers have sent and not used yet
 
 
-def told(error: UserError) -> gr.Error:
-    """Return a user's mistake as the page tells it: escaped, without a traceback in the log."""
-    return gr.Error(escaped(without_folders(str(error))), duration=30, print_exception=False)
-
-
 @contextmanager
-def telling() -> Iterator[None]:
-    """Turn a user's mistake into what the page tells."""
+def telling(as_html: bool = True) -> Iterator[None]:
+    """Turn a user's mistake into what the page tells, or a program is told; without a traceback in the log."""
     try:
         yield
     except UserError as error:
-        raise told(error) from None
+        text = without_folders(str(error))
+        raise gr.Error(escaped(text) if as_html else text, duration=30, print_exception=False) from None
 
 
 def escaped(text: str) -> str:

@@ -287,6 +287,7 @@ class _Asked:
     def of(cls, request: Request, shop: Workshop) -> "_Asked":
         """Return what a request asks for. Raises UserError for names that are not offered, and for what is too much."""
         shelf, limits = shop.shelf, shop.limits
+        limits.check_files(request.loras, request.upsamplers)
         model = shelf.path(Kind.MODEL, request.model)
         upsamplers = [shelf.path(Kind.UPSAMPLER, name) for name in request.upsamplers]
         named = [_split(name, shelf.names(Kind.LORA)) for name in request.loras]
@@ -305,8 +306,8 @@ class _Asked:
         needed = option_downloads(options, "")
         raise_refusals([f"{file.name}: is not on this machine, and requests download nothing" for file in needed])
         mix = [parse_prompt(text) for text in request.prompts]
-        images = [(image, limits.open_upload(image.path)) for image in request.images]
-        mix += [Prompt(str(image.path), image.weight, opened) for image, opened in images]
+        images = limits.open_uploads([image.path for image in request.images])
+        mix += [Prompt(str(image.path), image.weight, opened) for image, opened in zip(request.images, images)]
         if not mix:
             raise UserError("no prompt: a text or an image is needed; a model without a conditioner takes an empty one")
         words = OptionValues({**_of_loading(shop.loading), **values})

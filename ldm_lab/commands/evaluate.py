@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # these import torch, which takes seconds
     from ldm_lab.evaluation.asked import Asked
     from ldm_lab.prompts import Prompt
 
+NAMING = ("checkpoint", "images", "data", "features", "prompts", "out", "clip", "inception")
 SWEPT = ("guidance", "sampler", "steps")
 # Choices that are the command's own, or that show something else than what a model makes of a prompt.
 LEFT_OUT = (
@@ -123,6 +124,11 @@ def check_together(args: argparse.Namespace) -> None:
 
     if not args.checkpoint and not args.images:
         raise UserError("what is to be measured? --checkpoint, --images, or both have to be given")
+    words = dict(args._get_kwargs())
+    for name in NAMING:  # an empty text, such as that of a variable that is not set, is no path
+        given_here = words[name] if isinstance(words[name], list) else [words[name]]
+        if "" in given_here:
+            raise UserError(f"--{name}: an empty text names nothing; leave the flag out, or say what is meant")
     args.metric = check_names(args.metric or DEFAULT, "--metric")
     of_models = of_kind(args.metric, "data")
     if of_models and not args.checkpoint:
@@ -131,7 +137,6 @@ def check_together(args: argparse.Namespace) -> None:
     if args.bootstrap == 1:
         raise UserError("--bootstrap: a margin needs 2 draws or more; 0 leaves margins out")
     defaults = {"limit": LIMIT, "pictures": PICTURES, "seeds": [0], "bootstrap": BOOTSTRAP}
-    words = dict(args._get_kwargs())
     for name, default in defaults.items():
         setattr(args, name, default if words[name] is None else words[name])
     if len({*args.seeds}) < len(args.seeds):

@@ -3,6 +3,7 @@ table, or is the name of its folder."""
 
 import os
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -252,10 +253,10 @@ class Folder(FileSource):
         path: the folder.
 
     Attributes:
-        left_out: a picture in it that is none of its images; None for none.
+        leaves_out: whether a picture in it is none of its images, by its path; None takes all.
     """
 
-    left_out: Path | None = None
+    leaves_out: Callable[[Path], bool] | None = None
 
     def listed(self) -> list[ListedImage]:
         if not self.path.is_dir():
@@ -263,7 +264,9 @@ class Folder(FileSource):
         self.listing = Listing()
         found = []
         for folder, files in walk(self.path, self.listing):
-            images = [file for file in files if is_image(file) and not self.leaves_out(folder, file)]
+            images = [file for file in files if is_image(file)]
+            if self.leaves_out is not None:
+                images = [image for image in images if not self.leaves_out(self.path / folder / image)]
             places, strange = self.beside.places(folder, images, set(files))
             self.listing.left_out.update(map(ending_of, strange))
             self.listing.folders += bool(images)
@@ -274,11 +277,6 @@ class Folder(FileSource):
             left = "".join(f"; {line}" for line in self.listing.lines())
             raise UserError(f"data.path: no image below {self.path}{hint}; looked for {', '.join(IMAGE_ENDINGS)}{left}")
         return sorted(found)  # whatever order the file system has
-
-    def leaves_out(self, folder: str, file: str) -> bool:
-        """Return whether a file is `left_out`."""
-        other = self.left_out
-        return other is not None and file == other.name and (self.path / folder / file).resolve() == other.resolve()
 
     def found(self) -> list[str]:
         first, *lines = super().found()

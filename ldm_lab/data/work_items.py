@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
@@ -260,8 +260,8 @@ def shard_items(patterns: list[str], out: Path | None) -> list[Shard]:
     return found
 
 
-def file_batches(path: str, out: Path | None, left_out: Path | None = None) -> list[FileBatch]:
-    """Return the images below a folder in batches, without one file that is none of them.
+def file_batches(path: str, out: Path | None, leaves_out: Callable[[Path], bool] | None = None) -> list[FileBatch]:
+    """Return the images below a folder in batches, without those that are none (`Folder.leaves_out`).
 
     Raises:
         UserError: no image, or `out` is not given.
@@ -269,7 +269,7 @@ def file_batches(path: str, out: Path | None, left_out: Path | None = None) -> l
     if out is None:
         raise UserError("--images: --out has to say where the scores go")
     folder = Folder(path=path, image_size=1, batch_size=1)
-    folder.left_out = left_out
+    folder.leaves_out = leaves_out
     folder.open()
     names = folder.names
     return [

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ldm_lab.config import PartConfig
-from ldm_lab.evaluation.tables import STEM
 from ldm_lab.metrics import of_kind
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling import SamplingOptions
@@ -55,8 +54,3 @@ class Asked:
     def makes_pictures(self) -> bool:
         """Whether models are asked for pictures."""
         return bool(self.of_pictures and self.checkpoints)
-
-    @property
-    def plot(self) -> Path:
-        """The picture that the evaluation itself writes: none of those that are measured."""
-        return self.out / f"{STEM}.png"

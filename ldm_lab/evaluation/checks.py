@@ -17,6 +17,7 @@ from ldm_lab.evaluation.distances import check_rows
 from ldm_lab.evaluation.feature_files import FEATURES, SUMS, VALUES, PictureRows
 from ldm_lab.evaluation.metrics import CLIP_SCORE
 from ldm_lab.evaluation.model_parts import caption_rows, check_parts
+from ldm_lab.evaluation.own_files import is_plot
 from ldm_lab.evaluation.settings import Models, Setting, model_names, settings_of
 from ldm_lab.io.atomic import writable_folder
 from ldm_lab.metrics import METRICS, of_kind
@@ -77,7 +78,7 @@ def check_folders(asked: Asked) -> None:
     check_distinct("--images", [Path(folder) for folder in asked.images], "named twice")
     for folder in asked.images:
         try:
-            file_batches(folder, asked.out, asked.plot)
+            file_batches(folder, asked.out, is_plot)
         except UserError as error:
             raise UserError(f"--images {folder}: {str(error).removeprefix('data.path: ')}") from None
 

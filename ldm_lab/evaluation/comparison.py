@@ -30,9 +30,10 @@ from ldm_lab.evaluation.jobs import FeatureJob, FilesJob, PicturesItem, Pictures
 from ldm_lab.evaluation.metrics import CLIP_SCORE, RealSet, Value, few_images, over_seeds, picture_value
 from ldm_lab.evaluation.model_parts import PartsJob, lpips_network, part_values
 from ldm_lab.evaluation.origin import data_told, origin_of
+from ldm_lab.evaluation.own_files import ENDINGS, STEM, is_plot
 from ldm_lab.evaluation.real_images import FILE, RealImages, real_rows
 from ldm_lab.evaluation.settings import Models, Setting, model_names, picture_seeds
-from ldm_lab.evaluation.tables import ENDINGS, Row, Table
+from ldm_lab.evaluation.tables import Row, Table
 from ldm_lab.io.json_files import Fields, parse_json
 from ldm_lab.metrics import METRICS, of_kind, spaces_of
 from ldm_lab.progress import print_line
@@ -58,7 +59,7 @@ class Comparison:
         check_asked(asked)
         self.asked, self.options, self.models = asked, options, Models(loading)
         self.made_of, self.of_data = asked.of_pictures, of_kind(asked.metrics, "data")
-        self.real = None if asked.data is None else RealImages.open(asked.data, asked.limit, asked.plot)
+        self.real = None if asked.data is None else RealImages.open(asked.data, asked.limit)
         self.networks = self.load_networks()
         self.settings = checked_models(asked, self.models)
         self.lpips = lpips_network() if "lpips" in self.of_data else None
@@ -219,16 +220,16 @@ class Comparison:
     def folder_pictures(self, folder: str) -> PictureRows:
         """Return what is seen on the pictures in a folder. Raises UserError for what cannot be measured."""
         name, networks = public_name(folder), "-".join(network.key for network in self.networks)
-        own = (self.asked.out / "parts", self.asked.out / FILE, *(self.asked.plot.with_suffix(e) for e in ENDINGS))
+        own = [self.asked.out / name for name in ("parts", FILE, *(STEM + ending for ending in ENDINGS))]
         found = [path for path in Path(folder).rglob("*") if path.is_file()]
         files = [(path, path.stat()) for path in found if not is_of(path, own)]
         # Other pictures under the same names are looked at anew.
         facts = str(sorted((str(path.absolute()), its.st_size, its.st_mtime_ns) for path, its in files))
         place = hashlib.sha256(facts.encode(errors="surrogateescape")).hexdigest()[:12]
         target = self.asked.out / "parts" / f"folder-{name}-{place}-{networks}"
-        items = file_batches(folder, target, self.asked.plot)
-        if self.asked.plot.is_file() and is_of(self.asked.plot, [Path(folder)]):
-            print_line(f"--images {folder}: {self.asked.plot} is the plot of --out, and none of the pictures")
+        items = file_batches(folder, target, is_plot)
+        if plots := [path for path in found if is_plot(path)]:
+            print_line(f"--images {folder}: {plots[0]} is the plot of an evaluation, and none of the pictures")
         listed = listed_pictures(Path(folder))
         self.run_pass(FilesJob(self.networks, listed=listed), items, name)
         made = rows_of_items(items)

@@ -18,6 +18,7 @@ from ldm_lab.errors import UserError
 from ldm_lab.evaluation.feature_files import FEATURES, PictureRows, check_tensors, differences, read_rows, write_rows
 from ldm_lab.evaluation.features import Features
 from ldm_lab.evaluation.jobs import SourceJob, rows_of_items
+from ldm_lab.evaluation.own_files import is_plot
 from ldm_lab.progress import print_line
 
 FILE = "real.safetensors"  # in the folder of an evaluation
@@ -40,11 +41,11 @@ class RealImages:
     limit: int | None
 
     @classmethod
-    def open(cls, config: PartConfig, limit: int | None, left_out: Path | None = None) -> "RealImages":
-        """Find the images, without one file that is none of them. Raises UserError for none."""
+    def open(cls, config: PartConfig, limit: int | None) -> "RealImages":
+        """Find the images; plots of evaluations are none. Raises UserError where there is no image."""
         source: Source = config.build()
         if isinstance(source, Folder):
-            source.left_out = left_out
+            source.leaves_out = is_plot
         source.prepare()
         try:
             source.open()

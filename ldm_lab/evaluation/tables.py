@@ -9,11 +9,10 @@ from pathlib import Path
 from ldm_lab.checkpoints.importer import Section
 from ldm_lab.evaluation.metrics import MarginOf, Value
 from ldm_lab.evaluation.origin import Origin
+from ldm_lab.evaluation.own_files import STEM
 from ldm_lab.io.atomic import atomic_write
 from ldm_lab.metrics import METRICS, is_higher_better
 
-STEM = "evaluation"  # of the files' names
-ENDINGS = (".json", ".csv", ".md", ".png")
 MISSING = "–"  # a value that a row does not have, as its metric is not for it
 STAR = "\\*"  # in Markdown
 COLORS = ("#2563a8", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#0e7490")

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ldm_lab.config import LARGEST_SEED, NonNegativeInt, PartSection, PositiveInt, Share, build, check_section, register
 from ldm_lab.errors import UserError
+from ldm_lab.io.text import is_text
 from ldm_lab.sampling_defaults import SamplingDefaults, Thresholding
 
 SamplerConfig = dict[str, str | int | float | bool | None]  # a sampler's name and options
@@ -159,6 +160,7 @@ class SamplingOptions:
     @staticmethod
     def check(
         *,
+        negative: str | None,
         guidance_interval: Sequence[float],
         clip_denoised: bool | None,
         thresholding: str | None,
@@ -194,6 +196,8 @@ class SamplingOptions:
             problems.append("clip_denoised: off leaves nothing to threshold; thresholding goes without it")
         if thresholding == "static":
             problems += [f"{key}: belongs to dynamic thresholding" for key in given]
+        if not is_text(negative or ""):
+            problems.append(f"negative: {negative!r}: a prompt is text in UTF-8; these bytes are none")
         first, last = guidance_interval
         if not first <= last:
             problems.append(f"guidance_interval: two times 0 <= first <= last <= 1 are needed, not {first:g} {last:g}")

@@ -15,6 +15,7 @@ from ldm_lab.config.registry import infos, part_info
 from ldm_lab.errors import UserError
 from ldm_lab.io.json_files import JsonObject
 from ldm_lab.io.metadata import texts_of
+from ldm_lab.io.text import is_text
 from ldm_lab.sampling.aliases import our_sampler
 from ldm_lab.sampling.names import FileRecord
 from ldm_lab.sampling.options import (
@@ -80,6 +81,8 @@ class RecordedPrompt:
     def __post_init__(self) -> None:
         if len(self.text) > LONGEST_PROMPT:
             raise UserError(f"prompts: {LONGEST_PROMPT} characters at most are repeated, not {len(self.text)}")
+        if not is_text(self.text):
+            raise UserError(f"prompts: {self.text[:60]!r} is no text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,7 +316,7 @@ def _foreign(parameters: Parameters) -> Recorded:
 
 def _foreign_value(name: str, text: str) -> Taken:
     """Return the options that a field of A1111's stands for; none where it stands for none of ours."""
-    if name == "Steps" and text.isascii() and text.isdigit() and 0 < int(text[:9]) <= MOST_STEPS:
+    if name == "Steps" and text.isascii() and text.isdigit() and len(text) <= 9 and 0 < int(text) <= MOST_STEPS:
         return Taken(steps=int(text))
     if name == "Seed" and text.isascii() and text.isdigit() and len(text) < 19:
         return Taken(seed=int(text))

@@ -3,6 +3,8 @@
 `parts`       the frozen parts of a model as files in the folder
 `facts`       what is known of how a model came about
 `card`        the model card (README.md)
+`comfyui`     what ComfyUI can load of them
+`checks`      what can be told of an export before it begins
 `evaluation`  the results of `evaluate` for the card
 `hub`         the folder
 

@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from ldm_lab.pretrained.hub_folder import HubFolder, Origin
+from ldm_lab.sharing import comfyui
 from ldm_lab.sharing.facts import Facts
 from ldm_lab.sharing.parts import SharedPart
 
@@ -93,12 +94,18 @@ class Card:
             evaluation=[(plain(key), plain(value)) for key, value in self.evaluation],
             evaluation_notes=[plain(line) for line in self.notes],
             parts=self.rows(),
+            comfyui=comfyui.told(self.autoencoder(folder)),
             files=[
                 (f"`{name}`", f"{(folder / name).stat().st_size:,}", checksum)
                 for name, checksum in self.model.files.items()
             ],
         )
         return f"{card}\n"
+
+    def autoencoder(self, folder: Path) -> Path | None:
+        """Return the file of the base model's autoencoder; None for a model of pixels."""
+        files = [file for part in self.networks[0].parts if part.role == "autoencoder" for file in part.files]
+        return folder / files[0] if files else None
 
     @property
     def reads_text(self) -> bool:

@@ -21,6 +21,7 @@ from ldm_lab.checkpoints.models import read_model
 from ldm_lab.checkpoints.parts import as_part_config, read_part, weights_path
 from ldm_lab.clip_tokens import CLIP_VOCAB_SIZE, Encoding
 from ldm_lab.conditioners.cloob import CLOOB
+from ldm_lab.conditioners.gap import Gap, ResidualMap
 from ldm_lab.conditioners.glide_text import GlideText
 from ldm_lab.conditioners.none import NoConditioner
 from ldm_lab.conditioners.t5 import T5
@@ -28,7 +29,7 @@ from ldm_lab.conditioners.t5_models import MINILM, checked_minilm, fetched, load
 from ldm_lab.config import signature_options
 from ldm_lab.config.registry import part_info
 from ldm_lab.errors import UserError
-from ldm_lab.interfaces import Conditioner, Part
+from ldm_lab.interfaces import Part
 from ldm_lab.io.atomic import digest, remove_leftovers, replaced_folder
 from ldm_lab.io.json_files import read_json, write_json
 from ldm_lab.sampling.loading import load_frozen, load_model
@@ -85,6 +86,8 @@ class Exported:
             _, found = load_frozen(role, section_of(source.config, role), moved, source.place, extra)
             options[role] = options_of(role, found)
         model = load_model(source.path, dataclasses.replace(loading, device="cpu"))
+        if model.gap is not None and not isinstance(model.conditioner, CLOOB):  # whatever its config says
+            raise UserError(f"--diffusers: {source.path}: holds conditioner.gap, which is exported of cloob alone")
         return cls(model, source.config, options, stage)
 
 
@@ -149,8 +152,8 @@ def check(config: Section) -> None:
     sources = section_of(config, "condition_sources")
     if unknown := [name for name in sources if name not in (*SOURCES, *OPTIONAL)]:
         raise UserError(f"--diffusers: condition_sources.{unknown[0]}: is not exported; --hub-folder has it")
-    if section_of(config, "conditioner").get("gap"):
-        raise UserError("--diffusers: conditioner.gap: is not exported; --hub-folder has it")
+    if section_of(config, "conditioner").get("gap") and section_of(config, "conditioner").get("name") != "cloob":
+        raise UserError("--diffusers: conditioner.gap: is exported of cloob alone; --hub-folder has it")
 
 
 def _write_into(folder: Path, exported: Exported) -> None:
@@ -159,7 +162,7 @@ def _write_into(folder: Path, exported: Exported) -> None:
     index = Section(_class_name=[*CLASS], _diffusers_version=VERSION)
     index["unet"] = [*_write_network(folder / "unet", exported)]
     index["scheduler"] = [*_write_scheduler(folder / "scheduler", exported)]
-    index |= _write_prompts(folder, model.conditioner, exported.options["conditioner"])
+    index |= _write_prompts(folder, model, exported.options["conditioner"])
     index["vae"], pixels = [None, None], None
     if isinstance(model.autoencoder, IdentityAutoencoder):
         mean, std = float(model.autoencoder.latent_mean), float(model.autoencoder.latent_std)
@@ -209,7 +212,7 @@ def _write_network(folder: Path, exported: Exported) -> list[str]:
     entry = write_code(folder, "unet", "LDMUNet", text)
     spec = model.denoiser.spec.items()
     conditions = Section({its: [type(kind).__name__, dataclasses.asdict(kind)] for its, kind in spec})
-    _write_weights(folder / WEIGHTS, "network", model.denoiser)
+    _write_weights(folder / WEIGHTS, {"network": model.denoiser})
     options = Section({key: its for key, its in section_of(exported.config, "denoiser").items() if key != "name"})
     told = Section(channels=model.autoencoder.channels, conditions=conditions, options=options)
     _write_config(folder, "LDMUNet", told)
@@ -220,9 +223,11 @@ def _write_config(folder: Path, cls: str, options: Section, name: str = "config.
     write_json(folder / name, {"_class_name": cls, "_diffusers_version": VERSION, **options})
 
 
-def _write_weights(path: Path, prefix: str, module: nn.Module) -> None:
-    """Write a module's tensors, below an attribute."""
-    state: dict[str, Tensor] = {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
+def _write_weights(path: Path, modules: dict[str, nn.Module]) -> None:
+    """Write the tensors of modules, each below its attribute."""
+    state: dict[str, Tensor] = {
+        f"{attribute}.{name}": value for attribute, its in modules.items() for name, value in its.state_dict().items()
+    }
     write_safetensors(path, state, {"format": "pt"})
 
 
@@ -286,9 +291,9 @@ def _write_autoencoder(folder: Path, autoencoder: nn.Module, options: Section) -
 # ------------------------------------------------------------------------------------------------------------ prompts
 
 
-def _write_prompts(folder: Path, conditioner: Conditioner, options: Section) -> Section:
+def _write_prompts(folder: Path, model: Model, options: Section) -> Section:
     """Write what reads prompts; return its entries in model_index.json."""
-    out = folder / "prompts"
+    out, conditioner = folder / "prompts", model.conditioner
     out.mkdir()
     entries = Section(text_encoder=[None, None], tokenizer=[None, None])
     code, name, kind = Standalone(), "", str(conditioner.part_name)
@@ -297,8 +302,11 @@ def _write_prompts(folder: Path, conditioner: Conditioner, options: Section) -> 
         code.add("ldm_lab.sharing.stand_ins", "MERGES")
     if isinstance(conditioner, CLOOB):
         code.add("ldm_lab.conditioners.cloob", "TextEncoder")
-        _write_weights(out / WEIGHTS, "towers", conditioner)
-        told = Section(options=options, merges=[*_clip_merges(conditioner.vocab_size)])
+        for its in ("Gap", "RidgeMap", "ResidualMap"):
+            code.add("ldm_lab.conditioners.gap", its)
+        shift = {} if model.gap is None else {"shift": model.gap}
+        _write_weights(out / WEIGHTS, {"towers": conditioner, **shift})
+        told = Section(options=options, merges=[*_clip_merges(conditioner.vocab_size)], gap=_described(model.gap))
     elif isinstance(conditioner, GlideText):
         is_clip = conditioner.vocabulary == "clip"
         merges = _clip_merges(conditioner.vocab_size) if is_clip else _gpt2_merges(conditioner.merges_file())
@@ -315,6 +323,14 @@ def _write_prompts(folder: Path, conditioner: Conditioner, options: Section) -> 
     entries["prompts"] = [*write_code(out, "prompts", "LDMPrompts", text)]
     _write_config(out, "LDMPrompts", told)
     return entries
+
+
+def _described(gap: Gap | None) -> Section | None:
+    """Return what a gap is built by, before its file fills it."""
+    if gap is None:
+        return None
+    hidden = gap.map.first.out_features if isinstance(gap.map, ResidualMap) else None
+    return Section(width=gap.width, map=gap.map_name, hidden=hidden)
 
 
 def _clip_merges(vocab_size: int) -> list[str]:

@@ -18,8 +18,6 @@ from ldm_lab.pretrained.resolve import HUB
 from ldm_lab.sampling.names import public_name
 
 LARGEST = 16 << 20  # bytes
-OF_WEIGHTS = ("weights_sha256", "weights")  # facts that say which weights the numbers are of
-CHECKSUM = re.compile(r"\b[0-9a-f]{12,64}\b")
 ANYBODY = ("root", "user", "home", "localhost", "ubuntu")  # names that tell nothing
 
 
@@ -66,34 +64,36 @@ class Measured:
             raise UserError(f"{path}: not an evaluation: evaluation.json of `python -m ldm_lab evaluate` is needed")
         return cls(path, content, rows)
 
-    def of(self, checksums: Callable[[], set[str]]) -> Evaluation:
+    def of(self, checksum: str, identity: Callable[[], str]) -> Evaluation:
         """Return what is said of a model, known by its weights, whatever it is called there.
 
         Args:
-            checksums: gives what its weights are known by: of its file, and of all that it is sampled with.
+            checksum: SHA-256 of its file.
+            identity: gives that of all weights that it is sampled with (`Models.identity`).
 
         Raises:
             UserError: it is about other models, or does not say which weights it is about.
         """
         models = list(dict.fromkeys(str(row.text("model")) for row in self.rows))
-        facts = dict(self.content.words("facts"))
-        told = " ".join(facts.get(key, "") for key in OF_WEIGHTS)
-        if not CHECKSUM.search(told):
+        facts = self.content.inside("facts") or Fields({})
+        files, whole = dict(facts.words("weights_sha256")), dict(facts.words("identity_sha256"))
+        if not any(name in files and name in whole for name in models):
             raise UserError(f"{self.path}: does not say which weights it is about; evaluate the model again")
-        known = checksums()
-        wanted = [its for its in CHECKSUM.findall(told) if any(one.startswith(its) for one in known)]
-        named = [name for name in models if any(f"{name} {its}" in told for its in wanted)]
-        if wanted and len(models) == 1:
-            named = models
+        named = [name for name in models if files.get(name) == checksum]
         if not named:
             raise UserError(f"{self.path}: is about other weights ({', '.join(models)}), and not about this model's")
+        wanted = identity()
+        named = [name for name in named if whole.get(name) == wanted]
+        if not named:
+            raise UserError(f"{self.path}: is about this model with another autoencoder, conditioner or LoRA")
         rows = [row for row in self.rows if row.text("model") in named]
-        return Evaluation(_shown(rows), (*self._facts(facts), *_meanings(rows), *self._remarks()))
+        told = dict(self.content.words("facts"))
+        return Evaluation(_shown(rows), (*self._facts(told), *_meanings(rows), *self._remarks()))
 
     def _facts(self, facts: dict[str, str]) -> list[str]:
         """Return the facts that name nothing of this machine."""
         shown = {key: " ".join(_public(word) for word in text.split()) for key, text in facts.items()}
-        lines = [f"{key}: {text}" for key, text in shown.items() if key not in OF_WEIGHTS]
+        lines = [f"{key}: {text}" for key, text in shown.items() if key != "weights"]  # of others, too
         kept = [line for line in lines if not _is_private(line)]
         self._say(len(lines) - len(kept), "facts stay")
         return kept

@@ -94,9 +94,9 @@ def prepare(asked: Export, models: Sequence[SourceModel]) -> Prepared:
     check_out(asked.out, asked.overwrite)
     check_license(asked.license, models[0])
     base = models[0].path
-    measured = (
-        Evaluation() if asked.evaluation is None else asked.evaluation.of(partial(_checksums, base, asked.loading))
-    )
+    measured = Evaluation()
+    if asked.evaluation is not None:
+        measured = asked.evaluation.of(checksum_of(base) or "", partial(_identity, base, asked.loading))
     return Prepared(asked, models, facts_of(base, read_model(base).extra), measured)
 
 
@@ -155,10 +155,10 @@ def export(prepared: Prepared) -> HubFolder:
     return HubFolder(asked.out, model.model, model.upsamplers, files)
 
 
-def _checksums(model: Path, loading: ModelOptions) -> set[str]:
-    """Return what a model's weights are known by in an evaluation: of its file, and of all that it is sampled with."""
+def _identity(model: Path, loading: ModelOptions) -> str:
+    """Return what stands for all weights that a model is sampled with."""
     print(f"{model}: is loaded to compare its weights with those of --evaluation", file=sys.stderr)
-    return {checksum_of(model) or "", Models(loading).identity(str(model))}
+    return Models(loading).identity(str(model))
 
 
 def check_out(out: Path, overwrite: bool) -> None:
