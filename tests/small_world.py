@@ -221,6 +221,8 @@ def of_recipe(recipe: str, *words: str) -> Callable[[Path, Path], None]:
         train_in(folder, recipe, f"run={name}", *words)
         if path != folder / "runs" / name:
             shutil.copytree(folder / "runs" / name, path)
+            for part in ("autoencoder", "cloob"):  # a model that is nobody's run has its parts beside it
+                shutil.copy(folder / "released" / f"{part}.safetensors", path)
 
     return make
 
