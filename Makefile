@@ -1,7 +1,7 @@
 # make demo   set up, train the quickstart, sample a grid of prompts
 # make test   set up with all that the tests need, run them (about ten minutes at most); make test-all runs the slow ones, too
 # make test-browser   pages in a real browser: sets up a Chromium of its own (apt-get as root, npm otherwise) if there is none
-# make docs-check   runs every command in README and docs on stand-ins for data and weights (a quarter of an hour); says how, and why some are not
+# make docs-check   runs every command in README and docs, and the notebooks, on stand-ins for data and weights (a quarter of an hour); says how, and why some are not
 # make check  lint, format, types, tests
 # make lock   write both lock files anew after a change of pyproject.toml; make upgrade takes newer versions, too
 PYTHON ?= python3
@@ -32,7 +32,7 @@ test-browser: $(READY_DEV)
 
 docs-check: $(READY_DEV)
 	$(PY) tests/walks.py
-	$(PY) -m pytest tests/test_docs.py tests/test_walks.py tests/test_extending.py tests/test_recipes.py tests/test_python_docs.py tests/test_slurm.py
+	$(PY) -m pytest tests/test_docs.py tests/test_walks.py tests/test_extending.py tests/test_recipes.py tests/test_python_docs.py tests/test_slurm.py tests/test_notebooks.py
 
 check: lint types test
 

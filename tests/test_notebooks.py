@@ -62,6 +62,17 @@ def test_the_project_is_fetched_where_it_is_not(here, tmp_path, monkeypatch, cap
     assert asked == ([["git", "clone", "-q", "me@server:mine.git", "ldm_lab"]] if here == "address" else [])
 
 
+@pytest.mark.parametrize("folder", ["", "photos"], ids=["none", "own"])
+def test_what_was_trained_is_taken_home(folder):
+    """The quickstart's model, and that of the user's own images."""
+    taken: list[str] = []
+    exec(read(ROOT / "examples" / "train.ipynb").cells[-1].source, {"run": taken.append, "folder": folder})
+    models = ["notebook", "mine"] if folder else ["notebook"]
+    assert [line.split()[:4] for line in taken] == [
+        ["export", f"runs/{name}", "--hub-folder", f"shared/{name}"] for name in models
+    ]
+
+
 def execute(path: Path, parameters: str, folder: Path) -> str:
     """Run a notebook in a folder with other parameters; what it printed. Raises CellExecutionError."""
     from nbclient import NotebookClient
@@ -86,6 +97,6 @@ def test_the_notebooks_run_one_after_the_other(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", os.environ["PATH"])
     small = 'steps, images = 4, 16\nfolder, words = "photos", "--memory cpu --steps 2"'
     execute(ROOT / "examples" / "train.ipynb", small, folder)
-    assert (folder / "runs" / "mine" / "ema.safetensors").exists() and (folder / "shared" / "notebook").is_dir()
+    assert all((folder / "shared" / name / "model.safetensors").is_file() for name in ("notebook", "mine"))
     few = 'checkpoint, steps = "runs/notebook", 2\nprompts = ["a red star", "a blue circle", "a cross"]'
     execute(ROOT / "examples" / "sample_and_compare.ipynb", few, folder)

@@ -5,12 +5,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socket import create_connection, socket
+from threading import Thread
 
 import pytest
 import warm
-from documented import PAGES, PROGRAM
+from documented import PAGES, PROGRAM, Command
 from small_world import Store
 from tiny import program_environment
 from walks import NEEDS, PORT, Way, ways
@@ -34,7 +37,8 @@ class Walk:
         self.ports = {False: free_port(), True: free_port()}
         self.environment = program_environment({"LDM_LAB_CACHE": str(folder / "cache"), "LDM_LAB_OFFLINE": "1"})
         self.environment["PATH"] = f"{Path(sys.executable).parent}:{self.environment['PATH']}"
-        self.environment.update({"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"})
+        self.environment.update({"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "CURL_HOME": str(folder)})
+        (folder / ".curlrc").write_text("fail\nshow-error\n")  # else curl ends well whatever a server answers
 
     def run(self, way: Way) -> str:
         """Run a command; return what it printed. Raises AssertionError."""
@@ -58,6 +62,8 @@ class Walk:
             code, out, err = done.returncode, done.stdout, done.stderr
         assert code == 0, f"{way.command}\n{text}\n{out[-1500:]}\n{err[-3000:]}"
         assert "Traceback" not in err, f"{way.command}\n{err[-3000:]}"
+        if "curl" in text and "/call/" in text:  # a job that fails is answered in a stream that begins well
+            assert "event: complete" in out and "event: error" not in out, f"{way.command}\n{out[-3000:]}"
         return out
 
     def run_warm(self, words: list[str]) -> tuple[int, str, str]:
@@ -103,6 +109,42 @@ def walk(tmp_path) -> Iterator[Walk]:
     yield begun
     begun.end(False)
     begun.end(True)
+
+
+class Answers(BaseHTTPRequestHandler):
+    """What a server may answer to a line of curl."""
+
+    def do_GET(self) -> None:
+        """Answer /CODE/... with a status; the last word of a job's address is the event."""
+        self.send_response(int(self.path.split("/")[1]))
+        self.end_headers()
+        self.wfile.write(f"event: {self.path.split('/')[-1]}\ndata: null\n".encode())
+
+    def log_message(self, *_: str) -> None:
+        """Print nothing."""
+
+
+@pytest.fixture(scope="module")
+def answers() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("path", "good"),
+    [
+        ("200/gradio_api/info", True), ("401/gradio_api/info", False), ("404/gradio_api/info", False),
+        ("200/call/sample/complete", True), ("200/call/sample/error", False), ("200/call/sample/generating", False),
+        ("500/call/sample/complete", False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_line_of_curl_fails_with_what_the_server_answers(walk, answers, path, good):
+    command = Command("docs/app.md", 1, "", f"curl -sN {answers}/{path}")
+    with nullcontext() if good else pytest.raises(AssertionError, match=r"docs/app\.md:1: curl"):
+        walk.run(Way(command, command.text))
 
 
 @pytest.mark.parametrize(
