@@ -248,12 +248,13 @@ def write_data(folder: Path) -> None:
 
 
 def write_shards(folder: Path) -> None:
-    """Write two shards of six images each, with captions and what img2dataset and LAION say of them."""
+    """Write two shards of six images each (rated: 16), with captions and what img2dataset and LAION say of them."""
+    each = 16 if folder.name == "rated" else 6
     score = "AESTHETIC_SCORE" if folder.name == "improved_aesthetics" else "aesthetic"
     folder.mkdir(parents=True)
     for shard in range(2):
         samples = []
-        for number in range(6 * shard, 6 * shard + 6):
+        for number in range(each * shard, each * shard + each):
             facts = {
                 "key": f"{number:05}", "url": f"https://example.com/{number}.jpg", score: 8.5, "pwatermark": 0.1,
                 "original_width": 1024, "original_height": 1024, "rating": number % 6,
@@ -429,7 +430,7 @@ MADE: dict[str, Callable[[Path, Path], None]] = {
     "out/quickstart": write_samples,
     "b.safetensors": write_lora,
     "secret.txt": write_text("a long password\n"),
-    "ratings.csv": write_text("key,stars\n" + "".join(f"{n:05},{n % 5}\n" for n in range(12))),
+    "ratings.csv": write_text("key,stars\n" + "".join(f"{n:05},{n % 5}\n" for n in range(32))),
     "urls.parquet": write_urls,
     "votes-a.json": write_votes,
     "votes-b.json": write_votes,

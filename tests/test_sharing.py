@@ -1079,3 +1079,19 @@ def test_what_a_killed_export_left_goes(tmp_path):
     (left / "model.safetensors").write_bytes(b"half")
     main(["export", str(model), "--hub-folder", str(tmp_path / "out")])
     assert not left.exists() and (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_a_model_with_its_parts_inside_may_be_a_link_of_the_user_s(tmp_path, monkeypatch):
+    """A checkpoint of another program names itself as its parts' weights; what else is a link outside stays refused."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("model.ckpt", "other.ckpt"):
+        (tmp_path / "elsewhere" / name).write_bytes(b"weights")
+        Path(name).symlink_to(tmp_path / "elsewhere" / name)
+    for model in (Path("model.ckpt"), Path("model.ckpt").absolute()):
+        place = ModelPlace.of(model)
+        found = place.find("autoencoder", {"weights": str(model)}, {})
+        assert found is not None and found.absolute() == Path("model.ckpt").absolute()
+        with pytest.raises(UserError, match="refused: a link to"):
+            place.find("autoencoder", {"weights": str(Path("other.ckpt").absolute())}, {})

@@ -19,7 +19,6 @@ from tiny import program_environment
 from walks import NEEDS, PORT, Way, ways
 
 WALKED = [page for page in PAGES if any(way.text for way in ways(page))]
-QUICK = ("docs/watching.md",)  # what their commands take is less than ten seconds
 SECONDS = 900
 SHELL = re.compile(r"[|&;<>`*?]|\$\(")  # what a shell has to read
 
@@ -147,9 +146,7 @@ def test_a_line_of_curl_fails_with_what_the_server_answers(walk, answers, path, 
         walk.run(Way(command, command.text))
 
 
-@pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=[] if page in QUICK else pytest.mark.slow, id=Path(page).stem) for page in WALKED]
-)
+@pytest.mark.parametrize("page", [pytest.param(page, marks=pytest.mark.slow, id=Path(page).stem) for page in WALKED])
 def test_the_commands_of_a_page_run_one_after_the_other(store, walk, page):
     store.world(walk.folder, *NEEDS.get(page, ()))
     for way in ways(page):

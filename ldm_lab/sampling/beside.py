@@ -84,7 +84,8 @@ class ModelPlace:
             return found
         if found is None:
             raise UserError(self._refused(f"{role}.weights", weights, f"--{role} FILE"))
-        if not found.is_relative_to(REPOSITORY / ASSETS):
+        is_model = found.absolute() == self.file.absolute()  # with its parts inside: the user named it, link or not
+        if not (is_model or found.is_relative_to(REPOSITORY / ASSETS)):
             check_inside(self.home, found)
         return found
 
