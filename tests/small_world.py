@@ -291,6 +291,11 @@ def write_if(folder: Path, path: Path) -> None:
     diffusers_unet(upsampler=path.name == "if_ii").save_pretrained(path)
 
 
+def write_t5(folder: Path, path: Path) -> None:
+    """Write a language model where a converted file has it: beside itself."""
+    write_language_model(path, width=48)
+
+
 def write_vit(folder: Path, path: Path) -> None:
     """Write a ViT-B/32 of open_clip's with random weights, in half precision."""
     import open_clip
@@ -420,6 +425,8 @@ MADE: dict[str, Callable[[Path, Path], None]] = {
     "released/shared": write_shared,
     "released/if_i": write_if,
     "released/if_ii": write_if,
+    "t5": write_t5,
+    "checkpoints/t5": write_t5,
     "released/aesthetic.pth": write_aesthetic,
     "released/inception.pth": write_inception,
     "released/kl-f8.ckpt": write_released_autoencoder,

@@ -63,6 +63,7 @@ OF_SOME: tuple[tuple[str, str, str], ...] = (
     (r"ldm_lab app .*--port", r"--port \d+", f"--port {PORT}"),
     (r"ldm_lab app (?!.*--port)", r"$", f" --port {PORT}"),
     (r" score (?!.*--head)", r"$", " --head released/aesthetic.pth --clip weights=checkpoints/ViT-B-32.pt"),
+    (r"run=of_shards", r"image_size: \d+, batch_size: \d+", "image_size: 32, batch_size: 2, workers: 0"),
     (
         r"discriminator\.weights=",
         r"init_from=\S+ discriminator.weights=\S+",
@@ -70,7 +71,7 @@ OF_SOME: tuple[tuple[str, str, str], ...] = (
     ),
     (r" evaluate .*--clip model=", r"--clip \S+ \S+", "--clip weights=released/clip.safetensors"),
     (r" evaluate .*--metric fid", r"$", " --inception released/inception.pth --bootstrap 2"),
-    (r" convert released/if_", r"$", " model=released/t5 text_size=8"),
+    (r" convert hf://DeepFloyd/IF", r"$", " model=t5 text_size=8"),
     (
         r" evaluate .*step=00000250",
         r"step=00000250(.*)step=00000500(.*)step=00001000",
@@ -109,7 +110,7 @@ NEEDS: dict[str, Sequence[str]] = {
         "runs/mine", "runs/ae", "epoch=9-step=250000.ckpt",
     ),
     "docs/glide.md": ("released/glide_base", "released/glide_upsample", "dogGLIDE.pt"),
-    "docs/imagen.md": ("released/if_i", "released/if_ii"),
+    "docs/imagen.md": ("released/if_i", "released/if_ii", "t5", "checkpoints/t5"),
     "docs/sampling.md": (
         "runs/quickstart", "out/quickstart", "mask.png", "runs/style", "b.safetensors", "runs/glide_quickstart",
         "runs/glide_quickstart_upsampler",
