@@ -36,6 +36,7 @@ from ldm_lab.sampling.options import ModelOptions
 from ldm_lab.sharing import comfyui
 from ldm_lab.sharing.checks import SourceModel
 from ldm_lab.sharing.evaluation import Measured
+from ldm_lab.sharing.hub import check_license, origin_of_model
 from ldm_lab.sharing.parts import OWN, copy_without_paths, origin_of
 from ldm_lab.training.provenance import History, Session, provenance
 
@@ -941,6 +942,24 @@ def test_an_upsampler_alone_and_a_model_in_the_folder(tmp_path):
     main(["export", str(upsampler), "--hub-folder", str(tmp_path / "out")])
     with pytest.raises(UserError, match="lies in it"):
         main(["export", str(tmp_path / "out"), "--hub-folder", str(tmp_path / "out"), "--overwrite"])
+
+
+@pytest.mark.parametrize("place", ["elsewhere", "in_an_own_run", "hub"])
+def test_a_shared_model_keeps_its_license(shared, tmp_path, place):
+    """Whoever shares it again cannot give it another one, wherever it lies."""
+    theirs = copy(shared[1], tmp_path / "theirs")
+    if place == "in_an_own_run":
+        note_own(tmp_path)
+    model = SourceModel.read(theirs)
+    if place == "hub":
+        model = replace(model, asked="hf://someone/model")
+    assert origin_of_model(model).license == "mit"
+    for same in (None, "mit"):
+        check_license(same, model)
+    with pytest.raises(
+        UserError, match=r"--license: apache-2\.0: .*theirs says .* shared under mit; leave --license out"
+    ):
+        check_license("apache-2.0", model)
 
 
 def test_others_weights_keep_their_license(tmp_path, monkeypatch):
