@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,8 @@ from ldm_lab.data.shapes import write_shards
 from ldm_lab.errors import NotFiniteError, UserError
 from ldm_lab.sampling import Pipeline
 from ldm_lab.training.best import Best, BestState, read_best
-from ldm_lab.training.evaluate import Evaluate
+from ldm_lab.training.evaluate import Evaluate, Made
+from ldm_lab.training.measuring import OutOfTime
 
 SAMPLING = {"sampler": {"name": "ddim", "steps": 2}, "batch_size": 2}
 
@@ -114,6 +116,20 @@ def test_the_last_step_is_measured_and_metrics_without_finite_features_are_left_
     with open(tmp_path / "runs/tiny/metrics.csv", newline="") as file:
         (last,) = [row for row in csv.DictReader(file) if row.get("evaluate/clip_score")]
     assert last["step"] == "1" and not last.get("evaluate/cmmd")
+
+
+def test_a_measurement_is_given_up_where_a_signal_leaves_no_time(tmp_path):
+    section = Evaluate(tmp_path, **evaluate(tmp_path))
+    strategy = SimpleNamespace(broadcast=lambda value: value)
+    trainer = SimpleNamespace(world_size=1, global_rank=0, strategy=strategy)
+    made = []
+    section.make = lambda *args: made.append(args) or Made(args[-1], None)
+    section.deadline = time.monotonic() + 1000
+    assert len(section.made_parts(trainer, None)) == 3
+    section.deadline = time.monotonic() - 1
+    with pytest.raises(OutOfTime):
+        section.made_parts(trainer, None)
+    assert len(made) == 3
 
 
 def test_what_the_best_so_far_depends_on(tmp_path):

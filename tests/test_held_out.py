@@ -19,6 +19,7 @@ from ldm_lab.config import build
 from ldm_lab.data.shapes import write_shards
 from ldm_lab.errors import UserError
 from ldm_lab.evaluation.held_out import HeldOutBatch, loss_sums
+from ldm_lab.training import measuring
 from ldm_lab.training.callbacks import RunCallbacks
 from ldm_lab.training.guard import Guard
 from ldm_lab.training.held_out import HeldOut
@@ -143,22 +144,27 @@ def test_a_run_that_is_told_to_stop_measures_where_it_ends(tmp_path, capsys, mon
     assert "checkpoint.best: " not in said and "held_out.patience" not in said and "held-out loss" in said
 
 
-def test_a_signal_leaves_no_time_for_a_long_measurement(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+def test_a_signal_leaves_no_time_for_a_long_measurement(tmp_path, capsys, monkeypatch, known):
+    """Whether or not the session has measured before, and so knows how long it takes."""
     config = make_run(tmp_path, images=16, held_out=held_out(tmp_path, every=100))
-    monkeypatch.setattr("ldm_lab.training.measuring.PATIENCE", 0.0)
+    monkeypatch.setattr(measuring, "PATIENCE", 0.0)
+    if not known:
+        monkeypatch.setattr(Measuring, "measure_now", lambda self, *args: self.measure(*args))
     assert stopped_run(config, tmp_path, monkeypatch, Stop(4, signal.SIGTERM)) == 75
     said = capsys.readouterr().out
-    assert "held_out: step 4, where the run was told to stop, is not measured: it takes about 0 s, and a" in said
+    assert "held_out: step 4, where the run was told to stop, is not measured: it takes more than 0 s" in said
+    assert ("step 4 is measured, too" in said) == (not known)
     assert [*losses(tmp_path / "runs/tiny/metrics.csv")] == [0]
     assert read_pickled(tmp_path / "runs/tiny/last.ckpt")["global_step"] == 4
 
 
 def test_what_is_measured_does_not_wait_for_a_checkpoint_where_the_run_goes_on_in_another_precision(tmp_path):
     measured, trainer = [], SimpleNamespace(global_step=3, callbacks=[guard := Guard(tmp_path, 1)])
-    measuring = Measuring()
-    measuring.measure = lambda *_: measured.append(1)
+    callback = Measuring()
+    callback.measure = lambda *_: measured.append(1)
     guard.leaves_for = "32-true"
-    measuring.on_train_end(trainer, None)
+    callback.on_train_end(trainer, None)
     assert not measured
 
 

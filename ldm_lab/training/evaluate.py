@@ -243,7 +243,10 @@ class Evaluate(Measuring):
         firsts = range(0, self.pictures, size)
         rounds = -(-len(firsts) // trainer.world_size)
         places = [trainer.global_rank + turn * trainer.world_size for turn in range(rounds)]
-        made = [self.make(trainer, task, place % len(firsts)) for place in places]
+        made = []
+        for place in places:
+            self.check_time(trainer)
+            made.append(self.make(trainer, task, place % len(firsts)))
         return [one for one, place in zip(made, places, strict=True) if place < len(firsts)]
 
     def make(self, trainer: Trainer, task: DiffusionTask, number: int) -> Made:

@@ -177,7 +177,7 @@ class HeldOut(Measuring):
         was_training = network.training
         network.eval()
         with trainer.precision_plugin.val_step_context():
-            batches = (batch.to(task.device) for batch in self.encoded)
+            batches = (self.timely(trainer, batch).to(task.device) for batch in self.encoded)
             sums = loss_sums(network, task.objective, batches, self.levels, task.seed)  # [2, 4]
         network.train(was_training)
         if trainer.world_size > 1:
@@ -199,6 +199,11 @@ class HeldOut(Measuring):
                 f"the lowest, {self.best:.5f}, was at step {self.best_step}"
             )
             trainer.should_stop = True
+
+    def timely(self, trainer: Trainer, batch: HeldOutBatch) -> HeldOutBatch:
+        """Return a batch if there is still time for it. Raises OutOfTime."""
+        self.check_time(trainer)
+        return batch
 
     def state_dict(self) -> HeldOutState:
         return HeldOutState(best=self.best, best_step=self.best_step, since=self.since, measured_on=self.measured_on)

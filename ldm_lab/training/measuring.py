@@ -17,6 +17,10 @@ PATIENCE = (
 )
 
 
+class OutOfTime(Exception):
+    """A signal has told the run to stop, and the measurement at its end takes too long."""
+
+
 class Measuring(Callback):
     """Base class: measures every N optimizer steps, and at the last one of the run, on all ranks alike.
 
@@ -25,15 +29,17 @@ class Measuring(Callback):
         section: of the config, which lines that are said begin with.
         measured_at: the step that was measured last, or that this session began at.
         seconds: that the last measurement took; None if there was none in this session.
+        deadline: on the monotonic clock, of the measurement at the end of a run that a signal has told to stop.
     """
 
     every: int
     section: str
     measured_at = -1
     seconds: float | None = None
+    deadline: float | None = None
 
     def measure(self, trainer: Trainer, task: DiffusionTask) -> None:
-        """Measure, log, hand the values to who keeps the best weights."""
+        """Measure, log, hand the values to who keeps the best weights; ask `check_time` on all ranks now and then."""
         raise NotImplementedError
 
     def measure_now(self, trainer: Trainer, task: DiffusionTask) -> None:
@@ -56,21 +62,25 @@ class Measuring(Callback):
         keepers = [its for its in trainer.callbacks if isinstance(its, Checkpointing)]
         for keeper in keepers:
             keeper.save_unsaved(trainer, task)
-        if (lacking := self.lack_of_time(trainer)) is not None:
-            print_rank_zero(f"{self.section}: step {step}, where the run was told to stop, is not measured: {lacking}")
-            return
-        print_rank_zero(f"{self.section}: step {step} is measured, too, as the run ends there; it is saved")
+        told = any(isinstance(its, Interrupt) and its.received for its in trainer.callbacks)
+        took: float = trainer.strategy.broadcast(self.seconds or 0.0)  # the first rank's, so that all decide alike
         before = self.state_dict(), [keeper.best.state for keeper in keepers]
-        self.measure_now(trainer, task)
+        self.deadline = time.monotonic() + PATIENCE if told else None
+        try:
+            if told and took > PATIENCE:
+                raise OutOfTime
+            print_rank_zero(f"{self.section}: step {step} is measured, too, as the run ends there; it is saved")
+            self.measure_now(trainer, task)
+        except OutOfTime:  # who sent the signal kills, and the exit code that says that the run goes on would be lost
+            print_rank_zero(
+                f"{self.section}: step {step}, where the run was told to stop, is not measured: it takes more than "
+                f"{PATIENCE:g} s, and a signal leaves no such time"
+            )
         if before != (self.state_dict(), [keeper.best.state for keeper in keepers]):
             for keeper in keepers:
                 keeper.is_outdated = True
 
-    def lack_of_time(self, trainer: Trainer) -> str | None:
-        """Return why a run that a signal has told to stop does not measure any more; None if it does.
-
-        Whoever sent it kills what does not leave, and the exit code that says that the run goes on would be lost.
-        """
-        told = any(isinstance(its, Interrupt) and its.received for its in trainer.callbacks)
-        took: float = trainer.strategy.broadcast(self.seconds or 0.0)  # the first rank's, so that all decide alike
-        return f"it takes about {took:.0f} s, and a signal leaves no such time" if told and took > PATIENCE else None
+    def check_time(self, trainer: Trainer) -> None:
+        """Raise OutOfTime, on all ranks alike, if there is a deadline and it has passed."""
+        if self.deadline is not None and trainer.strategy.broadcast(time.monotonic() > self.deadline):
+            raise OutOfTime
