@@ -31,6 +31,7 @@ from ldm_lab.io.near import meant, near_paths
 from ldm_lab.progress import Bar
 
 DECODED = 200  # images that are decoded as a whole; of the others the header is read
+SURE = 20  # of these, all damaged, are enough to say that no image of the folder can be used
 OF_A_SHARD = 200  # samples of shards that are looked at
 HASHED = 2**28  # bytes of files of the same size that are compared, at most
 THREADS = 8
@@ -45,11 +46,13 @@ class Header:
         name: of the file.
         short: length of the short side, pixels; 0 if the file is no use.
         problem: why it is none; "" if it can be used.
+        is_decoded: whether its header is fine, and the whole image was decoded as well.
     """
 
     name: str
     short: int = 0
     problem: str = ""
+    is_decoded: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,9 @@ class FolderFacts:
         images: how many there are about, those that cannot be used included.
         shorts: lengths of short sides of images that were looked at, sorted, pixels.
         unusable: why images cannot be used -> names of those looked at.
+        damaged: of those problems what decoding alone tells, the header being fine -> how many of the decoded images.
         examined: images that were looked at.
+        decoded: those of them that were decoded as a whole, the header being fine.
         captions: where captions are.
         lines: more to be said, a line each.
     """
@@ -87,14 +92,18 @@ class FolderFacts:
     images: int
     shorts: tuple[int, ...]
     unusable: dict[str, list[str]]
+    damaged: dict[str, int]
     examined: int
+    decoded: int
     captions: Captioned
     lines: tuple[str, ...]
 
     @cached_property
     def unusable_share(self) -> float:
-        """The share of images looked at that cannot be used."""
-        return min(sum(map(len, self.unusable.values())) / self.examined, 1.0)
+        """The share of images that cannot be used: by their headers, and of the others as many as of those decoded."""
+        damaged = sum(self.damaged.values())
+        by_header = (sum(map(len, self.unusable.values())) - damaged) / max(self.examined, 1)
+        return 1 - max(1 - by_header, 0) * (1 - damaged / max(self.decoded, 1))
 
     @property
     def usable(self) -> int:
@@ -113,7 +122,10 @@ class FolderFacts:
         low, middle, high = self.shorts[0], self.shorts[len(self.shorts) // 2], self.shorts[-1]
         lines.append(f"sizes: short sides of {low:,} to {high:,} pixels, half of them {middle:,} and more")
         for problem, names in self.unusable.items():
-            lines.append(f"cannot be used: {len(names):,} of {self.examined:,} looked at, {problem} (e.g. {names[0]})")
+            damaged = self.damaged.get(problem, 0)
+            counts = ((len(names) - damaged, self.examined, "looked at"), (damaged, self.decoded, "decoded"))
+            told = " and ".join(f"{count:,} of {of:,} {how}" for count, of, how in counts if count)
+            lines.append(f"cannot be used: {told}, {problem} (e.g. {names[0]})")
         return lines + list(self.lines)
 
 
@@ -154,6 +166,11 @@ def look_at_files(path: Path) -> FolderFacts:
         if header.problem:
             problems[header.problem].append(header.name)
     good = [header for header in headers if not header.problem]
+    decoded = [header for header in headers if header.is_decoded]
+    damaged = Counter(header.problem for header in decoded if header.problem)
+    if len(decoded) >= SURE and damaged.total() == len(decoded):
+        told = "; ".join(f"{count:,} {problem}" for problem, count in damaged.items())
+        raise UserError(f"{path}: none of the {len(decoded):,} of its images that were decoded can be used: {told}")
     if not good:
         told = "; ".join(f"{len(names):,} {problem} (e.g. {names[0]})" for problem, names in problems.items())
         raise UserError(f"{path}: none of its {len(headers):,} images can be used: {told}")
@@ -164,8 +181,8 @@ def look_at_files(path: Path) -> FolderFacts:
         lines.append(f"{tars:,} .tar files: shards are not read beside images; a folder that has them alone is")
     return FolderFacts(
         path=path, shards=(), names=tuple(header.name for header in good), images=len(headers),
-        shorts=tuple(sorted(header.short for header in good)), unusable=dict(problems), examined=len(headers),
-        captions=Captioned(settings, captioned(source)), lines=tuple(lines),
+        shorts=tuple(sorted(header.short for header in good)), unusable=dict(problems), damaged=dict(damaged),
+        examined=len(headers), decoded=len(decoded), captions=Captioned(settings, captioned(source)), lines=tuple(lines),
     )  # fmt: skip
 
 
@@ -192,15 +209,17 @@ def read_headers(root: Path, names: Sequence[str]) -> Iterator[Header]:
 
 def read_header(root: Path, name: str, whole: bool) -> Header:
     """Return what an image file's header says, or all of it if that is asked for."""
-    path = root / name
+    path, is_decoded = root / name, False
     try:
-        if not whole and (size := _size_in_header(path)):
-            return Header(name, min(size), "" if min(size) >= LEAST_SIDE else "too small")
-        return Header(name, min(decode_image(read_regular(path), LEAST_SIDE).size))
+        if size := _size_in_header(path):
+            if not whole or min(size) < LEAST_SIDE:
+                return Header(name, min(size), "" if min(size) >= LEAST_SIDE else "too small")
+            is_decoded = True
+        return Header(name, min(decode_image(read_regular(path), LEAST_SIDE).size), is_decoded=is_decoded)
     except BadImage as error:
-        return Header(name, problem=str(error))
+        return Header(name, problem=str(error), is_decoded=is_decoded)
     except OSError as error:
-        return Header(name, problem=f"unreadable file ({error.strerror or 'no image'})")
+        return Header(name, problem=f"unreadable file ({error.strerror or 'no image'})", is_decoded=is_decoded)
 
 
 def _size_in_header(path: Path) -> tuple[int, int] | None:
@@ -292,7 +311,8 @@ def look_at_shards(path: Path, patterns: Sequence[str]) -> FolderFacts:
     addresses = list(source.addresses)
     problems: defaultdict[str, list[str]] = defaultdict(list)
     shorts: list[int] = []
-    texts = examined = 0
+    damaged: Counter[str] = Counter()
+    texts = decoded = 0
     keys: Counter[str] = Counter()
     in_first = 0
     for item in read_shard(addresses[0]):
@@ -300,23 +320,26 @@ def look_at_shards(path: Path, patterns: Sequence[str]) -> FolderFacts:
             problems[item.reason].append(item.key)
             continue
         in_first += item.image is not None
-        if item.image is None or examined >= OF_A_SHARD:
+        if item.image is None or decoded >= OF_A_SHARD:
             continue
-        examined += 1
+        decoded += 1
         texts += bool(caption_of(item, source.captions).texts)
         keys.update(key for key in KEYS if parse_json(item.json).get(key))
         try:
             shorts.append(min(decode_image(item.image, LEAST_SIDE).size))
         except BadImage as error:
             problems[str(error)].append(item.key)
+            damaged[str(error)] += 1
     if not shorts:
         told = "; ".join(f"{len(names):,} {problem}" for problem, names in problems.items()) or "no image in it"
         raise UserError(f"{addresses[0]}: no image of the first shard can be used: {told}")
     settings = {"json_key": keys.most_common(1)[0][0]} if keys and not texts else {}
-    share = (texts or (keys.most_common(1)[0][1] if keys else 0)) / examined
-    images = in_first * len(addresses)
+    share = (texts or (keys.most_common(1)[0][1] if keys else 0)) / decoded
+    examined = in_first + sum(map(len, problems.values())) - damaged.total()
+    images = examined * len(addresses)
     return FolderFacts(
         path=path, shards=tuple(patterns), names=(), images=images, shorts=tuple(sorted(shorts)),
-        unusable=dict(problems), examined=examined, captions=Captioned(settings, round(share * images)),
+        unusable=dict(problems), damaged=dict(damaged), examined=examined, decoded=decoded,
+        captions=Captioned(settings, round(share * images)),
         lines=tuple(describe_shards(addresses, source.captions, source.key_until)),
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """Which folders are of this user's own trainings: their models may name files anywhere on this machine.
 
 A training notes its folder outside of it, so that nothing that a folder says of itself makes it one's own. A folder
-counts at the place where it was trained, and as long as it is the same one: file systems give the inode of a folder that
-was deleted to the next one, so that a random mark in it, which the note repeats, tells the two apart.
+counts at the place where it was trained, and as long as it is the same one: file systems give the inode of a folder
+that was deleted to the next one, so that a random mark in it, which the note repeats, tells the two apart.
 """
 
 import hashlib
