@@ -4,6 +4,7 @@ import builtins
 import io
 import json
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -420,6 +421,26 @@ def test_images_that_are_measured_on_are_not_trained_on(tmp_path, monkeypatch):
     assert len(autoencoder.held_out_names(look(fill(tmp_path / "two", 2)))) == 1
 
 
+def test_a_copy_of_an_image_that_is_measured_on_is_not_trained_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = fill(tmp_path / "photos", 12)
+    for path in sorted(folder.glob("*.png")):
+        shutil.copyfile(path, folder / f"again_{path.name}")
+    facts, names = look(folder), Names("run", tmp_path / "run.yaml")
+    autoencoder.write_lists(facts, names)
+    listed, held = (
+        [Path(line).read_bytes() for line in its.read_text().splitlines()]
+        for its in (names.autoencoder_list, names.demo_list)
+    )
+    assert len(held) == len(set(held)) == 2 and len(listed) == 20 and not set(held) & set(listed)
+    alike = fill(tmp_path / "alike", 1)
+    shutil.copyfile(alike / "00000.png", alike / "again.png")
+    facts = look(alike)
+    assert not autoencoder.measures_unseen(facts)
+    autoencoder.write_lists(facts, names)
+    assert len(names.autoencoder_list.read_text().splitlines()) == 2
+
+
 # ------------------------------------------------------------------------------------------- other images, odd names
 
 
@@ -449,6 +470,14 @@ def trained_for_nothing(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     monkeypatch.setattr(autoencoder, "train", train)
     monkeypatch.setattr(autoencoder, "measured_psnr", lambda weights, facts: (30.0, 1))
     return trained
+
+
+@pytest.mark.parametrize("words", [("--steps", "5"), ()], ids=["steps", "none"])
+def test_steps_of_no_autoencoder_are_said(begin, uncounted, tmp_path, monkeypatch, words):
+    released(monkeypatch)
+    fill(tmp_path / "photos", 3)
+    code, out, err = begin("photos", "--memory", "8gb", *words)
+    assert code == 0 and ("--steps: without effect: no small autoencoder" in out) == bool(words), err
 
 
 def test_an_autoencoder_of_other_images_is_not_taken(begin, uncounted, tmp_path, monkeypatch):

@@ -84,6 +84,7 @@ class FolderFacts:
         decoded: those of them that were decoded as a whole, the header being fine.
         captions: where captions are.
         lines: more to be said, a line each.
+        copies: name of an image -> that of an earlier one with the same content, as far as they were compared.
     """
 
     path: Path
@@ -97,6 +98,7 @@ class FolderFacts:
     decoded: int
     captions: Captioned
     lines: tuple[str, ...]
+    copies: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def unusable_share(self) -> float:
@@ -176,13 +178,15 @@ def look_at_files(path: Path) -> FolderFacts:
         raise UserError(f"{path}: none of its {len(headers):,} images can be used: {told}")
     settings = caption_settings(source)
     source = opened(path, settings) if settings else source
-    lines = [*source.found()[1:], *duplicates(source.root, [header.name for header in good])]
+    copies, said = duplicates(source.root, [header.name for header in good])
+    lines = [*source.found()[1:], *said]
     if tars := source.listing.left_out["tar"]:
         lines.append(f"{tars:,} .tar files: shards are not read beside images; a folder that has them alone is")
     return FolderFacts(
         path=path, shards=(), names=tuple(header.name for header in good), images=len(headers),
         shorts=tuple(sorted(header.short for header in good)), unusable=dict(problems), damaged=dict(damaged),
-        examined=len(headers), decoded=len(decoded), captions=Captioned(settings, captioned(source)), lines=tuple(lines),
+        examined=len(headers), decoded=len(decoded), captions=Captioned(settings, captioned(source)),
+        lines=tuple(lines), copies=copies,
     )  # fmt: skip
 
 
@@ -235,8 +239,8 @@ def _size_in_header(path: Path) -> tuple[int, int] | None:
         return None
 
 
-def duplicates(root: Path, names: Iterable[str]) -> list[str]:
-    """Return how many files are the same as another one, in words. Only files of the same size are read."""
+def duplicates(root: Path, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """Return which files are the same as an earlier one, and that in words. Only files of the same size are read."""
     by_size: defaultdict[int, list[str]] = defaultdict(list)
     for name in names:
         with suppress(OSError):  # gone since it was looked at
@@ -244,22 +248,23 @@ def duplicates(root: Path, names: Iterable[str]) -> list[str]:
     alike = [(size, name) for size, its in by_size.items() if len(its) > 1 for name in its]
     compared = list(islice(alike, next((i for i, total in _totals(alike) if total > HASHED), len(alike))))
     first: dict[tuple[int, bytes], str] = {}
-    same: list[tuple[str, str]] = []
+    same: dict[str, str] = {}
     for size, name in compared:
         try:
             key = (size, hashlib.blake2b((root / name).read_bytes(), digest_size=16).digest())
         except OSError:
             continue
         if key in first:
-            same.append((name, first[key]))
+            same[name] = first[key]
         first.setdefault(key, name)
     lines = []
     if same:
-        example = f"(e.g. {same[0][0]} and {same[0][1]})"
+        name, other = next(iter(same.items()))
+        example = f"(e.g. {name} and {other})"
         lines.append(f"duplicates: {len(same):,} files are the same as another one {example}")
     if left := len(alike) - len(compared):
         lines.append(f"duplicates: {left:,} more files of the same size as another one were not compared")
-    return lines
+    return same, lines
 
 
 def _totals(alike: Iterable[tuple[int, str]]) -> Iterator[tuple[int, int]]:
