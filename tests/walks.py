@@ -71,6 +71,7 @@ OF_SOME: tuple[tuple[str, str, str], ...] = (
     ),
     (r" evaluate .*--clip model=", r"--clip \S+ \S+", "--clip weights=released/clip.safetensors"),
     (r" evaluate .*--metric fid", r"$", " --inception released/inception.pth --bootstrap 2"),
+    (r"sample.py .*if_ii_m", r"$", " --upsampler-steps 2"),
     (r" convert hf://DeepFloyd/IF", r"$", " model=t5 text_size=8"),
     (
         r" evaluate .*step=00000250",
