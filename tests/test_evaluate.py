@@ -23,8 +23,8 @@ from ldm_lab.evaluation.distances import Moments, cmmd, frechet
 from ldm_lab.evaluation.feature_files import FEATURES, PictureRows, read_part, read_rows, write_rows
 from ldm_lab.evaluation.metrics import CLIP_SCORE
 from ldm_lab.evaluation.model_parts import IMAGE_EMBED, TEXT_EMBED, retrieval
-from ldm_lab.evaluation.own_files import is_plot
-from ldm_lab.evaluation.settings import SEED_STEP, model_names, picture_seeds
+from ldm_lab.evaluation.own_files import is_plot, listed_pictures
+from ldm_lab.evaluation.settings import SEED_STEP, picture_seeds, row_names
 from ldm_lab.sampling import Pipeline, SamplingOptions
 from ldm_lab.training.evaluate import Evaluate
 
@@ -264,11 +264,43 @@ def test_what_is_missing_is_said(evaluate, models, tmp_path):
 
 
 def test_the_same_name_twice():
-    assert model_names(["runs/x/a.safetensors", "b.ckpt"]) == ["a", "b"]
-    assert model_names(["runs/x/ema.safetensors", "runs/y/ema.safetensors"]) == ["x/ema", "y/ema"]
-    assert len({*model_names(["a/x/ema.safetensors", "b/x/ema.safetensors"])}) == 2
-    with pytest.raises(UserError, match="is given twice"):
-        model_names(["runs/x", "runs/x"])
+    assert row_names(["runs/x/a.safetensors", "b.ckpt"]).models == ["a", "b"]
+    assert row_names(["runs/x/ema.safetensors", "runs/y/ema.safetensors"]).models == ["x/ema", "y/ema"]
+    assert row_names(["a/x/ema.safetensors", "b/x/ema.safetensors"]).models == ["a/x/ema", "b/x/ema"]
+    assert row_names([], ["runs/A/samples", "runs/B/samples/", "."]) == (
+        [],
+        ["A/samples", "B/samples", Path.cwd().name],
+    )
+    assert row_names(["runs/a.ckpt"], ["/out/a", "/out/b/c"]) == (["runs/a"], ["out/a", "c"])
+    (models, folders) = row_names(["m/a.ckpt", "m/a.safetensors"], ["m/a"])  # of one folder
+    assert models == ["m/a.ckpt", "m/a.safetensors"] and folders != models[:1] and folders[0].endswith("m/a (pictures)")
+    with pytest.raises(UserError, match="--checkpoint runs/x: is given twice"):
+        row_names(["runs/x", "runs/x"])
+
+
+def test_grids_are_left_out_in_every_folder_that_lists_its_pictures(tmp_path):
+    names = ["a/0.png", "a/grid.png", "b/0.png", "b/deep/1.png", "b/grid.png", "c/grid.png", "top.png"]
+    assert listed_pictures(tmp_path, names) is None
+    for folder, files in {"a": ["0.png"], "b": ["0.png", "./deep/1.png"]}.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "samples.json").write_text(json.dumps([{"file": file} for file in files]))
+    assert listed_pictures(tmp_path, names) == {"a/0.png", "b/0.png", "b/deep/1.png", "c/grid.png", "top.png"}
+    assert listed_pictures(tmp_path / "a", ["0.png", "grid.png"]) == {"0.png"}
+
+
+def test_every_prompt_is_looked_at_before_pictures_are_made(evaluate, unsampled, models, tmp_path):
+    """As one that cannot be guided: a model without dropped conditions takes prompts of weight 1 alone."""
+    checkpoint = models / "undropped.safetensors"  # its parts lie beside it
+    state = load_file(models / "a.safetensors")
+    with safe_open(models / "a.safetensors", "pt") as file:
+        metadata = file.metadata()
+    config = {**json.loads(metadata["config"])}
+    config["conditioner"]["dropout"] = 0.0
+    save_file(state, checkpoint, {**metadata, "config": json.dumps(config)})
+    (tmp_path / "p.txt").write_text("a star:1\na star:1\na cat:2\na dog:3\n")
+    asked = ("--checkpoint", checkpoint, "--guidance", 1, "--metric", "clip_score", "--prompts", tmp_path / "p.txt")
+    code, _, err = evaluate(*asked, data=False)
+    assert code == 2 and f"{checkpoint}: prompt 'a cat:2': guidance needs a model that was trained with dropped" in err
 
 
 def test_retrieval_counts_images_of_one_caption_alike():
