@@ -39,11 +39,18 @@ class Prompt:
         text: what is to be seen; of an image prompt its path or address.
         weight: its weight in the guided prediction (`ldm_lab.guidance`); None stands for the guidance scale.
         image: the image of an image prompt, of any mode and size.
+
+    Raises:
+        UserError: the text is none, such as a command line's bytes in another encoding.
     """
 
     text: str
     weight: float | None = None
     image: Image.Image | None = None
+
+    def __post_init__(self) -> None:
+        if self.image is None and not is_text(self.text):  # a file's name may be any bytes
+            raise UserError(f"{self.text!r}: a prompt is text in UTF-8; these bytes are none")
 
     @property
     def direction(self) -> int:
@@ -63,8 +70,6 @@ def parse_prompt(written: str) -> Prompt:
     Raises:
         UserError: the weight is nan or infinite, or the command line's bytes are no text.
     """
-    if not is_text(written):
-        raise UserError(f"{written!r}: a prompt is text in UTF-8; these bytes are none")
     text, colon, tail = written.rpartition(":")
     if not colon:
         return Prompt(written)

@@ -221,6 +221,8 @@ def of_recipe(recipe: str, *words: str) -> Callable[[Path, Path], None]:
         train_in(folder, recipe, f"run={name}", *words)
         if path != folder / "runs" / name:
             shutil.copytree(folder / "runs" / name, path)
+            for part in ("autoencoder", "cloob"):  # a model that is nobody's run has its parts beside it
+                shutil.copy(folder / "released" / f"{part}.safetensors", path)
 
     return make
 
@@ -344,8 +346,20 @@ def write_picture(folder: Path, path: Path) -> None:
 
 def write_samples(folder: Path, path: Path) -> None:
     """Draw what `make demo` draws."""
+    Store.take_here(folder, "runs/quickstart")
     prompts = ("--prompts", "configs/quickstart_prompts.txt")
     run_in(folder, "sample", "--checkpoint", "runs/quickstart", "-n", "1", *prompts, "--steps", "2", "--out", str(path))
+
+
+def train_lora(folder: Path, path: Path) -> None:
+    """Train a LoRA of the quickstart's model."""
+    Store.take_here(folder, "runs/quickstart")
+    of_recipe("quickstart", "init_from=runs/quickstart", "lora.rank=2", "cache=null")(folder, path)
+
+
+def write_lora(folder: Path, path: Path) -> None:
+    """Copy its file."""
+    shutil.copy(Store.take_here(folder, "runs/style") / "lora.safetensors", path)
 
 
 def write_text(text: str) -> Callable[[Path, Path], None]:
@@ -394,7 +408,7 @@ MADE: dict[str, Callable[[Path, Path], None]] = {
     "runs/b": of_recipe("quickstart", "seed=1"),
     "runs/mine": of_recipe("quickstart"),
     "runs/yfcc_cfg": of_recipe("yfcc_cfg", SHARD, "ema_snapshots.every=1", "ema_snapshots.widths=[0.05,0.1]"),
-    "runs/style": of_recipe("quickstart", "init_from=runs/quickstart", "lora.rank=2", "cache=null"),
+    "runs/style": train_lora,
     "runs/ae": of_recipe("quickstart_autoencoder"),
     "runs/glide_quickstart": of_recipe("glide_quickstart"),
     "runs/glide_quickstart_upsampler": of_recipe("glide_quickstart_upsampler"),
@@ -413,7 +427,7 @@ MADE: dict[str, Callable[[Path, Path], None]] = {
     "epoch=2-step=249999.ckpt": write_original,
     "epoch=9-step=250000.ckpt": write_original,
     "out/quickstart": write_samples,
-    "b.safetensors": lambda folder, path: shutil.copy(folder / "runs/style/lora.safetensors", path) and None,
+    "b.safetensors": write_lora,
     "secret.txt": write_text("a long password\n"),
     "ratings.csv": write_text("key,stars\n" + "".join(f"{n:05},{n % 5}\n" for n in range(12))),
     "urls.parquet": write_urls,

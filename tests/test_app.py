@@ -451,6 +451,8 @@ def test_what_a_killed_program_has_left_goes_at_the_next_start(tmp_path, monkeyp
     (tmp_path / "ldm_lab_app_link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "ldm_lab_app_link.lock").touch()
     (tmp_path / "ldm_lab_app_other").mkdir()
+    with pytest.raises(ValueError, match="of the program"), temporary_folder():
+        raise ValueError("of the program")
     with temporary_folder() as first:
         assert not left.exists() and f"deleted {left}" in caplog.text
         with temporary_folder() as second:

@@ -475,7 +475,9 @@ def test_settings_of_another_program(call, tmp_path, caplog):
         ("Sampler: Euler a", "Sampler"), ("Seed: -1", "Seed"), ("Seed: 99999999999999999999", "Seed"),
         ("CFG scale: nan", "CFG scale"), ("Size: 99999x1", "Size"), ("Size: big", "Size"), ("Size: 0x16", "Size"),
         ("Steps: 0", "Steps"), ("Steps: 999999999999", "Steps"), ("Steps: ²", "Steps"),
+        ("Steps: 00000000199999999999", "Steps"), ("Steps: 000000001" + "9" * 5000, "Steps"),
     ],
+    ids=lambda text: text[:40],
 )  # fmt: skip
 def test_values_of_another_program_that_are_not_taken(tmp_path, field, left):
     recorded = read_recorded(png(tmp_path / "t.png", parameters=f"a fox\n{field}, A b: 1, C d: 2"))

@@ -9,8 +9,9 @@ from PIL import Image
 
 from ldm_lab.errors import UserError
 from ldm_lab.io import images
-from ldm_lab.io.images import open_image
+from ldm_lab.io.images import open_image, save_png
 from ldm_lab.prompts import Prompt, parse_image_prompt, parse_prompt, read_prompts
+from ldm_lab.sampling.options import SamplingOptions
 
 
 @pytest.mark.parametrize(
@@ -177,3 +178,18 @@ def test_prompts_of_the_repository_are_found_from_any_folder(tmp_path, monkeypat
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "quickstart_prompts.txt").write_text("mine")
     assert read_prompts("configs/quickstart_prompts.txt") == ["mine"]
+
+
+def test_bytes_that_are_no_text_are_refused_before_anything_is_drawn(tmp_path):
+    """A picture could not hold them: also a negative prompt, and what Python and the page give as prompts."""
+    for make in (
+        lambda: parse_prompt("red\udcff"),
+        lambda: Prompt("red\udcff", 2.0),
+        lambda: SamplingOptions(negative="red\udcff"),
+        lambda: SamplingOptions.from_values({"negative": "\ud800"}),
+    ):
+        with pytest.raises(UserError, match="text in UTF-8"):
+            make()
+    named = Prompt("a\udcff.jpg", image=Image.new("RGB", (4, 4)))  # a file's name may be so
+    save_png(tmp_path / "a.png", Image.new("RGB", (4, 4)), {"prompts": str(named)})
+    assert Image.open(tmp_path / "a.png").text["prompts"] == "a\\udcff.jpg"

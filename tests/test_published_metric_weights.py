@@ -94,7 +94,7 @@ class Code:
 FOREIGN = {
     "empty": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_text("<html>404</html>"),
-    "code": lambda path: path.write_bytes(pickle.dumps(Code())),
+    "code": lambda path: path.write_bytes(pickle.dumps(Code(), 2)),
     "list": lambda path: torch.save([torch.zeros(1)], path),
     "numbers": lambda path: torch.save({"features.0.weight": 3, "fc.bias": 4}, path),
     "number-names": lambda path: torch.save({3: torch.zeros(1)}, path),

@@ -90,13 +90,13 @@ def temporary_folder() -> Iterator[Path]:
     remove_leftovers()
     folder = Path(tempfile.gettempdir()) / f"{PREFIX}{secrets.token_hex(8)}"
     lock = FileLock(f"{folder}{LOCK}", mode=0o600)
-    with lock:  # before the folder is there: whoever finds it finds it locked
-        folder.mkdir(mode=0o700)
-        try:
+    try:
+        with lock:  # before the folder is there: whoever finds it finds it locked
+            folder.mkdir(mode=0o700)
             yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    Path(lock.lock_file).unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def remove_leftovers() -> None:

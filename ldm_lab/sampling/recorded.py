@@ -316,7 +316,7 @@ def _foreign(parameters: Parameters) -> Recorded:
 
 def _foreign_value(name: str, text: str) -> Taken:
     """Return the options that a field of A1111's stands for; none where it stands for none of ours."""
-    if name == "Steps" and text.isascii() and text.isdigit() and 0 < int(text[:9]) <= MOST_STEPS:
+    if name == "Steps" and text.isascii() and text.isdigit() and len(text) <= 9 and 0 < int(text) <= MOST_STEPS:
         return Taken(steps=int(text))
     if name == "Seed" and text.isascii() and text.isdigit() and len(text) < 19:
         return Taken(seed=int(text))

@@ -100,7 +100,9 @@ class HeldOut(Measuring):
         if self.source.cut_from != trainer.datamodule.source.cut_from:
             print_rank_zero("held_out.data.resize_to: is not data.resize_to, and losses depend on it")
         self.encoded, texts = self.encode(trainer, task)
-        self.measured_on += digest(texts)  # which may change beside the same images, and conditions with them
+        # They may change beside the same images, and conditions with them. All ranks go by the first one's, as one may
+        # have had an error that passes, and would keep, or save, what the others do not.
+        self.measured_on += trainer.strategy.broadcast(digest(texts))
         self.forget_others()
         count = sum(gather(sum(batch.count for batch in self.encoded)))
         if not count:
@@ -151,7 +153,8 @@ class HeldOut(Measuring):
             taken += len(batch)
             if taken >= self.samples:
                 break
-        if number >= 0 and len(mine) <= number // trainer.world_size:
+        rounds = max(gather(number)) // trainer.world_size + 1 if trainer.world_size > 1 else len(mine)
+        while number >= 0 and len(mine) < rounds:  # more than one behind an error that passes on another rank
             spare = mine[-1] if mine else self.encode_batch(trainer, task, batch, number, 0)
             mine.append(replace(spare, count=0))
         return mine, texts

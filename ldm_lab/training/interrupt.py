@@ -30,6 +30,7 @@ class Interrupt(Callback):
 
     Attributes:
         received: the signal's number, or None.
+        received_at: when it came, on the monotonic clock; of another rank's, when this one heard of it.
         time_is_up: whether `max_time` has passed.
         reader_lost: whether a loader process of one of several ranks has died.
     """
@@ -43,6 +44,7 @@ class Interrupt(Callback):
         """
         self.max_time = max_time
         self.received: int | None = None
+        self.received_at: float | None = None
         self.time_is_up = False
         self.reader_lost = False
         self.stopping = False  # all ranks have agreed
@@ -66,8 +68,12 @@ class Interrupt(Callback):
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Note the signal; the next one meets the handlers that were there before."""
-        self.received = number
+        self.received, self.received_at = number, time.monotonic()
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    def since_signal(self) -> float | None:
+        """Return how many seconds ago the signal came; None if there was none."""
+        return None if self.received is None or self.received_at is None else time.monotonic() - self.received_at
 
     def told_to_stop(self) -> bool:
         """Return whether this process has had a signal, or its time is up."""
@@ -86,6 +92,8 @@ class Interrupt(Callback):
             heard = torch.tensor(flags, dtype=torch.int64, device=task.device)  # [3]
             torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MAX)
             self.received, self.time_is_up, self.reader_lost = int(heard[0]) or None, bool(heard[1]), bool(heard[2])
+            if self.received is not None and self.received_at is None:
+                self.received_at = time.monotonic()
             self.stopping = self.received is not None or self.time_is_up or self.reader_lost
         if self.stopping and (index + 1) % trainer.accumulate_grad_batches == 0:
             trainer.should_stop = True

@@ -11,6 +11,7 @@ from ldm_lab.training.diffusion import DiffusionTask
 from ldm_lab.training.guard import Guard
 from ldm_lab.training.interrupt import Interrupt
 from ldm_lab.training.logs import print_rank_zero
+from ldm_lab.training.task import gather
 
 PATIENCE = (
     20.0  # seconds that whoever sends a signal waits at least before it kills: SLURM and Kubernetes 30, docker 10
@@ -62,19 +63,18 @@ class Measuring(Callback):
         keepers = [its for its in trainer.callbacks if isinstance(its, Checkpointing)]
         for keeper in keepers:
             keeper.save_unsaved(trainer, task)
-        told = any(isinstance(its, Interrupt) and its.received for its in trainer.callbacks)
-        took: float = trainer.strategy.broadcast(self.seconds or 0.0)  # the first rank's, so that all decide alike
+        since, took = self.since_signal(trainer), max(gather(self.seconds or 0.0))  # so that all ranks decide alike
         before = self.state_dict(), [keeper.best.state for keeper in keepers]
-        self.deadline = time.monotonic() + PATIENCE if told else None
+        self.deadline = None if since is None else time.monotonic() + PATIENCE - since
         try:
-            if told and took > PATIENCE:
+            if since is not None and since + took > PATIENCE:
                 raise OutOfTime
             print_rank_zero(f"{self.section}: step {step} is measured, too, as the run ends there; it is saved")
             self.measure_now(trainer, task)
         except OutOfTime:  # who sent the signal kills, and the exit code that says that the run goes on would be lost
             print_rank_zero(
-                f"{self.section}: step {step}, where the run was told to stop, is not measured: it takes more than "
-                f"{PATIENCE:g} s, and a signal leaves no such time"
+                f"{self.section}: step {step}, where the run was told to stop, is not measured: it is not done "
+                f"within {PATIENCE:g} s of the signal, which leaves no more time"
             )
         if before != (self.state_dict(), [keeper.best.state for keeper in keepers]):
             for keeper in keepers:
@@ -84,3 +84,11 @@ class Measuring(Callback):
         """Raise OutOfTime, on all ranks alike, if there is a deadline and it has passed."""
         if self.deadline is not None and trainer.strategy.broadcast(time.monotonic() > self.deadline):
             raise OutOfTime
+
+    def since_signal(self, trainer: Trainer) -> float | None:
+        """Return how many seconds ago a signal came to any of the ranks, the same on all of them; None for no signal.
+
+        Counted from there, not anew, so that saving and several sections together stay within the time that there is.
+        """
+        own = [its.since_signal() for its in trainer.callbacks if isinstance(its, Interrupt)]
+        return max((since for rank in gather(own) for since in rank if since is not None), default=None)
