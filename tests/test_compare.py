@@ -184,6 +184,10 @@ def test_large_pictures_have_thumbnails(compare, monkeypatch):
     picture.write_bytes(picture.read_bytes()[:-20])  # cut off: it is made anew
     assert "(1 new)" in compare(*asked("--checkpoint", "a"))[1] and Path("out/index.html").read_text() == page
     assert "(0 new)" in compare(*asked("--checkpoint", "a"))[1] and thumbnail.stat().st_mtime_ns == written
+    for damaged in (b"damaged", thumbnail.read_bytes()[:-40]):
+        thumbnail.write_bytes(damaged)
+        cell = module.cell_of(Path("out"), thumbnail.stem)
+        assert cell is not None and pixels(thumbnail).shape == (8, 8, 3), "of the picture, which is whole"
 
 
 @pytest.mark.parametrize(

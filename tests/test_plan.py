@@ -11,7 +11,7 @@ from tiny import make_run
 
 from ldm_lab.__main__ import main
 from ldm_lab.checkpoints.parts import read_part
-from ldm_lab.config import load
+from ldm_lab.config import PartConfig, load
 from ldm_lab.errors import UserError
 from ldm_lab.estimate import CARDS, in_units, module_bytes
 from ldm_lab.training.caching import make_cache, options_of_run
@@ -45,6 +45,16 @@ def test_the_largest_batch_is_the_one_whose_step_is_counted_to_fit(tmp_path):
     assert (
         plan(with_options(config, "denoiser", {"gradient_checkpointing": True})).fits([8])[0].with_checkpointing is None
     )
+
+
+def test_the_best_weights_take_room_in_single_precision_where_a_run_keeps_them(tmp_path):
+    config = load(make_run(tmp_path, images=8), ["trainer.accelerator=gpu", "checkpoint.half_export=true"])
+    without = plan(config)
+    measured = config.with_part("held_out", PartConfig.from_dict("held_out", {"data": config["data"].to_dict()}))
+    found, none = plan(measured), plan(with_options(measured, "checkpoint", {"best": "none"}))
+    assert found.best == 2 * found.exported and found.on_disk - without.on_disk == found.best
+    assert without.best == none.best == 0 and none.on_disk == without.on_disk
+    assert f"the best weights, {in_units(found.best)}" in in_words(found, [], 0.3)
 
 
 @pytest.mark.parametrize("devices", [1, 4])

@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from run_folders import write_log, write_run
 from tiny import make_run
 
 from ldm_lab.__main__ import main
+from ldm_lab.commands.runs import find_runs
 from ldm_lab.config import read
 from ldm_lab.errors import UserError
 from ldm_lab.metrics import METRICS, is_higher_better
@@ -263,6 +265,41 @@ def test_events_that_cannot_be_read_are_counted_and_many_are_cut(tmp_path):
     assert found.shown[-1].text == "loss not finite (loss nan, limit inf, norm nan): left out"
 
 
+@pytest.mark.parametrize("resumed", [None, Path("last.ckpt")], ids=["fresh", "resumed"])
+def test_events_of_what_is_trained_anew_do_not_count(tmp_path, capsys, resumed):
+    """A fresh run in a used folder has none of them, one that goes on none of the guard's beyond its checkpoint."""
+    write_run(tmp_path / "run", rows=4, pictures=2)  # the guard's are of the steps 120 to 122 and 160
+    guard = (tmp_path / "run" / "guard.jsonl").read_bytes().splitlines(keepends=True)
+    callback = watching.Watching(tmp_path / "run", None, resumed, ())
+    callback.on_train_start(SimpleNamespace(is_global_zero=True, global_step=121, world_size=1, precision="32"), None)
+    found = read_events(tmp_path / "run")
+    if resumed is None:
+        assert found.counts == {"started": 1} and not (tmp_path / "run" / "guard.jsonl").exists()
+    else:
+        assert found.counts == {"started": 1, "resumed": 2, "ended": 1, "left out": 2}
+        assert (tmp_path / "run" / "guard.jsonl").read_bytes() == b"".join(guard[:2])
+    assert found.newest is not None and found.newest.kind == ("resumed" if resumed else "started")
+    callback.tidy(50)
+    assert capsys.readouterr().out.count("grids of steps after 50 that an earlier run has left: 1") == 2
+
+
+def test_all_events_of_a_run_that_goes_on_at_once_count(tmp_path):
+    write_run(tmp_path / "run", rows=4, pictures=0)
+    trainer = SimpleNamespace(is_global_zero=True, global_step=1, world_size=1, precision="32")
+    watching.Watching(tmp_path / "run", None, Path("last.ckpt"), (), is_same_run=True).on_train_start(trainer, None)
+    assert read_events(tmp_path / "run").counts["left out"] == 3
+
+
+def test_the_state_of_a_run_is_what_it_wrote_last_whatever_the_clock_said(tmp_path):
+    """As where summer time ends, or a run goes on in another zone, or from an earlier step."""
+    write_run(tmp_path / "run", rows=3, pictures=0)
+    started = Event(9, "started", "x", "2026-10-25T02:50:00+02:00")
+    ended = Event(4, "ended", "done", "2026-10-25T02:10:00+01:00")
+    (tmp_path / "run" / "events.jsonl").write_bytes(started.line() + ended.line())
+    reader = RunReader(tmp_path / "run")
+    assert reader.read() and reader.state == "ended 2026-10-25T02:10:00+01:00: done"
+
+
 def test_only_grids_are_pictures(tmp_path):
     write_run(tmp_path / "run", rows=3, pictures=2)
     (tmp_path / "run" / "demo" / ".step=00000009.png.part").write_bytes(b"")
@@ -459,6 +496,17 @@ def test_files_that_cannot_be_read_are_noted_and_the_other_runs_shown(here, caps
         "pages of 2 runs",
     ):
         assert line in said
+
+
+def test_links_to_runs_are_followed_and_each_run_is_shown_once(here):
+    write_run(here / "elsewhere" / "b", rows=3, pictures=0)
+    write_run(here / "runs" / "a", rows=3, pictures=0)
+    for name, target in {"linked": "../elsewhere/b", "again": "a", "loop": ".", "gone": "../nowhere"}.items():
+        (here / "runs" / name).symlink_to(target)
+    assert {path.resolve().name for path in find_runs(here / "runs")} == {"a", "b"}
+    assert len(find_runs(here / "runs")) == 2
+    main(["runs"])
+    assert (here / "elsewhere" / "b" / "index.html").exists()
 
 
 def test_runs_of_one_name_are_told_apart(here):

@@ -23,7 +23,7 @@ from ldm_lab.sampling import ModelOptions
 from ldm_lab.sampling.aesthetic import RatingEmbeddings
 from ldm_lab.training.lora import LoraOptions, additions
 
-LIMITS = Limits(pictures=4, side=128, steps=400, work=2, megapixels=1, upload=1, stored=16, waiting=8)
+LIMITS = Limits(pictures=4, side=128, steps=400, work=2, megapixels=1, upload=1, stored=17, waiting=8)
 SECONDS = 60
 
 

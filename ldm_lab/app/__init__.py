@@ -12,6 +12,7 @@
 `form`       the controls of the page
 `page`       the page
 `endpoints`  the HTTP interface
+`door`       the password, and how long a wrong one takes
 `hosts`      the names that the page answers to
 `guard`      what no request may do
 `server`     from the first request to the signal that ends it

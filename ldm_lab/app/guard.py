@@ -15,7 +15,9 @@ from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ldm_lab.app.door import caller
 from ldm_lab.app.hosts import Hosts
+from ldm_lab.app.limits import MOST_UPLOADS, MULTIPART
 from ldm_lab.app.line import Line
 from ldm_lab.app.store import Store
 from ldm_lab.errors import unknown
@@ -23,8 +25,7 @@ from ldm_lab.io.json_files import Json
 
 JSON_LIMIT = 4 * 2**20  # bytes of a request that uploads nothing
 CANVAS_LIMIT = 16 * 2**20  # bytes of a painted mask
-MULTIPART = 2**16  # bytes around an uploaded file
-MOST_UPLOADS = 16  # at once
+LOGIN_LIMIT = 2**16  # bytes of what those may send who are not in
 UPLOAD_SECONDS, BODY_SECONDS, STALLED_SECONDS = 600, 60, 30  # of an upload, another body, a listener that takes nothing
 NO_FETCHING = (
     "/proxy=",
@@ -76,7 +77,7 @@ class Guard:
         """
         self.app, self.upload, self.endpoints = app, upload, endpoints
         self.store, self.line, self.hosts, self.is_locked = store, line, hosts, is_locked
-        self.uploading = 0
+        self.coming: list[int] = []  # bytes of each upload that is under way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or refuse it."""
@@ -87,44 +88,56 @@ class Guard:
             await refused(scope, receive, send)
             return
         send = _with_headers(send)
-        uploads = Headers(scope=scope).get("content-type", "").startswith("multipart/")
-        canvas = scope["path"].rstrip("/") == CANVAS
-        limit = JSON_LIMIT if not uploads else CANVAS_LIMIT if canvas else self.upload + MULTIPART
-        length = Headers(scope=scope).get("content-length", "0")
-        if not length.isdigit() or int(length) > limit:
+        caller.set(scope["client"][0] if scope.get("client") else "")
+        limit, is_upload = self._limit(scope)
+        length = Headers(scope=scope).get("content-length")
+        if length is not None and not (length.isdigit() and int(length) <= limit):
             await _too_long(limit)(scope, receive, send)
-        elif uploads:
-            await self._take_upload(scope, receive, send, limit)
+        elif is_upload:
+            await self._take_upload(scope, receive, send, limit if length is None else int(length))
         elif scope["method"] == "POST":
-            await self._take_body(scope, receive, send)
+            await self._take_body(scope, receive, send, limit)
         else:
             await self._follow(scope, receive, send)
 
-    async def _take_upload(self, scope: Scope, receive: Receive, send: Send, limit: int) -> None:
+    def _limit(self, scope: Scope) -> tuple[int, bool]:
+        """Return how many bytes a request may send, and whether they are files.
+
+        Files are taken where the page sends them, of those who are in; a form of any kind is a short body elsewhere.
+        """
+        path = scope["path"].rstrip("/")
+        if Headers(scope=scope).get("content-type", "").strip().lower().startswith("multipart/"):
+            if path == UPLOAD:
+                return self.upload + MULTIPART, True
+            if path == CANVAS:
+                return CANVAS_LIMIT, True
+        return (JSON_LIMIT, False) if path.startswith(API) else (LOGIN_LIMIT, False)
+
+    async def _take_upload(self, scope: Scope, receive: Receive, send: Send, length: int) -> None:
         """Let an upload through, once there is room for it and all others that are under way."""
-        if self.uploading >= MOST_UPLOADS:
+        if len(self.coming) >= MOST_UPLOADS:
             await _refused("too many uploads at once; try again later", 429)(scope, receive, send)
             return
-        self.uploading += 1
+        self.coming.append(length)
         try:
-            await run_in_threadpool(self.store.make_room, limit * self.uploading)
+            await run_in_threadpool(self.store.make_room, sum(self.coming))
             async with asyncio.timeout(UPLOAD_SECONDS):
-                await self.app(scope, _counted(receive, limit), send)
+                await self.app(scope, _counted(receive, length), send)
         except TimeoutError:
             await _refused(f"an upload may take {UPLOAD_SECONDS} seconds", 408)(scope, receive, send)
         finally:
-            self.uploading -= 1
+            self.coming.remove(length)
 
-    async def _take_body(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _take_body(self, scope: Scope, receive: Receive, send: Send, limit: int) -> None:
         """Let a request with a short body through, or refuse what it asks for."""
         try:
             async with asyncio.timeout(BODY_SECONDS):
-                body = await _body(receive, JSON_LIMIT)
+                body = await _body(receive, limit)
         except TimeoutError:
             await _refused(f"a request may take {BODY_SECONDS} seconds", 408)(scope, receive, send)
             return
         if body is None:
-            await _too_long(JSON_LIMIT)(scope, receive, send)
+            await _too_long(limit)(scope, receive, send)
             return
         reason = self._wrong(body, scope["path"])
         full = "" if reason else await self.line.refusal(scope["path"], _function(body))

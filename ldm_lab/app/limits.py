@@ -16,6 +16,8 @@ from ldm_lab.sampling.recorded import LONGEST_PROMPT
 MEBI, MEGA = 2**20, 1_000_000
 MOST_PROMPTS = 32  # of a picture
 MOST_LORAS, MOST_UPSAMPLERS = 16, 4  # of a request: each is read, or loaded, for it
+MOST_UPLOADS = 16  # at once
+MULTIPART = 2**16  # bytes around an uploaded file
 IMAGES = 4  # of the largest size that all images of a request may have together
 
 
@@ -44,8 +46,12 @@ class Limits:
     waiting: int = 32
 
     def __post_init__(self) -> None:
-        if self.stored < self.upload:
-            raise UserError(f"--max-stored: {self.stored} MiB have no room for a file of {self.upload} (--max-upload)")
+        least = math.ceil(MOST_UPLOADS * (self.upload + MULTIPART / MEBI))
+        if self.stored < least:
+            raise UserError(
+                f"--max-stored: {self.stored} MiB are too few: {MOST_UPLOADS} files of {self.upload} (--max-upload) "
+                f"may come at once, which takes {least}"
+            )
 
     def check_count(self, count: int, rerank: int) -> None:
         """Raise UserError for too many pictures."""

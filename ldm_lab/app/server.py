@@ -1,20 +1,18 @@
 """The program around the page: from the first request to the signal that ends it."""
 
-import asyncio
-import hmac
-import logging
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from ldm_lab.app.door import Door
 from ldm_lab.app.followers import Followers
 from ldm_lab.app.hosts import Hosts, check_listening
 from ldm_lab.app.limits import MEBI, Limits
@@ -36,10 +34,7 @@ QUIET = {
 FOLDERS = {"GRADIO_TEMP_DIR": "files", "GRADIO_EXAMPLES_CACHE": "examples"}
 JOBS = "jobs"  # folder of what is being made
 VANISHED = 20_000  # milliseconds after which a listener whose machine answers no more counts as gone
-FIRST_DELAY, LONGEST_DELAY = 0.1, 5.0  # seconds before a wrong password is answered; doubled by each
 ENDING = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if sys.platform != "win32" else [])]
-MOST_LOGINS = 16  # that wait for their turn
-logger = logging.getLogger(__name__)
 LOGIN = "The password is the one that this program was started with; any user name will do."
 
 
@@ -101,6 +96,7 @@ def _page(shelf: Shelf, settings: Settings, folder: Path) -> Iterator[str]:
     from ldm_lab.app.line import OTHERS
 
     limits = settings.limits
+    door = None if settings.password is None else Door(settings.password).is_right
     store = Store(folder / FOLDERS["GRADIO_TEMP_DIR"], limits.stored * MEBI)
     workshop = Workshop(shelf, settings.loading, limits, store, folder / JOBS)
     page, line = pages.build(workshop, Followers(), endpoints.add)
@@ -114,7 +110,7 @@ def _page(shelf: Shelf, settings: Settings, folder: Path) -> Iterator[str]:
     try:
         page.launch(
             server_name=settings.host, server_port=settings.port or _free_port(),
-            auth=_door(settings.password), auth_message=LOGIN, prevent_thread_lock=True,
+            auth=door, auth_message=LOGIN, prevent_thread_lock=True,
             quiet=True, share=False, inbrowser=False, show_error=False, ssr_mode=False,
             enable_monitoring=False, max_file_size=limits.upload * MEBI, allowed_paths=[], footer_links=[],
             theme=theme, css=pages.CSS, app_kwargs={"middleware": [guard]}, run_history=False, mcp_server=False,
@@ -176,36 +172,3 @@ def _free_port() -> int:
         trial.bind((HERE[0], 0))
         port: int = trial.getsockname()[1]
     return port
-
-
-def _door(password: str | None) -> Callable[[str, str], Awaitable[bool]] | None:
-    """Return what asks for a password; None lets everybody in.
-
-    One login at a time is looked at, and each wrong one in a row takes longer than the last, whoever sends it.
-    """
-    if password is None:
-        return None
-    from starlette.exceptions import HTTPException
-
-    wanted, turn = password.encode(), asyncio.Lock()
-    wrong = waiting = 0
-
-    async def door(_: str, given: str) -> bool:
-        nonlocal wrong, waiting
-        if waiting >= MOST_LOGINS:
-            raise HTTPException(429, "too many logins at once; try again later")
-        waiting += 1
-        try:
-            async with turn:
-                if hmac.compare_digest(given.encode(errors="replace"), wanted):
-                    wrong = 0
-                    return True
-                wrong += 1
-                delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** min(wrong - 1, 30))
-                logger.warning("a login with a wrong password, the %d. in a row; answered in %g s", wrong, delay)
-                await asyncio.sleep(delay)
-                return False
-        finally:
-            waiting -= 1
-
-    return door

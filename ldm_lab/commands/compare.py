@@ -300,8 +300,20 @@ def _short_sums(settings: "Entry") -> dict[str, str]:
     return {"file" if key == "checkpoint" else f"{key}_file": f"sha256 {text}" for key, text in words.items()}
 
 
+def size_of_thumbnail(path: Path) -> tuple[int, int] | None:
+    """Return the width and height of a thumbnail, pixels; None if there is none, or it is damaged."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image.size
+    except (OSError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
 def cell_of(folder: Path, name: str) -> "Cell | None":
-    """Return the picture of a name with its thumbnail, which is made if it is not there; None without a picture."""
+    """Return the picture of a name with its thumbnail, made where that is missing or damaged; None without one."""
     from PIL import Image
 
     from ldm_lab.evaluation.compare_page import Cell
@@ -315,10 +327,9 @@ def cell_of(folder: Path, name: str) -> "Cell | None":
                 image.load()
                 return Cell(f"{IMAGES}/{name}.png", f"{IMAGES}/{name}.png", width, height, width, height)
             small = folder / THUMBNAILS / f"{name}.jpg"
-            if small.exists():
+            side = size_of_thumbnail(small)
+            if side is not None:
                 image.verify()  # its checksums, in a tenth of the time that it takes to make it small
-                with Image.open(small) as made:
-                    side = made.size
             else:
                 image.thumbnail((LARGEST_SHOWN, LARGEST_SHOWN))
                 side = image.size

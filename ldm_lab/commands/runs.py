@@ -8,6 +8,7 @@ A run that trains renews its own page (logging.page). The pages open from the fi
 """
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,9 +90,12 @@ def find_runs(folder: Path) -> list[Path]:
         raise UserError(f"{folder}: no such folder{meant(near_paths(folder))}")
     if is_run(folder):
         return [folder]
-    found, level = list[Path](), [folder]
+    found, level, seen = list[Path](), [folder], {folder.resolve()}
     for _ in range(DEEPEST):
-        below = [path for one in level for path in folders_in(one)]
+        there = sorted((path for one in level for path in folders_in(one)), key=os.path.islink, reverse=True)
+        whole = {path.resolve(): path for path in there}  # links may lead to the same folder: its own path, if any
+        below = sorted(path for its, path in whole.items() if its not in seen)
+        seen.update(whole)
         found += [path for path in below if is_run(path)]
         level = [path for path in below if not is_run(path) and not path.name.startswith(".")]
     if not found:
@@ -100,9 +104,9 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """Return the folders in a folder, no links; say where it cannot be read."""
+    """Return the folders in a folder, and those that links in it lead to; say where it cannot be read."""
     try:
-        return [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.is_symlink()]
+        return [path for path in sorted(folder.iterdir()) if os.path.isdir(path)]  # False of what cannot be looked at
     except OSError as error:
         print(f"note: {folder}: cannot be read: {error.strerror}; no run is looked for there")
         return []

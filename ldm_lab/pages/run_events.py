@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+from ldm_lab.io.atomic import atomic_write
 from ldm_lab.io.json_files import Fields, JsonObject, parse_json
 from ldm_lab.pages.run_folder import opened
 
@@ -57,12 +58,14 @@ class Events:
         counts: kind -> how many in the whole files, those that are not shown included.
         torn: lines that could not be read.
         unread: files that could not be read, and why.
+        newest: what the run itself has written last; None if it has written nothing.
     """
 
     shown: list[Event] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     torn: int = 0
     unread: list[str] = field(default_factory=list)
+    newest: Event | None = None
 
 
 def now() -> str:
@@ -171,14 +174,41 @@ class EventReader:
     def events(self) -> Events:
         """Return what was read; a file that cannot be read is told."""
         found = Events(unread=[file.unread for file in self.files if file.unread])
-        torn = 0
-        for file in self.files:
-            newest, counts, its_torn = file.found()
+        torn, in_files = 0, [file.found() for file in self.files]
+        own = in_files[0][0]
+        for newest, counts, its_torn in in_files:
             found.shown.extend(newest)
             found.counts.update(counts)
             torn += its_torn
         found.shown.sort(key=lambda event: -1 if event.step is None else event.step)
-        return Events(found.shown, found.counts, torn, found.unread)
+        return Events(found.shown, found.counts, torn, found.unread, own[-1] if own else None)
+
+
+def drop_events(folder: Path, after: int | None) -> None:
+    """Remove the events of what a run trains anew, as its log loses their rows: they would count twice.
+
+    The run's own events stay where it goes on: that it broke off, say, has still happened.
+
+    Args:
+        folder: the run's.
+        after: the optimizer step that it goes on from; None if it begins anew, and no event is its own.
+
+    Raises:
+        UserError, OSError: a file that cannot be read, or not be written.
+    """
+    if after is None:
+        for name in (EVENTS, GUARD):
+            (folder / name).unlink(missing_ok=True)
+        return
+    try:
+        with opened(folder / GUARD) as file:
+            lines = file.readlines()
+    except FileNotFoundError:
+        return
+    kept = [line for line in lines if (Fields(parse_json(line)).count("step") or 0) <= after]
+    if len(kept) < len(lines):
+        with atomic_write(folder / GUARD) as file:
+            file.writelines(kept)
 
 
 def read_events(folder: Path) -> Events:

@@ -19,7 +19,7 @@ READ = 2**22  # bytes of a config
 
 def is_run(folder: Path) -> bool:
     """Return whether a folder is a run's."""
-    return (folder / METRICS).is_file()
+    return os.path.isfile(folder / METRICS)  # False where it cannot be looked at
 
 
 def opened(path: Path) -> BinaryIO:

@@ -104,8 +104,7 @@ class RunReader:
     @property
     def state(self) -> str:
         """What the newest event says of the run; "" where there is none."""
-        own = [event for event in self.events.shown if event.kind not in GUARD]
-        newest = max(own, key=lambda event: event.time, default=None)
+        newest = self.events.newest
         if newest is None:
             return ""
         if newest.kind in RUNNING:

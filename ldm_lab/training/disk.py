@@ -27,14 +27,16 @@ def check_space(folder: Path, task: Task, checkpointing: Checkpointing, max_step
     size, exported = checkpoint_bytes(task), export_bytes(task, checkpointing.export_dtype)
     kept = checkpointing.most_kept(max_steps)
     free = usage.free + replaceable_bytes(folder)
-    need = (kept + 1) * size + 2 * exported
+    best = best_bytes(task, checkpointing)
+    need = (kept + 1) * size + 2 * exported + best
     if need <= free:
         return
-    fit = (free - 2 * exported) // size - 1 - (checkpointing.most_kept(max_steps) - checkpointing.keep)
+    fit = (free - 2 * exported - best) // size - 1 - (checkpointing.most_kept(max_steps) - checkpointing.keep)
+    weights = "the best weights, the exported model" if best else "the exported model"
     cure = f"checkpoint.keep={fit} fits, or free some space" if fit >= 0 else "free some space"
     raise UserError(
         f"{folder}: the disk has {in_units(free)} of room, and this run needs about {in_units(need)}: "
-        f"{kept} checkpoints of {in_units(size)}, one more while it is written, and the exported model twice; {cure}"
+        f"{kept} checkpoints of {in_units(size)}, one more while it is written, and {weights} twice; {cure}"
     )
 
 
@@ -57,6 +59,16 @@ def checkpoint_bytes(task: Task) -> int:
 def export_bytes(task: Task, dtype: torch.dtype) -> int:
     """Return about how large the exported model is."""
     return sum(tensor.numel() for tensor in task.exported_weights().values()) * dtype.itemsize
+
+
+def best_bytes(task: Task, checkpointing: Checkpointing) -> int:
+    """Return about how large `best.safetensors` is, which is always of float32; 0 where the run keeps none.
+
+    Raises:
+        UserError: `checkpoint.best` names what the run does not measure.
+    """
+    checkpointing.best.choose(task.run_config)
+    return export_bytes(task, torch.float32) if checkpointing.best.metric else 0
 
 
 def replaceable_bytes(folder: Path) -> int:

@@ -20,7 +20,7 @@ from ldm_lab.estimate import StepCost, images_per_second, in_short, in_units, pe
 from ldm_lab.training.caching import cache_options
 from ldm_lab.training.checkpointing import Checkpointing
 from ldm_lab.training.cost import postponed_bytes, task_cost
-from ldm_lab.training.disk import checkpoint_bytes, export_bytes
+from ldm_lab.training.disk import best_bytes, checkpoint_bytes, export_bytes
 from ldm_lab.training.encoders import Encoders
 from ldm_lab.training.encoding import expected_row_bytes
 from ldm_lab.training.going_on import with_options
@@ -93,7 +93,7 @@ class Plan:
         max_steps: of the run; -1 without end.
         precision: `trainer.precision`.
         tf32: whether products in single precision may be rounded to TF32.
-        checkpoint, exported: bytes of a checkpoint and of the exported model.
+        checkpoint, exported, best: bytes of a checkpoint, of the exported model and of the best weights; 0 for none.
         kept: checkpoints that lie on the disk at most.
         cached_image: bytes of an image in the run's cache, with all its crops; None without a cache.
         data: what the data hold.
@@ -110,6 +110,7 @@ class Plan:
     tf32: bool
     checkpoint: int
     exported: int
+    best: int
     kept: int
     cached_image: int | None
     data: DataFound
@@ -119,6 +120,11 @@ class Plan:
     def images(self) -> int | None:
         """Images that the run trains on, each as often as it comes; None without end."""
         return None if self.max_steps < 0 else self.max_steps * self.images_per_step
+
+    @property
+    def on_disk(self) -> int:
+        """Bytes that the run's checkpoints and weights take at most, one more of each while it is written."""
+        return (self.kept + 1) * self.checkpoint + 2 * self.exported + self.best
 
     def fits(self, sizes: Sequence[int] = SIZES) -> list[Fit]:
         """Return the largest batches for cards of so many GiB."""
@@ -181,6 +187,7 @@ def plan(config: RunConfig) -> Plan:
         tf32=options.tf32,
         checkpoint=checkpoint_bytes(task),
         exported=export_bytes(task, checkpointing.export_dtype),
+        best=best_bytes(task, checkpointing),
         kept=checkpointing.most_kept(own.option("max_steps")),
         cached_image=_cached_image(config, task),
         data=data_found(config),
@@ -281,8 +288,8 @@ def in_words(plan: Plan, speeds: Sequence[Speed], mfu: float) -> str:
         *_table_of_speeds(plan, speeds, mfu),
         "",
         f"disk: at most {plan.kept} + 1 checkpoints of {in_units(plan.checkpoint)}, the exported model twice, "
-        f"{in_units(plan.exported)}: {in_units((plan.kept + 1) * plan.checkpoint + 2 * plan.exported)} in all"
-        + _cache(plan),
+        f"{in_units(plan.exported)}{f', the best weights, {in_units(plan.best)}' if plan.best else ''}: "
+        f"{in_units(plan.on_disk)} in all" + _cache(plan),
         "Nothing was run; python train.py --check makes one step and one picture.",
     ]
     return "\n".join(lines)

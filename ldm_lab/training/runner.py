@@ -127,7 +127,7 @@ def _run(config: RunConfig, folder: Path, lock: RunLock, began: float | None) ->
         task.callbacks(folder),
         config.part("checkpoint").build(folder, guard),
         Interrupt(options.max_seconds, began),
-        Watching(folder, logging.page, resume.path, changes),
+        Watching(folder, logging.page, resume.path, changes, is_same_run=began is not None),
         StepProgress(speed),
     )
     before = read_pickled(resume.path, mmap=True) if resume.path else {}

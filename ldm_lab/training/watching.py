@@ -9,8 +9,8 @@ from pytorch_lightning.utilities.types import STEP_OUTPUT
 
 from ldm_lab.batch import Batch
 from ldm_lab.errors import UserError, first_line
-from ldm_lab.pages.run_events import EVENTS, Event, now
-from ldm_lab.pages.run_folder import PAGE
+from ldm_lab.pages.run_events import EVENTS, Event, drop_events, now
+from ldm_lab.pages.run_folder import PAGE, find_pictures
 from ldm_lab.pages.run_page import RunReader
 from ldm_lab.training.logs import print_rank_zero
 
@@ -24,7 +24,14 @@ class Watching(Callback):
     Neither ever ends a run: what goes wrong is said once.
     """
 
-    def __init__(self, folder: Path, seconds: float | None, resumed: Path | None, changes: Sequence[str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        seconds: float | None,
+        resumed: Path | None,
+        changes: Sequence[str],
+        is_same_run: bool = False,
+    ) -> None:
         """Set what is written.
 
         Args:
@@ -32,7 +39,9 @@ class Watching(Callback):
             seconds: between renewals at least; None writes no page.
             resumed: the checkpoint that the run goes on from; None for a fresh run.
             changes: what the config has otherwise than the checkpoint's, a line each.
+            is_same_run: whether this is another Trainer of a run that goes on at once, whose events all count.
         """
+        self.is_same_run = is_same_run
         self.folder, self.seconds, self.resumed, self.changes = folder, seconds, resumed, tuple(changes)
         self.reader = RunReader(folder)
         self.due = 0.0  # on the monotonic clock
@@ -42,11 +51,26 @@ class Watching(Callback):
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
+        if not self.is_same_run:
+            self.tidy(trainer.global_step)
         devices = f"{trainer.world_size} device{'s' * (trainer.world_size > 1)}, {trainer.precision}"
         kind, text = ("started", devices) if self.resumed is None else ("resumed", f"from {self.resumed}, {devices}")
         self.note(trainer, kind, text, self.changes)
         self.has_begun = True
         self.renew()
+
+    def tidy(self, step: int) -> None:
+        """Drop events of what is trained anew from this step on; say which grids of it are still there."""
+        try:
+            drop_events(self.folder, None if self.resumed is None else step)
+        except (UserError, OSError) as error:
+            self.say(f"{first_line(error)}; events of an earlier run count, too")
+        for pictures in find_pictures(self.folder):
+            if count := sum(its > step for its in pictures.steps):
+                self.say(
+                    f"{self.folder / pictures.name}: grids of steps after {step} that an earlier run has left: "
+                    f"{count}; they are shown until this run draws those steps"
+                )
 
     def on_train_batch_end(
         self, trainer: Trainer, task: LightningModule, outputs: STEP_OUTPUT, batch: Batch, index: int
