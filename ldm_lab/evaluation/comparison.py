@@ -2,7 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from ldm_lab.checkpoints.importer import Section
 from ldm_lab.conditioners.embedding import EmbeddingConditioner
+from ldm_lab.data.file_facts import digest, facts_of
 from ldm_lab.data.jobs import PassOptions
 from ldm_lab.data.passes import run_pass
 from ldm_lab.data.work_items import WorkItem, file_batches
@@ -30,7 +32,7 @@ from ldm_lab.evaluation.jobs import FeatureJob, FilesJob, PicturesItem, Pictures
 from ldm_lab.evaluation.metrics import CLIP_SCORE, RealSet, Value, few_images, over_seeds, picture_value
 from ldm_lab.evaluation.model_parts import PartsJob, lpips_network, part_values
 from ldm_lab.evaluation.origin import data_told, origin_of
-from ldm_lab.evaluation.own_files import ENDINGS, STEM, is_plot, listed_pictures
+from ldm_lab.evaluation.own_files import STEM, is_plot, listed_pictures
 from ldm_lab.evaluation.real_images import FILE, RealImages, real_rows
 from ldm_lab.evaluation.settings import Models, Setting, check_prompts, picture_seeds
 from ldm_lab.evaluation.tables import Row, Table
@@ -221,17 +223,16 @@ class Comparison:
     def folder_pictures(self, name: str, folder: str) -> PictureRows:
         """Return what is seen on the pictures in a folder. Raises UserError for what cannot be measured."""
         networks = "-".join(network.key for network in self.networks)
-        own = [self.asked.out / its for its in ("parts", FILE, *(STEM + ending for ending in ENDINGS))]
-        found = [path for path in Path(folder).rglob("*") if path.is_file()]
-        files = [(path, path.stat()) for path in found if not is_of(path, own)]
+        found = file_batches(folder, self.asked.out, is_plot)
+        files = facts_of(found[0].folder.files())
+        listed = listed_pictures(Path(folder), [its for item in found for its in item.names])
         # Other pictures under the same names are looked at anew.
-        facts = str(sorted((str(path.absolute()), its.st_size, its.st_mtime_ns) for path, its in files))
-        place = hashlib.sha256(facts.encode(errors="surrogateescape")).hexdigest()[:12]
+        facts = [os.path.abspath(folder), digest(files), digest(files, times=True), *sorted(listed or ())]
+        place = hashlib.sha256("\n".join(facts).encode(errors="surrogateescape")).hexdigest()[:12]
         target = self.asked.out / "parts" / f"folder-{public_name(folder)}-{place}-{networks}"
-        items = file_batches(folder, target, is_plot)
-        if plots := [path for path in found if is_plot(path)]:
-            print_line(f"--images {folder}: {plots[0]} is the plot of an evaluation, and none of the pictures")
-        listed = listed_pictures(Path(folder), [its for item in items for its in item.names])
+        items = [replace(its, target=target / its.target.name) for its in found]
+        if plot := next(filter(is_plot, Path(folder).rglob(f"{STEM}.png")), None):
+            print_line(f"--images {folder}: {plot} is the plot of an evaluation, and none of the pictures")
         self.run_pass(FilesJob(self.networks, listed=listed), items, name)
         made = rows_of_items(items)
         if listed is not None:
@@ -286,9 +287,3 @@ class Comparison:
 def counts_of(real: RealSet | None, made: PictureRows) -> dict[str, int]:
     """Return how many images are compared, by whose they are."""
     return {"pictures": len(made)} | ({"real images": len(real.rows)} if real is not None else {})
-
-
-def is_of(path: Path, places: Iterable[Path]) -> bool:
-    """Return whether a path is one of some files, or lies in one of some folders."""
-    resolved = path.resolve()
-    return any(resolved.is_relative_to(place.resolve()) for place in places)

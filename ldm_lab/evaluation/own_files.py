@@ -7,7 +7,6 @@ from pathlib import Path, PurePath
 from ldm_lab.io.json_files import Fields, parse_json, read_json
 
 STEM = "evaluation"  # of the files' names
-ENDINGS = (".json", ".csv", ".md", ".png")
 
 
 def is_plot(path: Path) -> bool:
