@@ -142,6 +142,29 @@ def test_a_measurement_is_given_up_where_a_signal_leaves_no_time(tmp_path):
     assert len(made) == 3
 
 
+def test_networks_are_on_the_device_only_while_they_are_needed(tmp_path):
+    """The run trains in the memory that they would take, and plan counts none; its own conditioner stays there."""
+
+    class Moved(torch.nn.Module):
+        def __init__(self, part):
+            super().__init__()
+            self.part, self.places = part, []
+
+        def to(self, device):
+            self.places.append(str(device))
+
+        def cpu(self):
+            self.places.append("cpu")
+
+    section, conditioner = Evaluate(tmp_path, **evaluate(tmp_path)), torch.nn.Linear(1, 1)
+    own, judge = section.networks = [Moved(conditioner), Moved(torch.nn.Linear(1, 1))]
+    task = SimpleNamespace(device=torch.device("meta"), conditioner=conditioner)
+    with pytest.raises(OutOfTime), section.on_device(task):
+        assert judge.places == ["meta"]
+        raise OutOfTime
+    assert judge.places == ["meta", "cpu"] and own.places == []
+
+
 def test_what_the_best_so_far_depends_on(tmp_path):
     own, prompts = evaluate(tmp_path), tmp_path / "some.txt"
     prompts.write_text("a red circle\n")

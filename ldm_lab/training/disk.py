@@ -32,7 +32,7 @@ def check_space(folder: Path, task: Task, checkpointing: Checkpointing, max_step
     if need <= free:
         return
     fit = (free - 2 * exported - best) // size - 1 - (checkpointing.most_kept(max_steps) - checkpointing.keep)
-    weights = "the best weights, the exported model" if best else "the exported model"
+    weights = "the best weights and the exported model" if best else "the exported model"
     cure = f"checkpoint.keep={fit} fits, or free some space" if fit >= 0 else "free some space"
     raise UserError(
         f"{folder}: the disk has {in_units(free)} of room, and this run needs about {in_units(need)}: "

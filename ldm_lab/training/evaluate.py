@@ -1,7 +1,8 @@
 """Metrics of pictures during training: the section `evaluate`."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -148,9 +149,9 @@ class Evaluate(Measuring):
     def on_train_start(self, trainer: Trainer, task: DiffusionTask) -> None:
         """Look at the real images, each rank at its share. Raises UserError for none, or none with a caption."""
         self.measured_at = trainer.global_step  # that of a run that goes on was measured before it was saved
-        for network in self.networks:
-            network.to(task.device)
-        parts = sorted((made for rank in gather(self.real_parts(trainer, task)) for made in rank), key=_number)
+        with self.on_device(task):
+            mine = self.real_parts(trainer, task)
+        parts = sorted((made for rank in gather(mine) for made in rank), key=_number)
         rows = PictureRows.joined([made.rows for made in parts if made.rows is not None])
         if not len(rows):
             raise UserError("evaluate.data: no usable image")
@@ -173,6 +174,18 @@ class Evaluate(Measuring):
         counts = {"pictures": self.pictures, "real images": len(rows)}
         for line in few_images(self.metrics, counts, {network.space: network.width for network in self.networks}):
             print_rank_zero(f"evaluate: {line}")
+
+    @contextmanager
+    def on_device(self, task: DiffusionTask) -> Iterator[None]:
+        """Have the networks where the run trains, as long as they are needed; training needs the memory between."""
+        own = [its for its in self.networks if not any(part is task.conditioner for part in its.modules())]
+        try:
+            for network in own:
+                network.to(task.device)
+            yield
+        finally:
+            for network in own:
+                network.cpu()
 
     def real_parts(self, trainer: Trainer, task: DiffusionTask) -> list[Made]:
         """Return what this rank sees of the real images: every n-th batch of n ranks'."""
@@ -206,7 +219,9 @@ class Evaluate(Measuring):
     @told_in_one_line(lambda: "evaluating", ADVICE)
     def measure(self, trainer: Trainer, task: DiffusionTask) -> None:
         """Make pictures, measure, log, hand the values to who keeps the best weights."""
-        parts = sorted((made for rank in gather(self.made_parts(trainer, task)) for made in rank), key=_number)
+        with self.on_device(task):
+            mine = self.made_parts(trainer, task)
+        parts = sorted((made for rank in gather(mine) for made in rank), key=_number)
         step = trainer.global_step
         if any(made.rows is None for made in parts):
             print_rank_zero(f"evaluate: pictures at step {step} are not finite; nothing is measured")
