@@ -199,8 +199,8 @@ def test_a_picture_is_the_one_that_sample_py_makes(address, models, program, tmp
         with Image.open(tmp_path / "samples" / f"0000{number}.png") as theirs:
             assert ours.tobytes() == theirs.tobytes() and ours.text == theirs.text
     again = ask(address, "settings", picture=upload(address, tmp_path / "samples" / "00001.png"))
-    assert again["prompts"] == given["prompts"] and again["model"] == "tiny" and again["seed"] == 8
-    assert again["steps"] == 2 and again["sampler"] == "plms2" and again["guidance_rescale"] == 0.3
+    once_more = picture(address, ask(address, **again["settings"]))
+    assert once_more.tobytes() == ours.tobytes() and again["remarks"] == []
 
 
 def test_images_and_what_is_in_color(address, dog, tmp_path):
@@ -401,6 +401,20 @@ def test_many_small_files_count_and_those_of_a_job_stay(tmp_path):
         assert store.make_room() == 10 and (tmp_path / "0" / "a.png").exists()
     assert store.make_room(65_536) == 1 and not (tmp_path / "0").exists()
     assert len(list(tmp_path.iterdir())) == 9
+
+
+def test_the_uploads_of_who_waits_stay(address, steps, dog, caplog):
+    """Others' uploads do not push out the image of a request that is in the queue."""
+    first = events(address, begin(address, prompts=["first"], steps=120, sampler="ddim"))
+    next(first)
+    file = upload(address, dog)
+    waits = begin(address, prompts=["a"], init_image=file, size=16, **FAST)
+    for _ in range(20):
+        (dog.parent / "noise.png").write_bytes(os.urandom(1_000_000))
+        upload(address, dog.parent / "noise.png")
+    assert "deleted the oldest" in caplog.text and Path(file["path"]).exists()
+    first.close()
+    assert [kind for kind, _ in events(address, waits)][-1] == "complete"
 
 
 def test_so_many_uploads_at_once(address, dog):
@@ -748,6 +762,32 @@ def test_the_settings_of_another_program_and_of_missing_files(models, tmp_path):
     with pytest.raises(UserError, match=r"^none\.png: no settings"):
         Image.new("RGB", (16, 16)).save(tmp_path / "none.png")
         recall(tmp_path / "none.png", Shelf(folder=models), known)
+
+
+def test_a_dropped_picture_sets_every_control_of_the_page(address, dog):
+    """Those that it cannot bring are emptied, and what is drawn next is it once more."""
+    page = requests.get(f"{address}/config", timeout=60).json()
+    named = {its["id"]: its["props"].get("elem_id") for its in page["components"]}
+    by_target = {tuple(target): its for its in page["dependencies"] for target in its["targets"] if its["backend_fn"]}
+    number = {name: component for component, name in named.items()}
+    draw, drop = by_target[number["draw"], "click"], by_target[number["dropped"], "upload"]
+    assert drop["outputs"] == draw["inputs"], "every control that is drawn from, none is left as it was"
+    made = picture(address, ask(address, prompts=["a red star"], seed=5, **FAST))
+    made.save(dog.parent / "made.png", pnginfo=_texts(made))
+    values = tiny_app.press(address, "dropped", "upload", dropped=upload(address, dog.parent / "made.png"))
+    told = dict(zip([named[component] for component in drop["outputs"]], values, strict=True))
+    assert all(told[name] is None for name in ("image-1", "image-2", "image-3", "begin", "editor"))
+    assert [told[f"weight-{place}"] for place in (1, 2, 3)] == [""] * 3 and told["count"] == 1
+    assert told["prompts"] == "a red star" and told["option-seed"] == "5" and told["upsampler"] == []
+
+
+def _texts(image):
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, value in image.text.items():
+        info.add_itxt(key, value)
+    return info
 
 
 @pytest.mark.parametrize("prompt", [

@@ -106,18 +106,19 @@ def ask(address: str, endpoint: str = "sample", **given: object) -> object:
     raise AssertionError("no answer")
 
 
-def press(address: str, button: str, **given: object) -> list:
+def press(address: str, button: str, doing: str = "click", **given: object) -> list:
     """Press a button of the page as a browser does, with some controls set; returns what the page is told in the end.
 
     Args:
         address: of the page.
         button: its name in the page.
+        doing: what is done to it.
         given: controls by their names in the page, with _ for -; the others are as they are when the page opens.
     """
     page = requests.get(f"{address}/config", timeout=SECONDS).json()
     components = {its["id"]: its["props"] for its in page["components"]}
     named = {props.get("elem_id"): number for number, props in components.items()}
-    (event,) = [its for its in page["dependencies"] if its["backend_fn"] and [named[button], "click"] in its["targets"]]
+    (event,) = [its for its in page["dependencies"] if its["backend_fn"] and [named[button], doing] in its["targets"]]
     values = {number: components[number].get("value") for number in event["inputs"]}
     for name, value in given.items():
         number = named.get(name.replace("_", "-"), named.get(f"option-{name}"))

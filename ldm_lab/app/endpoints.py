@@ -126,14 +126,16 @@ def add(workshop: Workshop, line: Line) -> None:
         )
 
     def settings(picture: Arguments) -> Reply:
-        """Tell the settings in a picture, as `sample` takes them."""
+        """Tell the settings in a picture, as `sample` takes them, and what should be known of them."""
         with telling(as_html=False):
             found = recall(
                 Arguments(picture if isinstance(picture, dict) else {}).upload("picture"), workshop.shelf, list(choices)
             )
-        asked = {"prompts": found.prompts, "model": found.model, "upsamplers": found.upsamplers, "loras": found.loras}
-        values = {name: list(value) if isinstance(value, tuple) else value for name, value in found.values.items()}
-        return Reply({**asked, **values, "remarks": found.remarks})
+        asked = Reply(prompts=[*found.prompts], upsamplers=[*found.upsamplers], loras=[*found.loras])
+        if found.model is not None:
+            asked["model"] = found.model
+        asked |= {name: list(value) if isinstance(value, tuple) else value for name, value in found.values.items()}
+        return Reply(settings=asked, remarks=[*found.remarks])
 
     types = sample_types()
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in types]

@@ -3,7 +3,7 @@
 import json
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +57,29 @@ class Form:
         first = [self.model, self.upsamplers, self.prompts, self.count]
         rest = [field.control for field in self.fields]
         return [*first, *self.loras, *self.strengths, *self.images, *self.weights, self.begin, self.editor, *rest]
+
+    def values(
+        self,
+        options: Mapping[str, FormValue],
+        *,
+        model: gr.Dropdown | str,
+        upsamplers: list[str],
+        prompts: str,
+        loras: list[str],
+        strengths: list[float],
+    ) -> list[gr.Dropdown | FormValue]:
+        """Return a value for each of `controls`: one picture, without images.
+
+        Args:
+            options: name -> what its control shows, of all of them.
+            model: its name, or what leaves it as it is.
+            upsamplers: their names.
+            prompts: one a line.
+            loras, strengths: one for each of the controls.
+        """
+        images = [*[None] * len(self.images), *[""] * len(self.weights), None, None]  # with the mask
+        shown = [options[field.choice.name] for field in self.fields]
+        return [model, upsamplers, prompts, 1, *loras, *strengths, *images, *shown]
 
     def request(self, values: Sequence[FormValue | Image.Image]) -> Request:
         """Return what the controls' values ask for. Raises UserError."""

@@ -19,7 +19,7 @@ from ldm_lab.app.door import caller
 from ldm_lab.app.hosts import Hosts
 from ldm_lab.app.limits import MOST_UPLOADS, MULTIPART
 from ldm_lab.app.line import Line
-from ldm_lab.app.store import Store
+from ldm_lab.app.store import Store, named_files
 from ldm_lab.errors import unknown
 from ldm_lab.io.json_files import Json
 
@@ -193,17 +193,9 @@ class Guard:
 
     def _wrong_file(self, content: Json) -> str:
         """Return what is wrong with the first file named in a request that is not an uploaded one; "" without one."""
-        left: list[tuple[str, Json]] = [("", content)]
-        while left:
-            name, value = left.pop()
-            if isinstance(value, list):
-                left += [(name, entry) for entry in value]
-            if not isinstance(value, dict):
-                continue
-            path = value.get("path")
-            if isinstance(path, str) and (reason := self._wrong_path(path)):
+        for name, path in named_files(content):
+            if reason := self._wrong_path(path):
                 return f"{name[:100]}: {reason}" if name else reason
-            left += [(name or key, entry) for key, entry in value.items()]
         return ""
 
     def _wrong_path(self, path: str) -> str:

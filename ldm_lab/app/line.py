@@ -1,12 +1,14 @@
 """The queue of those who wait for pictures: how long it may be, who still waits in it, and whose turn a job is."""
 
 import time
+from pathlib import Path
 
 import gradio as gr
 from gradio.context import LocalContext
 from gradio.queueing import Event
 
 from ldm_lab.app.followers import Followers, Following
+from ldm_lab.app.store import named_files
 
 QUEUE = "pictures"  # whatever makes some waits in this one
 OTHERS = 64  # places for what is done at once, such as looking at an upload
@@ -51,6 +53,12 @@ class Line:
         if event is None:  # cancelled meanwhile
             return Following(self.followers, (), time.monotonic() - self.followers.patience)
         return self._following(event)
+
+    def files(self) -> list[Path]:
+        """Return the files that those name who wait for pictures, or whose turn it is."""
+        events = list(self.page._queue.event_ids_to_events.values())
+        bodies = [event.data.data for event in events if event.concurrency_id == QUEUE and event.data is not None]
+        return [Path(path) for body in bodies for _, path in named_files(body)]
 
     def _following(self, event: Event) -> Following:
         return Following(self.followers, (event._id, event.session_hash), event.enqueue_time)

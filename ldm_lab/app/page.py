@@ -172,7 +172,7 @@ def _connect_recall(workshop: Workshop, form: Form, dropped: gr.File) -> None:
     """Have the settings of a dropped picture in the controls."""
     choices = {field.choice.name: field.choice for field in form.fields}
 
-    def recalled(path: str | None) -> list[gr.Dropdown | gr.Textbox | FormValue]:
+    def recalled(path: str | None) -> list[gr.Dropdown | FormValue]:
         with telling():
             if path is None:
                 raise UserError("no picture was dropped")
@@ -183,21 +183,18 @@ def _connect_recall(workshop: Workshop, form: Form, dropped: gr.File) -> None:
             named = named[:LORAS]
         for line in found.remarks:
             gr.Warning(escaped(line))
-        gr.Info("Its settings are in the controls")
-        shown = [_shown(choice, found.values.get(name)) for name, choice in choices.items()]
+        gr.Info("Its settings are in the controls; no image is chosen, and the count is 1")
         empty = LORAS - len(named)
-        return [
-            found.model or gr.Dropdown(),
-            gr.Dropdown() if found.upsamplers is None else found.upsamplers,
-            "\n".join(found.prompts),
-            *(name for name, _, _ in named), *[""] * empty,
-            *(float(weight) for _, _, weight in named), *[1] * empty,
-            *shown,
-        ]  # fmt: skip
+        return form.values(
+            {name: _shown(choice, found.values.get(name)) for name, choice in choices.items()},
+            model=found.model or gr.Dropdown(),
+            upsamplers=found.upsamplers,
+            prompts="\n".join(found.prompts),
+            loras=[*(name for name, _, _ in named), *[""] * empty],
+            strengths=[*(float(weight) for _, _, weight in named), *[1] * empty],
+        )
 
-    targets = [form.model, form.upsamplers, form.prompts, *form.loras, *form.strengths]
-    targets += [field.control for field in form.fields]
-    dropped.upload(recalled, [dropped], targets, api_visibility="private")
+    dropped.upload(recalled, [dropped], form.controls, api_visibility="private")
 
 
 def paint(workshop: Workshop, line: Line, request: Request) -> Iterator[Painting]:

@@ -20,7 +20,7 @@ class Recalled:
 
     Attributes:
         model: its name here; None if it is not offered.
-        upsamplers: their names here; None if one of them is not offered.
+        upsamplers: their names here; none if one of them is not offered.
         loras: with their strengths, "name:0.8".
         prompts: texts, as they are written with their weights.
         values: options under flat names.
@@ -28,7 +28,7 @@ class Recalled:
     """
 
     model: str | None
-    upsamplers: list[str] | None
+    upsamplers: list[str]
     loras: list[str]
     prompts: list[str]
     values: OptionValues
@@ -65,7 +65,7 @@ def recall(path: Path, shelf: Shelf, known: Sequence[str]) -> Recalled:
     named = [name for name in upsamplers if name is not None]
     return Recalled(
         models[0] if models else None,
-        named if len(named) == len(upsamplers) else None,
+        named if len(named) == len(upsamplers) else [],
         _loras(recorded, shelf, remarks),
         _prompts(recorded, remarks),
         values,

@@ -100,6 +100,7 @@ def _page(shelf: Shelf, settings: Settings, folder: Path) -> Iterator[str]:
     store = Store(folder / FOLDERS["GRADIO_TEMP_DIR"], limits.stored * MEBI)
     workshop = Workshop(shelf, settings.loading, limits, store, folder / JOBS)
     page, line = pages.build(workshop, Followers(), endpoints.add)
+    store.waited_for = line.files
     page.queue(api_open=False, max_size=limits.waiting + OTHERS, default_concurrency_limit=4)
     theme = gr.themes.Default(font=pages.FONTS, font_mono=["ui-monospace", "monospace"])
     theme = theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ldm_lab.io.json_files import Json
+
 log = logging.getLogger(__name__)
 
 PREFIX, LOCK = "ldm_lab_app_", ".lock"
@@ -31,6 +33,7 @@ class Store:
             most: bytes, each file counted as 64 KiB at least.
         """
         self.folder, self.most = folder, most
+        self.waited_for: Callable[[], Iterable[Path]] = list  # those that requests in a queue name; they stay, too
         self._held: list[Path] = []
         self._door = threading.Lock()
 
@@ -38,7 +41,7 @@ class Store:
         """Delete the oldest files until `coming` more bytes fit; return how many were deleted."""
         with self._door:
             files = sorted(_files(self.folder), key=lambda file: file.changed)
-            held = {path.resolve() for path in self._held}
+            held = {path.resolve() for path in (*self._held, *self.waited_for())}
             total, deleted = coming + sum(file.counted for file in files), 0
             for file in files:
                 if total <= self.most:
@@ -66,6 +69,21 @@ class Store:
             with self._door:
                 for path in paths:
                     self._held.remove(path)
+
+
+def named_files(content: Json) -> Iterator[tuple[str, str]]:
+    """Yield (what it is for, path) of each file that a request names."""
+    left: list[tuple[str, Json]] = [("", content)]
+    while left:
+        name, value = left.pop()
+        if isinstance(value, list):
+            left += [(name, entry) for entry in value]
+        if not isinstance(value, dict):
+            continue
+        path = value.get("path")
+        if isinstance(path, str):
+            yield name, path
+        left += [(name or key, entry) for key, entry in value.items()]
 
 
 @dataclass(frozen=True)
