@@ -4,6 +4,8 @@ import builtins
 import io
 import json
 import os
+import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +153,41 @@ def test_what_lies_in_a_folder_is_found(tmp_path):
     for words in ("captions of 12", "short sides of 80 to 80", "1 .docx", "1 hidden", "duplicates: 1 files"):
         assert words in told, told
     assert max_skipped(facts) == pytest.approx(0.45) and max_skipped(look(fill(tmp_path / "good", 3))) is None
+
+
+def test_damaged_images_are_counted_among_those_decoded(tmp_path):
+    """Not among all, of most of which the header alone is read: a run decodes every one."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    whole = picture(0, kind="JPEG")
+    for number in range(300):  # every second one is decoded
+        (folder / f"{number:03d}.jpg").write_bytes(whole[:-99] if number // 2 % 10 < 3 else whole)
+    for number in range(100):
+        (folder / f"x{number:02d}.jpg").write_bytes(picture(0, 9, "JPEG") if number % 2 else b"")
+    facts = look(folder)
+    assert facts.decoded == 150 and facts.examined == 400 and facts.damaged == {"truncated image": 45}
+    assert facts.unusable_share == pytest.approx(1 - 0.75 * 0.7) and facts.usable == 210
+    assert max_skipped(facts) > 0.7
+    told = "\n".join(facts.in_words())
+    assert "45 of 150 decoded, truncated image" in told and "50 of 400 looked at, too small" in told
+    for number in range(300):
+        (folder / f"{number:03d}.jpg").write_bytes(whole[:-99])
+    with pytest.raises(UserError, match=r"none of the 150 of its images that were decoded .*150 truncated image"):
+        look(folder)
+
+
+def test_a_broken_sample_of_a_shard_is_one_of_all_its_samples(tmp_path):
+    """Of which not all are decoded."""
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number in range(250):
+            content = picture(0, 9) if number == 100 else picture(0, kind="JPEG")[:500] if number < 50 else picture(0)
+            member = tarfile.TarInfo(f"{number:03d}.png")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    facts = look(tmp_path)
+    assert (facts.images, facts.examined, facts.decoded) == (250, 250, 200)
+    assert facts.unusable_share == pytest.approx(51 / 200)
+    assert "cannot be used: 50 of 200 decoded, truncated image (e.g. 000)" in facts.in_words()
 
 
 def beside(folder: Path, ending: str) -> None:
@@ -384,6 +421,26 @@ def test_images_that_are_measured_on_are_not_trained_on(tmp_path, monkeypatch):
     assert len(autoencoder.held_out_names(look(fill(tmp_path / "two", 2)))) == 1
 
 
+def test_a_copy_of_an_image_that_is_measured_on_is_not_trained_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = fill(tmp_path / "photos", 12)
+    for path in sorted(folder.glob("*.png")):
+        shutil.copyfile(path, folder / f"again_{path.name}")
+    facts, names = look(folder), Names("run", tmp_path / "run.yaml")
+    autoencoder.write_lists(facts, names)
+    listed, held = (
+        [Path(line).read_bytes() for line in its.read_text().splitlines()]
+        for its in (names.autoencoder_list, names.demo_list)
+    )
+    assert len(held) == len(set(held)) == 2 and len(listed) == 20 and not set(held) & set(listed)
+    alike = fill(tmp_path / "alike", 1)
+    shutil.copyfile(alike / "00000.png", alike / "again.png")
+    facts = look(alike)
+    assert not autoencoder.measures_unseen(facts)
+    autoencoder.write_lists(facts, names)
+    assert len(names.autoencoder_list.read_text().splitlines()) == 2
+
+
 # ------------------------------------------------------------------------------------------- other images, odd names
 
 
@@ -413,6 +470,14 @@ def trained_for_nothing(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     monkeypatch.setattr(autoencoder, "train", train)
     monkeypatch.setattr(autoencoder, "measured_psnr", lambda weights, facts: (30.0, 1))
     return trained
+
+
+@pytest.mark.parametrize("words", [("--steps", "5"), ()], ids=["steps", "none"])
+def test_steps_of_no_autoencoder_are_said(begin, uncounted, tmp_path, monkeypatch, words):
+    released(monkeypatch)
+    fill(tmp_path / "photos", 3)
+    code, out, err = begin("photos", "--memory", "8gb", *words)
+    assert code == 0 and ("--steps: without effect: no small autoencoder" in out) == bool(words), err
 
 
 def test_an_autoencoder_of_other_images_is_not_taken(begin, uncounted, tmp_path, monkeypatch):

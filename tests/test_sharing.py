@@ -34,9 +34,12 @@ from ldm_lab.sampling.beside import ModelPlace
 from ldm_lab.sampling.loading import load_model
 from ldm_lab.sampling.options import ModelOptions
 from ldm_lab.sharing import comfyui
+from ldm_lab.sharing.card import Card, Network
 from ldm_lab.sharing.checks import SourceModel
 from ldm_lab.sharing.evaluation import Measured
-from ldm_lab.sharing.parts import OWN, copy_without_paths, origin_of
+from ldm_lab.sharing.facts import Facts
+from ldm_lab.sharing.hub import check_license, origin_of_model
+from ldm_lab.sharing.parts import OWN, SharedPart, copy_without_paths, origin_of
 from ldm_lab.training.provenance import History, Session, provenance
 
 OPTIONS = SamplingOptions(sampler={"name": "unipc", "steps": 3}, size=16)
@@ -412,6 +415,29 @@ def write_checksums(folder: Path) -> None:
     """Have config.json say what is there."""
     if (folder / "config.json").is_file():
         edit(folder, files={name: sha256(folder / name) for name in HubFolder.read(folder).files})
+
+
+@pytest.mark.parametrize("link", ["named", "folder", "beside"])
+def test_what_a_link_leads_out_to_is_not_read(tmp_path, monkeypatch, link):
+    """Not even for its checksum, before it is refused."""
+    model = make_model(tmp_path)
+    folder = copy(model.parent, tmp_path / "theirs")
+    elsewhere = tmp_path / "elsewhere"
+    places = {
+        "named": ("autoencoder.safetensors", "autoencoder.safetensors"), "folder": ("a", "a/autoencoder.safetensors"),
+        "beside": ("zzz.safetensors", "gone.safetensors"),
+    }  # fmt: skip
+    name, weights = places[link]
+    (folder / name).symlink_to(elsewhere if link == "folder" else elsewhere / "autoencoder.safetensors")
+    monkeypatch.chdir(folder)
+    read = []
+    monkeypatch.setattr(ldm_lab.sampling.beside, "checksum_of", lambda path: read.append(path))
+    place = ModelPlace.of(folder / "ema.safetensors")
+    told = {"autoencoder": sha256(elsewhere / "autoencoder.safetensors")}
+    for named in (weights, str(folder / weights)):
+        with pytest.raises(UserError, match=r"refused: a link to|is not there; put it beside"):
+            place.find("autoencoder", {"name": "kl_f8", "weights": named}, told)
+    assert all(path.resolve().is_relative_to(folder) for path in read)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "autoencoder.safetensors"])
@@ -856,6 +882,17 @@ def test_a_card_claims_nothing_of_a_stranger_s_model(tmp_path, capsys):
     assert "| denoiser | `model.safetensors` | ccld_unet | not recorded | not recorded |" in text
 
 
+@pytest.mark.parametrize(
+    ("prompts", "shown"),
+    [(["-1 degree", " --steps", "a 'red' star"], "a 'red' star"), (["-x"], "your prompt"), ([], "your prompt")],
+    ids=["some", "all", "none"],
+)
+def test_the_card_s_command_takes_its_prompt_for_one(tmp_path, prompts, shown):
+    conditioner = SharedPart("conditioner", "cloob", {})
+    network = Network("model.safetensors", "ccld_unet", 1, "v_cosine", "", Origin(), (conditioner,))
+    assert Card("x", HubFolder(tmp_path, "model.safetensors"), (network,), Facts(), prompts=prompts).example == shown
+
+
 def test_images_seen_are_not_made_up(tmp_path):
     """A step's number of images and the steps tell nothing of those before a run went on with other ones."""
     model = make_model(tmp_path)
@@ -941,6 +978,24 @@ def test_an_upsampler_alone_and_a_model_in_the_folder(tmp_path):
     main(["export", str(upsampler), "--hub-folder", str(tmp_path / "out")])
     with pytest.raises(UserError, match="lies in it"):
         main(["export", str(tmp_path / "out"), "--hub-folder", str(tmp_path / "out"), "--overwrite"])
+
+
+@pytest.mark.parametrize("place", ["elsewhere", "in_an_own_run", "hub"])
+def test_a_shared_model_keeps_its_license(shared, tmp_path, place):
+    """Whoever shares it again cannot give it another one, wherever it lies."""
+    theirs = copy(shared[1], tmp_path / "theirs")
+    if place == "in_an_own_run":
+        note_own(tmp_path)
+    model = SourceModel.read(theirs)
+    if place == "hub":
+        model = replace(model, asked="hf://someone/model")
+    assert origin_of_model(model).license == "mit"
+    for same in (None, "mit"):
+        check_license(same, model)
+    with pytest.raises(
+        UserError, match=r"--license: apache-2\.0: .*theirs says .* shared under mit; leave --license out"
+    ):
+        check_license("apache-2.0", model)
 
 
 def test_others_weights_keep_their_license(tmp_path, monkeypatch):

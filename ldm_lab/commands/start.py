@@ -73,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
     if fit.said:
         print(f"{machine.in_words()}: {fit.said}")
     check_cache(loaded(recipe.body))
+    if args.steps is not None and not recipe.road.has_own_autoencoder:
+        print("--steps: without effect: no small autoencoder is trained; trainer.max_steps in the config is the run's")
     if recipe.road.has_own_autoencoder and (code := make_autoencoder(facts, names, args)):
         return code
     write(names.config, config_text(fit, facts, names, machine))

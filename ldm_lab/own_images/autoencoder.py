@@ -33,9 +33,13 @@ BEGINNING = "assets/quickstart/autoencoder.safetensors"  # to begin with its wei
 
 
 def held_out_names(facts: FolderFacts) -> list[str]:
-    """Return the images that the autoencoder is not trained on, evenly spread; none where there is one alone."""
-    count = min(HELD, len(facts.names) // 5 or len(facts.names) - 1)
-    return [facts.names[(2 * i + 1) * len(facts.names) // (2 * count)] for i in range(count)]
+    """Return the images that the autoencoder is not trained on, evenly spread; none where there is one alone.
+
+    Of images of the same content it is the first one; the others are not trained on, either.
+    """
+    names = [name for name in facts.names if name not in facts.copies]
+    count = min(HELD, len(names) // 5 or len(names) - 1)
+    return [names[(2 * i + 1) * len(names) // (2 * count)] for i in range(count)]
 
 
 def shards_apart(facts: FolderFacts) -> tuple[list[str], list[str]]:
@@ -98,7 +102,7 @@ def write_lists(facts: FolderFacts, names: Names) -> None:
         UserError: a list can hold none of the names.
     """
     held = set(held_out_names(facts))
-    kept = [str(facts.path / name) for name in facts.names if name not in held]
+    kept = [str(facts.path / name) for name in facts.names if facts.copies.get(name, name) not in held]
     lines = _lines(kept)
     if not lines:
         raise UserError(f"{facts.path}: its name has a line end or a tab, or the images' have; a list cannot hold them")

@@ -196,7 +196,7 @@ def data_settings(facts: FolderFacts, batch_size: int, with_captions: bool) -> l
         Setting("data.workers", str(workers()), "loader processes"),
     ]
     if (share := max_skipped(facts)) is not None:
-        words = f"share of files that cannot be used and are passed over: {facts.unusable_share:.0%} of those looked at"
+        words = f"share of files that cannot be used and are passed over: about {facts.unusable_share:.0%} are"
         settings.append(Setting("data.max_skipped", f"{share:g}", words))
     if with_captions:
         settings += [Setting(f"data.captions.{key}", text(value)) for key, value in facts.captions.settings.items()]

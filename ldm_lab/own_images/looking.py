@@ -31,6 +31,7 @@ from ldm_lab.io.near import meant, near_paths
 from ldm_lab.progress import Bar
 
 DECODED = 200  # images that are decoded as a whole; of the others the header is read
+SURE = 20  # of these, all damaged, are enough to say that no image of the folder can be used
 OF_A_SHARD = 200  # samples of shards that are looked at
 HASHED = 2**28  # bytes of files of the same size that are compared, at most
 THREADS = 8
@@ -45,11 +46,13 @@ class Header:
         name: of the file.
         short: length of the short side, pixels; 0 if the file is no use.
         problem: why it is none; "" if it can be used.
+        is_decoded: whether its header is fine, and the whole image was decoded as well.
     """
 
     name: str
     short: int = 0
     problem: str = ""
+    is_decoded: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,12 @@ class FolderFacts:
         images: how many there are about, those that cannot be used included.
         shorts: lengths of short sides of images that were looked at, sorted, pixels.
         unusable: why images cannot be used -> names of those looked at.
+        damaged: of those problems what decoding alone tells, the header being fine -> how many of the decoded images.
         examined: images that were looked at.
+        decoded: those of them that were decoded as a whole, the header being fine.
         captions: where captions are.
         lines: more to be said, a line each.
+        copies: name of an image -> that of an earlier one with the same content, as far as they were compared.
     """
 
     path: Path
@@ -87,14 +93,19 @@ class FolderFacts:
     images: int
     shorts: tuple[int, ...]
     unusable: dict[str, list[str]]
+    damaged: dict[str, int]
     examined: int
+    decoded: int
     captions: Captioned
     lines: tuple[str, ...]
+    copies: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def unusable_share(self) -> float:
-        """The share of images looked at that cannot be used."""
-        return min(sum(map(len, self.unusable.values())) / self.examined, 1.0)
+        """The share of images that cannot be used: by their headers, and of the others as many as of those decoded."""
+        damaged = sum(self.damaged.values())
+        by_header = (sum(map(len, self.unusable.values())) - damaged) / max(self.examined, 1)
+        return 1 - max(1 - by_header, 0) * (1 - damaged / max(self.decoded, 1))
 
     @property
     def usable(self) -> int:
@@ -113,7 +124,10 @@ class FolderFacts:
         low, middle, high = self.shorts[0], self.shorts[len(self.shorts) // 2], self.shorts[-1]
         lines.append(f"sizes: short sides of {low:,} to {high:,} pixels, half of them {middle:,} and more")
         for problem, names in self.unusable.items():
-            lines.append(f"cannot be used: {len(names):,} of {self.examined:,} looked at, {problem} (e.g. {names[0]})")
+            damaged = self.damaged.get(problem, 0)
+            counts = ((len(names) - damaged, self.examined, "looked at"), (damaged, self.decoded, "decoded"))
+            told = " and ".join(f"{count:,} of {of:,} {how}" for count, of, how in counts if count)
+            lines.append(f"cannot be used: {told}, {problem} (e.g. {names[0]})")
         return lines + list(self.lines)
 
 
@@ -154,18 +168,25 @@ def look_at_files(path: Path) -> FolderFacts:
         if header.problem:
             problems[header.problem].append(header.name)
     good = [header for header in headers if not header.problem]
+    decoded = [header for header in headers if header.is_decoded]
+    damaged = Counter(header.problem for header in decoded if header.problem)
+    if len(decoded) >= SURE and damaged.total() == len(decoded):
+        told = "; ".join(f"{count:,} {problem}" for problem, count in damaged.items())
+        raise UserError(f"{path}: none of the {len(decoded):,} of its images that were decoded can be used: {told}")
     if not good:
         told = "; ".join(f"{len(names):,} {problem} (e.g. {names[0]})" for problem, names in problems.items())
         raise UserError(f"{path}: none of its {len(headers):,} images can be used: {told}")
     settings = caption_settings(source)
     source = opened(path, settings) if settings else source
-    lines = [*source.found()[1:], *duplicates(source.root, [header.name for header in good])]
+    copies, said = duplicates(source.root, [header.name for header in good])
+    lines = [*source.found()[1:], *said]
     if tars := source.listing.left_out["tar"]:
         lines.append(f"{tars:,} .tar files: shards are not read beside images; a folder that has them alone is")
     return FolderFacts(
         path=path, shards=(), names=tuple(header.name for header in good), images=len(headers),
-        shorts=tuple(sorted(header.short for header in good)), unusable=dict(problems), examined=len(headers),
-        captions=Captioned(settings, captioned(source)), lines=tuple(lines),
+        shorts=tuple(sorted(header.short for header in good)), unusable=dict(problems), damaged=dict(damaged),
+        examined=len(headers), decoded=len(decoded), captions=Captioned(settings, captioned(source)),
+        lines=tuple(lines), copies=copies,
     )  # fmt: skip
 
 
@@ -192,15 +213,17 @@ def read_headers(root: Path, names: Sequence[str]) -> Iterator[Header]:
 
 def read_header(root: Path, name: str, whole: bool) -> Header:
     """Return what an image file's header says, or all of it if that is asked for."""
-    path = root / name
+    path, is_decoded = root / name, False
     try:
-        if not whole and (size := _size_in_header(path)):
-            return Header(name, min(size), "" if min(size) >= LEAST_SIDE else "too small")
-        return Header(name, min(decode_image(read_regular(path), LEAST_SIDE).size))
+        if size := _size_in_header(path):
+            if not whole or min(size) < LEAST_SIDE:
+                return Header(name, min(size), "" if min(size) >= LEAST_SIDE else "too small")
+            is_decoded = True
+        return Header(name, min(decode_image(read_regular(path), LEAST_SIDE).size), is_decoded=is_decoded)
     except BadImage as error:
-        return Header(name, problem=str(error))
+        return Header(name, problem=str(error), is_decoded=is_decoded)
     except OSError as error:
-        return Header(name, problem=f"unreadable file ({error.strerror or 'no image'})")
+        return Header(name, problem=f"unreadable file ({error.strerror or 'no image'})", is_decoded=is_decoded)
 
 
 def _size_in_header(path: Path) -> tuple[int, int] | None:
@@ -216,8 +239,8 @@ def _size_in_header(path: Path) -> tuple[int, int] | None:
         return None
 
 
-def duplicates(root: Path, names: Iterable[str]) -> list[str]:
-    """Return how many files are the same as another one, in words. Only files of the same size are read."""
+def duplicates(root: Path, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """Return which files are the same as an earlier one, and that in words. Only files of the same size are read."""
     by_size: defaultdict[int, list[str]] = defaultdict(list)
     for name in names:
         with suppress(OSError):  # gone since it was looked at
@@ -225,22 +248,23 @@ def duplicates(root: Path, names: Iterable[str]) -> list[str]:
     alike = [(size, name) for size, its in by_size.items() if len(its) > 1 for name in its]
     compared = list(islice(alike, next((i for i, total in _totals(alike) if total > HASHED), len(alike))))
     first: dict[tuple[int, bytes], str] = {}
-    same: list[tuple[str, str]] = []
+    same: dict[str, str] = {}
     for size, name in compared:
         try:
             key = (size, hashlib.blake2b((root / name).read_bytes(), digest_size=16).digest())
         except OSError:
             continue
         if key in first:
-            same.append((name, first[key]))
+            same[name] = first[key]
         first.setdefault(key, name)
     lines = []
     if same:
-        example = f"(e.g. {same[0][0]} and {same[0][1]})"
+        name, other = next(iter(same.items()))
+        example = f"(e.g. {name} and {other})"
         lines.append(f"duplicates: {len(same):,} files are the same as another one {example}")
     if left := len(alike) - len(compared):
         lines.append(f"duplicates: {left:,} more files of the same size as another one were not compared")
-    return lines
+    return same, lines
 
 
 def _totals(alike: Iterable[tuple[int, str]]) -> Iterator[tuple[int, int]]:
@@ -292,7 +316,8 @@ def look_at_shards(path: Path, patterns: Sequence[str]) -> FolderFacts:
     addresses = list(source.addresses)
     problems: defaultdict[str, list[str]] = defaultdict(list)
     shorts: list[int] = []
-    texts = examined = 0
+    damaged: Counter[str] = Counter()
+    texts = decoded = 0
     keys: Counter[str] = Counter()
     in_first = 0
     for item in read_shard(addresses[0]):
@@ -300,23 +325,26 @@ def look_at_shards(path: Path, patterns: Sequence[str]) -> FolderFacts:
             problems[item.reason].append(item.key)
             continue
         in_first += item.image is not None
-        if item.image is None or examined >= OF_A_SHARD:
+        if item.image is None or decoded >= OF_A_SHARD:
             continue
-        examined += 1
+        decoded += 1
         texts += bool(caption_of(item, source.captions).texts)
         keys.update(key for key in KEYS if parse_json(item.json).get(key))
         try:
             shorts.append(min(decode_image(item.image, LEAST_SIDE).size))
         except BadImage as error:
             problems[str(error)].append(item.key)
+            damaged[str(error)] += 1
     if not shorts:
         told = "; ".join(f"{len(names):,} {problem}" for problem, names in problems.items()) or "no image in it"
         raise UserError(f"{addresses[0]}: no image of the first shard can be used: {told}")
     settings = {"json_key": keys.most_common(1)[0][0]} if keys and not texts else {}
-    share = (texts or (keys.most_common(1)[0][1] if keys else 0)) / examined
-    images = in_first * len(addresses)
+    share = (texts or (keys.most_common(1)[0][1] if keys else 0)) / decoded
+    examined = in_first + sum(map(len, problems.values())) - damaged.total()
+    images = examined * len(addresses)
     return FolderFacts(
         path=path, shards=tuple(patterns), names=(), images=images, shorts=tuple(sorted(shorts)),
-        unusable=dict(problems), examined=examined, captions=Captioned(settings, round(share * images)),
+        unusable=dict(problems), damaged=dict(damaged), examined=examined, decoded=decoded,
+        captions=Captioned(settings, round(share * images)),
         lines=tuple(describe_shards(addresses, source.captions, source.key_until)),
     )  # fmt: skip

@@ -143,9 +143,15 @@ def fetched_folder(folder: Path) -> Path | None:
     return None
 
 
-def check_inside(folder: Path, file: Path) -> None:
-    """Raise UserError for a link that leads out of a folder; those of the Hub's cache lead to its own files."""
+def leads_out(folder: Path, file: Path) -> bool:
+    """Return whether a link leads out of a folder; those of the Hub's cache lead to its own files."""
     real, home = file.resolve(), folder.resolve()
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if not (real.is_relative_to(home) or real.is_relative_to(blobs)):
-        raise UserError(f"{file}: refused: a link to {os.readlink(file)[:200] if file.is_symlink() else real}")
+    return not (real.is_relative_to(home) or real.is_relative_to(blobs))
+
+
+def check_inside(folder: Path, file: Path) -> None:
+    """Raise UserError for a link that leads out of a folder; those of the Hub's cache lead to its own files."""
+    if leads_out(folder, file):
+        to = os.readlink(file)[:200] if file.is_symlink() else file.resolve()
+        raise UserError(f"{file}: refused: a link to {to}")

@@ -1,16 +1,22 @@
 """Which folders are of this user's own trainings: their models may name files anywhere on this machine.
 
 A training notes its folder outside of it, so that nothing that a folder says of itself makes it one's own. A folder
-counts at the place where it was trained, and as long as it is the same one.
+counts at the place where it was trained, and as long as it is the same one: file systems give the inode of a folder
+that was deleted to the next one, so that a random mark in it, which the note repeats, tells the two apart.
 """
 
 import hashlib
 import os
+import secrets
 import sys
 from pathlib import Path
 
 from ldm_lab.errors import UserError
+from ldm_lab.io.atomic import atomic_write
 from ldm_lab.io.json_files import read_json, write_json
+
+MARK = ".ldm_lab_run"  # file in a run's folder
+MARK_LENGTH = 64  # characters
 
 
 def state_folder() -> Path:
@@ -23,8 +29,11 @@ def state_folder() -> Path:
 def note_own(folder: Path) -> None:
     """Note that a folder, which is there, is of a training of this user's; a line says if that cannot be noted."""
     real = folder.resolve()
+    mark = secrets.token_hex(MARK_LENGTH // 2)
     try:
-        write_json(_note(real), {"folder": str(real), "inode": real.stat().st_ino})
+        with atomic_write(real / MARK) as file:
+            file.write(mark.encode())
+        write_json(_note(real), {"folder": str(real), "inode": real.stat().st_ino, "mark": mark})
     except (OSError, UserError) as error:
         print(
             f"{folder}: cannot be noted as a run of yours ({error}), so that its models will not be sampled with parts "
@@ -42,8 +51,13 @@ def _is_noted(folder: Path) -> bool:
     note = _note(folder)
     if not note.is_file():
         return False
-    noted = read_json(note)
-    return noted.get("folder") == str(folder) and noted.get("inode") == folder.stat().st_ino
+    noted, mark = read_json(note), folder / MARK
+    if noted.get("folder") != str(folder) or noted.get("inode") != folder.stat().st_ino:
+        return False
+    if mark.is_symlink() or not mark.is_file():  # a stranger's link may lead to the mark of another run
+        return False
+    with mark.open("rb") as file:
+        return noted.get("mark") == file.read(2 * MARK_LENGTH).decode(errors="replace")
 
 
 def _note(folder: Path) -> Path:

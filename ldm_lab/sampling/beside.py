@@ -18,7 +18,7 @@ from ldm_lab.checkpoints.sharded import weights_checksum
 from ldm_lab.conditioners.t5_models import MINILM, WIDTHS
 from ldm_lab.errors import UserError
 from ldm_lab.pretrained.catalogue import catalogue
-from ldm_lab.pretrained.hub_folder import HubFolder, check_inside, fetched_folder
+from ldm_lab.pretrained.hub_folder import HubFolder, check_inside, fetched_folder, leads_out
 from ldm_lab.pretrained.own_runs import is_own
 from ldm_lab.pretrained.resolve import HUB, REPOSITORY, cached_path, lying
 from ldm_lab.progress import Bar
@@ -141,7 +141,8 @@ class ModelPlace:
             and own.is_file()
         ):
             return own
-        return Path(weights).absolute() if self._is_inside(weights) and Path(weights).exists() else None
+        path = Path(weights).absolute()
+        return path if self._is_inside(weights) and not leads_out(self.home, path) and path.exists() else None
 
     def _is_inside(self, text: str) -> bool:
         """Return whether a path, as it is written, stays in the folder that the config must not lead out of."""
@@ -163,6 +164,7 @@ class ModelPlace:
         """Yield the files of weights beside the model's, those of the likeliest names first; no models of runs."""
         files = [path for path in sorted(self.folder.iterdir()) if path.suffix in (*ENDINGS, *OTHER_PROGRAMS)]
         files = [path for path in files if not MODELS_OF_RUNS.fullmatch(path.name) and path.name != self.file.name]
+        files = [path for path in files if self.home is None or not leads_out(self.home, path)]  # before it is read
         files.sort(key=lambda path: wanted.names.index(path.name) if path.name in wanted.names else len(wanted.names))
         yield from (path for path in files[:MOST] if path.is_file())
 
@@ -183,9 +185,11 @@ class ModelPlace:
                 check_inside(self.folder, self.folder / text)
 
     def _refused(self, key: str, text: str, flag: str) -> str:
-        """Return what is said of a name that is not followed."""
+        """Return what is said of a name that is not followed. Raises UserError for one that a link leads out with."""
         role = key.partition(".")[0]
         where = f"{role} of the checkpoint: {self.file}"
+        if self.home is not None and self._is_inside(text):
+            check_inside(self.home, Path(text).absolute())
         if text == last_part(text) or self._is_inside(text):
             return f"{where}: {key}: {text[:100]!r} is not there; put it beside the model, or {flag} says where it is"
         return (

@@ -88,7 +88,7 @@ class Card:
             model=self.model,
             grid=self.grid,
             prompts=prompts,
-            example=shlex.quote(one_line(self.prompts[0] if self.prompts else self.example)),
+            example=shlex.quote(self.example),
             needs=list(dict.fromkeys(part.needs for network in self.networks for part in network.parts if part.needs)),
             training=self.training(),
             evaluation=[(plain(key), plain(value)) for key, value in self.evaluation],
@@ -114,8 +114,10 @@ class Card:
 
     @property
     def example(self) -> str:
-        """A prompt where none is known."""
-        return "your prompt" if self.reads_text else ""
+        """A prompt that can be typed as it is, without what a command line takes for a flag."""
+        prompts = [one_line(prompt) for prompt in self.prompts]
+        typed = [prompt for prompt in prompts if not prompt.startswith("-")]
+        return typed[0] if typed else "your prompt" if self.reads_text else ""
 
     def summary(self) -> str:
         """Return what kind of a model it is, in a sentence."""

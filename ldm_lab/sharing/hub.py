@@ -33,7 +33,7 @@ from ldm_lab.sharing.card import LICENSE_ID, Card, Network
 from ldm_lab.sharing.checks import SourceModel
 from ldm_lab.sharing.evaluation import Evaluation, Measured
 from ldm_lab.sharing.facts import Facts, facts_of
-from ldm_lab.sharing.parts import SharedPart, of_hub, origin_of_file, released, share_part
+from ldm_lab.sharing.parts import SharedPart, handed_on, of_hub, origin_of_file, released, share_part
 
 GRID = "samples.png"
 MOST_SAMPLES = 16
@@ -107,11 +107,17 @@ def check_license_id(license: str | None) -> None:
 
 
 def check_license(license: str | None, model: SourceModel) -> None:
-    """Raise UserError for a license that is no id of the Hub's, or not that of weights which others have published."""
+    """Raise UserError for a license that is no id of the Hub's, or another one than the weights already have."""
     check_license_id(license)
     origin = origin_of_model(model)
-    if license is not None and origin.what in catalogue() and origin.license.lower() not in ("", license):
+    if license is None or origin.license.lower() in ("", license):
+        return
+    if origin.what in catalogue():
         raise UserError(f"--license: {license}: these weights are {origin.what}, published under {origin.license}")
+    raise UserError(
+        f"--license: {license}: {model.place.folder} says that these weights are shared under {origin.license}; leave "
+        "--license out, or export the run itself if they are yours"
+    )
 
 
 def export(prepared: Prepared) -> HubFolder:
@@ -242,7 +248,9 @@ def origin_of_model(model: SourceModel) -> Origin:
     asked = str(model.asked)
     if asked in catalogue():
         return released(asked)
-    return of_hub(asked) if asked.startswith(HUB) else origin_of_file(model.path, model.place, "model")
+    if asked.startswith(HUB):
+        return replace(of_hub(asked), license=handed_on(model.path, model.place).license)
+    return origin_of_file(model.path, model.place, "model")
 
 
 def _origins(networks: Sequence[Network]) -> dict[str, Origin]:

@@ -194,7 +194,7 @@ def handed_on(path: Path, place: ModelPlace) -> Origin:
 
 
 def origin_of_file(path: Path, place: ModelPlace, what: str) -> Origin:
-    """Return where a file of weights is from: known by its content, then by what a shared folder says of it.
+    """Return where a file of weights is from: known by its content, then by what a shared folder says, then its place.
 
     Args:
         path: of the file.
@@ -208,7 +208,8 @@ def origin_of_file(path: Path, place: ModelPlace, what: str) -> Origin:
     for name, entry in catalogue().items():
         if entry.sha256 is not None and entry.size in (None, size) and entry.sha256 == checksum_of(path):
             return released(name)
-    return Origin(OWN) if is_own(path) else handed_on(path, place)
+    told = handed_on(path, place)
+    return Origin(OWN) if told == Origin() and is_own(path) else told
 
 
 def origin_of(role: str, config: Section, path: Path | None, place: ModelPlace) -> Origin:
