@@ -3,7 +3,7 @@
 import json
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +60,7 @@ class Form:
 
     def values(
         self,
-        options: Mapping[str, FormValue],
+        options: list[FormValue],
         *,
         model: gr.Dropdown | str,
         upsamplers: list[str],
@@ -71,15 +71,14 @@ class Form:
         """Return a value for each of `controls`: one picture, without images.
 
         Args:
-            options: name -> what its control shows, of all of them.
+            options: what the control of each shows, in the order of `fields`.
             model: its name, or what leaves it as it is.
             upsamplers: their names.
             prompts: one a line.
             loras, strengths: one for each of the controls.
         """
         images = [*[None] * len(self.images), *[""] * len(self.weights), None, None]  # with the mask
-        shown = [options[field.choice.name] for field in self.fields]
-        return [model, upsamplers, prompts, 1, *loras, *strengths, *images, *shown]
+        return [model, upsamplers, prompts, 1, *loras, *strengths, *images, *options]
 
     def request(self, values: Sequence[FormValue | Image.Image]) -> Request:
         """Return what the controls' values ask for. Raises UserError."""

@@ -186,7 +186,7 @@ def _connect_recall(workshop: Workshop, form: Form, dropped: gr.File) -> None:
         gr.Info("Its settings are in the controls; no image is chosen, and the count is 1")
         empty = LORAS - len(named)
         return form.values(
-            {name: _shown(choice, found.values.get(name)) for name, choice in choices.items()},
+            [_shown(choice, found.values.get(name)) for name, choice in choices.items()],
             model=found.model or gr.Dropdown(),
             upsamplers=found.upsamplers,
             prompts="\n".join(found.prompts),

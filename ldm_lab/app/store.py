@@ -73,7 +73,7 @@ class Store:
 
 def named_files(content: Json) -> Iterator[tuple[str, str]]:
     """Yield (what it is for, path) of each file that a request names."""
-    left: list[tuple[str, Json]] = [("", content)]
+    left = [("", content)]
     while left:
         name, value = left.pop()
         if isinstance(value, list):
