@@ -2,7 +2,7 @@
 
 import shutil
 
-from ldm_lab.pretrained.own_runs import MARK, is_own, note_own
+from ldm_lab.pretrained.own_runs import MARK, has_trained, is_own, note_own, note_weights
 
 
 def test_a_folder_made_anew_is_anybody_s(tmp_path):
@@ -30,3 +30,20 @@ def test_a_folder_made_anew_is_anybody_s(tmp_path):
     assert is_own(run / "ema.safetensors")
     note_own(run)  # it is trained on
     assert is_own(run / "ema.safetensors") and (run / MARK).read_bytes() != mark
+
+
+def test_what_was_put_into_a_run_s_folder_was_not_trained_there(tmp_path):
+    run, other = tmp_path / "x", tmp_path / "other"
+    for folder in (run, other):
+        folder.mkdir()
+        (folder / "ema.safetensors").write_bytes(b"1")
+    note_weights(other / "ema.safetensors")
+    assert not has_trained(other / "ema.safetensors")  # nor is the folder a run's
+    note_own(run)
+    assert not has_trained(run / "ema.safetensors")
+    for content in (b"1", b"2"):
+        (run / "ema.safetensors").write_bytes(content)
+        note_weights(run / "ema.safetensors")
+    for content, expected in ((b"1", True), (b"2", True), (b"a stranger's", False)):
+        (run / "put.safetensors").write_bytes(content)
+        assert has_trained(run / "put.safetensors") == expected

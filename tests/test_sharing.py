@@ -28,7 +28,7 @@ from ldm_lab.evaluation.tables import Row
 from ldm_lab.io.atomic import sha256
 from ldm_lab.pretrained.catalogue import catalogue
 from ldm_lab.pretrained.hub_folder import LARGEST, HubFolder, Origin
-from ldm_lab.pretrained.own_runs import note_own
+from ldm_lab.pretrained.own_runs import has_trained, note_own, note_weights
 from ldm_lab.sampling import Pipeline, SamplingOptions
 from ldm_lab.sampling.beside import ModelPlace
 from ldm_lab.sampling.loading import load_model
@@ -64,6 +64,7 @@ def make_model(folder: Path, **changes: dict) -> Path:
     facts |= {"data": "folder", "images": "984", "begun_with": "nothing"}
     save_model(path, net.state_dict(), config, facts)
     note_own(folder / "run")  # as training does
+    note_weights(path)
     (folder / "run" / "config.yaml").write_text(
         yaml.safe_dump({"run": str(folder / "run"), "data": {"name": "folder", "path": str(folder)}})
     )
@@ -288,6 +289,7 @@ def test_a_training_notes_its_folder(tmp_path, program, monkeypatch):
     code, _, err = program("train", "--config", make_run(tmp_path, trainer={"max_steps": 2}))
     assert code == 0, err
     run = tmp_path / "runs" / "tiny"
+    assert has_trained(run / "ema.safetensors") and not has_trained(run / "last.ckpt")
     for place in (run, run / "last.ckpt"):
         load_model(place, ModelOptions())
     with safe_open(run / "ema.safetensors", "pt") as file:
@@ -915,7 +917,9 @@ def test_parts_are_known_by_their_content(tmp_path):
     assert found.what == "the conditioner of ldm_lab's quickstart" and found.license == "MIT"
     other = tmp_path / "elsewhere" / "autoencoder.safetensors"
     assert origin_of("autoencoder", {"name": "kl_f8", "weights": str(other)}, other, source.place) == Origin()
-    note_own(other.parent)
+    note_own(other.parent)  # where a stranger's may have been put, as this one
+    assert origin_of("autoencoder", {"name": "kl_f8", "weights": str(other)}, other, source.place) == Origin()
+    note_weights(other)
     assert origin_of("autoencoder", {"name": "kl_f8", "weights": str(other)}, other, source.place) == Origin(OWN)
 
 

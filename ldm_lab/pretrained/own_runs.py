@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from ldm_lab.errors import UserError
-from ldm_lab.io.atomic import atomic_write
+from ldm_lab.io.atomic import atomic_write, sha256
 from ldm_lab.io.json_files import read_json, write_json
 
 MARK = ".ldm_lab_run"  # file in a run's folder
@@ -44,7 +44,41 @@ def note_own(folder: Path) -> None:
 
 def is_own(file: Path) -> bool:
     """Return whether a file lies in, or below, a folder that was noted; of a link what it leads to counts."""
-    return any(_is_noted(folder) for folder in file.resolve().parents)
+    return _noted_folder(file) is not None
+
+
+def note_weights(file: Path) -> None:
+    """Note the checksum of weights that a training has written; a line says if that cannot be noted.
+
+    Of a folder that was not noted, which has been told, nothing is.
+    """
+    folder = _noted_folder(file)
+    if folder is None:
+        return
+    try:
+        with _written(folder).open("a", encoding="ascii") as sums:
+            sums.write(f"{sha256(file)}\n")
+    except OSError as error:
+        print(f"{file}: cannot be noted as trained by you ({error}); a card will not say it", file=sys.stderr)
+
+
+def has_trained(file: Path) -> bool:
+    """Return whether a file is in a folder of this user's, and has what the training there has written as weights.
+
+    Others' weights that were put there are not this user's.
+    """
+    folder = _noted_folder(file)
+    if folder is None or not (notes := _written(folder)).is_file():
+        return False
+    return sha256(file) in notes.read_text(encoding="ascii", errors="replace").split()
+
+
+def _noted_folder(file: Path) -> Path | None:
+    return next((folder for folder in file.resolve().parents if _is_noted(folder)), None)
+
+
+def _written(folder: Path) -> Path:
+    return _note(folder).with_suffix(".sha256")
 
 
 def _is_noted(folder: Path) -> bool:

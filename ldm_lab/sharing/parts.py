@@ -22,7 +22,7 @@ from ldm_lab.io.atomic import sha256
 from ldm_lab.io.json_files import Fields, read_json, write_json
 from ldm_lab.pretrained.catalogue import catalogue
 from ldm_lab.pretrained.hub_folder import Origin
-from ldm_lab.pretrained.own_runs import is_own
+from ldm_lab.pretrained.own_runs import has_trained
 from ldm_lab.pretrained.resolve import HUB, REPOSITORY
 from ldm_lab.sampling.beside import ASSETS, ModelPlace, checksum_of
 
@@ -30,7 +30,7 @@ TEXT_ENCODER = "text_encoder"  # folder of a language model
 FACTS = ("step", "scale_images")  # of a part's metadata, what is handed on
 OF_TRAINING = ("store", "missing", "precision", "train_on", "text_share")  # keys of a part that sampling does not need
 OF_THIS_MACHINE = ("means", "texts")  # files that a section `gap` names; what was read from them is with the weights
-OWN = "trained by who shares it"  # of the origin of weights: a run of theirs, on the machine that they export on
+OWN = "trained by who shares it"  # of the origin of weights: a run of theirs noted them, on the machine of the export
 PATHS_IN = ("_name_or_path", "name_or_path")  # of a language model's JSON: where it lay
 FILES_IN = ("_file", "_path", "_dir", "_folder")  # ends of further such keys
 PATH = re.compile(r"(?:[/~]|[A-Za-z]:[/\\]|\\\\|\.\.?/)\S*[/\\]")  # how a path begins, of any system
@@ -194,7 +194,7 @@ def handed_on(path: Path, place: ModelPlace) -> Origin:
 
 
 def origin_of_file(path: Path, place: ModelPlace, what: str) -> Origin:
-    """Return where a file of weights is from: known by its content, then by what a shared folder says, then its place.
+    """Return where a file of weights is from: by its content, by what a shared folder says, by its training's notes.
 
     Args:
         path: of the file.
@@ -209,7 +209,7 @@ def origin_of_file(path: Path, place: ModelPlace, what: str) -> Origin:
         if entry.sha256 is not None and entry.size in (None, size) and entry.sha256 == checksum_of(path):
             return released(name)
     told = handed_on(path, place)
-    return Origin(OWN) if told == Origin() and is_own(path) else told
+    return Origin(OWN) if told == Origin() and path.is_file() and has_trained(path) else told
 
 
 def origin_of(role: str, config: Section, path: Path | None, place: ModelPlace) -> Origin:

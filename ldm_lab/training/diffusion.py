@@ -32,6 +32,7 @@ from ldm_lab.interfaces import (
     check_conditions,
     is_upsampler,
 )
+from ldm_lab.pretrained.own_runs import note_weights
 from ldm_lab.training.caching import encoder_differences, encoder_facts
 from ldm_lab.training.compiling import Compile, compile_network
 from ldm_lab.training.conditioning import Conditioning
@@ -286,6 +287,7 @@ class DiffusionTask(Task):
             save_lora(
                 path, {name: value.to(dtype) for name, value in additions(state).items()}, config, self.base, facts
             )
+        note_weights(path)
 
     def facts(self) -> dict[str, str]:
         """Return what is told of the weights besides."""

@@ -12,6 +12,7 @@ from ldm_lab.checkpoints.native import save_part
 from ldm_lab.checkpoints.parts import read_part
 from ldm_lab.config import PartConfig, RunConfig, use_keys
 from ldm_lab.errors import UserError
+from ldm_lab.pretrained.own_runs import note_weights
 from ldm_lab.training.initial import differing_part, section_of
 from ldm_lab.training.logs import print_rank_zero
 from ldm_lab.training.task import Task
@@ -77,6 +78,7 @@ class PartTask(Task):
     def export(self, folder: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
         """Write the averaged network (the trained one if there is no average) as a part's file."""
         save_part(folder / self.FILE, self.best_model, self.run_config[self.PART], self.facts(), dtype, weights)
+        note_weights(folder / self.FILE)
 
     def facts(self) -> dict[str, str]:
         """Return what is written beside the exported weights."""
