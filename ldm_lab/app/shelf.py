@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from ldm_lab.app.folders import without_folders
 from ldm_lab.checkpoints.files import FORMAT
 from ldm_lab.checkpoints.importer import DetectedFile, detect_format
 from ldm_lab.checkpoints.lora import FILE as LORA_FILE
@@ -119,7 +120,7 @@ class Shelf:
         for name, path in named.items():
             looked = look_at(path)
             if looked.kind is None:
-                contents.left_out[name] = looked.reason
+                contents.left_out[name] = without_folders(looked.reason)
                 if not looked.is_other:
                     _say_once(path, f"{name}: not offered: {looked.reason}")
             else:
