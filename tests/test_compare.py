@@ -11,6 +11,7 @@ from PIL import Image
 from test_sample_program import make_checkpoint
 
 from ldm_lab.errors import UserError
+from ldm_lab.evaluation.compare_page import Cell, Comparison, Heading, Row, write_comparison
 from ldm_lab.evaluation.votes import add_up, interval
 
 FAST = ("--steps", 2, "--device", "cpu")
@@ -143,6 +144,20 @@ def test_a_clip_that_is_named_scores(compare):
     code, _, err = compare(*asked("--checkpoint", "a"))
     assert code == 0 and "scores" not in err  # they were kept
     assert json.loads(Path("out/comparison.json").read_text())["rows"] == before["rows"]
+
+
+def test_nobody_votes_on_a_page_that_still_grows(tmp_path):
+    """Its id becomes another with the settings of columns that are made later, and the votes would be refused."""
+    cell = Cell("a.png", "a.png", 8, 8, 8, 8)
+    columns = [Heading("A", {"steps": "2"}), Heading("B", {})]
+    growing = Comparison("x", columns, [Row("a cat", 0, [cell, None])])
+    whole = Comparison("x", columns, [Row("a cat", 0, [cell, cell])])
+    pages = []
+    for it in (growing, whole):
+        write_comparison(tmp_path, it)
+        pages.append((tmp_path / "index.html").read_text())
+    assert ['id="blind"' in page for page in pages] == [False, True]
+    assert ["as soon as all pictures are made" in page for page in pages] == [True, False]
 
 
 def test_another_autoencoder_under_the_same_name_makes_new_pictures(compare, tmp_path):

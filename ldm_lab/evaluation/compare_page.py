@@ -99,7 +99,7 @@ class Comparison:
 
     @property
     def id(self) -> str:
-        """Names what is compared, whatever the scores: votes belong to it."""
+        """Names what is compared, whatever the scores: votes belong to it, as soon as all pictures are made."""
         asked = [[(one.label, sorted(one.settings.items())) for one in self.columns]]
         text = json.dumps([*asked, [(row.prompt, row.seed) for row in self.rows]])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -108,6 +108,11 @@ class Comparison:
     def made(self) -> int:
         """How many pictures there are."""
         return sum(cell is not None for row in self.rows for cell in row.cells)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all pictures are made; before, not all settings are known, and there is nothing to vote on."""
+        return self.made == len(self.rows) * len(self.columns)
 
     def mean_score(self, column: int) -> float | None:
         """Return the mean score of a column's pictures; None without any."""

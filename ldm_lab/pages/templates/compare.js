@@ -8,7 +8,7 @@ lightbox.column = (link) => [...link.closest(".row").querySelectorAll("figure")]
 /** Blind mode of a comparison: names hidden, columns shuffled row by row, votes kept, saved and counted. */
 (() => {
   const blindButton = document.getElementById("blind");
-  if (!blindButton) return;  // a single column
+  if (!blindButton) return;  // a single column, or not all pictures are made
   const it = data("comparison");
   const count = it.columns.length;
   const grid = document.querySelector(".grid");
