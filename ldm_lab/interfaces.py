@@ -3,9 +3,8 @@
 t runs from 1 (noise) to 0 (data). x = alpha(t) * x0 + sigma(t) * eps; v = alpha * eps - sigma * x0. Images are RGB in
 [-1, 1], [B, 3, H, W]; latents are [B, C, h, w] with about unit variance.
 
-A denoiser is told things beside x and the time, its *conditions* (`ldm_lab.conditions`). A conditioner gives some of
-them (made of images or texts), a condition source one or two more (a low-resolution image, an inpainting mask); a
-denoiser takes exactly what they give together (`check_conditions`).
+A denoiser is told *conditions* beside x and the time (`ldm_lab.conditions`): a conditioner gives some (of images or
+texts), a condition source one or two more (a low-resolution image, a mask). It takes all of them (`check_conditions`).
 """
 
 from collections.abc import Sequence
@@ -196,15 +195,16 @@ class Conditioner(Part, nn.Module):
         """Return the conditions of prompts, one row each, texts first. Raises UserError for what it cannot read."""
         raise NotImplementedError
 
+    def check_texts(self, texts: Sequence[str]) -> None:
+        """Raise UserError for texts that `from_prompts` would refuse for a reason that is known without encoding."""
+
     def null(self, conditions: Conditions) -> Conditions:
         """Return as many rows that mean "no condition"; by default zeros."""
         return {name: torch.zeros_like(value) for name, value in conditions.items()}
 
 
 class ConditionSource(Part, nn.Module):
-    """A condition that is neither text nor embedding: a low-resolution image, a mask.
-
-    It is never dropped for guidance: the unconditional prediction sees it, too.
+    """A condition that is no text or embedding (a small image, a mask); the unconditional prediction sees it, too.
 
     Attributes:
         spec: what it gives; `from_batch` and `from_request` may leave an optional condition out (`Embedding.optional`).

@@ -92,6 +92,16 @@ def test_a_limit_is_spread_evenly(tmp_path, name):
         module({**section, "limit": 0})
 
 
+def test_a_list_is_one_of_its_files_where_it_has_captions(tmp_path):
+    """So that other captions in it are noticed, by a cache and by an evaluation."""
+    write_files(tmp_path / "images", 2)
+    path = tmp_path / "own.txt"
+    for caption, files in (("", []), ("\ta star", [("own.txt", path)])):
+        path.write_text("".join(f"{name}{caption}\n" for name in (tmp_path / "list.txt").read_text().split()))
+        source = module({"name": "image_list", "path": str(path), "batch_size": 1}).source
+        assert [its for its in source.files() if its[0] == "own.txt"] == files
+
+
 def test_captions_are_asked_for_and_there_are_none(tmp_path):
     for n in range(3):
         (tmp_path / f"{n}.png").write_bytes(encoded(n))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -16,15 +17,17 @@ from tiny import DENOISER, embedding, make_parts, run_program
 from ldm_lab.checkpoints.native import save_model
 from ldm_lab.condition_sources import build_sources, given_conditions
 from ldm_lab.config import PartConfig, build
+from ldm_lab.data.samples import UNREACHABLE, SkippedSample
 from ldm_lab.data.shapes import write_shards
+from ldm_lab.data.work_items import SourceItem
 from ldm_lab.errors import UserError
 from ldm_lab.evaluation import tables
 from ldm_lab.evaluation.distances import Moments, cmmd, frechet
 from ldm_lab.evaluation.feature_files import FEATURES, PictureRows, read_part, read_rows, write_rows
 from ldm_lab.evaluation.metrics import CLIP_SCORE
 from ldm_lab.evaluation.model_parts import IMAGE_EMBED, TEXT_EMBED, retrieval
-from ldm_lab.evaluation.own_files import is_plot
-from ldm_lab.evaluation.settings import SEED_STEP, model_names, picture_seeds
+from ldm_lab.evaluation.own_files import is_plot, listed_pictures
+from ldm_lab.evaluation.settings import SEED_STEP, picture_seeds, row_names
 from ldm_lab.sampling import Pipeline, SamplingOptions
 from ldm_lab.training.evaluate import Evaluate
 
@@ -183,6 +186,68 @@ def test_features_of_real_images_are_kept_and_know_what_they_are_of(evaluate, mo
     assert code == 2 and "mine.safetensors: not a readable safetensors file" in err
 
 
+def test_captions_and_images_of_the_same_size_are_noticed(evaluate, tmp_path):
+    """Also for what is measured of a model's parts. Copies of the files may have other times."""
+    real = tmp_path / "real"
+    pictures_in(real, 8)
+    for number in range(8):
+        Image.new("RGB", (32, 32), (number * 20, 0, 99)).save(real / f"{number}.bmp")
+        (real / f"{number}.png").unlink()
+        (real / f"{number}.txt").write_text(f"a red cat {number}")
+    data = ("--data", f"path={real}", "image_size=32", "--metric", "rfd", "--metric", "retrieval")
+    found = []
+    for turn in range(4):
+        if turn == 1:
+            for number in range(8):
+                (real / f"{number}.txt").write_text(f"a tan dog {7 - number}")
+        if turn == 2:
+            for number in range(8):
+                Image.new("RGB", (32, 32), (0, number * 30, 9)).save(real / f"{number}.bmp")
+        code, out, err = evaluate(*data, data=False)
+        assert code == 0 and ("of something else, made anew" in out) == (turn in (1, 2)), (out, err)
+        rows = read_rows(tmp_path / "out" / "real.safetensors")[0]
+        parts = len([*(tmp_path / "out" / "parts").glob("model-*")])
+        found.append((rows.texts, rows.features("embedding").tolist(), parts))
+    assert found[0][0] != found[1][0] and found[0][1] == found[1][1] != found[2][1] and found[2] == found[3]
+    assert [parts for *_, parts in found] == [1, 2, 3, 3]
+    (tmp_path / "out" / "real.safetensors").rename(tmp_path / "mine.safetensors")
+    os.utime(real / "3.bmp", (1e9, 1e9))
+    code, out, err = evaluate(*data, "--features", tmp_path / "mine.safetensors", data=False)
+    assert code == 0 and "written at another time; taken as they are" in out, err
+
+
+@pytest.mark.parametrize(("metric", "limit"), [("fd", ()), ("loss", ("--limit", 12))], ids=["fd", "loss-of-some"])
+def test_what_cannot_be_reached_is_not_left_out_silently(evaluate, unsampled, tmp_path, monkeypatch, metric, limit):
+    """Nothing counts as whole meanwhile; the same command goes on."""
+    samples, is_down = SourceItem.samples, [True]
+
+    def broken(item):
+        return iter([SkippedSample(UNREACHABLE, "00001.tar")]) if is_down and item.first == 1 else samples(item)
+
+    monkeypatch.setattr(SourceItem, "samples", broken)
+    asked = ("--metric", metric, *limit)
+    code, _, err = evaluate(*asked)
+    assert code == 2 and "--data: 1 of 3 shards could not be read, such as " in err and "00001.tar; what was" in err
+    assert not (tmp_path / "out" / "real.safetensors").exists() and len([*tmp_path.rglob("0000[02].safetensors")]) == 2
+    is_down.clear()
+    if metric == "loss":
+        assert evaluate(*asked)[0] == 0
+        assert sum(len(read_rows(path)[0]) for path in (tmp_path / "out").rglob("0*.safetensors")) == (
+            12 if limit else 24
+        )
+
+
+def test_an_option_of_some_samplers_counts_for_these(evaluate, tmp_path):
+    """As in `compare`; one that none of them has is refused."""
+    asked = ("--pictures", 2, "--steps", 2, "--metric", "clip_score", "--sampler", "ddim", "--sampler", "unipc")
+    code, _, err = evaluate(*asked, "--eta", 0.5)
+    assert code == 0 and "note: --eta is of ddim alone" in err, err
+    rows = table(tmp_path / "out")["rows"]
+    assert [row["settings"].get("eta") for row in rows] == [0.5, None]
+    code, _, err = evaluate(*asked, "--variance", "beta")
+    assert code == 2 and "no such key: 'variance' of sampler.name=ddim" in err.splitlines()[-1]
+
+
 def test_a_models_parts_on_real_images(evaluate, tmp_path):
     code, _, err = evaluate("--metric", "loss", "--metric", "psnr", "--metric", "rfd", "--metric", "retrieval")
     assert code == 0, err
@@ -264,11 +329,43 @@ def test_what_is_missing_is_said(evaluate, models, tmp_path):
 
 
 def test_the_same_name_twice():
-    assert model_names(["runs/x/a.safetensors", "b.ckpt"]) == ["a", "b"]
-    assert model_names(["runs/x/ema.safetensors", "runs/y/ema.safetensors"]) == ["x/ema", "y/ema"]
-    assert len({*model_names(["a/x/ema.safetensors", "b/x/ema.safetensors"])}) == 2
-    with pytest.raises(UserError, match="is given twice"):
-        model_names(["runs/x", "runs/x"])
+    assert row_names(["runs/x/a.safetensors", "b.ckpt"]).models == ["a", "b"]
+    assert row_names(["runs/x/ema.safetensors", "runs/y/ema.safetensors"]).models == ["x/ema", "y/ema"]
+    assert row_names(["a/x/ema.safetensors", "b/x/ema.safetensors"]).models == ["a/x/ema", "b/x/ema"]
+    assert row_names([], ["runs/A/samples", "runs/B/samples/", "."]) == (
+        [],
+        ["A/samples", "B/samples", Path.cwd().name],
+    )
+    assert row_names(["runs/a.ckpt"], ["/out/a", "/out/b/c"]) == (["runs/a"], ["out/a", "c"])
+    (models, folders) = row_names(["m/a.ckpt", "m/a.safetensors"], ["m/a"])  # of one folder
+    assert models == ["m/a.ckpt", "m/a.safetensors"] and folders != models[:1] and folders[0].endswith("m/a (pictures)")
+    with pytest.raises(UserError, match="--checkpoint runs/x: is given twice"):
+        row_names(["runs/x", "runs/x"])
+
+
+def test_grids_are_left_out_in_every_folder_that_lists_its_pictures(tmp_path):
+    names = ["a/0.png", "a/grid.png", "b/0.png", "b/deep/1.png", "b/grid.png", "c/grid.png", "top.png"]
+    assert listed_pictures(tmp_path, names) is None
+    for folder, files in {"a": ["0.png"], "b": ["0.png", "./deep/1.png"]}.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "samples.json").write_text(json.dumps([{"file": file} for file in files]))
+    assert listed_pictures(tmp_path, names) == {"a/0.png", "b/0.png", "b/deep/1.png", "c/grid.png", "top.png"}
+    assert listed_pictures(tmp_path / "a", ["0.png", "grid.png"]) == {"0.png"}
+
+
+def test_every_prompt_is_looked_at_before_pictures_are_made(evaluate, unsampled, models, tmp_path):
+    """As one that cannot be guided: a model without dropped conditions takes prompts of weight 1 alone."""
+    checkpoint = models / "undropped.safetensors"  # its parts lie beside it
+    state = load_file(models / "a.safetensors")
+    with safe_open(models / "a.safetensors", "pt") as file:
+        metadata = file.metadata()
+    config = {**json.loads(metadata["config"])}
+    config["conditioner"]["dropout"] = 0.0
+    save_file(state, checkpoint, {**metadata, "config": json.dumps(config)})
+    (tmp_path / "p.txt").write_text("a star:1\na star:1\na cat:2\na dog:3\n")
+    asked = ("--checkpoint", checkpoint, "--guidance", 1, "--metric", "clip_score", "--prompts", tmp_path / "p.txt")
+    code, _, err = evaluate(*asked, data=False)
+    assert code == 2 and f"{checkpoint}: prompt 'a cat:2': guidance needs a model that was trained with dropped" in err
 
 
 def test_retrieval_counts_images_of_one_caption_alike():

@@ -98,6 +98,16 @@ def test_prompts_of_a_file_another_judge_and_pictures_that_are_not_finite(tmp_pa
     assert not (tmp_path / "runs/broken/best.safetensors").exists()
 
 
+def test_every_prompt_is_looked_at_before_training(tmp_path):
+    """Here the third: a model without dropped conditions takes weights alone that add up to 1."""
+    (tmp_path / "p.txt").write_text("a star:1\na cat:1\na dog:2\n")
+    section = evaluate(tmp_path, prompts=str(tmp_path / "p.txt"), metrics=["cmmd"])
+    config = make_run(tmp_path, images=16, evaluate=section, trainer={"max_steps": 2})
+    told = r"evaluate: prompt 'a dog:2': guidance needs a model that was trained with dropped conditions"
+    with contextlib.chdir(tmp_path), pytest.raises(UserError, match=told):
+        main(["train", "--config", str(config), "conditioner.dropout=0"])
+
+
 def test_the_last_step_is_measured_and_metrics_without_finite_features_are_left_out(tmp_path, capsys, monkeypatch):
     section = evaluate(tmp_path, every=100, metrics=["cmmd", "clip_score"], pictures=2)
     config = make_run(tmp_path, images=16, evaluate=section, trainer={"max_steps": 2})

@@ -40,8 +40,7 @@ def cells(made: Table) -> list[list[str]]:
             "the images; no margin of loss",
         ),
         ([{"fd": Value(1.0)}, {"fd": Value(2.0), "kid": Value(3.0)}], "no margin of fd, kid"),
-        ([{"fd": DRAWS}, {"fd": NAN}],
-         "1.96 standard deviations of 20 bootstrap draws of the images; no margin of fd"),
+        ([{"fd": DRAWS}, {"fd": NAN}], "1.96 standard deviations of 20 bootstrap draws of the images"),
     ],
     ids=["seeds", "draws", "both", "none", "some"],
 )  # fmt: skip
@@ -80,6 +79,11 @@ def test_what_is_no_number_is_marked_in_all_files_and_is_never_the_best():
     assert math.isnan(values[0]["fd"].number("value")) and values[2]["kid"].number("value") == math.inf
     told = list(csv.DictReader(io.StringIO(made.to_csv())))
     assert [(row["fd"], row["kid"]) for row in told] == [("nan", "1.0"), ("3.0", ""), ("2.0", "inf")]
+
+
+def test_a_whole_number_beyond_all_floating_point_ones_is_none():
+    read = Fields(parse_json(b'{"many": ' + b"9" * 401 + b', "few": 2}'))
+    assert read.number("many") is None and read.number("few") == 2.0
 
 
 def test_a_plot_of_what_is_no_number(tmp_path):

@@ -15,6 +15,7 @@ from ldm_lab.evaluation.feature_files import (
     FEATURES,
     PictureRows,
     check_tensors,
+    differences,
     read_part,
     read_rows,
     write_part,
@@ -43,6 +44,13 @@ def written(path: Path, change=lambda tensors, metadata: None) -> Path:
     change(tensors, metadata)
     save_file({name: its.contiguous() for name, its in tensors.items()}, path, metadata)
     return path
+
+
+def test_facts_are_compared_as_they_are_and_printed_in_one_line(tmp_path):
+    write_rows(tmp_path / "f.safetensors", rows(), {"options": "a  b\nc"})
+    there = read_rows(tmp_path / "f.safetensors")[1]
+    assert not differences(there, {"options": "a  b\nc"})
+    assert differences(there, {"options": "d  e"}) == ["options (a b c there, d e here)"]
 
 
 DAMAGE = {

@@ -150,6 +150,11 @@ def test_the_model_is_not_loaded_where_all_is_stored(yaml, monkeypatch, program)
 
 def test_captions_that_a_closed_store_lacks_are_skipped_and_counted(yaml, program):
     embed(yaml, "store")
+    closed_part = conditioner_of(yaml, "store", "conditioner.missing=skip")
+    with pytest.raises(UserError, match=r"conditioner\.store: it has no states of 'no such text'"):
+        closed_part.check_texts(["", "no such text"])
+    closed_part.check_texts([""])
+    conditioner_of(yaml, "store").check_texts(["no such text"])  # it may encode it
     of_data = sorted(Path("store").glob("texts-*.safetensors"), key=lambda path: -path.stat().st_size)[:2]
     closed = ["conditioner.store=store", "conditioner.missing=skip", "trainer.max_steps=3", "data.max_skipped=0.9"]
     of_data[0].unlink()

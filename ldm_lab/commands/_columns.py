@@ -1,7 +1,6 @@
 """Columns of a comparison: each checkpoint with each combination of the values that its flags are given."""
 
 import argparse
-import sys
 from argparse import SUPPRESS
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +13,8 @@ from ldm_lab.commands._flags import add_flags
 from ldm_lab.commands._sampling_flags import (
     add_upsampler_flags,
     base_options,
+    of_other_samplers,
+    tell_owners,
     upsampler_options,
 )
 from ldm_lab.config.reading import Option
@@ -192,13 +193,10 @@ def _samplers(args: argparse.Namespace) -> list[str]:
 
 def _known_to(chosen: Sequence[Choice], swept: Sequence[Sequence[Choice]]) -> list[Choice]:
     """Return the choices without options of samplers that this one has not, but another of the sweep has."""
-    samplers = infos("sampler")
     names = [choice.written for choices in swept for choice in choices if choice.name == "sampler"]
     (own,) = [choice.written for choice in chosen if choice.name == "sampler"] or [""]
-    if len(names) < 2 or own not in samplers:
-        return list(chosen)
-    of_others = {option for name in names if name in samplers for option in samplers[name].options}
-    return [choice for choice in chosen if choice.name in samplers[own].options or choice.name not in of_others]
+    others = of_other_samplers(own, names)
+    return [choice for choice in chosen if choice.name not in others]
 
 
 def _words_for(args: argparse.Namespace, model: ComparedModel, chosen: Sequence[Choice]) -> argparse.Namespace:
@@ -217,8 +215,5 @@ def _words_for(args: argparse.Namespace, model: ComparedModel, chosen: Sequence[
 
 def tell_left_out(args: argparse.Namespace) -> None:
     """Say which options of samplers do not hold for all samplers that are compared."""
-    samplers, names = infos("sampler"), _samplers(args)
-    for option in (choices[0].name for choices in _swept(args) if choices[0].name in flat.sampler_names()):
-        having = [name for name in names if option in samplers[name].options]
-        if having and len(having) < len(names):
-            print(f"note: --{option.replace('_', '-')} is of {', '.join(having)} alone", file=sys.stderr)
+    given = (choices[0].name for choices in _swept(args) if choices[0].name in flat.sampler_names())
+    tell_owners(given, _samplers(args))

@@ -1,10 +1,12 @@
 """Options of sampling as flags of `sample.py`: of the base model, of all upsamplers, and of each by its number."""
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 
 from ldm_lab.commands._flags import add_flags, words_of
 from ldm_lab.config.loading import read
+from ldm_lab.config.registry import infos
 from ldm_lab.errors import UserError, unknown
 from ldm_lab.sampling import flat
 from ldm_lab.sampling.options import UPSAMPLER, SamplingOptions, stage_prefix
@@ -63,6 +65,24 @@ def fill_in_stages(args: argparse.Namespace) -> None:
 def base_options(args: argparse.Namespace) -> SamplingOptions:
     """Return how the (base) model is asked. Raises UserError with the names of flags."""
     return flat.base_options(words_of(args), _flag)
+
+
+def of_other_samplers(own: str | None, names: Sequence[str]) -> set[str]:
+    """Return the options that one of several samplers that are compared lacks, but another has: they are not its."""
+    samplers = infos("sampler")
+    if len(names) < 2 or own not in samplers:
+        return set()
+    every = {option for name in names if name in samplers for option in samplers[name].options}
+    return every - {*samplers[own].options}
+
+
+def tell_owners(options: Iterable[str], names: Sequence[str]) -> None:
+    """Say which of some options of samplers do not hold for all samplers that are compared."""
+    samplers = infos("sampler")
+    for option in options:
+        having = [name for name in names if name in samplers and option in samplers[name].options]
+        if having and len(having) < len(names):
+            print(f"note: --{option.replace('_', '-')} is of {', '.join(having)} alone", file=sys.stderr)
 
 
 def upsampler_options(args: argparse.Namespace, batch_size: int) -> list[SamplingOptions]:

@@ -29,7 +29,7 @@ from ldm_lab.commands._arguments import (
 )
 from ldm_lab.commands._flags import add_flags, given, read_value
 from ldm_lab.commands._metric_flags import check_effects
-from ldm_lab.commands._sampling_flags import base_options
+from ldm_lab.commands._sampling_flags import base_options, of_other_samplers, tell_owners
 from ldm_lab.config import PartConfig, check_section
 from ldm_lab.config.overrides import values
 from ldm_lab.config.registry import infos, part_info
@@ -144,7 +144,10 @@ def check_together(args: argparse.Namespace) -> None:
 
 
 def sampling_choices(args: argparse.Namespace) -> list[SamplingOptions]:
-    """Return how each model is asked: every guidance with every sampler and number of steps."""
+    """Return how each model is asked: every guidance with every sampler and number of steps.
+
+    As in `compare`, options that not all of the samplers have count for those that have them, which is said.
+    """
     found = []
     every = [args.guidance or [None], args.sampler or [None], args.steps or [None]]  # as SWEPT
     for name, chosen in zip(SWEPT, every, strict=True):
@@ -154,7 +157,11 @@ def sampling_choices(args: argparse.Namespace) -> list[SamplingOptions]:
         one = argparse.Namespace(**dict(args._get_kwargs()))
         one.guidance, one.sampler, one.steps = guidance, sampler, steps
         one.seed = None
+        for name in of_other_samplers(sampler, args.sampler):
+            setattr(one, name, None)
         found.append(base_options(one))
+    words = dict(args._get_kwargs())
+    tell_owners((name for name in flat.sampler_names() if words.get(name) not in (None, [])), args.sampler)
     return found
 
 

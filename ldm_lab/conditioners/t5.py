@@ -188,6 +188,18 @@ class T5(Conditioner):
             raise UserError("this model is prompted with text: it takes no image prompts")
         return self.encode(texts)
 
+    def check_texts(self, texts: Sequence[str]) -> None:
+        if self.store is not None:
+            self.check_missing([text for text in texts if text not in self.store])
+
+    def check_missing(self, texts: Sequence[str]) -> None:
+        """Raise UserError if some texts have to be encoded and must not."""
+        if texts and not self.has_model:
+            raise UserError(
+                f"conditioner.store: it has no states of {quoted(texts[0])}, and {self.model_name} is not used; "
+                "python -m ldm_lab embed-text adds them"
+            )
+
     def null(self, conditions: Conditions) -> Conditions:
         """Return as many rows of no text: the empty one's states where the padding is read, else none."""
         count = len(conditions[STATES])
@@ -216,11 +228,7 @@ class T5(Conditioner):
         """
         found: list[Tensor | None] = [None] * len(texts) if self.store is None else self.store.read(texts)
         missing = list(dict.fromkeys(text for text, its in zip(texts, found) if its is None))
-        if missing and not self.has_model:
-            raise UserError(
-                f"conditioner.store: it has no states of {quoted(missing[0])}, and {self.model_name} is not used; "
-                "python -m ldm_lab embed-text adds them"
-            )
+        self.check_missing(missing)
         made = self.encode_each(missing, once) if missing else Encoded([], {})
         for place, problem in made.problems.items():
             raise UserError(f"conditioner: {self.model_name}: {quoted(missing[place])}: {problem}")

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ldm_lab.errors import UserError
@@ -21,10 +21,12 @@ class FileFacts:
     Attributes:
         size: bytes.
         time: of its last change, whole seconds.
+        time_ns: the same in nanoseconds, which the lists of caches do not have.
     """
 
     size: int = UNKNOWN
     time: int = UNKNOWN
+    time_ns: int = field(default=UNKNOWN, compare=False)
 
 
 Files = dict[str, FileFacts]  # name, relative to the data's own folder -> facts
@@ -38,13 +40,14 @@ def facts_of(files: Iterable[tuple[str, Path | None]]) -> Files:
             status = os.stat(path) if path is not None else None
         except OSError:
             status = None
-        found[name] = FileFacts(status.st_size, int(status.st_mtime)) if status is not None else FileFacts()
+        known = None if status is None else FileFacts(status.st_size, int(status.st_mtime), status.st_mtime_ns)
+        found[name] = known or FileFacts()
     return found
 
 
-def digest(files: Files) -> str:
-    """Return what stands for names and sizes of files; times are apart, as copies have others."""
-    lines = sorted(f"{name}\t{facts.size}\n" for name, facts in files.items())
+def digest(files: Files, times: bool = False) -> str:
+    """Return what stands for names and sizes of files, or for names and times, which copies have others of."""
+    lines = sorted(f"{name}\t{facts.time_ns if times else facts.size}\n" for name, facts in files.items())
     return hashlib.blake2b("".join(lines).encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 

@@ -228,6 +228,9 @@ class ImageList(FileSource):
             for name, place, text in zip(names, places, listed.captions)
         ]
 
+    def files(self) -> list[tuple[str, Path | None]]:
+        return super().files() + ([(self.path.name, self.path)] if len(self._texts) else [])  # with its captions
+
     def on_disk(self, name: str) -> str:
         """Return a path of the list as it is spelled on the disk, with letters and accents together or apart."""
         forms = spellings(name)

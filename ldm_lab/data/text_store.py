@@ -121,6 +121,9 @@ class TextStore:
     def __len__(self) -> int:
         return len(self._hashes) + len(self._waiting)
 
+    def __contains__(self, text: str) -> bool:
+        return text in self._waiting or text in self.known
+
     @property
     def known(self) -> KnownTexts:
         """Which texts are there."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ldm_lab.config import PartConfig
+from ldm_lab.evaluation.settings import RowNames, row_names
 from ldm_lab.metrics import of_kind
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling import SamplingOptions
@@ -44,6 +45,16 @@ class Asked:
     clip: PartConfig | None = None
     inception: str | None = None
     bootstrap: int = 20
+
+    @property
+    def names(self) -> RowNames:
+        """What models and folders are called in the table. Raises UserError for one that is given twice."""
+        return row_names(self.checkpoints, self.images)
+
+    @property
+    def named_models(self) -> list[tuple[str, str]]:
+        """(name, checkpoint) of each model."""
+        return list(zip(self.names.models, self.checkpoints, strict=True))
 
     @property
     def of_pictures(self) -> list[str]:

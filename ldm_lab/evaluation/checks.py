@@ -18,7 +18,7 @@ from ldm_lab.evaluation.feature_files import FEATURES, SUMS, VALUES, PictureRows
 from ldm_lab.evaluation.metrics import CLIP_SCORE
 from ldm_lab.evaluation.model_parts import caption_rows, check_parts
 from ldm_lab.evaluation.own_files import is_plot
-from ldm_lab.evaluation.settings import Models, Setting, model_names, settings_of
+from ldm_lab.evaluation.settings import Models, Setting, settings_of
 from ldm_lab.io.atomic import writable_folder
 from ldm_lab.metrics import METRICS, of_kind
 from ldm_lab.prompts import Prompt
@@ -38,9 +38,9 @@ def check_asked(asked: Asked) -> None:
         check_count("pictures", of_kind(asked.metrics, "pictures", "captions"), asked.pictures)
     if asked.limit is not None and asked.data is not None:
         check_count("real images", [*compared, *of_parts], asked.limit)
-    model_names(asked.checkpoints)
     check_distinct("--checkpoint", [locate_model(its) for its in asked.checkpoints], "is given twice")
     check_folders(asked)
+    _ = asked.names  # refuses what is given twice
     writable_folder(asked.out, "--out")
     check_words("--prompts", asked.metrics, asked.prompts or [])
 
@@ -94,8 +94,9 @@ def checked_models(asked: Asked, models: Models) -> list[Setting]:
         check_parts(models.pipeline(checkpoint, torch.device("cpu")).model, of_parts, checkpoint)
     if not asked.makes_pictures:
         return []
-    prompts = [Prompt("a picture")] if asked.prompts is None else asked.prompts  # captions have no weights, only words
-    return settings_of(models, asked.checkpoints, asked.choices, prompts)
+    if asked.prompts is None:  # captions, which are looked at when they are known
+        return settings_of(models, asked.named_models, asked.choices, [Prompt("a picture")], are_asked=False)
+    return settings_of(models, asked.named_models, asked.choices, asked.prompts[: asked.pictures], are_asked=True)
 
 
 def check_real(names: Iterable[str], rows: PictureRows) -> None:

@@ -2,7 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from ldm_lab.checkpoints.importer import Section
 from ldm_lab.conditioners.embedding import EmbeddingConditioner
+from ldm_lab.data.file_facts import digest, facts_of
 from ldm_lab.data.jobs import PassOptions
 from ldm_lab.data.passes import run_pass
 from ldm_lab.data.work_items import WorkItem, file_batches
@@ -30,11 +32,10 @@ from ldm_lab.evaluation.jobs import FeatureJob, FilesJob, PicturesItem, Pictures
 from ldm_lab.evaluation.metrics import CLIP_SCORE, RealSet, Value, few_images, over_seeds, picture_value
 from ldm_lab.evaluation.model_parts import PartsJob, lpips_network, part_values
 from ldm_lab.evaluation.origin import data_told, origin_of
-from ldm_lab.evaluation.own_files import ENDINGS, STEM, is_plot
+from ldm_lab.evaluation.own_files import STEM, is_plot, listed_pictures
 from ldm_lab.evaluation.real_images import FILE, RealImages, real_rows
-from ldm_lab.evaluation.settings import Models, Setting, model_names, picture_seeds
+from ldm_lab.evaluation.settings import Models, Setting, check_prompts, picture_seeds
 from ldm_lab.evaluation.tables import Row, Table
-from ldm_lab.io.json_files import Fields, parse_json
 from ldm_lab.metrics import METRICS, of_kind, spaces_of
 from ldm_lab.progress import print_line
 from ldm_lab.prompts import Prompt
@@ -100,8 +101,9 @@ class Comparison:
         asked = self.asked
         real = self.real_set()
         prompts = self.prompts(real) if asked.makes_pictures else []
-        parts = {checkpoint: self.parts(checkpoint) for checkpoint in asked.checkpoints if self.of_data}
-        folders = {folder: self.folder_pictures(folder) for folder in asked.images}
+        parts = {its: self.parts(name, its) for name, its in asked.named_models if self.of_data}
+        named = zip(asked.names.folders, asked.images, strict=True)
+        folders = {name: self.folder_pictures(name, folder) for name, folder in named}
         made = self.made_pictures(prompts) if asked.makes_pictures else []
         if not self.is_first:
             return None
@@ -110,14 +112,12 @@ class Comparison:
         }
         rows = [self.made_row(setting, real, its, values.get(setting.checkpoint, {})) for setting, its in made]
         if not made:
-            rows = [
-                Row(name, values=values[its]) for name, its in zip(model_names(asked.checkpoints), values, strict=True)
-            ]
-        rows += [self.folder_row(folder, real, its) for folder, its in folders.items()]
+            rows = [Row(name, values=values[its]) for name, its in asked.named_models if its in values]
+        rows += [self.folder_row(name, real, its) for name, its in folders.items()]
         used = next((len(its) for its in parts.values()), None) if real is None else len(real.rows)
         self.remark(self.of_data, {"real images": used or 0} if parts else {})
         data = data_told(self.real, asked.features, used)
-        origin = origin_of(asked.checkpoints, self.models, data, prompts, asked.prompts is None)
+        origin = origin_of(asked.named_models, self.models, data, prompts, asked.prompts is None)
         return Table(rows, self.facts(real), list(dict.fromkeys(self.remarks)), origin)
 
     def run_pass(self, job: FeatureJob, items: Sequence[WorkItem], what: str, max_skipped: float = 1.0) -> None:
@@ -139,7 +139,7 @@ class Comparison:
         path, self.tells = asked.features or asked.out / FILE, False
         rows, unusable = real_rows(self.real, self.networks, path, asked.features is None, self.options)
         if unusable is not None:
-            self.remarks.append(f"real images: {unusable}")
+            self.remarks.append(f"real images: {' '.join(unusable.split())}")
         check_real(needed, rows)
         return RealSet(rows)
 
@@ -159,7 +159,10 @@ class Comparison:
                 f"prompts: captions of {len(captions):,} of {len(texts):,} real images; others have none"
             )
         count = min(asked.pictures, len(captions))
-        return [Prompt(captions[number * len(captions) // count]) for number in range(count)]
+        found = [Prompt(captions[number * len(captions) // count]) for number in range(count)]
+        for its in self.settings:
+            check_prompts(self.models.pipeline(its.checkpoint, torch.device("cpu")), found, its.options)
+        return found
 
     # --------------------------------------------------------------------------------------------------- made pictures
 
@@ -217,45 +220,44 @@ class Comparison:
 
     # ----------------------------------------------------------------------------------------- pictures that are there
 
-    def folder_pictures(self, folder: str) -> PictureRows:
+    def folder_pictures(self, name: str, folder: str) -> PictureRows:
         """Return what is seen on the pictures in a folder. Raises UserError for what cannot be measured."""
-        name, networks = public_name(folder), "-".join(network.key for network in self.networks)
-        own = [self.asked.out / name for name in ("parts", FILE, *(STEM + ending for ending in ENDINGS))]
-        found = [path for path in Path(folder).rglob("*") if path.is_file()]
-        files = [(path, path.stat()) for path in found if not is_of(path, own)]
+        networks = "-".join(network.key for network in self.networks)
+        found = file_batches(folder, self.asked.out, is_plot)
+        files = facts_of(found[0].folder.files())
+        listed = listed_pictures(Path(folder), [its for item in found for its in item.names])
         # Other pictures under the same names are looked at anew.
-        facts = str(sorted((str(path.absolute()), its.st_size, its.st_mtime_ns) for path, its in files))
-        place = hashlib.sha256(facts.encode(errors="surrogateescape")).hexdigest()[:12]
-        target = self.asked.out / "parts" / f"folder-{name}-{place}-{networks}"
-        items = file_batches(folder, target, is_plot)
-        if plots := [path for path in found if is_plot(path)]:
-            print_line(f"--images {folder}: {plots[0]} is the plot of an evaluation, and none of the pictures")
-        listed = listed_pictures(Path(folder))
+        facts = [os.path.abspath(folder), digest(files), digest(files, times=True), *sorted(listed or ())]
+        place = hashlib.sha256("\n".join(facts).encode(errors="surrogateescape")).hexdigest()[:12]
+        target = self.asked.out / "parts" / f"folder-{public_name(folder)}-{place}-{networks}"
+        items = [replace(its, target=target / its.target.name) for its in found]
+        if plot := next(filter(is_plot, Path(folder).rglob(f"{STEM}.png")), None):
+            print_line(f"--images {folder}: {plot} is the plot of an evaluation, and none of the pictures")
         self.run_pass(FilesJob(self.networks, listed=listed), items, name)
         made = rows_of_items(items)
         if listed is not None:
-            self.remarks.append(f"{name}: the pictures that its samples.json lists, without grids")
+            self.remarks.append(f"{name}: where samples.json lists pictures these alone, without grids")
         check_pictures(folder, self.made_of, made)
         return made
 
-    def folder_row(self, folder: str, real: RealSet | None, made: PictureRows) -> Row:
+    def folder_row(self, name: str, real: RealSet | None, made: PictureRows) -> Row:
         """Return the row of a folder of pictures."""
         values = {}
-        for name in self.made_of:
+        for metric in self.made_of:
             rows = made
-            if METRICS[name].kind == "captions":
+            if METRICS[metric].kind == "captions":
                 rows = made.taken(scored_rows(made.tensors[CLIP_SCORE]))
                 if len(rows) < len(made):
                     self.remarks.append(
-                        f"{folder}: {name} of {len(rows)} of {len(made)} pictures: others have no caption"
+                        f"{name}: {metric} of {len(rows)} of {len(made)} pictures: others have no caption"
                     )
-            values[name] = picture_value(name, real, rows, self.asked.bootstrap)
+            values[metric] = picture_value(metric, real, rows, self.asked.bootstrap)
         self.remark(self.made_of, counts_of(real, made))
-        return Row(public_name(folder), pictures=len(made), values=values)
+        return Row(name, pictures=len(made), values=values)
 
     # ------------------------------------------------------------------------------------------------- a model's parts
 
-    def parts(self, checkpoint: str) -> PictureRows:
+    def parts(self, name: str, checkpoint: str) -> PictureRows:
         """Return what is measured of a model's parts on the real images."""
         assert self.real is not None, "it is looked at when the comparison is made"
         model, identity = self.models.pipeline(checkpoint, torch.device("cpu")).model, self.models.identity(checkpoint)
@@ -266,7 +268,7 @@ class Comparison:
         items = self.real.items(self.asked.out / "parts" / f"model-{key}")
         self.run_pass(job, items, "real images", self.real.source.max_skipped)
         measured = rows_of_items(items)
-        self.remarks += check_measured(public_name(checkpoint), self.of_data, measured)
+        self.remarks += check_measured(name, self.of_data, measured)
         return measured
 
     # ------------------------------------------------------------------------------------------------------- the table
@@ -285,20 +287,3 @@ class Comparison:
 def counts_of(real: RealSet | None, made: PictureRows) -> dict[str, int]:
     """Return how many images are compared, by whose they are."""
     return {"pictures": len(made)} | ({"real images": len(real.rows)} if real is not None else {})
-
-
-def listed_pictures(folder: Path) -> frozenset[str] | None:
-    """Return the names of the pictures that sample.py has listed in a folder of its own; None of another folder."""
-    try:
-        entries = parse_json(b'{"all": ' + (folder / "samples.json").read_bytes() + b"}").get("all")
-    except OSError:
-        return None
-    files = Fields({"all": entries}).listed("all") or []
-    names = frozenset(name for its in files if (name := its.text("file")))
-    return names or None
-
-
-def is_of(path: Path, places: Iterable[Path]) -> bool:
-    """Return whether a path is one of some files, or lies in one of some folders."""
-    resolved = path.resolve()
-    return any(resolved.is_relative_to(place.resolve()) for place in places)

@@ -103,7 +103,7 @@ def read_rows(path: Path) -> tuple[PictureRows, dict[str, str]]:
         if value.dtype not in (torch.float32, torch.float64):
             raise UserError(f"{path}: {name} is {kind}, no floating-point numbers, damaged")
     facts = Fields({ROLE: {**parse_json(metadata.get(ROLE, "").encode())}}).words(ROLE)
-    return PictureRows(tensors, texts), {name: " ".join(text.split()) for name, text in facts}
+    return PictureRows(tensors, texts), dict(facts)
 
 
 def check_tensors(path: Path, rows: PictureRows, wanted: Mapping[str, Sequence[int]]) -> None:
@@ -187,4 +187,9 @@ def _tell_damage(what: str) -> None:
 def differences(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
     """Return which facts of a file are others than those that are wanted, a few words each."""
     names = [name for name in here if there.get(name) != here[name]]
-    return [f"{name} ({there.get(name, 'nothing')[:60]} there, {here[name][:60]} here)" for name in names]
+    return [f"{name} ({_shown(there.get(name, 'nothing'))} there, {_shown(here[name])} here)" for name in names]
+
+
+def _shown(fact: str) -> str:
+    """Return a fact as it is printed: the beginning, in one line."""
+    return " ".join(fact.split())[:60]

@@ -13,7 +13,7 @@ from ldm_lab.data.jobs import Fingerprint, Finished, Job, PassReport
 from ldm_lab.data.samples import RawSample
 from ldm_lab.data.source import Item, Source
 from ldm_lab.data.work_items import WorkItem
-from ldm_lab.errors import NotFiniteError
+from ldm_lab.errors import NotFiniteError, UserError
 from ldm_lab.evaluation.feature_files import FEATURES, PictureRows, read_part, read_rows, write_part
 from ldm_lab.evaluation.features import EmbeddingFeatures, Features, rows_of
 from ldm_lab.evaluation.metrics import CLIP_SCORE
@@ -71,6 +71,15 @@ class FeatureJob(Job[Raw, One, Many, PictureRows]):
 
     def write(self, item: WorkItem[Raw], rows: list[PictureRows], done: Finished) -> None:
         write_part(item.file(ENDING), PictureRows.joined(rows), done)
+
+    def finish(self, items: Sequence[WorkItem[Raw]], report: PassReport) -> None:
+        """Refuse to take a part for the whole. Raises UserError if some items could not be reached."""
+        if report.unreached:
+            raise UserError(
+                f"--data: {len(report.unreached)} of {report.items} shards could not be read, such as "
+                f"{report.unreached[0]}; what was read is kept, and the same command goes on when they can be, or "
+                "--data has to leave them out"
+            )
 
     def scored(self, tensors: dict[str, Tensor], texts: list[str]) -> PictureRows:
         """Return rows of features on the CPU, with how alike each picture and its text are (`clip_score`)."""
@@ -138,6 +147,7 @@ class SourceJob(ImagesJob[Item]):
         self.ended = ended
 
     def finish(self, items: Sequence[WorkItem[Item]], report: PassReport) -> None:
+        super().finish(items, report)
         self.ended(items, report)
 
 

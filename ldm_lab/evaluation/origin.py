@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ldm_lab.checkpoints.importer import Section
 from ldm_lab.evaluation.real_images import RealImages
-from ldm_lab.evaluation.settings import Models, checksum_of, model_names
+from ldm_lab.evaluation.settings import Models, checksum_of
 from ldm_lab.io.atomic import sha256
 from ldm_lab.prompts import Prompt
 
@@ -37,18 +37,17 @@ class Origin:
 
 
 def origin_of(
-    checkpoints: Sequence[str], models: Models, data: Section, prompts: Sequence[Prompt], from_captions: bool
+    named: Sequence[tuple[str, str]], models: Models, data: Section, prompts: Sequence[Prompt], from_captions: bool
 ) -> Origin:
     """Return what the numbers are of.
 
     Args:
-        checkpoints: of the models that were measured.
+        named: (name in the table, checkpoint) of each model that was measured.
         models: the same ones.
         data: as `data_told` returns it.
         prompts: that pictures were made of.
         from_captions: whether these are captions of the real images.
     """
-    named = list(zip(model_names(checkpoints), checkpoints, strict=True))
     source = "captions of the real images" if from_captions else "--prompts"
     texts = json.dumps([[prompt.text, prompt.weight] for prompt in prompts])
     told = Section({"from": source, "count": len(prompts), "sha256": _checksum(texts)})

@@ -23,6 +23,7 @@ from ldm_lab.progress import print_line
 
 FILE = "real.safetensors"  # in the folder of an evaluation
 UNUSABLE = "unusable"  # name of the fact that says what was skipped
+TIMES = "times"  # name of the fact that tells files of the same names and sizes apart where they lie
 NO_MATTER = ("workers", "timeout", "batch_size", "max_skipped", "path", "shards", "folder", "local", "shuffle_buffer")
 
 
@@ -56,9 +57,10 @@ class RealImages:
     def facts(self, networks: Sequence[Features]) -> dict[str, str]:
         """Return what features of these images are made of: files, how they are read, the networks."""
         options = {key: its for key, its in sorted(self.config.to_dict().items()) if key not in NO_MATTER}
-        files = digest(facts_of(self.source.files()))
+        files = facts_of(self.source.files())
         return {
-            "data": f"{self.source.contents()} {files}",
+            "data": f"{self.source.contents()} {digest(files)}",
+            TIMES: digest(files, times=True),
             "options": json.dumps(options, default=str),
             "images": "all" if self.limit is None else str(self.limit),
             **{its.space: json.dumps(its.identity, sort_keys=True) for its in networks},
@@ -88,12 +90,13 @@ def real_rows(
         options: of the pass.
 
     Raises:
-        UserError: no images and no file, a file of other images or networks, no usable image.
+        UserError: no images and no file, a file of other images or networks, no usable image, or shards that cannot be
+            reached: what was read of the others is kept, but for no whole.
     """
     why = "of something else"
     if path.exists():
         try:
-            return kept_rows(real, networks, path)
+            return kept_rows(real, networks, path, is_own)
         except OtherFeatures as error:
             if real is None or not is_own:
                 raise UserError(f"{path}: features of something else: {error}") from None
@@ -118,8 +121,6 @@ def real_rows(
     report = run_pass(SourceJob(networks, real.source, join), real.items(folder), options)
     if report is not None:
         shutil.rmtree(folder, ignore_errors=True)
-        if report.unreached:
-            print_line(f"--data: {len(report.unreached)} shards could not be read, such as {report.unreached[0]}")
     rows, there = read_rows(path)
     return rows, there.get(UNUSABLE)
 
@@ -128,8 +129,12 @@ class OtherFeatures(Exception):
     """A file has features of other images, or of another network: in which facts they differ, in words."""
 
 
-def kept_rows(real: RealImages | None, networks: Sequence[Features], path: Path) -> tuple[PictureRows, str | None]:
+def kept_rows(
+    real: RealImages | None, networks: Sequence[Features], path: Path, is_own: bool
+) -> tuple[PictureRows, str | None]:
     """Return the features that a file has of these images, and what was skipped of them.
+
+    Of a file that the user names the images may be copies, which were written at another time; that is said.
 
     Raises:
         OtherFeatures: they are of something else.
@@ -137,8 +142,12 @@ def kept_rows(real: RealImages | None, networks: Sequence[Features], path: Path)
     """
     rows, there = read_rows(path)
     wanted = {its.space: json.dumps(its.identity, sort_keys=True) for its in networks}
-    if other := differences(there, wanted if real is None else real.facts(networks)):
+    wanted = wanted if real is None else real.facts(networks)
+    times = wanted.pop(TIMES, "") if not is_own else ""
+    if other := differences(there, wanted):
         raise OtherFeatures("; ".join(other))
+    if times and there.get(TIMES) != times:
+        print_line(f"{path}: of files of the same names and sizes that were written at another time; taken as they are")
     if not len(rows):
         raise UserError(f"{path}: there is no picture in it, damaged")
     check_tensors(path, rows, {FEATURES + its.space: (its.width,) for its in networks})

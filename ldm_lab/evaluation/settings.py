@@ -4,9 +4,11 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -14,6 +16,7 @@ from ldm_lab.checkpoints.parts import weights_sha256
 from ldm_lab.conditioners.embedding import EmbeddingConditioner
 from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import sha256
+from ldm_lab.pretrained.catalogue import catalogue
 from ldm_lab.prompts import Prompt
 from ldm_lab.sampling import Model, ModelOptions, Pipeline, SamplingOptions
 from ldm_lab.sampling.loading import locate_model
@@ -110,35 +113,83 @@ def identity_of(model: Model, options: ModelOptions) -> str:
     return total.hexdigest()
 
 
-def model_names(checkpoints: Sequence[str]) -> list[str]:
-    """Return a name for each model: as short as they stay apart. Raises UserError for one that is given twice."""
-    paths = [Path(checkpoint) for checkpoint in checkpoints]
-    ways = (
-        [model_name(path).removesuffix(".safetensors").removesuffix(".ckpt") for path in checkpoints],
-        [f"{path.absolute().parent.name}/{path.stem}" for path in paths],
-        [str(path) for path in paths],
-    )
-    for names in ways:
-        if len({*names}) == len(names):
-            return names
-    twice = next(name for name in ways[-1] if ways[-1].count(name) > 1)
-    raise UserError(f"--checkpoint {twice}: is given twice")
+class RowNames(NamedTuple):
+    """What the rows of a table are called: models, and folders of pictures."""
+
+    models: list[str]
+    folders: list[str]
+
+
+def row_names(checkpoints: Sequence[str], folders: Sequence[str] = ()) -> RowNames:
+    """Return a name for each model and each folder: its last part, and of those that would be called the same as many
+    folders before it as tell them apart.
+
+    Raises:
+        UserError: one that is given twice.
+    """
+    ways = [*map(_ways_of_model, checkpoints), *map(_ways_of_folder, folders)]
+    places = [0] * len(ways)
+    while True:
+        names = [its[place] for its, place in zip(ways, places, strict=True)]
+        alike = [number for number, name in enumerate(names) if names.count(name) > 1]
+        if not alike:
+            return RowNames(names[: len(checkpoints)], names[len(checkpoints) :])
+        longer = [number for number in alike if places[number] + 1 < len(ways[number])]
+        if not longer:
+            flag = "--checkpoint" if alike[0] < len(checkpoints) else "--images"
+            raise UserError(f"{flag} {[*checkpoints, *folders][alike[0]]}: is given twice")
+        for number in longer:
+            places[number] += 1
+
+
+def _ways_of_model(checkpoint: str) -> list[str]:
+    """Return what a model may be called, the shortest first."""
+    short = model_name(checkpoint).removesuffix(".safetensors").removesuffix(".ckpt")
+    if checkpoint in catalogue() or "://" in checkpoint:
+        return [short, checkpoint]
+    path = Path(checkpoint)
+    last = path.name.removesuffix(".safetensors").removesuffix(".ckpt")
+    return [short, *_longer(path.absolute().parent, last), str(path)]
+
+
+def _ways_of_folder(folder: str) -> list[str]:
+    """Return what a folder of pictures may be called, the shortest first."""
+    path = Path(os.path.abspath(folder))  # "." has no name
+    return [path.name, *_longer(path.parent, path.name), f"{Path(folder)} (pictures)"]
+
+
+def _longer(parent: Path, name: str) -> list[str]:
+    """Return a name with the last folder before it, the last two, and so on."""
+    folders = [part for part in parent.parts if part != parent.anchor]
+    return ["/".join([*folders[-count:], name]) for count in range(1, len(folders) + 1)]
 
 
 def settings_of(
-    models: Models, checkpoints: Sequence[str], choices: Sequence[SamplingOptions], prompts: Sequence[Prompt]
+    models: Models,
+    named: Iterable[tuple[str, str]],
+    choices: Sequence[SamplingOptions],
+    prompts: Sequence[Prompt],
+    are_asked: bool,
 ) -> list[Setting]:
     """Return every model with every choice, models first.
+
+    Args:
+        models: that are loaded.
+        named: (name in the table, checkpoint) of each.
+        choices: how each is asked.
+        prompts: what each is asked for.
+        are_asked: whether it really is these; one may stand for others that are not known yet.
 
     Raises:
         UserError: a missing or foreign file; something that a model cannot do.
     """
     found = []
-    names = model_names(checkpoints)
-    for (name, checkpoint), options in itertools.product(zip(names, checkpoints, strict=True), choices):
+    for (name, checkpoint), options in itertools.product(named, choices):
         pipeline = models.pipeline(checkpoint, torch.device("cpu"))
         try:
             request = pipeline.check([[prompt] for prompt in prompts[:1]], options)
+            if are_asked:
+                check_prompts(pipeline, prompts, options)
         except UserError as error:
             raise UserError(f"{checkpoint}: {error}") from None
         sampler = str(request.options.sampler["name"])
@@ -148,6 +199,25 @@ def settings_of(
         told = told_settings(checkpoint, models.options, options, request)
         found.append(Setting(name, checkpoint, identity, options, request.guidance, sampler, steps, told, embedder))
     return found
+
+
+def check_prompts(pipeline: Pipeline, prompts: Iterable[Prompt], options: SamplingOptions) -> None:
+    """Look at all that a model is to be asked for, before the first picture is made.
+
+    Raises:
+        UserError: a prompt that the model cannot draw, with the reason.
+    """
+    distinct = list({(prompt.text, prompt.weight): prompt for prompt in prompts}.values())
+    try:
+        pipeline.check([[prompt] for prompt in distinct], options)
+    except UserError:  # of which one?
+        for prompt in distinct:
+            try:
+                pipeline.check([[prompt]], options)
+            except UserError as error:
+                raise UserError(f"prompt {str(prompt)!r}: {error}") from None
+        raise
+    pipeline.model.conditioner.check_texts([prompt.text for prompt in distinct])
 
 
 def told_settings(checkpoint: str, loading: ModelOptions, options: SamplingOptions, request: Request) -> Entry:

@@ -106,7 +106,7 @@ class Table:
             for kind in words
             if kind in counts
         ]
-        without = [name for name in self.columns if not all(its.margin_of for its in self.of_column(name))]
+        without = [name for name in self.columns if not any(its.margin_of for its in self.of_column(name))]
         told += [f"no margin of {', '.join(without)}"] if without else []
         return "; ".join(told)
 

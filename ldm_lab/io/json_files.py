@@ -61,7 +61,10 @@ class Fields:
         value = self._content.get(key)
         if value in ("nan", "inf", "-inf"):
             return float(str(value))
-        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+        try:
+            return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+        except OverflowError:  # a whole number of hundreds of digits
+            return None
 
     def sequence(self, key: str) -> list[str]:
         """Return a list of texts; what is none is left out."""

@@ -25,6 +25,7 @@ from ldm_lab.evaluation.feature_files import FEATURES, PictureRows
 from ldm_lab.evaluation.features import EmbeddingFeatures, Features, InceptionFeatures, rows_of
 from ldm_lab.evaluation.jobs import clip_scores, directed
 from ldm_lab.evaluation.metrics import CLIP_SCORE, RealSet, few_images, picture_value
+from ldm_lab.evaluation.settings import check_prompts
 from ldm_lab.io.images import to_images
 from ldm_lab.metrics import METRICS, check_names, is_higher_better, of_kind, spaces_of
 from ldm_lab.prompts import Prompt, parse_prompt, read_prompts
@@ -167,7 +168,7 @@ class Evaluate(Measuring):
             raise UserError("evaluate.prompts: has to be given, as evaluate.data has no captions")
         self.measured_on += digest(rows.texts)  # which may change beside the same images
         try:
-            self.pipeline(trainer, task).check([[self.prompts[0]]], self.options)
+            check_prompts(self.pipeline(trainer, task), self.prompts[: self.pictures], self.options)
         except UserError as error:
             raise UserError(f"evaluate: {error}") from None
         counts = {"pictures": self.pictures, "real images": len(rows)}
