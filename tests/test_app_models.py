@@ -2,12 +2,14 @@
 
 import gc
 import io
+import json
 import os
 import shutil
 import threading
 import time
 import weakref
 
+import numpy as np
 import pytest
 import requests
 import tiny_app
@@ -20,6 +22,8 @@ from ldm_lab.app import work
 from ldm_lab.app.recall import recall
 from ldm_lab.app.shelf import Kind, Shelf
 from ldm_lab.checkpoints.files import write_safetensors
+from ldm_lab.io.atomic import sha256
+from ldm_lab.sampling.names import FileRecord, model_name
 
 FAST = {"sampler": "plms2", "steps": 2}
 
@@ -97,7 +101,13 @@ def test_files_are_told_apart_by_what_they_hold(models, tmp_path, caplog):
     torch.save({"some.weight": torch.zeros(3)}, tmp_path / "unknown.pth")
     write_safetensors(tmp_path / "evil.safetensors", {"a": torch.zeros(1)}, {"format": "ldm_lab", "role": "x" * 5000})
     (tmp_path / "vit_l_14_embeddings").mkdir()
-    (tmp_path / "vit_l_14_embeddings" / "rating0.npy").write_bytes(b"")
+    rows = np.eye(768, dtype=np.float32)
+    np.save(tmp_path / "vit_l_14_embeddings" / "rating0.npy", rows[:1])
+    for name, written in (("x", b"x"), ("whose", (tmp_path / "vit_l_14_embeddings" / "rating0.npy").read_bytes())):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rating0.npy").write_bytes(written)
+    (tmp_path / "vit_b_32_embeddings").mkdir()
+    np.save(tmp_path / "vit_b_32_embeddings" / "rating0.npy", rows)
     (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nowhere")
     (tmp_path / "folder.ckpt").mkdir()
     contents = Shelf(folder=tmp_path).contents()
@@ -107,13 +117,40 @@ def test_files_are_told_apart_by_what_they_hold(models, tmp_path, caplog):
     }  # fmt: skip
     assert set(contents.left_out) == {
         "2.safetensors", "3.safetensors", "notes.safetensors", "optimizer.pt", "unknown.pth", "evil.safetensors",
-        "gone.safetensors",
+        "gone.safetensors", "x", "whose", "vit_b_32_embeddings",
     }  # fmt: skip
+    assert contents.left_out["x"].startswith(("rating0.npy: not a readable .npy file", "does not say whose"))
+    assert contents.left_out["whose"] == "does not say whose embeddings these are: they are none of LAION's"
+    assert contents.left_out["vit_b_32_embeddings"].endswith("too large for an embedding")
     assert contents.left_out["2.safetensors"] == "no model of pictures: autoencoder of ldm_lab's"
     assert "unknown" in contents.left_out["unknown.pth"] and len(contents.left_out["evil.safetensors"]) < 200
     assert str(tmp_path) not in " ".join(contents.left_out.values())
-    damaged = {"notes.safetensors", "gone.safetensors"}
+    damaged = {"notes.safetensors", "gone.safetensors", "x", "whose", "vit_b_32_embeddings"}
     assert {name for name in contents.left_out if f"{name}: not offered" in caplog.text} == damaged
+
+
+def test_shared_models_are_called_by_their_folders(models, tmp_path):
+    """As runs are; what enlarges has a name of its own, and so has a file that config.json does not name."""
+    for name in ("sh", "sh5"):
+        folder = tmp_path / "shelf" / name
+        folder.mkdir(parents=True)
+        for file in ("model.safetensors", "extra.safetensors"):
+            shutil.copy(models / "other.safetensors", folder / file)
+        said = {"format": "ldm_lab", "version": 1, "model": "model.safetensors", "upsamplers": [],
+                "files": {"model.safetensors": sha256(folder / "model.safetensors")}}  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(said))
+    (tmp_path / "shelf" / "plain").mkdir()
+    shutil.copy(models / "other.safetensors", tmp_path / "shelf" / "plain" / "model.safetensors")
+    shelf = Shelf(folder=tmp_path / "shelf")
+    wanted = ["plain/model.safetensors", "sh", "sh/extra.safetensors", "sh5", "sh5/extra.safetensors"]
+    assert sorted(shelf.names(Kind.MODEL)) == wanted
+    folders = [tmp_path / "shelf" / name for name in ("sh", "sh5")]
+    assert Shelf([folder / "model.safetensors" for folder in folders]).names(Kind.MODEL) == ["sh", "sh5"]
+    assert Shelf(folders).path(Kind.MODEL, "sh5") == folders[1] / "model.safetensors"
+    assert model_name(folders[0]) == model_name(folders[0] / "model.safetensors") == "sh"
+    record = FileRecord(model_name(folders[1]), sha256(folders[1] / "model.safetensors"))
+    assert shelf.find(Kind.MODEL, record) == "sh5"
+    assert record.find([tmp_path / "shelf"]) == folders[1] / "model.safetensors"
 
 
 def test_an_upsampler_of_anothers_is_known_without_reading_its_weights(models, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 `choices`    the options of sampling as controls of a form and as parameters of requests
 `limits`     what one request may ask for
 `shelf`      the models, upsamplers and LoRAs that are offered
+`folders`    files named without where they lie
 `followers`  who follows which job
 `line`       the queue of those who wait
 `store`      how much is uploaded and kept, and where

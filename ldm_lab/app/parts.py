@@ -10,8 +10,8 @@ from gradio.data_classes import FileData, ImageData
 from gradio.utils import LRUCache
 from PIL import Image, ImageChops
 
+from ldm_lab.app.folders import without_folders
 from ldm_lab.app.limits import Limits
-from ldm_lab.app.work import without_folders
 from ldm_lab.errors import UserError
 from ldm_lab.io.images import to_rgb
 

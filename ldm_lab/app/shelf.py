@@ -12,21 +12,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from ldm_lab.app.folders import without_folders
 from ldm_lab.checkpoints.files import FORMAT
 from ldm_lab.checkpoints.importer import DetectedFile, detect_format
 from ldm_lab.checkpoints.lora import FILE as LORA_FILE
 from ldm_lab.checkpoints.lora import ROLE as LORA_ROLE
 from ldm_lab.condition_sources import build_sources
 from ldm_lab.errors import UserError, unknown
+from ldm_lab.pretrained.hub_folder import MODEL as SHARED_MODEL
 from ldm_lab.sampling.aesthetic import ROLE as RATINGS_ROLE
+from ldm_lab.sampling.aesthetic import RatingEmbeddings
 from ldm_lab.sampling.loading import MODEL_FILE
-from ldm_lab.sampling.names import RUN_CONFIG, FileRecord, checksum, model_name
+from ldm_lab.sampling.names import RUN_CONFIG, FileRecord, checksum, is_shared_model, model_name
 
 log = logging.getLogger(__name__)
 
 ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 OF_RUNS = (MODEL_FILE, LORA_FILE)  # of a run's folder these alone are offered
 RATINGS_OF_LAION = "rating0.npy"  # in a folder of rating embeddings
+LARGEST_RATING = 2**20  # bytes of one
 DEEPEST, MOST = 3, 1000  # folders below the folder, files in all
 MOST_NAMED = 20  # names in a message
 
@@ -116,7 +120,7 @@ class Shelf:
         for name, path in named.items():
             looked = look_at(path)
             if looked.kind is None:
-                contents.left_out[name] = looked.reason
+                contents.left_out[name] = without_folders(looked.reason)
                 if not looked.is_other:
                     _say_once(path, f"{name}: not offered: {looked.reason}")
             else:
@@ -174,8 +178,8 @@ class Shelf:
                     )
                     return
                 path = place / file
-                in_run = is_run and place != self.folder
-                yield (place if in_run else path).relative_to(self.folder).as_posix(), path
+                is_only = (is_run or is_shared_model(path)) and place != self.folder
+                yield (place if is_only else path).relative_to(self.folder).as_posix(), path
 
 
 def look_at(path: Path) -> Looked:
@@ -185,7 +189,8 @@ def look_at(path: Path) -> Looked:
     except OSError as error:
         return Looked(None, f"{error.strerror}")
     if path.is_dir():
-        return Looked(Kind.RATINGS)
+        files = sorted(path.glob("rating[0-9].npy"))
+        return _look_at_ratings(path, tuple((file.name, *_changed(file)) for file in files))
     return _look_at(path, now.st_mtime_ns, now.st_size)
 
 
@@ -207,6 +212,27 @@ def _look_at(path: Path, changed: int, size: int) -> Looked:
     return Looked(Kind.UPSAMPLER if is_upsampler else Kind.MODEL)
 
 
+@functools.lru_cache(maxsize=2 * MOST)
+def _look_at_ratings(path: Path, files: tuple[tuple[str, int, int], ...]) -> Looked:
+    """Return what a folder of LAION's rating embeddings is: it is read, as they are small, once until they change."""
+    if large := [name for name, _, size in files if size > LARGEST_RATING]:
+        return Looked(None, f"{large[0]}: too large for an embedding")
+    try:
+        RatingEmbeddings.load(path)
+    except UserError as error:
+        return Looked(None, str(error).removeprefix(f"{path}: ").replace(f"{path}{os.sep}", ""))
+    return Looked(Kind.RATINGS)
+
+
+def _changed(file: Path) -> tuple[int, int]:
+    """Return when a file was changed, and its bytes; nothing of one that is gone, or a link to nowhere."""
+    try:
+        found = file.stat()
+    except OSError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_size
+
+
 def _enlarges(found: DetectedFile) -> bool:
     """Return whether a model is told of a smaller picture."""
     shape = found.importer.denoiser_shape(found.file, True)
@@ -221,9 +247,14 @@ def _is_called(offered: Offered, name: str) -> bool:
 
 
 def _file_of(path: Path) -> Path:
-    """Return the file that a path of the command line stands for: of a run's folder its model, or its LoRA."""
+    """Return the file that a path of the command line stands for: of a run's folder its model, or its LoRA.
+
+    Of a shared folder it is the model.
+    """
     if not path.is_dir():
         return path
+    if is_shared_model(path / SHARED_MODEL):
+        return path / SHARED_MODEL
     return next((path / name for name in OF_RUNS if (path / name).is_file()), path / MODEL_FILE)
 
 

@@ -3,7 +3,6 @@
 import gc
 import logging
 import queue
-import re
 import shutil
 import tempfile
 import threading
@@ -18,6 +17,7 @@ import torch
 
 from ldm_lab.app.choices import Kind as Ask
 from ldm_lab.app.choices import base_choices, upsampler_choices
+from ldm_lab.app.folders import without_folders
 from ldm_lab.app.followers import Following
 from ldm_lab.app.limits import Limits
 from ldm_lab.app.shelf import Kind, Shelf
@@ -36,7 +36,6 @@ from ldm_lab.sampling.stages import Stage, Stages
 
 SHORT = 0.05  # seconds
 PULSE = 0.5  # seconds between two signs of life of a job; so often it is seen whether somebody still waits for it
-FOLDERS = re.compile(r"""(?<![\w.:/~])~?/(?:[^\s/:'"]+/)+""")
 LESS = "fewer pictures at once (batch_size), or smaller ones, need less"
 
 
@@ -358,11 +357,6 @@ def _with_files(values: OptionValues, shelf: Shelf) -> OptionValues:
     return OptionValues(
         {name: shelf.path(Kind.RATINGS, str(value)) if name in named else value for name, value in values.items()}
     )
-
-
-def without_folders(text: str) -> str:
-    """Return a text in which files are named without the folders that they lie in on this machine."""
-    return FOLDERS.sub("", text)
 
 
 class _Remarks(logging.Handler):

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from ldm_lab.errors import UserError
 from ldm_lab.io.atomic import sha256
 from ldm_lab.pretrained.catalogue import catalogue
+from ldm_lab.pretrained.hub_folder import MODEL, HubFolder
 from ldm_lab.pretrained.resolve import HUB
 
 RUN_CONFIG = "config.yaml"  # in the folder of a run
@@ -45,10 +47,10 @@ class FileRecord:
         return next((file for file in self.namesakes(folders) if self.sha256 and sha256(file) == self.sha256), None)
 
     def namesakes(self, folders: Iterable[Path]) -> list[Path]:
-        """Return the files of this name in some folders; of a run its weights."""
+        """Return the files of this name in some folders; of a run, or of a shared model, its weights."""
         name = last_part(self.name)
         paths = [folder / name for folder in folders] if name.strip(".") else []
-        of_run = ("ema.safetensors", "lora.safetensors", "last.ckpt")
+        of_run = ("ema.safetensors", "lora.safetensors", "last.ckpt", MODEL)
         found = [file for path in paths for file in (path, *(path / its for its in of_run))]
         return [file for file in found if file.is_file()]
 
@@ -80,14 +82,23 @@ def public_name(path: str | Path) -> str:
 
 
 def model_name(path: str | Path) -> str:
-    """Return what a model may be called: of a run that of its folder."""
+    """Return what a model may be called: of a run, or of a shared model, that of its folder."""
     local = Path(path).expanduser()
     if str(path) in catalogue() or "://" in str(path):
         return public_name(path)
     if local.is_dir():
         return local.resolve().name
     in_run = MODELS_OF_RUNS.fullmatch(local.name) and (local.parent / RUN_CONFIG).is_file()
-    return local.resolve().parent.name if in_run else last_part(local.name)
+    return local.resolve().parent.name if in_run or is_shared_model(local) else last_part(local.name)
+
+
+def is_shared_model(file: Path) -> bool:
+    """Return whether a file is the model of a shared folder, which its config.json names; not one that enlarges."""
+    try:
+        shared = HubFolder.read(file.parent) if file.suffix == ".safetensors" else None
+    except (UserError, OSError):  # told where it is loaded
+        return False
+    return shared is not None and shared.model == file.name
 
 
 def last_part(text: str) -> str:
