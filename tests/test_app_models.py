@@ -224,6 +224,11 @@ def test_one_set_of_models_is_in_memory(models):
         assert seen[0]() is None and seen[1]() is seen[2]() is not None
 
 
+def drawing(stream):
+    """Wait until the first step is made: the model is loaded then."""
+    assert any(data[0]["step"] for kind, data in stream if kind == "generating")
+
+
 def test_a_model_that_is_replaced_or_deleted(models, tmp_path):
     """While a job draws with it, and before the next one; in one step, in place, or cut short."""
     folder = tmp_path / "shelf"
@@ -235,14 +240,14 @@ def test_a_model_that_is_replaced_or_deleted(models, tmp_path):
     with tiny_app.served(folder) as address:
         first = picture(ask(address, prompts=["a"], **FAST)).tobytes()
         stream = events(address, begin(address, prompts=["a"], steps=60, sampler="ddim"))
-        next(stream)
+        drawing(stream)
         shutil.copy(models / "tiny" / "ema.safetensors", folder / "new")
         (folder / "new").replace(file)
         assert [kind for kind, _ in stream][-1] == "complete"
         second = picture(ask(address, prompts=["a"], **FAST)).tobytes()
         assert second != first
         stream = events(address, begin(address, prompts=["a"], steps=60, sampler="ddim"))
-        next(stream)
+        drawing(stream)
         file.write_bytes(b"")  # in place: what was read of it must not be looked at there again
         assert [kind for kind, _ in stream][-1] == "complete"
         with pytest.raises(Refused, match=r"model\.safetensors: not offered"):

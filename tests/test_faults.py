@@ -339,7 +339,15 @@ def test_a_stall_ends_by_itself(stalled, run, program, monkeypatch):
     assert read_pickled(run / "last.ckpt")["global_step"] >= 1
 
 
-def test_a_second_ctrl_c_in_the_midst_of_a_save_leaves_what_was_saved(here, run, program, monkeypatch):
+@pytest.fixture
+def heeded():
+    """Ctrl-C means something, also where a shell has started the tests in the background and they ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_ctrl_c_in_the_midst_of_a_save_leaves_what_was_saved(heeded, here, run, program, monkeypatch):
     real, calls = torch.save, []
 
     class Impatient:

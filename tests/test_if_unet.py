@@ -1,6 +1,7 @@
 """The U-Net of DeepFloyd IF: its conditions, masks and options; its files in both layouts, through every program."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -229,8 +230,14 @@ def test_damaged_files_are_one_line(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def text_model(tmp_path_factory):
+def written_text_model(tmp_path_factory):
     return write_language_model(tmp_path_factory.mktemp("text") / "t5", "t5", WIDTH)
+
+
+@pytest.fixture
+def text_model(written_text_model, tmp_path):
+    """A language model beside the models that read it: what lies elsewhere only one's own runs may name."""
+    return shutil.copytree(written_text_model, tmp_path / "t5")
 
 
 @pytest.mark.parametrize("layout", ["own", "diffusers"])

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from ldm_lab.checkpoints.files import read_pickled, read_safetensors
 from ldm_lab.config import build, load
 from ldm_lab.data.shapes import write_shards
+from ldm_lab.pretrained.own_runs import MARK
 from ldm_lab.sharded import local
 from ldm_lab.training import diffusion, runner
 
@@ -166,6 +167,7 @@ def check_files(folder: Path, checkpoint: dict[str, torch.Tensor]) -> None:
             "last.ckpt",
             "step=00000003.ckpt",
             "ema.safetensors",
+            MARK,
         ),
         *("demo/step=00000001.png", "ema_snapshots/00000003-0.1.safetensors"),
     }

@@ -100,8 +100,9 @@ class ModelPlace:
             return None
         if name in (MINILM, *WIDTHS):
             return None
-        folder = self.folder / name
-        if name == last_part(name) not in ("", ".", "..", "~") and folder.is_dir():
+        is_bare = name == last_part(name)
+        folder = self.folder / name if is_bare else Path(name).absolute()
+        if name not in ("", ".", "..", "~") and (is_bare or self._is_inside(name)) and folder.is_dir():
             for path in (folder, *sorted(folder.iterdir())):
                 check_inside(self.home, path)
             return folder
