@@ -190,7 +190,7 @@ class Store:
         if path.is_dir():
             shutil.copytree(path, target)
         else:
-            target.symlink_to(path)
+            target.hardlink_to(path)  # a link that leads elsewhere would be refused of a stranger's model
 
     @staticmethod
     def take_here(folder: Path, name: str) -> Path:
@@ -248,8 +248,8 @@ def write_data(folder: Path) -> None:
 
 
 def write_shards(folder: Path) -> None:
-    """Write two shards of six images each (rated: 16), with captions and what img2dataset and LAION say of them."""
-    each = 16 if folder.name == "rated" else 6
+    """Write two shards of six images each (16 where ratings are learned), captions, and what LAION says of them."""
+    each = 16 if folder.name in ("rated", "photos") else 6
     score = "AESTHETIC_SCORE" if folder.name == "improved_aesthetics" else "aesthetic"
     folder.mkdir(parents=True)
     for shard in range(2):
