@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import duckdb
+import numpy as np
 import tiny_glide
 import torch
 from laion_rows import write_rows
@@ -310,6 +311,14 @@ def write_aesthetic(folder: Path, path: Path) -> None:
     shutil.copy(ROOT / "tests" / "data" / "golden" / "aesthetic_heads" / "sa_0_4_vit_b_32_linear.pth", path)
 
 
+def write_rating_embeddings(folder: Path, path: Path) -> None:
+    """Write a folder as LAION's of mean embeddings by rating, of ViT-B/32, with random ones."""
+    path.mkdir()
+    for rating in range(10):
+        torch.manual_seed(rating)
+        np.save(path / f"rating{rating}.npy", torch.nn.functional.normalize(torch.randn(1, 512)).numpy())
+
+
 def write_inception(folder: Path, path: Path) -> None:
     """Write the Inception network of FID with random weights."""
     torch.manual_seed(0)
@@ -429,6 +438,7 @@ MADE: dict[str, Callable[[Path, Path], None]] = {
     "checkpoints/t5": write_t5,
     "released/aesthetic.pth": write_aesthetic,
     "released/inception.pth": write_inception,
+    "vit_b_32_embeddings": write_rating_embeddings,
     "released/kl-f8.ckpt": write_released_autoencoder,
     "checkpoints/ViT-B-32.pt": write_vit,
     "checkpoints/kl-f8.zip": write_zip,

@@ -59,7 +59,8 @@ class Walk:
                 timeout=SECONDS,
             )
             code, out, err = done.returncode, done.stdout, done.stderr
-        assert code == 0, f"{way.command}\n{text}\n{out[-1500:]}\n{err[-3000:]}"
+        found_none = code == 1 and " scores get " in text and "absent" in out  # of the page's hashes in the stand-in
+        assert code == 0 or found_none, f"{way.command}\n{text}\n{out[-1500:]}\n{err[-3000:]}"
         assert "Traceback" not in err, f"{way.command}\n{err[-3000:]}"
         if "curl" in text and "/call/" in text:  # a job that fails is answered in a stream that begins well
             assert "event: complete" in out and "event: error" not in out, f"{way.command}\n{out[-3000:]}"

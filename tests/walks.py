@@ -58,6 +58,8 @@ SHORTENED: tuple[tuple[str, str], ...] = (
 )
 # Where that is not enough: (what the command has, pattern, replacement).
 OF_SOME: tuple[tuple[str, str, str], ...] = (
+    (r"sample\.py .*--aesthetic 9 --aesthetic-weight", r"$", " --aesthetic-embeddings vit_b_32_embeddings"),
+    (r"sample\.py .*--aesthetic-embeddings ratings", r"--aesthetic 9", "--aesthetic 3"),  # of scores from 0 to 5
     (r"ldm_lab start ", r"$", " --steps 2 --memory cpu --offline"),
     (r" train .*photos\.yaml", r"$", f" {SHORT}"),
     (r"ldm_lab app .*--port", r"--port \d+", f"--port {PORT}"),
@@ -102,7 +104,7 @@ NEEDS: dict[str, Sequence[str]] = {
     "docs/compare.md": ("runs/quickstart", "runs/a", "runs/b", "votes-a.json", "votes-b.json"),
     "docs/curation.md": (
         "released/aesthetic.pth", "checkpoints/ViT-B-32.pt", "nsfw.pth", "ratings.csv", "urls.parquet",
-        "model.safetensors",
+        "model.safetensors", "vit_b_32_embeddings",
     ),
     "docs/evaluation.md": ("runs/quickstart", "runs/a", "runs/b", "released/inception.pth"),
     "docs/finetune.md": ("released/ccld",),
